@@ -1,0 +1,160 @@
+"""What a model is and how an engine runs it: frozen values, made once at the edge and passed down.
+
+`ModelConfig` says everything that the four stages need to know about a checkpoint. It is independent of the file
+format; `engine.checkpoint` translates Hugging Face's and Meta's files into it. `EngineConfig` holds the choices of
+whoever starts the engine.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+BOE_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
+SPECIAL_NAMES = {BOE_ID: "<boe>", BOS_ID: "<s>", EOS_ID: "</s>", PAD_ID: "<pad>"}
+BYTE_OFFSET = 4
+"""The id of byte value b is b + 4; ids 0..3 are the specials above; an id from 260 on is a [MASK]."""
+NUM_BYTE_IDS = 260
+
+
+@dataclass(frozen=True, slots=True)
+class StackConfig:
+    """One stack of transformer layers.
+
+    `window` is the number of positions a row sees, itself included; None means all. `max_positions` counts bytes for
+    the patcher, encoder and decoder, patches for the global stage.
+    """
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_dim: int
+    rope_theta: float
+    max_positions: int
+    window: int | None = None
+    norm_eps: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or self.head_dim % 2:
+            raise ValueError(f"dim {self.dim} must split into {self.num_heads} heads of even size")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+
+
+@dataclass(frozen=True, slots=True)
+class HashConfig:
+    """Hash n-gram tables: one per (function, group size), each of `rows` rows (BLT 3.2.1)."""
+
+    group_sizes: tuple[int, ...]
+    num_functions: int
+    rows: int
+
+    @property
+    def num_tables(self) -> int:
+        return self.num_functions * len(self.group_sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class PatchingRule:
+    """When does the next byte start a patch? Entropies in nats.
+
+    mode "entropy": H > threshold; with `monotonic`, H - H_previous > threshold; with `threshold_add`, both
+    H > threshold and H - H_previous > threshold_add. mode "bytes": every byte is its own patch. A patch is closed as
+    soon as it holds `max_patch_length` bytes (Meta's rule, counted from its left end).
+    """
+
+    mode: Literal["entropy", "bytes"] = "entropy"
+    threshold: float = 1.335442066192627
+    threshold_add: float | None = None
+    monotonic: bool = False
+    max_patch_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The whole model. `slots` (k in the paper) is the number of query slots per patch.
+
+    decoder_input: "encoder" reads the encoder's last byte states (BLT as released); "embedding" looks the bytes up in
+    a table of the decoder's own (Fast-BLT), which is what lets it draft without the encoder. `mask_id` and
+    `block_size` are None unless the checkpoint was trained with block diffusion.
+    encoder_refine: several encoder layers with cross-attention in each refine the slots layer by layer (Meta); off,
+    only the last layer's cross-attention counts (Hugging Face, and every released model, which has one layer).
+    isolate_documents: an EOS ends a document; later bytes do not attend across it (Meta). Off equals Hugging Face.
+    """
+
+    name: str
+    vocab_size: int
+    slots: int
+    encoder: StackConfig
+    global_: StackConfig
+    decoder: StackConfig
+    patcher: StackConfig
+    hashes: HashConfig
+    patching: PatchingRule
+    decoder_input: Literal["encoder", "embedding"] = "encoder"
+    decoder_cross_all_layers: bool = True
+    encoder_refine: bool = False
+    isolate_documents: bool = False
+    mask_id: int | None = None
+    block_size: int | None = None
+
+    @property
+    def projects_latent(self) -> bool:
+        """Whether the concatenated slots need a projection to the global width."""
+        return self.slots * self.encoder.dim != self.global_.dim
+
+    @property
+    def max_length(self) -> int:
+        """Most ids (prompt with BOS, plus output) that a sequence may hold: no byte position may leave a table."""
+        return min(self.encoder.max_positions, self.decoder.max_positions)
+
+    def __post_init__(self) -> None:
+        if self.encoder.dim != self.decoder.dim:
+            raise ValueError(f"encoder.dim {self.encoder.dim} and decoder.dim {self.decoder.dim} must be equal")
+        if (self.mask_id is None) != (self.block_size is None):
+            raise ValueError("mask_id and block_size belong together: both or neither")
+        if self.mask_id is not None and self.decoder_input != "embedding":
+            raise ValueError("a [MASK] needs decoder_input 'embedding'")
+        if self.mask_id is not None and not NUM_BYTE_IDS <= self.mask_id < self.vocab_size:
+            raise ValueError(f"mask_id {self.mask_id} must lie in {NUM_BYTE_IDS}..{self.vocab_size - 1}")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How an engine runs a model. Sizes are counts, not bytes, unless the name says so."""
+
+    model: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    max_sequences: int = 64
+    """Most sequences in the running batch."""
+    max_step_rows: int = 256
+    """Most byte rows per step, prompt and generated together."""
+    cache_bytes: int = 2 << 30
+    """Memory for all page pools together."""
+    page_size: int = 64
+    """Rows per page of the byte caches; patch caches use a quarter of it."""
+    max_length: int | None = None
+    """Most ids per sequence; None takes the model's own limit, or less if the caches could not hold one such
+    sequence."""
+    isolate_documents: bool | None = None
+    """Overrides the checkpoint's setting."""
+    num_threads: int | None = None
+    """CPU threads for tensor work; None takes one per core."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What the server must know of a loaded model, without tensors."""
+
+    name: str
+    max_length: int
+    vocab_size: int
+    block_size: int | None
+    decoders: tuple[str, ...] = ("blt",)
+    parameters: int = 0
+    pages: dict[str, int] = field(default_factory=dict)
+    """Pages per pool."""

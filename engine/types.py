@@ -1,0 +1,152 @@
+"""What crosses the border of the engine: requests in, events out. Plain data, no tensors.
+
+Every admitted request ends in exactly one `Finished` or `Failed`. Events of one request arrive in order.
+"""
+
+from typing import Literal
+
+import msgspec
+
+DecoderName = Literal["blt", "blt-s", "blt-d", "blt-dv", "auto"]
+FinishReason = Literal["stop", "length", "abort", "timeout"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose a byte from its logits. temperature 0 is greedy and ignores the filters and the seed.
+
+    Order: logit_bias, penalties (over the ids generated so far), temperature, then top_k, top_p, min_p, each on
+    what the one before left. `logit_bias` maps ids to an additive bias in [-100, 100].
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    """64 bits. With `Request.sample_index` and the position in the output it fixes every draw."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One sequence to continue. An HTTP request with n, best_of or several prompts becomes several of these."""
+
+    id: str
+    prompt_ids: list[int]
+    """Token ids, BOS included if it is wanted; never empty."""
+    max_tokens: int
+    """Ids to generate; 0 only makes sense with `prompt_logprobs`."""
+    sampling: SamplingParams = SamplingParams()
+    sample_index: int = 0
+    stop: list[bytes] = []
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """How many alternatives to report per generated id; None reports nothing, 0 only the chosen one."""
+    prompt_logprobs: bool = False
+    """Also report `logprobs` for the prompt (the first id has none)."""
+    priority: int = 0
+    """Lower runs first."""
+    timeout: float | None = None
+    """Seconds after admission at which the request ends with reason "timeout"."""
+    decoder: DecoderName = "blt"
+    output_ids: list[int] = []
+    """Ids that this request has generated already, in an engine that died: it goes on behind them."""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Stop a request; unknown or finished ids are ignored. Answered by a `Finished` with reason "abort" if live."""
+
+    id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Leave the loop at once."""
+
+
+Command = Request | Abort | Shutdown
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """Log-probabilities (natural) of one position under the model's own distribution, before any filter."""
+
+    id: int
+    logprob: float | None
+    """None for the first id of a prompt."""
+    top: dict[int, float]
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request cost so far. Calls are the paper's NFE."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    """Generated ids, a closing EOS not counted."""
+    decoder_calls: int = 0
+    """Decoder passes that produced output bytes (prefill passes are not counted)."""
+    global_calls: int = 0
+    """Encoder/global passes during generation."""
+    preemptions: int = 0
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Newly committed ids, and the text bytes that are now certain.
+
+    `text` lags behind `ids` while a stop string may be under way; what was sent is never taken back.
+    """
+
+    id: str
+    ids: list[int] = []
+    text: bytes = b""
+    logprobs: list[TokenLogprob] = []
+    """One per entry of `ids`, if asked for."""
+    prompt_logprobs: list[TokenLogprob] = []
+    """Sent once, before the first id, complete, one per prompt id."""
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The one last event of a request. `text` flushes what was still held back (nothing of a stop string)."""
+
+    id: str
+    reason: FinishReason
+    text: bytes = b""
+    usage: Usage
+    cumulative_logprob: float = 0.0
+    """Sum over the generated ids; only computed with `Request.logprobs`."""
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The request could not be run; also a last event. Nothing else was hurt."""
+
+    id: str
+    code: Literal["too_long", "decoder_unavailable", "invalid", "internal"]
+    message: str
+    param: str | None = None
+
+
+class PoolStats(msgspec.Struct, frozen=True):
+    """Pages of one cache."""
+
+    total: int
+    used: int
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine's state and its counters since start, sent every so often and whenever it falls idle."""
+
+    running: int = 0
+    waiting: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    committed: int = 0
+    """Ids generated."""
+    prompt_rows: int = 0
+    calls: dict[str, int] = {}
+    """Per stage: patcher, encoder, global, decoder."""
+    rows: dict[str, int] = {}
+    """Per stage."""
+    pools: dict[str, PoolStats] = {}
+
+
+Event = Delta | Finished | Failed
