@@ -11,8 +11,7 @@ from typing import Literal
 BOE_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 SPECIAL_NAMES = {BOE_ID: "<boe>", BOS_ID: "<s>", EOS_ID: "</s>", PAD_ID: "<pad>"}
 BYTE_OFFSET = 4
-"""The id of byte value b is b + 4; ids 0..3 are the specials above; an id from 260 on is a [MASK]."""
-NUM_BYTE_IDS = 260
+"""The id of byte value b is b + 4; ids 0..3 are the specials above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,8 @@ class ModelConfig:
 
     decoder_input: "encoder" reads the encoder's last byte states (BLT as released); "embedding" looks the bytes up in
     a table of the decoder's own (Fast-BLT), which is what lets it draft without the encoder. `mask_id` and
-    `block_size` are None unless the checkpoint was trained with block diffusion.
+    `block_size` are None unless the checkpoint was trained with block diffusion. The mask is the id right behind the
+    vocabulary: the decoder's table has one row more for it, and no head ever predicts it.
     encoder_refine: several encoder layers with cross-attention in each refine the slots layer by layer (Meta); off,
     only the last layer's cross-attention counts (Hugging Face, and every released model, which has one layer).
     isolate_documents: an EOS ends a document; later bytes do not attend across it (Meta). Off equals Hugging Face.
@@ -118,8 +118,8 @@ class ModelConfig:
             raise ValueError("mask_id and block_size belong together: both or neither")
         if self.mask_id is not None and self.decoder_input != "embedding":
             raise ValueError("a [MASK] needs decoder_input 'embedding'")
-        if self.mask_id is not None and not NUM_BYTE_IDS <= self.mask_id < self.vocab_size:
-            raise ValueError(f"mask_id {self.mask_id} must lie in {NUM_BYTE_IDS}..{self.vocab_size - 1}")
+        if self.mask_id is not None and self.mask_id != self.vocab_size:
+            raise ValueError(f"mask_id {self.mask_id} must be the id behind the vocabulary, {self.vocab_size}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,48 @@
+"""Where patches start: the rules of the entropy patcher, one byte at a time.
+
+Whether byte i starts a patch depends only on the bytes before it, so every decision is taken once, when byte i - 1
+arrives, and never revised (BLT 2.3; Fast BLT 3.4).
+"""
+
+import numpy as np
+
+from .config import PatchingRule
+
+
+class Patching:
+    """The patch starts of one growing text.
+
+    `starts` holds every decided patch start, ascending; the last may be the not yet existing next byte. `decided` is
+    the number of bytes fed.
+    """
+
+    def __init__(self, rule: PatchingRule) -> None:
+        self._rule = rule
+        self._threshold = np.float32(rule.threshold)
+        self._previous = 0.0
+        self.starts = [0]
+        self.decided = 0
+
+    def feed(self, entropy: float) -> bool:
+        """Takes the entropy (nats) after the next byte; says whether the byte behind it starts a patch."""
+        self.decided += 1
+        byte = self.decided
+        opens = self._exceeds(byte, entropy)
+        limit = self._rule.max_patch_length
+        if limit is not None and byte - self.starts[-1] >= limit:
+            opens = True
+        if opens:
+            self.starts.append(byte)
+        self._previous = entropy
+        return opens
+
+    def _exceeds(self, byte: int, entropy: float) -> bool:
+        rule = self._rule
+        if rule.mode == "bytes" or byte == 1:
+            return True
+        if rule.monotonic:
+            return byte == 2 or entropy - self._previous > self._threshold
+        if rule.threshold_add is not None:
+            rises = entropy - self._previous > rule.threshold_add
+            return byte == 2 or (byte > 3 and entropy > self._threshold and rises)
+        return bool(entropy > self._threshold)
