@@ -62,7 +62,7 @@ def cache_specs(config: ModelConfig, page_size: int) -> dict[str, CacheSpec]:
         CacheSpec("patcher", "byte", page_size, config.patcher.window, kv(config.patcher)),
         CacheSpec("encoder", "byte", page_size, config.encoder.window, kv(config.encoder)),
         CacheSpec("open", "byte", small, config.patching.max_patch_length, width * (1 + 2 * encoder_cross_layers(config))),
-        CacheSpec("global", "patch", max(page_size // 2, 4), None, kv(config.global_)),
+        CacheSpec("global", "patch", page_size, None, kv(config.global_)),
         CacheSpec("latent", "patch", small, LATENTS_KEPT, 2 * decoder_cross_layers(config) * config.slots * width),
         CacheSpec("decoder", "byte", page_size, config.decoder.window, kv(config.decoder)),
     )

@@ -136,7 +136,7 @@ class EngineConfig:
     cache_bytes: int = 2 << 30
     """Memory for all page pools together."""
     page_size: int = 64
-    """Rows per page of the byte caches; patch caches use a quarter of it."""
+    """Rows per page of the caches; those that keep a few rows per sequence use an eighth of it."""
     max_length: int | None = None
     """Most ids per sequence; None takes the model's own limit, or less if the caches could not hold one such
     sequence."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention import PAGES_PER_SUM, AttentionPlan, TileGroup
+from kernels.attention import AttentionPlan, TileGroup
 
 from .pages import BlockTable
 
@@ -32,16 +32,6 @@ class Span:
     last: Seq[int]
 
 
-def page_alignment(window: int | None, page_size: int) -> int:
-    """Multiple of pages at which tiles begin.
-
-    Sums over more pages than torch adds one by one are cut at fixed places; if a tile can be that long, its pages must
-    be counted from such a place too, whichever rows share the tile.
-    """
-    most_pages = PAGES_PER_SUM + 1 if window is None else (window + LARGE_TILE) // page_size + 2
-    return PAGES_PER_SUM if most_pages > PAGES_PER_SUM else 1
-
-
 class _Tiles:
     """Tiles of one size under construction."""
 
@@ -50,24 +40,23 @@ class _Tiles:
         self.rows: list[list[int]] = []
         self.pages: list[list[int]] = []
         self.page_index: list[int] = []
-        self.first: list[Seq[int]] = []
-        self.last: list[Seq[int]] = []
+        self.first: list[list[int]] = []
+        self.last: list[list[int]] = []
 
-    def add(self, row: int, span: Span, begin: int, end: int, page_size: int, align: int) -> None:
+    def add(self, row: int, span: Span, begin: int, end: int, page_size: int) -> None:
         """Adds rows begin..end-1 of the span, which are rows `row`, `row` + 1, ... of the batch."""
-        first, last = span.first[begin:end], span.last[begin:end]
+        first, last = list(span.first[begin:end]), list(span.last[begin:end])
         missing = self.size - (end - begin)
         rows = list(range(row, row + end - begin))
         if missing:
             rows += rows[-1:] * missing
-            first = [*first, *first[-1:] * missing]
-            last = [*last, *last[-1:] * missing]
+            first += first[-1:] * missing
+            last += last[-1:] * missing
         table = span.table
-        lowest = min(first) // page_size // align * align
+        lowest = min(first) // page_size
         highest = max(last) // page_size
-        gone = max(table.first - lowest, 0)
         self.rows.append(rows)
-        self.pages.append([0] * gone + table.pages[lowest + gone - table.first : highest + 1 - table.first])
+        self.pages.append(table.pages[lowest - table.first : highest + 1 - table.first])
         self.page_index.append(lowest)
         self.first.append(first)
         self.last.append(last)
@@ -92,7 +81,6 @@ def plan_attention(
     queries: Seq[Span],
     *,
     page_size: int,
-    align: int,
     small_tile: int,
     padded_rows: int,
     padded_queries: int,
@@ -102,7 +90,7 @@ def plan_attention(
 
     `writes` are the rows whose K/V (or states) are stored, `queries` those that attend, each laid end to end; for
     self-attention they are the same. Rows up to `padded_rows` and `padded_queries` are padding: they write to the
-    scratch page and take some other row's output. `align`: see `page_alignment`.
+    scratch page and take some other row's output.
     """
     positions: list[int] = []
     page: list[int] = []
@@ -128,7 +116,7 @@ def plan_attention(
             if tiles is large:
                 in_large.extend(range(row, row + end - begin))
             take.extend(range(base, base + end - begin))
-            tiles.add(row, span, begin, end, page_size, align)
+            tiles.add(row, span, begin, end, page_size)
             row += end - begin
     behind_small = len(small.rows) * small_tile
     for i in in_large:

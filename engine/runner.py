@@ -21,7 +21,7 @@ from .config import EOS_ID
 from .model import Model, RowFloors
 from .model.encoder import ngram_windows, window_tensor
 from .pages import BlockTable
-from .plan import Span, page_alignment, plan_attention
+from .plan import Span, plan_attention
 from .sequence import Sequence
 
 STAGES = ("patcher", "encoder", "global", "decoder")
@@ -152,7 +152,6 @@ class Runner:
             spans,
             spans,
             page_size=spec.page_size,
-            align=page_alignment(spec.window, spec.page_size),
             small_tile=self._floors.tile,
             padded_rows=padded,
             padded_queries=padded,
@@ -175,8 +174,6 @@ class Runner:
             writes,
             queries,
             page_size=spec.page_size,
-            # A tile over an open patch always begins at the patch; one over patches may be of any length.
-            align=1 if cache == "open" else page_alignment(spec.window, spec.page_size),
             small_tile=self._floors.tile,
             padded_rows=padded_rows,
             padded_queries=padded_queries,

@@ -13,10 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PAGES_PER_SUM = 16
-"""torch adds up to this many terms strictly one after the other. Longer sums are cut at multiples of it, counted from
-the start of the sequence."""
-
 
 @dataclass(frozen=True, slots=True)
 class TileGroup:
@@ -80,10 +76,9 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: TileGroup) -> Te
 
 
 def _add_pages(parts: Tensor) -> Tensor:
-    """Sum over dimension 1, one page after the other."""
-    if parts.shape[1] <= PAGES_PER_SUM:
-        return parts.sum(1)
-    total, *rest = (chunk.sum(1) for chunk in parts.split(PAGES_PER_SUM, dim=1))
-    for chunk in rest:
-        total = total + chunk
+    """Sum over dimension 1, strictly one page after the other (torch.sum would choose an order by shape)."""
+    first, *rest = parts.unbind(1)
+    total = first.clone() if rest else first
+    for part in rest:
+        total += part
     return total
