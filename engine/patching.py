@@ -41,8 +41,8 @@ class Patching:
         if rule.mode == "bytes" or byte == 1:
             return True
         if rule.monotonic:
-            return byte == 2 or entropy - self._previous > self._threshold
+            return byte == 2 or bool(entropy - self._previous > self._threshold)
         if rule.threshold_add is not None:
             rises = entropy - self._previous > rule.threshold_add
-            return byte == 2 or (byte > 3 and entropy > self._threshold and rises)
+            return byte == 2 or (byte > 3 and rises and bool(entropy > self._threshold))
         return bool(entropy > self._threshold)
