@@ -1,0 +1,123 @@
+"""The scheduler alone: integers, a pretended memory, no model."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import PatchingRule
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from engine.types import Request
+
+
+class Memory:
+    """Pages of one row each; a sequence holds as many as it has rows."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.held: dict[int, int] = {}
+
+    def can_reserve(self, sequence: Sequence, end: int) -> bool:
+        others = sum(rows for arrival, rows in self.held.items() if arrival != sequence.arrival)
+        return others + end <= self.total
+
+    def reserve(self, sequence: Sequence, end: int) -> None:
+        assert self.can_reserve(sequence, end)
+        self.held[sequence.arrival] = end
+
+    def release(self, sequence: Sequence) -> None:
+        self.held.pop(sequence.arrival, None)
+
+    def room(self, sequence: Sequence) -> int:
+        return 1 << 30
+
+
+def sequence(arrival: int, prompt: int, output: int, priority: int = 0) -> Sequence:
+    request = Request(id=str(arrival), prompt_ids=[5] * prompt, max_tokens=output, priority=priority)
+    return Sequence(request, arrival, PatchingRule(), {})
+
+
+def run_step(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
+    """What the engine does with a schedule, without a model."""
+    step = scheduler.schedule()
+    for s, end in step:
+        s.num_computed = end
+        if s.remaining == 0:
+            s.append(5)
+            if s.num_output == s.request.max_tokens:
+                scheduler.remove(s)
+    return step
+
+
+jobs = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(1, 12), st.integers(-2, 2), st.integers(0, 30)), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(jobs=jobs, budget=st.integers(1, 30), most=st.integers(1, 6), total=st.integers(52, 120))
+def test_everything_finishes_within_the_budgets(
+    jobs: list[tuple[int, int, int, int]], budget: int, most: int, total: int
+) -> None:
+    memory = Memory(total)
+    scheduler = Scheduler(memory, max_sequences=most, max_step_rows=budget)
+    pending = [(at, sequence(i, prompt, output, priority)) for i, (prompt, output, priority, at) in enumerate(jobs)]
+    started = {s.arrival for _, s in pending}
+    steps = 0
+    while pending or scheduler.waiting or scheduler.running:
+        for at, s in list(pending):
+            if at <= steps:
+                scheduler.add(s)
+                pending.remove((at, s))
+        alive = bool(scheduler.waiting or scheduler.running)
+        first = scheduler.running[0] if scheduler.running else None
+        before = first and (first.num_computed, first.num_output)
+        step = run_step(scheduler)
+        steps += 1
+        assert sum(rows for rows in memory.held.values()) <= total
+        assert len(scheduler.running) <= most
+        assert len({s.arrival for s, _ in step}) == len(step)
+        assert bool(step) == alive
+        if first is not None and budget >= most:
+            assert (first.num_computed, first.num_output) != before, "the first in the order always moves on"
+        assert steps < 5000, "starved"
+    assert not memory.held
+    assert started == set(range(len(jobs)))
+
+
+def test_a_step_spends_at_most_its_rows_and_generating_sequences_come_first() -> None:
+    scheduler = Scheduler(Memory(10_000), max_sequences=8, max_step_rows=16)
+    talking = [sequence(i, 1, 100) for i in range(4)]
+    for s in talking:
+        scheduler.add(s)
+    run_step(scheduler)
+    scheduler.add(sequence(9, 100, 1))
+    for _ in range(3):
+        step = scheduler.schedule()
+        rows = {s.arrival: end - s.num_computed for s, end in step}
+        assert rows == {0: 1, 1: 1, 2: 1, 3: 1, 9: 12}
+        for s, end in step:
+            s.num_computed = end
+            if s.remaining == 0:
+                s.append(5)
+
+
+def test_the_youngest_is_preempted_and_goes_on_later() -> None:
+    memory = Memory(30)
+    scheduler = Scheduler(memory, max_sequences=4, max_step_rows=64)
+    old, young = sequence(0, 10, 15), sequence(1, 10, 15)
+    scheduler.add(old)
+    scheduler.add(young)
+    while scheduler.running or scheduler.waiting:
+        run_step(scheduler)
+        assert old.preemptions == 0
+    assert young.preemptions > 0
+    assert old.num_output == young.num_output == 15
+    assert not memory.held
+
+
+def test_a_lower_priority_value_goes_first() -> None:
+    scheduler = Scheduler(Memory(100), max_sequences=1, max_step_rows=64)
+    late = sequence(1, 5, 1, priority=-1)
+    scheduler.add(sequence(0, 5, 1))
+    scheduler.add(late)
+    assert [s for s, _ in scheduler.schedule()] == [late]
