@@ -1,0 +1,127 @@
+"""Every kernel: equal to the formula written as loops, and row-invariant to the last bit.
+
+Row-invariance: a row computed alone (padded to the floor where the kernel needs it), and the same row at any place in
+a call with any number of others, are the same bits.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cross_attention import slot_attention
+from kernels.entropy import entropy
+from kernels.hash_embed import hash_embed, ngram_hashes
+from kernels.linear import linear, row_floor
+from kernels.norm import rms_norm
+from kernels.pooling import patch_max
+from kernels.rope import apply_rope, rope_table
+from kernels.swiglu import swiglu
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_rms_norm_is_the_formula() -> None:
+    x, weight = randn(5, 7), randn(7, seed=1)
+    for row, found in zip(x.tolist(), rms_norm(x, weight, 1e-5), strict=True):
+        scale = 1 / math.sqrt(sum(v * v for v in row) / 7 + 1e-5)
+        torch.testing.assert_close(found, torch.tensor([v * scale * w for v, w in zip(row, weight.tolist(), strict=True)]))
+
+
+def test_rope_turns_neighbouring_pairs() -> None:
+    x, theta = randn(3, 2, 6), 500.0
+    positions = [0, 7, 1000]
+    found = apply_rope(x, rope_table(6, theta, 1001, CPU)[positions])
+    for r, position in enumerate(positions):
+        for head in range(2):
+            for pair in range(3):
+                turn = complex(math.cos(a := position * theta ** (-2 * pair / 6)), math.sin(a))
+                turned = complex(*x[r, head, 2 * pair : 2 * pair + 2].tolist()) * turn
+                torch.testing.assert_close(
+                    found[r, head, 2 * pair : 2 * pair + 2], torch.tensor([turned.real, turned.imag]), atol=1e-4, rtol=0
+                )
+
+
+def test_entropy_is_in_nats() -> None:
+    logits = torch.tensor([[0.0] * 4, [math.log(3), 0.0, -1e9, -1e9], [50.0, 0.0, 0.0, 0.0]])
+    expected = torch.tensor([math.log(4), -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), 0.0])
+    torch.testing.assert_close(entropy(logits), expected, atol=1e-6, rtol=0)
+
+
+def test_swiglu_is_the_formula() -> None:
+    gate, up = randn(3, 5), randn(3, 5, seed=1)
+    torch.testing.assert_close(swiglu(gate, up), gate / (1 + (-gate).exp()) * up)
+
+
+def test_patch_max_is_elementwise_also_for_single_bytes_and_negative_states() -> None:
+    states, lengths = randn(9, 4) - 5, torch.tensor([1, 5, 1, 2])
+    expected = [part.max(0).values for part in states.split(lengths.tolist())]
+    assert torch.equal(patch_max(states, lengths), torch.stack(expected))
+
+
+def test_slot_attention_is_the_formula() -> None:
+    q, k, v = randn(4, 3, 8), randn(4, 5, 3, 8, seed=1), randn(4, 5, 3, 8, seed=2)
+    found = slot_attention(q, k, v)
+    for r in range(4):
+        for head in range(3):
+            weights = [math.exp(float(q[r, head] @ k[r, slot, head]) / math.sqrt(8)) for slot in range(5)]
+            expected = sum(w * v[r, slot, head] for slot, w in enumerate(weights)) / sum(weights)
+            torch.testing.assert_close(found[r, head], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "width"), [(32, 32), (260, 96), (704, 256), (7, 45)])
+def test_linear_is_row_invariant_from_the_floor_on(out: int, width: int, dtype: torch.dtype) -> None:
+    floor = row_floor([(out, width)], dtype, CPU)
+    if floor is None:
+        pytest.skip("this machine's matrix products have no floor; the engine warns about it")
+    # One element off: a tensor in a mapped file is aligned to its element only.
+    weight = randn(out * width + 1, dtype=dtype)[1:].view(out, width)
+    x = randn(300, width, seed=1, dtype=dtype)
+    expected = linear(x, weight)
+    for count in (floor, floor + 1, 19, 27, 40, 77, 100, 129, 200, 299):
+        for start in (0, 1, 300 - count):
+            rows = slice(start, start + count)
+            assert torch.equal(linear(x[rows].contiguous(), weight), expected[rows]), (count, start)
+
+
+def _slots(x: Tensor) -> Tensor:
+    heads = x.view(len(x), 4, -1)
+    kv = heads.unsqueeze(1).expand(-1, 3, -1, -1) * torch.tensor([0.5, -1, 2], dtype=x.dtype)[:, None, None]
+    return slot_attention(heads, kv.contiguous(), kv.flip(1).contiguous())
+
+
+def _hashed(x: Tensor) -> Tensor:
+    windows = (x.float().abs() * 100).long() % 260
+    hashes = ngram_hashes(windows, (2, 3), 2, 50)
+    return hash_embed(windows, randn(260, 36), [randn(50, 36, seed=s) for s in range(4)], hashes)
+
+
+ROW_BY_ROW: dict[str, Callable[[Tensor], Tensor]] = {
+    "rms_norm": lambda x: rms_norm(x, randn(x.shape[1], seed=3, dtype=x.dtype), 1e-5),
+    "rope": lambda x: apply_rope(x.view(len(x), 2, -1), rope_table(x.shape[1] // 2, 1e4, 64, CPU)[(x[:, 0] > 0).long()]),
+    "entropy": entropy,
+    "swiglu": lambda x: swiglu(x, x.flip(1).contiguous()),
+    "slot_attention": _slots,
+    "patch_max": lambda x: patch_max(x, torch.ones(len(x), dtype=torch.int64)),
+    "hash_embed": _hashed,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [36, 260, 20])
+@pytest.mark.parametrize("name", ROW_BY_ROW)
+def test_rows_are_the_same_bits_alone_and_in_company(name: str, width: int, dtype: torch.dtype) -> None:
+    kernel, x = ROW_BY_ROW[name], randn(131, width, dtype=dtype)
+    expected = kernel(x)
+    for count in (1, 2, 3, 7, 16, 33, 130):
+        for start in (0, 1, 131 - count):
+            rows = slice(start, start + count)
+            assert torch.equal(kernel(x[rows].clone()), expected[rows]), (count, start)
