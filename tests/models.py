@@ -6,11 +6,16 @@ patcher's entropies, so that patches of 1 to many bytes occur. Sizes are the lea
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import BltConfig, BltForCausalLM
+
+from engine.checkpoint import expected_shapes
+from engine.config import HashConfig, ModelConfig, PatchingRule, StackConfig
+from tests import reference
 
 MEAN_PATCH = 3.5
 
@@ -128,6 +133,74 @@ def hf_greedy(model: BltForCausalLM, ids: Sequence[int], n: int) -> list[int]:
     return grown[len(ids) :]
 
 
-def save_hf(model: BltForCausalLM, path: Path) -> Path:
-    model.save_pretrained(path)
-    return path
+def our_config(
+    *,
+    slots: int = 2,
+    dim: int = 32,
+    global_dim: int = 64,
+    encoder_layers: int = 1,
+    window: int | None = 24,
+    patcher_window: int | None = 20,
+    kv_heads: int = 4,
+    hashes: HashConfig = HashConfig((3, 5, 8), 1, 211),
+    patching: PatchingRule = PatchingRule(),
+    max_positions: int = 4096,
+    **forms: object,
+) -> ModelConfig:
+    """A tiny configuration of ours; `forms` are further fields of `ModelConfig`."""
+
+    def stack(dim: int, layers: int, window: int | None, theta: float = 500000.0) -> StackConfig:
+        return StackConfig(dim, layers, 4, kv_heads, 2 * dim, theta, max_positions, window)
+
+    return ModelConfig(
+        name="random",
+        vocab_size=260,
+        slots=slots,
+        encoder=stack(dim, encoder_layers, window),
+        global_=stack(global_dim, 2, None),
+        decoder=stack(dim, 2, window),
+        patcher=stack(32, 2, patcher_window, 10000.0),
+        hashes=hashes,
+        patching=patching,
+        **forms,
+    )
+
+
+def our_model(config: ModelConfig, seed: int = 0) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The configuration with a threshold that suits them, and random tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in expected_shapes(config).items():
+        drawn = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            tensors[name] = 1 + 0.2 * drawn
+        else:
+            tensors[name] = drawn * shape[1] ** -0.5 * (2 if name.endswith("patcher.lm_head.weight") else 1)
+    h = reference.entropies(config, tensors, text(400, 1234))
+    rule = config.patching
+    if rule.monotonic:
+        rule = replace(rule, threshold=middle_threshold(h.diff().tolist()))
+    else:
+        rule = replace(rule, threshold=middle_threshold(h.tolist(), 2.0 if rule.threshold_add is not None else MEAN_PATCH))
+    return replace(config, patching=rule), tensors
+
+
+OUR_MODELS: dict[str, Callable[[], tuple[ModelConfig, dict[str, Tensor]]]] = {
+    "plain": lambda: our_model(our_config(), 20),
+    "max-patch-length": lambda: our_model(our_config(patching=PatchingRule(max_patch_length=4)), 21),
+    "monotonic": lambda: our_model(our_config(patching=PatchingRule(monotonic=True), window=None), 22),
+    "threshold-add": lambda: our_model(our_config(patching=PatchingRule(threshold_add=0.1, max_patch_length=6)), 23),
+    "fast-blt": lambda: our_model(
+        our_config(
+            decoder_input="embedding",
+            mask_id=260,
+            block_size=8,
+            slots=4,
+            global_dim=96,
+            patching=PatchingRule(max_patch_length=8),
+        ),
+        24,
+    ),
+    "refine": lambda: our_model(our_config(encoder_layers=2, encoder_refine=True), 25),
+    "gqa-isolated": lambda: our_model(our_config(kv_heads=2, isolate_documents=True), 26),
+}

@@ -51,7 +51,7 @@ class Decoder:
         plan: AttentionPlan,
     ) -> Tensor:
         """x (R, dim) to the last hidden states (R, dim). Row r reads the latent at latent_page[r], latent_offset[r]."""
-        angles = self._stack.rope[plan.positions]
+        angles = self._stack.rope.index_select(0, plan.positions)
         for i, (layer, kv) in enumerate(zip(self._stack.layers, cache, strict=True)):
             if i < len(self._cross):
                 k_slots, v_slots = (c[latent_page, latent_offset] for c in latent_cache[i])

@@ -47,7 +47,7 @@ class Encoder:
         hashing = self._config.hashes
         hashes = ngram_hashes(windows, hashing.group_sizes, hashing.num_functions, hashing.rows)
         x = hash_embed(windows, self._embedding, self._tables, hashes)
-        angles = self._stack.rope[plan.positions]
+        angles = self._stack.rope.index_select(0, plan.positions)
         first_cross = len(self._stack.layers) - len(self._cross)
         for i, (layer, kv) in enumerate(zip(self._stack.layers, cache, strict=True)):
             x = layer(x, angles, kv, plan)

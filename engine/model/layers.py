@@ -55,7 +55,7 @@ class Stack:
         self.rope = rope_table(config.head_dim, config.rope_theta, config.max_positions, device)
 
     def __call__(self, x: Tensor, cache: KvCache, plan: AttentionPlan) -> Tensor:
-        angles = self.rope[plan.positions]
+        angles = self.rope.index_select(0, plan.positions)
         for layer, kv in zip(self.layers, cache, strict=True):
             x = layer(x, angles, kv, plan)
         return x
