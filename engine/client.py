@@ -1,0 +1,426 @@
+"""The parent's side of the engine process: starts it, feeds it, restarts it. No torch in here.
+
+If the process dies, a new one gets every request in flight with the ids that arrived so far as `output_ids`, and goes
+on behind them. Whoever reads a stream sees a pause, and the bytes that an undisturbed engine would have sent: choosing
+an id depends on the ids before it and a counter-based draw alone, and text that is held back for a stop string depends
+on the ids alone, so the engine feeds `output_ids` to its stop matcher and releases only what comes new behind them.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from .config import EngineConfig, ModelLimits
+from .types import Abort, Command, Delta, Event, Failed, Finished, Request, Shutdown, Snapshot, TokenLogprob
+from .wire import Batch, Message, Started, StartFailed, decode_message, encode
+
+log = logging.getLogger("fastblt.engine.client")
+
+State = Literal["starting", "ready", "restarting", "dead"]
+
+STEADY_SECONDS = 60.0
+"""A crash later than this after loading starts a new count of crashes."""
+FRUITLESS_CRASHES = 2
+"""Crashes in a row that a request may be part of without any event between them."""
+STOP_SECONDS = 5.0
+LAST_MESSAGE_MS = 500
+
+
+class EngineStartError(RuntimeError):
+    """The engine process could not load its model. The message is for the operator."""
+
+
+class EngineDead(RuntimeError):
+    """The engine process is gone and will not come back."""
+
+
+class EngineClient:
+    """One engine process and the streams of its requests. Lives on one event loop.
+
+    It survives a crash or a hang of the process (work in flight and no sign of life for `hang_timeout` seconds) by
+    restarting it. More than `max_restarts` crashes in a row, each within a minute of loading, and it is dead.
+
+    A new process gets the requests of the last one one after another, each when the one before has shown progress: so
+    one that kills engines meets few others when it does. In flight during two crashes without an event between them, a
+    request is taken for their cause and ends in `Failed`.
+    """
+
+    limits: ModelLimits
+    """Of the loaded model; there is none before `start`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        max_restarts: int = 3,
+        hang_timeout: float = 120.0,
+        engine_factory: str = "engine.engine:Engine",
+    ) -> None:
+        self._config = config
+        self._max_restarts = max_restarts
+        self._hang_timeout = hang_timeout
+        self._engine_factory = engine_factory
+        self._child: _Child | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._streams: dict[str, _Stream] = {}
+        self._held: deque[_Stream] = deque()
+        """Streams of the last process that this one has not got yet."""
+        self._probe: _Stream | None = None
+        """The one that it got last; the next follows when this shows progress."""
+        self._heard = 0.0
+        self.state: State = "starting"
+        self.restarts = 0
+        self.snapshot = Snapshot()
+        """The newest one. A restarted engine's counters start anew."""
+
+    @property
+    def pid(self) -> int | None:
+        """The engine process, if there is one."""
+        return self._child.process.pid if self._child and self._child.process else None
+
+    async def start(self) -> None:
+        """Spawns the process and waits until the model is loaded. Raises EngineStartError."""
+        try:
+            await self._spawn()
+        except BaseException:
+            self.state = "dead"
+            raise
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+
+    async def stop(self) -> None:
+        """Ends the process; streams still open raise EngineDead. May be called in any state, and again."""
+        if self._supervisor:
+            self._supervisor.cancel()
+            await asyncio.wait({self._supervisor})
+            self._supervisor = None
+        patience = STOP_SECONDS if self.state == "ready" else 0
+        self._send(Shutdown())
+        self._die("the engine was stopped")
+        await self._reap(patience)
+
+    async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
+        """The events of a request, the last one a `Finished` or `Failed`. Closing the generator early aborts it.
+
+        The request goes to the engine with the first iteration. Deltas that a slow reader has not fetched are merged
+        into one. `Finished.usage` counts the calls of the engine that finished the request, not of one that died.
+        Raises EngineDead if the engine is gone for good, ValueError if a request with this id is in flight.
+        """
+        if self.state == "dead":
+            raise EngineDead("the engine is not running")
+        if request.id in self._streams:
+            raise ValueError(f"a request with id {request.id!r} is in flight")
+        if not self._streams:
+            self._heard = time.monotonic()
+        stream = self._streams[request.id] = _Stream(request)
+        if self.state == "ready":
+            stream.sent = True
+            self._send(request)
+        try:
+            while True:
+                event = await stream.next()
+                yield event
+                if not isinstance(event, Delta):
+                    return
+        finally:
+            if self._streams.get(request.id) is stream:
+                self._send(Abort(request.id))
+                self._forget(stream)
+
+    def _send(self, command: Command) -> None:
+        # Not while there is no engine: a new one gets all that is in flight when it is ready. The socket has no high-
+        # water mark, so that a send to a living process is done at once; to a dead one it is dropped with the socket.
+        if self._child and self.state == "ready":
+            self._child.socket.send(encode(command))
+
+    def _forget(self, stream: "_Stream") -> None:
+        del self._streams[stream.request.id]
+        if stream is self._probe:
+            self._resume_next()
+
+    def _resume_next(self) -> None:
+        self._probe = None
+        while self._held and not self._probe:
+            stream = self._held.popleft()
+            if self._streams.get(stream.request.id) is stream:
+                self._probe, stream.sent = stream, True
+                self._send(stream.resumed())
+
+    async def _supervise(self) -> None:
+        """Receives until the process ends, restarts it, and so on until it will not come back."""
+        crashes = 0
+        try:
+            while True:
+                loaded = time.monotonic()
+                exit_code = await self._receive_until_exit()
+                log.error("the engine process %s", _describe_exit(exit_code))
+                crashes = 1 if time.monotonic() - loaded > STEADY_SECONDS else crashes + 1
+                self.state = "restarting"
+                self.snapshot = Snapshot()
+                self._blame()
+                while True:
+                    await self._reap(0)
+                    if crashes > self._max_restarts:
+                        return self._die(f"the engine failed {crashes} times in a row")
+                    await asyncio.sleep(0 if crashes == 1 else 0.25 * 2 ** min(crashes, 7))
+                    try:
+                        await self._spawn()
+                        break
+                    except EngineStartError as error:
+                        log.error("the engine did not come back: %s", error)
+                        crashes += 1
+                self.restarts += 1
+                log.warning("the engine is back; %d requests go on", len(self._streams))
+        except Exception:
+            log.exception("the engine's supervisor failed")
+            self._die("the engine's supervisor failed")
+            await self._reap(0)
+
+    async def _receive_until_exit(self) -> int:
+        """Delivers messages until the process ends, by itself or killed because it hangs; returns its exit code."""
+        assert self._child and self._child.process
+        process, socket = self._child.process, self._child.socket
+        receiver = asyncio.create_task(self._receive(socket))
+        exited = asyncio.create_task(process.wait())
+        try:
+            while not exited.done():
+                await asyncio.wait({receiver, exited}, timeout=self._hang_timeout / 4, return_when="FIRST_COMPLETED")
+                if receiver.done():
+                    receiver.result()
+                if self._streams and time.monotonic() - self._heard > self._hang_timeout:
+                    log.error("the engine has been silent for %.0f s", time.monotonic() - self._heard)
+                    self._child.kill()
+            return exited.result()
+        finally:
+            receiver.cancel()
+            exited.cancel()
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            message = decode_message(await socket.recv())
+            self._heard = time.monotonic()
+            assert isinstance(message, Batch)
+            self.snapshot = message.snapshot or self.snapshot
+            for event in message.events:
+                if stream := self._streams.get(event.id):
+                    stream.put(event)
+                    if stream.ended:
+                        self._forget(stream)
+                    elif stream is self._probe:
+                        self._resume_next()
+
+    def _blame(self) -> None:
+        """After a crash: fails the requests that keep being there when it happens."""
+        self._probe = None
+        for stream in [stream for stream in self._streams.values() if stream.sent]:
+            stream.sent = False
+            stream.fruitless_crashes += 1
+            if stream.fruitless_crashes == FRUITLESS_CRASHES:
+                del self._streams[stream.request.id]
+                message = "the engine failed repeatedly while it ran this request"
+                stream.put(Failed(id=stream.request.id, code="internal", message=message))
+
+    def _die(self, why: str) -> None:
+        self.state = "dead"
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.end(EngineDead(why))
+
+    async def _spawn(self) -> None:
+        """Starts a process, waits until it is ready, and hands it everything in flight. Raises EngineStartError."""
+        try:
+            # Needed until the process has connected.
+            with TemporaryDirectory(prefix="fastblt-") as directory:
+                self._child = _Child(f"ipc://{directory}/engine")
+                await self._child.start(self._engine_factory, self._config)
+                message = await self._child.first_message()
+        except (OSError, zmq.ZMQError) as error:
+            await self._reap(0)
+            raise EngineStartError(f"the engine process cannot be started: {error}") from error
+        except BaseException:
+            await self._reap(0)
+            raise
+        self.limits, self.snapshot = message.limits, message.snapshot
+        self.state = "ready"
+        self._heard = time.monotonic()
+        self._held = deque(self._streams.values())
+        self._resume_next()
+
+    async def _reap(self, patience: float) -> None:
+        if self._child:
+            child, self._child = self._child, None
+            await child.close(patience)
+
+
+class _Child:
+    """A process, the socket to it, and the pipe whose closing tells it that its parent is gone."""
+
+    def __init__(self, address: str) -> None:
+        self.process: asyncio.subprocess.Process | None = None
+        self._address = address
+        self._context = zmq.asyncio.Context()
+        self.socket = self._context.socket(zmq.PAIR)
+        self.socket.set_hwm(0)
+        self.socket.linger = 0
+        self.socket.bind(address)
+        self._lifeline: int | None = None
+
+    async def start(self, factory: str, config: EngineConfig) -> None:
+        end, self._lifeline = os.pipe()
+        try:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "engine.process"),
+                *(self._address, str(end), factory, msgspec.json.encode(config).decode()),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(end,),
+                # What the parent can import the child can, wherever the parent was started and however installed.
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)},
+            )
+        finally:
+            os.close(end)
+
+    async def first_message(self) -> Started:
+        """Waits until the model is loaded. Raises EngineStartError."""
+        assert self.process
+        receiver = asyncio.ensure_future(self.socket.recv())
+        exited = asyncio.create_task(self.process.wait())
+        try:
+            await asyncio.wait({receiver, exited}, return_when="FIRST_COMPLETED")
+            if not receiver.done():
+                # Its last words may still be on their way.
+                await asyncio.wait({receiver}, timeout=LAST_MESSAGE_MS / 1000)
+            if not receiver.done():
+                raise EngineStartError(f"the engine process {_describe_exit(exited.result())} while it was loading")
+            message: Message = decode_message(receiver.result())
+        finally:
+            receiver.cancel()
+            exited.cancel()
+        if isinstance(message, StartFailed):
+            raise EngineStartError(message.message)
+        assert isinstance(message, Started)
+        return message
+
+    def kill(self) -> None:
+        if self.process and self.process.returncode is None:
+            self.process.kill()
+
+    async def close(self, patience: float) -> None:
+        """Ends the process, after `patience` seconds by force, and frees everything."""
+        try:
+            if self.process:
+                try:
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self.process.wait(), patience)
+                finally:
+                    self.kill()
+                await self.process.wait()
+        finally:
+            if self._lifeline is not None:
+                os.close(self._lifeline)
+            self.socket.close()
+            self._context.term()
+
+
+class _Stream:
+    """A request in flight: what its reader has not fetched yet, and what a new engine would have to know."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.fruitless_crashes = 0
+        self.sent = False
+        """Whether the present engine has it."""
+        self.ended = False
+        self._submitted = time.monotonic()
+        self._output_ids = list(request.output_ids)
+        self._logprob = 0.0
+        self._prompt_scored = False
+        self._resumed = False
+        self._unread = _Unread()
+        self._last: Finished | Failed | EngineDead | None = None
+        self._news = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        self.fruitless_crashes = 0
+        if isinstance(event, Delta):
+            self._output_ids += event.ids
+            self._logprob += sum(entry.logprob or 0.0 for entry in event.logprobs)
+            self._prompt_scored |= bool(event.prompt_logprobs)
+            self._unread.add(event)
+            self._news.set()
+        elif isinstance(event, Finished) and self._resumed:
+            self.end(msgspec.structs.replace(event, cumulative_logprob=self._logprob))
+        else:
+            self.end(event)
+
+    def end(self, last: Finished | Failed | EngineDead) -> None:
+        self.ended = True
+        self._last = last
+        self._news.set()
+
+    async def next(self) -> Event:
+        """The next event, or all Deltas since the last one in one. Raises EngineDead."""
+        await self._news.wait()
+        if not self._unread.empty:
+            delta, self._unread = self._unread.delta(self.request.id), _Unread()
+            if not self.ended:
+                self._news.clear()
+            return delta
+        assert self._last
+        if isinstance(self._last, EngineDead):
+            raise self._last
+        return self._last
+
+    def resumed(self) -> Request:
+        """The request for an engine that knows nothing of it: goes on where the last one was heard."""
+        self._resumed = True
+        timeout = self.request.timeout
+        return msgspec.structs.replace(
+            self.request,
+            output_ids=list(self._output_ids),
+            prompt_logprobs=self.request.prompt_logprobs and not self._prompt_scored,
+            timeout=None if timeout is None else max(timeout - (time.monotonic() - self._submitted), 0.0),
+        )
+
+
+class _Unread:
+    """Deltas of one request, merged."""
+
+    def __init__(self) -> None:
+        self.empty = True
+        self._ids: list[int] = []
+        self._text = bytearray()
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob] = []
+
+    def add(self, delta: Delta) -> None:
+        self.empty = False
+        self._ids += delta.ids
+        self._text += delta.text
+        self._logprobs += delta.logprobs
+        self._prompt_logprobs += delta.prompt_logprobs
+
+    def delta(self, request_id: str) -> Delta:
+        return Delta(
+            id=request_id,
+            ids=self._ids,
+            text=bytes(self._text),
+            logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+        )
+
+
+def _describe_exit(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL; out of memory?)"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

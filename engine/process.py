@@ -1,0 +1,120 @@
+"""The engine process: `python -m engine.process ADDRESS LIFELINE FACTORY CONFIG`, started by `engine.client`.
+
+It connects to the ZeroMQ address, loads the engine (`FACTORY` is "module:callable", `CONFIG` an EngineConfig as JSON)
+and steps it as long as there is work. Exit codes: 0 asked to leave, 1 failed. LIFELINE is the reading end of a pipe
+whose other end only the parent holds: when it closes, the parent is gone and so is this process.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from importlib import import_module
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from .config import EngineConfig, ModelLimits
+from .types import Abort, Event, Request, Shutdown, Snapshot
+from .wire import Batch, Message, Started, StartFailed, decode_command, encode
+
+log = logging.getLogger("fastblt.engine.process")
+
+SNAPSHOT_INTERVAL = 0.1
+"""Least seconds between two snapshots while there is work."""
+LINGER_MS = 2000
+"""How long a leaving process tries to deliver its last message."""
+
+
+class EngineLike(Protocol):
+    """What the loop asks of an engine; see `engine.engine.Engine`."""
+
+    @property
+    def limits(self) -> ModelLimits: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, request: Request) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def step(self) -> list[Event]: ...
+
+    def snapshot(self) -> Snapshot: ...
+
+
+def main(address: str, lifeline: str, factory: str, config: str) -> int:
+    """Loads, serves and returns the exit code."""
+    # Ctrl-C reaches the whole group; only the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    threading.Thread(target=_leave_with_parent, args=(int(lifeline),), daemon=True).start()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.set_hwm(0)
+        socket.linger = LINGER_MS
+        socket.connect(address)
+
+        def send(message: Message) -> None:
+            socket.send(encode(message))
+
+        try:
+            module, name = factory.split(":")
+            engine: EngineLike = getattr(import_module(module), name)(msgspec.json.decode(config, type=EngineConfig))
+        except Exception as error:
+            log.debug("loading failed", exc_info=True)
+            send(StartFailed(_describe(error)))
+            return 1
+        send(Started(engine.limits, engine.snapshot()))
+        try:
+            _serve(engine, socket)
+        except Exception:
+            log.exception("the engine failed; its process ends")
+            return 1
+    return 0
+
+
+def _serve(engine: EngineLike, socket: zmq.Socket[bytes]) -> None:
+    """Steps the engine until Shutdown; sleeps while there is nothing to do."""
+    reported = time.monotonic()
+    while True:
+        patience = 0 if engine.has_work else None
+        while socket.poll(patience):
+            patience = 0
+            match decode_command(socket.recv()):
+                case Request() as request:
+                    engine.add(request)
+                case Abort(id):
+                    engine.abort(id)
+                case Shutdown():
+                    return
+        if not engine.has_work:
+            continue
+        events = engine.step()
+        now = time.monotonic()
+        due = not engine.has_work or now - reported >= SNAPSHOT_INTERVAL
+        if due:
+            reported = now
+        if events or due:
+            socket.send(encode(Batch(events, engine.snapshot() if due else None)))
+
+
+def _leave_with_parent(lifeline: int) -> None:
+    os.set_inheritable(lifeline, False)
+    os.read(lifeline, 1)
+    os._exit(0)
+
+
+def _describe(error: Exception) -> str:
+    """One message for a person. Errors that are about the input speak for themselves, others name their type."""
+    if str(error) and isinstance(error, (ValueError, OSError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

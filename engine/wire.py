@@ -1,0 +1,45 @@
+"""What the engine process and its parent say to each other, and how it looks on the socket (MessagePack)."""
+
+import msgspec
+
+from .config import ModelLimits
+from .types import Command, Event, Snapshot
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """The first message of an engine process: the model is loaded."""
+
+    limits: ModelLimits
+    snapshot: Snapshot
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """The first and only message of an engine process that could not load its model."""
+
+    message: str
+
+
+class Batch(msgspec.Struct, frozen=True, tag=True):
+    """What one step brought."""
+
+    events: list[Event]
+    snapshot: Snapshot | None = None
+
+
+Message = Started | StartFailed | Batch
+
+_encoder = msgspec.msgpack.Encoder()
+_command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_message_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Command | Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_command(data: bytes) -> Command:
+    return _command_decoder.decode(data)
+
+
+def decode_message(data: bytes) -> Message:
+    return _message_decoder.decode(data)
