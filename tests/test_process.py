@@ -1,0 +1,344 @@
+"""The engine process and its client: what a reader sees when processes start, stop, crash and hang."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from engine.client import EngineClient, EngineDead, EngineStartError
+from engine.config import BYTE_OFFSET, EngineConfig
+from engine.types import Delta, Failed, Finished, Request, TokenLogprob
+from tests.scripted_engine import prompt_ids, scripted_ids, scripted_logprob
+
+pytestmark = pytest.mark.asyncio
+
+FACTORY = "tests.scripted_engine:ScriptedEngine"
+
+
+class Transcript:
+    """All that one stream said."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.text = b""
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.deltas = 0
+        self.last: Finished | Failed | None = None
+
+    @property
+    def finished(self) -> Finished:
+        assert isinstance(self.last, Finished)
+        return self.last
+
+
+async def read(
+    client: EngineClient, request: Request, on_delta: Callable[[Transcript], None] = lambda _: None
+) -> Transcript:
+    heard = Transcript()
+    async for event in client.submit(request):
+        assert event.id == request.id
+        assert heard.last is None
+        if isinstance(event, Delta):
+            heard.deltas += 1
+            heard.ids += event.ids
+            heard.text += event.text
+            heard.logprobs += event.logprobs
+            heard.prompt_logprobs += event.prompt_logprobs
+            on_delta(heard)
+        else:
+            heard.last = event
+            heard.text += event.text if isinstance(event, Finished) else b""
+    return heard
+
+
+def request(prompt: str, max_tokens: int = 40, **options: object) -> Request:
+    return Request(id=f"id-{prompt}", prompt_ids=prompt_ids(prompt), max_tokens=max_tokens, **options)  # type: ignore[arg-type]
+
+
+def scripted_text(prompt: str, length: int) -> bytes:
+    return bytes(i - BYTE_OFFSET for i in scripted_ids(prompt, 0, length))
+
+
+@asynccontextmanager
+async def running(model: Path, **options: object) -> AsyncIterator[EngineClient]:
+    client = EngineClient(EngineConfig(model=str(model)), engine_factory=FACTORY, **options)  # type: ignore[arg-type]
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.stop()
+
+
+def kill(client: EngineClient, sign: signal.Signals = signal.SIGKILL) -> None:
+    assert client.pid
+    os.kill(client.pid, sign)
+
+
+def exists(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        await asyncio.sleep(0.01)
+
+
+async def test_many_streams_say_what_the_engine_says_and_end_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        assert (client.state, client.limits.name, client.limits.pages) == ("ready", "scripted", {"byte": 8})
+        heard = await asyncio.gather(*(read(client, request(f"p{i}", max_tokens=i)) for i in range(1, 51)))
+        for i, transcript in enumerate(heard, 1):
+            assert transcript.ids == scripted_ids(f"p{i}", 0, i)
+            assert transcript.text == scripted_text(f"p{i}", i)
+            assert transcript.finished.reason == "length"
+            assert transcript.finished.usage.completion_tokens == i
+        await eventually(lambda: client.snapshot.running == 0 and client.snapshot.steps >= 50)
+
+
+async def test_closing_a_stream_early_aborts_its_request(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        async with aclosing(client.submit(request("long", max_tokens=9999))) as stream:
+            await anext(stream)
+            await eventually(lambda: client.snapshot.running == 1)
+        await eventually(lambda: client.snapshot.running == 0)
+        task = asyncio.create_task(read(client, request("long", max_tokens=9999)))
+        await eventually(lambda: client.snapshot.running == 1)
+        task.cancel()
+        await eventually(lambda: client.snapshot.running == 0)
+        assert client.restarts == 0
+
+
+async def test_two_requests_in_flight_cannot_share_an_id(tmp_path: Path) -> None:
+    async with running(tmp_path) as client, aclosing(client.submit(request("a", max_tokens=9999))) as stream:
+        await anext(stream)
+        with pytest.raises(ValueError, match="id-a"):
+            await read(client, request("a"))
+        assert await anext(stream)
+
+
+async def test_a_slow_reader_gets_one_merged_delta_and_stalls_nobody(tmp_path: Path) -> None:
+    async with running(tmp_path) as client, aclosing(client.submit(request("slow", max_tokens=30, logprobs=0))) as slow:
+        first = await anext(slow)
+        quick = await read(client, request("quick", max_tokens=60))
+        assert quick.deltas > 20
+        second, last = await anext(slow), await anext(slow)
+        assert isinstance(first, Delta) and isinstance(second, Delta)
+        assert first.ids + second.ids == scripted_ids("slow", 0, 30)
+        assert len(second.logprobs) == len(second.ids)
+        assert isinstance(last, Finished)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+async def test_streams_go_on_with_the_same_bytes_when_the_process_ends(tmp_path: Path, sign: signal.Signals) -> None:
+    stop = scripted_text("stops", 60)[50:]
+    async with running(tmp_path) as client:
+
+        def interrupt(heard: Transcript) -> None:
+            if len(heard.ids) == 20 and not client.restarts:
+                kill(client, sign)
+
+        scored = request("scored", max_tokens=50, logprobs=0, prompt_logprobs=True)
+        heard = await asyncio.gather(
+            read(client, request("plain", max_tokens=50), interrupt),
+            read(client, scored),
+            read(client, request("stops", max_tokens=90, stop=[stop, b"never"])),
+            *(read(client, request(f"p{i}", max_tokens=i)) for i in range(15, 35)),
+        )
+        assert client.restarts == 1
+        plain, scores, stops, *others = heard
+        assert plain.ids == scripted_ids("plain", 0, 50)
+        assert scores.prompt_logprobs == [TokenLogprob(i, -1.0, {}) for i in prompt_ids("scored")]
+        assert [entry.id for entry in scores.logprobs] == scores.ids == scripted_ids("scored", 0, 50)
+        assert scores.finished.cumulative_logprob == sum(scripted_logprob(i) for i in range(50))
+        assert stops.finished.reason == "stop"
+        assert stops.text == scripted_text("stops", 50)
+        for i, transcript in enumerate(others, 15):
+            assert transcript.ids == scripted_ids(f"p{i}", 0, i)
+            assert transcript.text == scripted_text(f"p{i}", i)
+
+
+async def test_a_request_made_while_the_engine_restarts_is_served(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        kill(client)
+        await eventually(lambda: client.state == "restarting")
+        assert (await read(client, request("new"))).ids == scripted_ids("new", 0, 40)
+        assert client.state == "ready"
+
+
+@pytest.mark.parametrize("prompt", ["exit:5", "raise:0"])
+async def test_a_request_that_kills_engines_fails_alone(tmp_path: Path, prompt: str) -> None:
+    async with running(tmp_path) as client:
+        innocents = [request(f"p{i}", max_tokens=300) for i in range(5)]
+        poison, *others = await asyncio.gather(read(client, request(prompt)), *(read(client, r) for r in innocents))
+        assert isinstance(poison.last, Failed)
+        assert poison.last.code == "internal"
+        assert client.restarts == 2
+        for i, transcript in enumerate(others):
+            assert transcript.ids == scripted_ids(f"p{i}", 0, 300)
+
+
+async def test_a_hanging_engine_is_killed_and_replaced(tmp_path: Path) -> None:
+    async with running(tmp_path, hang_timeout=0.5) as client:
+        hanging, other = await asyncio.gather(
+            read(client, request("hang:3")), read(client, request("fine", max_tokens=200))
+        )
+        assert isinstance(hanging.last, Failed)
+        assert other.ids == scripted_ids("fine", 0, 200)
+        # Silence without work is no hang.
+        pid = client.pid
+        await asyncio.sleep(1.0)
+        assert (client.pid, client.restarts) == (pid, 2)
+
+
+async def test_crashing_too_often_is_the_end(tmp_path: Path) -> None:
+    async with running(tmp_path, max_restarts=1) as client:
+
+        def interrupt(_: Transcript) -> None:
+            kill(client)
+
+        with pytest.raises(EngineDead, match="2 times"):
+            await read(client, request("a", max_tokens=9999), interrupt)
+        assert (client.state, client.restarts, client.pid) == ("dead", 1, None)
+        with pytest.raises(EngineDead):
+            await read(client, request("b"))
+
+
+async def test_an_engine_that_cannot_load_again_is_given_up(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.touch()
+    async with running(model, max_restarts=1) as client:
+        model.unlink()
+
+        def interrupt(_: Transcript) -> None:
+            kill(client)
+
+        with pytest.raises(EngineDead):
+            await read(client, request("a", max_tokens=9999), interrupt)
+        assert (client.state, client.restarts) == ("dead", 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "factory", "message"),
+    [
+        ("/nowhere", FACTORY, "no model at /nowhere"),
+        ("exit", FACTORY, "exit code 3 while it was loading"),
+        ("/", "no_such_module:Engine", "no_such_module"),
+    ],
+)
+async def test_a_loading_error_reaches_the_parent_as_one_message(
+    model: str, factory: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    client = EngineClient(EngineConfig(model=model), engine_factory=factory)
+    with pytest.raises(EngineStartError, match=message):
+        await client.start()
+    assert (client.state, client.pid) == ("dead", None)
+    with pytest.raises(EngineDead):
+        await read(client, request("a"))
+    await client.stop()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+async def test_stopping_ends_open_streams_and_may_be_repeated(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        pid = client.pid
+        task = asyncio.create_task(read(client, request("a", max_tokens=9999)))
+        await eventually(lambda: client.snapshot.running == 1)
+        await client.stop()
+        assert pid and not exists(pid)
+        with pytest.raises(EngineDead, match="stopped"):
+            await task
+        await client.stop()
+        assert client.state == "dead"
+
+
+async def test_start_may_be_cancelled() -> None:
+    client = EngineClient(EngineConfig(model="sleep"), engine_factory=FACTORY)
+    starting = asyncio.create_task(client.start())
+    await eventually(lambda: client.pid is not None)
+    pid = client.pid
+    starting.cancel()
+    await asyncio.wait({starting})
+    assert starting.cancelled()
+    await eventually(lambda: not exists(pid or 0))
+    assert (client.state, client.pid) == ("dead", None)
+
+
+async def test_ctrl_c_in_the_terminal_does_not_reach_the_engine(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+
+        def interrupt(_: Transcript) -> None:
+            kill(client, signal.SIGINT)
+
+        assert (await read(client, request("a", max_tokens=60), interrupt)).ids == scripted_ids("a", 0, 60)
+        assert client.restarts == 0
+
+
+async def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    async def round_trip() -> list[int]:
+        async with running(tmp_path) as client:
+            first = client.pid or 0
+            await read(client, request("a", max_tokens=3))
+            kill(client)
+            await eventually(lambda: client.restarts == 1)
+            assert (await read(client, request("a", max_tokens=3))).ids == scripted_ids("a", 0, 3)
+            assert list(tmp_path.iterdir()) == []
+            return [first, client.pid or 0]
+
+    await round_trip()
+    before = open_files()
+    pids = await round_trip()
+    await eventually(lambda: open_files() <= before)
+    assert not any(exists(pid) for pid in pids)
+    assert list(tmp_path.iterdir()) == []
+
+
+PARENT = """
+import asyncio, os, sys
+from engine.client import EngineClient
+from engine.config import EngineConfig
+
+async def main():
+    client = EngineClient(EngineConfig(model=sys.argv[1]), engine_factory=sys.argv[2])
+    starting = asyncio.create_task(client.start())
+    while not client.pid:
+        await asyncio.sleep(0.01)
+    if sys.argv[1] != "sleep":
+        await starting
+    print(client.pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("model", ["/", "sleep"])
+async def test_the_engine_does_not_outlive_its_parent(model: str) -> None:
+    command = [sys.executable, "-c", PARENT, model, FACTORY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        assert exists(pid)
+        parent.kill()
+    # An orphan's new parent may take its time to collect it: a zombie has no command line.
+    await eventually(lambda: not exists(pid) or not Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+@pytest.mark.parametrize(("module", "foreign"), [("engine.client", "torch"), ("engine.process", "fastapi")])
+async def test_each_side_imports_only_its_own(module: str, foreign: str) -> None:
+    code = f"import sys, {module}; sys.exit({foreign!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
