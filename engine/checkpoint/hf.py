@@ -1,0 +1,136 @@
+"""Checkpoints in Hugging Face's layout, ours included: `config.json` beside safetensors, single or sharded."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import ModelConfig
+from . import hf_config
+from .errors import CheckpointError
+from .files import CONFIG, WEIGHTS, WEIGHTS_INDEX, Stored, check, open_safetensors
+from .names import ENCODER, FUSED_HASHES, Shape, cross_attention, expected_shapes, hash_table
+
+SHARD_BYTES = 2 << 30
+
+
+def read(path: Path, data: dict[str, Any]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The checkpoint in folder `path`, whose `config.json` holds `data`; tensors are mapped, under canonical names."""
+    file_config, config = hf_config.parse(data, path / CONFIG)
+    stored = open_safetensors(path)
+    crosses = file_config.cross_layers_of_encoder
+    check(stored, _file_shapes(config, crosses), path)
+    return config, _canonical(config, stored, crosses)
+
+
+def _file_shapes(config: ModelConfig, crosses: int) -> dict[str, Shape]:
+    """What a file holds: hash tables fused, and `crosses` cross-attention layers in the encoder."""
+    shapes = expected_shapes(config) | cross_attention(ENCODER, config.encoder, crosses)
+    for t in range(config.hashes.num_tables):
+        del shapes[hash_table(t)]
+    shapes[FUSED_HASHES] = (config.hashes.num_tables * config.hashes.rows, config.encoder.dim)
+    return shapes
+
+
+def _canonical(config: ModelConfig, stored: Mapping[str, Stored], crosses: int) -> dict[str, Tensor]:
+    tensors = {name: s.map() for name, s in stored.items()}
+    for t, table in enumerate(tensors.pop(FUSED_HASHES).split(config.hashes.rows)):
+        tensors[hash_table(t)] = table
+    if not config.encoder_refine:
+        # Hugging Face pools anew in every layer, so that only the last layer's cross-attention reaches anything.
+        for layer in range(crosses):
+            for name in cross_attention(ENCODER, config.encoder, 1):
+                stored_name = name.replace("layers.0", f"layers.{layer}")
+                tensors[name] = tensors.pop(stored_name)
+    return {name: tensors[name] for name in expected_shapes(config)}
+
+
+def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Writes our own format into folder `path`, each file complete or not at all.
+
+    One shard is in memory at a time, besides what `tensors` holds. `tensors` may be mapped from the files that are
+    replaced.
+    """
+    expected = expected_shapes(config)
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors or name not in expected:
+            problem = "is missing" if name in expected else "is not part of this model"
+            raise CheckpointError(f"{path}: not written, tensor {name} {problem}")
+    file_dtype = dtype or tensors["lm_head.weight"].dtype
+    rendered = hf_config.render(config, str(file_dtype).removeprefix("torch."))
+    shapes = _file_shapes(config, config.encoder.num_layers if config.encoder_refine else 1)
+    sizes = {name: prod(shape) * file_dtype.itemsize for name, shape in shapes.items()}
+    shards = list(_shards(sizes))
+
+    path.mkdir(parents=True, exist_ok=True)
+    files = [WEIGHTS]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        with _replacing(path / file) as to:
+            save_file({name: _gather(config, name, shapes[name], tensors, dtype) for name in names}, to, {"format": "pt"})
+    written = set(files)
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        _write_json(path / WEIGHTS_INDEX, index)
+        written.add(WEIGHTS_INDEX)
+    _write_json(path / CONFIG, rendered)
+    for old in path.glob("model*.safetensors*"):
+        if old.name not in written:
+            old.unlink()
+
+
+def _shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in runs of at most SHARD_BYTES; a larger tensor has a shard to itself."""
+    names: list[str] = []
+    total = 0
+    for name, size in sizes.items():
+        if names and total + size > SHARD_BYTES:
+            yield names
+            names, total = [], 0
+        names.append(name)
+        total += size
+    yield names
+
+
+def _gather(
+    config: ModelConfig, name: str, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> Tensor:
+    """The tensor as the file holds it. Raises CheckpointError if it has another shape."""
+    if name != FUSED_HASHES:
+        return _shaped(name, shape, tensors[name]).to("cpu", dtype).contiguous()
+    rows = config.hashes.rows
+    fused = torch.empty(shape, dtype=dtype or tensors[hash_table(0)].dtype)
+    for t, part in enumerate(fused.split(rows)):
+        part.copy_(_shaped(hash_table(t), (rows, shape[1]), tensors[hash_table(t)]))
+    return fused
+
+
+def _shaped(name: str, shape: Shape, tensor: Tensor) -> Tensor:
+    if tensor.shape != shape:
+        raise CheckpointError(f"not written, tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    return tensor
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    with _replacing(path) as to:
+        to.write_text(json.dumps(data, indent=2) + "\n")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which then takes its place."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,269 @@
+"""`config.json` of Hugging Face's BLT, read and written.
+
+Ours is the same file plus the section `fastblt`, for what Hugging Face's model does not have. Absent keys take the
+defaults of transformers' `BltConfig`; both spellings of its keys are read (`rms_norm_eps` and `norm_eps`,
+`rope_parameters.rope_theta` and `rope_theta`).
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
+from .errors import CheckpointError
+from .files import validate
+
+VERSION = 1
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class _Rope(_Section):
+    rope_type: Literal["default"] = Field("default", validation_alias=AliasChoices("rope_type", "type"))
+    rope_theta: PositiveFloat | None = None
+    partial_rotary_factor: float = Field(1.0, ge=1, le=1)
+
+
+class _Stack(_Section):
+    default_theta: ClassVar[float] = 500000.0
+
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    max_position_embeddings: PositiveInt
+    rms_norm_eps: PositiveFloat = Field(1e-5, validation_alias=AliasChoices("rms_norm_eps", "norm_eps"))
+    rope_parameters: _Rope | None = None
+    rope_theta: PositiveFloat | None = None
+    rope_scaling: _Rope | None = None
+    hidden_act: Literal["silu"] = "silu"
+
+    def stack(self, window: int | None) -> StackConfig:
+        stack = StackConfig(
+            dim=self.hidden_size,
+            num_layers=self.num_hidden_layers,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads or self.num_attention_heads,
+            ffn_dim=self.intermediate_size or int(8 * self.hidden_size / 3),
+            rope_theta=(self.rope_parameters and self.rope_parameters.rope_theta) or self.rope_theta or self.default_theta,
+            max_positions=self.max_position_embeddings,
+            window=window,
+            norm_eps=self.rms_norm_eps,
+        )
+        if self.head_dim not in (None, stack.head_dim):
+            raise ValueError(
+                f"head_dim {self.head_dim} must be hidden_size / num_attention_heads, here {stack.head_dim}"
+            )
+        return stack
+
+
+class _Encoder(_Stack):
+    vocab_size: PositiveInt = 260
+    hidden_size: PositiveInt = 1024
+    num_hidden_layers: PositiveInt = 1
+    num_attention_heads: PositiveInt = 16
+    max_position_embeddings: PositiveInt = 24576
+    cross_attn_all_layers: bool | None = False
+    cross_attn_k: PositiveInt = 2
+
+
+class _Decoder(_Stack):
+    hidden_size: PositiveInt = 1024
+    num_hidden_layers: PositiveInt = 9
+    num_attention_heads: PositiveInt = 16
+    intermediate_size: PositiveInt | None = 2816
+    max_position_embeddings: PositiveInt = 24576
+    cross_attn_all_layers: bool | None = True
+    cross_attn_k: PositiveInt = 2
+    hidden_size_global: PositiveInt = 2048
+
+
+class _Global(_Stack):
+    hidden_size: PositiveInt = 2048
+    num_hidden_layers: PositiveInt = 25
+    num_attention_heads: PositiveInt = 16
+    intermediate_size: PositiveInt | None = 5632
+    max_position_embeddings: PositiveInt = 4096
+
+
+class _Patcher(_Stack):
+    default_theta: ClassVar[float] = 10000.0
+
+    vocab_size: PositiveInt = 260
+    hidden_size: PositiveInt = 768
+    num_hidden_layers: PositiveInt = 14
+    num_attention_heads: PositiveInt = 12
+    intermediate_size: PositiveInt | None = 2048
+    max_position_embeddings: PositiveInt = 8192
+    sliding_window: PositiveInt | None = 512
+
+
+class _Fastblt(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    version: Literal[1]
+    name: str
+    decoder_input: Literal["encoder", "embedding"]
+    mask_id: PositiveInt | None
+    block_size: PositiveInt | None
+    monotonic: bool
+    threshold_add: float | None
+    isolate_documents: bool
+    encoder_refine: bool
+
+
+class HfConfig(_Section):
+    """The file. `model` says what it means."""
+
+    model_type: Literal["blt"]
+    vocab_size: PositiveInt = 260
+    patch_in_forward: Literal[True] = True
+    patch_size: PositiveFloat | None = 4
+    patching_mode: str | None = "entropy"
+    patching_threshold: float = 1.335442066192627
+    max_patch_length: PositiveInt | None = None
+    local_attention_window_len: PositiveInt | None = 512
+    cross_attn_k: PositiveInt = 2
+    encoder_hash_byte_group_size: list[PositiveInt] | None = None
+    encoder_hash_byte_group_vocab: PositiveInt = 500002
+    encoder_hash_byte_group_nb_functions: PositiveInt = Field(1, le=11)
+    encoder_config: _Encoder | None = None
+    decoder_config: _Decoder | None = None
+    global_config: _Global | None = None
+    patcher_config: _Patcher | None = None
+    tie_word_embeddings: Literal[False] | None = False
+    fastblt: _Fastblt | None = None
+
+    @property
+    def cross_layers_of_encoder(self) -> int:
+        """Cross-attention layers that the file holds for the encoder, used or not."""
+        encoder = self.encoder_config or _Encoder()
+        return encoder.num_hidden_layers if encoder.cross_attn_all_layers else 1
+
+    def model(self, name: str) -> ModelConfig:
+        """Raises ValueError where fields contradict each other."""
+        encoder, decoder = self.encoder_config or _Encoder(), self.decoder_config or _Decoder()
+        global_, patcher = self.global_config or _Global(), self.patcher_config or _Patcher()
+        _require_equal("encoder_config.cross_attn_k", encoder.cross_attn_k, "cross_attn_k", self.cross_attn_k)
+        _require_equal("decoder_config.cross_attn_k", decoder.cross_attn_k, "cross_attn_k", self.cross_attn_k)
+        _require_equal("encoder_config.vocab_size", encoder.vocab_size, "vocab_size", self.vocab_size)
+        _require_equal("patcher_config.vocab_size", patcher.vocab_size, "vocab_size", self.vocab_size)
+        _require_equal(
+            "decoder_config.hidden_size_global",
+            decoder.hidden_size_global,
+            "global_config.hidden_size",
+            global_.hidden_size,
+        )
+        window, own = self.local_attention_window_len, self.fastblt
+        return ModelConfig(
+            name=own.name if own else name,
+            vocab_size=self.vocab_size,
+            slots=self.cross_attn_k,
+            encoder=encoder.stack(window),
+            global_=global_.stack(None),
+            decoder=decoder.stack(window),
+            patcher=patcher.stack(patcher.sliding_window),
+            hashes=HashConfig(
+                group_sizes=tuple(self.encoder_hash_byte_group_size or (3, 4, 5, 6, 7, 8)),
+                num_functions=self.encoder_hash_byte_group_nb_functions,
+                rows=self.encoder_hash_byte_group_vocab,
+            ),
+            patching=PatchingRule(
+                # Anything else makes every byte its own patch.
+                mode="entropy" if self.patching_mode == "entropy" and self.patch_size is not None else "bytes",
+                threshold=self.patching_threshold,
+                threshold_add=own.threshold_add if own else None,
+                monotonic=own.monotonic if own else False,
+                max_patch_length=self.max_patch_length,
+            ),
+            decoder_input=own.decoder_input if own else "encoder",
+            decoder_cross_all_layers=bool(decoder.cross_attn_all_layers),
+            encoder_refine=own.encoder_refine if own else False,
+            isolate_documents=own.isolate_documents if own else False,
+            mask_id=own.mask_id if own else None,
+            block_size=own.block_size if own else None,
+        )
+
+
+def parse(data: dict[str, Any], path: Path) -> tuple[HfConfig, ModelConfig]:
+    """`data` is what `path` holds. Raises CheckpointError that names the field and its value."""
+    config = validate(HfConfig, data, path)
+    try:
+        return config, config.model(path.resolve().parent.name)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def render(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The contents of `config.json`. Raises CheckpointError for what the format cannot say."""
+    if config.encoder.window != config.decoder.window:
+        raise CheckpointError(
+            f"encoder and decoder must have one window to be saved, not {config.encoder.window} and {config.decoder.window}"
+        )
+    if config.global_.window is not None:
+        raise CheckpointError(f"a global stage with a window, here {config.global_.window}, cannot be saved")
+    cross = {"cross_attn_k": config.slots, "hidden_size_global": config.global_.dim}
+    rule = config.patching
+    return {
+        "architectures": ["BltForCausalLM"],
+        "model_type": "blt",
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.global_.max_positions,
+        "patch_in_forward": True,
+        "patch_size": 4,
+        "patching_mode": "entropy" if rule.mode == "entropy" else "byte",
+        "patching_threshold": rule.threshold,
+        "max_patch_length": rule.max_patch_length,
+        "local_attention_window_len": config.encoder.window,
+        "cross_attn_k": config.slots,
+        "encoder_hash_byte_group_size": list(config.hashes.group_sizes),
+        "encoder_hash_byte_group_vocab": config.hashes.rows,
+        "encoder_hash_byte_group_nb_functions": config.hashes.num_functions,
+        "encoder_config": _render_stack(config.encoder, "blt_local_encoder")
+        | cross
+        | {"vocab_size": config.vocab_size, "cross_attn_all_layers": config.encoder_refine},
+        "decoder_config": _render_stack(config.decoder, "blt_local_decoder")
+        | cross
+        | {"vocab_size": config.vocab_size, "cross_attn_all_layers": config.decoder_cross_all_layers},
+        "global_config": _render_stack(config.global_, "blt_global_transformer"),
+        "patcher_config": _render_stack(config.patcher, "blt_patcher")
+        | {"vocab_size": config.vocab_size, "sliding_window": config.patcher.window},
+        "tie_word_embeddings": False,
+        "fastblt": {
+            "version": VERSION,
+            "name": config.name,
+            "decoder_input": config.decoder_input,
+            "mask_id": config.mask_id,
+            "block_size": config.block_size,
+            "monotonic": rule.monotonic,
+            "threshold_add": rule.threshold_add,
+            "isolate_documents": config.isolate_documents,
+            "encoder_refine": config.encoder_refine,
+        },
+    }
+
+
+def _render_stack(stack: StackConfig, model_type: str) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "hidden_size": stack.dim,
+        "num_hidden_layers": stack.num_layers,
+        "num_attention_heads": stack.num_heads,
+        "num_key_value_heads": stack.num_kv_heads,
+        "intermediate_size": stack.ffn_dim,
+        "max_position_embeddings": stack.max_positions,
+        "rms_norm_eps": stack.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": stack.rope_theta},
+        "hidden_act": "silu",
+    }
+
+
+def _require_equal(name: str, value: object, other: str, required: object) -> None:
+    if value != required:
+        raise ValueError(f"{name} {value} must equal {other} {required}")
