@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -329,11 +328,12 @@ asyncio.run(main())
 @pytest.mark.parametrize("model", ["/", "sleep"])
 async def test_the_engine_does_not_outlive_its_parent(model: str) -> None:
     command = [sys.executable, "-c", PARENT, model, FACTORY]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout
-        pid = int(parent.stdout.readline())
-        assert exists(pid)
-        parent.kill()
+    parent = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    assert parent.stdout
+    pid = int(await parent.stdout.readline())
+    assert exists(pid)
+    parent.kill()
+    await parent.wait()
     # An orphan's new parent may take its time to collect it: a zombie has no command line.
     await eventually(lambda: not exists(pid) or not Path(f"/proc/{pid}/cmdline").read_bytes())
 
@@ -341,4 +341,4 @@ async def test_the_engine_does_not_outlive_its_parent(model: str) -> None:
 @pytest.mark.parametrize(("module", "foreign"), [("engine.client", "torch"), ("engine.process", "fastapi")])
 async def test_each_side_imports_only_its_own(module: str, foreign: str) -> None:
     code = f"import sys, {module}; sys.exit({foreign!r} in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert await (await asyncio.create_subprocess_exec(sys.executable, "-c", code)).wait() == 0
