@@ -73,6 +73,7 @@ class ScriptedEngine:
 class _Run:
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.deadline = time.monotonic() + (request.timeout or 3600)
         self.prompt = bytes(i - BYTE_OFFSET for i in request.prompt_ids).decode()
         self.num_output = 0
         self.matcher = StopMatcher(request.stop)
@@ -90,6 +91,8 @@ class _Run:
 
     def step(self) -> list[Event]:
         self.obey()
+        if time.monotonic() > self.deadline:
+            return [self.finished("timeout", self.matcher.flush())]
         events: list[Event] = []
         if not self.prompt_scored:
             self.prompt_scored = True

@@ -15,47 +15,11 @@ from engine.client import EngineClient, EngineDead, EngineStartError
 from engine.config import BYTE_OFFSET, EngineConfig
 from engine.types import Delta, Failed, Finished, Request, TokenLogprob
 from tests.scripted_engine import prompt_ids, scripted_ids, scripted_logprob
+from tests.streams import Transcript, kill, killer, read
 
 pytestmark = pytest.mark.asyncio
 
 FACTORY = "tests.scripted_engine:ScriptedEngine"
-
-
-class Transcript:
-    """All that one stream said."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.text = b""
-        self.logprobs: list[TokenLogprob] = []
-        self.prompt_logprobs: list[TokenLogprob] = []
-        self.deltas = 0
-        self.last: Finished | Failed | None = None
-
-    @property
-    def finished(self) -> Finished:
-        assert isinstance(self.last, Finished)
-        return self.last
-
-
-async def read(
-    client: EngineClient, request: Request, on_delta: Callable[[Transcript], None] = lambda _: None
-) -> Transcript:
-    heard = Transcript()
-    async for event in client.submit(request):
-        assert event.id == request.id
-        assert heard.last is None
-        if isinstance(event, Delta):
-            heard.deltas += 1
-            heard.ids += event.ids
-            heard.text += event.text
-            heard.logprobs += event.logprobs
-            heard.prompt_logprobs += event.prompt_logprobs
-            on_delta(heard)
-        else:
-            heard.last = event
-            heard.text += event.text if isinstance(event, Finished) else b""
-    return heard
 
 
 def request(prompt: str, max_tokens: int = 40, **options: object) -> Request:
@@ -74,11 +38,6 @@ async def running(model: Path, **options: object) -> AsyncIterator[EngineClient]
         yield client
     finally:
         await client.stop()
-
-
-def kill(client: EngineClient, sign: signal.Signals = signal.SIGKILL) -> None:
-    assert client.pid
-    os.kill(client.pid, sign)
 
 
 def exists(pid: int) -> bool:
@@ -141,14 +100,9 @@ async def test_a_slow_reader_gets_one_merged_delta_and_stalls_nobody(tmp_path: P
 async def test_streams_go_on_with_the_same_bytes_when_the_process_ends(tmp_path: Path, sign: signal.Signals) -> None:
     stop = scripted_text("stops", 60)[50:]
     async with running(tmp_path) as client:
-
-        def interrupt(heard: Transcript) -> None:
-            if len(heard.ids) == 20 and not client.restarts:
-                kill(client, sign)
-
         scored = request("scored", max_tokens=50, logprobs=0, prompt_logprobs=True)
         heard = await asyncio.gather(
-            read(client, request("plain", max_tokens=50), interrupt),
+            read(client, request("plain", max_tokens=50), killer(client, 20, sign=sign)),
             read(client, scored),
             read(client, request("stops", max_tokens=90, stop=[stop, b"never"])),
             *(read(client, request(f"p{i}", max_tokens=i)) for i in range(15, 35)),
@@ -164,6 +118,23 @@ async def test_streams_go_on_with_the_same_bytes_when_the_process_ends(tmp_path:
         for i, transcript in enumerate(others, 15):
             assert transcript.ids == scripted_ids(f"p{i}", 0, i)
             assert transcript.text == scripted_text(f"p{i}", i)
+
+
+async def test_a_resumed_request_has_the_time_that_was_left(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        times = [time.monotonic()]
+        interrupt = killer(client, 300)
+
+        def note_and_interrupt(heard: Transcript) -> None:
+            if len(heard.ids) < 300:
+                times.append(time.monotonic())
+            interrupt(heard)
+
+        heard = await read(client, request("a", max_tokens=99999, timeout=1.5), note_and_interrupt)
+        assert client.restarts == 1
+        assert heard.finished.reason == "timeout"
+        assert times[0] + 1.5 <= time.monotonic() < times[-1] + 1.5
+        assert heard.ids == scripted_ids("a", 0, len(heard.ids))
 
 
 async def test_a_request_made_while_the_engine_restarts_is_served(tmp_path: Path) -> None:
@@ -201,12 +172,8 @@ async def test_a_hanging_engine_is_killed_and_replaced(tmp_path: Path) -> None:
 
 async def test_crashing_too_often_is_the_end(tmp_path: Path) -> None:
     async with running(tmp_path, max_restarts=1) as client:
-
-        def interrupt(_: Transcript) -> None:
-            kill(client)
-
         with pytest.raises(EngineDead, match="2 times"):
-            await read(client, request("a", max_tokens=9999), interrupt)
+            await read(client, request("a", max_tokens=9999), killer(client, 1, 2))
         assert (client.state, client.restarts, client.pid) == ("dead", 1, None)
         with pytest.raises(EngineDead):
             await read(client, request("b"))
@@ -217,12 +184,8 @@ async def test_an_engine_that_cannot_load_again_is_given_up(tmp_path: Path) -> N
     model.touch()
     async with running(model, max_restarts=1) as client:
         model.unlink()
-
-        def interrupt(_: Transcript) -> None:
-            kill(client)
-
         with pytest.raises(EngineDead):
-            await read(client, request("a", max_tokens=9999), interrupt)
+            await read(client, request("a", max_tokens=9999), killer(client, 1))
         assert (client.state, client.restarts) == ("dead", 0)
 
 
