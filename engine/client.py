@@ -34,8 +34,9 @@ STEADY_SECONDS = 60.0
 """A crash later than this after loading starts a new count of crashes."""
 FRUITLESS_CRASHES = 2
 """Crashes in a row that a request may be part of without any event between them."""
+HANG_TICKS = 4
 STOP_SECONDS = 5.0
-LAST_MESSAGE_MS = 500
+LAST_WORDS_SECONDS = 0.5
 
 
 class EngineStartError(RuntimeError):
@@ -79,7 +80,7 @@ class EngineClient:
         """Streams of the last process that this one has not got yet."""
         self._probe: _Stream | None = None
         """The one that it got last; the next follows when this shows progress."""
-        self._heard = 0.0
+        self._num_messages = 0
         self.state: State = "starting"
         self.restarts = 0
         self.snapshot = Snapshot()
@@ -121,8 +122,6 @@ class EngineClient:
             raise EngineDead("the engine is not running")
         if request.id in self._streams:
             raise ValueError(f"a request with id {request.id!r} is in flight")
-        if not self._streams:
-            self._heard = time.monotonic()
         stream = self._streams[request.id] = _Stream(request)
         if self.state == "ready":
             stream.sent = True
@@ -193,13 +192,18 @@ class EngineClient:
         process, socket = self._child.process, self._child.socket
         receiver = asyncio.create_task(self._receive(socket))
         exited = asyncio.create_task(process.wait())
+        # Silence is counted in ticks, not read off a clock: a machine that was asleep for an hour has missed one tick.
+        heard, silent_ticks = 0, 0
         try:
             while not exited.done():
-                await asyncio.wait({receiver, exited}, timeout=self._hang_timeout / 4, return_when="FIRST_COMPLETED")
+                tick = self._hang_timeout / HANG_TICKS
+                await asyncio.wait({receiver, exited}, timeout=tick, return_when="FIRST_COMPLETED")
                 if receiver.done():
                     receiver.result()
-                if self._streams and time.monotonic() - self._heard > self._hang_timeout:
-                    log.error("the engine has been silent for %.0f s", time.monotonic() - self._heard)
+                quiet = self._streams and heard == self._num_messages
+                heard, silent_ticks = self._num_messages, silent_ticks + 1 if quiet else 0
+                if silent_ticks > HANG_TICKS:
+                    log.error("the engine has been silent for %g s", self._hang_timeout)
                     self._child.kill()
             return exited.result()
         finally:
@@ -209,7 +213,7 @@ class EngineClient:
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
             message = decode_message(await socket.recv())
-            self._heard = time.monotonic()
+            self._num_messages += 1
             assert isinstance(message, Batch)
             self.snapshot = message.snapshot or self.snapshot
             for event in message.events:
@@ -253,7 +257,6 @@ class EngineClient:
             raise
         self.limits, self.snapshot = message.limits, message.snapshot
         self.state = "ready"
-        self._heard = time.monotonic()
         self._held = deque(self._streams.values())
         self._resume_next()
 
@@ -299,7 +302,7 @@ class _Child:
             await asyncio.wait({receiver, exited}, return_when="FIRST_COMPLETED")
             if not receiver.done():
                 # Its last words may still be on their way.
-                await asyncio.wait({receiver}, timeout=LAST_MESSAGE_MS / 1000)
+                await asyncio.wait({receiver}, timeout=LAST_WORDS_SECONDS)
             if not receiver.done():
                 raise EngineStartError(f"the engine process {_describe_exit(exited.result())} while it was loading")
             message: Message = decode_message(receiver.result())

@@ -69,7 +69,9 @@ ROWS = st.tuples(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ROWS, min_size=1, max_size=5))
-def test_every_row_follows_the_reference_law(rows: list[tuple[list[float], SamplingParams, dict[int, int], float]]) -> None:
+def test_every_row_follows_the_reference_law(
+    rows: list[tuple[list[float], SamplingParams, dict[int, int], float]],
+) -> None:
     logits, params, counts, uniforms = map(list, zip(*rows, strict=True))
     chosen = choose(torch.tensor(logits), params, counts, uniforms).tolist()
     for (row, p, seen, uniform), i in zip(rows, chosen, strict=True):
