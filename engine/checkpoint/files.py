@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError
+from .base import CheckpointError
 from .names import Shape
 
 CONFIG = "config.json"
@@ -43,8 +43,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises CheckpointError if it is not there or not a JSON object."""
     try:
         data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {_reason(error)}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
@@ -73,7 +75,7 @@ def open_safetensors(folder: Path) -> dict[str, Stored]:
         isinstance(s, str) and Path(s).name == s and s.endswith(".safetensors") for s in shard_of.values()
     ):
         raise CheckpointError(f"{index}: weight_map must map tensor names to files beside it")
-    stored = {}
+    stored: dict[str, Stored] = {}
     for shard in sorted(set(shard_of.values())):
         held = _open_safetensors_file(folder / shard)
         listed = {name for name, file in shard_of.items() if file == shard}
@@ -86,9 +88,9 @@ def open_safetensors(folder: Path) -> dict[str, Stored]:
 
 
 def _open_safetensors_file(path: Path) -> dict[str, Stored]:
+    stored: dict[str, Stored] = {}
     try:
         archive = safe_open(path, framework="pt")
-        stored = {}
         for name in archive.keys():  # noqa: SIM118 - not a mapping
             part = archive.get_slice(name)
 
@@ -97,8 +99,10 @@ def _open_safetensors_file(path: Path) -> dict[str, Stored]:
                 return tensor
 
             stored[name] = Stored(path, tuple(part.get_shape()), part.get_dtype(), map_tensor)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file: {_reason(error)}") from error
     return stored
 
 
@@ -106,8 +110,10 @@ def open_torch(path: Path) -> dict[str, Stored]:
     """The state dict of a file that torch.save wrote, bare or under "model". Only tensors are unpickled."""
     try:
         data = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: not a whole file of tensors by torch.save: {_reason(error)}") from error
     state = data.get("model", data) if isinstance(data, dict) else data
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise CheckpointError(f"{path}: expected a state dict of tensors, bare or under 'model'")
@@ -150,6 +156,6 @@ def _listed(problems: list[str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
+    if isinstance(error, OSError):
+        return (error.strerror or "no such file").lower()
     return (str(error).splitlines() or [type(error).__name__])[0]

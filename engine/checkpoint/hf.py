@@ -14,20 +14,21 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from . import hf_config
-from .errors import CheckpointError
+from .base import Checkpoint, CheckpointError
 from .files import CONFIG, WEIGHTS, WEIGHTS_INDEX, Stored, check, open_safetensors
 from .names import ENCODER, FUSED_HASHES, Shape, cross_attention, expected_shapes, hash_table
 
 SHARD_BYTES = 2 << 30
 
 
-def read(path: Path, data: dict[str, Any]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The checkpoint in folder `path`, whose `config.json` holds `data`; tensors are mapped, under canonical names."""
+def read(path: Path, data: dict[str, Any]) -> Checkpoint:
+    """The checkpoint in folder `path`, whose `config.json` holds `data`."""
     file_config, config = hf_config.parse(data, path / CONFIG)
     stored = open_safetensors(path)
     crosses = file_config.cross_layers_of_encoder
     check(stored, _file_shapes(config, crosses), path)
-    return config, _canonical(config, stored, crosses)
+    files = tuple(sorted({s.file for s in stored.values()}))
+    return Checkpoint(config, _canonical(config, stored, crosses), "fastblt" if file_config.fastblt else "hf", files)
 
 
 def _file_shapes(config: ModelConfig, crosses: int) -> dict[str, Shape]:
@@ -75,7 +76,9 @@ def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
         with _replacing(path / file) as to:
-            save_file({name: _gather(config, name, shapes[name], tensors, dtype) for name in names}, to, {"format": "pt"})
+            save_file(
+                {name: _gather(config, name, shapes[name], tensors, dtype) for name in names}, to, {"format": "pt"}
+            )
     written = set(files)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}

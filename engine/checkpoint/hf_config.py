@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
-from .errors import CheckpointError
+from .base import CheckpointError
 from .files import validate
 
 VERSION = 1
@@ -22,9 +22,9 @@ class _Section(BaseModel):
 
 
 class _Rope(_Section):
-    rope_type: Literal["default"] = Field("default", validation_alias=AliasChoices("rope_type", "type"))
+    rope_type: Literal["default"] = Field(default="default", validation_alias=AliasChoices("rope_type", "type"))
     rope_theta: PositiveFloat | None = None
-    partial_rotary_factor: float = Field(1.0, ge=1, le=1)
+    partial_rotary_factor: float = Field(default=1.0, ge=1, le=1)
 
 
 class _Stack(_Section):
@@ -37,7 +37,7 @@ class _Stack(_Section):
     head_dim: PositiveInt | None = None
     intermediate_size: PositiveInt | None = None
     max_position_embeddings: PositiveInt
-    rms_norm_eps: PositiveFloat = Field(1e-5, validation_alias=AliasChoices("rms_norm_eps", "norm_eps"))
+    rms_norm_eps: PositiveFloat = Field(default=1e-5, validation_alias=AliasChoices("rms_norm_eps", "norm_eps"))
     rope_parameters: _Rope | None = None
     rope_theta: PositiveFloat | None = None
     rope_scaling: _Rope | None = None
@@ -50,7 +50,9 @@ class _Stack(_Section):
             num_heads=self.num_attention_heads,
             num_kv_heads=self.num_key_value_heads or self.num_attention_heads,
             ffn_dim=self.intermediate_size or int(8 * self.hidden_size / 3),
-            rope_theta=(self.rope_parameters and self.rope_parameters.rope_theta) or self.rope_theta or self.default_theta,
+            rope_theta=(self.rope_parameters and self.rope_parameters.rope_theta)
+            or self.rope_theta
+            or self.default_theta,
             max_positions=self.max_position_embeddings,
             window=window,
             norm_eps=self.rms_norm_eps,
@@ -131,7 +133,7 @@ class HfConfig(_Section):
     cross_attn_k: PositiveInt = 2
     encoder_hash_byte_group_size: list[PositiveInt] | None = None
     encoder_hash_byte_group_vocab: PositiveInt = 500002
-    encoder_hash_byte_group_nb_functions: PositiveInt = Field(1, le=11)
+    encoder_hash_byte_group_nb_functions: PositiveInt = Field(default=1, le=11)
     encoder_config: _Encoder | None = None
     decoder_config: _Decoder | None = None
     global_config: _Global | None = None

@@ -24,9 +24,7 @@ def hash_table(index: int) -> str:
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Name and shape of every tensor that a model of this configuration consists of, in memory."""
     local, latent = config.encoder.dim, config.slots * config.encoder.dim
-    shapes: dict[str, Shape] = {
-        hash_table(t): (config.hashes.rows, local) for t in range(config.hashes.num_tables)
-    }
+    shapes: dict[str, Shape] = {hash_table(t): (config.hashes.rows, local) for t in range(config.hashes.num_tables)}
 
     shapes[f"{ENCODER}.embed_tokens.weight"] = (config.vocab_size, local)
     shapes[f"{ENCODER}.patch_embedding_projection.weight"] = (latent, local)
@@ -42,7 +40,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes[f"{DECODER}.embed_tokens.weight"] = (rows, local)
     shapes[f"{DECODER}.patch_embedding_projection.weight"] = (latent, config.global_.dim)
     shapes |= _layers(DECODER, config.decoder)
-    shapes |= cross_attention(DECODER, config.decoder, config.decoder.num_layers if config.decoder_cross_all_layers else 1)
+    shapes |= cross_attention(
+        DECODER, config.decoder, config.decoder.num_layers if config.decoder_cross_all_layers else 1
+    )
     shapes[f"{DECODER}.norm.weight"] = (local,)
     shapes["lm_head.weight"] = (config.vocab_size, local)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import BOS_ID, BYTE_OFFSET, HashConfig, ModelConfig, PatchingRule, StackConfig
+from ..patching import Patching
 from .names import HASHES, PATCHER, Shape, expected_shapes
 
 PATCHER_HEAD_GAIN = 2.0
@@ -145,7 +146,17 @@ def calibrate(config: ModelConfig, tensors: Mapping[str, Tensor]) -> float:
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 9))) for _ in range(200)]
     text = " ".join(draw.choices(words, k=CALIBRATION_BYTES)).encode()[: CALIBRATION_BYTES - 1]
     ids = torch.tensor([BOS_ID, *(byte + BYTE_OFFSET for byte in text)])
-    return float(_entropies(config.patcher, tensors, ids).quantile(1 - 1 / MEAN_PATCH))
+    entropies = _entropies(config.patcher, tensors, ids)
+    judged = entropies.diff() if config.patching.monotonic else entropies
+
+    def distance(threshold: float) -> float:
+        patching = Patching(replace(config.patching, threshold=threshold))
+        for entropy in entropies.tolist():
+            patching.feed(entropy)
+        return abs(len(ids) / len(patching.starts) - MEAN_PATCH)
+
+    candidates: list[float] = judged.quantile(torch.linspace(0.5, 1, 51)).tolist()
+    return min(candidates, key=distance)
 
 
 def calibrated(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
@@ -163,7 +174,7 @@ def _entropies(stack: StackConfig, tensors: Mapping[str, Tensor], ids: Tensor) -
         return F.rms_norm(x, (stack.dim,), tensors[f"{PATCHER}.{name}.weight"].float(), stack.norm_eps)
 
     def heads(x: Tensor, count: int) -> Tensor:
-        return x.unflatten(-1, (count, stack.head_dim)).transpose(0, 1)
+        return x.view(len(ids), count, stack.head_dim).transpose(0, 1)
 
     positions = torch.arange(len(ids))
     distance = positions[:, None] - positions
@@ -172,7 +183,8 @@ def _entropies(stack: StackConfig, tensors: Mapping[str, Tensor], ids: Tensor) -
     turns = torch.polar(torch.ones_like(angles), angles)
 
     def rotate(x: Tensor) -> Tensor:
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns).flatten(-2)
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * turns).flatten(-2)
 
     x = F.embedding(ids, tensors[f"{PATCHER}.embed_tokens.weight"].float())
     for i in range(stack.num_layers):

@@ -1,0 +1,25 @@
+"""What reading a checkpoint gives: the checkpoint, or the one error of this package."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from ..config import ModelConfig
+
+Format = Literal["fastblt", "hf", "meta"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written. One sentence that names the file and what is wrong in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model in memory. `tensors` are mapped from `files`, in their dtypes, under the names of `expected_shapes`."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    format: Format
+    files: tuple[Path, ...]
