@@ -1,11 +1,10 @@
 """Checkpoints in Hugging Face's layout, ours included: `config.json` beside safetensors, single or sharded."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def _canonical(config: ModelConfig, stored: Mapping[str, Stored], crosses: int) 
 
 
 def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    """Writes our own format into folder `path`, each file complete or not at all.
+    """Writes our own format into folder `path`; what is there stays until everything is written.
 
     One shard is in memory at a time, besides what `tensors` holds. `tensors` may be mapped from the files that are
     replaced.
@@ -71,24 +70,23 @@ def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype:
     shards = list(_shards(sizes))
 
     path.mkdir(parents=True, exist_ok=True)
-    files = [WEIGHTS]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards, strict=True):
-        with _replacing(path / file) as to:
-            save_file(
-                {name: _gather(config, name, shapes[name], tensors, dtype) for name in names}, to, {"format": "pt"}
-            )
-    written = set(files)
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(path / WEIGHTS_INDEX, index)
-        written.add(WEIGHTS_INDEX)
-    _write_json(path / CONFIG, rendered)
-    for old in path.glob("model*.safetensors*"):
-        if old.name not in written:
+    with TemporaryDirectory(dir=path, prefix=".") as beside:
+        unfinished = Path(beside)
+        files = [WEIGHTS]
+        if len(shards) > 1:
+            files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            _write_json(unfinished / WEIGHTS_INDEX, index)
+        for file, names in zip(files, shards, strict=True):
+            gathered = {name: _gather(config, name, shapes[name], tensors, dtype) for name in names}
+            save_file(gathered, unfinished / file, {"format": "pt"})
+            del gathered
+        _write_json(unfinished / CONFIG, rendered)
+        for old in path.glob("model*.safetensors*"):
             old.unlink()
+        for file in unfinished.iterdir():
+            file.replace(path / file.name)
 
 
 def _shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
@@ -124,16 +122,4 @@ def _shaped(name: str, shape: Shape, tensor: Tensor) -> Tensor:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    with _replacing(path) as to:
-        to.write_text(json.dumps(data, indent=2) + "\n")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which then takes its place."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n")

@@ -220,7 +220,7 @@ def render(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "patch_in_forward": True,
         "patch_size": 4,
         "patching_mode": "entropy" if rule.mode == "entropy" else "byte",
-        "patching_threshold": rule.threshold,
+        "patching_threshold": float(rule.threshold),
         "max_patch_length": rule.max_patch_length,
         "local_attention_window_len": config.encoder.window,
         "cross_attn_k": config.slots,
@@ -261,7 +261,7 @@ def _render_stack(stack: StackConfig, model_type: str) -> dict[str, Any]:
         "intermediate_size": stack.ffn_dim,
         "max_position_embeddings": stack.max_positions,
         "rms_norm_eps": stack.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": stack.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(stack.rope_theta)},
         "hidden_act": "silu",
     }
 

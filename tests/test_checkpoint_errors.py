@@ -1,0 +1,265 @@
+"""Whatever is wrong with a checkpoint is said in one sentence that names the file, the thing and both values."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.checkpoint import PRESETS, CheckpointError, load, random_tensors, read_config, save
+from engine.checkpoint.files import WEIGHTS, WEIGHTS_INDEX
+from engine.config import StackConfig
+
+TINY = PRESETS["tiny"]
+HEAD = "lm_head.weight"
+QUERY = "model.global_transformer.layers.1.self_attn.q_proj.weight"
+
+Tensors = dict[str, torch.Tensor]
+Json = dict[str, Any]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path, TINY, random_tensors(TINY, 0, torch.bfloat16))
+    return tmp_path
+
+
+def refused(path: Path, *words: str) -> str:
+    """The message, which names the folder and every one of `words`."""
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (str(path), *words):
+        assert word in message
+    return message
+
+
+def edit_tensors(folder: Path, change: Callable[[Tensors], Any]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def edit_config(folder: Path, change: Callable[[Json], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# Tensors
+
+
+def test_a_missing_tensor(folder: Path) -> None:
+    edit_tensors(folder, lambda t: t.pop(QUERY))
+    refused(folder, f"tensor {QUERY} is missing, expected shape [64, 64]")
+
+
+def test_an_extra_tensor(folder: Path) -> None:
+    edit_tensors(folder, lambda t: t.update({"model.extra.weight": torch.zeros(3, 5)}))
+    refused(folder, "tensor model.extra.weight of shape [3, 5] is not part of this model")
+
+
+def test_a_misshaped_tensor(folder: Path) -> None:
+    edit_tensors(folder, lambda t: t.update({HEAD: torch.zeros(261, 32)}))
+    refused(folder, f"tensor {HEAD} has shape [261, 32], expected [260, 32]")
+
+
+def test_a_fused_hash_table_that_is_too_short(folder: Path) -> None:
+    name = "model.encoder_hash_tok_embedding.weight"
+    edit_tensors(folder, lambda t: t.update({name: torch.zeros(501, 32)}))
+    refused(folder, f"tensor {name} has shape [501, 32], expected [502, 32]")
+
+
+def test_a_tensor_of_integers(folder: Path) -> None:
+    edit_tensors(folder, lambda t: t.update({HEAD: torch.zeros(260, 32, dtype=torch.int8)}))
+    refused(folder, f"tensor {HEAD} has dtype I8, expected float32, bfloat16 or float16")
+
+
+def test_many_problems_are_listed_first_ones_first_and_counted(folder: Path) -> None:
+    edit_tensors(folder, lambda t: [t.pop(name) for name in [*t][:10]])
+    message = refused(folder, "and 6 more")
+    assert message.count("is missing") == 4
+
+
+# Files
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "no such directory")
+
+
+def test_a_folder_without_a_config(tmp_path: Path) -> None:
+    refused(tmp_path, "config.json: no such file")
+
+
+def test_a_folder_without_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    refused(folder, f"{WEIGHTS}: no such file")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, 100_000, -1])
+def test_a_truncated_file(folder: Path, keep: int) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:keep])
+    refused(folder, f"{WEIGHTS}: not a whole safetensors file")
+
+
+def test_a_file_that_is_no_safetensors(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(b"<html>" * 10_000)
+    refused(folder, f"{WEIGHTS}: not a whole safetensors file")
+
+
+def shard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Json:
+    monkeypatch.setattr("engine.checkpoint.hf.SHARD_BYTES", 100_000)
+    save(folder, TINY, random_tensors(TINY, 0))
+    index: Json = json.loads((folder / WEIGHTS_INDEX).read_text())
+    return index
+
+
+def test_a_missing_shard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = shard(folder, monkeypatch)["weight_map"][HEAD]
+    (folder / lost).unlink()
+    refused(folder, f"{lost}: no such file")
+
+
+def test_a_shard_without_what_the_index_lists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = shard(folder, monkeypatch)
+    index["weight_map"]["model.more.weight"] = index["weight_map"][HEAD]
+    (folder / WEIGHTS_INDEX).write_text(json.dumps(index))
+    refused(folder, index["weight_map"][HEAD], "model.more.weight is listed, but not there")
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {HEAD: 3}, {HEAD: "../outside.safetensors"}, {HEAD: "/etc/passwd"}])
+def test_an_index_that_does_not_map_names_to_files_beside_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, weight_map: object
+) -> None:
+    shard(folder, monkeypatch)
+    (folder / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, f"{WEIGHTS_INDEX}: weight_map must map tensor names to files beside it")
+
+
+# Configurations
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"model_type": "blt",}', "\0", "nul"])
+def test_a_config_that_is_not_json(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    refused(folder, "config.json: not JSON")
+
+
+def test_a_config_that_is_not_text(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"\xff\xfe\xfa")
+    refused(folder, "config.json: not JSON")
+
+
+def test_a_config_that_is_not_an_object(folder: Path) -> None:
+    (folder / "config.json").write_text("[1]")
+    refused(folder, "config.json: expected a JSON object, found list")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.update(model_type="llama"), ["model_type = 'llama' is not supported"]),
+        (lambda c: c.pop("model_type"), ["model_type = None is not supported"]),
+        (lambda c: c["fastblt"].update(version=2), ["fastblt.version = 2", "should be 1"]),
+        (lambda c: c["fastblt"].update(colour="red"), ["fastblt.colour = red"]),
+        (lambda c: c["fastblt"].pop("block_size"), ["fastblt.block_size", "required"]),
+        (lambda c: c["fastblt"].update(block_size=None), ["mask_id and block_size belong together"]),
+        (lambda c: c["fastblt"].update(mask_id=3), ["mask_id 3", "260"]),
+        (lambda c: c["encoder_config"].update(hidden_size="wide"), ["encoder_config.hidden_size = wide", "integer"]),
+        (lambda c: c["encoder_config"].update(hidden_size=30), ["dim 30", "4 heads"]),
+        (lambda c: c["global_config"].update(num_hidden_layers=0), ["global_config.num_hidden_layers = 0"]),
+        (lambda c: c["global_config"].update(num_key_value_heads=3), ["num_kv_heads 3"]),
+        (lambda c: c["global_config"].update(head_dim=10), ["head_dim 10", "16"]),
+        (lambda c: c["decoder_config"].update(hidden_act="gelu"), ["decoder_config.hidden_act = gelu"]),
+        (lambda c: c["decoder_config"].update(hidden_size_global=65), ["decoder_config.hidden_size_global 65", "64"]),
+        (lambda c: c["decoder_config"].update(cross_attn_k=3), ["decoder_config.cross_attn_k 3", "2"]),
+        (
+            lambda c: c["patcher_config"].update(rope_scaling={"rope_type": "yarn", "factor": 4}),
+            ["patcher_config.rope_scaling.rope_type = yarn"],
+        ),
+        (lambda c: c["patcher_config"].update(vocab_size=256), ["patcher_config.vocab_size 256", "260"]),
+        (lambda c: c["patcher_config"].update(rms_norm_eps=-1.0), ["patcher_config.rms_norm_eps = -1.0"]),
+        (lambda c: c.update(encoder_hash_byte_group_size=[3, 0]), ["encoder_hash_byte_group_size.1 = 0"]),
+        (lambda c: c.update(encoder_hash_byte_group_nb_functions=12), ["encoder_hash_byte_group_nb_functions = 12"]),
+        (lambda c: c.update(patching_threshold=float("nan")), ["patching_threshold = nan"]),
+        (lambda c: c.update(patch_in_forward=False), ["patch_in_forward = False"]),
+        (lambda c: c.update(tie_word_embeddings=True), ["tie_word_embeddings = True"]),
+        (lambda c: c.update(global_config=7), ["global_config = 7"]),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(folder: Path, change: Callable[[Json], Any], words: list[str]) -> None:
+    edit_config(folder, change)
+    message = refused(folder, "config.json", *words)
+    with pytest.raises(CheckpointError) as caught:
+        read_config(folder)
+    assert str(caught.value) == message
+
+
+# Meta's layout
+
+
+def test_a_folder_of_metas_without_a_patcher(tmp_path: Path) -> None:
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    (folder / "params.json").write_text(json.dumps({"model": {}}))
+    refused(folder, "no folder entropy_model with the patcher inside or beside it")
+
+
+def test_metas_arguments_that_are_not_there_or_of_another_architecture(tmp_path: Path) -> None:
+    (tmp_path / "entropy_model").mkdir()
+    entropy = tmp_path / "entropy_model" / "params.json"
+    entropy.write_text(json.dumps({"entropy_model": {"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 260}}))
+    (tmp_path / "params.json").write_text(json.dumps({"model": {"cross_attn_encoder": False}}))
+    refused(tmp_path, "params.json: vocab_size: Field required")
+    (tmp_path / "params.json").write_text(json.dumps({"model": None, "data": {}}))
+    refused(tmp_path, "params.json: model = None must be an object")
+
+
+def test_a_file_of_torchs_that_is_truncated_or_holds_more_than_tensors(tmp_path: Path) -> None:
+    from engine.checkpoint.files import open_torch
+
+    file = tmp_path / "consolidated.pth"
+    torch.save({"model": {"a": torch.zeros(100)}}, file)
+    whole = file.read_bytes()
+    for keep in (0, 10, 700, len(whole) - 1):
+        file.write_bytes(whole[:keep])
+        with pytest.raises(CheckpointError, match=r"consolidated\.pth: not a whole file of tensors"):
+            open_torch(file)
+    torch.save({"model": {"a": test_a_missing_tensor}}, file)
+    with pytest.raises(CheckpointError, match=r"consolidated\.pth"):
+        open_torch(file)
+    torch.save({"model": {"a": 3}}, file)
+    with pytest.raises(CheckpointError, match="expected a state dict of tensors"):
+        open_torch(file)
+
+
+# Writing
+
+
+def test_nothing_is_written_of_tensors_that_do_not_fit(folder: Path) -> None:
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    tensors = random_tensors(TINY, 1)
+    for changed in (
+        {n: t for n, t in tensors.items() if n != HEAD},
+        tensors | {"more": torch.zeros(1)},
+        tensors | {HEAD: torch.zeros(1, 32)},
+    ):
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight|more"):
+            save(folder, TINY, changed)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_what_the_format_cannot_say_is_not_written(tmp_path: Path) -> None:
+    config = replace(TINY, decoder=replace(TINY.decoder, window=13))
+    with pytest.raises(CheckpointError, match="not 64 and 13"):
+        save(tmp_path / "new", config, random_tensors(config, 0))
+    config = replace(TINY, global_=StackConfig(64, 2, 4, 4, 192, 500000.0, 2048, window=5))
+    with pytest.raises(CheckpointError, match="window, here 5"):
+        save(tmp_path / "new", config, random_tensors(config, 0))
+    assert not (tmp_path / "new").exists()
