@@ -200,6 +200,7 @@ def test_large_models_are_written_in_shards_and_smaller_ones_replace_them(
     monkeypatch.undo()
     save(tmp_path, PRESETS["tiny"], tensors)
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", WEIGHTS}
+    assert (tmp_path / WEIGHTS).stat().st_mode & 0o444 == 0o444
     assert_same_tensors(load(tmp_path).tensors, tensors)
 
 

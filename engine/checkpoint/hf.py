@@ -82,11 +82,12 @@ def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype:
             gathered = {name: _gather(config, name, shapes[name], tensors, dtype) for name in names}
             save_file(gathered, unfinished / file, {"format": "pt"})
             del gathered
+            (unfinished / file).chmod(0o644)  # the library leaves it to its owner alone
         _write_json(unfinished / CONFIG, rendered)
         for old in path.glob("model*.safetensors*"):
             old.unlink()
-        for file in unfinished.iterdir():
-            file.replace(path / file.name)
+        for new in unfinished.iterdir():
+            new.replace(path / new.name)
 
 
 def _shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
