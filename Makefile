@@ -1,0 +1,56 @@
+# `make serve` and `make test` set up what they need in .venv; `make help` lists the rest.
+
+HOST  ?= 127.0.0.1
+PORT  ?= 8000
+MODEL ?= models/nano
+ARGS  ?=
+# The version that the tests run with. Any from 2.11 on should do: TORCH="torch==2.11.0 --index-url ..." chooses the build.
+TORCH ?= torch==2.13.0
+# The first Python that is new enough and can make a virtual environment.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+
+PY := .venv/bin/python
+
+.PHONY: help serve test lint test-slow install train bench-growth clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+serve: .venv/.runtime  ## serve MODEL (models/nano) on HOST:PORT (127.0.0.1:8000); ARGS="..." adds flags of `fastblt serve`
+	@exec $(PY) -m server serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)" $(ARGS)
+
+test: lint  ## lint and run the tests
+	$(PY) -m pytest -q $(ARGS)
+
+lint: .venv/.dev  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test-slow: .venv/.dev  ## run the tests that take minutes
+	$(PY) -m pytest -q -m slow $(ARGS)
+
+install: .venv/.runtime  ## make .venv with what serving needs
+
+train: .venv/.dev  ## train models/nano anew; ARGS="--minutes 60", ARGS=--resume
+	$(PY) -m training.train --out models/nano $(ARGS)
+
+bench-growth: .venv/.dev  ## time per byte against context length, ours and Hugging Face's
+	$(PY) -m benchmarks.growth $(ARGS)
+
+clean:  ## remove .venv and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+
+# Stamps: an environment is made anew where pyproject.toml or this file changed, and not touched otherwise.
+.venv/.runtime: pyproject.toml Makefile
+	@test -n "$(PYTHON)" || { echo "fastblt needs Python 3.11 or newer with venv; none found. Name one: make PYTHON=..." >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check $(TORCH)
+	$(PY) -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+.venv/.dev: .venv/.runtime
+	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev,train]"
+	@touch $@
