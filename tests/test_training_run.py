@@ -1,0 +1,121 @@
+"""A training run: its corpus, that stopping it changes nothing, and the model folder it ends in."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine import checkpoint
+from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
+from tests.models import our_config
+from training.corpus import Corpus, standard_library
+from training.export import export
+from training.state import Settings, State
+from training.train import Stopped, fraction, row_length, train
+
+TEXTS = tuple(f"def f{i}(x):\n    return x + {i}\n".encode() * (1 + i % 7) for i in range(20))
+CORPUS = Corpus(tuple(f"{i}.py" for i in range(20)), TEXTS)
+CONFIG = our_config(decoder_input="embedding", mask_id=260, block_size=4)
+CONFIG = replace(CONFIG, name="small", patching=replace(CONFIG.patching, max_patch_length=8), isolate_documents=True)
+SETTINGS = Settings(steps=4, batch_bytes=256, lengths=((0.0, 64), (0.5, 128)), warm_up=2)
+
+
+class InterruptedCorpus(Corpus):
+    """Sends this process SIGTERM while it draws the rows of a given step."""
+
+    at = -1
+
+    def rows(self, draw: np.random.Generator, count: int, length: int) -> torch.Tensor:
+        type(self).at -= 1
+        if self.at == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().rows(draw, count, length)
+
+
+def test_the_library_is_read_without_installed_packages_and_split_by_name(tmp_path: Path) -> None:
+    for i in range(200):
+        (tmp_path / f"{i}.py").write_text(f"# {i}\n")
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "other.py").write_text("no")
+    (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
+    training, held_out = standard_library(tmp_path)
+    assert {*training.names, *held_out.names} == {f"{i}.py" for i in range(200)}
+    assert not {*training.names} & {*held_out.names}
+    assert 3 <= len(held_out.names) <= 20
+    assert standard_library(tmp_path) == (training, held_out)
+    with pytest.raises(FileNotFoundError):
+        standard_library(tmp_path / "nothing")
+
+
+def test_a_row_is_one_slice_of_one_document() -> None:
+    documents = [[*(b + BYTE_OFFSET for b in text), EOS_ID] for text in TEXTS]
+    rows = CORPUS.rows(np.random.default_rng(0), 50, 40).tolist()
+    assert all(len(row) == 41 and row[0] == BOS_ID for row in rows)
+    for row in rows:
+        piece = [i for i in row[1:] if i != PAD_ID]
+        assert row[1 : 1 + len(piece)] == piece
+        assert any(piece == d[i : i + len(piece)] for d in documents for i in range(len(d)))
+    assert {row[1] for row in rows} != {ord("d") + BYTE_OFFSET}, "not only starts"
+    assert any(EOS_ID in row for row in rows)
+
+
+def test_slices_hold_every_id_once() -> None:
+    ids = [i for row in CORPUS.slices(16).tolist() for i in row[1:] if i != PAD_ID]
+    assert ids == [i for text in TEXTS for i in [*(b + BYTE_OFFSET for b in text), EOS_ID]]
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 7])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, stop_at: int) -> None:
+    whole = State.new(SETTINGS, CONFIG)
+    train(whole, CORPUS, tmp_path / "whole")
+
+    InterruptedCorpus.at = stop_at
+    with pytest.raises(Stopped):
+        train(State.new(SETTINGS, CONFIG), InterruptedCorpus(CORPUS.names, CORPUS.texts), tmp_path / "halves")
+    resumed = State.load(tmp_path / "halves" / "state.pt", CONFIG)
+    assert sum(phase.step for phase in resumed.phases.values()) in (stop_at - 1, stop_at)
+    train(resumed, CORPUS, tmp_path / "halves")
+
+    assert resumed.config == whole.config
+    for name, weight in whole.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+    losses = [
+        [json.loads(line)["bits"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "halves")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 2 * (SETTINGS.steps or 0)
+
+
+def test_a_run_by_minutes_ends_with_its_time() -> None:
+    settings = replace(SETTINGS, steps=None, minutes=10.0, patcher_share=0.1)
+    state = State.new(settings, CONFIG)
+    patcher, main = state.phases["patcher"], state.phases["model"]
+    patcher.seconds, main.seconds = 30.0, 270.0
+    assert fraction(state, patcher) == pytest.approx(0.5) == fraction(state, main)
+    main.seconds = 541.0
+    assert fraction(state, main) == 1.0
+    assert [row_length(settings, done) for done in (0.0, 0.49, 0.5, 1.0)] == [64, 64, 128, 128]
+    with pytest.raises(ValueError, match="either"):
+        Settings()
+
+
+def test_a_run_ends_in_a_model_folder_with_its_card_and_curve(tmp_path: Path) -> None:
+    state = State.new(SETTINGS, CONFIG)
+    train(state, CORPUS, tmp_path / "run")
+    result = export(state, CORPUS, CORPUS, tmp_path / "run", tmp_path / "out")
+    loaded = checkpoint.load(tmp_path / "out")
+    assert loaded.config == state.config
+    for name, weight in state.weights.items():
+        assert torch.equal(loaded.tensors[name], weight.to(torch.bfloat16)), name
+    for name in (n for n in loaded.tensors if n.startswith("model.patcher.")):
+        assert torch.equal(loaded.tensors[name].float(), state.weights[name]), "patches are served as they were trained"
+    assert 0 < result.bits_per_byte < 9 and result.bytes == CORPUS.num_bytes
+    assert 1 < result.mean_patch <= 8
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{result.bits_per_byte:.3f} bits per byte" in card and "PSF" in card
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,114 @@
+"""The model card of a trained model: what it is, what it learnt from, how good it is, what it is not."""
+
+import platform
+from collections.abc import Sequence
+
+import torch
+
+from engine.config import ModelConfig
+
+from .corpus import HELD_OUT_ONE_IN, Corpus
+from .evaluate import PROMPTS, Evaluation
+from .state import PATCHER, State
+
+
+def card(state: State, training: Corpus, result: Evaluation, texts: Sequence[str]) -> str:
+    """The card as Markdown; `texts` continue `PROMPTS`."""
+    sizes = {name: weight.numel() for name, weight in state.weights.items()}
+    patcher_size = sum(size for name, size in sizes.items() if name.startswith(PATCHER))
+    places = ", ".join(f"{share:.2f}" for share in result.masked_accuracy_by_place)
+    return f"""\
+# {state.config.name}
+
+A Fast-BLT model (byte-latent, with block diffusion) of {sum(sizes.values()) / 1e6:.2f} million parameters, its entropy
+patcher ({patcher_size / 1e6:.2f} million) included. It continues Python source. It is here so that the server runs, and
+its tests mean something, without a download; it is no useful assistant.
+
+| measured on held-out files | |
+|---|---|
+| next byte | **{result.bits_per_byte:.3f} bits per byte**, {result.byte_accuracy:.1%} right |
+| `xz -9` of the same files, as one | {result.xz_bits_per_byte:.3f} bits per byte |
+| masked cells, whole block masked, block at a patch start | {result.masked_accuracy:.1%} right |
+| the same by place in the block | {places} |
+| mean patch | {result.mean_patch:.2f} bytes |
+
+{result.bytes / 1e6:.2f} MB held out, read in slices of {result.context} bytes that each begin anew, EOS of every file
+counted; the bfloat16 weights of this folder, float32 arithmetic. `python -m training.evaluate` measures it again.
+
+## Data and licence
+
+The `.py` files of the standard library of CPython {platform.python_version()} (PSF License Agreement, version 2), as
+they lie next to the interpreter, without installed packages: {training.num_bytes / 1e6:.1f} MB to learn from. One file
+in {HELD_OUT_ONE_IN}, by a hash of its name, is held out. A document is BOS, the file's bytes, EOS. The weights are
+under this project's licence, Apache-2.0; text that the model repeats from its data stays under the PSF's.
+
+## Shape
+
+{_shape(state.config)}
+
+## Training
+
+{_training(state)}
+
+![training losses over bytes seen](loss.png)
+
+`make train` trains it anew. A run bounded by minutes sees more or less text according to the machine, so figures
+differ.
+
+## Limits
+
+* Trained for minutes: it has seen the equivalent of {state.phases["model"].bytes / training.num_bytes:.0%} of its
+  training data. Names and calls look right more often than they are; greedy text soon repeats itself.
+* Python only. Prose, other languages and other bytes are continued badly.
+* Rows were at most {state.settings.lengths[-1][1]} bytes long. More context than that works but is not what it learnt.
+* Drafts of whole blocks are far weaker than next bytes (see the table): expect modest gains from block diffusion.
+
+## Samples
+
+Temperature 0.6, seed 0; the mark \u2038 is where the prompt ends.
+
+{_samples(texts)}"""
+
+
+def _shape(config: ModelConfig) -> str:
+    stages = {
+        "patcher": config.patcher,
+        "encoder": config.encoder,
+        "global": config.global_,
+        "decoder": config.decoder,
+    }
+    rows = [
+        f"| {name} | {stack.num_layers} | {stack.dim} | {stack.num_heads} | {stack.ffn_dim} | {stack.window or 'all'} |"
+        for name, stack in stages.items()
+    ]
+    table, hashes = "\n".join(rows), config.hashes
+    return f"""\
+| stage | layers | width | heads | feed-forward | window |
+|---|---|---|---|---|---|
+{table}
+
+k = {config.slots} slots per patch, longest patch {config.patching.max_patch_length} bytes; {hashes.num_tables} hash
+tables of {hashes.rows} rows for groups of {", ".join(map(str, hashes.group_sizes))} bytes; the decoder looks its bytes
+up in a table of its own, with [MASK] = {config.mask_id}."""
+
+
+def _training(state: State) -> str:
+    settings, patcher, main = state.settings, state.phases["patcher"], state.phases["model"]
+    lengths = ", ".join(f"{length} bytes from {start:.0%} on" for start, length in settings.lengths)
+    return f"""\
+* Objective: Fast BLT (arXiv 2605.08044), section 3.2: next-byte loss plus masked blocks of {state.config.block_size}
+  cells that start at patch starts, weighted 1/t, t from 0.05 to 1. Departures: the block term has weight
+  {settings.mask_weight}; blocks are a sample ({settings.blocks_per_kib} per 1024 bytes) and weighted for it; every
+  block has its own t, spread evenly over the batch.
+* The patcher first: {patcher.bytes / 1e6:.1f} MB seen, {patcher.seconds / 60:.0f} minutes. Then the threshold that
+  gives a mean patch of {settings.mean_patch}: {state.config.patching.threshold} nats. Then the model: {main.step} steps,
+  {main.bytes / 1e6:.1f} MB seen, {main.seconds / 60:.0f} minutes.
+* Rows: {lengths}; {settings.batch_bytes} bytes per step. Muon {settings.matrix_rate} for matrices, AdamW
+  {settings.table_rate} for tables, head and norms; {settings.warm_up} steps of warm-up, cosine to 0, gradient norm
+  clipped at 1, bfloat16 products.
+* Machine: {torch.get_num_threads()} CPU cores ({platform.machine()}) shared with other work, no GPU."""
+
+
+def _samples(texts: Sequence[str]) -> str:
+    pairs = zip(PROMPTS, texts, strict=True)
+    return "\n".join(f"```python\n{prompt}\u2038{text.rstrip()}\n```\n" for prompt, text in pairs)

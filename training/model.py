@@ -1,0 +1,291 @@
+"""The model as one differentiable pass over a padded batch, for training.
+
+The same maths as the engine's stages on the same canonical tensors, without caches: `weights` is what
+`engine.checkpoint` saves. Rows are matrix products in `dtype`; the residual streams stay float32.
+
+    patch       texts -> where patches start, decided by the patcher as when served     (BLT 2.3)
+    latents     texts, patches -> what the global transformer knows after each patch     (BLT 3)
+    decode      clean rows and corrupted blocks -> states to predict bytes from          (Fast BLT 3.2)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.config import ModelConfig, PatchingRule, StackConfig
+from kernels.hash_embed import ngram_hashes
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """Where the patches of a batch of texts lie; int64 unless said otherwise.
+
+    own (B, T): the patch that holds each byte. reads (B, T): the patch whose latent each byte's decoder row reads,
+    the one before the patch that holds the next byte. starts (B, M): first byte, T where there is no such patch.
+    bytes (B, M, L) and holds (B, M, L) bool: the bytes of each patch, and which of the L places are taken.
+    counts (B,): patches per text.
+    """
+
+    own: Tensor
+    reads: Tensor
+    starts: Tensor
+    bytes: Tensor
+    holds: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Corrupted blocks behind the clean rows (Fast BLT 3.2): S blocks of K cells per text.
+
+    ids (B, S, K): cells' ids, some of them [MASK]. starts (B, S): the original index of each block's first cell.
+    patches (B, S): the patch that ends just before the block, whose latent its cells read.
+    """
+
+    ids: Tensor
+    starts: Tensor
+    patches: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """The original index of each cell: (B, S * K)."""
+        return (self.starts[..., None] + torch.arange(self.ids.shape[-1])).flatten(1)
+
+
+def initial_weights(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    """Float32 weights to start from: unit-gain matrices, silent outputs of every residual branch."""
+    draw = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            weights[name] = torch.ones(shape)
+        elif name.endswith(("o_proj.weight", "down_proj.weight")) or "lm_head" in name:
+            weights[name] = torch.zeros(shape)
+        else:
+            std = 0.1 if "embed" in name and "projection" not in name else shape[1] ** -0.5
+            weights[name] = torch.randn(shape, generator=draw) * std
+    return weights
+
+
+def patcher_logits(config: ModelConfig, weights: Weights, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Next-byte logits of the patcher, ids (B, T) -> (B, T, vocab) float32."""
+    positions = torch.arange(ids.shape[1])
+    x = F.embedding(ids, weights["model.patcher.embed_tokens.weight"])
+    x = _stack(x, weights, "model.patcher", config.patcher, positions, dtype)
+    return _project(
+        _norm(x, weights, "model.patcher.norm", config.patcher, dtype), weights, "model.patcher.lm_head"
+    ).float()
+
+
+def entropies(config: ModelConfig, weights: Weights, ids: Tensor) -> Tensor:
+    """How unsure the patcher is of the byte behind each byte, in nats: (B, T)."""
+    log_p = patcher_logits(config, weights, ids).log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def patch(rule: PatchingRule, entropy: Tensor) -> Patches:
+    """Cuts texts into patches by entropy (B, T), the next byte's place counted in, as `engine.patching` does."""
+    if rule.mode != "entropy" or rule.monotonic or rule.threshold_add is not None or rule.max_patch_length is None:
+        raise ValueError("training knows the plain entropy threshold with a longest patch")
+    count, length = entropy.shape
+    longest = rule.max_patch_length
+    index = torch.arange(length + 1)
+    natural = torch.ones(count, length + 1, dtype=torch.bool)
+    natural[:, 2:] = entropy[:, 1:] > rule.threshold
+    since = index - torch.where(natural, index, 0).cummax(1).values
+    opens = since % longest == 0
+    patch_of = opens.cumsum(1) - 1
+    own, reads = patch_of[:, :-1], patch_of[:, 1:] - 1
+    counts = own[:, -1] + 1
+    starts = torch.full((count, int(counts.max()) + 2), length)
+    starts.scatter_(1, torch.where(opens, patch_of, starts.shape[1] - 1), index.expand(count, -1))
+    starts = starts[:, :-1].clamp(max=length)
+    starts[torch.arange(starts.shape[1]) > counts[:, None]] = length
+    inside = starts[:, :-1, None] + torch.arange(longest)
+    holds = inside < starts[:, 1:, None]
+    return Patches(own, reads, starts[:, :-1], inside.clamp(max=length - 1), holds, counts)
+
+
+def latents(config: ModelConfig, weights: Weights, ids: Tensor, patches: Patches, dtype: torch.dtype) -> Tensor:
+    """The decoder's slots of every patch, ids (B, T) -> (B, M, k, d)."""
+    enc = config.encoder
+    reach = max(config.hashes.group_sizes)
+    windows = F.pad(ids, (reach - 1, 0)).unfold(1, reach, 1).flatten(0, 1)
+    rows = ngram_hashes(windows, config.hashes.group_sizes, config.hashes.num_functions, config.hashes.rows)
+    x = F.embedding(ids, weights["model.local_encoder.embed_tokens.weight"])
+    for t in range(config.hashes.num_tables):
+        table = weights[f"model.encoder_hash_tok_embedding.{t}.weight"]
+        x = x + F.embedding(rows[:, t].view_as(ids), table)
+    x = _stack(x, weights, "model.local_encoder", enc, torch.arange(ids.shape[1]), dtype)
+
+    name = "model.local_encoder.cross_attn_layers.0"
+    key_value = _project(_norm(x, weights, f"{name}.k_norm", enc, dtype), weights, f"{name}.k_proj", f"{name}.v_proj")
+    held, absent = patches.holds[..., None], ~patches.holds[..., None]
+    pooled = _gather(x, patches.bytes).masked_fill(absent, float("-inf")).amax(2)
+    pooled = pooled.masked_fill(~held.any(2), 0.0)
+    slots = _project(pooled.to(dtype), weights, "model.local_encoder.patch_embedding_projection")
+    slots = slots.unflatten(-1, (config.slots, enc.dim)).float()
+    key, value = _gather(key_value, patches.bytes).unflatten(-1, (-1, enc.head_dim)).chunk(2, -2)
+    query = _project(_norm(slots, weights, f"{name}.q_norm", enc, dtype), weights, f"{name}.q_proj")
+    query = query.unflatten(-1, (-1, enc.head_dim))
+    scores = (query[:, :, :, None] * key[:, :, None]).sum(-1).float() * enc.head_dim**-0.5
+    seen = held[:, :, None].expand(-1, -1, scores.shape[2], -1, scores.shape[-1])
+    attend = scores.masked_fill(~seen, -1e9).softmax(3).to(dtype)
+    read = (attend[..., None] * value[:, :, None]).sum(3).flatten(-2)
+    slots = 2 * slots + _project(read, weights, f"{name}.o_proj")
+
+    x = slots.flatten(2)
+    if config.projects_latent:
+        x = _project(x.to(dtype), weights, "model.global_transformer.token_embedding_projection").float()
+    x = _stack(x, weights, "model.global_transformer", config.global_, torch.arange(x.shape[1]), dtype)
+    out = _project(x.to(dtype), weights, "model.local_decoder.patch_embedding_projection")
+    return out.unflatten(-1, (config.slots, config.decoder.dim)).float()
+
+
+def decode(
+    config: ModelConfig,
+    weights: Weights,
+    ids: Tensor,
+    reads: Tensor,
+    slots: Tensor,
+    dtype: torch.dtype,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normed states of clean rows (B, T, d) and of the blocks' cells (B, S, K, d); `logits` turns them into logits.
+
+    Clean rows attend causally and never to a block. A cell attends to the clean rows before its block and to its whole
+    block; its position is its original index.
+    """
+    dec, length = config.decoder, ids.shape[1]
+    positions, blind = torch.arange(length), None
+    if blocks is not None:
+        cells = blocks.positions
+        ids = torch.cat([ids, blocks.ids.flatten(1)], 1)
+        reads = torch.cat([reads, blocks.patches.repeat_interleave(blocks.ids.shape[2], 1)], 1)
+        positions = torch.cat([positions.expand(len(ids), -1), cells], 1)
+        blind = _block_mask(blocks, length, dec.window).to(dtype)
+    turns = _turns(positions, dec)
+    y = F.embedding(ids, weights["model.local_decoder.embed_tokens.weight"])
+    for i in range(dec.num_layers):
+        if i == 0 or config.decoder_cross_all_layers:
+            y = 2 * y + _read_latent(y, slots, reads, weights, f"model.local_decoder.cross_attn_layers.{i}", dec, dtype)
+        y = _layer(y, weights, f"model.local_decoder.layers.{i}", dec, turns, dtype, length, blind)
+    y = _norm(y, weights, "model.local_decoder.norm", dec, dtype)
+    states = y[:, length:]
+    return y[:, :length], states if blocks is None else states.unflatten(1, blocks.ids.shape[1:])
+
+
+def logits(weights: Weights, states: Tensor) -> Tensor:
+    """(..., d) -> (..., vocab) float32."""
+    return _project(states, weights, "lm_head").float()
+
+
+def _block_mask(blocks: Blocks, length: int, window: int | None) -> Tensor:
+    """0 where a cell sees a clean row or another cell, -inf elsewhere: (B, 1, S * K, T + S * K)."""
+    _, count, size = blocks.ids.shape
+    cells = blocks.positions
+    clean = torch.arange(length)
+    seen = clean < blocks.starts.repeat_interleave(size, 1)[..., None]
+    if window is not None:
+        seen &= clean > cells[..., None] - window
+    block = torch.arange(count).repeat_interleave(size)
+    own = (block[:, None] == block).expand(len(cells), -1, -1)
+    return torch.zeros(()).where(torch.cat([seen, own], 2), float("-inf"))[:, None]
+
+
+def _read_latent(
+    y: Tensor, slots: Tensor, reads: Tensor, weights: Weights, name: str, stack: StackConfig, dtype: torch.dtype
+) -> Tensor:
+    """What each row takes from the k slots of the one latent it reads: (B, R, d)."""
+    key_value = _project(
+        _norm(slots, weights, f"{name}.k_norm", stack, dtype), weights, f"{name}.k_proj", f"{name}.v_proj"
+    )
+    read = _gather(key_value.flatten(2), reads).unflatten(-1, (slots.shape[2], -1, stack.head_dim))
+    key, value = read.chunk(2, -2)
+    query = _project(_norm(y, weights, f"{name}.q_norm", stack, dtype), weights, f"{name}.q_proj")
+    query = query.unflatten(-1, (1, -1, stack.head_dim))
+    attend = ((query * key).sum(-1).float() * stack.head_dim**-0.5).softmax(2).to(dtype)
+    return _project((attend[..., None] * value).sum(2).flatten(2), weights, f"{name}.o_proj")
+
+
+def _stack(
+    x: Tensor, weights: Weights, prefix: str, stack: StackConfig, positions: Tensor, dtype: torch.dtype
+) -> Tensor:
+    turns = _turns(positions, stack)
+    for i in range(stack.num_layers):
+        x = _layer(x, weights, f"{prefix}.layers.{i}", stack, turns, dtype)
+    return x
+
+
+def _layer(
+    x: Tensor,
+    weights: Weights,
+    prefix: str,
+    stack: StackConfig,
+    turns: Tensor,
+    dtype: torch.dtype,
+    clean: int | None = None,
+    blind: Tensor | None = None,
+) -> Tensor:
+    """One transformer layer over x (B, R, dim); rows from `clean` on are block cells, masked by `blind`."""
+    attn = f"{prefix}.self_attn"
+    n = _norm(x, weights, f"{prefix}.input_layernorm", stack, dtype)
+    qkv = _project(n, weights, f"{attn}.q_proj", f"{attn}.k_proj", f"{attn}.v_proj").unflatten(-1, (-1, stack.head_dim))
+    heads, kv_heads = stack.num_heads, stack.num_kv_heads
+    turned = torch.view_as_complex(qkv[:, :, : heads + kv_heads].float().unflatten(-1, (-1, 2))) * turns
+    turned = torch.view_as_real(turned).flatten(-2).to(dtype).transpose(1, 2)
+    q, k, v = turned[:, :heads], turned[:, heads:], qkv[:, :, heads + kv_heads :].transpose(1, 2)
+    attended = _causal(q[:, :, :clean], k[:, :, :clean], v[:, :, :clean], stack.window)
+    if blind is not None:
+        cells = F.scaled_dot_product_attention(q[:, :, clean:], k, v, blind, enable_gqa=heads != kv_heads)
+        attended = torch.cat([attended, cells], 2)
+    x = x + _project(attended.transpose(1, 2).flatten(2), weights, f"{attn}.o_proj")
+    m = _norm(x, weights, f"{prefix}.post_attention_layernorm", stack, dtype)
+    gate, up = _project(m, weights, f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj").chunk(2, -1)
+    return x + _project(F.silu(gate) * up, weights, f"{prefix}.mlp.down_proj")
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Causal attention, (B, H, T, hd); a window is walked in chunks of its own length, each seeing one chunk back."""
+    gqa, length = q.shape[1] != k.shape[1], q.shape[2]
+    if window is None or length <= window:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    spare = -length % window
+    q, k, v = F.pad(q, (0, 0, 0, spare)), F.pad(k, (0, 0, window, spare)), F.pad(v, (0, 0, window, spare))
+    chunks = q.shape[2] // window
+    q = q.unflatten(2, (chunks, window)).transpose(1, 2).flatten(0, 1)
+    k, v = (t.unfold(2, 2 * window, window).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k, v))
+    ahead = torch.arange(2 * window) - torch.arange(window)[:, None]
+    seen = ((ahead > 0) & (ahead <= window)).expand(chunks, -1, -1).clone()
+    seen[0, :, :window] = False
+    seen = seen.repeat(len(q) // chunks, 1, 1)[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=gqa)
+    return out.unflatten(0, (-1, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def _turns(positions: Tensor, stack: StackConfig) -> Tensor:
+    """Unit complex numbers that rotary positions multiply pairs by: (..., R, 1, head_dim / 2)."""
+    frequencies = stack.rope_theta ** (-torch.arange(0, stack.head_dim, 2) / stack.head_dim)
+    angles = positions[..., None, None] * frequencies
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def _norm(x: Tensor, weights: Weights, name: str, stack: StackConfig, dtype: torch.dtype) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weights[f"{name}.weight"], stack.norm_eps).to(dtype)
+
+
+def _project(x: Tensor, weights: Weights, *names: str) -> Tensor:
+    """x times one or more matrices side by side, in x's dtype."""
+    matrices = [weights[f"{name}.weight"] for name in names]
+    return F.linear(x, (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).to(x.dtype))
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, N, C) at index (B, ...) -> (B, ..., C)."""
+    offset = torch.arange(len(x)).view(-1, *[1] * (index.dim() - 1)) * x.shape[1]
+    return F.embedding(index + offset, x.flatten(0, 1))
