@@ -1,0 +1,5 @@
+"""`python -m server` is `fastblt`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,218 @@
+"""The command `fastblt`. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+What needs torch is imported where it is used, so that `--help` answers at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from engine.config import EngineConfig, ModelConfig
+from engine.types import DecoderName, SamplingParams
+
+from .flags import with_settings
+from .settings import ServerSettings
+
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
+Model = Annotated[Path, typer.Option(help="Folder of the checkpoint.")]
+
+app = typer.Typer(
+    name="fastblt",
+    help="Serve byte-latent language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point."""
+    app(prog_name="fastblt")
+
+
+@app.command("serve")
+@with_settings
+def serve(settings: ServerSettings, config: EngineConfig) -> None:
+    """Serve a checkpoint over HTTP, as OpenAI's completions API."""
+    from .run import ServeError, run
+
+    with failing_on(ServeError):
+        run(settings, config)
+
+
+@app.command()
+def client(
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue, then leave; without it, prompts are read line by line.")
+    ] = None,
+    url: Annotated[
+        str, typer.Option(help="Address of the server.", envvar="FASTBLT_URL", show_envvar=True)
+    ] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="A name that the server lists; by default its first.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Most bytes to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest byte.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Keep the likeliest bytes up to this mass.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; up to four times.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key to present.", envvar="FASTBLT_API_KEY", show_envvar=True)
+    ] = None,
+) -> None:
+    """Stream completions of a running server to the terminal. Ctrl-C ends the stream, Ctrl-D the program."""
+    from clients.fastblt_client import Client, FastBltError
+    from clients.terminal import run
+
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or None}
+    with failing_on(FastBltError), Client(url, api_key=api_key) as connection:
+        run(connection, prompt or [], model, options)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; several, which need --json, run as one batch.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File to continue, byte for byte; - is stdin.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most bytes to generate.")] = 256,
+    decoder: Annotated[DecoderName, typer.Option(help="How to decode; only blt is implemented.")] = "blt",
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Keep the likeliest bytes up to this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep this many bytes; 0 keeps all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Keep bytes at least this likely relative to the best.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Fixes every draw.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind an end-of-sequence id.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
+    device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print an object per prompt, in order: text, bytes (hex), finish_reason, usage."),
+    ] = False,
+) -> None:
+    """Continue prompts without a server. Without --json the bytes are streamed to standard output as they are."""
+    from engine.types import Failed
+
+    from . import offline
+
+    prompts = _read_prompts(prompt or [], prompt_file)
+    if len(prompts) > 1 and not as_json:
+        raise typer.BadParameter("several prompts need --json", param_hint="--prompt")
+    if not all(stop or []):
+        raise typer.BadParameter("must not be empty", param_hint="--stop")
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    texts = [b""] * len(prompts)
+    results: dict[int, str] = {}
+    failure: str | None = None
+    with failing_on(ValueError, OSError, RuntimeError, AssertionError):
+        pieces = offline.generate(
+            EngineConfig(str(model), dtype=dtype, device=device),
+            prompts,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=[os.fsencode(text) for text in stop or []],
+            ignore_eos=ignore_eos,
+            decoder=decoder,
+        )
+        for piece in pieces:
+            if isinstance(piece.end, Failed):
+                failure = failure or piece.end.message
+            if not as_json:
+                sys.stdout.buffer.write(piece.data)
+                sys.stdout.flush()
+                continue
+            texts[piece.index] += piece.data
+            if piece.end:
+                results[piece.index] = json.dumps(offline.result(texts[piece.index], piece.end))
+    for index in sorted(results):
+        typer.echo(results[index])
+    if not as_json and sys.stdout.isatty():
+        typer.echo()
+    if failure:
+        _fail(failure)
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must be new or empty.")],
+    config: Annotated[str, typer.Option(help="tiny, nano, 1b, 3b, 7b, or a config.json, or the folder of a model.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    hash_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows per hash table instead of the configuration's.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What weights are written in.")] = "bfloat16",
+) -> None:
+    """Write a checkpoint with random weights and a patching threshold that suits them."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        _fail(f"{out} exists and is not an empty folder")
+    import torch
+
+    from engine.checkpoint import CheckpointError, RandomTensors, calibrated, save
+
+    with failing_on(CheckpointError, OSError):
+        model = _read_config(config)
+        if hash_rows is not None:
+            model = replace(model, hashes=replace(model.hashes, rows=hash_rows))
+        tensors = RandomTensors(model, seed, getattr(torch, dtype))
+        save(out, calibrated(model, tensors), tensors)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Print what a checkpoint is: stages, shapes, parameters, bytes, cache bytes per byte and per patch."""
+    from engine.checkpoint import CheckpointError, describe, render
+
+    with failing_on(CheckpointError):
+        description = describe(path)
+        typer.echo(json.dumps(asdict(description), indent=2) if as_json else render(description))
+
+
+@contextmanager
+def failing_on(*errors: type[Exception]) -> Iterator[None]:
+    """These errors are about what the user gave: their message, and exit code 1. A closed pipe is no error here."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except errors as error:
+        _fail(str(error) or type(error).__name__)
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"fastblt: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def _read_prompts(prompts: list[str], file: Path | None) -> list[bytes]:
+    """What was given, as the bytes that were typed. Exactly one of the two must be there."""
+    if bool(prompts) == (file is not None):
+        raise typer.BadParameter("give either --prompt or --prompt-file", param_hint="--prompt")
+    if file is None:
+        return [os.fsencode(text) for text in prompts]
+    with failing_on(OSError):
+        return [sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()]
+
+
+def _read_config(name: str) -> ModelConfig:
+    from engine.checkpoint import PRESETS, read_config
+    from engine.checkpoint.files import read_json
+    from engine.checkpoint.hf_config import parse
+
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    return parse(read_json(path), path)[1] if path.is_file() else read_config(path)

@@ -1,0 +1,108 @@
+"""Command-line flags made from the typed settings, so that a default or a description is written once."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from engine.config import EngineConfig
+
+from .settings import ServerSettings
+
+ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
+    "model": ("Folder of the checkpoint.", None),
+    "dtype": ("What weights are held and computed in.", None),
+    "device": ("Where the model runs.", None),
+    "max_sequences": ("Most sequences in the running batch.", 1),
+    "max_step_rows": ("Most byte rows per step, prompt and generated together.", 1),
+    "cache_bytes": ("Memory for all caches together, in bytes.", 1),
+    "page_size": ("Rows per cache page.", 1),
+    "max_length": ("Most ids per sequence; by default what the model and the caches can hold.", 1),
+    "isolate_documents": ("Whether an end-of-sequence id hides what is before it; by default as the model says.", None),
+    "num_threads": ("CPU threads for tensor work; by default one per core.", 1),
+}
+"""Help and least value per field of EngineConfig."""
+
+
+def with_settings(command: Callable[[ServerSettings, EngineConfig], None]) -> Callable[..., None]:
+    """The command with one flag per field of both. A flag that is not given leaves the field's default, and for
+    ServerSettings the environment, in force."""
+    parameters = [_engine_parameter(name) for name in ENGINE_FLAGS]
+    parameters += [_server_parameter(name, info) for name, info in ServerSettings.model_fields.items()]
+
+    def run(**given: Any) -> None:
+        given = {name: value for name, value in given.items() if value not in (None, [])}
+        # As in the environment, so that one flag may also hold several values.
+        given = {name: ",".join(value) if isinstance(value, list) else value for name, value in given.items()}
+        config = EngineConfig(**{name: given.pop(name) for name in ENGINE_FLAGS if name in given})
+        try:
+            settings = ServerSettings(**given)
+        except ValidationError as error:
+            raise _bad_setting(error) from None
+        command(settings, config)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__doc__ = command.__doc__
+    return run
+
+
+def _engine_parameter(name: str) -> inspect.Parameter:
+    field = next(f for f in fields(EngineConfig) if f.name == name)
+    help_text, least = ENGINE_FLAGS[name]
+    required = field.default is MISSING
+    default = None if required or field.default is None else str(field.default)
+    return _parameter(name, _plain(field.type), help_text, default, required=required, least=least)
+
+
+def _server_parameter(name: str, info: FieldInfo) -> inspect.Parameter:
+    environment = f"{ServerSettings.model_config['env_prefix']}{name}".upper()
+    assert info.description is not None
+    default = None if info.default in (None, []) else str(info.default)
+    kind = _plain(info.annotation)
+    several = " May be repeated." if get_origin(kind) is list else ""
+    return _parameter(name, kind, f"{info.description}{several} [env: {environment}]", default)
+
+
+def _parameter(
+    name: str, kind: Any, help_text: str, default: str | None, *, required: bool = False, least: int | None = None
+) -> inspect.Parameter:
+    flag = name.replace("_", "-")
+    declared = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
+    if default is not None:
+        help_text += f" [default: {default}]"
+    option = typer.Option(declared, help=help_text, min=least, show_default=False)
+    annotation = Annotated[kind if required else kind | None, option]
+    nothing = inspect.Parameter.empty if required else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=nothing, annotation=annotation)
+
+
+def _plain(annotation: Any) -> Any:
+    """The type as a command line gives it: without None, secrets as text."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        (kind,) = (arg for arg in get_args(annotation) if arg is not type(None))
+        return _plain(kind)
+    if get_origin(annotation) is list:
+        return list[_plain(get_args(annotation)[0])]  # type: ignore[misc]
+    if annotation is SecretStr:
+        return str
+    assert get_origin(annotation) is Literal or isinstance(annotation, type)
+    return annotation
+
+
+def _bad_setting(error: ValidationError) -> typer.BadParameter:
+    """The first complaint, by flag and variable, without the value: it may be a key."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not first["loc"]:
+        return typer.BadParameter(message)
+    name = str(first["loc"][0])
+    variable = f"{ServerSettings.model_config['env_prefix']}{name}".upper()
+    return typer.BadParameter(message, param_hint=f"--{name.replace('_', '-')} (or {variable})")
