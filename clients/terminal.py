@@ -1,0 +1,65 @@
+"""Completions on a terminal, as `fastblt client` shows them."""
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+from rich.console import Console
+from rich.prompt import Prompt
+
+from .fastblt_client import ApiError, Client
+
+notes = Console(stderr=True, highlight=False, style="dim")
+
+
+def run(client: Client, prompts: Sequence[str], model: str | None, options: dict[str, Any]) -> None:
+    """Streams each prompt's continuation to standard output, or those of what is typed. Notes go to standard error.
+
+    Raises FastBltError for a given prompt; while reading from a person, a refusal is shown and the next line read.
+    """
+    if model is None:
+        model = client.models()[0]
+    for prompt in prompts:
+        show(client, prompt, model, options)
+    if prompts:
+        return
+    notes.print(f"{model}: type what is to be continued. Ctrl-C ends a stream, Ctrl-D the program.")
+    while True:
+        try:
+            prompt = Prompt.ask("[bold]>[/bold]", console=notes)
+        except (EOFError, KeyboardInterrupt):
+            notes.print()
+            return
+        try:
+            show(client, prompt, model, options)
+        except ApiError as error:
+            notes.print(str(error), markup=False, style="red")
+
+
+def show(client: Client, prompt: str, model: str, options: dict[str, Any]) -> None:
+    """One stream, and a line on how fast it was and why it ended. Ctrl-C ends it. Raises FastBltError."""
+    reason: str | None = "interrupted"
+    num_bytes = 0
+    began = time.perf_counter()
+    first: float | None = None
+    with closing(client.stream(prompt, model=model, **options)) as stream:
+        try:
+            for event in stream:
+                if event.text:
+                    first = first or time.perf_counter()
+                    num_bytes += len(event.text.encode())
+                    sys.stdout.write(event.text)
+                    sys.stdout.flush()
+                if event.finish_reason:
+                    reason = event.finish_reason
+                if event.usage:
+                    num_bytes = event.usage["completion_tokens"]
+        except KeyboardInterrupt:
+            pass
+    ended = time.perf_counter()
+    print()
+    waited = f", first after {first - began:.2f} s" if first else ""
+    rate = f"{num_bytes / (ended - began):.0f} bytes/s"
+    notes.print(f"{reason}: {num_bytes} bytes, {rate}{waited}")
