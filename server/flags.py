@@ -7,7 +7,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import SecretStr, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from engine.config import EngineConfig
@@ -76,22 +76,20 @@ def _parameter(
     if default is not None:
         help_text += f" [default: {default}]"
     option = typer.Option(declared, help=help_text, min=least, show_default=False)
-    annotation = Annotated[kind if required else kind | None, option]
+    annotation: Any = Annotated[kind if required else kind | None, option]
     nothing = inspect.Parameter.empty if required else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=nothing, annotation=annotation)
 
 
 def _plain(annotation: Any) -> Any:
-    """The type as a command line gives it: without None, secrets as text."""
+    """The type as a command line gives it: without None, lists as text."""
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
         (kind,) = (arg for arg in get_args(annotation) if arg is not type(None))
         return _plain(kind)
     if get_origin(annotation) is list:
-        return list[_plain(get_args(annotation)[0])]  # type: ignore[misc]
-    if annotation is SecretStr:
-        return str
+        return list[str]
     assert get_origin(annotation) is Literal or isinstance(annotation, type)
     return annotation
 

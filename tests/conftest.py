@@ -1,0 +1,6 @@
+"""What every test can rely on."""
+
+import os
+
+# As `server.cli` does, and for the same reason: tests share their machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
