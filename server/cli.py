@@ -38,7 +38,7 @@ def main() -> None:
     """Entry point."""
     # OpenMP's threads spin for milliseconds at the end of each product, and on a machine that does anything else the
     # one that is waited for may not even run: steps then take a hundred times longer. Read once, when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="fastblt")
 
 

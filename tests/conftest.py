@@ -3,4 +3,4 @@
 import os
 
 # As `server.cli` does, and for the same reason: tests share their machine.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
