@@ -1,0 +1,124 @@
+"""The events of one sequence as pieces of one choice: text, log-probabilities, and why it ended.
+
+A response without streaming is the sum of the same pieces, so that both say the same.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from engine.config import BYTE_OFFSET, SPECIAL_NAMES
+from engine.types import Delta, Finished, FinishReason, TokenLogprob, Usage
+
+from .schemas import Logprobs
+from .text import OffsetTracker, Utf8Stream
+
+ASCII_END = 0x80
+
+
+@dataclass
+class Piece:
+    """What became certain with one event."""
+
+    text: str = ""
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+
+    def add(self, other: "Piece") -> None:
+        self.text += other.text
+        self.finish_reason = other.finish_reason
+        if self.logprobs and other.logprobs:
+            self.logprobs.tokens += other.logprobs.tokens
+            self.logprobs.token_logprobs += other.logprobs.token_logprobs
+            self.logprobs.top_logprobs += other.logprobs.top_logprobs
+            self.logprobs.text_offset += other.logprobs.text_offset
+            self.logprobs.bytes += other.logprobs.bytes
+
+
+def token_name(token: int) -> str:
+    r"""An ASCII byte is its character, any other byte `bytes:\xNN`, a special id its name."""
+    if token < BYTE_OFFSET:
+        return SPECIAL_NAMES[token]
+    byte = token - BYTE_OFFSET
+    return chr(byte) if byte < ASCII_END else f"bytes:\\x{byte:02x}"
+
+
+@dataclass
+class ChoiceStream:
+    """Takes a sequence's events in order. A generated id is reported when its byte is in the text, or never: those of
+    a stop string and a closing end-of-sequence id are not."""
+
+    prompt_ids: list[int]
+    echo: bool
+    with_logprobs: bool
+    usage: Usage = field(default_factory=Usage)
+    cumulative_logprob: float = 0.0
+    num_generated: int = 0
+
+    def __post_init__(self) -> None:
+        self._utf8 = Utf8Stream()
+        self._offsets = OffsetTracker()
+        self._owes_prompt = self.echo
+        self._num_text_bytes = 0
+        self._num_shown_bytes = 0
+        self._hidden: deque[TokenLogprob] = deque()
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.cumulative_logprob / max(self.num_generated, 1)
+
+    def feed(self, event: Delta | Finished) -> Piece:
+        piece = Piece(logprobs=Logprobs() if self.with_logprobs else None)
+        finished = isinstance(event, Finished)
+        prompt_scores = event.prompt_logprobs if isinstance(event, Delta) else []
+        if self._owes_prompt and (finished or prompt_scores or not self.with_logprobs):
+            self._owes_prompt = False
+            piece.text = self._utf8.feed(bytes(i - BYTE_OFFSET for i in self.prompt_ids if i >= BYTE_OFFSET))
+            for entry in prompt_scores:
+                self._show(piece, entry)
+        piece.text += self._utf8.feed(event.text)
+        self._num_text_bytes += len(event.text)
+        if isinstance(event, Delta):
+            self.num_generated += len(event.ids)
+            self._hidden += event.logprobs
+        if isinstance(event, Finished):
+            piece.text += self._utf8.finish()
+            piece.finish_reason = event.reason
+            self.usage, self.cumulative_logprob = event.usage, event.cumulative_logprob
+        self._show_certain(piece)
+        return piece
+
+    def _show_certain(self, piece: Piece) -> None:
+        """Reports the ids whose bytes are in the text by now, and the special ids between them."""
+        certain = self._num_text_bytes - self._utf8.num_pending
+        while self._hidden:
+            specials = 0
+            while specials < len(self._hidden) and self._hidden[specials].id < BYTE_OFFSET:
+                specials += 1
+            if specials == len(self._hidden):
+                # Whether these belong to the choice depends on what follows.
+                if piece.finish_reason in (None, "stop"):
+                    return
+            elif self._num_shown_bytes >= certain:
+                return
+            else:
+                self._num_shown_bytes += 1
+                specials += 1
+            for _ in range(specials):
+                self._show(piece, self._hidden.popleft())
+
+    def _show(self, piece: Piece, entry: TokenLogprob) -> None:
+        shown = piece.logprobs
+        if shown is None:
+            return
+        is_byte = entry.id >= BYTE_OFFSET
+        name = token_name(entry.id)
+        shown.tokens.append(name)
+        shown.token_logprobs.append(entry.logprob)
+        if entry.logprob is None:
+            shown.top_logprobs.append(None)
+        else:
+            # As OpenAI: the chosen one is always among them.
+            shown.top_logprobs.append({token_name(i): p for i, p in entry.top.items()} | {name: entry.logprob})
+        byte = entry.id - BYTE_OFFSET if is_byte else None
+        shown.text_offset.append(self._offsets.end if byte is None else self._offsets.feed(byte))
+        shown.bytes.append(byte)

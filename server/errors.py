@@ -1,0 +1,104 @@
+"""One error body for everything that goes wrong, as OpenAI's clients expect it."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from .responses import JsonResponse
+
+SHOWN_VALUE = 80
+"""Characters of an offending value that a message repeats."""
+TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable",
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, and in which field."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every response with status 400 or above."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """Becomes the response with this status, or an error event in a stream that has begun."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+        kind = TYPES.get(status, "invalid_request_error")
+        self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JsonResponse:
+        return JsonResponse(self.body, self.status, self.headers)
+
+
+def internal_error(request_id: str) -> ApiError:
+    """Says nothing about the cause, which is in the log under the same id."""
+    return ApiError(500, f"internal error; it is logged under request id {request_id}", code="internal_error")
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """Names the first offending field, what it held and what would be right."""
+    first = error.errors(include_url=False, include_context=True)[0]
+    kind, path = first["type"], [str(part) for part in first["loc"]]
+    field = ".".join(path) or None
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    if field is None:
+        return ApiError(400, "the body must be a JSON object")
+    if kind == "missing":
+        return ApiError(400, f"{field} is required", param=field, code="missing_required_parameter")
+    if kind == "extra_forbidden":
+        return ApiError(400, f"{field} is not a known parameter", param=field, code="unknown_parameter")
+    message = first["msg"].removeprefix("Value error, ")
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= SHOWN_VALUE else f"{shown[:SHOWN_VALUE]}..."
+    return ApiError(400, f"{field}: {message[:1].lower()}{message[1:]}, not {shown}", param=field, code="invalid_value")
+
+
+async def _on_api_error(_: Request, error: Exception) -> JsonResponse:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JsonResponse:
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    headers = dict(error.headers or {})
+    match error.status_code:
+        case 404:
+            return ApiError(404, f"there is no route {where}", code="unknown_url", headers=headers).response()
+        case 405:
+            message = f"{where} is not offered; allowed: {headers.get('allow') or headers.get('Allow')}"
+            return ApiError(405, message, code="method_not_allowed", headers=headers).response()
+    return ApiError(error.status_code, str(error.detail), headers=headers).response()
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """An exception that is neither is for `server.middleware`, which knows the request's id."""
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)

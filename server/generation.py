@@ -1,0 +1,129 @@
+"""One admitted completion request at work: engine events in, pieces of choices out."""
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from engine.client import EngineClient, EngineDead
+from engine.types import Event, Failed, Finished
+
+from .admission import Gate, Ticket
+from .choice import ChoiceStream, Piece
+from .errors import ApiError
+from .merge import merge
+from .metrics import Metrics
+from .plan import Plan
+from .schemas import Choice, Completion, CompletionUsage, FastBltUsage
+from .settings import ServerSettings
+
+REFUSALS = {"too_long": "context_length_exceeded", "decoder_unavailable": "decoder_unavailable", "invalid": None}
+
+
+@dataclass
+class Service:
+    """What every request needs."""
+
+    settings: ServerSettings
+    client: EngineClient
+    gate: Gate
+    metrics: Metrics
+    started: float = field(default_factory=time.time)
+
+
+class Generation:
+    """Must be closed, whatever happens: that gives its place back and stops the engine's work for it."""
+
+    def __init__(self, service: Service, plan: Plan, completion_id: str, ticket: Ticket) -> None:
+        self.plan = plan
+        self.id = completion_id
+        self.created = int(time.time())
+        self._service = service
+        self._ticket = ticket
+        self._clocks = [service.metrics.clock(plan.decoder) for _ in plan.requests]
+        request = plan.request
+        self._choices = [ChoiceStream(r.prompt_ids, request.echo, request.logprobs is not None) for r in plan.requests]
+        self._events = merge([service.client.submit(r) for r in plan.requests], service.settings.keepalive_seconds)
+        self._begun: set[int] = set()
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
+        """(sequence index, piece) as they come; None for a long silence. Raises ApiError if a sequence fails."""
+        try:
+            async for item in self._events:
+                if item is None:
+                    yield None
+                else:
+                    index, event = item
+                    yield index, self._take(index, event)
+        except EngineDead as error:
+            raise self._service.gate.unavailable(f"the engine is gone: {error}", "engine_dead") from error
+
+    def _take(self, index: int, event: Event) -> Piece:
+        if index not in self._begun:
+            self._begun.add(index)
+            self._ticket.begun()
+        if isinstance(event, Failed):
+            self._clocks[index].end("error")
+            if event.code == "internal":
+                raise ApiError(500, event.message, code="internal_error")
+            raise ApiError(400, event.message, param=event.param, code=REFUSALS[event.code])
+        if isinstance(event, Finished):
+            self._clocks[index].end(event.reason)
+            if event.reason == "abort":
+                raise ApiError(500, "the engine gave up on this request", code="internal_error")
+        else:
+            self._clocks[index].advance(len(event.ids))
+        return self._choices[index].feed(event)
+
+    async def collect(self) -> Completion:
+        """The whole response."""
+        parts = [Piece() for _ in self._choices]
+        async for item in self.pieces():
+            if item is not None:
+                index, piece = item
+                parts[index].add(piece)
+        plan, n = self.plan, self.plan.request.n
+        choices: list[Choice] = []
+        for first in range(0, len(parts), plan.samples):
+            samples = range(first, first + plan.samples)
+            if n < plan.samples:
+                samples = sorted(samples, key=lambda i: -self._choices[i].mean_logprob)  # type: ignore[assignment]
+            choices += [self.choice(len(choices) + k, parts[i]) for k, i in enumerate(samples[:n])]
+        return self.completion(choices, with_usage=True)
+
+    def choice(self, index: int, piece: Piece) -> Choice:
+        assert piece.finish_reason != "abort"
+        return Choice(index=index, text=piece.text, logprobs=piece.logprobs, finish_reason=piece.finish_reason)
+
+    def completion(self, choices: list[Choice], with_usage: bool) -> Completion:
+        return Completion(
+            id=self.id,
+            created=self.created,
+            model=self.plan.request.model,
+            choices=choices,
+            usage=self._usage() if with_usage else None,
+        )
+
+    def _usage(self) -> CompletionUsage:
+        """A prompt counts once, however many samples it has; every sample counts, returned or not."""
+        usages = [choice.usage for choice in self._choices]
+        prompt_tokens = sum(len(r.prompt_ids) for r in self.plan.requests[:: self.plan.samples])
+        completion_tokens = sum(usage.completion_tokens for usage in usages)
+        return CompletionUsage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            fastblt=FastBltUsage(
+                decoder_calls=sum(usage.decoder_calls for usage in usages),
+                global_calls=sum(usage.global_calls for usage in usages),
+                preemptions=sum(usage.preemptions for usage in usages),
+            ),
+        )
+
+    async def close(self) -> None:
+        """May be called again."""
+        try:
+            await self._events.aclose()
+        finally:
+            for clock in self._clocks:
+                clock.end("abort")
+            self._ticket.close()

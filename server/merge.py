@@ -1,0 +1,48 @@
+"""Several event streams as one."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from engine.types import Event
+
+
+async def merge(
+    streams: Sequence[AsyncGenerator[Event, None]], tick: float
+) -> AsyncGenerator[tuple[int, Event] | None, None]:
+    """Yields (index, event) as events come, None whenever nothing came for `tick` seconds, and ends with the last.
+
+    Holds at most one event per stream: whoever feeds the streams feels a slow reader. An exception of any of them is
+    raised here. Closing this closes them all.
+    """
+    queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=1)
+
+    async def pump(index: int, stream: AsyncGenerator[Event, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for event in stream:
+                    await queue.put((index, event))
+            await queue.put((index, None))
+        except Exception as error:
+            await queue.put((index, error))
+
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        left = len(tasks)
+        while left:
+            try:
+                async with asyncio.timeout(tick):
+                    index, event = await queue.get()
+            except TimeoutError:
+                yield None
+                continue
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                left -= 1
+            else:
+                yield index, event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,43 @@
+"""The names under which a model is offered: its own, and one alias per decoder."""
+
+from typing import cast
+
+from engine.config import ModelLimits
+from engine.types import DecoderName
+
+from .errors import ApiError
+from .settings import ServerSettings
+
+DEFAULT_DECODER: DecoderName = "blt"
+
+
+def offered_models(settings: ServerSettings, limits: ModelLimits) -> dict[str, DecoderName | None]:
+    """`nano`, `nano:blt` and so on, each with the decoder that it stands for."""
+    offered: dict[str, DecoderName | None] = {}
+    for name in settings.served_model_name or [limits.name]:
+        offered[name] = None
+        offered |= {f"{name}:{decoder}": cast(DecoderName, decoder) for decoder in limits.decoders}
+    return offered
+
+
+def check_model(name: str, settings: ServerSettings, limits: ModelLimits) -> DecoderName | None:
+    """The decoder that the name stands for, if any. Raises ApiError 404 for a model that is not here."""
+    offered = offered_models(settings, limits)
+    if name not in offered:
+        message = f"the model {name[:100]!r} does not exist; offered: {', '.join(offered)}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    return offered[name]
+
+
+def choose_decoder(
+    model: str, decoder: DecoderName | None, settings: ServerSettings, limits: ModelLimits
+) -> DecoderName:
+    """What the model's name and the decoder field ask for together. Raises ApiError if they cannot have it."""
+    alias = check_model(model, settings, limits)
+    if alias and decoder and alias != decoder:
+        raise ApiError(400, f"decoder {decoder!r} contradicts the model {model!r}", param="decoder")
+    chosen = alias or decoder or DEFAULT_DECODER
+    if chosen not in limits.decoders:
+        message = f"the decoder {chosen!r} is not available; offered: {', '.join(limits.decoders)}"
+        raise ApiError(400, message, param="decoder", code="decoder_unavailable")
+    return chosen

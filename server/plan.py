@@ -1,0 +1,122 @@
+"""A completion request as requests to the engine: one per prompt and sample."""
+
+import secrets
+from dataclasses import dataclass
+
+from engine.config import BOS_ID, BYTE_OFFSET, ModelLimits
+from engine.types import DecoderName, Request, SamplingParams
+
+from .errors import ApiError
+from .names import choose_decoder
+from .schemas import CompletionRequest
+from .settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`requests` are ordered by prompt, then sample; each prompt has `samples` of them."""
+
+    request: CompletionRequest
+    requests: list[Request]
+    samples: int
+
+    @property
+    def decoder(self) -> DecoderName:
+        return self.requests[0].decoder
+
+
+def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSettings, limits: ModelLimits) -> Plan:
+    """Checks what only the loaded model and the settings can tell. Raises ApiError."""
+    decoder = choose_decoder(request.model, request.decoder, settings, limits)
+    samples = request.n if request.best_of is None else request.best_of
+    _check_combinations(request, samples)
+    texts = _split_prompt(request)
+    if len(texts) * samples > settings.max_choices:
+        message = (
+            f"{len(texts)} prompts with {samples} samples each make {len(texts) * samples} sequences; "
+            f"at most {settings.max_choices} are allowed"
+        )
+        raise ApiError(400, message, param="prompt" if len(texts) > settings.max_choices else "n")
+    limit = settings.max_tokens_limit
+    if limit is not None and request.max_tokens > limit:
+        raise ApiError(400, f"max_tokens: must be at most {limit}, not {request.max_tokens}", param="max_tokens")
+    prompts = [_to_ids(text, request.max_tokens, limits) for text in texts]
+    ranked = samples > request.n
+    requests = []
+    bias = _bias(request.logit_bias, limits)
+    for number, prompt_ids in enumerate(prompts):
+        # With a seed of its own a prompt's samples do not depend on the prompts beside it; without one, equal prompts
+        # must still differ.
+        seed = secrets.randbits(64) if request.seed is None else request.seed % (1 << 64)
+        sampling = SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=bias,
+            seed=seed,
+        )
+        requests += [
+            Request(
+                id=f"{completion_id}-{number * samples + sample}",
+                prompt_ids=prompt_ids,
+                max_tokens=request.max_tokens,
+                sampling=sampling,
+                sample_index=sample,
+                stop=[stop.encode() for stop in request.stop],
+                ignore_eos=request.ignore_eos,
+                logprobs=0 if ranked and request.logprobs is None else request.logprobs,
+                prompt_logprobs=request.echo and request.logprobs is not None,
+                priority=request.priority,
+                timeout=request.timeout or settings.default_timeout,
+                decoder=decoder,
+            )
+            for sample in range(samples)
+        ]
+    return Plan(request, requests, samples)
+
+
+def _check_combinations(request: CompletionRequest, samples: int) -> None:
+    if samples < request.n:
+        raise ApiError(400, f"best_of: must be at least n ({request.n}), not {samples}", param="best_of")
+    if request.stream and samples > request.n:
+        raise ApiError(400, "best_of: a stream cannot be ranked; best_of must equal n", param="best_of")
+    if request.stream_options and not request.stream:
+        raise ApiError(400, "stream_options: only allowed when stream is true", param="stream_options")
+
+
+def _split_prompt(request: CompletionRequest) -> list[str | list[int]]:
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)
+
+
+def _to_ids(prompt: str | list[int], max_tokens: int, limits: ModelLimits) -> list[int]:
+    """A string becomes BOS and its bytes; names of special ids in it are just text. Ids are taken as they are."""
+    data = prompt.encode() if isinstance(prompt, str) else None
+    length = len(prompt) if data is None else len(data) + 1
+    if length + max_tokens > limits.max_length:
+        message = (
+            f"this model's sequences hold {limits.max_length} bytes, begin-of-sequence included; "
+            f"prompt ({length}) and max_tokens ({max_tokens}) make {length + max_tokens}"
+        )
+        param = "prompt" if length > limits.max_length else "max_tokens"
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
+    if data is not None:
+        return [BOS_ID, *(byte + BYTE_OFFSET for byte in data)]
+    assert isinstance(prompt, list)
+    if (bad := next((i for i in prompt if not 0 <= i < limits.vocab_size), None)) is not None:
+        raise ApiError(400, f"prompt: token ids go from 0 to {limits.vocab_size - 1}, not {bad}", param="prompt")
+    return prompt
+
+
+def _bias(bias: dict[str, float], limits: ModelLimits) -> dict[int, float]:
+    if bad := [key for key in bias if int(key) >= limits.vocab_size]:
+        message = f"logit_bias: token ids go from 0 to {limits.vocab_size - 1}, not {bad[0]}"
+        raise ApiError(400, message, param="logit_bias")
+    return {int(key): value for key, value in bias.items()}

@@ -1,0 +1,21 @@
+"""JSON bodies."""
+
+from typing import Any
+
+import orjson
+from pydantic import BaseModel
+from starlette.responses import Response
+
+
+def to_json(content: Any) -> bytes:
+    """A pydantic model, or anything that JSON can say. NaN and infinities become null."""
+    return content.model_dump_json().encode() if isinstance(content, BaseModel) else orjson.dumps(content)
+
+
+class JsonResponse(Response):
+    """A response of `to_json`."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)

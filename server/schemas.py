@@ -1,0 +1,191 @@
+"""What `POST /v1/completions` takes and gives: OpenAI's legacy completions and our extensions.
+
+Every field that is accepted is honoured; whatever cannot be is refused with 400. A token is a byte.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
+
+from engine.types import DecoderName
+
+MAX_STOPS = 4
+MAX_STOP_BYTES = 1024
+"""A longer stop string would make every step search further back."""
+MAX_LOGPROBS = 5
+
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+def _check_prompt(value: Any) -> Any:
+    def is_ids(part: object) -> bool:
+        return isinstance(part, list) and bool(part) and all(type(token) is int for token in part)
+
+    if isinstance(value, str) or is_ids(value):
+        return value
+    is_many = isinstance(value, list) and bool(value)
+    if is_many and (all(isinstance(part, str) for part in value) or all(map(is_ids, value))):
+        return value
+    raise ValueError("must be a string, or a non-empty array of strings, of token ids or of arrays of token ids")
+
+
+def _check_stop(value: object) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError(f"must be a string or an array of at most {MAX_STOPS} strings")
+    if not all(0 < len(stop.encode()) <= MAX_STOP_BYTES for stop in stops):
+        raise ValueError(f"a stop string must have 1 to {MAX_STOP_BYTES} bytes")
+    return stops
+
+
+class _Strict(BaseModel):
+    """No coercion, no unknown fields; null means the default."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class StreamOptions(_Strict):
+    """Only with `stream`."""
+
+    include_usage: bool = Field(False, description="Send the usage in a last chunk that has no choices.")
+    include_obfuscation: Literal[False] = Field(False, description="Padding of chunks is not offered.")
+
+
+class CompletionRequest(_Strict):
+    """The body of `POST /v1/completions`."""
+
+    model: str = Field(description="A name that /v1/models lists; 'NAME:DECODER' also chooses the decoder.")
+    prompt: Annotated[Prompt, PlainValidator(_check_prompt, json_schema_input_type=Prompt)] = Field(
+        "",
+        description="A string becomes a begin-of-sequence id and its UTF-8 bytes; token ids are taken as they are.",
+    )
+    max_tokens: int = Field(16, ge=0, lt=2**31, description="Most bytes to generate.")
+    temperature: FiniteFloat = Field(1.0, ge=0, le=2, description="0 takes the likeliest byte.")
+    top_p: FiniteFloat = Field(1.0, ge=0, le=1)
+    n: int = Field(1, ge=1, lt=2**31, description="Choices per prompt.")
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        lt=2**31,
+        description="Generates this many per prompt and returns the n with the highest mean logprob.",
+    )
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Alternatives to report per byte.")
+    echo: bool = Field(False, description="Begin the text, and the logprobs, with the prompt.")
+    stop: Annotated[list[str], PlainValidator(_check_stop, json_schema_input_type=str | list[str])] = Field(
+        [], description="Generation ends before any of these strings."
+    )
+    presence_penalty: FiniteFloat = Field(0.0, ge=-2, le=2)
+    frequency_penalty: FiniteFloat = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[FiniteFloat, Field(ge=-100, le=100)]] = Field(
+        {}, description="Bias per token id, keys as decimal strings."
+    )
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="The same seed gives the same bytes, whatever else the server does."
+    )
+    user: str | None = Field(None, description="Taken for compatibility; nothing depends on it, and it is not stored.")
+
+    decoder: DecoderName | None = Field(None, description="Extension: how to decode.")
+    top_k: int = Field(0, ge=0, lt=2**31, description="Extension: keep this many ids; 0 keeps all.")
+    min_p: FiniteFloat = Field(
+        0.0, ge=0, le=1, description="Extension: keep ids at least this likely relative to the best."
+    )
+    ignore_eos: bool = Field(False, description="Extension: go on behind an end-of-sequence id.")
+    priority: int = Field(0, ge=-(2**31), lt=2**31, description="Extension: lower runs first.")
+    timeout: FiniteFloat | None = Field(
+        None, gt=0, description="Extension: seconds after which generation ends with finish_reason 'timeout'."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_cannot_be_honoured(cls, data: Any) -> Any:
+        for field, why in _NOT_OFFERED.items():
+            if isinstance(data, dict) and data.get(field) is not None:
+                raise NotOffered(field, why)
+        return data
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _check_bias_keys(cls, bias: dict[str, float]) -> dict[str, float]:
+        if bad := [key for key in bias if not (key.isascii() and key.isdecimal() and len(key) <= 9)]:
+            raise ValueError(f"keys must be token ids such as '36'; {bad[0][:20]!r} is none")
+        return bias
+
+
+class NotOffered(Exception):
+    """A field that is known, and that this server cannot honour."""
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(f"{field} {why}")
+        self.field = field
+
+
+_NOT_OFFERED = {
+    "suffix": "is not supported: byte-latent models only continue a prompt",
+    "draft_length": "is an option of decoders that this server does not offer",
+    "block_size": "is an option of decoders that this server does not offer",
+    "unmask": "is an option of decoders that this server does not offer",
+}
+
+
+class Logprobs(BaseModel):
+    """One entry per byte in each list. A byte that is no text on its own is named `bytes:\\xNN`."""
+
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offset: list[int] = Field([], description="Where the byte's character stands in the choice's text.")
+    bytes: list[int | None] = Field([], description="Extension: the byte's value; null for a special id.")
+
+
+class Choice(BaseModel):
+    """One continuation."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length", "timeout"] | None = Field(
+        description="'timeout' (extension): the request's or the server's timeout came first."
+    )
+
+
+class FastBltUsage(BaseModel):
+    """What the request cost, summed over its sequences."""
+
+    decoder_calls: int = 0
+    global_calls: int = 0
+    preemptions: int = 0
+
+
+class CompletionUsage(BaseModel):
+    """Counts bytes, and the begin-of-sequence id of a string prompt, but not a closing end-of-sequence id."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    fastblt: FastBltUsage
+
+
+class Completion(BaseModel):
+    """A response, or one chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: CompletionUsage | None = None

@@ -1,0 +1,46 @@
+"""Bytes that arrive piece by piece, as text."""
+
+import codecs
+
+_Decoder = codecs.getincrementaldecoder("utf-8")
+
+
+class Utf8Stream:
+    """Decodes a stream of bytes; no piece ever ends inside a code point.
+
+    An incomplete code point waits for its next byte. Bytes that can no longer become text are U+FFFD at once, so the
+    concatenation of all pieces is `b"".join(...).decode(errors="replace")` however the bytes were cut.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = _Decoder(errors="replace")
+
+    def feed(self, data: bytes) -> str:
+        return self._decoder.decode(data)
+
+    def finish(self) -> str:
+        """Nothing more comes: an incomplete code point is U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+    @property
+    def num_pending(self) -> int:
+        """Bytes fed that wait for the rest of their code point, 0 to 3."""
+        return len(self._decoder.getstate()[0])
+
+
+class OffsetTracker:
+    """Where in the text, counted in code points, the character of each byte stands."""
+
+    def __init__(self) -> None:
+        self._stream = Utf8Stream()
+        self._length = 0
+
+    def feed(self, byte: int) -> int:
+        """Offset of the character that this byte belongs to."""
+        self._length += len(self._stream.feed(bytes((byte,))))
+        return self._length - (not self._stream.num_pending)
+
+    @property
+    def end(self) -> int:
+        """Offset of whatever comes next that is not in the middle of a character."""
+        return self._length + bool(self._stream.num_pending)
