@@ -66,8 +66,11 @@ class ChoiceStream:
     def mean_logprob(self) -> float:
         return self.cumulative_logprob / max(self.num_generated, 1)
 
+    def empty_piece(self) -> Piece:
+        return Piece(logprobs=Logprobs() if self.with_logprobs else None)
+
     def feed(self, event: Delta | Finished) -> Piece:
-        piece = Piece(logprobs=Logprobs() if self.with_logprobs else None)
+        piece = self.empty_piece()
         finished = isinstance(event, Finished)
         prompt_scores = event.prompt_logprobs if isinstance(event, Delta) else []
         if self._owes_prompt and (finished or prompt_scores or not self.with_logprobs):

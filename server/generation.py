@@ -76,7 +76,7 @@ class Generation:
 
     async def collect(self) -> Completion:
         """The whole response."""
-        parts = [Piece() for _ in self._choices]
+        parts = [choice.empty_piece() for choice in self._choices]
         async for item in self.pieces():
             if item is not None:
                 index, piece = item

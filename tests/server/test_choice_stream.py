@@ -1,0 +1,86 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config import BOS_ID, EOS_ID
+from engine.stopping import StopMatcher
+from engine.types import Delta, Finished, FinishReason, TokenLogprob, Usage
+from server.choice import ChoiceStream, Piece, token_name
+
+
+def ids_of(data: bytes) -> list[int]:
+    return [byte + 4 for byte in data]
+
+
+def scored(token: int) -> TokenLogprob:
+    return TokenLogprob(token, -token / 100, {token + 1: -3.0})
+
+
+def events(ids: list[int], stops: list[bytes], reason: FinishReason = "length") -> list[Delta | Finished]:
+    """As the engine sends them, one id a step."""
+    matcher, out = StopMatcher(stops), list[Delta | Finished]()
+    for token in ids:
+        text, stopped = matcher.feed(token - 4) if token >= 4 else (b"", False)
+        out.append(Delta(id="x", ids=[token], text=text, logprobs=[scored(token)]))
+        if stopped:
+            return [*out, Finished(id="x", reason="stop", usage=Usage())]
+        if token == EOS_ID:
+            reason = "stop"
+            break
+    return [*out, Finished(id="x", reason=reason, text=matcher.flush(), usage=Usage())]
+
+
+def read(choice: ChoiceStream, said: list[Delta | Finished]) -> tuple[Piece, list[Piece]]:
+    whole, pieces = choice.empty_piece(), [choice.feed(event) for event in said]
+    for piece in pieces:
+        whole.add(piece)
+    return whole, pieces
+
+
+@given(
+    st.binary(max_size=12), st.lists(st.sampled_from([b"a", b"\xc3\xa9x", b"\x82", b"ab", b"\xe2\x82\xac"]), max_size=2)
+)
+def test_logprobs_cover_exactly_the_bytes_of_the_text(data: bytes, stops: list[bytes]) -> None:
+    data = data + "é€xab".encode()
+    whole, pieces = read(ChoiceStream([BOS_ID], False, True), events(ids_of(data), stops))
+    assert whole.logprobs
+    shown = bytes(b for b in whole.logprobs.bytes if b is not None)
+    assert data.startswith(shown)
+    assert shown.decode(errors="replace") == whole.text
+    if whole.finish_reason == "length":
+        assert shown == data
+    for piece in pieces:
+        assert piece.logprobs
+        assert bool(piece.text) == bool(piece.logprobs.tokens)
+
+
+def test_a_closing_eos_is_not_reported_and_one_in_the_middle_is() -> None:
+    ended, _ = read(ChoiceStream([BOS_ID], False, True), events([*ids_of(b"ab"), EOS_ID], []))
+    assert ended.logprobs and ended.logprobs.tokens == ["a", "b"]
+    going_on = [
+        Delta(id="x", ids=[t], text=b"" if t < 4 else bytes((t - 4,)), logprobs=[scored(t)]) for t in [101, 2, 102]
+    ]
+    kept, _ = read(ChoiceStream([BOS_ID], False, True), [*going_on, Finished(id="x", reason="length", usage=Usage())])
+    assert kept.logprobs and kept.logprobs.tokens == ["a", "</s>", "b"]
+    assert kept.logprobs.text_offset == [0, 1, 1]
+    assert kept.logprobs.bytes == [97, None, 98]
+
+
+def test_echo_begins_text_and_logprobs_with_the_prompt() -> None:
+    prompt = [BOS_ID, *ids_of("né".encode())]
+    scores = [TokenLogprob(prompt[0], None, {}), *map(scored, prompt[1:])]
+    said = [Delta(id="x", prompt_logprobs=scores), *events(ids_of(b"!"), [])]
+    whole, _ = read(ChoiceStream(prompt, True, True), said)
+    assert whole.text == "né!"
+    assert whole.logprobs
+    assert whole.logprobs.tokens == ["<s>", "n", "bytes:\\xc3", "bytes:\\xa9", "!"]
+    assert whole.logprobs.token_logprobs[0] is None and whole.logprobs.top_logprobs[0] is None
+    assert whole.logprobs.text_offset == [0, 0, 1, 1, 2]
+
+
+def test_the_chosen_byte_is_among_the_alternatives() -> None:
+    whole, _ = read(ChoiceStream([BOS_ID], False, True), events(ids_of(b"a"), []))
+    assert whole.logprobs and whole.logprobs.top_logprobs == [{"a": -1.01, "b": -3.0}]
+
+
+def test_every_id_has_a_name_of_its_own() -> None:
+    assert len({token_name(token) for token in range(260)}) == 260
