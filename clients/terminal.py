@@ -28,12 +28,12 @@ def run(client: Client, prompts: Sequence[str], model: str | None, options: dict
     notes.print(f"{model}: type what is to be continued. Ctrl-C ends a stream, Ctrl-D the program.")
     while True:
         try:
-            prompt = Prompt.ask("[bold]>[/bold]", console=notes)
-        except (EOFError, KeyboardInterrupt):
+            show(client, Prompt.ask("[bold]>[/bold]", console=notes), model, options)
+        except EOFError:
             notes.print()
             return
-        try:
-            show(client, prompt, model, options)
+        except KeyboardInterrupt:
+            notes.print()
         except ApiError as error:
             notes.print(str(error), markup=False, style="red")
 

@@ -1,6 +1,44 @@
 """What every test can rely on."""
 
 import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 # As `server.cli` does, and for the same reason: tests share their machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+COMMAND = [sys.executable, "-m", "server"]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the preset "tiny", float32, seed 0."""
+    out = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    subprocess.run([*COMMAND, "init", "--config", "tiny", "--dtype", "float32", out], check=True, cwd=ROOT)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny: Path) -> Iterator[str]:
+    """The address of `fastblt serve` with that checkpoint. It must end with 0 after one SIGINT."""
+    flags = ["--model", tiny, "--port", "0", "--cache-bytes", str(64 << 20), "--num-threads", "1"]
+    with subprocess.Popen([*COMMAND, "serve", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        log = ""
+        while not (found := re.search(r"serving tiny on (http://\S+)", log)):
+            line = process.stderr.readline()
+            assert line, log
+            log += line
+        try:
+            yield found[1]
+        finally:
+            process.send_signal(signal.SIGINT)
+            log += process.communicate(timeout=60)[1]
+    assert process.returncode == 0, log

@@ -1,0 +1,209 @@
+"""The command line, in its own process where that is the point."""
+
+import json
+import socket
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from engine.checkpoint import load
+from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
+from server.cli import app
+from server.flags import ENGINE_FLAGS, with_settings
+from server.settings import ServerSettings
+from tests import reference
+from tests.conftest import COMMAND, ROOT
+
+runner = CliRunner()
+
+
+def run(*arguments: str | Path, stdin: bytes = b"", code: int = 0) -> bytes:
+    """What a command prints; on standard error if it is to fail."""
+    done = subprocess.run([*COMMAND, *arguments], cwd=ROOT, input=stdin, capture_output=True)
+    assert done.returncode == code, done.stderr.decode()
+    return done.stderr if code else done.stdout
+
+
+def fails(*arguments: str | Path, code: int = 1) -> str:
+    """The error of a command, without starting a process. One line if it is not about usage."""
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert not result.stdout and "Traceback" not in result.stderr
+    assert code == 2 or result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def generate(tiny: Path, *arguments: str) -> list[dict]:
+    result = runner.invoke(app, ["generate", "--model", str(tiny), "--json", *arguments])
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+class TestServeFlags:
+    """Flags of `serve`, read into the two settings objects."""
+
+    @pytest.fixture
+    def parse(self):
+        def parse(*flags: str) -> tuple[ServerSettings, EngineConfig]:
+            taken: list[tuple[ServerSettings, EngineConfig]] = []
+            serve = typer.Typer(rich_markup_mode=None)
+            serve.command()(with_settings(lambda settings, config: taken.append((settings, config))))
+            result = runner.invoke(serve, ["--model", "here", *flags])
+            if result.exit_code:
+                raise ValueError(result.stderr)
+            return taken[0]
+
+        return parse
+
+    def test_are_one_per_field(self) -> None:
+        assert set(ENGINE_FLAGS) == {field.name for field in fields(EngineConfig)}
+        assert not set(ENGINE_FLAGS) & set(ServerSettings.model_fields)
+
+    def test_leave_the_defaults_in_force(self, parse) -> None:
+        assert parse() == (ServerSettings(), EngineConfig("here"))
+
+    def test_set_what_they_say(self, parse) -> None:
+        flags = ["--port=0", "--dtype=bfloat16", "--no-isolate-documents", "--default-timeout=1.5", "--max-length=9"]
+        settings, config = parse(*flags)
+        assert (settings.port, settings.default_timeout) == (0, 1.5)
+        assert config == EngineConfig("here", dtype="bfloat16", isolate_documents=False, max_length=9)
+
+    def test_may_be_repeated_where_a_list_is_meant(self, parse) -> None:
+        settings, _ = parse("--cors-origins", "http://a,http://b", "--cors-origins", "http://c")
+        assert settings.cors_origins == ["http://a", "http://b", "http://c"]
+
+    def test_win_over_the_environment(self, parse, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FASTBLT_PORT", "1")
+        monkeypatch.setenv("FASTBLT_MAX_QUEUE", "200")
+        settings, _ = parse("--port", "2")
+        assert (settings.port, settings.max_queue) == (2, 200)
+
+    def test_name_the_flag_and_the_variable_of_a_bad_value(self, parse, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(ValueError, match=r"--port \(or FASTBLT_PORT\): input should be less"):
+            parse("--port", "65536")
+        monkeypatch.setenv("FASTBLT_RETRY_AFTER", "soon")
+        with pytest.raises(ValueError, match="FASTBLT_RETRY_AFTER"):
+            parse()
+
+    def test_never_show_a_key(self, parse) -> None:
+        with pytest.raises(ValueError) as caught:
+            parse("--api-keys", "s3cret", "--port", "-1")
+        assert "s3cret" not in str(caught.value)
+
+
+def test_generate_runs_prompts_as_a_batch_and_each_equals_a_full_forward(tiny: Path) -> None:
+    prompts = ["def f(x):", "ä", ""]
+    found = generate(tiny, "--max-tokens", "24", "--ignore-eos", *(f"--prompt={prompt}" for prompt in prompts))
+    checkpoint = load(tiny)
+    for prompt, result in zip(prompts, found, strict=True):
+        ids = [BOS_ID, *(byte + BYTE_OFFSET for byte in prompt.encode())]
+        expected = reference.greedy(checkpoint.config, checkpoint.tensors, ids, 24)
+        data = bytes(i - BYTE_OFFSET for i in expected if i >= BYTE_OFFSET)
+        assert (result["bytes"], result["text"]) == (data.hex(), data.decode(errors="replace"))
+        assert result["finish_reason"] == "length"
+        assert result["usage"]["prompt_tokens"] == len(ids)
+        assert result["usage"]["total_tokens"] == len(ids) + 24
+
+
+def test_generate_streams_the_bytes_themselves(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(b"\xff\x00\n")
+    flags = ["--model", tiny, "--max-tokens", "20", "--prompt-file"]
+    raw = run("generate", *flags, tmp_path / "prompt")
+    piped = json.loads(run("generate", *flags, "-", "--json", stdin=b"\xff\x00\n"))
+    assert raw and raw.hex() == piped["bytes"]
+
+
+def test_generate_stops_before_a_stop_string(tiny: Path) -> None:
+    (whole,) = generate(tiny, "--prompt=abc", "--max-tokens=40", "--ignore-eos")
+    data = bytes.fromhex(whole["bytes"])
+    stop = next(data[i : i + 1] for i in range(5, 40) if data[i] < 128 and data[i])
+    (stopped,) = generate(tiny, "--prompt=abc", "--max-tokens=40", "--ignore-eos", f"--stop={stop.decode()}")
+    assert stopped["finish_reason"] == "stop"
+    assert bytes.fromhex(stopped["bytes"]) == data[: data.index(stop)]
+
+
+def test_generate_draws_what_its_seed_says(tiny: Path) -> None:
+    sampled = ["--prompt=abc", "--max-tokens=20", "--temperature=1", "--top-k=50", "--top-p=0.9", "--min-p=0.01"]
+    one, again, other = (generate(tiny, *sampled, f"--seed={seed}")[0]["bytes"] for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_generate_refuses_what_it_cannot_do(tiny: Path, tmp_path: Path) -> None:
+    model = ("generate", "--model", tiny)
+    assert "several prompts need --json" in fails(*model, "--prompt=a", "--prompt=b", code=2)
+    assert "--prompt-file" in fails(*model, code=2)
+    assert "--prompt-file" in fails(*model, "--prompt=a", "--prompt-file=x", code=2)
+    assert "--stop" in fails(*model, "--prompt=a", "--stop=", code=2)
+    assert "blt-d" in fails(*model, "--prompt=a", "--decoder=magic", code=2)
+    assert "--max-tokens" in fails(*model, "--prompt=a", "--max-tokens=0", code=2)
+    assert "No such file" in fails(*model, "--prompt-file", tmp_path / "none")
+    assert "'blt-d' is not available" in fails(*model, "--prompt=a", "--decoder=blt-d")
+    assert "hold 4096" in fails(*model, "--prompt=a", "--max-tokens=5000")
+    assert "no such directory" in fails("generate", "--model", tmp_path / "none", "--prompt=a")
+
+
+def test_generate_on_a_missing_gpu_says_so(tiny: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "CUDA" in fails("generate", "--model", tiny, "--prompt=a", "--device=cuda")
+
+
+def test_a_batch_tells_of_its_failures_in_their_places(tiny: Path) -> None:
+    flags = ["--prompt=a", f"--prompt={'x' * 4090}", "--max-tokens=6", "--json"]
+    result = runner.invoke(app, ["generate", "--model", str(tiny), *flags])
+    fine, failed = map(json.loads, result.stdout.splitlines())
+    assert result.exit_code == 1 and fine["usage"]["completion_tokens"] == 6
+    assert failed["error"]["code"] == "too_long"
+
+
+def test_a_closed_pipe_is_no_traceback(tiny: Path) -> None:
+    command = [*COMMAND, "generate", "--model", tiny, "--prompt=a", "--max-tokens=300"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.read(1)
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_init_writes_the_same_weights_for_the_same_seed(tmp_path: Path) -> None:
+    def written(name: str, *flags: str) -> bytes:
+        result = runner.invoke(app, ["init", "--config=tiny", *flags, str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    assert written("a") == written("b") != written("c", "--seed=1")
+    assert len(written("d", "--hash-rows=9")) < len(written("e", "--hash-rows=99"))
+
+
+def test_init_takes_the_config_of_a_model(tiny: Path, tmp_path: Path) -> None:
+    for name, source in (("folder", tiny), ("file", tiny / "config.json")):
+        result = runner.invoke(app, ["init", "--config", str(source), str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+        assert load(tmp_path / name).config.encoder == load(tiny).config.encoder
+
+
+def test_init_overwrites_nothing(tiny: Path, tmp_path: Path) -> None:
+    assert "not an empty folder" in fails("init", "--config=tiny", tiny)
+    assert "no such directory" in fails("init", "--config=none", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_counts_what_is_there(tiny: Path) -> None:
+    described = json.loads(runner.invoke(app, ["inspect", str(tiny), "--json"]).stdout)
+    assert described["parameters"]["total"] == sum(t.numel() for t in load(tiny).tensors.values())
+    shown = runner.invoke(app, ["inspect", str(tiny)]).stdout
+    assert f"{described['parameters']['total']:,} parameters" in shown
+    assert "no such directory" in fails("inspect", tiny / "none")
+
+
+def test_serve_says_in_one_line_why_it_cannot(tiny: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert b"the port is already in use" in run("serve", "--model", tiny, "--port", port, code=1)
+    assert b"no such directory" in run("serve", "--model", tmp_path / "none", "--port", "0", code=1)
