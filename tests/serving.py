@@ -1,0 +1,69 @@
+"""A server in a process of its own, with a real engine over a tiny random model."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+
+ROOT = Path(__file__).parents[1]
+START_SECONDS = 60
+
+
+class RunningServer(NamedTuple):
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def client(self, **options: object) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **options)  # type: ignore[arg-type]
+
+    def terminate(self) -> None:
+        os.kill(self.process.pid, signal.SIGTERM)
+
+    def pages_in_use(self) -> float:
+        return sum(self.metrics("fastblt_pages_used").values())
+
+    def metrics(self, name: str) -> dict[str, float]:
+        with self.client() as http:
+            lines = http.get("/metrics").text.splitlines()
+        return {key: float(value) for key, value in (line.rsplit(" ", 1) for line in lines if line.startswith(name))}
+
+
+StartServer = Callable[..., RunningServer]
+
+
+@contextmanager
+def running_server(model: Path, log: Path, *flags: str) -> Iterator[RunningServer]:
+    command = [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", "0", "--num-threads", "1"]
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(
+            [*command, "--cache-bytes", str(1 << 26), *flags], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        try:
+            yield RunningServer(process, _await_url(process, log), log)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(20)
+                finally:
+                    process.kill()
+
+
+def _await_url(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        _, found, rest = log.read_text().partition(" on http://")
+        if found and "\n" in rest:
+            return f"http://{rest.split()[0]}"
+        time.sleep(0.05)
+    raise AssertionError(f"the server did not start:\n{log.read_text()}")
