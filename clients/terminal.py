@@ -7,7 +7,6 @@ from contextlib import closing
 from typing import Any
 
 from rich.console import Console
-from rich.prompt import Prompt
 
 from .fastblt_client import ApiError, Client
 
@@ -28,7 +27,7 @@ def run(client: Client, prompts: Sequence[str], model: str | None, options: dict
     notes.print(f"{model}: type what is to be continued. Ctrl-C ends a stream, Ctrl-D the program.")
     while True:
         try:
-            show(client, Prompt.ask("[bold]>[/bold]", console=notes), model, options)
+            show(client, notes.input("> "), model, options)
         except EOFError:
             notes.print()
             return
