@@ -61,7 +61,9 @@ def cache_specs(config: ModelConfig, page_size: int) -> dict[str, CacheSpec]:
     specs = (
         CacheSpec("patcher", "byte", page_size, config.patcher.window, kv(config.patcher)),
         CacheSpec("encoder", "byte", page_size, config.encoder.window, kv(config.encoder)),
-        CacheSpec("open", "byte", small, config.patching.max_patch_length, width * (1 + 2 * encoder_cross_layers(config))),
+        CacheSpec(
+            "open", "byte", small, config.patching.max_patch_length, width * (1 + 2 * encoder_cross_layers(config))
+        ),
         CacheSpec("global", "patch", page_size, None, kv(config.global_)),
         CacheSpec("latent", "patch", small, LATENTS_KEPT, 2 * decoder_cross_layers(config) * config.slots * width),
         CacheSpec("decoder", "byte", page_size, config.decoder.window, kv(config.decoder)),
@@ -114,7 +116,9 @@ class Caches:
         self.patcher = kv("patcher", config.patcher)
         self.encoder = kv("encoder", config.encoder)
         self.open_states = paged("open", self.specs["open"].page_size, config.encoder.dim)
-        self.open_kv = [(paged("open", *open_row), paged("open", *open_row)) for _ in range(encoder_cross_layers(config))]
+        self.open_kv = [
+            (paged("open", *open_row), paged("open", *open_row)) for _ in range(encoder_cross_layers(config))
+        ]
         self.global_ = kv("global", config.global_)
         self.latent = [
             (paged("latent", *latent_row), paged("latent", *latent_row)) for _ in range(decoder_cross_layers(config))
@@ -153,9 +157,7 @@ class Caches:
     def _pages_for(self, sequences: int, length: int, chunk: int) -> dict[str, int]:
         # A patch holds four bytes or so, but none of the bytes of the chunk under way has been patched yet.
         rows = {"byte": length, "patch": length // 4 + chunk}
-        return {
-            spec.name: 1 + sequences * spec.pages_for(rows[spec.rows_from], chunk) for spec in self.specs.values()
-        }
+        return {spec.name: 1 + sequences * spec.pages_for(rows[spec.rows_from], chunk) for spec in self.specs.values()}
 
     def _bytes(self, counts: dict[str, int]) -> int:
         return sum(count * self._page_bytes[name] for name, count in counts.items())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .caches import Caches
-from .config import EOS_ID, BYTE_OFFSET, EngineConfig, ModelLimits
+from .config import BYTE_OFFSET, EOS_ID, EngineConfig, ModelLimits
 from .model import Model, find_row_floors
 from .runner import Runner, Work
 from .sampling import choose, draw, logprobs_of

@@ -79,7 +79,8 @@ class Runner:
         patches = sequence.most_patches(end)
         specs = self._caches.specs
         return [
-            (name, table, end if specs[name].rows_from == "byte" else patches) for name, table in sequence.tables.items()
+            (name, table, end if specs[name].rows_from == "byte" else patches)
+            for name, table in sequence.tables.items()
         ]
 
     @torch.inference_mode()
@@ -101,9 +102,7 @@ class Runner:
 
         encoder_plan = self._plan_bytes("encoder", batch, padded)
         open_plan = self._plan_open_writes(batch, padded)
-        windows = [
-            window for w in batch for window in ngram_windows(w.sequence.ids, w.start, w.end, self._ngram_width)
-        ]
+        windows = [window for w in batch for window in ngram_windows(w.sequence.ids, w.start, w.end, self._ngram_width)]
         windows += [[0] * self._ngram_width] * (padded - num_rows)
         states = self._model.encoder(
             window_tensor(windows, self._device),

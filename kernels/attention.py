@@ -65,7 +65,9 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: TileGroup) -> Te
     pages = group.pages.flatten()
     kv_heads, _, head_dim = k_cache.shape[1:]
     shared = q.shape[1] // kv_heads
-    tiled = q.index_select(0, group.rows.flatten()).view(num_tiles, tile, kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)
+    tiled = (
+        q.index_select(0, group.rows.flatten()).view(num_tiles, tile, kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)
+    )
     tiled = tiled.reshape(num_tiles, 1, kv_heads, shared * tile, head_dim)
 
     k = k_cache.index_select(0, pages).unflatten(0, group.pages.shape)
@@ -76,7 +78,12 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: TileGroup) -> Te
     total = _add_pages(weights.sum(-1))
     out = _add_pages((weights.to(v.dtype) @ v).float())
     out = out / total.unsqueeze(-1)
-    return out.unflatten(2, (shared, tile)).permute(0, 3, 1, 2, 4).reshape(num_tiles * tile, q.shape[1], head_dim).to(q.dtype)
+    return (
+        out.unflatten(2, (shared, tile))
+        .permute(0, 3, 1, 2, 4)
+        .reshape(num_tiles * tile, q.shape[1], head_dim)
+        .to(q.dtype)
+    )
 
 
 def _add_pages(parts: Tensor) -> Tensor:

@@ -181,7 +181,9 @@ def our_model(config: ModelConfig, seed: int = 0) -> tuple[ModelConfig, dict[str
     if rule.monotonic:
         rule = replace(rule, threshold=middle_threshold(h.diff().tolist()))
     else:
-        rule = replace(rule, threshold=middle_threshold(h.tolist(), 2.0 if rule.threshold_add is not None else MEAN_PATCH))
+        rule = replace(
+            rule, threshold=middle_threshold(h.tolist(), 2.0 if rule.threshold_add is not None else MEAN_PATCH)
+        )
     return replace(config, patching=rule), tensors
 
 

@@ -175,9 +175,7 @@ def _layer(x: Tensor, w: Weights, prefix: str, stack: StackConfig, visible: Tens
     return x + (F.silu(gate) * up) @ w[f"{prefix}.mlp.down_proj.weight"].T
 
 
-def _cross_attention(
-    x: Tensor, states: Tensor, w: Weights, prefix: str, stack: StackConfig, visible: Tensor
-) -> Tensor:
+def _cross_attention(x: Tensor, states: Tensor, w: Weights, prefix: str, stack: StackConfig, visible: Tensor) -> Tensor:
     """x plus what its rows read from `states`; no positions. The callers add x once more, as both originals do."""
     q = _rms_norm(x, w[f"{prefix}.q_norm.weight"], stack.norm_eps) @ w[f"{prefix}.q_proj.weight"].T
     kv = _rms_norm(states, w[f"{prefix}.k_norm.weight"], stack.norm_eps)
@@ -196,7 +194,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
 
 
 def _rope(x: Tensor, theta: float) -> Tensor:
-    """Turns the pairs (0, 1), (2, 3), ... of x (N, heads, head_dim), as complex numbers, by position times frequency."""
+    """Turns the pairs (0, 1), (2, 3), ... of x (N, heads, head_dim), as complex numbers, by position * frequency."""
     count, _, dim = x.shape
     angles = torch.arange(count, dtype=x.dtype)[:, None] / theta ** (torch.arange(0, dim, 2, dtype=x.dtype) / dim)
     turns = torch.polar(torch.ones_like(angles), angles)[:, None]

@@ -32,7 +32,9 @@ def test_rms_norm_is_the_formula() -> None:
     x, weight = randn(5, 7), randn(7, seed=1)
     for row, found in zip(x.tolist(), rms_norm(x, weight, 1e-5), strict=True):
         scale = 1 / math.sqrt(sum(v * v for v in row) / 7 + 1e-5)
-        torch.testing.assert_close(found, torch.tensor([v * scale * w for v, w in zip(row, weight.tolist(), strict=True)]))
+        torch.testing.assert_close(
+            found, torch.tensor([v * scale * w for v, w in zip(row, weight.tolist(), strict=True)])
+        )
 
 
 def test_rope_turns_neighbouring_pairs() -> None:
@@ -106,7 +108,9 @@ def _hashed(x: Tensor) -> Tensor:
 
 ROW_BY_ROW: dict[str, Callable[[Tensor], Tensor]] = {
     "rms_norm": lambda x: rms_norm(x, randn(x.shape[1], seed=3, dtype=x.dtype), 1e-5),
-    "rope": lambda x: apply_rope(x.view(len(x), 2, -1), rope_table(x.shape[1] // 2, 1e4, 64, CPU)[(x[:, 0] > 0).long()]),
+    "rope": lambda x: apply_rope(
+        x.view(len(x), 2, -1), rope_table(x.shape[1] // 2, 1e4, 64, CPU)[(x[:, 0] > 0).long()]
+    ),
     "entropy": entropy,
     "swiglu": lambda x: swiglu(x, x.flip(1).contiguous()),
     "slot_attention": _slots,

@@ -1,4 +1,4 @@
-"""Where patches start: the known vectors, every rule in the engine's incremental form against the oracle's whole form."""
+"""Where patches start: the known vectors, every rule in the engine's incremental form against the oracle's whole."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The real engine, killed in the middle: what its readers get equals an undisturbed run, sampling and scores included."""
+"""The real engine, killed midway: its readers get what an undisturbed run gives, sampling and scores included."""
 
 import asyncio
 from pathlib import Path

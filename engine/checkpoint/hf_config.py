@@ -205,7 +205,7 @@ def render(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The contents of `config.json`. Raises CheckpointError for what the format cannot say."""
     if config.encoder.window != config.decoder.window:
         raise CheckpointError(
-            f"encoder and decoder must have one window to be saved, not {config.encoder.window} and {config.decoder.window}"
+            f"to be saved, encoder and decoder need one window, not {config.encoder.window} and {config.decoder.window}"
         )
     if config.global_.window is not None:
         raise CheckpointError(f"a global stage with a window, here {config.global_.window}, cannot be saved")

@@ -148,7 +148,7 @@ class _ModelArgs(_Transformer):
         heads = {self.n_heads_local_encoder, self.n_heads_local_decoder, self.n_kv_heads or self.cross_attn_nheads}
         if heads != {self.cross_attn_nheads}:
             raise ValueError(
-                f"cross_attn_nheads {self.cross_attn_nheads} must equal the encoder's and decoder's heads, {sorted(heads)}"
+                f"cross_attn_nheads {self.cross_attn_nheads} must equal those of encoder and decoder, {sorted(heads)}"
             )
         positions, window = self.max_encoder_seq_length or self.max_seqlen, self.local_attention_window_len
         return ModelConfig(

@@ -51,9 +51,7 @@ class RowFloors:
     proven: bool
 
 
-def find_row_floors(
-    model: Model, specs: dict[str, CacheSpec], dtype: torch.dtype, device: torch.device
-) -> RowFloors:
+def find_row_floors(model: Model, specs: dict[str, CacheSpec], dtype: torch.dtype, device: torch.device) -> RowFloors:
     """Tries the machine's products on the model's shapes (under a second for small models)."""
     config = model.config
 

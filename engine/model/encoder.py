@@ -24,9 +24,13 @@ class Encoder:
         self._stack = Stack(config.encoder, weights, prefix)
         self._slots = weights[f"{prefix}.patch_embedding_projection.weight"]
         num_cross = encoder_cross_layers(config)
-        stored = sum(f"{prefix}.cross_attn_layers.{i}.q_proj.weight" in weights for i in range(config.encoder.num_layers))
+        stored = sum(
+            f"{prefix}.cross_attn_layers.{i}.q_proj.weight" in weights for i in range(config.encoder.num_layers)
+        )
         self._cross = [
-            CrossAttention(config.encoder.num_heads, config.encoder.norm_eps, weights, f"{prefix}.cross_attn_layers.{i}")
+            CrossAttention(
+                config.encoder.num_heads, config.encoder.norm_eps, weights, f"{prefix}.cross_attn_layers.{i}"
+            )
             for i in range(stored - num_cross, stored)
         ]
 

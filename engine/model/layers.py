@@ -33,7 +33,7 @@ class Layer:
         self._down = weights[f"{prefix}.mlp.down_proj.weight"]
 
     def __call__(self, x: Tensor, angles: Tensor, cache: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
-        """x (R, dim) in and out; the rows' K/V are written to `cache` first, so that rows of one call see each other."""
+        """x (R, dim) in and out; the rows' K/V go to `cache` first, so that rows of one call see each other."""
         config = self._config
         heads = (-1, config.head_dim)
         n = rms_norm(x, self._attention_norm, config.norm_eps)
