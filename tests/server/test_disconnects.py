@@ -1,0 +1,80 @@
+"""A client that leaves takes its work with it."""
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.serving import RunningServer
+
+FREE_SECONDS = 10
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + FREE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_no_page_is_in_use_after_200_requests_half_of_them_left_in_mid_stream(server: RunningServer) -> None:
+    async def one(http: httpx.AsyncClient, number: int) -> bool:
+        leaves = number % 2 == 0
+        asked = {"model": "tiny", "prompt": f"request {number}", "max_tokens": 3000 if leaves else 10, "stream": True}
+        async with http.stream("POST", "/v1/completions", json=asked | {"ignore_eos": True, "n": 1}) as response:
+            assert response.status_code == 200
+            lines = 0
+            async for line in response.aiter_lines():
+                lines += line.startswith("data: ")
+                if leaves and lines == 2 + number % 5:
+                    return False
+                if line == "data: [DONE]":
+                    return True
+        raise AssertionError("a stream ended without [DONE]")
+
+    async def everyone() -> list[bool]:
+        limits = httpx.Limits(max_connections=40)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
+            return await asyncio.gather(*(one(http, number) for number in range(200)))
+
+    before = server.metrics("fastblt_requests_total").get(
+        'fastblt_requests_total{decoder="blt",finish_reason="abort"}', 0
+    )
+    done = asyncio.run(everyone())
+    assert done == [number % 2 == 1 for number in range(200)]
+    until(lambda: server.pages_in_use() == 0)
+    assert server.metrics("fastblt_running_sequences") == {"fastblt_running_sequences": 0}
+    assert server.metrics("fastblt_queued_sequences") == {"fastblt_queued_sequences": 0}
+    after = server.metrics("fastblt_requests_total")['fastblt_requests_total{decoder="blt",finish_reason="abort"}']
+    assert after - before == 100
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_whoever_hangs_up_frees_the_pages_at_once(server: RunningServer, stream: bool) -> None:
+    body = json.dumps(
+        {"model": "tiny", "prompt": "a", "max_tokens": 4000, "ignore_eos": True, "stream": stream, "n": 2}
+    )
+    address = urlsplit(server.url)
+    until(lambda: server.pages_in_use() == 0)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall((head + body).encode())
+        until(lambda: server.metrics("fastblt_running_sequences") == {"fastblt_running_sequences": 2})
+        assert server.pages_in_use() > 0
+    left = time.monotonic()
+    until(lambda: server.pages_in_use() == 0)
+    # Far less than 4000 bytes take.
+    assert time.monotonic() - left < 2
+
+
+def test_a_body_that_breaks_off_leaves_nothing(server: RunningServer) -> None:
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+    until(lambda: 'route="/v1/completions",status="499"' in str(server.metrics("fastblt_http_responses_total")))
+    assert "Traceback" not in server.log.read_text()

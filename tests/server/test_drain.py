@@ -1,0 +1,88 @@
+"""How a server starts and ends."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.serving import ROOT, RunningServer, StartServer
+
+LONG = {"model": "tiny", "prompt": "a", "max_tokens": 1000, "ignore_eos": True, "stream": True, "seed": 1}
+
+
+def test_sigterm_lets_streams_finish_and_refuses_new_requests(start_server: StartServer) -> None:
+    running = start_server()
+    with (
+        running.client() as http,
+        running.client() as other,
+        http.stream("POST", "/v1/completions", json=LONG) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        running.terminate()
+        until_draining(other)
+        refused = other.post("/v1/completions", json={"model": "tiny", "prompt": "b"})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "draining"
+        assert "retry-after" in refused.headers
+        assert other.get("/health/live").status_code == 200
+        data = [json.loads(line[6:]) for line in lines if line and line != "data: [DONE]"]
+    assert data[-1]["choices"][0]["finish_reason"] == "length"
+    assert running.process.wait(10) == 0
+
+
+def until_draining(http: httpx.Client) -> None:
+    deadline = time.monotonic() + 5
+    while (ready := http.get("/health/ready")).status_code == 200:
+        assert time.monotonic() < deadline
+    assert ready.json()["error"]["code"] == "draining"
+
+
+@pytest.mark.parametrize("second_signal", [False, True])
+def test_what_does_not_finish_in_time_ends_with_an_error_event(start_server: StartServer, second_signal: bool) -> None:
+    running = start_server("--drain-seconds", "60" if second_signal else "0.2")
+    endless = LONG | {"max_tokens": 4000}
+    with (
+        running.client() as http,
+        running.client() as other,
+        http.stream("POST", "/v1/completions", json=endless) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        running.terminate()
+        if second_signal:
+            until_draining(other)
+            running.terminate()
+        *_, last, done = [line for line in lines if line]
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "service_unavailable"
+    assert done == "data: [DONE]"
+    assert running.process.wait(10) == 0
+    assert "Traceback" not in running.log.read_text()
+
+
+def serve(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "server", "serve", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_a_port_in_use_is_one_clear_line(server: RunningServer, tiny_model: Path) -> None:
+    port = urlsplit(server.url).port
+    ended = serve("--model", str(tiny_model), "--port", str(port))
+    assert ended.returncode == 1
+    assert ended.stderr.strip() == f"fastblt: cannot listen on 127.0.0.1:{port}: the port is already in use"
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_before_the_port_opens(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ended = serve("--model", str(tmp_path / "nothing"), "--port", str(port))
+    assert ended.returncode == 1
+    assert "nothing" in ended.stderr and "serving" not in ended.stderr
+    assert "Traceback" not in ended.stderr
