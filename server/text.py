@@ -16,7 +16,12 @@ class Utf8Stream:
         self._decoder = _Decoder(errors="replace")
 
     def feed(self, data: bytes) -> str:
-        return self._decoder.decode(data)
+        text = self._decoder.decode(data)
+        pending = self._decoder.getstate()[0]
+        if pending[:1] == b"\xed" and pending[1:2] >= b"\xa0":
+            # The beginning of a surrogate, which the standard library keeps though it can become no text.
+            text += self._decoder.decode(b"", final=True)
+        return text
 
     def finish(self) -> str:
         """Nothing more comes: an incomplete code point is U+FFFD."""

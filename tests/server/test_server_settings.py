@@ -15,10 +15,10 @@ def test_the_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPat
 
 
 def test_keys_come_from_both_places_and_are_never_shown(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("two\nthree\n\n")
-    settings = ServerSettings(api_keys="one", api_key_file=tmp_path / "keys")  # type: ignore[arg-type]
-    assert settings.load_api_keys() == (b"one", b"two", b"three")
-    assert "one" not in repr(settings)
+    (tmp_path / "keys").write_text("key-two\nkey-three\n\n")
+    settings = ServerSettings(api_keys="key-one", api_key_file=tmp_path / "keys")  # type: ignore[arg-type]
+    assert settings.load_api_keys() == (b"key-one", b"key-two", b"key-three")
+    assert "key-one" not in repr(settings)
 
 
 def test_a_file_without_keys_does_not_open_the_server_to_all(tmp_path: Path) -> None:

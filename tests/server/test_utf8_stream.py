@@ -41,6 +41,8 @@ def test_hopeless_bytes_do_not_wait() -> None:
     assert stream.feed(b"\xff") == "�"
     assert stream.feed(b"\xe2\x82") == ""
     assert stream.feed(b"a") == "�a"
+    assert stream.feed(b"\xed") == ""
+    assert stream.feed(b"\xa0") == "��"
 
 
 @given(st.text(min_size=1))
