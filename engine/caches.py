@@ -53,20 +53,19 @@ def decoder_cross_layers(config: ModelConfig) -> int:
 def cache_specs(config: ModelConfig, page_size: int) -> dict[str, CacheSpec]:
     """All caches of a model, by name."""
 
-    def kv(stack: StackConfig) -> int:
-        return 2 * stack.num_layers * stack.num_kv_heads * stack.head_dim
+    def kv(stack: StackConfig, num_layers: int) -> int:
+        return 2 * num_layers * stack.num_kv_heads * stack.head_dim
 
-    width = config.encoder.dim
+    open_elements = config.encoder.dim + kv(config.encoder, encoder_cross_layers(config))
+    latent_elements = config.slots * kv(config.decoder, decoder_cross_layers(config))
     small = max(page_size // 8, 4)
     specs = (
-        CacheSpec("patcher", "byte", page_size, config.patcher.window, kv(config.patcher)),
-        CacheSpec("encoder", "byte", page_size, config.encoder.window, kv(config.encoder)),
-        CacheSpec(
-            "open", "byte", small, config.patching.max_patch_length, width * (1 + 2 * encoder_cross_layers(config))
-        ),
-        CacheSpec("global", "patch", page_size, None, kv(config.global_)),
-        CacheSpec("latent", "patch", small, LATENTS_KEPT, 2 * decoder_cross_layers(config) * config.slots * width),
-        CacheSpec("decoder", "byte", page_size, config.decoder.window, kv(config.decoder)),
+        CacheSpec("patcher", "byte", page_size, config.patcher.window, kv(config.patcher, config.patcher.num_layers)),
+        CacheSpec("encoder", "byte", page_size, config.encoder.window, kv(config.encoder, config.encoder.num_layers)),
+        CacheSpec("open", "byte", small, config.patching.max_patch_length, open_elements),
+        CacheSpec("global", "patch", page_size, None, kv(config.global_, config.global_.num_layers)),
+        CacheSpec("latent", "patch", small, LATENTS_KEPT, latent_elements),
+        CacheSpec("decoder", "byte", page_size, config.decoder.window, kv(config.decoder, config.decoder.num_layers)),
     )
     return {spec.name: spec for spec in specs}
 
@@ -110,9 +109,13 @@ class Caches:
             row = (stack.num_kv_heads, self.specs[name].page_size, stack.head_dim)
             return [(paged(name, *row), paged(name, *row)) for _ in range(stack.num_layers)]
 
-        heads = config.encoder.num_heads
-        open_row = (heads, self.specs["open"].page_size, config.encoder.dim // heads)
-        latent_row = (self.specs["latent"].page_size, config.slots, config.decoder.num_heads, config.decoder.head_dim)
+        open_row = (config.encoder.num_kv_heads, self.specs["open"].page_size, config.encoder.head_dim)
+        latent_row = (
+            self.specs["latent"].page_size,
+            config.slots,
+            config.decoder.num_kv_heads,
+            config.decoder.head_dim,
+        )
         self.patcher = kv("patcher", config.patcher)
         self.encoder = kv("encoder", config.encoder)
         self.open_states = paged("open", self.specs["open"].page_size, config.encoder.dim)

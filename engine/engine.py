@@ -44,26 +44,28 @@ class Engine:
         device, dtype = torch.device(config.device), getattr(torch, config.dtype)
         loaded = checkpoint.load(config.model)
         model = Model(loaded.config, loaded.tensors, dtype, device)
-        self._caches = Caches(loaded.config, config)
-        floors = find_row_floors(model, self._caches.specs, dtype, device)
+        self.caches = Caches(loaded.config, config)
+        floors = find_row_floors(model, self.caches.specs, dtype, device)
         if not floors.proven:
             log.warning("this machine's matrix products depend on the batch: equal requests may differ in near-ties")
-        isolate = loaded.config.isolate_documents if config.isolate_documents is None else config.isolate_documents
-        self.runner = Runner(model, self._caches, floors, isolate=isolate, device=device)
+        self.isolates_documents = isolate = (
+            loaded.config.isolate_documents if config.isolate_documents is None else config.isolate_documents
+        )
+        self.runner = Runner(model, self.caches, floors, isolate=isolate, device=device)
         self._scheduler = Scheduler(self, max_sequences=config.max_sequences, max_step_rows=config.max_step_rows)
-        self._model_config = loaded.config
+        self.model_config = loaded.config
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = count()
         self._events: list[Event] = []
         self._steps = self._committed = self._prompt_rows = 0
         self.limits = ModelLimits(
             name=loaded.config.name,
-            max_length=self._caches.max_length,
+            max_length=self.caches.max_length,
             vocab_size=loaded.config.vocab_size,
             block_size=loaded.config.block_size,
             decoders=DECODERS,
             parameters=model.parameters,
-            pages={name: pool.num_total for name, pool in self._caches.pools.items()},
+            pages={name: pool.num_total for name, pool in self.caches.pools.items()},
         )
 
     @property
@@ -77,7 +79,7 @@ class Engine:
         if refusal is not None:
             self._events.append(refusal)
             return
-        sequence = Sequence(request, next(self._arrivals), self._model_config.patching, self._caches.new_tables())
+        sequence = Sequence(request, next(self._arrivals), self.model_config.patching, self.caches.new_tables())
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
         stopped = False
@@ -98,10 +100,10 @@ class Engine:
         if scheduled:
             self._run(scheduled)
         elif self._sequences:
-            self._caches.check_integrity()
+            self.caches.check_integrity()
             raise RuntimeError(f"{len(self._sequences)} sequences wait, and none can run")
         else:
-            self._caches.check_integrity()
+            self.caches.check_integrity()
         events, self._events = self._events, []
         return events
 
@@ -116,14 +118,14 @@ class Engine:
             prompt_rows=self._prompt_rows,
             calls=dict(counts.calls),
             rows=dict(counts.rows),
-            pools={name: PoolStats(pool.num_total, pool.num_used) for name, pool in self._caches.pools.items()},
+            pools={name: PoolStats(pool.num_total, pool.num_used) for name, pool in self.caches.pools.items()},
         )
 
     # The scheduler's view of memory.
 
     def can_reserve(self, sequence: Sequence, end: int) -> bool:
         missing = self.runner.missing_pages(sequence, end)
-        return all(self._caches.pools[name].can_take(pages) for name, pages in missing.items())
+        return all(self.caches.pools[name].can_take(pages) for name, pages in missing.items())
 
     def reserve(self, sequence: Sequence, end: int) -> None:
         self.runner.reserve(sequence, end)
@@ -131,7 +133,7 @@ class Engine:
     def room(self, sequence: Sequence) -> int:
         if sequence.num_computed < sequence.patching.decided:
             return sequence.patching.decided - sequence.num_computed
-        return self._caches.max_patches - sequence.patch_of(sequence.num_computed)
+        return self.caches.max_patches - sequence.patch_of(sequence.num_computed)
 
     def release(self, sequence: Sequence) -> None:
         for table in sequence.tables.values():
@@ -224,7 +226,7 @@ class Engine:
     def _fail_oversized(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request.id]
-        limit = self._caches.max_patches
+        limit = self.caches.max_patches
         message = f"the prompt makes more than {limit} patches, which is what this model and its caches hold"
         self._events.append(Failed(id=sequence.request.id, code="too_long", message=message, param="prompt"))
 
@@ -259,12 +261,12 @@ class Engine:
                 f"decoder {request.decoder!r} is not available; this engine offers {', '.join(DECODERS)}",
                 "decoder",
             )
-        vocabulary = self._model_config.vocab_size
+        vocabulary = self.model_config.vocab_size
         bad = next((i for i in (*request.prompt_ids, *request.output_ids) if not 0 <= i < vocabulary), None)
         if bad is not None or not request.prompt_ids:
             what = "is empty" if bad is None else f"holds the id {bad}"
             return refuse("invalid", f"prompt {what}; it needs ids from 0 to {vocabulary - 1}", "prompt")
-        length, limit = len(request.prompt_ids) + request.max_tokens, self._caches.max_length
+        length, limit = len(request.prompt_ids) + request.max_tokens, self.caches.max_length
         if length > limit:
             return refuse(
                 "too_long",

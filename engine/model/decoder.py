@@ -21,9 +21,7 @@ class Decoder:
         self._embedding = weights[f"{prefix}.embed_tokens.weight"] if own_table else None
         self._slots = weights[f"{prefix}.patch_embedding_projection.weight"]
         self._cross = [
-            CrossAttention(
-                config.decoder.num_heads, config.decoder.norm_eps, weights, f"{prefix}.cross_attn_layers.{i}"
-            )
+            CrossAttention(config.decoder, weights, f"{prefix}.cross_attn_layers.{i}")
             for i in range(decoder_cross_layers(config))
         ]
         self._stack = Stack(config.decoder, weights, prefix)

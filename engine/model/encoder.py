@@ -28,9 +28,7 @@ class Encoder:
             f"{prefix}.cross_attn_layers.{i}.q_proj.weight" in weights for i in range(config.encoder.num_layers)
         )
         self._cross = [
-            CrossAttention(
-                config.encoder.num_heads, config.encoder.norm_eps, weights, f"{prefix}.cross_attn_layers.{i}"
-            )
+            CrossAttention(config.encoder, weights, f"{prefix}.cross_attn_layers.{i}")
             for i in range(stored - num_cross, stored)
         ]
 

@@ -67,9 +67,9 @@ class CrossAttention:
     The caller adds the input a second time: released models carry a double residual, x + (x + Wo attn).
     """
 
-    def __init__(self, num_heads: int, eps: float, weights: Weights, prefix: str) -> None:
-        self._heads = (num_heads, -1)
-        self._eps = eps
+    def __init__(self, config: StackConfig, weights: Weights, prefix: str) -> None:
+        self._heads = (-1, config.head_dim)
+        self._eps = config.norm_eps
         self._q_norm = weights[f"{prefix}.q_norm.weight"]
         self._kv_norm = weights[f"{prefix}.k_norm.weight"]
         self._q = weights[f"{prefix}.q_proj.weight"]
@@ -82,7 +82,7 @@ class CrossAttention:
         return linear(rms_norm(x, self._q_norm, self._eps), self._q).unflatten(1, self._heads)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, dim) to K and V, (R, heads, head_dim) each."""
+        """(R, dim) to K and V, (R, kv_heads, head_dim) each."""
         n = rms_norm(x, self._kv_norm, self._eps)
         return linear(n, self._k).unflatten(1, self._heads), linear(n, self._v).unflatten(1, self._heads)
 

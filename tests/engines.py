@@ -1,0 +1,76 @@
+"""Engines in the test's own process, and what they say about texts."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import save
+from engine.config import EngineConfig, ModelConfig
+from engine.engine import Engine
+from engine.runner import Work
+from engine.sequence import Sequence as EngineSequence
+from engine.types import Delta, Failed, Finished, Request, SamplingParams, TokenLogprob
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@dataclass
+class Output:
+    """All that an engine said of one request."""
+
+    ids: list[int] = field(default_factory=list)
+    text: bytes = b""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    end: Finished | Failed | None = None
+
+
+def make_engine(model: Path, **choices: Any) -> Engine:
+    return Engine(EngineConfig(model=str(model), **({"cache_bytes": 64 << 20, "page_size": 16} | choices)))
+
+
+def save_ours(folder: Path, made: tuple[ModelConfig, dict[str, Tensor]]) -> Path:
+    save(folder, *made)
+    return folder
+
+
+def request(name: str, prompt: Sequence[int], count: int, **fields: Any) -> Request:
+    fields = {"sampling": GREEDY, "ignore_eos": True} | fields
+    return Request(id=name, prompt_ids=list(prompt), max_tokens=count, **fields)
+
+
+def run(engine: Engine, requests: Iterable[Request]) -> dict[str, Output]:
+    """Runs all of them together until the engine is idle; holds it to one last event each and no page left."""
+    outputs = {r.id: Output() for r in requests}
+    for r in requests:
+        engine.add(r)
+    while engine.has_work:
+        for event in engine.step():
+            output = outputs[event.id]
+            assert output.end is None
+            if isinstance(event, Delta):
+                output.ids += event.ids
+                output.text += event.text
+                output.logprobs += event.logprobs
+            else:
+                output.end = event
+                output.text += event.text if isinstance(event, Finished) else b""
+    assert all(output.end for output in outputs.values())
+    assert not any(pool.used for pool in engine.snapshot().pools.values())
+    return outputs
+
+
+def engine_logits(engine: Engine, ids: Sequence[int], chunk: int) -> Tensor:
+    """Logits of the id after each id: (N, vocab_size), computed `chunk` rows at a time over the engine's caches."""
+    rule = engine.model_config.patching
+    sequence = EngineSequence(request("logits", ids, 1), 0, rule, engine.caches.new_tables())
+    parts = []
+    for start in range(0, len(ids), chunk):
+        end = min(start + chunk, len(ids))
+        engine.runner.reserve(sequence, end)
+        parts += engine.runner.run([Work(sequence, start, end, logits_from=start)])
+    engine.release(sequence)
+    return torch.cat(parts)

@@ -1,0 +1,113 @@
+"""A request's bytes and scores, to the last bit, do not depend on company, chunking, preemption or page size."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import PatchingRule
+from engine.engine import Engine
+from engine.types import Request, SamplingParams
+from tests.engines import Output, make_engine, request, run, save_ours
+from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
+
+NANO = Path(__file__).parents[1] / "models" / "nano"
+OUTPUT = 40
+
+
+@pytest.fixture(
+    scope="module", params=["k2", "windows-16-12", "fast-blt", "gqa-isolated", "bytes-long-patches", "nano"]
+)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    name = request.param
+    if name == "nano":
+        return NANO
+    folder = tmp_path_factory.mktemp(name) / "model"
+    if name in HF_MODELS:
+        HF_MODELS[name]().save_pretrained(folder)
+        return folder
+    if name in OUR_MODELS:
+        return save_ours(folder, OUR_MODELS[name]())
+    # A threshold that is never reached: patches end with the longest length alone.
+    config, tensors = our_model(our_config(), 30)
+    return save_ours(folder, (replace(config, patching=PatchingRule(threshold=9.0, max_patch_length=50)), tensors))
+
+
+def the_request() -> Request:
+    sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=5)
+    return request("it", text(90, 3), OUTPUT, sampling=sampling, logprobs=2)
+
+
+def others() -> list[Request]:
+    """17 of many lengths, greedy and sampled; with ids that sort before and behind."""
+    return [
+        request(
+            f"{'a' if i % 2 else 'z'}{i}",
+            text(3 + 11 * i, 100 + i),
+            5 + 4 * i,
+            sampling=SamplingParams(temperature=i % 3, seed=i),
+            priority=i % 2,
+        )
+        for i in range(17)
+    ]
+
+
+def alone(model: Path, **choices: Any) -> Output:
+    return run(make_engine(model, **choices), [the_request()])["it"]
+
+
+def assert_same(found: Output, wanted: Output) -> None:
+    assert found.ids == wanted.ids
+    assert found.text == wanted.text
+    assert found.logprobs == wanted.logprobs
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path) -> Output:
+    output = alone(model)
+    assert len(set(output.ids)) > 5
+    return output
+
+
+def test_company_changes_nothing(model: Path, wanted: Output) -> None:
+    crowd = others()
+    together = [*crowd[:9], the_request(), *crowd[9:]]
+    assert_same(run(make_engine(model), together)["it"], wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_chunked_prefill_changes_nothing(model: Path, wanted: Output, rows: int) -> None:
+    assert_same(alone(model, max_step_rows=rows), wanted)
+
+
+def test_chunks_in_company_change_nothing(model: Path, wanted: Output) -> None:
+    assert_same(run(make_engine(model, max_step_rows=13), [the_request(), *others()])["it"], wanted)
+
+
+def test_preemption_changes_nothing(model: Path, wanted: Output) -> None:
+    engine = smallest_engine(model, max_sequences=6, max_step_rows=32, max_length=200)
+    # Company that is served first, until the pages run out.
+    early = [request(f"e{i}", text(120, 40 + i), 60, priority=-1) for i in range(5)]
+    outputs = run(engine, [*early, the_request()])
+    assert outputs["it"].end is not None
+    assert engine.snapshot().preemptions > 0
+    assert any(output.end.usage.preemptions for output in outputs.values())
+    assert_same(outputs["it"], wanted)
+    for r in early:
+        assert_same(outputs[r.id], run(engine, [r])[r.id])
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_other_pages_change_no_byte(model: Path, wanted: Output, page_size: int) -> None:
+    assert alone(model, page_size=page_size).ids == wanted.ids
+
+
+def smallest_engine(model: Path, **choices: Any) -> Engine:
+    """With as little cache as can hold one sequence of the length asked for."""
+    for shift in range(14, 40):
+        try:
+            return make_engine(model, cache_bytes=1 << shift, **choices)
+        except ValueError as error:
+            assert "cache_bytes" in str(error)
+    raise AssertionError

@@ -1,0 +1,91 @@
+"""The engine computes what Hugging Face's full forward computes, and what the plain model computes."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BltForCausalLM
+
+from engine.checkpoint import load
+from engine.config import EOS_ID, ModelConfig
+from engine.engine import Engine
+from tests import reference
+from tests.engines import engine_logits, make_engine, request, run, save_ours
+from tests.models import HF_MODELS, OUR_MODELS, hf_greedy, hf_logits, text
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", params=HF_MODELS)
+def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[BltForCausalLM, Path]:
+    model = HF_MODELS[request.param]()
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("chunk", [1, 37, 300])
+def test_logits_equal_hugging_faces(theirs: tuple[BltForCausalLM, Path], chunk: int) -> None:
+    model, folder = theirs
+    ids = text(300, 7, specials=False)
+    wanted = hf_logits(model, ids)
+    assert 0.3 < wanted.std() < 3
+    torch.testing.assert_close(engine_logits(make_engine(folder), ids, chunk), wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_the_plain_model_equals_hugging_faces(theirs: tuple[BltForCausalLM, Path]) -> None:
+    model, folder = theirs
+    checkpoint = load(folder)
+    ids = text(300, 8, specials=False)
+    found = reference.forward(checkpoint.config, checkpoint.tensors, ids)
+    torch.testing.assert_close(found, hf_logits(model, ids), atol=TOLERANCE, rtol=0)
+
+
+def test_256_greedy_bytes_equal_hugging_faces(theirs: tuple[BltForCausalLM, Path]) -> None:
+    model, folder = theirs
+    prompt = text(24, 9)
+    found = run(make_engine(folder), [request("a", prompt, 256)])["a"]
+    assert found.ids == hf_greedy(model, prompt, 256)
+
+
+@pytest.fixture(scope="module", params=OUR_MODELS)
+def ours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_ours(tmp_path_factory.mktemp(request.param) / "model", OUR_MODELS[request.param]())
+
+
+@pytest.fixture(params=[False, True], ids=["open", "isolated"])
+def engine(request: pytest.FixtureRequest, ours: Path) -> Iterator[Engine]:
+    yield make_engine(ours, isolate_documents=request.param)
+
+
+def test_every_form_equals_the_plain_model_with_documents_isolated_or_not(engine: Engine, ours: Path) -> None:
+    checkpoint = load(ours)
+    config = isolated(checkpoint.config, engine)
+    ids = text(260, 10)
+    assert ids.count(EOS_ID) >= 3
+    wanted = reference.forward(config, checkpoint.tensors, ids)
+    for chunk in (1, 41, 260):
+        torch.testing.assert_close(engine_logits(engine, ids, chunk), wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_greedy_text_of_every_form_equals_the_plain_models(engine: Engine, ours: Path) -> None:
+    checkpoint = load(ours)
+    prompt = text(60, 11)
+    assert EOS_ID in prompt
+    found = run(engine, [request("a", prompt, 80)])["a"]
+    assert found.ids == reference.greedy(isolated(checkpoint.config, engine), checkpoint.tensors, prompt, 80)
+
+
+def test_isolation_makes_a_difference(tmp_path: Path) -> None:
+    folder = save_ours(tmp_path / "model", OUR_MODELS["plain"]())
+    ids = text(260, 10)
+    alone, together = (engine_logits(make_engine(folder, isolate_documents=on), ids, 260) for on in (True, False))
+    before = ids.index(EOS_ID) + 1
+    assert torch.equal(alone[:before], together[:before])
+    assert (alone[before:] - together[before:]).abs().max() > 0.1
+
+
+def isolated(config: ModelConfig, engine: Engine) -> ModelConfig:
+    return replace(config, isolate_documents=engine.isolates_documents)
