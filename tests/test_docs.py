@@ -1,5 +1,6 @@
 """The documentation names everything that there is, and nothing that is not."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import typer.main
 
+from benchmarks.growth import render
 from server.cli import app
 from server.schemas import CompletionRequest
 from server.settings import ServerSettings
@@ -78,3 +80,8 @@ def test_every_link_leads_somewhere() -> None:
         folder = ROOT if name == "README.md" else ROOT / "docs"
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (folder / target).exists() or target == "models/nano/README.md", (name, target)
+
+
+def test_the_table_of_growth_is_the_measured_one() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "growth.json").read_text())["rows"]
+    assert render(rows) in (ROOT / "README.md").read_text()
