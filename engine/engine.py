@@ -2,20 +2,27 @@
 
 import logging
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from itertools import count
 
+import msgspec
 import torch
 from torch import Tensor
 
 from . import checkpoint
+from .accounting import PaperFormula, StageBytes
 from .caches import Caches
-from .config import BYTE_OFFSET, EOS_ID, EngineConfig, ModelLimits
+from .config import BOE_ID, BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID, EngineConfig, ModelConfig, ModelLimits
+from .costs import StageCosts
+from .decoders import Call, Committed, Experience, Result, make_decoder
 from .model import Model, find_row_floors
 from .runner import Runner, Work
 from .sampling import choose, draw, logprobs_of
-from .scheduler import Scheduler
+from .scheduler import Part, Scheduler
 from .sequence import Sequence
 from .types import (
+    MAX_DRAFT,
     Delta,
     Event,
     Failed,
@@ -23,13 +30,15 @@ from .types import (
     FinishReason,
     PoolStats,
     Request,
+    SamplingParams,
     Snapshot,
     TokenLogprob,
 )
 
 log = logging.getLogger("fastblt.engine")
 
-DECODERS = ("blt",)
+BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
+"""Ids that a block's cell never becomes."""
 
 
 class Engine:
@@ -51,19 +60,36 @@ class Engine:
         self.isolates_documents = isolate = (
             loaded.config.isolate_documents if config.isolate_documents is None else config.isolate_documents
         )
-        self.runner = Runner(model, self.caches, floors, isolate=isolate, device=device)
+        itemsize = dtype.itemsize
+        self.runner = Runner(
+            model,
+            self.caches,
+            floors,
+            isolate=isolate,
+            device=device,
+            stage_bytes=StageBytes.of(loaded.config, self.caches.specs, itemsize, model.hash_itemsize),
+            costs=StageCosts(),
+        )
+        parameters = checkpoint.count_parameters(loaded.config)
+        self._formula = PaperFormula(
+            decoder=parameters["decoder"] + parameters["head"],
+            encoder_and_global=parameters["encoder"] + parameters["global"],
+            bytes_per_parameter=itemsize,
+        )
+        self._experience = Experience()
+        self._decoders = _decoders(loaded.config)
         self._scheduler = Scheduler(self, max_sequences=config.max_sequences, max_step_rows=config.max_step_rows)
         self.model_config = loaded.config
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = count()
         self._events: list[Event] = []
-        self._steps = self._committed = self._prompt_rows = 0
+        self._steps = self._committed = self._prompt_rows = self._drafted = self._accepted = 0
         self.limits = ModelLimits(
             name=loaded.config.name,
             max_length=self.caches.max_length,
             vocab_size=loaded.config.vocab_size,
             block_size=loaded.config.block_size,
-            decoders=DECODERS,
+            decoders=self._decoders,
             parameters=model.parameters,
             pages={name: pool.num_total for name, pool in self.caches.pools.items()},
         )
@@ -79,14 +105,17 @@ class Engine:
         if refusal is not None:
             self._events.append(refusal)
             return
-        sequence = Sequence(request, next(self._arrivals), self.model_config.patching, self.caches.new_tables())
+        config = self.model_config
+        decoder = make_decoder(request, config.block_size, self.runner.costs, self._experience)
+        tables = self.caches.new_tables()
+        sequence = Sequence(request, next(self._arrivals), config.patching, tables, decoder, config.mask_id)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
-        stopped = False
+        reason = None
         for token in request.output_ids:
-            _, stopped = self._release_text(sequence, token)
-        if request.output_ids:
-            self._end_if_due(sequence, request.output_ids[-1], stopped)
+            _, reason = self._take(sequence, token)
+        if reason:
+            self._finish(sequence, reason, sequence.stopping.flush())
 
     def abort(self, request_id: str) -> None:
         """Ends a request now; an unknown id is ignored."""
@@ -123,12 +152,12 @@ class Engine:
 
     # The scheduler's view of memory.
 
-    def can_reserve(self, sequence: Sequence, end: int) -> bool:
-        missing = self.runner.missing_pages(sequence, end)
+    def can_reserve(self, part: Part) -> bool:
+        missing = self.runner.missing_pages(part.sequence, part.end, part.reach)
         return all(self.caches.pools[name].can_take(pages) for name, pages in missing.items())
 
-    def reserve(self, sequence: Sequence, end: int) -> None:
-        self.runner.reserve(sequence, end)
+    def reserve(self, part: Part) -> None:
+        self.runner.reserve(part.sequence, part.end, part.reach)
 
     def room(self, sequence: Sequence) -> int:
         if sequence.num_computed < sequence.patching.decided:
@@ -141,31 +170,69 @@ class Engine:
 
     # One step.
 
-    def _run(self, scheduled: list[tuple[Sequence, int]]) -> None:
-        batch = [self._work(sequence, end) for sequence, end in scheduled]
-        generating = [w for w in batch if w.sequence.num_output]
-        closed_before = [len(w.sequence.patching.starts) for w in generating]
+    def _run(self, parts: list[Part]) -> None:
+        began, stages_before = time.perf_counter(), sum(self.runner.counts.seconds.values())
+        batch = [self._work(part) for part in parts]
         logits = self.runner.run(batch)
         self._steps += 1
-        for w, before in zip(generating, closed_before, strict=True):
-            w.sequence.global_calls += len(w.sequence.patching.starts) > before
-        ready: list[tuple[Sequence, Tensor]] = []
-        for w, rows in zip(batch, logits, strict=True):
-            self._prompt_rows += max(min(w.end, w.sequence.num_prompt) - w.start, 0)
-            if w.sequence.request.prompt_logprobs:
-                self._score_prompt(w, rows)
-            if w.sequence.remaining == 0:
-                ready.append((w.sequence, rows[-1]))
-            elif not self.room(w.sequence):
-                self._fail_oversized(w.sequence)
-        self._choose(ready)
+        own = [part.call is not None for part in parts]
+        results = self._choose(batch, own, logits)
+        for part, w, result in zip(parts, batch, results, strict=True):
+            self._advance(part, w, result)
+        stages = sum(self.runner.counts.seconds.values()) - stages_before
+        rows = sum(part.num_rows for part in parts)
+        self.runner.costs.saw_step(rows, time.perf_counter() - began - stages)
 
-    def _work(self, sequence: Sequence, end: int) -> Work:
+    def _work(self, part: Part) -> Work:
+        sequence, call = part.sequence, part.call or Call()
         start = sequence.num_computed
+        if call.runs_clean and call.drafts:
+            sequence.extend(call.drafts)
         if sequence.request.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.num_prompt:
-            return Work(sequence, start, end, logits_from=start)
-        complete = end == len(sequence.ids)
-        return Work(sequence, start, end, logits_from=end - complete)
+            logits_from = start
+        elif part.call is None or not call.wants:
+            logits_from = part.end
+        else:
+            logits_from = start if call.drafts else part.end - 1
+        return Work(
+            sequence,
+            start,
+            part.end,
+            call if part.call else Call(wants=False),
+            logits_from,
+            generates=part.call is not None,
+        )
+
+    def _advance(self, part: Part, w: Work, result: Result | None) -> None:
+        """What a sequence's step came to: rows computed, perhaps ids committed, perhaps its end."""
+        sequence, request = w.sequence, w.sequence.request
+        self._prompt_rows += max(min(w.end, sequence.num_prompt) - w.start, 0)
+        drafts = part.call.drafts if part.call and part.call.runs_clean else ()
+        if drafts:
+            sequence.retract(len(sequence.ids) - len(drafts))
+        else:
+            sequence.num_computed = w.end
+        if result is None:
+            self.runner.settle(sequence)
+            if sequence.remaining and not self.room(sequence):
+                self._fail_oversized(sequence)
+            return
+        if request.max_tokens == 0:
+            self._finish(sequence, "length", sequence.stopping.flush())
+            return
+        outcome = sequence.resume(result)
+        if outcome is None:
+            return
+        if drafts:
+            # The last id is the model's own: its row has not run.
+            sequence.cut(sequence.num_computed + len(outcome.ids))
+        cost = sequence.cost
+        cost.rounds += 1
+        cost.drafted += outcome.drafted
+        cost.accepted += outcome.accepted
+        self._drafted += outcome.drafted
+        self._accepted += outcome.accepted
+        self._commit(sequence, outcome)
 
     def _score_prompt(self, w: Work, logits: Tensor) -> None:
         """Log-probabilities of the prompt's ids, each under the row before it."""
@@ -181,47 +248,140 @@ class Engine:
         if len(scored) == sequence.num_prompt:
             self._events.append(Delta(id=sequence.request.id, prompt_logprobs=list(scored)))
 
-    def _choose(self, ready: list[tuple[Sequence, Tensor]]) -> None:
-        for sequence, _ in ready:
-            if sequence.request.max_tokens == 0:
-                self._finish(sequence, "length", sequence.stopping.flush())
-        ready = [(s, row) for s, row in ready if s.request.max_tokens]
-        if not ready:
+    def _choose(self, batch: list[Work], own: list[bool], logits: Tensor) -> list[Result | None]:
+        """Chooses behind every wanted row of the works that are a round's `own`; None for the others."""
+        results: list[Result | None] = []
+        drawn = self._draw(batch, own, logits)
+        at = 0
+        for w, is_own in zip(batch, own, strict=True):
+            if w.sequence.request.prompt_logprobs:
+                self._score_prompt(w, logits[at : at + w.end - w.logits_from])
+            results.append(next(drawn) if is_own else None)
+            at += w.num_wanted
+        return results
+
+    def _draw(self, batch: list[Work], own: list[bool], logits: Tensor) -> Iterator[Result]:
+        rows: list[int] = []
+        params: list[SamplingParams] = []
+        counts: list[Mapping[int, int]] = []
+        uniforms: list[float] = []
+        block_rows: list[int] = []
+        layout: list[tuple[Work, int, int]] = []
+        at = 0
+        for w, is_own in zip(batch, own, strict=True):
+            first = w.logits_from
+            if is_own and not w.call.drafts and first < w.end:
+                # Rows before the last were wanted for scores of the prompt.
+                first = w.end - 1 if w.call.wants else w.end
+            if is_own:
+                begin = at + first - w.logits_from
+                end = at + w.num_wanted
+                num_after = w.end - first + len(w.call.causal)
+                rows += range(begin, end)
+                block_rows += range(len(rows) - len(w.call.block), len(rows))
+                layout.append((w, first, num_after))
+                self._add_draws(w, first, num_after, params, counts, uniforms)
+            at += w.num_wanted
+        if not rows:
+            yield from (Result() for _ in layout)
             return
-        logits = torch.stack([row for _, row in ready])
-        params = [s.request.sampling for s, _ in ready]
-        uniforms = [draw(p.seed, s.request.sample_index, s.num_output) for (s, _), p in zip(ready, params, strict=True)]
-        chosen = choose(logits, params, [s.counts for s, _ in ready], uniforms).tolist()
-        for i, (sequence, _) in enumerate(ready):
-            wanted = sequence.request.logprobs
-            scored = [] if wanted is None else logprobs_of(logits[i : i + 1], [chosen[i]], wanted)
-            self._commit(sequence, chosen[i], scored)
+        wanted = logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)]
+        confidence, entropy = {}, {}
+        if block_rows:
+            cells = torch.tensor(block_rows, device=logits.device)
+            masked = wanted[cells]
+            masked[:, BLOCK_SPECIALS] = -torch.inf
+            wanted = wanted.index_copy(0, cells, masked)
+            p = masked.softmax(-1)
+            confidence = dict(zip(block_rows, p.amax(-1).tolist(), strict=True))
+            entropy = dict(zip(block_rows, torch.special.entr(p).sum(-1).tolist(), strict=True))
+        chosen = choose(wanted, params, counts, uniforms).tolist()
+        at = 0
+        for w, first, num_after in layout:
+            behind = at + num_after
+            end = behind + len(w.call.block)
+            scores: list[TokenLogprob] = []
+            if w.sequence.request.logprobs is not None:
+                scores = logprobs_of(wanted[at:end], chosen[at:end], w.sequence.request.logprobs)
+            yield Result(
+                first,
+                chosen[at:behind],
+                chosen[behind:end],
+                [confidence[row] for row in range(behind, end)],
+                [entropy[row] for row in range(behind, end)],
+                scores[:num_after],
+                scores[num_after:],
+            )
+            at = end
 
-    def _commit(self, sequence: Sequence, token: int, scored: list[TokenLogprob]) -> None:
-        """Appends a generated id, says so, and ends the request where it must end."""
+    def _add_draws(
+        self,
+        w: Work,
+        first: int,
+        num_after: int,
+        params: list[SamplingParams],
+        counts: list[Mapping[int, int]],
+        uniforms: list[float],
+    ) -> None:
+        """How each wanted row of a work is drawn: as blt would draw at that place of the text, behind that text."""
+        sequence, call, request = w.sequence, w.call, w.sequence.request
+        sampling, num_block = request.sampling, len(w.call.block)
+        penalised = sampling.presence_penalty or sampling.frequency_penalty
+        committed = len(sequence.ids) - (len(call.drafts) if call.runs_clean else 0)
+        text = [*sequence.ids[committed:], *(() if call.runs_clean else call.drafts), *call.causal]
+        places = [*range(first, w.end), *range(call.start, call.start + len(call.causal))]
+        assert len(places) == num_after
+        # The byte of a cell stands where the cell is; the byte behind a row, one further.
+        places = [place + 1 for place in places]
+        places += range(call.start + len(call.causal), call.start + call.num_cells)
+        if sampling.temperature > 0:
+            uniforms += [draw(sampling.seed, request.sample_index, place - sequence.num_prompt) for place in places]
+        else:
+            uniforms += [0.0] * len(places)
+        if not penalised:
+            counts += [sequence.counts] * len(places)
+        else:
+            for place in places:
+                ahead = Counter(sequence.counts)
+                ahead.update(text[: max(place - committed, 0)])
+                counts.append(ahead)
+        params += [sampling] * num_after
+        if num_block:
+            top_p = request.unmask.top_p if request.unmask else None
+            cells = sampling if top_p is None else msgspec.structs.replace(sampling, top_p=top_p)
+            params += [cells] * num_block
+
+    def _commit(self, sequence: Sequence, outcome: Committed) -> None:
+        """Appends generated ids up to where the request must end, and says so."""
         request = sequence.request
-        sequence.append(token)
-        sequence.decoder_calls += 1
-        self._committed += 1
-        for entry in scored:
+        ids: list[int] = []
+        text = b""
+        reason: FinishReason | None = None
+        for token in outcome.ids:
+            sequence.append(token)
+            ids.append(token)
+            released, reason = self._take(sequence, token)
+            text += released
+            if reason:
+                break
+        scores = outcome.scores[: len(ids)]
+        for entry in scores:
             sequence.cumulative_logprob += entry.logprob or 0.0
-        text, stopped = self._release_text(sequence, token)
-        self._events.append(Delta(id=request.id, ids=[token], text=text, logprobs=scored))
-        self._end_if_due(sequence, token, stopped)
-
-    def _end_if_due(self, sequence: Sequence, token: int, stopped: bool) -> None:
-        """Ends the request if its last id, `token`, is where it must end."""
-        request = sequence.request
-        if stopped:
-            self._finish(sequence, "stop", b"")
-        elif token == EOS_ID and not request.ignore_eos:
-            self._finish(sequence, "stop", sequence.stopping.flush())
-        elif sequence.num_output == request.max_tokens or not self.room(sequence):
+        self._committed += len(ids)
+        self._events.append(Delta(id=request.id, ids=ids, text=text, logprobs=scores))
+        if reason:
+            self._finish(sequence, reason, sequence.stopping.flush())
+            return
+        self.runner.settle(sequence)
+        if not self.room(sequence):
             self._finish(sequence, "length", sequence.stopping.flush())
 
-    def _release_text(self, sequence: Sequence, token: int) -> tuple[bytes, bool]:
-        """Bytes that became certain with this id, and whether it completed a stop string. Specials are no text."""
-        return sequence.stopping.feed(token - BYTE_OFFSET) if token >= BYTE_OFFSET else (b"", False)
+    def _take(self, sequence: Sequence, token: int) -> tuple[bytes, FinishReason | None]:
+        """The bytes that became certain with a committed id, and whether it ends the request. Specials are no text."""
+        text, stopped = sequence.stopping.feed(token - BYTE_OFFSET) if token >= BYTE_OFFSET else (b"", False)
+        if stopped or (token == EOS_ID and not sequence.request.ignore_eos):
+            return text, "stop"
+        return text, "length" if sequence.num_output == sequence.request.max_tokens else None
 
     def _fail_oversized(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
@@ -239,7 +399,7 @@ class Engine:
                 id=request.id,
                 reason=reason,
                 text=text,
-                usage=sequence.usage(),
+                usage=sequence.usage(self._formula),
                 cumulative_logprob=sequence.cumulative_logprob,
             )
         )
@@ -255,11 +415,17 @@ class Engine:
 
         if request.id in self._sequences:
             return refuse("invalid", f"id {request.id!r} is in use", "id")
-        if request.decoder not in DECODERS:
+        if request.decoder not in self._decoders:
+            return refuse("decoder_unavailable", self._why_unavailable(request.decoder), "decoder")
+        if not 1 <= request.draft_length <= MAX_DRAFT:
             return refuse(
-                "decoder_unavailable",
-                f"decoder {request.decoder!r} is not available; this engine offers {', '.join(DECODERS)}",
-                "decoder",
+                "invalid", f"draft_length goes from 1 to {MAX_DRAFT}, not {request.draft_length}", "draft_length"
+            )
+        trained = self.model_config.block_size
+        if request.block_size is not None and not 1 <= request.block_size <= (trained or MAX_DRAFT):
+            why = f"this model was trained with blocks of up to {trained} bytes"
+            return refuse(
+                "invalid", f"block_size goes from 1 to {trained}, not {request.block_size}: {why}", "block_size"
             )
         vocabulary = self.model_config.vocab_size
         bad = next((i for i in (*request.prompt_ids, *request.output_ids) if not 0 <= i < vocabulary), None)
@@ -267,6 +433,9 @@ class Engine:
             what = "is empty" if bad is None else f"holds the id {bad}"
             return refuse("invalid", f"prompt {what}; it needs ids from 0 to {vocabulary - 1}", "prompt")
         length, limit = len(request.prompt_ids) + request.max_tokens, self.caches.max_length
+        if request.decoder == "blt-d" and request.max_tokens:
+            # Its last block may reach behind the last byte that is wanted.
+            limit -= (request.block_size or self.model_config.block_size or 1) - 1
         if length > limit:
             return refuse(
                 "too_long",
@@ -275,3 +444,12 @@ class Engine:
                 "max_tokens",
             )
         return None
+
+    def _why_unavailable(self, decoder: str) -> str:
+        why = "" if decoder == "auto" else ": this checkpoint was not trained with block diffusion and has no [MASK]"
+        return f"decoder {decoder!r} is not available{why}; this engine offers {', '.join(self._decoders)}"
+
+
+def _decoders(config: ModelConfig) -> tuple[str, ...]:
+    """The decoders that a model can be run with."""
+    return ("blt", "blt-s", "blt-d", "blt-dv", "auto") if config.mask_id is not None else ("blt", "blt-s", "auto")

@@ -13,13 +13,13 @@ class Patching:
     """The patch starts of one growing text.
 
     `starts` holds every decided patch start, ascending; the last may be the not yet existing next byte. `decided` is
-    the number of bytes fed.
+    the number of bytes fed. Drafted bytes may be fed too, if `cut` takes them back when they are not right.
     """
 
     def __init__(self, rule: PatchingRule) -> None:
         self._rule = rule
         self._threshold = np.float32(rule.threshold)
-        self._previous = 0.0
+        self._entropies: list[float] = []
         self.starts = [0]
         self.decided = 0
 
@@ -33,16 +33,25 @@ class Patching:
             opens = True
         if opens:
             self.starts.append(byte)
-        self._previous = entropy
+        self._entropies.append(entropy)
         return opens
+
+    def cut(self, decided: int) -> None:
+        """Makes it as if only the first `decided` bytes had been fed."""
+        if decided < self.decided:
+            self.decided = decided
+            del self._entropies[decided:]
+            while self.starts[-1] > decided:
+                self.starts.pop()
 
     def _exceeds(self, byte: int, entropy: float) -> bool:
         rule = self._rule
+        previous = self._entropies[-1] if self._entropies else 0.0
         if rule.mode == "bytes" or byte == 1:
             return True
         if rule.monotonic:
-            return byte == 2 or bool(entropy - self._previous > self._threshold)
+            return byte == 2 or bool(entropy - previous > self._threshold)
         if rule.threshold_add is not None:
-            rises = entropy - self._previous > rule.threshold_add
+            rises = entropy - previous > rule.threshold_add
             return byte == 2 or (byte > 3 and rises and bool(entropy > self._threshold))
         return bool(entropy > self._threshold)

@@ -8,52 +8,91 @@
 Rows that feed a byte and rows that prefill a prompt are the same thing; a step does not know the difference.
 """
 
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kernels.attention import AttentionPlan
 
+from .accounting import STAGES, StageBytes
 from .caches import LATENTS_KEPT, Caches
 from .config import EOS_ID
+from .costs import StageCosts
+from .decoders import Call
 from .model import Model, RowFloors
 from .model.encoder import ngram_windows, window_tensor
 from .pages import BlockTable
 from .plan import Span, plan_attention
 from .sequence import Sequence
 
-STAGES = ("patcher", "encoder", "global", "decoder")
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
-    """Rows start..end-1 of a sequence, to run now. `logits_from`: first row whose logits are wanted (`end` for
-    none). Pages for them (see `Runner.reserve`) are taken already."""
+    """What a step runs of one sequence: clean rows start..end-1, whose ids `sequence.ids` holds, then the cells of
+    `call`. Pages for them (see `Runner.reserve`) are taken already.
+
+    logits_from: first clean row whose logits are wanted (`end` for none); the runner moves it on past rows that it need
+    not decode. decode_from: first clean row that it decoded.
+    """
 
     sequence: Sequence
     start: int
     end: int
+    call: Call
     logits_from: int
+    decode_from: int = 0
+    generates: bool = True
+    """Whether this belongs to generation, and not to a prompt's prefill or a recomputation."""
+
+    @property
+    def num_clean(self) -> int:
+        return self.end - self.start
+
+    @property
+    def num_wanted(self) -> int:
+        return self.end - self.logits_from + self.call.num_cells
+
+    @property
+    def cells(self) -> list[int]:
+        return [*self.call.causal, *self.call.block]
 
 
 @dataclass(slots=True)
 class StageCounts:
-    """Passes and rows per stage since the start; padding does not count."""
+    """Passes, rows, seconds and bytes read per stage since the start; padding does not count."""
 
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    bytes_read: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
-    def add(self, stage: str, rows: int) -> None:
+    def add(self, stage: str, rows: int, seconds: float) -> None:
         self.calls[stage] += 1
         self.rows[stage] += rows
+        self.seconds[stage] += seconds
 
 
 class Runner:
     """The model, its caches and the plan of a step."""
 
-    def __init__(self, model: Model, caches: Caches, floors: RowFloors, *, isolate: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Model,
+        caches: Caches,
+        floors: RowFloors,
+        *,
+        isolate: bool,
+        device: torch.device,
+        stage_bytes: StageBytes,
+        costs: StageCosts,
+    ) -> None:
         self._model = model
         self._config = model.config
         self._caches = caches
@@ -61,75 +100,156 @@ class Runner:
         self._isolate = isolate
         self._device = device
         self._ngram_width = max(model.config.hashes.group_sizes)
+        self._bytes = stage_bytes
         self.counts = StageCounts()
+        self.costs = costs
 
-    def missing_pages(self, sequence: Sequence, end: int) -> dict[str, int]:
-        """Pages per cache that `reserve(sequence, end)` would take."""
-        return {name: table.missing(rows) for name, table, rows in self._reach(sequence, end)}
+    def missing_pages(self, sequence: Sequence, end: int, reach: int) -> dict[str, int]:
+        """Pages per cache that `reserve` would take."""
+        return {name: table.missing(rows) for name, table, rows in self._extents(sequence, end, reach)}
 
-    def reserve(self, sequence: Sequence, end: int) -> None:
-        """Takes the pages for running the sequence up to row `end`, an undecided byte counted as closing a patch.
+    def reserve(self, sequence: Sequence, end: int, reach: int) -> None:
+        """Takes the pages for clean rows up to `end` and cells up to `reach`. An undecided byte counts as closing a
+        patch, and one more patch may be closed for a block.
 
         Raises OutOfPages, with nothing taken from the pool that lacked them.
         """
-        for _, table, rows in self._reach(sequence, end):
+        for _, table, rows in self._extents(sequence, end, reach):
             table.extend(rows)
 
-    def _reach(self, sequence: Sequence, end: int) -> list[tuple[str, BlockTable, int]]:
-        patches = sequence.most_patches(end)
+    def _extents(self, sequence: Sequence, end: int, reach: int) -> list[tuple[str, BlockTable, int]]:
+        patches = sequence.most_patches(end) + (reach > end)
         specs = self._caches.specs
         return [
-            (name, table, end if specs[name].rows_from == "byte" else patches)
+            (name, table, reach if specs[name].rows_from == "byte" else patches)
             for name, table in sequence.tables.items()
         ]
 
     @torch.inference_mode()
-    def run(self, batch: Seq[Work]) -> list[Tensor]:
-        """One step. Returns the wanted logits of each work item, (rows, V) float32 on the device.
+    def run(self, batch: Seq[Work]) -> Tensor:
+        """One step. Returns the wanted logits, (rows, V) float32 on the device: for each work item its wanted clean
+        rows, then its cells.
 
-        Afterwards `sequence.num_computed` is `end`, newly decided patch starts are in `sequence.patching`, and pages
-        that no later row needs are back in their pools.
+        Afterwards newly decided patch starts are in `sequence.patching`; `settle` must follow once it is known which
+        rows stay.
         """
-        ids = [token for w in batch for token in w.sequence.ids[w.start : w.end]]
-        num_rows = len(ids)
-        padded = max(num_rows, self._floors.rows)
-        padded_ids = torch.tensor(ids + [0] * (padded - num_rows), device=self._device)
-
-        patcher_plan = self._plan_bytes("patcher", batch, padded)
-        entropies = self._model.patcher(padded_ids, self._caches.patcher, patcher_plan)
-        self.counts.add("patcher", num_rows)
-        self._decide_patches(batch, entropies[:num_rows].tolist())
-
-        encoder_plan = self._plan_bytes("encoder", batch, padded)
-        open_plan = self._plan_open_writes(batch, padded)
-        windows = [window for w in batch for window in ngram_windows(w.sequence.ids, w.start, w.end, self._ngram_width)]
-        windows += [[0] * self._ngram_width] * (padded - num_rows)
-        states = self._model.encoder(
-            window_tensor(windows, self._device),
-            self._caches.encoder,
-            encoder_plan,
-            self._caches.open_states,
-            self._caches.open_kv,
-            open_plan,
-        )
-        self.counts.add("encoder", num_rows)
-
-        self._close_patches(batch)
-
-        latent_page, latent_offset = self._latents_of_rows(batch, padded)
-        hidden = self._model.decoder(
-            self._model.decoder.inputs(padded_ids, states),
-            self._caches.latent,
-            latent_page,
-            latent_offset,
-            self._caches.decoder,
-            self._plan_bytes("decoder", batch, padded),
-        )
-        self.counts.add("decoder", num_rows)
+        clean = [w for w in batch if w.num_clean]
+        if clean:
+            self._run_patcher(clean)
         for w in batch:
-            w.sequence.num_computed = w.end
-            self._give_back(w.sequence)
-        return self._logits(batch, hidden)
+            w.decode_from = self._first_to_decode(w)
+            w.logits_from = max(w.logits_from, w.decode_from)
+        states = self._run_encoder(batch)
+        with self._timed("global") as timer:
+            timer.rows = self._close_patches(clean)
+        return self._run_decoder(batch, states)
+
+    def settle(self, sequence: Sequence) -> None:
+        """Gives back pages behind every window, and those of rows and patches that did not come to be."""
+        n = sequence.num_computed
+        patch = sequence.patch_of(n)
+        for name, table in sequence.tables.items():
+            spec = self._caches.specs[name]
+            if name == "open":
+                table.trim_before(sequence.patching.starts[patch])
+            elif name == "latent":
+                table.trim_before(max(patch - LATENTS_KEPT, 0))
+            elif spec.window is not None:
+                table.trim_before(max(n - spec.window + 1, 0))
+            table.cut(patch if spec.rows_from == "patch" else n)
+
+    def _run_patcher(self, clean: Seq[Work]) -> None:
+        with self._timed("patcher") as timer:
+            ids = [token for w in clean for token in w.sequence.ids[w.start : w.end]]
+            timer.rows = len(ids)
+            padded = max(len(ids), self._floors.rows)
+            spans = [self._clean_span("patcher", w, w.start) for w in clean]
+            plan = self._plan("patcher", spans, spans, padded, padded)
+            padded_ids = self._tensor(ids + [0] * (padded - len(ids)))
+            entropies = self._model.patcher(padded_ids, self._caches.patcher, plan)
+            self._account("patcher", clean, [w.start for w in clean], [w.num_clean for w in clean], spans)
+            self._decide_patches(clean, entropies[: len(ids)].tolist())
+
+    def _run_encoder(self, batch: Seq[Work]) -> Tensor | None:
+        """States of the clean rows of all, and of their cells where the decoder reads them."""
+        with_cells = self._config.decoder_input == "encoder"
+        rows = [w for w in batch if w.num_clean or (with_cells and w.call.num_cells)]
+        if not rows:
+            return None
+        with self._timed("encoder") as timer:
+            windows: list[list[int]] = []
+            spans: list[Span] = []
+            writes: list[Span] = []
+            counts: list[int] = []
+            for w in rows:
+                text, start, end = w.sequence.ids, w.start, w.end
+                if not w.num_clean:
+                    start, end = w.call.start, w.call.start + w.call.num_cells
+                    text = [*text, *w.call.drafts][:start] + w.cells
+                windows += ngram_windows(text, start, end, self._ngram_width)
+                counts.append(end - start)
+                spans.append(self._causal_span("encoder", w.sequence, start, end))
+                writes.append(Span(w.sequence.tables["open"], start, range(start, end), ()))
+            num_rows = timer.rows = len(windows)
+            padded = max(num_rows, self._floors.rows)
+            windows += [[0] * self._ngram_width] * (padded - num_rows)
+            states = self._model.encoder(
+                window_tensor(windows, self._device),
+                self._caches.encoder,
+                self._plan("encoder", spans, spans, padded, padded),
+                self._caches.open_states,
+                self._caches.open_kv,
+                self._plan("open", writes, [], padded, 0),
+            )
+            starts = [w.start if w.num_clean else w.call.start for w in rows]
+            self._account("encoder", rows, starts, counts, spans)
+            return states
+
+    def _run_decoder(self, batch: Seq[Work], states: Tensor | None) -> Tensor:
+        with self._timed("decoder") as timer:
+            ids: list[int] = []
+            state_rows: list[int] = []
+            spans: list[Span] = []
+            latent_page: list[int] = []
+            latent_offset: list[int] = []
+            wanted: list[int] = []
+            decoding: list[Work] = []
+            counts: list[int] = []
+            encoded = 0
+            for w in batch:
+                begin = w.decode_from if w.num_clean else w.end
+                cells = w.cells
+                count = w.end - begin + len(cells)
+                encoded += w.num_clean or len(cells)
+                state_rows += range(encoded - count, encoded)
+                if not count:
+                    continue
+                wanted += range(len(ids) + w.logits_from - begin, len(ids) + count)
+                ids += [*w.sequence.ids[begin : w.end], *cells]
+                spans.append(self._decoder_span(w, begin))
+                self._add_latents(w, begin, latent_page, latent_offset)
+                decoding.append(w)
+                counts.append(count)
+            if not ids:
+                return torch.empty((0, self._config.vocab_size), device=self._device)
+            num_rows = timer.rows = len(ids)
+            missing = max(self._floors.rows - num_rows, 0)
+            padded_ids = self._tensor(ids + [0] * missing)
+            if self._config.decoder_input == "encoder":
+                assert states is not None
+                x = states[self._tensor(state_rows + state_rows[-1:] * missing)]
+            else:
+                x = self._model.decoder.embed(padded_ids)
+            hidden = self._model.decoder(
+                x,
+                self._caches.latent,
+                self._tensor(latent_page + [0] * missing),
+                self._tensor(latent_offset + [0] * missing),
+                self._caches.decoder,
+                self._plan("decoder", spans, spans, num_rows + missing, num_rows + missing),
+            )
+            self._account("decoder", decoding, [span.start for span in spans], counts, spans)
+            return self._logits(wanted, hidden)
 
     def _decide_patches(self, batch: Seq[Work], entropies: list[float]) -> None:
         row = 0
@@ -141,46 +261,53 @@ class Runner:
                     patching.feed(entropies[row])
                 row += 1
 
-    def _plan_bytes(self, cache: str, batch: Seq[Work], padded: int) -> AttentionPlan:
-        spec = self._caches.specs[cache]
-        spans = []
-        for w in batch:
-            first = [self._first_seen(w.sequence, byte, spec.window) for byte in range(w.start, w.end)]
-            spans.append(Span(w.sequence.tables[cache], w.start, first, range(w.start, w.end)))
-        return plan_attention(
-            spans,
-            spans,
-            page_size=spec.page_size,
-            small_tile=self._floors.tile,
-            padded_rows=padded,
-            padded_queries=padded,
-            device=self._device,
-        )
+    def _first_to_decode(self, w: Work) -> int:
+        """Drafted rows are exact up to the first that closes a patch: it reads a latent that was not there."""
+        if w.call.decoded <= w.start:
+            return w.start
+        starts = w.sequence.patching.starts
+        closing = bisect_right(starts, w.start)
+        first = starts[closing] - 1 if closing < len(starts) else w.end
+        return min(first, w.call.decoded)
 
     def _first_seen(self, sequence: Sequence, byte: int, window: int | None) -> int:
         first = 0 if window is None else max(byte - window + 1, 0)
         return max(first, sequence.document_start(byte)) if self._isolate else first
 
-    def _plan_open_writes(self, batch: Seq[Work], padded: int) -> AttentionPlan:
-        spans = [Span(w.sequence.tables["open"], w.start, range(w.start, w.end), ()) for w in batch]
-        return self._plan_patches("open", spans, [], padded, 0)
+    def _causal_span(self, cache: str, sequence: Sequence, start: int, end: int) -> Span:
+        window = self._caches.specs[cache].window
+        first = [self._first_seen(sequence, byte, window) for byte in range(start, end)]
+        return Span(sequence.tables[cache], start, first, range(start, end))
 
-    def _plan_patches(
+    def _clean_span(self, cache: str, w: Work, start: int) -> Span:
+        return self._causal_span(cache, w.sequence, start, w.end)
+
+    def _decoder_span(self, w: Work, begin: int) -> Span:
+        """Clean rows and causal cells see what is before them; a block's cells see the whole block too."""
+        start = begin if begin < w.end else w.call.start
+        causal_end = (w.end if begin < w.end else start) + len(w.call.causal)
+        end = causal_end + len(w.call.block)
+        span = self._causal_span("decoder", w.sequence, start, end)
+        if not w.call.block:
+            return span
+        return Span(span.table, start, span.first, [*range(start, causal_end), *[end - 1] * len(w.call.block)])
+
+    def _plan(
         self, cache: str, writes: list[Span], queries: list[Span], padded_rows: int, padded_queries: int
     ) -> AttentionPlan:
-        spec = self._caches.specs[cache]
         return plan_attention(
             writes,
             queries,
-            page_size=spec.page_size,
+            page_size=self._caches.specs[cache].page_size,
             small_tile=self._floors.tile,
             padded_rows=padded_rows,
             padded_queries=padded_queries,
             device=self._device,
         )
 
-    def _close_patches(self, batch: Seq[Work]) -> None:
-        """Encoder cross-attention and global stage for every patch whose last byte is among the rows."""
+    def _close_patches(self, clean: Seq[Work]) -> int:
+        """Encoder cross-attention and global stage for every patch whose last byte is among the rows, and for open
+        ones that a block is to read as if they ended here. Returns the number of patches."""
         slots = self._config.slots
         open_size, latent_size = (self._caches.specs[name].page_size for name in ("open", "latent"))
         queries: list[Span] = []
@@ -190,27 +317,31 @@ class Runner:
         latent_page: list[int] = []
         latent_offset: list[int] = []
         lengths: list[int] = []
-        for w in batch:
+        closing: list[Work] = []
+        for w in clean:
             sequence = w.sequence
-            starts = sequence.patching.starts
             begin, end = sequence.patch_of(w.start), sequence.patch_of(w.end)
-            if begin == end:
-                continue
+            starts = sequence.patching.starts[begin : end + 1]
             self._note_documents(sequence, begin, end)
+            if w.call.closes and starts[-1] < w.end:
+                starts.append(w.end)
+            if len(starts) == 1:
+                continue
+            closing.append(w)
             opened, latent = sequence.tables["open"], sequence.tables["latent"]
-            for patch in range(begin, end):
-                first, last = starts[patch], starts[patch + 1] - 1
-                queries.append(Span(opened, 0, [first] * slots, [last] * slots))
-                lengths.append(last - first + 1)
-                for byte in range(first, last + 1):
+            for patch, (first, behind) in enumerate(pairwise(starts), begin):
+                queries.append(Span(opened, 0, [first] * slots, [behind - 1] * slots))
+                lengths.append(behind - first)
+                for byte in range(first, behind):
                     byte_page.append(opened.pages[byte // open_size - opened.first])
                     byte_offset.append(byte % open_size)
                 latent_page.append(latent.pages[patch // latent_size - latent.first])
                 latent_offset.append(patch % latent_size)
-            seen = [sequence.patch_document_start(p) if self._isolate else 0 for p in range(begin, end)]
-            patch_rows.append(Span(sequence.tables["global"], begin, seen, range(begin, end)))
+            patches = range(begin, begin + len(starts) - 1)
+            seen = [sequence.patch_document_start(p) if self._isolate else 0 for p in patches]
+            patch_rows.append(Span(sequence.tables["global"], begin, seen, patches))
         if not lengths:
-            return
+            return 0
         # Padding patches pool byte 0 of the scratch page and leave their latent there.
         missing = max(self._floors.rows - len(lengths), 0)
         padded = len(lengths) + missing
@@ -220,17 +351,21 @@ class Runner:
             self._tensor(byte_page + [0] * missing),
             self._tensor(byte_offset + [0] * missing),
             self._tensor(lengths + [1] * missing),
-            self._plan_patches("open", [], queries, 0, padded * slots),
+            self._plan("open", [], queries, 0, padded * slots),
         )
-        global_plan = self._plan_patches("global", patch_rows, patch_rows, padded, padded)
+        global_plan = self._plan("global", patch_rows, patch_rows, padded, padded)
         latents = self._model.global_transformer(pooled, self._caches.global_, global_plan)
-        self.counts.add("global", len(lengths))
         self._model.decoder.write_latents(
             latents,
             self._caches.latent,
             self._tensor(latent_page + [0] * missing),
             self._tensor(latent_offset + [0] * missing),
         )
+        counts = [len(span.first) for span in patch_rows]
+        # A patch counts by its last byte, and so do all before it that the same call closes.
+        ends = [w.end - count for w, count in zip(closing, counts, strict=True)]
+        self._account("global", closing, ends, counts, patch_rows)
+        return len(lengths)
 
     def _note_documents(self, sequence: Sequence, begin: int, end: int) -> None:
         """A patch that holds an EOS ends a document for the global stage."""
@@ -240,49 +375,62 @@ class Runner:
             if sequence.patch_documents[-1] < behind and EOS_ID in sequence.ids[starts[patch] : starts[behind]]:
                 sequence.patch_documents.append(behind)
 
-    def _latents_of_rows(self, batch: Seq[Work], padded: int) -> tuple[Tensor, Tensor]:
-        """Byte j, which predicts byte j + 1, reads the latent of the patch before the one that holds byte j + 1."""
-        size = self._caches.specs["latent"].page_size
-        pages: list[int] = []
-        offsets: list[int] = []
-        for w in batch:
-            table = w.sequence.tables["latent"]
-            for byte in range(w.start, w.end):
-                patch = w.sequence.patch_of(byte + 1) - 1
-                pages.append(table.pages[patch // size - table.first])
-                offsets.append(patch % size)
-        padding = [0] * (padded - len(pages))
-        return self._tensor(pages + padding), self._tensor(offsets + padding)
+    def _add_latents(self, w: Work, begin: int, page: list[int], offset: list[int]) -> None:
+        """Which latent each row reads.
 
-    def _logits(self, batch: Seq[Work], hidden: Tensor) -> list[Tensor]:
-        rows: list[int] = []
-        counts: list[int] = []
-        row = 0
-        for w in batch:
-            wanted = range(row + w.logits_from - w.start, row + w.end - w.start)
-            rows.extend(wanted)
-            counts.append(len(wanted))
-            row += w.end - w.start
+        Byte j, which predicts byte j + 1, reads the latent of the patch before the one that holds byte j + 1. Cells
+        read the newest latent there is, or that of the open patch if it was closed for them.
+        """
+        sequence = w.sequence
+        table, size = sequence.tables["latent"], self._caches.specs["latent"].page_size
+        patches = [sequence.patch_of(byte + 1) - 1 for byte in range(begin, w.end)]
+        if w.call.num_cells:
+            newest = sequence.patch_of(w.end) - 1
+            if w.call.closes and sequence.patching.starts[-1] < w.end:
+                newest += 1
+            patches += [newest] * w.call.num_cells
+        page += [table.pages[patch // size - table.first] for patch in patches]
+        offset += [patch % size for patch in patches]
+
+    def _logits(self, rows: list[int], hidden: Tensor) -> Tensor:
         if not rows:
-            return [hidden.new_empty((0, self._config.vocab_size), dtype=torch.float32)] * len(batch)
+            return hidden.new_empty((0, self._config.vocab_size), dtype=torch.float32)
         padding = [0] * max(self._floors.rows - len(rows), 0)
-        logits = self._model.decoder.logits(hidden[self._tensor(rows + padding)])
-        return list(logits[: len(rows)].split(counts))
+        return self._model.decoder.logits(hidden[self._tensor(rows + padding)])[: len(rows)]
 
-    def _give_back(self, sequence: Sequence) -> None:
-        """Returns pages behind every window and reserved pages of patches that did not come to be."""
-        n = sequence.num_computed
-        patch = sequence.patch_of(n)
-        for name, table in sequence.tables.items():
-            spec = self._caches.specs[name]
-            if name == "open":
-                table.trim_before(sequence.patching.starts[patch])
-            elif name == "latent":
-                table.trim_before(max(patch - LATENTS_KEPT, 0))
-            elif spec.window is not None:
-                table.trim_before(max(n - spec.window + 1, 0))
-            if spec.rows_from == "patch":
-                table.cut(patch)
+    def _account(self, stage: str, works: Seq[Work], positions: Seq[int], counts: Seq[int], spans: Seq[Span]) -> None:
+        """Charges a call to its sequences: a share of the weights by rows, and what each looks up itself.
+
+        Rows from `positions` on; those of a prompt before its last are nobody's generation.
+        """
+        total = sum(counts)
+        weights, kv_row, per_row = (part[stage] for part in (self._bytes.weights, self._bytes.kv_row, self._bytes.row))
+        for w, position, count, span in zip(works, positions, counts, spans, strict=True):
+            looked_at = max(span.last) + 1 - min(span.first)
+            read = weights * count / total + count * per_row + looked_at * kv_row
+            self.counts.bytes_read[stage] += read
+            counted = count - max(0, min(count, w.sequence.num_prompt - 1 - position))
+            if w.generates and counted:
+                cost = w.sequence.cost
+                cost.rows[stage] += counted
+                cost.bytes_read += read * counted / count
+                cost.decoder_calls += stage == "decoder"
+                cost.global_calls += stage == "global"
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator["_Timer"]:
+        timer = _Timer()
+        began = time.perf_counter()
+        yield timer
+        if timer.rows:
+            seconds = time.perf_counter() - began
+            self.counts.add(stage, timer.rows, seconds)
+            self.costs.saw(stage, timer.rows, seconds)
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+@dataclass(slots=True)
+class _Timer:
+    rows: int = 0

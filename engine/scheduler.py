@@ -2,17 +2,40 @@
 
 from bisect import insort
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+from .decoders import Call
 from .sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one sequence does in a step: runs its clean rows up to `end`, and what else `call` asks for; without a call,
+    only rows of committed ids on the way there."""
+
+    sequence: Sequence
+    end: int
+    call: Call | None
+
+    @property
+    def num_rows(self) -> int:
+        return self.end - self.sequence.num_computed + (self.call.num_cells if self.call else 0)
+
+    @property
+    def reach(self) -> int:
+        """Position behind the last row."""
+        if self.call is None or not self.call.num_cells:
+            return self.end
+        return self.call.start + self.call.num_cells
 
 
 class Pages(Protocol):
     """What the scheduler must know of memory."""
 
-    def can_reserve(self, sequence: Sequence, end: int) -> bool: ...
+    def can_reserve(self, part: Part) -> bool: ...
 
-    def reserve(self, sequence: Sequence, end: int) -> None: ...
+    def reserve(self, part: Part) -> None: ...
 
     def release(self, sequence: Sequence) -> None: ...
 
@@ -24,8 +47,9 @@ class Pages(Protocol):
 class Scheduler:
     """Queues, row budget, admission and preemption.
 
-    A step runs one row of every sequence that is generating, then prompt chunks of running sequences, then of waiting
-    ones that it admits, until `max_step_rows` are spent. Order within each: priority, then arrival. When pages run out
+    A step runs a call of every sequence that is generating, then prompt chunks of running sequences, then of waiting
+    ones that it admits, until `max_step_rows` are spent. Order within each: priority, then arrival. A call is not cut
+    once the ids before it are computed, so the last one in a step may go beyond the budget. When pages run out
     the last in that order is preempted: it gives all its pages back, waits at its old place, and is recomputed later.
     The first in the order is never preempted by another, so there is always progress.
     """
@@ -46,46 +70,57 @@ class Scheduler:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._pages.release(sequence)
 
-    def schedule(self) -> list[tuple[Sequence, int]]:
-        """The sequences of the next step with the row up to which each runs; their pages are reserved."""
+    def schedule(self) -> list[Part]:
+        """The parts of the next step; their pages are reserved."""
         budget = self._max_step_rows
-        step: dict[int, tuple[Sequence, int]] = {}
+        step: dict[int, Part] = {}
         for sequence in sorted(self.running, key=lambda s: (s.remaining > 1, s.order)):
-            if budget and sequence in self.running:
-                rows = min(sequence.remaining, budget, self._pages.room(sequence))
-                if self._make_room(sequence, sequence.num_computed + rows, step):
-                    step[sequence.arrival] = (sequence, sequence.num_computed + rows)
-                    budget = self._max_step_rows - sum(end - s.num_computed for s, end in step.values())
-        while budget and self.waiting and len(self.running) < self._max_sequences:
+            if budget > 0 and sequence in self.running:
+                part = self._part(sequence, budget)
+                if self._make_room(part, step):
+                    step[sequence.arrival] = part
+                    budget = self._max_step_rows - sum(part.num_rows for part in step.values())
+        while budget > 0 and self.waiting and len(self.running) < self._max_sequences:
             sequence = self.waiting[0]
-            end = min(sequence.remaining, budget, self._pages.room(sequence))
-            if not self._pages.can_reserve(sequence, end):
+            part = self._part(sequence, budget)
+            if not self._pages.can_reserve(part):
                 break
             self.waiting.pop(0)
             insort(self.running, sequence, key=_order)
-            self._pages.reserve(sequence, end)
-            step[sequence.arrival] = (sequence, end)
-            budget -= end - sequence.num_computed
+            self._pages.reserve(part)
+            step[sequence.arrival] = part
+            budget -= part.num_rows
         return list(step.values())
+
+    def _part(self, sequence: Sequence, budget: int) -> Part:
+        room = self._pages.room(sequence)
+        call = sequence.next_call(room)
+        end = len(sequence.ids) + len(call.drafts) if call.runs_clean else sequence.num_computed
+        whole = Part(sequence, end, call)
+        fits = whole.num_rows <= budget and end - sequence.num_computed <= room
+        if fits or sequence.remaining <= 1:
+            return whole
+        return Part(sequence, sequence.num_computed + min(sequence.remaining - 1, budget, room), None)
 
     def preempt(self, sequence: Sequence) -> None:
         """Sends a running sequence back to wait, without its pages."""
         self.running.remove(sequence)
         self._pages.release(sequence)
         sequence.num_computed = 0
+        sequence.drop_round()
         sequence.preemptions += 1
         self.preemptions += 1
         self.add(sequence)
 
-    def _make_room(self, sequence: Sequence, end: int, step: dict[int, tuple[Sequence, int]]) -> bool:
+    def _make_room(self, part: Part, step: dict[int, Part]) -> bool:
         """Reserves pages, preempting from the back; False if the sequence itself had to go."""
-        while not self._pages.can_reserve(sequence, end):
+        while not self._pages.can_reserve(part):
             victim = self.running[-1]
             step.pop(victim.arrival, None)
             self.preempt(victim)
-            if victim is sequence:
+            if victim is part.sequence:
                 return False
-        self._pages.reserve(sequence, end)
+        self._pages.reserve(part)
         return True
 
 

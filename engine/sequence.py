@@ -1,9 +1,13 @@
-"""One sequence in the engine: its ids, its patches, its pages and what it has cost."""
+"""One sequence in the engine: its ids, its patches, its pages, its decoder and what it has cost."""
 
 import time
 from bisect import bisect_right
+from collections.abc import Iterable
 
+from .accounting import Cost, PaperFormula
 from .config import EOS_ID, PatchingRule
+from .decoders import Call, Committed, Decoder, Result, Round
+from .decoders.blt import Autoregressive
 from .pages import BlockTable
 from .patching import Patching
 from .stopping import StopMatcher
@@ -14,10 +18,19 @@ class Sequence:
     """The state of one request.
 
     `ids` is prompt plus output. `num_computed` rows of it have passed all stages and sit in the caches; a preempted
-    sequence starts again from 0, with its patch starts kept, since a decided boundary is frozen.
+    sequence starts again from 0, with its patch starts kept, since a decided boundary is frozen. While a step verifies
+    drafts, `ids` ends with them; between steps it never does.
     """
 
-    def __init__(self, request: Request, arrival: int, rule: PatchingRule, tables: dict[str, BlockTable]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        arrival: int,
+        rule: PatchingRule,
+        tables: dict[str, BlockTable],
+        decoder: Decoder | None = None,
+        mask_id: int | None = None,
+    ) -> None:
         self.request = request
         self.arrival = arrival
         self.deadline = None if request.timeout is None else time.monotonic() + request.timeout
@@ -30,16 +43,17 @@ class Sequence:
         self.patch_documents = [0]
         """First patch of every document: behind each patch that holds an EOS."""
         self.tables = tables
+        self.mask_id = -1 if mask_id is None else mask_id
         self.stopping = StopMatcher(list(request.stop))
         self.counts: dict[int, int] = {}
         self.prompt_logprobs: list[TokenLogprob] = []
         self.cumulative_logprob = 0.0
-        self.decoder_calls = 0
-        self.global_calls = 0
+        self.cost = Cost()
         self.preemptions = 0
-        for i, token in enumerate(self.ids):
-            if token == EOS_ID:
-                self.documents.append(i + 1)
+        self._decoder: Decoder = decoder or Autoregressive()
+        self._round: Round | None = None
+        self._call: Call | None = None
+        self._note_documents(0)
         for token in request.output_ids:
             self.counts[token] = self.counts.get(token, 0) + 1
 
@@ -53,19 +67,83 @@ class Sequence:
         return len(self.ids) - self.num_prompt
 
     @property
+    def tokens_left(self) -> int:
+        return self.request.max_tokens - self.num_output
+
+    @property
     def remaining(self) -> int:
         """Rows to compute before the next id can be chosen."""
         return len(self.ids) - self.num_computed
 
+    @property
+    def mean_patch(self) -> float:
+        """Bytes per patch so far."""
+        return max(self.patching.decided, 1) / len(self.patching.starts)
+
+    @property
+    def at_patch_start(self) -> bool:
+        """Whether the next row to compute starts a patch."""
+        return self.patching.starts[-1] == self.num_computed
+
+    # Rounds.
+
+    def next_call(self, room: int) -> Call:
+        """What the round under way asks for; begins one if there is none (`room`: see `Decoder.round`)."""
+        if self._call is None:
+            self._round = self._decoder.round(self, room)
+            self._call = next(self._round)
+        return self._call
+
+    def resume(self, result: Result) -> Committed | None:
+        """Gives the round what it asked for; its outcome, if that was the end of it."""
+        assert self._round is not None
+        try:
+            self._call = self._round.send(result)
+        except StopIteration as end:
+            self.drop_round()
+            outcome: Committed = end.value
+            return outcome
+        return None
+
+    def drop_round(self) -> None:
+        """Forgets a round under way. Nothing of it has been committed."""
+        self._round = self._call = None
+
+    # Ids.
+
     def append(self, token: int) -> None:
-        self.ids.append(token)
+        """Commits a generated id."""
         self.counts[token] = self.counts.get(token, 0) + 1
-        if token == EOS_ID:
-            self.documents.append(len(self.ids))
+        self.extend((token,))
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """Adds ids behind the committed ones, for a step to verify."""
+        before = len(self.ids)
+        self.ids += ids
+        self._note_documents(before)
+
+    def retract(self, end: int) -> None:
+        """Takes back the ids from `end` on."""
+        del self.ids[end:]
+        while self.documents[-1] > end:
+            self.documents.pop()
+
+    def cut(self, computed: int) -> None:
+        """Makes it as if only `computed` rows had run: later ones were fed ids that did not come to be."""
+        self.num_computed = computed
+        self.patching.cut(computed)
+        closed = len(self.patching.starts) - 1
+        while self.patch_documents[-1] > closed:
+            self.patch_documents.pop()
+
+    def _note_documents(self, start: int) -> None:
+        self.documents += [i + 1 for i in range(start, len(self.ids)) if self.ids[i] == EOS_ID]
 
     def document_start(self, byte: int) -> int:
         """First byte of the document that holds `byte`; an EOS belongs to the document that it ends."""
         return self.documents[bisect_right(self.documents, byte) - 1]
+
+    # Patches.
 
     def patch_document_start(self, patch: int) -> int:
         return self.patch_documents[bisect_right(self.patch_documents, patch) - 1]
@@ -79,12 +157,19 @@ class Sequence:
         decided = self.patching.decided
         return self.patch_of(end) if end <= decided else self.patch_of(decided) + end - decided
 
-    def usage(self) -> Usage:
+    def usage(self, formula: PaperFormula) -> Usage:
         closing_eos = self.num_output > 0 and self.ids[-1] == EOS_ID and not self.request.ignore_eos
+        cost = self.cost
         return Usage(
             prompt_tokens=self.num_prompt,
             completion_tokens=self.num_output - closing_eos,
-            decoder_calls=self.decoder_calls,
-            global_calls=self.global_calls,
+            decoder_calls=cost.decoder_calls,
+            global_calls=cost.global_calls,
+            rounds=cost.rounds,
+            drafted=cost.drafted,
+            accepted=cost.accepted,
+            rows=dict(cost.rows),
+            estimated_bytes=round(formula.bytes(cost.decoder_calls, cost.global_calls)),
+            bytes_read=round(cost.bytes_read),
             preemptions=self.preemptions,
         )

@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+MAX_DRAFT = 32
+
 DecoderName = Literal["blt", "blt-s", "blt-d", "blt-dv", "auto"]
 FinishReason = Literal["stop", "length", "abort", "timeout"]
 
@@ -30,6 +32,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """64 bits. With `Request.sample_index` and the position in the output it fixes every draw."""
 
 
+class Unmask(msgspec.Struct, frozen=True, kw_only=True):
+    """Which cells of a block become bytes after a pass (Fast BLT 3.1.2); see `engine.decoders.unmasking`."""
+
+    rule: Literal["confidence", "entropy", "one_step"]
+    alpha: float = 0.7
+    """confidence: cells whose likeliest byte is likelier than this."""
+    gamma: float = 0.8
+    """entropy: most nats that the cells of one pass may have together."""
+    minus_max: bool = False
+    """entropy: do not count the largest of them."""
+    top_p: float | None = None
+    """Draws cells with this instead of the request's top_p, where temperature is above 0."""
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One sequence to continue. An HTTP request with n, best_of or several prompts becomes several of these."""
 
@@ -51,6 +67,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     timeout: float | None = None
     """Seconds after admission at which the request ends with reason "timeout"."""
     decoder: DecoderName = "blt"
+    draft_length: int = 8
+    """blt-s: most bytes to draft per round, 1 to `MAX_DRAFT`."""
+    block_size: int | None = None
+    """blt-d, blt-dv: bytes per block; None takes the length that the model was trained with."""
+    unmask: Unmask | None = None
+    """blt-d, blt-dv: None takes confidence 0.7 and one_step."""
+    finish_patch: bool = False
+    """blt-d: begin blocks only where a patch begins."""
     output_ids: list[int] = []
     """Ids that this request has generated already, in an engine that died: it goes on behind them."""
 
@@ -78,15 +102,27 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request cost so far. Calls are the paper's NFE."""
+    """What a request cost so far, its prompt's prefill not counted, nor what a preemption made it do again."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     """Generated ids, a closing EOS not counted."""
     decoder_calls: int = 0
-    """Decoder passes that produced output bytes (prefill passes are not counted)."""
+    """Decoder passes: the paper's decoder NFE."""
     global_calls: int = 0
-    """Encoder/global passes during generation."""
+    """Passes through encoder and global: the paper's encoder/global NFE."""
+    rounds: int = 0
+    drafted: int = 0
+    """Bytes drafted, or decoded in blocks."""
+    accepted: int = 0
+    """Of these, bytes that became text, before any was cut off at a stop."""
+    rows: dict[str, int] = {}
+    """Rows per stage: patcher, encoder, global, decoder."""
+    estimated_bytes: int = 0
+    """Weight bytes by the paper's formula (4.2): decoder passes and encoder/global passes times their parameters."""
+    bytes_read: int = 0
+    """Bytes really read: weights, the patcher's too, each pass shared out among the batch by rows; keys and values;
+    hash rows."""
     preemptions: int = 0
 
 

@@ -30,6 +30,7 @@ class Model:
             for name, tensor in weights.items()
         }
         self.config = config
+        self.hash_itemsize = next(t.dtype.itemsize for n, t in weights.items() if n.startswith(HASH_TABLES))
         self.parameters = sum(tensor.numel() for tensor in weights.values())
         self.patcher = Patcher(config, placed)
         self.encoder = Encoder(config, placed)

@@ -37,9 +37,10 @@ class Decoder:
             k_cache[page, offset] = k.unflatten(0, (-1, self._config.slots))
             v_cache[page, offset] = v.unflatten(0, (-1, self._config.slots))
 
-    def inputs(self, ids: Tensor, states: Tensor) -> Tensor:
-        """What the first layer reads for ids (R,): the decoder's own embeddings, or the encoder's states (R, dim)."""
-        return states if self._embedding is None else F.embedding(ids, self._embedding)
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first layer reads for ids (R,), [MASK] among them: (R, dim). Only with a table of its own."""
+        assert self._embedding is not None
+        return F.embedding(ids, self._embedding)
 
     def __call__(
         self,

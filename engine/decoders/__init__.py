@@ -1,0 +1,39 @@
+"""The decoders: each file is one algorithm over one sequence, written as a generator of what it needs computed.
+
+| name   | a round                                              | commits    | text                |
+|--------|------------------------------------------------------|------------|---------------------|
+| blt    | one row through all stages                           | 1          | the model's         |
+| blt-s  | k decoder rows draft, one pass over them verifies    | 1 to k + 1 | blt's               |
+| blt-d  | unmasking passes over a block                        | B          | the diffusion's own |
+| blt-dv | unmasking passes draft a block, one pass verifies it | 1 to B + 1 | blt's               |
+| auto   | blt, blt-s or blt-dv, whichever promises to be best  | as these   | blt's               |
+
+A round yields a `Call` for one step of the engine and is resumed with its `Result`; the engine runs the calls of all
+sequences as one batch. A round that is dropped half-way (preemption) leaves nothing behind and can be begun again.
+"""
+
+from ..types import DecoderName, Request
+from . import blt, blt_d, blt_dv, blt_s
+from .auto import Auto, Costs, Experience
+from .calls import Call, Committed, Decoder, Result, Round
+
+__all__ = ["EXACT", "Call", "Committed", "Costs", "Decoder", "Experience", "Result", "Round", "make_decoder"]
+
+EXACT: frozenset[DecoderName] = frozenset({"blt", "blt-s", "blt-dv", "auto"})
+"""Decoders whose text is blt's, byte for byte, whatever the seed and the temperature."""
+
+
+def make_decoder(request: Request, block_size: int | None, costs: Costs, experience: Experience) -> Decoder:
+    """What decodes `request`. `block_size`: the longest block that the model was trained with, None without [MASK]."""
+    block = min(request.block_size or 1 << 30, block_size or 0)
+    match request.decoder:
+        case "blt-s":
+            return blt_s.Draft(request.draft_length)
+        case "blt-d":
+            return blt_d.Diffusion(block, request.unmask or blt_d.DEFAULT_RULE, request.finish_patch)
+        case "blt-dv":
+            return blt_dv.Verified(block, request.unmask or blt_dv.DEFAULT_RULE)
+        case "auto":
+            return Auto(block, costs, experience)
+        case _:
+            return blt.Autoregressive()

@@ -1,0 +1,95 @@
+"""What a round asks of the stages, and what it gets back."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from ..types import TokenLogprob
+
+if TYPE_CHECKING:
+    from ..sequence import Sequence as EngineSequence
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The rows of one sequence in one step. Positions are byte indices; row j is fed byte j.
+
+    Clean rows run through all stages: from the first that has not, up to the committed ids and the `drafts` behind
+    them. `cells` run through the decoder alone (and the encoder, where the decoder reads its states), behind the clean
+    rows of the same call or where `start` says.
+    """
+
+    runs_clean: bool = True
+    drafts: Sequence[int] = ()
+    """Run as clean rows, or, without those, the text between the committed ids and the cells."""
+    decoded: int = 0
+    """Clean rows before this one have been through the decoder as drafts did, reading the newest latent: they are exact
+    up to the first that closes a patch, and the decoder skips them so far."""
+    wants: bool = True
+    """Whether the bytes behind the clean rows are wanted: all from the first decoded one on with drafts, else the
+    last."""
+    start: int = 0
+    causal: Sequence[int] = ()
+    """Ids of cells that see what is before them and read the newest latent; the byte behind each is wanted."""
+    block: Sequence[int] = ()
+    """Ids of cells, [MASK]s among them, behind the causal ones, that see each other too; their own bytes are wanted."""
+    closes: bool = False
+    """The block reads the latent of the open patch, as if that ended with the clean rows; without, the newest latent
+    that is there."""
+
+    @property
+    def num_cells(self) -> int:
+        return len(self.causal) + len(self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the model's law gives, drawn with the random numbers that belong to each position.
+
+    first: position of the first clean row in `after`. after: the byte behind each wanted clean row, then behind each
+    causal cell. cells: each block cell's own byte; confidence: the highest probability there, entropy: in nats.
+    The scores are there only if the request asked for log-probabilities.
+    """
+
+    first: int = 0
+    after: list[int] = field(default_factory=list)
+    cells: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    after_scores: list[TokenLogprob] = field(default_factory=list)
+    cell_scores: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The outcome of a round: the ids that follow, and how many of the `drafted` ones among them were right."""
+
+    ids: list[int]
+    scores: list[TokenLogprob]
+    drafted: int = 0
+    accepted: int = 0
+
+
+Round = Generator[Call, Result, Committed]
+
+
+class Decoder(Protocol):
+    """Makes rounds for one sequence."""
+
+    def round(self, sequence: "EngineSequence", room: int) -> Round:
+        """A round behind the ids that are committed now; `room` clean rows may run, drafts among them."""
+        ...
+
+
+def verified(sequence: "EngineSequence", drafts: Sequence[int], result: Result) -> Committed:
+    """The drafts up to the first that is not what the model gives, then the model's own byte (Fast BLT, Verify).
+
+    Rows before `result.first` were exact when they drafted, so the bytes behind them stand.
+    """
+    end = len(sequence.ids)
+    unchecked = result.first - (end - 1)
+    right = unchecked
+    while right < len(drafts) and drafts[right] == result.after[right - unchecked]:
+        right += 1
+    ids = [*drafts[:right], result.after[right - unchecked]]
+    return Committed(ids, result.after_scores[: len(ids)], len(drafts), right)
