@@ -25,8 +25,9 @@ class PaperFormula:
 
 @dataclass(slots=True)
 class Cost:
-    """What one sequence has cost since its first byte was under way."""
+    """What decoding has cost, a prompt's prefill left out."""
 
+    committed: int = 0
     decoder_calls: int = 0
     global_calls: int = 0
     rounds: int = 0
@@ -34,6 +35,12 @@ class Cost:
     accepted: int = 0
     rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     bytes_read: float = 0.0
+
+    def add(self, other: "Cost") -> None:
+        for name in ("committed", "decoder_calls", "global_calls", "rounds", "drafted", "accepted", "bytes_read"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for stage, count in other.rows.items():
+            self.rows[stage] += count
 
 
 @dataclass(frozen=True, slots=True)

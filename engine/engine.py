@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .accounting import PaperFormula, StageBytes
+from .accounting import Cost, PaperFormula, StageBytes
 from .caches import Caches
 from .config import BOE_ID, BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID, EngineConfig, ModelConfig, ModelLimits
 from .costs import StageCosts
-from .decoders import Call, Committed, Experience, Result, make_decoder
+from .decoders import Call, Committed, Decoder, Experience, Result, make_decoder
 from .model import Model, find_row_floors
 from .runner import Runner, Work
 from .sampling import choose, draw, logprobs_of
@@ -23,6 +23,7 @@ from .scheduler import Part, Scheduler
 from .sequence import Sequence
 from .types import (
     MAX_DRAFT,
+    DecoderCounts,
     Delta,
     Event,
     Failed,
@@ -83,7 +84,9 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = count()
         self._events: list[Event] = []
-        self._steps = self._committed = self._prompt_rows = self._drafted = self._accepted = 0
+        self._steps = self._prompt_rows = 0
+        self._costs: dict[str, Cost] = {}
+        """Per decoder."""
         self.limits = ModelLimits(
             name=loaded.config.name,
             max_length=self.caches.max_length,
@@ -99,14 +102,17 @@ class Engine:
         """Whether `step` would do or say anything."""
         return bool(self._sequences or self._events)
 
-    def add(self, request: Request) -> None:
-        """Takes a request. A refusal is not raised: it comes as a `Failed` from the next step."""
+    def add(self, request: Request, decoder: Decoder | None = None) -> None:
+        """Takes a request, to be decoded by `decoder` instead of its own if there is one.
+
+        A refusal is not raised: it comes as a `Failed` from the next step.
+        """
         refusal = self._refuse(request)
         if refusal is not None:
             self._events.append(refusal)
             return
         config = self.model_config
-        decoder = make_decoder(request, config.block_size, self.runner.costs, self._experience)
+        decoder = decoder or make_decoder(request, config.block_size, self.runner.costs, self._experience)
         tables = self.caches.new_tables()
         sequence = Sequence(request, next(self._arrivals), config.patching, tables, decoder, config.mask_id)
         self._sequences[request.id] = sequence
@@ -143,12 +149,31 @@ class Engine:
             waiting=len(self._scheduler.waiting),
             preemptions=self._scheduler.preemptions,
             steps=self._steps,
-            committed=self._committed,
             prompt_rows=self._prompt_rows,
             calls=dict(counts.calls),
             rows=dict(counts.rows),
+            read_bytes={stage: round(read) for stage, read in counts.bytes_read.items()},
+            stage_seconds=dict(counts.seconds),
+            decoders={decoder: self._summary(cost) for decoder, cost in self._costs.items()},
             pools={name: PoolStats(pool.num_total, pool.num_used) for name, pool in self.caches.pools.items()},
         )
+
+    def _summary(self, cost: Cost) -> DecoderCounts:
+        return DecoderCounts(
+            committed=cost.committed,
+            rounds=cost.rounds,
+            drafted=cost.drafted,
+            accepted=cost.accepted,
+            decoder_calls=cost.decoder_calls,
+            global_calls=cost.global_calls,
+            estimated_bytes=round(self._formula.bytes(cost.decoder_calls, cost.global_calls)),
+            read_bytes=round(cost.bytes_read),
+        )
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The running batch."""
+        return self._scheduler.running
 
     # The scheduler's view of memory.
 
@@ -180,7 +205,7 @@ class Engine:
         for part, w, result in zip(parts, batch, results, strict=True):
             self._advance(part, w, result)
         stages = sum(self.runner.counts.seconds.values()) - stages_before
-        rows = sum(part.num_rows for part in parts)
+        rows = sum(w.num_clean + w.call.num_cells for w in batch)
         self.runner.costs.saw_step(rows, time.perf_counter() - began - stages)
 
     def _work(self, part: Part) -> Work:
@@ -221,17 +246,15 @@ class Engine:
             self._finish(sequence, "length", sequence.stopping.flush())
             return
         outcome = sequence.resume(result)
-        if outcome is None:
-            return
         if drafts:
             # The last id is the model's own: its row has not run.
-            sequence.cut(sequence.num_computed + len(outcome.ids))
+            sequence.cut(len(sequence.ids) + len(outcome.ids) - 1 if outcome else sequence.num_computed)
+        if outcome is None:
+            return
         cost = sequence.cost
         cost.rounds += 1
         cost.drafted += outcome.drafted
         cost.accepted += outcome.accepted
-        self._drafted += outcome.drafted
-        self._accepted += outcome.accepted
         self._commit(sequence, outcome)
 
     def _score_prompt(self, w: Work, logits: Tensor) -> None:
@@ -367,7 +390,10 @@ class Engine:
         scores = outcome.scores[: len(ids)]
         for entry in scores:
             sequence.cumulative_logprob += entry.logprob or 0.0
-        self._committed += len(ids)
+        cost, sequence.cost = sequence.cost, Cost()
+        cost.committed = len(ids)
+        sequence.spent.add(cost)
+        self._costs.setdefault(request.decoder, Cost()).add(cost)
         self._events.append(Delta(id=request.id, ids=ids, text=text, logprobs=scores))
         if reason:
             self._finish(sequence, reason, sequence.stopping.flush())

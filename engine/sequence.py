@@ -49,6 +49,9 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.cumulative_logprob = 0.0
         self.cost = Cost()
+        """Of the round under way."""
+        self.spent = Cost()
+        """Of the rounds before it."""
         self.preemptions = 0
         self._decoder: Decoder = decoder or Autoregressive()
         self._round: Round | None = None
@@ -159,7 +162,9 @@ class Sequence:
 
     def usage(self, formula: PaperFormula) -> Usage:
         closing_eos = self.num_output > 0 and self.ids[-1] == EOS_ID and not self.request.ignore_eos
-        cost = self.cost
+        cost = Cost()
+        cost.add(self.spent)
+        cost.add(self.cost)
         return Usage(
             prompt_tokens=self.num_prompt,
             completion_tokens=self.num_output - closing_eos,

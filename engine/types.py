@@ -75,6 +75,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """blt-d, blt-dv: None takes confidence 0.7 and one_step."""
     finish_patch: bool = False
     """blt-d: begin blocks only where a patch begins."""
+    exact: bool = True
+    """auto: False also allows blt-d."""
     output_ids: list[int] = []
     """Ids that this request has generated already, in an engine that died: it goes on behind them."""
 
@@ -168,6 +170,20 @@ class PoolStats(msgspec.Struct, frozen=True):
     used: int
 
 
+class DecoderCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What all requests of one decoder have done and cost, prefill left out; the fields are those of `Usage`."""
+
+    committed: int = 0
+    """Ids generated."""
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    decoder_calls: int = 0
+    global_calls: int = 0
+    estimated_bytes: int = 0
+    read_bytes: int = 0
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The engine's state and its counters since start, sent every so often and whenever it falls idle."""
 
@@ -175,13 +191,16 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     waiting: int = 0
     preemptions: int = 0
     steps: int = 0
-    committed: int = 0
-    """Ids generated."""
     prompt_rows: int = 0
     calls: dict[str, int] = {}
     """Per stage: patcher, encoder, global, decoder."""
     rows: dict[str, int] = {}
     """Per stage."""
+    read_bytes: dict[str, int] = {}
+    """Per stage: weights, keys and values, look-ups."""
+    stage_seconds: dict[str, float] = {}
+    decoders: dict[str, DecoderCounts] = {}
+    """Per decoder that a request asked for."""
     pools: dict[str, PoolStats] = {}
 
 

@@ -15,9 +15,10 @@ from typing import Annotated, Literal
 import typer
 
 from engine.config import EngineConfig, ModelConfig
-from engine.types import DecoderName, SamplingParams
+from engine.types import MAX_DRAFT, DecoderName, SamplingParams, Unmask
 
 from .flags import with_settings
+from .options import WrongOption, options_of, parse_unmask
 from .settings import ServerSettings
 
 Dtype = Literal["float32", "bfloat16"]
@@ -87,7 +88,26 @@ def generate(
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File to continue, byte for byte; - is stdin.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most bytes to generate.")] = 256,
-    decoder: Annotated[DecoderName, typer.Option(help="How to decode; only blt is implemented.")] = "blt",
+    decoder: Annotated[DecoderName, typer.Option(help="How to decode.")] = "blt",
+    draft_length: Annotated[
+        int | None, typer.Option(min=1, max=MAX_DRAFT, help="blt-s: most bytes to draft per round.", show_default="8")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="blt-d, blt-dv: bytes per block.", show_default="as trained")
+    ] = None,
+    unmask: Annotated[
+        str | None,
+        typer.Option(
+            help="blt-d, blt-dv: confidence:ALPHA, entropy:GAMMA, entropy:GAMMA:minus_max or one_step.",
+            show_default="confidence:0.7 for blt-d, one_step for blt-dv",
+        ),
+    ] = None,
+    finish_patch: Annotated[
+        bool, typer.Option("--finish-patch", help="blt-d: begin blocks only where a patch begins.")
+    ] = False,
+    inexact: Annotated[
+        bool, typer.Option("--inexact", help="auto: also allow blt-d, whose text is not the model's own.")
+    ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Keep the likeliest bytes up to this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep this many bytes; 0 keeps all.")] = 0,
@@ -114,6 +134,15 @@ def generate(
         raise typer.BadParameter("several prompts need --json", param_hint="--prompt")
     if not all(stop or []):
         raise typer.BadParameter("must not be empty", param_hint="--stop")
+    given = {
+        "draft_length": draft_length,
+        "block_size": block_size,
+        "unmask": _parse_unmask(unmask),
+        "finish_patch": finish_patch or None,
+        "exact": False if inexact else None,
+    }
+    with failing_on(WrongOption):
+        options = options_of(decoder, given)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     texts = [b""] * len(prompts)
     results: dict[int, str] = {}
@@ -127,6 +156,7 @@ def generate(
             stop=[os.fsencode(text) for text in stop or []],
             ignore_eos=ignore_eos,
             decoder=decoder,
+            options=options,
         )
         for piece in pieces:
             if isinstance(piece.end, Failed):
@@ -137,7 +167,7 @@ def generate(
                 continue
             texts[piece.index] += piece.data
             if piece.end:
-                results[piece.index] = json.dumps(offline.result(texts[piece.index], piece.end))
+                results[piece.index] = json.dumps(offline.result(texts[piece.index], piece.end, decoder))
     for index in sorted(results):
         typer.echo(results[index])
     if not as_json and sys.stdout.isatty():
@@ -208,6 +238,13 @@ def _read_prompts(prompts: list[str], file: Path | None) -> list[bytes]:
         return [os.fsencode(text) for text in prompts]
     with failing_on(OSError):
         return [sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()]
+
+
+def _parse_unmask(text: str | None) -> Unmask | None:
+    try:
+        return None if text is None else parse_unmask(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--unmask") from None
 
 
 def _read_config(name: str) -> ModelConfig:

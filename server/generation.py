@@ -1,11 +1,12 @@
 """One admitted completion request at work: engine events in, pieces of choices out."""
 
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from engine.client import EngineClient, EngineDead
-from engine.types import Event, Failed, Finished
+from engine.types import DecoderName, Event, Failed, Finished, Usage
 
 from .admission import Gate, Ticket
 from .choice import ChoiceStream, Piece
@@ -112,11 +113,7 @@ class Generation:
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
-            fastblt=FastBltUsage(
-                decoder_calls=sum(usage.decoder_calls for usage in usages),
-                global_calls=sum(usage.global_calls for usage in usages),
-                preemptions=sum(usage.preemptions for usage in usages),
-            ),
+            fastblt=fastblt_usage(self.plan.decoder, usages),
         )
 
     async def close(self) -> None:
@@ -127,3 +124,28 @@ class Generation:
             for clock in self._clocks:
                 clock.end("abort")
             self._ticket.close()
+
+
+def fastblt_usage(decoder: DecoderName, usages: list[Usage]) -> FastBltUsage:
+    """What several sequences cost together."""
+
+    def total(field: str) -> int:
+        return sum(getattr(usage, field) for usage in usages)
+
+    calls = total("global_calls")
+    rows = Counter[str]()
+    for usage in usages:
+        rows.update(usage.rows)
+    return FastBltUsage(
+        decoder=decoder,
+        decoder_calls=total("decoder_calls"),
+        global_calls=calls,
+        rounds=total("rounds"),
+        drafted=total("drafted"),
+        accepted=total("accepted"),
+        rows=dict(rows),
+        bytes_per_global_call=round(total("completion_tokens") / calls, 3) if calls else None,
+        estimated_bytes=total("estimated_bytes"),
+        bytes_read=total("bytes_read"),
+        preemptions=total("preemptions"),
+    )

@@ -149,13 +149,26 @@ class EngineCollector(Collector):
         yield info
 
 
-COUNTERS: dict[str, tuple[str, str, Callable[[Snapshot], Mapping[str, int]]]] = {
+def _per_decoder(field: str) -> Callable[[Snapshot], Mapping[str, float]]:
+    return lambda snapshot: {decoder: getattr(counts, field) for decoder, counts in snapshot.decoders.items()}
+
+
+COUNTERS: dict[str, tuple[str, str, Callable[[Snapshot], Mapping[str, float]]]] = {
     "steps": ("Steps of the engine.", "", lambda s: {"": s.steps}),
     "preemptions": ("Sequences put back for lack of pages.", "", lambda s: {"": s.preemptions}),
-    "committed_bytes": ("Generated ids.", "", lambda s: {"": s.committed}),
     "prompt_bytes": ("Prompt ids computed.", "", lambda s: {"": s.prompt_rows}),
     "stage_calls": ("Calls of a stage, each over a whole batch.", "stage", lambda s: s.calls),
     "stage_rows": ("Rows that went through a stage.", "stage", lambda s: s.rows),
+    "stage_seconds": ("Time spent in a stage.", "stage", lambda s: s.stage_seconds),
+    "stage_read_bytes": ("Weights, keys and values and look-ups that a stage read.", "stage", lambda s: s.read_bytes),
+    "committed_bytes": ("Generated ids.", "decoder", _per_decoder("committed")),
+    "rounds": ("Rounds of a decoder.", "decoder", _per_decoder("rounds")),
+    "drafted_bytes": ("Bytes drafted, or decoded in blocks.", "decoder", _per_decoder("drafted")),
+    "accepted_bytes": ("Drafted bytes that became text.", "decoder", _per_decoder("accepted")),
+    "decoder_calls": ("Decoder passes of a request: the paper's NFE.", "decoder", _per_decoder("decoder_calls")),
+    "global_calls": ("Encoder and global passes of a request.", "decoder", _per_decoder("global_calls")),
+    "estimated_read_bytes": ("Weight bytes by the paper's formula.", "decoder", _per_decoder("estimated_bytes")),
+    "read_bytes": ("Bytes really read, batches shared out.", "decoder", _per_decoder("read_bytes")),
 }
 """Name -> help, label, and how to read it from a snapshot as label value -> count."""
 

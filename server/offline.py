@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
 from engine.types import DecoderName, Delta, Failed, Finished, Request, SamplingParams
+
+from .generation import fastblt_usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ def generate(
     stop: list[bytes],
     ignore_eos: bool,
     decoder: DecoderName,
+    options: dict[str, Any],
 ) -> Iterator[Piece]:
     """Continues all prompts as one batch. Raises what loading raises: CheckpointError, ValueError, RuntimeError."""
     from engine.engine import Engine  # torch takes seconds to import, which --help should not
@@ -43,6 +44,7 @@ def generate(
                 stop=stop,
                 ignore_eos=ignore_eos,
                 decoder=decoder,
+                **options,
             )
         )
     while engine.has_work:
@@ -56,12 +58,11 @@ def generate(
                     yield Piece(int(name), b"", event)
 
 
-def result(data: bytes, end: Finished | Failed) -> dict[str, Any]:
+def result(data: bytes, end: Finished | Failed, decoder: DecoderName) -> dict[str, Any]:
     """What `generate --json` prints for one prompt; `usage` is shaped as in an HTTP response."""
     if isinstance(end, Failed):
         return {"error": {"code": end.code, "message": end.message, "param": end.param}}
-    usage = msgspec.to_builtins(end.usage)
-    prompt, completion = usage.pop("prompt_tokens"), usage.pop("completion_tokens")
+    prompt, completion = end.usage.prompt_tokens, end.usage.completion_tokens
     return {
         "text": data.decode(errors="replace"),
         "bytes": data.hex(),
@@ -70,6 +71,6 @@ def result(data: bytes, end: Finished | Failed) -> dict[str, Any]:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "fastblt": usage,
+            "fastblt": fastblt_usage(decoder, [end.usage]).model_dump(),
         },
     }

@@ -2,12 +2,14 @@
 
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 from engine.config import BOS_ID, BYTE_OFFSET, ModelLimits
-from engine.types import DecoderName, Request, SamplingParams
+from engine.types import DecoderName, Request, SamplingParams, Unmask
 
 from .errors import ApiError
 from .names import choose_decoder
+from .options import OPTIONS, WrongOption, options_of
 from .schemas import CompletionRequest
 from .settings import ServerSettings
 
@@ -28,6 +30,7 @@ class Plan:
 def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSettings, limits: ModelLimits) -> Plan:
     """Checks what only the loaded model and the settings can tell. Raises ApiError."""
     decoder = choose_decoder(request.model, request.decoder, settings, limits)
+    options = _decoder_options(request, decoder)
     samples = request.n if request.best_of is None else request.best_of
     _check_combinations(request, samples)
     texts = _split_prompt(request)
@@ -72,6 +75,7 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
                 priority=request.priority,
                 timeout=request.timeout or settings.default_timeout,
                 decoder=decoder,
+                **options,
             )
             for sample in range(samples)
         ]
@@ -85,6 +89,17 @@ def _check_combinations(request: CompletionRequest, samples: int) -> None:
         raise ApiError(400, "best_of: a stream cannot be ranked; best_of must equal n", param="best_of")
     if request.stream_options and not request.stream:
         raise ApiError(400, "stream_options: only allowed when stream is true", param="stream_options")
+
+
+def _decoder_options(request: CompletionRequest, decoder: DecoderName) -> dict[str, Any]:
+    """The options that were given, as fields of an engine request."""
+    given = {option: getattr(request, option) for option in OPTIONS}
+    if request.unmask:
+        given["unmask"] = Unmask(**request.unmask.model_dump(exclude_none=True))
+    try:
+        return options_of(decoder, given)
+    except WrongOption as error:
+        raise ApiError(400, str(error), param=error.option) from None
 
 
 def _split_prompt(request: CompletionRequest) -> list[str | list[int]]:

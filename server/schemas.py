@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from engine.types import DecoderName
+from engine.types import MAX_DRAFT, DecoderName
 
 MAX_STOPS = 4
 MAX_STOP_BYTES = 1024
@@ -64,6 +64,24 @@ class StreamOptions(_Strict):
     include_obfuscation: Literal[False] = Field(False, description="Padding of chunks is not offered.")
 
 
+class UnmaskRule(_Strict):
+    """Which bytes of a block are settled after a pass. Each rule takes its own option, and any of them `top_p`."""
+
+    rule: Literal["confidence", "entropy", "one_step"]
+    alpha: FiniteFloat | None = Field(None, ge=0, le=1, description="confidence: settle above this. Default 0.7.")
+    gamma: FiniteFloat | None = Field(None, ge=0, description="entropy: settle up to so many nats. Default 0.8.")
+    minus_max: bool | None = Field(None, description="entropy: leave the largest out of the sum.")
+    top_p: FiniteFloat | None = Field(None, ge=0, le=1, description="Draws bytes of a block with this top_p.")
+
+    @model_validator(mode="after")
+    def _check_options(self) -> "UnmaskRule":
+        owner = {"alpha": "confidence", "gamma": "entropy", "minus_max": "entropy"}
+        for option, rule in owner.items():
+            if getattr(self, option) is not None and self.rule != rule:
+                raise ValueError(f"{option} is an option of the rule {rule!r}, not of {self.rule!r}")
+        return self
+
+
 class CompletionRequest(_Strict):
     """The body of `POST /v1/completions`."""
 
@@ -100,6 +118,21 @@ class CompletionRequest(_Strict):
     user: str | None = Field(None, description="Taken for compatibility; nothing depends on it, and it is not stored.")
 
     decoder: DecoderName | None = Field(None, description="Extension: how to decode.")
+    draft_length: int | None = Field(
+        None, ge=1, le=MAX_DRAFT, description="Extension, blt-s: most bytes to draft per round. Default 8."
+    )
+    block_size: int | None = Field(
+        None, ge=1, lt=2**31, description="Extension, blt-d and blt-dv: bytes per block. Default: as trained."
+    )
+    unmask: UnmaskRule | None = Field(
+        None, description="Extension, blt-d and blt-dv. Default: confidence 0.7 for blt-d, one_step for blt-dv."
+    )
+    finish_patch: bool | None = Field(
+        None, description="Extension, blt-d: begin blocks only where a patch begins, as in training."
+    )
+    exact: bool | None = Field(
+        None, description="Extension, auto: false also allows blt-d, whose text is not the model's own. Default true."
+    )
     top_k: int = Field(0, ge=0, lt=2**31, description="Extension: keep this many ids; 0 keeps all.")
     min_p: FiniteFloat = Field(
         0.0, ge=0, le=1, description="Extension: keep ids at least this likely relative to the best."
@@ -136,9 +169,6 @@ class NotOffered(Exception):
 
 _NOT_OFFERED = {
     "suffix": "is not supported: byte-latent models only continue a prompt",
-    "draft_length": "is an option of decoders that this server does not offer",
-    "block_size": "is an option of decoders that this server does not offer",
-    "unmask": "is an option of decoders that this server does not offer",
 }
 
 
@@ -166,9 +196,17 @@ class Choice(BaseModel):
 class FastBltUsage(BaseModel):
     """What the request cost, summed over its sequences."""
 
-    decoder_calls: int = 0
-    global_calls: int = 0
-    preemptions: int = 0
+    decoder: DecoderName
+    decoder_calls: int = Field(description="Decoder passes: the paper's decoder NFE.")
+    global_calls: int = Field(description="Passes through encoder and global: the paper's encoder/global NFE.")
+    rounds: int
+    drafted: int = Field(description="Bytes drafted, or decoded in blocks.")
+    accepted: int = Field(description="Of these, bytes that became text.")
+    rows: dict[str, int] = Field(description="Rows per stage.")
+    bytes_per_global_call: float | None = Field(description="null without a global call.")
+    estimated_bytes: int = Field(description="Weight bytes by the paper's formula.")
+    bytes_read: int = Field(description="Bytes really read: a share of every batch's weights, keys and values, tables.")
+    preemptions: int
 
 
 class CompletionUsage(BaseModel):

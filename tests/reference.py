@@ -7,9 +7,10 @@ configuration. Slow on purpose. Tensors are the canonical ones (`engine.checkpoi
     patch_starts  entropies -> where patches start
     forward       bytes -> logits of each next byte                         (BLT 3)
     greedy        the most likely byte, again and again
+    block_diffusion  blocks of masked bytes, unmasked pass by pass   (Fast BLT 3.1)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -73,8 +74,12 @@ def patch_starts(rule: PatchingRule, entropies: Tensor | Sequence[float]) -> lis
     return [start for left, right in pairwise([*natural, count + 1]) for start in range(left, right, step)]
 
 
-def forward(config: ModelConfig, tensors: Weights, ids: Sequence[int]) -> Tensor:
-    """Logits of the byte after each byte: (N, vocab_size)."""
+def forward(config: ModelConfig, tensors: Weights, ids: Sequence[int], block: Sequence[int] = ()) -> Tensor:
+    """Logits of the byte after each byte: (N, vocab_size); behind them, of each cell of a block that follows `ids`.
+
+    A block's cells see the text and each other, and all read the latent of the last patch, as if it ended with `ids`
+    (Fast BLT 3.1.1).
+    """
     w, count = _widened(tensors), len(ids)
     starts = patch_starts(config.patching, entropies(config, tensors, ids))
     patch_of = torch.searchsorted(torch.tensor(starts), torch.arange(count + 1), right=True) - 1
@@ -93,13 +98,15 @@ def forward(config: ModelConfig, tensors: Weights, ids: Sequence[int]) -> Tensor
 
     # Decoder: the row that predicts byte j + 1 reads the latent before the patch that holds byte j + 1, and only that.
     if config.decoder_input == "embedding":
-        y = w["model.local_decoder.embed_tokens.weight"][torch.tensor(ids)]
+        y = w["model.local_decoder.embed_tokens.weight"][torch.tensor([*ids, *block])]
     else:
         y = states
     slots = (latents @ w["model.local_decoder.patch_embedding_projection.weight"].T).view(-1, config.decoder.dim)
     slot_patch = torch.arange(num_patches).repeat_interleave(config.slots)
-    reads = (patch_of[1:] - 1)[:, None] == slot_patch
-    visible = _visible_bytes(ids, config.decoder.window, config.isolate_documents)
+    reads = torch.cat([patch_of[1:] - 1, torch.full((len(block),), num_patches - 1)])[:, None] == slot_patch
+    no_ends = [*ids, *[-1] * len(block)]
+    visible = _visible_bytes(no_ends, config.decoder.window, config.isolate_documents)
+    visible[count:, count:] = True
     for i in range(config.decoder.num_layers):
         if i == 0 or config.decoder_cross_all_layers:
             y = y + _cross_attention(y, slots, w, f"model.local_decoder.cross_attn_layers.{i}", config.decoder, reads)
@@ -112,6 +119,32 @@ def greedy(config: ModelConfig, tensors: Weights, ids: Sequence[int], n: int) ->
     text = list(ids)
     for _ in range(n):
         text.append(int(forward(config, tensors, text)[-1].argmax()))
+    return text[len(ids) :]
+
+
+def block_diffusion(
+    config: ModelConfig,
+    tensors: Weights,
+    ids: Sequence[int],
+    n: int,
+    size: int,
+    settle: Callable[[Tensor], list[int]],
+) -> list[int]:
+    """At least n ids behind `ids`, block by block (Fast BLT, algorithm 1, greedy, without verification).
+
+    settle: which rows of probabilities (masked cells, vocab_size) become bytes after a pass.
+    """
+    assert config.mask_id is not None
+    text = list(ids)
+    while len(text) < len(ids) + n:
+        block = [config.mask_id] * size
+        while config.mask_id in block:
+            found = forward(config, tensors, text, block)[len(text) :]
+            found[:, [0, 1, 3]] = float("-inf")
+            masked = [place for place in range(size) if block[place] == config.mask_id]
+            for row in settle(found[masked].softmax(-1)):
+                block[masked[row]] = int(found[masked[row]].argmax())
+        text += block
     return text[len(ids) :]
 
 

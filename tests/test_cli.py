@@ -141,7 +141,10 @@ def test_generate_refuses_what_it_cannot_do(tiny: Path, tmp_path: Path) -> None:
     assert "blt-d" in fails(*model, "--prompt=a", "--decoder=magic", code=2)
     assert "--max-tokens" in fails(*model, "--prompt=a", "--max-tokens=0", code=2)
     assert "No such file" in fails(*model, "--prompt-file", tmp_path / "none")
-    assert "'blt-d' is not available" in fails(*model, "--prompt=a", "--decoder=blt-d")
+    assert "up to 8" in fails(*model, "--prompt=a", "--decoder=blt-d", "--block-size=9")
+    assert "option of blt-s" in fails(*model, "--prompt=a", "--draft-length=4")
+    assert "entropy:GAMMA" in fails(*model, "--prompt=a", "--decoder=blt-dv", "--unmask=entropy", code=2)
+    assert "0 to 1" in fails(*model, "--prompt=a", "--decoder=blt-dv", "--unmask=confidence:7", code=2)
     assert "hold 4096" in fails(*model, "--prompt=a", "--max-tokens=5000")
     assert "no such directory" in fails("generate", "--model", tmp_path / "none", "--prompt=a")
 

@@ -34,6 +34,6 @@ def make_decoder(request: Request, block_size: int | None, costs: Costs, experie
         case "blt-dv":
             return blt_dv.Verified(block, request.unmask or blt_dv.DEFAULT_RULE)
         case "auto":
-            return Auto(block, costs, experience)
+            return Auto(block, costs, experience, request.exact)
         case _:
             return blt.Autoregressive()

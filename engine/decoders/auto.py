@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..types import Unmask
 from .blt import Autoregressive
+from .blt_d import DEFAULT_RULE, Diffusion
 from .blt_dv import Verified
 from .blt_s import Draft
 from .calls import Committed, Decoder, Round
@@ -69,7 +70,7 @@ class Experience:
 class Auto:
     """Switching costs nothing, because every byte is the same whichever decoder finds it."""
 
-    def __init__(self, block_size: int, costs: Costs, experience: Experience) -> None:
+    def __init__(self, block_size: int, costs: Costs, experience: Experience, exact: bool) -> None:
         self._costs = costs
         self._everyone = experience
         self._drafting = Agreement(experience.drafting.rate)
@@ -77,11 +78,17 @@ class Auto:
         self._blt: Decoder = Autoregressive()
         self._drafts = {k: Draft(k) for k in DRAFT_LENGTHS}
         one_step = Unmask(rule="one_step")
+        inexact = block_size and not exact
+        self._free = Diffusion(block_size, DEFAULT_RULE, finish_patch=False) if inexact else None
+        self._free_size, self._passes = block_size, block_size / 2
         self._blocks = {size: Verified(size, one_step) for size in (block_size // 2, block_size) if size}
 
     def round(self, sequence: "Sequence", room: int) -> Round:
         way, decoder = self._choose(sequence)
+        passes = sequence.cost.decoder_calls
         outcome: Committed = yield from decoder.round(sequence, room)
+        if decoder is self._free:
+            self._passes = MEMORY * self._passes + (1 - MEMORY) * (sequence.cost.decoder_calls - passes)
         for agreement in (self._drafting, self._diffusion):
             agreement.idle += 1
         if way and outcome.drafted:
@@ -101,6 +108,11 @@ class Auto:
         for size, block in self._blocks.items():
             seconds = self._costs.draft(1, size + 1) + self._costs.verify(size + 1, size + 1, patch)
             options.append((self._diffusion.committed(size) / seconds, self._diffusion, block))
+        if self._free:
+            size = self._free_size
+            seconds = self._costs.draft(max(1, round(self._passes)) - 1, size)
+            seconds += self._costs.verify(size, 2 * size, patch)
+            options.append((size / seconds, None, self._free))
         best = max(options, key=lambda option: option[0])
         for way in (self._drafting, self._diffusion):
             if way.idle >= PROBE_INTERVAL and best[1] is not way:

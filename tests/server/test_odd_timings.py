@@ -13,7 +13,7 @@ import uvicorn
 
 from engine.client import EngineClient, EngineDead
 from engine.config import ModelLimits
-from engine.types import Delta, Event, Failed, Finished, Request, Snapshot, Usage
+from engine.types import DecoderCounts, Delta, Event, Failed, Finished, Request, Snapshot, Usage
 from server.app import create_app
 from server.settings import ServerSettings
 
@@ -204,20 +204,19 @@ async def test_counters_go_on_when_the_engine_starts_anew() -> None:
 
         async def committed() -> list[str]:
             lines = (await http.get("/metrics")).text.splitlines()
-            return [
-                line for line in lines if line.startswith(("fastblt_committed_bytes_total", "fastblt_stage_rows_total"))
-            ]
+            names = ("fastblt_committed_bytes_total", "fastblt_stage_rows_total")
+            return sorted(line for line in lines if line.startswith(names))
 
-        client.snapshot = Snapshot(committed=10, rows={"global": 5})
+        client.snapshot = Snapshot(decoders={"blt-s": DecoderCounts(committed=10)}, rows={"global": 5})
         assert await committed() == [
-            "fastblt_committed_bytes_total 10.0",
+            'fastblt_committed_bytes_total{decoder="blt-s"} 10.0',
             'fastblt_stage_rows_total{stage="global"} 5.0',
         ]
         client.snapshot = Snapshot()
         await committed()
-        client.snapshot = Snapshot(committed=3, rows={"global": 2})
+        client.snapshot = Snapshot(decoders={"blt-s": DecoderCounts(committed=3)}, rows={"global": 2})
         assert await committed() == [
-            "fastblt_committed_bytes_total 13.0",
+            'fastblt_committed_bytes_total{decoder="blt-s"} 13.0',
             'fastblt_stage_rows_total{stage="global"} 7.0',
         ]
 

@@ -1,0 +1,53 @@
+"""Options of single decoders: which belong to which, and unmasking rules as they are typed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.types import DecoderName, Unmask
+
+OPTIONS: dict[str, tuple[DecoderName, ...]] = {
+    "draft_length": ("blt-s",),
+    "block_size": ("blt-d", "blt-dv"),
+    "unmask": ("blt-d", "blt-dv"),
+    "finish_patch": ("blt-d",),
+    "exact": ("auto",),
+}
+"""Fields of an engine request, and the decoders that they mean something to."""
+
+
+class WrongOption(ValueError):
+    """An option of another decoder."""
+
+    def __init__(self, option: str, decoder: str) -> None:
+        super().__init__(f"{option} is an option of {' and '.join(OPTIONS[option])}, not of {decoder}")
+        self.option = option
+
+
+def options_of(decoder: DecoderName, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `given` that are not None. Raises WrongOption if one belongs to other decoders."""
+    kept = {option: value for option, value in given.items() if value is not None}
+    for option in kept:
+        if decoder not in OPTIONS[option]:
+            raise WrongOption(option, decoder)
+    return kept
+
+
+def parse_unmask(text: str) -> Unmask:
+    """confidence:0.7, entropy:0.8, entropy:0.8:minus_max or one_step. Raises ValueError."""
+    match text.split(":"):
+        case ["one_step"]:
+            return Unmask(rule="one_step")
+        case ["confidence", alpha]:
+            return Unmask(rule="confidence", alpha=_number(alpha, 1.0))
+        case ["entropy", gamma]:
+            return Unmask(rule="entropy", gamma=_number(gamma, float("inf")))
+        case ["entropy", gamma, "minus_max"]:
+            return Unmask(rule="entropy", gamma=_number(gamma, float("inf")), minus_max=True)
+    raise ValueError(f"{text!r} is not confidence:ALPHA, entropy:GAMMA, entropy:GAMMA:minus_max or one_step")
+
+
+def _number(text: str, most: float) -> float:
+    value = float(text)
+    if not 0 <= value <= most:
+        raise ValueError(f"{text} is not a number from 0 to {most:g}")
+    return value

@@ -1,0 +1,387 @@
+"""The decoders' promises: exact ones give blt's bytes, block diffusion gives algorithm 1's, nothing rejected stays."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.checkpoint import load
+from engine.config import EOS_ID, HashConfig, PatchingRule
+from engine.engine import Engine
+from engine.sequence import Sequence
+from engine.types import Finished, Request, SamplingParams, Unmask
+from tests import reference
+from tests.engines import Output, make_engine, request, run, save_ours
+from tests.models import HF_MODELS, our_config, our_model, text
+
+NANO = Path(__file__).parents[1] / "models" / "nano"
+
+RULES = {
+    "one-step": Unmask(rule="one_step"),
+    "confidence-0.3": Unmask(rule="confidence", alpha=0.3),
+    "confidence-0.7": Unmask(rule="confidence", alpha=0.7),
+    "entropy-1.5": Unmask(rule="entropy", gamma=1.5),
+    "entropy-0.8-minus-max": Unmask(rule="entropy", gamma=0.8, minus_max=True),
+}
+DRAFTS = [{"decoder": "blt-s", "draft_length": k} for k in (1, 4, 8, 16)]
+BLOCKS = [{"decoder": "blt-dv", "block_size": size, "unmask": rule} for size in (4, 8) for rule in RULES.values()]
+AUTO = [{"decoder": "auto"}]
+EXACT: list[dict[str, Any]] = [*DRAFTS, *BLOCKS, *AUTO]
+
+DIFFUSION_MODELS = ["fast-blt", "isolated-without-windows", "nano"]
+MODELS = [*DIFFUSION_MODELS, "released-form"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    fast = {"decoder_input": "embedding", "mask_id": 260, "block_size": 8}
+    match request.param:
+        case "nano":
+            return NANO
+        case "released-form":
+            HF_MODELS["windows-16-12"]().save_pretrained(folder)
+            return folder
+        case "fast-blt":
+            return save_ours(folder, our_model(our_config(patching=PatchingRule(max_patch_length=6), **fast), 41))
+        case _:
+            rule = PatchingRule(monotonic=True, max_patch_length=9)
+            form = our_config(
+                patching=rule, window=None, patcher_window=None, kv_heads=2, isolate_documents=True, slots=4, **fast
+            )
+            return save_ours(folder, our_model(form, 42))
+
+
+def settings_of(engine: Engine) -> list[dict[str, Any]]:
+    return EXACT if engine.model_config.mask_id is not None else [*DRAFTS, *AUTO]
+
+
+def prompts(count: int, model: Path) -> list[list[int]]:
+    """Random ids of many lengths, and for the trained model beginnings of this file."""
+    if model != NANO:
+        return [text(1 + i * 7 % 40, 500 + i) for i in range(count)]
+    source, draw = Path(__file__).read_bytes(), random.Random(1)
+    starts = [draw.randrange(len(source) - 60) for _ in range(count)]
+    return [[1, *(byte + 4 for byte in source[s : s + 10 + i % 50])] for i, s in enumerate(starts)]
+
+
+def options(i: int, count: int) -> dict[str, Any]:
+    """Of the i-th prompt: half greedy, some with penalties, some that stop at an end-of-sequence id made likely."""
+    sampling = SamplingParams(
+        temperature=(0, 0, 0.7, 1.0)[i % 4],
+        top_p=0.95 if i % 8 == 3 else 1.0,
+        frequency_penalty=0.5 if i % 5 == 0 else 0.0,
+        logit_bias={EOS_ID: 4.0} if i % 3 == 0 else {},
+        seed=i,
+    )
+    return {"sampling": sampling, "ignore_eos": i % 6 == 0, "max_tokens": count}
+
+
+def requests(ps: list[list[int]], tag: str, count: int, stops: dict[int, bytes], **how: Any) -> list[Request]:
+    return [
+        Request(id=f"{tag}{i}", prompt_ids=p, stop=[stops[i]] if i in stops else [], **options(i, count), **how)
+        for i, p in enumerate(ps)
+    ]
+
+
+def assert_same(found: Output, wanted: Output) -> None:
+    assert isinstance(found.end, Finished) and isinstance(wanted.end, Finished)
+    assert (found.ids, found.text, found.end.reason) == (wanted.ids, wanted.text, wanted.end.reason)
+
+
+def some_stops(outputs: dict[str, Output]) -> dict[int, bytes]:
+    """Two bytes that a text says late, for a quarter of the texts."""
+    return {i: out.text[-4:-2] for i, out in enumerate(outputs.values()) if i % 4 == 1 and len(out.text) > 6}
+
+
+@pytest.mark.parametrize("num_prompts", [16, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("choices", [{}, {"max_step_rows": 23}], ids=["wide", "narrow"])
+def test_exact_decoders_equal_blt_in_mixed_batches(model: Path, choices: dict[str, Any], num_prompts: int) -> None:
+    count = 24
+    ps = prompts(num_prompts, model)
+    engine = make_engine(model, max_sequences=48, **choices)
+    stops = some_stops(run(engine, requests(ps, "", count, {})))
+    wanted = run(engine, requests(ps, "", count, stops))
+    reasons = [out.end.reason for out in wanted.values() if isinstance(out.end, Finished)]
+    assert min(reasons.count("stop"), reasons.count("length")) >= num_prompts // 8
+    batch = [r for n, how in enumerate(settings_of(engine)) for r in requests(ps, f"{n}-", count, stops, **how)]
+    batch += requests(ps[:40], "blt-", count, stops)
+    if engine.model_config.mask_id is not None:
+        batch += requests(ps[:40], "d-", count, stops, decoder="blt-d")
+    random.Random(0).shuffle(batch)
+    for name, out in run(engine, batch).items():
+        if not name.startswith("d-"):
+            assert_same(out, wanted[name.split("-")[1]])
+
+
+def test_exact_decoders_equal_blt_when_pages_run_out(model: Path) -> None:
+    count = 40
+    ps = prompts(20, model)
+    wanted = run(make_engine(model), requests(ps, "", count, {}))
+    engine = crowded_engine(model, max_sequences=12, max_step_rows=64, max_length=160)
+    how = settings_of(engine)
+    batch = [Request(id=str(i), prompt_ids=p, **options(i, count), **how[i % len(how)]) for i, p in enumerate(ps)]
+    found = run(engine, batch)
+    assert engine.snapshot().preemptions > 0
+    for name, out in found.items():
+        assert_same(out, wanted[name])
+
+
+def test_scores_are_blts_too(model: Path) -> None:
+    ps = prompts(6, model)
+    engine = make_engine(model)
+    wanted = run(engine, requests(ps, "", 30, {}, logprobs=2))
+    for how in settings_of(engine):
+        found = run(engine, requests(ps, "", 30, {}, logprobs=2, **how))
+        for name, out in found.items():
+            assert_same(out, wanted[name])
+            assert out.logprobs == wanted[name].logprobs
+
+
+def test_a_step_calls_every_stage_at_most_once(model: Path) -> None:
+    engine = make_engine(model)
+    how = [*settings_of(engine), {"decoder": "blt"}, *([{"decoder": "blt-d"}] if engine.model_config.mask_id else [])]
+    for i, p in enumerate(prompts(2 * len(how), model)):
+        engine.add(request(str(i), p, 30, **how[i % len(how)]))
+    before = dict.fromkeys(engine.runner.counts.calls, 0)
+    most = 0
+    while engine.has_work:
+        engine.step()
+        calls = dict(engine.runner.counts.calls)
+        assert all(calls[stage] - before[stage] <= 1 for stage in calls)
+        before = calls
+        most = max(most, len(engine.running))
+    assert most == 2 * len(how)
+
+
+def test_a_round_reads_the_global_weights_once(model: Path) -> None:
+    engine = make_engine(model)
+    for how in [
+        {"decoder": "blt-s", "draft_length": 8},
+        *([{"decoder": "blt-dv"}] if engine.model_config.mask_id else []),
+    ]:
+        out = run(engine, [request("a", prompts(3, model)[2], 120, **how)])["a"]
+        assert isinstance(out.end, Finished)
+        usage = out.end.usage
+        assert usage.global_calls <= usage.rounds
+        assert usage.rounds < 120
+        assert usage.accepted + usage.rounds >= usage.completion_tokens
+
+
+# Block diffusion against algorithm 1.
+
+
+def confident(alpha: float) -> Any:
+    def settle(p: Tensor) -> list[int]:
+        best = p.amax(-1)
+        return [i for i in range(len(p)) if best[i] > alpha] or [int(best.argmax())]
+
+    return settle
+
+
+def bounded(gamma: float, minus_max: bool) -> Any:
+    def settle(p: Tensor) -> list[int]:
+        h = -(p * p.clamp_min(1e-30).log()).sum(-1)
+        order = h.argsort(stable=True)
+        sums = h[order].cumsum(0) - (h[order] if minus_max else 0)
+        return order[: max(1, int((sums <= gamma).sum()))].tolist()
+
+    return settle
+
+
+SETTLES = {
+    "one-step": lambda p: list(range(len(p))),
+    "confidence-0.3": confident(0.3),
+    "confidence-0.7": confident(0.7),
+    "entropy-1.5": bounded(1.5, False),
+    "entropy-0.8-minus-max": bounded(0.8, True),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_block_diffusion_equals_algorithm_1(model: Path, rule: str) -> None:
+    engine = make_engine(model)
+    checkpoint = load(model)
+    if checkpoint.config.mask_id is None:
+        out = run(engine, [request("a", [1], 8, decoder="blt-d")])["a"]
+        assert not isinstance(out.end, Finished) and "not trained with block diffusion" in str(out.end)
+        return
+    count, ps = 16, prompts(3, model)
+    for size in (3, 8):
+        found = run(
+            engine,
+            [request(str(i), p, count, decoder="blt-d", block_size=size, unmask=RULES[rule]) for i, p in enumerate(ps)],
+        )
+        for i, p in enumerate(ps):
+            wanted = reference.block_diffusion(checkpoint.config, checkpoint.tensors, p, count, size, SETTLES[rule])
+            assert found[str(i)].ids == wanted[:count]
+
+
+@pytest.mark.parametrize("model", DIFFUSION_MODELS, indirect=True)
+def test_block_diffusion_does_not_depend_on_company_or_preemption(model: Path) -> None:
+    engine = crowded_engine(model, max_sequences=12, max_step_rows=31, max_length=160)
+    ps = prompts(16, model)
+    how = [
+        {"decoder": "blt-d", "unmask": rule, "finish_patch": finish}
+        for rule in RULES.values()
+        for finish in (False, True)
+    ]
+    batch = [Request(id=str(i), prompt_ids=p, **options(i, 40), **how[i % len(how)]) for i, p in enumerate(ps)]
+    found = run(engine, batch)
+    assert engine.snapshot().preemptions > 0
+    alone = make_engine(model)
+    for r in batch:
+        assert_same(found[r.id], run(alone, [r])[r.id])
+
+
+@pytest.mark.parametrize("model", DIFFUSION_MODELS, indirect=True)
+def test_finishing_the_patch_begins_blocks_where_patches_begin(model: Path) -> None:
+    engine = make_engine(model)
+    engine.add(request("a", prompts(3, model)[2], 60, decoder="blt-d", finish_patch=True))
+    starts = 0
+    while engine.has_work:
+        before = {s.arrival: len(s.ids) for s in engine.running}
+        engine.step()
+        for s in engine.running:
+            if len(s.ids) - before.get(s.arrival, len(s.ids)) > 1:
+                assert before[s.arrival] in s.patching.starts
+                starts += 1
+    assert starts > 2
+
+
+# What a rejected draft leaves behind: nothing.
+
+
+def state(engine: Engine, sequence: Sequence) -> dict[str, Any]:
+    """All that later rows can read of a sequence, and what it holds."""
+    caches, n = engine.caches, sequence.num_computed
+    patch = sequence.patch_of(n)
+
+    def rows(tensors: list[tuple[Tensor, Tensor]], name: str, live: range, by_page: bool) -> list[Tensor]:
+        slots = [divmod(sequence.tables[name].slot(row), caches.specs[name].page_size) for row in live]
+        return [
+            t[page, offset].clone() if by_page else t[page, :, offset].clone()
+            for kv in tensors
+            for t in kv
+            for page, offset in slots
+        ]
+
+    def bytes_of(name: str) -> range:
+        window = caches.specs[name].window
+        return range(0 if window is None else max(n - window + 1, 0), n)
+
+    opened = range(sequence.patching.starts[patch], n)
+    return {
+        "ids": list(sequence.ids),
+        "computed": n,
+        "starts": list(sequence.patching.starts),
+        "documents": list(sequence.documents),
+        "patch_documents": list(sequence.patch_documents),
+        "counts": dict(sequence.counts),
+        "pages": {name: (table.first, len(table.pages)) for name, table in sequence.tables.items()},
+        "patcher": rows(caches.patcher, "patcher", bytes_of("patcher"), False),
+        "encoder": rows(caches.encoder, "encoder", bytes_of("encoder"), False),
+        "decoder": rows(caches.decoder, "decoder", bytes_of("decoder"), False),
+        "open": rows(caches.open_kv, "open", opened, False) + rows([(caches.open_states,) * 2], "open", opened, True),
+        "global": rows(caches.global_, "global", range(patch), False),
+        "latent": rows(caches.latent, "latent", range(patch - 1, patch), True),
+    }  # fmt: skip
+
+
+def states(model: Path, prompt: list[int], count: int, **how: Any) -> dict[int, dict[str, Any]]:
+    """The state after every round, by the number of ids."""
+    engine = make_engine(model)
+    engine.add(request("a", prompt, count, sampling=SamplingParams(temperature=0.9, logit_bias={EOS_ID: 2.0}), **how))
+    found = {}
+    length = 0
+    while engine.has_work:
+        engine.step()
+        for s in engine.running:
+            if len(s.ids) != length and s.num_output:
+                length = len(s.ids)
+                found[length] = state(engine, s)
+    return found
+
+
+def test_after_a_rejected_draft_all_is_as_if_it_had_never_been(model: Path) -> None:
+    prompt = prompts(9, model)[8]
+    engine = make_engine(model)
+    wanted = states(model, prompt, 60)
+    for how in [{"decoder": "blt-s", "draft_length": 6}, {"decoder": "blt-s", "draft_length": 16}, *BLOCKS[5:7]]:
+        if how["decoder"] == "blt-dv" and engine.model_config.mask_id is None:
+            continue
+        found = states(model, prompt, 60, **how)
+        assert 3 < len(found) < 60
+        for length, after in found.items():
+            assert_same_state(after, wanted[length])
+
+
+def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key, value in wanted.items():
+        if value and isinstance(value, list) and isinstance(value[0], Tensor):
+            assert len(found[key]) == len(value)
+            assert all(torch.equal(a, b) for a, b in zip(found[key], value, strict=True)), key
+        else:
+            assert found[key] == value, key
+
+
+def crowded_engine(model: Path, **choices: Any) -> Engine:
+    """With as little cache as can hold one sequence of the length asked for."""
+    for shift in range(14, 40):
+        try:
+            return make_engine(model, cache_bytes=1 << shift, **choices)
+        except ValueError as error:
+            assert "cache_bytes" in str(error)
+    raise AssertionError
+
+
+# The law.
+
+
+@pytest.mark.parametrize("count", [1500, pytest.param(50_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", [{"decoder": "blt"}, {"decoder": "blt-s", "draft_length": 4}, {"decoder": "blt-dv"}], ids=str
+)
+def test_continuations_follow_the_models_law(how: dict[str, Any], count: int, tmp_path: Path) -> None:
+    config = our_config(
+        dim=16, global_dim=32, hashes=HashConfig((2, 3), 1, 31), patching=PatchingRule(max_patch_length=3),
+        decoder_input="embedding", mask_id=260, block_size=4,
+    )  # fmt: skip
+    config, tensors = our_model(config, 50)
+    save_ours(tmp_path / "model", (config, tensors))
+    kept, prompt, temperature = [70, 105, 110], text(9, 60, specials=False), 1.3
+    bias = {i: -100.0 for i in range(260) if i not in kept}
+    engine = make_engine(tmp_path / "model", max_sequences=256, max_step_rows=2048)
+    seen: dict[tuple[int, ...], int] = {}
+    for first in range(0, count, 500):
+        sampling = [SamplingParams(temperature=temperature, logit_bias=bias, seed=s) for s in range(first, first + 500)]
+        outs = run(engine, [request(str(p.seed), prompt, 3, sampling=p, **how) for p in sampling])
+        for out in outs.values():
+            seen[tuple(out.ids)] = seen.get(tuple(out.ids), 0) + 1
+    expected: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        grown = {}
+        for ids, p in expected.items():
+            law = (reference.forward(config, tensors, [*prompt, *ids])[-1, kept] / temperature).softmax(-1).tolist()
+            grown |= {(*ids, token): p * q for token, q in zip(kept, law, strict=True)}
+        expected = grown
+    assert set(seen) <= set(expected)
+    total = sum(seen.values())
+    chi_square = sum((seen.get(ids, 0) - total * p) ** 2 / (total * p) for ids, p in expected.items())
+    # 26 degrees of freedom: above 54.1 by chance once in a thousand.
+    assert chi_square < 54.1
+
+
+def test_a_block_longer_than_trained_is_refused_with_the_reason(tmp_path: Path) -> None:
+    config, tensors = our_model(our_config(decoder_input="embedding", mask_id=260, block_size=4), 51)
+    engine = make_engine(save_ours(tmp_path / "model", (replace(config, name="x"), tensors)))
+    for fields, message in (
+        ({"decoder": "blt-d", "block_size": 5}, "trained with blocks of up to 4"),
+        ({"decoder": "blt-s", "draft_length": 33}, "draft_length goes from 1 to 32"),
+        ({"decoder": "blt-s", "draft_length": 0}, "draft_length goes from 1 to 32"),
+    ):
+        assert message in str(run(engine, [request("a", [1, 70], 8, **fields)])["a"].end)
