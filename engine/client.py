@@ -23,7 +23,7 @@ import zmq
 import zmq.asyncio
 
 from .config import EngineConfig, ModelLimits
-from .types import Abort, Command, Delta, Event, Failed, Finished, Request, Shutdown, Snapshot, TokenLogprob
+from .types import Abort, Command, Delta, Event, Failed, Finished, Request, Shutdown, Snapshot, TokenLogprob, Trace
 from .wire import Batch, Message, Started, StartFailed, decode_message, encode
 
 log = logging.getLogger("fastblt.engine.client")
@@ -404,6 +404,7 @@ class _Unread:
         self._ids: list[int] = []
         self._text = bytearray()
         self._logprobs: list[TokenLogprob] = []
+        self._traces: list[Trace] = []
         self._prompt_logprobs: list[TokenLogprob] = []
 
     def add(self, delta: Delta) -> None:
@@ -411,6 +412,7 @@ class _Unread:
         self._ids += delta.ids
         self._text += delta.text
         self._logprobs += delta.logprobs
+        self._traces += delta.traces
         self._prompt_logprobs += delta.prompt_logprobs
 
     def delta(self, request_id: str) -> Delta:
@@ -419,6 +421,7 @@ class _Unread:
             ids=self._ids,
             text=bytes(self._text),
             logprobs=self._logprobs,
+            traces=self._traces,
             prompt_logprobs=self._prompt_logprobs,
         )
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import count
@@ -34,6 +35,7 @@ from .types import (
     SamplingParams,
     Snapshot,
     TokenLogprob,
+    Trace,
 )
 
 log = logging.getLogger("fastblt.engine")
@@ -394,13 +396,26 @@ class Engine:
         cost.committed = len(ids)
         sequence.spent.add(cost)
         self._costs.setdefault(request.decoder, Cost()).add(cost)
-        self._events.append(Delta(id=request.id, ids=ids, text=text, logprobs=scores))
+        traces = [self._trace(sequence, outcome, len(ids))] if request.trace else []
+        self._events.append(Delta(id=request.id, ids=ids, text=text, logprobs=scores, traces=traces))
         if reason:
             self._finish(sequence, reason, sequence.stopping.flush())
             return
         self.runner.settle(sequence)
         if not self.room(sequence):
             self._finish(sequence, "length", sequence.stopping.flush())
+
+    def _trace(self, sequence: Sequence, outcome: Committed, num_ids: int) -> Trace:
+        starts = sequence.patching.starts
+        told = bisect_left(starts, sequence.num_prompt) if not sequence.num_traced else sequence.num_traced
+        sequence.num_traced = len(starts)
+        return Trace(
+            num_ids=num_ids,
+            drafts=list(outcome.drafts),
+            accepted=outcome.accepted,
+            passes=list(outcome.passes),
+            patch_starts=[start - sequence.num_prompt for start in starts[told:]],
+        )
 
     def _take(self, sequence: Sequence, token: int) -> tuple[bytes, FinishReason | None]:
         """The bytes that became certain with a committed id, and whether it ends the request. Specials are no text."""

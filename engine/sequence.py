@@ -53,6 +53,8 @@ class Sequence:
         self.spent = Cost()
         """Of the rounds before it."""
         self.preemptions = 0
+        self.num_traced = 0
+        """Patch starts that a trace has told."""
         self._decoder: Decoder = decoder or Autoregressive()
         self._round: Round | None = None
         self._call: Call | None = None

@@ -75,6 +75,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """blt-d, blt-dv: None takes confidence 0.7 and one_step."""
     finish_patch: bool = False
     """blt-d: begin blocks only where a patch begins."""
+    trace: bool = False
+    """Report how every round came to its bytes."""
     exact: bool = True
     """auto: False also allows blt-d."""
     output_ids: list[int] = []
@@ -128,6 +130,21 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int = 0
 
 
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """How one round came to its bytes, for whoever wants to watch."""
+
+    num_ids: int
+    """Committed ids of this round."""
+    drafts: list[int] = []
+    """What was drafted, or decoded as a block."""
+    accepted: int = 0
+    """How many of these, from the first on, are among the committed ids."""
+    passes: list[int] = []
+    """Of a block, in which pass each cell was settled, from 0 on."""
+    patch_starts: list[int] = []
+    """Places in the output that start patches, as far as decided now and not told before."""
+
+
 class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Newly committed ids, and the text bytes that are now certain.
 
@@ -139,6 +156,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     text: bytes = b""
     logprobs: list[TokenLogprob] = []
     """One per entry of `ids`, if asked for."""
+    traces: list[Trace] = []
+    """One per round, if asked for."""
     prompt_logprobs: list[TokenLogprob] = []
     """Sent once, before the first id, complete, one per prompt id."""
 

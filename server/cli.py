@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -20,6 +20,9 @@ from engine.types import MAX_DRAFT, DecoderName, SamplingParams, Unmask
 from .flags import with_settings
 from .options import WrongOption, options_of, parse_unmask
 from .settings import ServerSettings
+
+if TYPE_CHECKING:
+    from .offline import Piece
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
@@ -119,6 +122,9 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind an end-of-sequence id.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
+    show: Annotated[
+        bool, typer.Option("--show", help="Colour patches, accepted and rejected drafts and the passes of blocks.")
+    ] = False,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print an object per prompt, in order: text, bytes (hex), finish_reason, usage."),
@@ -132,6 +138,8 @@ def generate(
     prompts = _read_prompts(prompt or [], prompt_file)
     if len(prompts) > 1 and not as_json:
         raise typer.BadParameter("several prompts need --json", param_hint="--prompt")
+    if show and as_json:
+        raise typer.BadParameter("is for people, --json for programs", param_hint="--show")
     if not all(stop or []):
         raise typer.BadParameter("must not be empty", param_hint="--stop")
     given = {
@@ -157,7 +165,10 @@ def generate(
             ignore_eos=ignore_eos,
             decoder=decoder,
             options=options,
+            trace=show,
         )
+        if show:
+            return _show(prompts[0], pieces)
         for piece in pieces:
             if isinstance(piece.end, Failed):
                 failure = failure or piece.end.message
@@ -201,6 +212,33 @@ def init(
         save(out, calibrated(model, tensors), tensors)
 
 
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="File to take prompts from; may be repeated.", show_default="Python's standard library"),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to continue with every setting.")] = 100,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Bytes behind each prompt.")] = 64,
+    prefixes: Annotated[int, typer.Option(min=1, help="Prefixes of real text to make one round from.")] = 2000,
+    write: Annotated[
+        bool,
+        typer.Option("--write", help="Leave decoders.json, decoders.png and the card's table in the folder."),
+    ] = False,
+) -> None:
+    """Compare the decoders on a model: acceptance, calls, bytes read, agreement with blt. Prints a table."""
+    from training import corpus, decoding
+
+    with failing_on(ValueError, OSError, RuntimeError, AssertionError):
+        # Of the standard library, the files that models/nano did not learn from.
+        texts = [path.read_bytes() for path in text] if text else corpus.standard_library()[1].texts
+        result = decoding.measure(model, texts, prompts, max_tokens, prefixes)
+        if write:
+            decoding.write(result, model)
+        typer.echo(decoding.table(result))
+
+
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
@@ -225,7 +263,7 @@ def failing_on(*errors: type[Exception]) -> Iterator[None]:
         _fail(str(error) or type(error).__name__)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     typer.echo(f"fastblt: {message}", err=True)
     raise typer.Exit(1)
 
@@ -238,6 +276,32 @@ def _read_prompts(prompts: list[str], file: Path | None) -> list[bytes]:
         return [os.fsencode(text) for text in prompts]
     with failing_on(OSError):
         return [sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()]
+
+
+def _show(prompt: bytes, pieces: Iterator["Piece"]) -> None:
+    from rich.console import Console
+
+    from engine.types import Failed
+
+    from .show import Show, legend
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(legend())
+    console.print(prompt.decode(errors="replace"), end="", style="dim", markup=False)
+    picture = Show()
+    for piece in pieces:
+        console.print(picture.feed(piece.ids, piece.traces), end="")
+        if isinstance(piece.end, Failed):
+            _fail(piece.end.message)
+        if piece.end:
+            console.print(picture.finish())
+            usage = piece.end.usage
+            console.print(
+                f"{usage.completion_tokens} bytes in {usage.rounds} rounds: {usage.decoder_calls} decoder and "
+                f"{usage.global_calls} global calls, {usage.accepted} of {usage.drafted} drafted bytes accepted, "
+                f"{usage.bytes_read / 1e6:.1f} MB read",
+                style="dim",
+            )
 
 
 def _parse_unmask(text: str | None) -> Unmask | None:

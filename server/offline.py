@@ -1,11 +1,11 @@
 """Generation without a server: the engine in this process, as `fastblt generate` runs it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
-from engine.types import DecoderName, Delta, Failed, Finished, Request, SamplingParams
+from engine.types import DecoderName, Delta, Failed, Finished, Request, SamplingParams, Trace
 
 from .generation import fastblt_usage
 
@@ -16,6 +16,8 @@ class Piece:
 
     index: int
     data: bytes
+    ids: list[int] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
     end: Finished | Failed | None = None
 
 
@@ -29,6 +31,7 @@ def generate(
     ignore_eos: bool,
     decoder: DecoderName,
     options: dict[str, Any],
+    trace: bool = False,
 ) -> Iterator[Piece]:
     """Continues all prompts as one batch. Raises what loading raises: CheckpointError, ValueError, RuntimeError."""
     from engine.engine import Engine  # torch takes seconds to import, which --help should not
@@ -44,6 +47,7 @@ def generate(
                 stop=stop,
                 ignore_eos=ignore_eos,
                 decoder=decoder,
+                trace=trace,
                 **options,
             )
         )
@@ -51,11 +55,11 @@ def generate(
         for event in engine.step():
             match event:
                 case Delta(id=name, text=text):
-                    yield Piece(int(name), text)
+                    yield Piece(int(name), text, event.ids, event.traces)
                 case Finished(id=name, text=text):
-                    yield Piece(int(name), text, event)
+                    yield Piece(int(name), text, end=event)
                 case Failed(id=name):
-                    yield Piece(int(name), b"", event)
+                    yield Piece(int(name), b"", end=event)
 
 
 def result(data: bytes, end: Finished | Failed, decoder: DecoderName) -> dict[str, Any]:

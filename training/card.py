@@ -8,6 +8,7 @@ import torch
 from engine.config import ModelConfig
 
 from .corpus import HELD_OUT_ONE_IN, Corpus
+from .decoding import BEGIN, END
 from .evaluate import PROMPTS, Evaluation
 from .state import PATCHER, State
 
@@ -55,9 +56,17 @@ under this project's licence, Apache-2.0; text that the model repeats from its d
 `make train` trains it anew. A run bounded by minutes sees more or less text according to the machine, so figures
 differ.
 
+## Decoders
+
+{BEGIN}
+
+Not measured yet: `fastblt eval --model models/nano --write`.
+
+{END}
+
 ## Limits
 
-* Trained for minutes: it has seen the equivalent of {state.phases["model"].bytes / training.num_bytes:.0%} of its
+* It has seen the equivalent of {state.phases["model"].bytes / training.num_bytes:.0%} of its
   training data. Names and calls look right more often than they are; greedy text soon repeats itself.
 * Python only. Prose, other languages and other bytes are continued badly.
 * Rows were at most {state.settings.lengths[-1][1]} bytes long. More context than that works but is not what it learnt.

@@ -3,7 +3,7 @@
 Two ways of looking, because greedy text repeats itself and flatters every draft:
 
 * along its own text: every prompt is continued, and the requests' own accounting is added up;
-* one round from each of many prefixes of real text: a decoder makes its round, it is counted, and the real text goes on.
+* one round from each of many prefixes of real text: the round is counted, then the real text goes on.
 """
 
 import json
@@ -108,14 +108,14 @@ class Walk:
         end = len(sequence.ids)
         if end > self._stride and sequence.remaining == 1 and sequence.num_computed:
             outcome: Committed = yield from self._inner.round(sequence, room)
-            if sequence.request.decoder == "blt-d":
+            if sequence.request.decoder == "blt-d" and outcome.drafted:
                 # Nobody has checked the block yet.
                 checked = verified(sequence, outcome.ids, (yield Call(drafts=outcome.ids)))
-                outcome = Committed(checked.ids[:-1], [], len(outcome.ids), checked.accepted)
-            self.rounds += 1
+                outcome = Committed(checked.ids[:-1], [], outcome.ids, checked.accepted)
+            self.rounds += outcome.drafted > 0
             self.drafted += outcome.drafted
             self.accepted += outcome.accepted
-            self.committed += len(outcome.ids)
+            self.committed += len(outcome.ids) if outcome.drafted else 0
         real = list(self._text[end : end + self._stride])
         yield Call(drafts=real[:-1])
         return Committed(real, [])
@@ -157,8 +157,8 @@ def measure(path: Path, texts: Sequence[bytes], num_prompts: int, num_bytes: int
 
 def table(result: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
-    head = ["", "acceptance", "bytes a round", "decoder calls a byte", "global calls a byte", "GB a kB, paper's formula",
-            "GB a kB, read", "as BLT", "real prefixes: acceptance", "bytes a round"]  # fmt: skip
+    head = ["", "acceptance", "bytes a round", "decoder calls a byte", "global calls a byte",
+            "GB a kB, formula", "GB a kB, read", "as BLT", "real prefixes: acceptance", "bytes a round"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for row in result["rows"]:
         lines.append([
@@ -171,27 +171,19 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], picture: Path) -> None:
-    """Agreement with BLT against bytes read, a point per setting; the line joins those that nothing beats."""
-    figure, axes = plt.subplots(figsize=(8.5, 5), dpi=120)
-    points = [(row["read"], 100 * row["agreement"], row["name"], row["decoder"]) for row in result["rows"]]
-    for decoder, colour in (("blt", "black"), ("blt-s", "C0"), ("blt-dv", "C2"), ("blt-d", "C3"), ("auto", "C4")):
-        own = [point for point in points if point[3] == decoder]
-        axes.scatter([p[0] for p in own], [p[1] for p in own], color=colour, label=decoder, zorder=3)
-    best = sorted(p for p in points if not any(q[0] <= p[0] and q[1] >= p[1] and q[:2] != p[:2] for q in points))
+    """Agreement with BLT against bytes read, a numbered point per setting; a line joins those that nothing beats."""
+    figure, axes = plt.subplots(figsize=(9.5, 5), dpi=120)
+    colours = {"blt": "black", "blt-s": "C0", "blt-dv": "C2", "blt-d": "C3", "auto": "C4"}
+    points = [(row["read"], 100 * row["agreement"]) for row in result["rows"]]
+    best = sorted(p for p in points if not any(q[0] <= p[0] and q[1] >= p[1] and q != p for q in points))
     axes.plot([p[0] for p in best], [p[1] for p in best], color="grey", lw=1, zorder=1)
-    for read, share, name, decoder in points:
-        if decoder == "blt-d":
-            axes.annotate(
-                name.removeprefix("BLT-"), (read, share), fontsize=7, xytext=(4, 3), textcoords="offset points"
-            )
-    exact = sorted((p for p in points if p[1] == 100), key=lambda p: p[0])
-    for i, (read, share, name, _) in enumerate(exact):
-        axes.annotate(name, (read, share), fontsize=7, rotation=60, xytext=(0, 6 + 0 * i), textcoords="offset points")
-    axes.set(xlabel="GB read per kB of text (float32)", ylabel="bytes as BLT writes them, %")
-    axes.set_ylim(0, 140)
-    axes.set_yticks(range(0, 101, 20))
+    for number, (row, point) in enumerate(zip(result["rows"], points, strict=True), 1):
+        axes.scatter(*point, color=colours[row["decoder"]], label=f"{number}  {row['name']}", zorder=3)
+        above = 6 + 9 * (number % 3)
+        axes.annotate(str(number), point, fontsize=7, ha="center", xytext=(0, above), textcoords="offset points")
+    axes.set(xlabel="GB read per kB of text (float32)", ylabel="bytes as BLT writes them, %", ylim=(0, 115))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
     figure.tight_layout()
     figure.savefig(picture, metadata={"Software": None})
     plt.close(figure)
@@ -211,9 +203,12 @@ def section(result: dict[str, Any]) -> str:
     """What a model card says of the decoders."""
     rounds = next((row["real_rounds"] for row in result["rows"] if row["real_rounds"]), 0)
     return f"""\
-{result["prompts"]} held-out prompts of {result["prompt_bytes"]} bytes, {result["bytes"]} greedy bytes behind each, {result["dtype"]}; and one round
-from each of {rounds:,} prefixes of held-out text. GB a kB: gigabytes read per 1,000 bytes of text at batch 1... for the
-formula; as shared in the batch that was run, for what was read. `fastblt eval` measures it again.
+{result["prompts"]} held-out prompts of {result["prompt_bytes"]} bytes, {result["bytes"]} greedy bytes behind each, one
+request at a time in {result["dtype"]}; and one round from each of {rounds:,} prefixes of held-out text. GB a kB:
+gigabytes per 1,000 bytes of text, by the paper's formula and as really read, patcher and K/V included. "As BLT": bytes
+that equal BLT's at the same place. Real prefixes: the share of drafted bytes that BLT would have written, and the bytes
+that a round commits (BLT-D: the bytes of a block up to the first that BLT would not have written).
+`fastblt eval --model models/nano` measures it again.
 
 {table(result)}
 

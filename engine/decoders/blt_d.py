@@ -35,13 +35,14 @@ class Diffusion:
         start, size = len(sequence.ids), self._block_size
         block = [mask] * size
         scores: list[TokenLogprob | None] = [None] * size
-        first = True
+        passes = [0] * size
+        number = 0
         while mask in block:
-            result = yield Call(runs_clean=first, wants=False, start=start, block=tuple(block), closes=True)
+            result = yield Call(runs_clean=number == 0, wants=False, start=start, block=tuple(block), closes=True)
             masked = [place for place, byte in enumerate(block) if byte == mask]
             for place in unmasked(self._rule, masked, result.confidence, result.entropy):
-                block[place] = result.cells[place]
+                block[place], passes[place] = result.cells[place], number
                 if result.cell_scores:
                     scores[place] = result.cell_scores[place]
-            first = False
-        return Committed(block, [score for score in scores if score], drafted=size, accepted=size)
+            number += 1
+        return Committed(block, [score for score in scores if score], block, size, passes)

@@ -31,6 +31,8 @@ class Verified(blt.Autoregressive):
             return (yield from super().round(sequence, room))
         mask = sequence.mask_id
         block = [mask] * size
+        passes = [0] * size
+        number = 0
         causal = sequence.ids[-1:]
         while mask in block:
             result = yield Call(
@@ -38,10 +40,11 @@ class Verified(blt.Autoregressive):
             )
             masked = [place for place, byte in enumerate(block) if byte == mask]
             for place in unmasked(self._rule, masked, result.confidence, result.entropy):
-                block[place] = result.cells[place]
+                block[place], passes[place] = result.cells[place], number
             if causal:
-                block[0] = result.after[0]
+                block[0], passes[0] = result.after[0], 0
                 causal = []
+            number += 1
         # The row before the block has been decoded as blt would have.
         decoded = 0 if sequence.request.logprobs is not None else end
-        return verified(sequence, block, (yield Call(drafts=block, decoded=decoded)))
+        return verified(sequence, block, (yield Call(drafts=block, decoded=decoded)), passes)

@@ -62,12 +62,21 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The outcome of a round: the ids that follow, and how many of the `drafted` ones among them were right."""
+    """The outcome of a round: the ids that follow.
+
+    drafts: what was drafted, or decoded as a block; accepted: how many of these, from the first on, are among `ids`.
+    passes: of a block, in which pass each cell was settled, from 0 on.
+    """
 
     ids: list[int]
     scores: list[TokenLogprob]
-    drafted: int = 0
+    drafts: Sequence[int] = ()
     accepted: int = 0
+    passes: Sequence[int] = ()
+
+    @property
+    def drafted(self) -> int:
+        return len(self.drafts)
 
 
 Round = Generator[Call, Result, Committed]
@@ -81,7 +90,9 @@ class Decoder(Protocol):
         ...
 
 
-def verified(sequence: "EngineSequence", drafts: Sequence[int], result: Result) -> Committed:
+def verified(
+    sequence: "EngineSequence", drafts: Sequence[int], result: Result, passes: Sequence[int] = ()
+) -> Committed:
     """The drafts up to the first that is not what the model gives, then the model's own byte (Fast BLT, Verify).
 
     Rows before `result.first` were exact when they drafted, so the bytes behind them stand.
@@ -92,4 +103,4 @@ def verified(sequence: "EngineSequence", drafts: Sequence[int], result: Result) 
     while right < len(drafts) and drafts[right] == result.after[right - unchecked]:
         right += 1
     ids = [*drafts[:right], result.after[right - unchecked]]
-    return Committed(ids, result.after_scores[: len(ids)], len(drafts), right)
+    return Committed(ids, result.after_scores[: len(ids)], drafts, right, passes)

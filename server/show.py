@@ -1,0 +1,89 @@
+"""Decoding as a picture in the terminal: patches, drafts and the order in which blocks are unmasked, as colours."""
+
+from collections.abc import Iterator
+
+from rich.style import Style
+from rich.text import Text
+
+from engine.config import BYTE_OFFSET
+from engine.types import Trace
+
+from .text import Utf8Stream
+
+PATCHES = ("grey15", "grey30")
+"""Backgrounds, in turn."""
+OWN, ACCEPTED, REJECTED = "white", "green3", "red3"
+PASSES = ("green1", "chartreuse3", "yellow3", "orange1", "dark_orange3", "deep_pink3", "medium_purple2", "slate_blue1")
+"""Of a block's bytes, by the pass that settled them; the last stands for all later ones."""
+
+
+def legend() -> Text:
+    text = Text("next byte ", style=OWN)
+    text.append("draft accepted ", style=ACCEPTED)
+    text.append("draft rejected", style=Style(color=REJECTED, strike=True))
+    text.append(" block, by pass: ", style=OWN)
+    for number, colour in enumerate(PASSES, 1):
+        text.append(f"{number} ", style=colour)
+    return text.append("background: patches\n", style=OWN)
+
+
+class Show:
+    """Takes the ids of one output with their traces, in order, and gives what to print."""
+
+    def __init__(self) -> None:
+        self._starts: set[int] = set()
+        self._waiting: list[tuple[int, str]] = []
+        self._rejected: dict[int, list[int]] = {}
+        self._place = 0
+        self._patch = 0
+        self._utf8 = Utf8Stream()
+
+    def feed(self, ids: list[int], traces: list[Trace]) -> Text:
+        """What is certain by now: whether a byte starts a patch is known a round after it came."""
+        at = 0
+        for trace in traces:
+            own = ids[at : at + trace.num_ids]
+            first = self._place + len(self._waiting)
+            for place, token in enumerate(own):
+                self._waiting.append((token, _colour(trace, place)))
+            if trace.accepted < len(own) and trace.accepted < len(trace.drafts):
+                self._rejected[first + trace.accepted] = trace.drafts[trace.accepted :]
+            self._starts |= set(trace.patch_starts)
+            at += trace.num_ids
+        return self._print(max(self._starts, default=0))
+
+    def finish(self) -> Text:
+        text = self._print(self._place + len(self._waiting))
+        return text.append(self._utf8.finish())
+
+    def _print(self, end: int) -> Text:
+        text = Text()
+        while self._waiting and self._place < end:
+            token, colour = self._waiting.pop(0)
+            if self._place in self._starts:
+                self._patch += 1
+                self._starts.discard(self._place)
+            background = PATCHES[self._patch % len(PATCHES)]
+            rejected = self._rejected.pop(self._place, [])
+            if rejected:
+                wrong = bytes(token - BYTE_OFFSET for token in rejected if token >= BYTE_OFFSET)
+                style = Style(color=REJECTED, bgcolor=background, strike=True)
+                text.append("".join(_visible(wrong.decode(errors="replace"))), style=style)
+            shown = self._utf8.feed(bytes((token - BYTE_OFFSET,))) if token >= BYTE_OFFSET else f"<{token}>"
+            text.append(shown, style=Style(color=colour, bgcolor=background))
+            self._place += 1
+        return text
+
+
+def _colour(trace: Trace, place: int) -> str:
+    if place >= trace.accepted:
+        return OWN
+    if not trace.passes:
+        return ACCEPTED
+    return PASSES[min(trace.passes[place], len(PASSES) - 1)]
+
+
+def _visible(text: str) -> Iterator[str]:
+    """A rejected line break would break the line."""
+    for character in text:
+        yield "↵" if character == "\n" else character if character.isprintable() else "·"
