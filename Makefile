@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 PY := .venv/bin/python
 
-.PHONY: help serve test lint test-slow install train bench-growth clean
+.PHONY: help serve test lint test-slow install train bench-growth bench-decoders clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -39,6 +39,9 @@ train: .venv/.dev  ## train models/nano anew; ARGS="--minutes 60", ARGS=--resume
 
 bench-growth: .venv/.dev  ## time per byte against context length, ours and Hugging Face's
 	$(PY) -m benchmarks.growth $(ARGS)
+
+bench-decoders: .venv/.dev  ## speed of the decoders against blt on models/nano
+	$(PY) -m benchmarks.decoders $(ARGS)
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

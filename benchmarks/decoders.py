@@ -1,7 +1,7 @@
 """Speed of the decoders against blt: same prompts, same engine, taking turns, a ratio per pair.
 
-Prompts of three kinds, very differently predictable for models/nano: code like what it learnt from, English prose, random
-bytes. What is written is compared too: exact decoders must write blt's bytes.
+Prompts of three kinds, very differently predictable for models/nano: code like what it learnt from, English prose,
+random bytes. What is written is compared too: exact decoders must write blt's bytes.
 """
 
 import argparse

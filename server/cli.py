@@ -222,6 +222,7 @@ def evaluate(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to continue with every setting.")] = 100,
     max_tokens: Annotated[int, typer.Option(min=1, help="Bytes behind each prompt.")] = 64,
     prefixes: Annotated[int, typer.Option(min=1, help="Prefixes of real text to make one round from.")] = 2000,
+    dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
     write: Annotated[
         bool,
         typer.Option("--write", help="Leave decoders.json, decoders.png and the card's table in the folder."),
@@ -233,7 +234,7 @@ def evaluate(
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
         # Of the standard library, the files that models/nano did not learn from.
         texts = [path.read_bytes() for path in text] if text else corpus.standard_library()[1].texts
-        result = decoding.measure(model, texts, prompts, max_tokens, prefixes)
+        result = decoding.measure(model, texts, prompts, max_tokens, prefixes, dtype)
         if write:
             decoding.write(result, model)
         typer.echo(decoding.table(result))

@@ -1,0 +1,103 @@
+"""What `fastblt eval` and `fastblt generate --show` tell about decoding."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from engine.config import BYTE_OFFSET
+from engine.types import Delta, Request, SamplingParams, Trace
+from server.show import Show
+from tests.engines import make_engine, run
+from tests.models import text
+from training import decoding
+
+NANO = Path(__file__).parents[1] / "models" / "nano"
+OWN_SOURCE = Path(__file__).parents[1] / "engine" / "engine.py"
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, object]:
+    return decoding.measure(NANO, [OWN_SOURCE.read_bytes()], num_prompts=2, num_bytes=24, num_prefixes=60)
+
+
+def test_figures_of_exact_decoders_agree_with_blt_and_with_each_other(result: dict[str, object]) -> None:
+    rows = {row["name"]: row for row in result["rows"]}  # type: ignore[attr-defined]
+    for row in rows.values():
+        if row["decoder"] != "blt-d":
+            assert row["agreement"] == row["same_prompts"] == 1
+        if row["real_rounds"] and "finished" not in row["name"]:
+            assert row["real_rounds"] >= 60
+            assert 0 < row["real_acceptance"] <= 1
+    assert rows["BLT"]["decoder_calls"] == 1
+    for k in (4, 8, 16):
+        assert 1 <= rows[f"BLT-S k={k}"]["real_bytes_per_round"] <= k + 1
+    assert 1 <= rows["BLT-DV-8 one step"]["real_bytes_per_round"] <= 9
+    assert rows["BLT-D-8 conf 0.7"]["global_calls"] <= 1 / 8
+
+
+def test_the_card_gets_the_table_and_keeps_the_rest(result: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"# before\n\n{decoding.BEGIN}\nold\n{decoding.END}\n\n# behind\n")
+    for _ in range(2):
+        decoding.write(result, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("# before") and card.endswith("# behind\n")
+    assert card.count(decoding.table(result)) == 1 and "old" not in card
+    assert json.loads((tmp_path / "decoders.json").read_text()) == result
+    assert (tmp_path / "decoders.png").stat().st_size > 10_000
+
+
+def test_the_embedded_models_card_shows_what_was_measured() -> None:
+    measured = json.loads((NANO / "decoders.json").read_text())
+    assert decoding.table(measured) in (NANO / "README.md").read_text()
+
+
+def rendered(parts: list[object]) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=10_000, color_system=None, soft_wrap=True)
+    for part in parts:
+        console.print(part, end="")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("decoder", ["blt", "blt-s", "blt-d", "blt-dv", "auto"])
+def test_traces_add_up_to_the_text(decoder: str) -> None:
+    engine = make_engine(NANO)
+    sampling = SamplingParams(temperature=0.9, seed=2)
+    prompt = text(40, 1, specials=False)
+    request = Request(id="a", prompt_ids=prompt, max_tokens=70, sampling=sampling, decoder=decoder, trace=True)  # type: ignore[arg-type]
+    engine.add(request)
+    ids: list[int] = []
+    traces: list[Trace] = []
+    show, parts = Show(), []
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, Delta):
+                parts.append(show.feed(event.ids, event.traces))
+                ids += event.ids
+                traces += event.traces
+    parts.append(show.finish())
+    assert sum(trace.num_ids for trace in traces) == len(ids)
+    at = 0
+    for trace in traces:
+        kept = min(trace.accepted, trace.num_ids)
+        assert trace.drafts[:kept] == ids[at : at + kept]
+        assert not trace.passes or len(trace.passes) == len(trace.drafts)
+        at += trace.num_ids
+    starts = [start for trace in traces for start in trace.patch_starts]
+    assert starts == sorted(set(starts)) and starts[-1] > 50
+    again = run(engine, [Request(id="b", prompt_ids=prompt, max_tokens=70, sampling=sampling, decoder=decoder)])["b"]  # type: ignore[arg-type]
+    assert again.ids == ids
+    if not any(trace.accepted < len(trace.drafts) for trace in traces):
+        data = bytes(token - BYTE_OFFSET for token in ids if token >= BYTE_OFFSET)
+        assert rendered(list(parts)).replace("\n", "") == data.decode(errors="replace").replace("\n", "")
+
+
+def test_a_rejected_draft_is_shown_where_it_was_rejected() -> None:
+    show = Show()
+    ids = [byte + BYTE_OFFSET for byte in b"abX"]
+    drafts = [byte + BYTE_OFFSET for byte in b"abcd"]
+    part = show.feed(ids, [Trace(num_ids=3, drafts=drafts, accepted=2, patch_starts=[0])])
+    assert rendered([part, show.finish()]) == "abcdX"
