@@ -57,7 +57,11 @@ async def test_the_async_client_says_the_same(tiny_server: str) -> None:
     with Client(tiny_server) as client:
         models, whole = client.models(), client.complete("x", **fields)
     async with AsyncClient(tiny_server) as client:
-        assert await client.models() == models == ["tiny", "tiny:blt"]
+        assert (
+            await client.models()
+            == models
+            == ["tiny", *(f"tiny:{name}" for name in ("blt", "blt-s", "blt-d", "blt-dv", "auto"))]
+        )
         assert (await client.complete("x", **fields)).choices == whole.choices
         pieces = [event.choices[0].data async for event in client.stream("x", **fields) if event.choices]
     assert b"".join(pieces) == whole.choices[0].data
@@ -70,8 +74,8 @@ def test_errors_have_their_types(tiny_server: str) -> None:
             client.complete("x", model="none")
         assert (caught.value.status, caught.value.code) == (404, "model_not_found")
         with pytest.raises(ApiError) as caught:
-            list(client.stream("x", decoder="blt-d"))
-        assert (caught.value.status, caught.value.param) == (400, "decoder")
+            list(client.stream("x", decoder="blt-d", block_size=99))
+        assert (caught.value.status, caught.value.param) == (400, "block_size")
 
 
 def test_bytes_are_not_guessed_from_text(tiny_server: str) -> None:

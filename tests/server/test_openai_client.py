@@ -61,7 +61,10 @@ def test_a_stream_adds_up_to_the_response_without_streaming(api: openai.OpenAI, 
 
 
 def test_models(api: openai.OpenAI) -> None:
-    assert [model.id for model in api.models.list()] == ["tiny", "tiny:blt"]
+    assert [model.id for model in api.models.list()] == [
+        "tiny",
+        *(f"tiny:{name}" for name in ("blt", "blt-s", "blt-d", "blt-dv", "auto")),
+    ]
     assert api.models.retrieve("tiny:blt").id == "tiny:blt"
     asked = {"prompt": "a", "temperature": 0, "max_tokens": 8}
     alias, plain = (api.completions.create(model=name, **asked) for name in ("tiny:blt", "tiny"))
