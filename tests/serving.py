@@ -14,6 +14,8 @@ import httpx
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 60
+TINY_NAMES = ["tiny", "tiny:blt", "tiny:blt-s", "tiny:blt-d", "tiny:blt-dv", "tiny:auto"]
+"""What a server offers of the preset."""
 
 
 class RunningServer(NamedTuple):

@@ -44,7 +44,6 @@ BAD: dict[str, tuple[bytes | dict[str, Any], int, str | None]] = {
     "an unknown model": (FINE | {"model": "nope"}, 404, "model"),
     "no model": ({"prompt": "a"}, 400, "model"),
     "an unknown decoder": (FINE | {"decoder": "beam"}, 400, "decoder"),
-    "an unknown decoder": (FINE | {"decoder": "blt-x"}, 400, "decoder"),
     "an option of another decoder": (FINE | {"draft_length": 4}, 400, "draft_length"),
     "a block longer than trained": (FINE | {"decoder": "blt-d", "block_size": 9}, 400, "block_size"),
     "a suffix": (FINE | {"suffix": "x"}, 400, "suffix"),
