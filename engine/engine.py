@@ -3,23 +3,21 @@
 import logging
 import time
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterator, Mapping
 from itertools import count
 
-import msgspec
 import torch
 from torch import Tensor
 
 from . import checkpoint
 from .accounting import Cost, PaperFormula, StageBytes
 from .caches import Caches
-from .config import BOE_ID, BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID, EngineConfig, ModelConfig, ModelLimits
+from .choosing import results_of
+from .config import BYTE_OFFSET, EOS_ID, EngineConfig, ModelConfig, ModelLimits
 from .costs import StageCosts
 from .decoders import Call, Committed, Decoder, Experience, Result, make_decoder
 from .model import Model, find_row_floors
 from .runner import Runner, Work
-from .sampling import choose, draw, logprobs_of
+from .sampling import logprobs_of
 from .scheduler import Part, Scheduler
 from .sequence import Sequence
 from .types import (
@@ -32,16 +30,12 @@ from .types import (
     FinishReason,
     PoolStats,
     Request,
-    SamplingParams,
     Snapshot,
     TokenLogprob,
     Trace,
 )
 
 log = logging.getLogger("fastblt.engine")
-
-BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
-"""Ids that a block's cell never becomes."""
 
 
 class Engine:
@@ -202,9 +196,12 @@ class Engine:
         batch = [self._work(part) for part in parts]
         logits = self.runner.run(batch)
         self._steps += 1
-        own = [part.call is not None for part in parts]
-        results = self._choose(batch, own, logits)
-        for part, w, result in zip(parts, batch, results, strict=True):
+        at = 0
+        for w in batch:
+            if w.sequence.request.prompt_logprobs:
+                self._score_prompt(w, logits[at : at + w.end - w.logits_from])
+            at += w.num_wanted
+        for part, w, result in zip(parts, batch, results_of(batch, logits), strict=True):
             self._advance(part, w, result)
         stages = sum(self.runner.counts.seconds.values()) - stages_before
         rows = sum(w.num_clean + w.call.num_cells for w in batch)
@@ -272,109 +269,6 @@ class Engine:
             scored += logprobs_of(logits[first - w.start : last - w.start], chosen, sequence.request.logprobs or 0)
         if len(scored) == sequence.num_prompt:
             self._events.append(Delta(id=sequence.request.id, prompt_logprobs=list(scored)))
-
-    def _choose(self, batch: list[Work], own: list[bool], logits: Tensor) -> list[Result | None]:
-        """Chooses behind every wanted row of the works that are a round's `own`; None for the others."""
-        results: list[Result | None] = []
-        drawn = self._draw(batch, own, logits)
-        at = 0
-        for w, is_own in zip(batch, own, strict=True):
-            if w.sequence.request.prompt_logprobs:
-                self._score_prompt(w, logits[at : at + w.end - w.logits_from])
-            results.append(next(drawn) if is_own else None)
-            at += w.num_wanted
-        return results
-
-    def _draw(self, batch: list[Work], own: list[bool], logits: Tensor) -> Iterator[Result]:
-        rows: list[int] = []
-        params: list[SamplingParams] = []
-        counts: list[Mapping[int, int]] = []
-        uniforms: list[float] = []
-        block_rows: list[int] = []
-        layout: list[tuple[Work, int, int]] = []
-        at = 0
-        for w, is_own in zip(batch, own, strict=True):
-            first = w.logits_from
-            if is_own and not w.call.drafts and first < w.end:
-                # Rows before the last were wanted for scores of the prompt.
-                first = w.end - 1 if w.call.wants else w.end
-            if is_own:
-                begin = at + first - w.logits_from
-                end = at + w.num_wanted
-                num_after = w.end - first + len(w.call.causal)
-                rows += range(begin, end)
-                block_rows += range(len(rows) - len(w.call.block), len(rows))
-                layout.append((w, first, num_after))
-                self._add_draws(w, first, num_after, params, counts, uniforms)
-            at += w.num_wanted
-        if not rows:
-            yield from (Result() for _ in layout)
-            return
-        wanted = logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)]
-        confidence, entropy = {}, {}
-        if block_rows:
-            cells = torch.tensor(block_rows, device=logits.device)
-            masked = wanted[cells]
-            masked[:, BLOCK_SPECIALS] = -torch.inf
-            wanted = wanted.index_copy(0, cells, masked)
-            p = masked.softmax(-1)
-            confidence = dict(zip(block_rows, p.amax(-1).tolist(), strict=True))
-            entropy = dict(zip(block_rows, torch.special.entr(p).sum(-1).tolist(), strict=True))
-        chosen = choose(wanted, params, counts, uniforms).tolist()
-        at = 0
-        for w, first, num_after in layout:
-            behind = at + num_after
-            end = behind + len(w.call.block)
-            scores: list[TokenLogprob] = []
-            if w.sequence.request.logprobs is not None:
-                scores = logprobs_of(wanted[at:end], chosen[at:end], w.sequence.request.logprobs)
-            yield Result(
-                first,
-                chosen[at:behind],
-                chosen[behind:end],
-                [confidence[row] for row in range(behind, end)],
-                [entropy[row] for row in range(behind, end)],
-                scores[:num_after],
-                scores[num_after:],
-            )
-            at = end
-
-    def _add_draws(
-        self,
-        w: Work,
-        first: int,
-        num_after: int,
-        params: list[SamplingParams],
-        counts: list[Mapping[int, int]],
-        uniforms: list[float],
-    ) -> None:
-        """How each wanted row of a work is drawn: as blt would draw at that place of the text, behind that text."""
-        sequence, call, request = w.sequence, w.call, w.sequence.request
-        sampling, num_block = request.sampling, len(w.call.block)
-        penalised = sampling.presence_penalty or sampling.frequency_penalty
-        committed = len(sequence.ids) - (len(call.drafts) if call.runs_clean else 0)
-        text = [*sequence.ids[committed:], *(() if call.runs_clean else call.drafts), *call.causal]
-        places = [*range(first, w.end), *range(call.start, call.start + len(call.causal))]
-        assert len(places) == num_after
-        # The byte of a cell stands where the cell is; the byte behind a row, one further.
-        places = [place + 1 for place in places]
-        places += range(call.start + len(call.causal), call.start + call.num_cells)
-        if sampling.temperature > 0:
-            uniforms += [draw(sampling.seed, request.sample_index, place - sequence.num_prompt) for place in places]
-        else:
-            uniforms += [0.0] * len(places)
-        if not penalised:
-            counts += [sequence.counts] * len(places)
-        else:
-            for place in places:
-                ahead = Counter(sequence.counts)
-                ahead.update(text[: max(place - committed, 0)])
-                counts.append(ahead)
-        params += [sampling] * num_after
-        if num_block:
-            top_p = request.unmask.top_p if request.unmask else None
-            cells = sampling if top_p is None else msgspec.structs.replace(sampling, top_p=top_p)
-            params += [cells] * num_block
 
     def _commit(self, sequence: Sequence, outcome: Committed) -> None:
         """Appends generated ids up to where the request must end, and says so."""
