@@ -21,8 +21,8 @@ from .config import EngineConfig, ModelConfig, StackConfig
 from .pages import BlockTable, PagePool
 from .types import MAX_DRAFT
 
-LONGEST_CALL = 2 * MAX_DRAFT + 2
-"""Most rows that one round runs in one step: the last block and the next, or a draft."""
+LONGEST_DRAFT = MAX_DRAFT + 2
+"""Most rows of a draft and its verification. A block comes with the clean rows of the one before it."""
 LATENTS_KEPT = 2
 """The current latent and the one before it."""
 
@@ -141,7 +141,7 @@ class Caches:
 
     def _count_pages(self, config: ModelConfig, engine: EngineConfig, max_length: int) -> dict[str, int]:
         """Pages per pool, the scratch page included."""
-        chunk = max(engine.max_step_rows, LONGEST_CALL)
+        chunk = max(engine.max_step_rows, LONGEST_DRAFT, 2 * (config.block_size or 0))
         fits = 0
         for sequences in range(1, engine.max_sequences + 1):
             counts = self._pages_for(sequences, min(self.TYPICAL_BYTES, max_length), chunk)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import BOE_ID, BOS_ID, PAD_ID
-from .decoders import Result
+from .decoders import Call, Result
 from .runner import Work
 from .sampling import choose, draw, logprobs_of
 from .types import SamplingParams
@@ -28,26 +28,29 @@ class _Draws:
     block's cells. `first`: position of the first clean row among them."""
 
     work: Work
+    call: Call
     begin: int
     end: int
     first: int
 
     @classmethod
-    def of(cls, w: Work, at: int) -> "_Draws":
-        """`at`: the first of the work's rows in the step's logits."""
+    def of(cls, w: Work, at: int) -> "_Draws | None":
+        """`at`: the first of the work's rows in the step's logits. None if it has no call."""
+        if w.call is None:
+            return None
         first = w.logits_from
         if not w.call.drafts and first < w.end:
             # Earlier rows are wanted for the scores of a prompt.
             first = w.end - 1 if w.call.wants else w.end
-        return cls(w, at + first - w.logits_from, at + w.num_wanted, first)
+        return cls(w, w.call, at + first - w.logits_from, at + w.num_wanted, first)
 
     @property
     def num_block(self) -> int:
-        return len(self.work.call.block)
+        return len(self.call.block)
 
     def places(self) -> list[int]:
         """Where in the text each row's byte stands: a cell's own where the cell is, any other row's one further."""
-        call = self.work.call
+        call = self.call
         rows = [*range(self.first, self.work.end), *range(call.start, call.start + len(call.causal))]
         block = call.start + len(call.causal)
         return [*(row + 1 for row in rows), *range(block, block + self.num_block)]
@@ -67,7 +70,7 @@ class _Draws:
 
     def counts(self, places: Sequence[int]) -> list[Mapping[int, int]]:
         """Generated ids before each place: the committed ones, and those drafted so far, as far as they are known."""
-        sequence, call, sampling = self.work.sequence, self.work.call, self.work.sequence.request.sampling
+        sequence, call, sampling = self.work.sequence, self.call, self.work.sequence.request.sampling
         if not (sampling.presence_penalty or sampling.frequency_penalty):
             return [sequence.counts] * len(places)
         committed = len(sequence.ids) - (len(call.drafts) if call.runs_clean else 0)
@@ -85,7 +88,7 @@ def results_of(batch: Sequence[Work], logits: Tensor) -> list[Result | None]:
     all_draws: list[_Draws | None] = []
     at = 0
     for w in batch:
-        all_draws.append(_Draws.of(w, at) if w.generates else None)
+        all_draws.append(_Draws.of(w, at))
         at += w.num_wanted
     draws = [d for d in all_draws if d is not None]
     rows = [row for d in draws for row in range(d.begin, d.end)]

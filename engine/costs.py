@@ -45,7 +45,9 @@ class StageCosts:
     MOST_ROWS = 64
     """Calls over more rows say nothing of rounds."""
 
-    def __init__(self) -> None:
+    def __init__(self, drafts_encode: bool) -> None:
+        """drafts_encode: whether a drafted row goes through the encoder too."""
+        self._drafts_encode = drafts_encode
         self._stages: dict[str, Line] = {}
         self._step = Line()
 
@@ -62,7 +64,8 @@ class StageCosts:
         return self.verify(1, 1, patch)
 
     def draft(self, passes: int, rows: int) -> float:
-        return passes * (self._at("decoder", rows) + self._step.at(rows))
+        encoding = self._at("encoder", rows) if self._drafts_encode else 0.0
+        return passes * (self._at("decoder", rows) + encoding + self._step.at(rows))
 
     def verify(self, rows: int, decoded: int, patch: float) -> float:
         closing = rows / patch

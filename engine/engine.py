@@ -14,7 +14,7 @@ from .caches import Caches
 from .choosing import results_of
 from .config import BYTE_OFFSET, EOS_ID, EngineConfig, ModelConfig, ModelLimits
 from .costs import StageCosts
-from .decoders import Call, Committed, Decoder, Experience, Result, make_decoder
+from .decoders import Committed, Decoder, Experience, Result, make_decoder
 from .model import Model, find_row_floors
 from .runner import Runner, Work
 from .sampling import logprobs_of
@@ -65,7 +65,7 @@ class Engine:
             isolate=isolate,
             device=device,
             stage_bytes=StageBytes.of(loaded.config, self.caches.specs, itemsize, model.hash_itemsize),
-            costs=StageCosts(),
+            costs=StageCosts(drafts_encode=loaded.config.decoder_input == "encoder"),
         )
         parameters = checkpoint.count_parameters(loaded.config)
         self._formula = PaperFormula(
@@ -204,28 +204,22 @@ class Engine:
         for part, w, result in zip(parts, batch, results_of(batch, logits), strict=True):
             self._advance(part, w, result)
         stages = sum(self.runner.counts.seconds.values()) - stages_before
-        rows = sum(w.num_clean + w.call.num_cells for w in batch)
+        rows = sum(w.num_clean + w.num_cells for w in batch)
         self.runner.costs.saw_step(rows, time.perf_counter() - began - stages)
 
     def _work(self, part: Part) -> Work:
-        sequence, call = part.sequence, part.call or Call()
+        sequence, call = part.sequence, part.call
         start = sequence.num_computed
-        if call.runs_clean and call.drafts:
+        if call and call.runs_clean:
             sequence.extend(call.drafts)
         if sequence.request.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.num_prompt:
             logits_from = start
-        elif part.call is None or not call.wants:
+        elif call is None or not call.wants:
             logits_from = part.end
         else:
             logits_from = start if call.drafts else part.end - 1
-        return Work(
-            sequence,
-            start,
-            part.end,
-            call if part.call else Call(wants=False),
-            logits_from,
-            generates=part.call is not None,
-        )
+        counted_from = max(sequence.num_prompt - 1, sequence.patching.decided)
+        return Work(sequence, start, part.end, part.call, logits_from, counted_from)
 
     def _advance(self, part: Part, w: Work, result: Result | None) -> None:
         """What a sequence's step came to: rows computed, perhaps ids committed, perhaps its end."""
@@ -239,7 +233,7 @@ class Engine:
         if result is None:
             self.runner.settle(sequence)
             if sequence.remaining and not self.room(sequence):
-                self._fail_oversized(sequence)
+                self._outgrown(sequence)
             return
         if request.max_tokens == 0:
             self._finish(sequence, "length", sequence.stopping.flush())
@@ -318,7 +312,10 @@ class Engine:
             return text, "stop"
         return text, "length" if sequence.num_output == sequence.request.max_tokens else None
 
-    def _fail_oversized(self, sequence: Sequence) -> None:
+    def _outgrown(self, sequence: Sequence) -> None:
+        if sequence.num_output:
+            self._finish(sequence, "length", sequence.stopping.flush())
+            return
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request.id]
         limit = self.caches.max_patches
@@ -329,6 +326,8 @@ class Engine:
         request = sequence.request
         self._scheduler.remove(sequence)
         del self._sequences[request.id]
+        # Of a round that was not to end.
+        self._costs.setdefault(request.decoder, Cost()).add(sequence.cost)
         self._events.append(
             Finished(
                 id=request.id,
@@ -368,13 +367,13 @@ class Engine:
             what = "is empty" if bad is None else f"holds the id {bad}"
             return refuse("invalid", f"prompt {what}; it needs ids from 0 to {vocabulary - 1}", "prompt")
         length, limit = len(request.prompt_ids) + request.max_tokens, self.caches.max_length
-        if request.decoder == "blt-d" and request.max_tokens:
-            # Its last block may reach behind the last byte that is wanted.
-            limit -= (request.block_size or self.model_config.block_size or 1) - 1
-        if length > limit:
+        blocks = request.decoder == "blt-d" or (request.decoder == "auto" and not request.exact)
+        spare = (request.block_size or self.model_config.block_size or 1) - 1 if blocks and request.max_tokens else 0
+        if length + spare > limit:
+            behind = f", and the last block may reach {spare} behind them" if spare else ""
             return refuse(
                 "too_long",
-                f"prompt ({len(request.prompt_ids)} ids) and max_tokens ({request.max_tokens}) make {length}; "
+                f"prompt ({len(request.prompt_ids)} ids) and max_tokens ({request.max_tokens}) make {length}{behind}; "
                 f"this model and its caches hold {limit}",
                 "max_tokens",
             )

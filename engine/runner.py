@@ -45,11 +45,12 @@ class Work:
     sequence: Sequence
     start: int
     end: int
-    call: Call
+    call: Call | None
+    """None if only the rows are computed."""
     logits_from: int
+    counted_from: int = 0
+    """Rows from here on belong to generation: they are not a prompt's, nor computed for a second time."""
     decode_from: int = 0
-    generates: bool = True
-    """Whether this belongs to generation, and not to a prompt's prefill or a recomputation."""
 
     @property
     def num_clean(self) -> int:
@@ -57,11 +58,27 @@ class Work:
 
     @property
     def num_wanted(self) -> int:
-        return self.end - self.logits_from + self.call.num_cells
+        return self.end - self.logits_from + self.num_cells
+
+    @property
+    def num_cells(self) -> int:
+        return self.call.num_cells if self.call else 0
 
     @property
     def cells(self) -> list[int]:
-        return [*self.call.causal, *self.call.block]
+        return [*self.call.causal, *self.call.block] if self.call else []
+
+    @property
+    def cells_start(self) -> int:
+        return self.call.start if self.call else self.end
+
+    @property
+    def num_block(self) -> int:
+        return len(self.call.block) if self.call else 0
+
+    @property
+    def closes(self) -> bool:
+        return self.call is not None and self.call.closes
 
 
 @dataclass(slots=True)
@@ -173,7 +190,7 @@ class Runner:
     def _run_encoder(self, batch: Seq[Work]) -> Tensor | None:
         """States of the clean rows of all, and of their cells where the decoder reads them."""
         with_cells = self._config.decoder_input == "encoder"
-        rows = [w for w in batch if w.num_clean or (with_cells and w.call.num_cells)]
+        rows = [w for w in batch if w.num_clean or (with_cells and w.num_cells)]
         if not rows:
             return None
         with self._timed("encoder") as timer:
@@ -184,9 +201,11 @@ class Runner:
             for w in rows:
                 text, start, end = w.sequence.ids, w.start, w.end
                 if not w.num_clean:
-                    start, end = w.call.start, w.call.start + w.call.num_cells
-                    text = [*text, *w.call.drafts][:start] + w.cells
-                windows += ngram_windows(text, start, end, self._ngram_width)
+                    start, end = w.cells_start, w.cells_start + w.num_cells
+                    text = self._text_of_cells(w)
+                    windows += ngram_windows(text, len(text) - w.num_cells, len(text), self._ngram_width)
+                else:
+                    windows += ngram_windows(text, start, end, self._ngram_width)
                 counts.append(end - start)
                 spans.append(self._causal_span("encoder", w.sequence, start, end))
                 writes.append(Span(w.sequence.tables["open"], start, range(start, end), ()))
@@ -201,9 +220,17 @@ class Runner:
                 self._caches.open_kv,
                 self._plan("open", writes, [], padded, 0),
             )
-            starts = [w.start if w.num_clean else w.call.start for w in rows]
+            starts = [span.start for span in spans]
             self._account("encoder", rows, starts, counts, spans)
             return states
+
+    def _text_of_cells(self, w: Work) -> list[int]:
+        """A draft's cells and as much text before them as an n-gram reaches, all of it if that is less."""
+        assert w.call
+        known = len(w.sequence.ids)
+        before = max(w.call.start - self._ngram_width, 0)
+        drafts = list(w.call.drafts[max(before - known, 0) : w.call.start - known]) if w.call.start > known else []
+        return [*w.sequence.ids[before : w.call.start], *drafts, *w.cells]
 
     def _run_decoder(self, batch: Seq[Work], states: Tensor | None) -> Tensor:
         with self._timed("decoder") as timer:
@@ -263,7 +290,7 @@ class Runner:
 
     def _first_to_decode(self, w: Work) -> int:
         """Drafted rows are exact up to the first that closes a patch: it reads a latent that was not there."""
-        if w.call.decoded <= w.start:
+        if w.call is None or w.call.decoded <= w.start:
             return w.start
         starts = w.sequence.patching.starts
         closing = bisect_right(starts, w.start)
@@ -284,13 +311,12 @@ class Runner:
 
     def _decoder_span(self, w: Work, begin: int) -> Span:
         """Clean rows and causal cells see what is before them; a block's cells see the whole block too."""
-        start = begin if begin < w.end else w.call.start
-        causal_end = (w.end if begin < w.end else start) + len(w.call.causal)
-        end = causal_end + len(w.call.block)
+        start = begin if begin < w.end else w.cells_start
+        end = start + w.end - begin + w.num_cells
         span = self._causal_span("decoder", w.sequence, start, end)
-        if not w.call.block:
+        if not w.num_block:
             return span
-        return Span(span.table, start, span.first, [*range(start, causal_end), *[end - 1] * len(w.call.block)])
+        return Span(span.table, start, span.first, [*range(start, end - w.num_block), *[end - 1] * w.num_block])
 
     def _plan(
         self, cache: str, writes: list[Span], queries: list[Span], padded_rows: int, padded_queries: int
@@ -323,7 +349,7 @@ class Runner:
             begin, end = sequence.patch_of(w.start), sequence.patch_of(w.end)
             starts = sequence.patching.starts[begin : end + 1]
             self._note_documents(sequence, begin, end)
-            if w.call.closes and starts[-1] < w.end:
+            if w.closes and starts[-1] < w.end:
                 starts.append(w.end)
             if len(starts) == 1:
                 continue
@@ -384,11 +410,11 @@ class Runner:
         sequence = w.sequence
         table, size = sequence.tables["latent"], self._caches.specs["latent"].page_size
         patches = [sequence.patch_of(byte + 1) - 1 for byte in range(begin, w.end)]
-        if w.call.num_cells:
+        if w.num_cells:
             newest = sequence.patch_of(w.end) - 1
-            if w.call.closes and sequence.patching.starts[-1] < w.end:
+            if w.closes and sequence.patching.starts[-1] < w.end:
                 newest += 1
-            patches += [newest] * w.call.num_cells
+            patches += [newest] * w.num_cells
         page += [table.pages[patch // size - table.first] for patch in patches]
         offset += [patch % size for patch in patches]
 
@@ -401,7 +427,7 @@ class Runner:
     def _account(self, stage: str, works: Seq[Work], positions: Seq[int], counts: Seq[int], spans: Seq[Span]) -> None:
         """Charges a call to its sequences: a share of the weights by rows, and what each looks up itself.
 
-        Rows from `positions` on; those of a prompt before its last are nobody's generation.
+        Rows from `positions` on; those before `Work.counted_from` are nobody's generation.
         """
         total = sum(counts)
         weights, kv_row, per_row = (part[stage] for part in (self._bytes.weights, self._bytes.kv_row, self._bytes.row))
@@ -409,8 +435,8 @@ class Runner:
             looked_at = max(span.last) + 1 - min(span.first)
             read = weights * count / total + count * per_row + looked_at * kv_row
             self.counts.bytes_read[stage] += read
-            counted = count - max(0, min(count, w.sequence.num_prompt - 1 - position))
-            if w.generates and counted:
+            counted = count - max(0, min(count, w.counted_from - position))
+            if counted:
                 cost = w.sequence.cost
                 cost.rows[stage] += counted
                 cost.bytes_read += read * counted / count

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from .decoders import Call
 from .sequence import Sequence
+from .types import MAX_DRAFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,11 @@ class Pages(Protocol):
 class Scheduler:
     """Queues, row budget, admission and preemption.
 
-    A step runs a call of every sequence that is generating, then prompt chunks of running sequences, then of waiting
-    ones that it admits, until `max_step_rows` are spent. Order within each: priority, then arrival. A call is not cut
-    once the ids before it are computed, so the last one in a step may go beyond the budget. When pages run out
-    the last in that order is preempted: it gives all its pages back, waits at its old place, and is recomputed later.
-    The first in the order is never preempted by another, so there is always progress.
+    A step runs the calls of sequences that have few rows to go, as all do that generate, then prompt chunks of running
+    sequences, then of waiting ones that it admits, until `max_step_rows` are spent. Order within each: priority, then
+    arrival. A call is not cut once the ids before it are computed, so the last one in a step may go beyond the budget.
+    When pages run out the last in that order is preempted: it gives all its pages back, waits at its old place, and is
+    recomputed later. The first in the order is never preempted by another, so there is always progress.
     """
 
     def __init__(self, pages: Pages, *, max_sequences: int, max_step_rows: int) -> None:
@@ -74,11 +75,14 @@ class Scheduler:
         """The parts of the next step; their pages are reserved."""
         budget = self._max_step_rows
         step: dict[int, Part] = {}
-        for sequence in sorted(self.running, key=lambda s: (s.remaining > 1, s.order)):
+        for sequence in sorted(self.running, key=lambda s: (s.remaining > MAX_DRAFT, s.order)):
             if budget > 0 and sequence in self.running:
                 part = self._part(sequence, budget)
+                preempted = self.preemptions
                 if self._make_room(part, step):
                     step[sequence.arrival] = part
+                    budget -= part.num_rows
+                if self.preemptions > preempted:
                     budget = self._max_step_rows - sum(part.num_rows for part in step.values())
         while budget > 0 and self.waiting and len(self.running) < self._max_sequences:
             sequence = self.waiting[0]

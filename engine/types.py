@@ -106,7 +106,8 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request cost so far, its prompt's prefill not counted, nor what a preemption made it do again."""
+    """What a request cost so far. Neither its prompt's prefill is counted, nor rows that a preemption makes it compute
+    again; passes of a round that a preemption cut off are."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from engine.checkpoint import save
 from engine.config import EngineConfig, ModelConfig
-from engine.decoders import Call
 from engine.engine import Engine
 from engine.runner import Work
 from engine.sequence import Sequence as EngineSequence
@@ -72,7 +71,7 @@ def engine_logits(engine: Engine, ids: Sequence[int], chunk: int) -> Tensor:
     for start in range(0, len(ids), chunk):
         end = min(start + chunk, len(ids))
         engine.runner.reserve(sequence, end, end)
-        parts.append(engine.runner.run([Work(sequence, start, end, Call(), logits_from=start)]))
+        parts.append(engine.runner.run([Work(sequence, start, end, None, logits_from=start)]))
         sequence.num_computed = end
         engine.runner.settle(sequence)
     engine.release(sequence)

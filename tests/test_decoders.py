@@ -385,3 +385,60 @@ def test_a_block_longer_than_trained_is_refused_with_the_reason(tmp_path: Path) 
         ({"decoder": "blt-s", "draft_length": 0}, "draft_length goes from 1 to 32"),
     ):
         assert message in str(run(engine, [request("a", [1, 70], 8, **fields)])["a"].end)
+
+
+# Edges.
+
+
+def test_sequences_as_long_as_the_model_allows(tmp_path: Path) -> None:
+    fast = {"decoder_input": "embedding", "mask_id": 260, "block_size": 8}
+    folder = save_ours(tmp_path / "model", our_model(our_config(max_positions=64, **fast), 52))
+    engine = make_engine(folder)
+    prompt = text(60, 70)
+    wanted = run(engine, [request("a", prompt, 4)])["a"].ids
+    for how in [*DRAFTS, *BLOCKS[:2], *AUTO]:
+        assert run(engine, [request("a", prompt, 4, **how)])["a"].ids == wanted
+    for how in ({"decoder": "blt-d"}, {"decoder": "auto", "exact": False}):
+        assert "last block may reach 7 behind" in str(run(engine, [request("a", prompt, 4, **how)])["a"].end)
+        assert isinstance(
+            run(engine, [request("a", prompt, 0, prompt_logprobs=True, logprobs=0, **how)])["a"].end, Finished
+        )
+        assert len(run(engine, [request("a", prompt[:40], 17, **how)])["a"].ids) == 17
+
+
+def test_a_text_that_outgrows_the_patches_ends_with_its_length(tmp_path: Path) -> None:
+    fast = {"decoder_input": "embedding", "mask_id": 260, "block_size": 8}
+    config, tensors = our_model(our_config(patching=PatchingRule(max_patch_length=2), **fast), 53)
+    config = replace(config, global_=replace(config.global_, max_positions=12))
+    engine = make_engine(save_ours(tmp_path / "model", (config, tensors)))
+    for how in [{"decoder": "blt"}, *EXACT, {"decoder": "blt-d"}, {"decoder": "blt-d", "finish_patch": True}]:
+        out = run(engine, [request("a", text(6, 71), 200, **how)])["a"]
+        assert isinstance(out.end, Finished) and out.end.reason == "length"
+        assert 1 <= len(out.ids) < 40
+
+
+def test_blocks_longer_than_any_draft_fit_into_the_smallest_caches(tmp_path: Path) -> None:
+    fast = {"decoder_input": "embedding", "mask_id": 260, "block_size": 96}
+    folder = save_ours(tmp_path / "model", our_model(our_config(**fast), 54))
+    engine = crowded_engine(folder, max_sequences=2, max_step_rows=16, max_length=400)
+    for decoder in ("blt-d", "blt-dv"):
+        assert len(run(engine, [request("a", text(30, 72), 150, decoder=decoder)])["a"].ids) == 150
+    assert engine.snapshot().preemptions == 0
+
+
+@pytest.mark.parametrize("model", DIFFUSION_MODELS, indirect=True)
+def test_usage_does_not_depend_on_chunks_or_preemption(model: Path) -> None:
+    def usages(engine: Engine) -> dict[str, Any]:
+        how = [{"decoder": "blt"}, {"decoder": "blt-d"}]
+        batch = [request(str(i), p, 40, **how[i % 2]) for i, p in enumerate(prompts(12, model))]
+        ends = {name: out.end for name, out in run(engine, batch).items()}
+        return {n: (e.usage.rows, e.usage.rounds, e.usage.drafted) for n, e in ends.items() if isinstance(e, Finished)}
+
+    wanted = usages(make_engine(model))
+    crowded = crowded_engine(model, max_sequences=12, max_step_rows=12, max_length=160)
+    found = usages(crowded)
+    assert crowded.snapshot().preemptions > 0
+    for name, (rows, rounds, drafted) in wanted.items():
+        assert (found[name][1], found[name][2]) == (rounds, drafted)
+        assert found[name][0]["patcher"] == rows["patcher"]
+        assert found[name][0]["encoder"] == rows["encoder"]

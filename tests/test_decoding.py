@@ -3,14 +3,18 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from engine.config import BYTE_OFFSET
+from engine.decoders import Decoder, Experience, Round, make_decoder
+from engine.engine import Engine
+from engine.sequence import Sequence
 from engine.types import Delta, Request, SamplingParams, Trace
 from server.show import Show
-from tests.engines import make_engine, run
+from tests.engines import make_engine, request, run
 from tests.models import text
 from training import decoding
 
@@ -36,6 +40,38 @@ def test_figures_of_exact_decoders_agree_with_blt_and_with_each_other(result: di
         assert 1 <= rows[f"BLT-S k={k}"]["real_bytes_per_round"] <= k + 1
     assert 1 <= rows["BLT-DV-8 one step"]["real_bytes_per_round"] <= 9
     assert rows["BLT-D-8 conf 0.7"]["global_calls"] <= 1 / 8
+
+
+def test_a_block_is_checked_from_its_first_byte_on() -> None:
+    """Along real text: as many first bytes of blocks are right as blt itself confirms from the same prefix."""
+    engine = make_engine(NANO)
+    source = [1, *(byte + BYTE_OFFSET for byte in OWN_SOURCE.read_bytes()[2000:2512])]
+    walk = decoding.Walk(make_decoder_of(engine, decoder="blt-d"), source, decoding.STRIDE)
+    blocks: list[tuple[int, list[int], int]] = []
+    inner = walk._inner.round
+
+    def watched(sequence: Sequence, room: int) -> Round:
+        outcome = yield from inner(sequence, room)
+        blocks.append((len(sequence.ids), outcome.ids, walk.accepted))
+        return outcome
+
+    walk._inner.round = watched  # type: ignore[method-assign]
+    engine.add(
+        Request(id="a", prompt_ids=source[:16], max_tokens=len(source) - 16, ignore_eos=True, decoder="blt-d"), walk
+    )
+    while engine.has_work:
+        engine.step()
+    accepted = [after[2] - before[2] for before, after in zip(blocks, blocks[1:], strict=False)]
+    for (end, block, _), count in zip(blocks[:10], accepted, strict=False):
+        text_of_blt = run(engine, [request("b", source[:end], len(block))])["b"].ids
+        right = next((i for i, (a, b) in enumerate(zip(block, text_of_blt, strict=True)) if a != b), len(block))
+        assert count == right
+
+
+def make_decoder_of(engine: Engine, **fields: Any) -> Decoder:
+    return make_decoder(
+        request("a", [1], 1, **fields), engine.model_config.block_size, engine.runner.costs, Experience()
+    )
 
 
 def test_the_card_gets_the_table_and_keeps_the_rest(result: dict[str, object], tmp_path: Path) -> None:
@@ -67,8 +103,8 @@ def test_traces_add_up_to_the_text(decoder: str) -> None:
     engine = make_engine(NANO)
     sampling = SamplingParams(temperature=0.9, seed=2)
     prompt = text(40, 1, specials=False)
-    request = Request(id="a", prompt_ids=prompt, max_tokens=70, sampling=sampling, decoder=decoder, trace=True)  # type: ignore[arg-type]
-    engine.add(request)
+    wanted = Request(id="a", prompt_ids=prompt, max_tokens=70, sampling=sampling, decoder=decoder, trace=True)  # type: ignore[arg-type]
+    engine.add(wanted)
     ids: list[int] = []
     traces: list[Trace] = []
     show, parts = Show(), []

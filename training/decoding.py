@@ -111,9 +111,10 @@ class Walk:
         if end > self._stride and sequence.remaining == 1 and sequence.num_computed:
             outcome: Committed = yield from self._inner.round(sequence, room)
             if sequence.request.decoder == "blt-d" and outcome.drafted:
-                # Nobody has checked the block yet.
+                # Nobody has checked the block yet, not even its first byte: the row before it runs again.
+                sequence.cut(end - 1)
                 checked = verified(sequence, outcome.ids, (yield Call(drafts=outcome.ids)))
-                outcome = Committed(checked.ids[:-1], [], outcome.ids, checked.accepted)
+                outcome = Committed(outcome.ids[: checked.accepted], [], outcome.ids, checked.accepted)
             self.rounds += outcome.drafted > 0
             self.drafted += outcome.drafted
             self.accepted += outcome.accepted
@@ -220,7 +221,7 @@ gigabytes per 1,000 bytes of text, by the paper's formula and as really read, pa
 that equal BLT's at the same place, and prompts of which all do. Real prefixes: the share of drafted bytes that BLT
 would have written, and the bytes that a round commits (BLT-D: the bytes of a block up to the first that BLT would not
 have written).
-`fastblt eval --model models/nano` measures it again.
+`fastblt eval` measures it again.
 
 {table(result)}
 

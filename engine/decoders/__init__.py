@@ -25,6 +25,9 @@ EXACT: frozenset[DecoderName] = frozenset({"blt", "blt-s", "blt-dv", "auto"})
 
 def make_decoder(request: Request, block_size: int | None, costs: Costs, experience: Experience) -> Decoder:
     """What decodes `request`. `block_size`: the longest block that the model was trained with, None without [MASK]."""
+    if not request.max_tokens:
+        # Nothing but the prompt is wanted.
+        return blt.Autoregressive()
     block = min(request.block_size or 1 << 30, block_size or 0)
     match request.decoder:
         case "blt-s":
