@@ -56,9 +56,7 @@ def test_a_block_is_checked_from_its_first_byte_on() -> None:
         return outcome
 
     walk._inner.round = watched  # type: ignore[method-assign]
-    engine.add(
-        Request(id="a", prompt_ids=source[:16], max_tokens=len(source) - 16, ignore_eos=True, decoder="blt-d"), walk
-    )
+    engine.add(request("a", source[:16], len(source) - 16, decoder="blt-d"), walk)
     while engine.has_work:
         engine.step()
     accepted = [after[2] - before[2] for before, after in zip(blocks, blocks[1:], strict=False)]
