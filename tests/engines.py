@@ -32,6 +32,16 @@ def make_engine(model: Path, **choices: Any) -> Engine:
     return Engine(EngineConfig(model=str(model), **({"cache_bytes": 64 << 20, "page_size": 16} | choices)))
 
 
+def crowded_engine(model: Path, **choices: Any) -> Engine:
+    """With as little cache as can hold one sequence of the length asked for."""
+    for shift in range(14, 40):
+        try:
+            return make_engine(model, cache_bytes=1 << shift, **choices)
+        except ValueError as error:
+            assert "cache_bytes" in str(error)
+    raise AssertionError
+
+
 def save_ours(folder: Path, made: tuple[ModelConfig, dict[str, Tensor]]) -> Path:
     save(folder, *made)
     return folder

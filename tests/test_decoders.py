@@ -15,7 +15,7 @@ from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.types import Finished, Request, SamplingParams, Unmask
 from tests import reference
-from tests.engines import Output, make_engine, request, run, save_ours
+from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours
 from tests.models import HF_MODELS, our_config, our_model, text
 
 NANO = Path(__file__).parents[1] / "models" / "nano"
@@ -327,16 +327,6 @@ def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
             assert all(torch.equal(a, b) for a, b in zip(found[key], value, strict=True)), key
         else:
             assert found[key] == value, key
-
-
-def crowded_engine(model: Path, **choices: Any) -> Engine:
-    """With as little cache as can hold one sequence of the length asked for."""
-    for shift in range(14, 40):
-        try:
-            return make_engine(model, cache_bytes=1 << shift, **choices)
-        except ValueError as error:
-            assert "cache_bytes" in str(error)
-    raise AssertionError
 
 
 # The law.

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from engine.config import PatchingRule
-from engine.engine import Engine
 from engine.types import Request, SamplingParams
-from tests.engines import Output, make_engine, request, run, save_ours
+from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours
 from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
 
 NANO = Path(__file__).parents[1] / "models" / "nano"
@@ -86,7 +85,7 @@ def test_chunks_in_company_change_nothing(model: Path, wanted: Output) -> None:
 
 
 def test_preemption_changes_nothing(model: Path, wanted: Output) -> None:
-    engine = smallest_engine(model, max_sequences=6, max_step_rows=32, max_length=200)
+    engine = crowded_engine(model, max_sequences=6, max_step_rows=32, max_length=200)
     # Company that is served first, until the pages run out.
     early = [request(f"e{i}", text(120, 40 + i), 60, priority=-1) for i in range(5)]
     outputs = run(engine, [*early, the_request()])
@@ -101,13 +100,3 @@ def test_preemption_changes_nothing(model: Path, wanted: Output) -> None:
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_other_pages_change_no_byte(model: Path, wanted: Output, page_size: int) -> None:
     assert alone(model, page_size=page_size).ids == wanted.ids
-
-
-def smallest_engine(model: Path, **choices: Any) -> Engine:
-    """With as little cache as can hold one sequence of the length asked for."""
-    for shift in range(14, 40):
-        try:
-            return make_engine(model, cache_bytes=1 << shift, **choices)
-        except ValueError as error:
-            assert "cache_bytes" in str(error)
-    raise AssertionError

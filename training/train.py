@@ -130,7 +130,9 @@ def _model_step(state: State) -> Step:
     def step(row: Tensor, draw: torch.Generator) -> dict[str, Tensor | float]:
         with torch.no_grad():
             patches = model.patch(state.config.patching, model.entropies(state.config, state.weights, row[:, :-1]))
-        per_text = max(1, settings.blocks_per_kib * (row.shape[1] - 1) // 1024)
+        # Without weight a single block, so that its loss is still seen.
+        wanted = settings.blocks_per_kib if settings.mask_weight else 0
+        per_text = max(1, wanted * (row.shape[1] - 1) // 1024)
         corruption = objective.corrupt(state.config, row, patches, per_text, draw)
         losses = objective.losses(state.config, state.weights, row, patches, corruption, settings.dtype)
         (losses.clean + settings.mask_weight * losses.mask).backward()
@@ -191,6 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     bound.add_argument("--minutes", type=float, help="length of the run, both phases together (default 60)")
     bound.add_argument("--steps", type=int, help="steps of each phase, instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mask-weight", type=float, help="weight of the block term; 0 trains a plain BLT (ablation)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run, with its own settings")
     options = parser.parse_args(arguments)
@@ -206,7 +209,10 @@ def main(arguments: list[str] | None = None) -> int:
         options.run.mkdir(parents=True, exist_ok=True)
         (options.run / "metrics.jsonl").unlink(missing_ok=True)
         minutes = None if options.steps else options.minutes or 60.0
-        state = State.new(Settings(minutes=minutes, steps=options.steps, seed=options.seed))
+        settings = Settings(minutes=minutes, steps=options.steps, seed=options.seed)
+        if options.mask_weight is not None:
+            settings = replace(settings, mask_weight=options.mask_weight)
+        state = State.new(settings)
     training, held_out = standard_library()
     print(f"{training.num_bytes / 1e6:.1f} MB to learn from, {held_out.num_bytes / 1e6:.1f} MB held out", flush=True)
     try:
