@@ -192,6 +192,7 @@ class Engine:
     # One step.
 
     def _run(self, parts: list[Part]) -> None:
+        self.runner.costs.company = len(self._scheduler.running)
         began, stages_before = time.perf_counter(), sum(self.runner.counts.seconds.values())
         batch = [self._work(part) for part in parts]
         logits = self.runner.run(batch)
@@ -205,7 +206,7 @@ class Engine:
             self._advance(part, w, result)
         stages = sum(self.runner.counts.seconds.values()) - stages_before
         rows = sum(w.num_clean + w.num_cells for w in batch)
-        self.runner.costs.saw_step(rows, time.perf_counter() - began - stages)
+        self.runner.costs.saw("step", rows, time.perf_counter() - began - stages)
 
     def _work(self, part: Part) -> Work:
         sequence, call = part.sequence, part.call

@@ -1,0 +1,97 @@
+"""What auto chooses when costs and agreement are known."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.costs import Line, StageCosts
+from engine.decoders import Experience
+from engine.decoders.auto import PROBE_INTERVAL, Auto
+from engine.decoders.blt import Autoregressive
+from engine.decoders.blt_d import Diffusion
+from engine.decoders.blt_dv import Verified
+from engine.decoders.blt_s import Draft
+
+SEQUENCE: Any = SimpleNamespace(mean_patch=4.0)
+
+
+def test_a_line_is_found_and_shared_by_its_company() -> None:
+    line = Line()
+    draw = random.Random(0)
+    for _ in range(300):
+        rows = draw.randint(1, 40)
+        line.saw(rows, 2.0 + 0.25 * rows + draw.uniform(-0.05, 0.05))
+    assert line.share(8, 1) == pytest.approx(4.0, abs=0.1)
+    assert line.share(8, 10) == pytest.approx(2.2, abs=0.1)
+
+
+def test_a_line_follows_the_machine() -> None:
+    line = Line()
+    for seconds in [1.0] * 500 + [3.0] * 500:
+        line.saw(4, seconds)
+    assert line.share(4, 1) == pytest.approx(3.0, abs=0.01)
+
+
+def costs(**fixed: tuple[float, float]) -> StageCosts:
+    """Stages that take a + b * rows seconds."""
+    found = StageCosts(drafts_encode=False)
+    for stage, (a, b) in fixed.items():
+        for rows in (1, 2, 4, 8, 16, 33) * 20:
+            found.saw(stage, rows, a + b * rows)
+    return found
+
+
+LARGE_GLOBAL = {"patcher": (0.4, 0.0), "encoder": (0.1, 0.0), "decoder": (1.0, 0.0), "global": (9.0, 0.0)}
+COMPUTE_BOUND = {"patcher": (0.0, 0.1), "encoder": (0.0, 0.1), "decoder": (0.0, 1.0), "global": (0.0, 1.0)}
+
+
+def auto(costs: StageCosts, drafting: float, diffusion: float, exact: bool = True) -> Auto:
+    """One that has seen drafts of both kinds be right so often."""
+    experience = Experience()
+    found = Auto(8, costs, experience, exact)
+    for agreement, rate in ((found._drafting, drafting), (found._diffusion, diffusion)):
+        agreement.expected = rate
+    return found
+
+
+def choice(made: Auto) -> Any:
+    return made._choose(SEQUENCE)[1]
+
+
+def test_where_reading_weights_is_what_costs_it_drafts_as_far_as_drafts_are_right() -> None:
+    good, poor = choice(auto(costs(**LARGE_GLOBAL), 0.99, 0.1)), choice(auto(costs(**LARGE_GLOBAL), 0.9, 0.1))
+    assert isinstance(good, Draft) and isinstance(poor, Draft)
+    assert good._draft_length > poor._draft_length
+    assert isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.5, 0.8)), Verified)
+
+
+def test_where_rows_are_what_costs_it_does_not_draft() -> None:
+    assert isinstance(choice(auto(costs(**COMPUTE_BOUND), 0.6, 0.4)), Autoregressive)
+
+
+def test_a_crowd_that_shares_the_weights_does_not_draft() -> None:
+    mixed = {stage: (a, 0.3) for stage, (a, _) in LARGE_GLOBAL.items()}
+    alone, crowded = costs(**mixed), costs(**mixed)
+    crowded.company = 60
+    assert type(choice(auto(alone, 0.97, 0.3))) in (Draft, Verified)
+    assert type(choice(auto(crowded, 0.97, 0.3))) is Autoregressive
+
+
+def test_what_was_given_up_is_tried_again() -> None:
+    made = auto(costs(**LARGE_GLOBAL), 0.97, 0.1)
+    tried = 0
+    for _ in range(3 * PROBE_INTERVAL):
+        for agreement in (made._drafting, made._diffusion):
+            agreement.idle += 1
+        decoder = choice(made)
+        tried += isinstance(decoder, Verified)
+        if isinstance(decoder, Draft):
+            made._drafting.idle = 0
+    assert tried == 3
+
+
+def test_block_diffusion_only_if_the_text_may_be_another() -> None:
+    assert isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.3, 0.2, exact=False)), Diffusion)
+    assert not isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.3, 0.2)), Diffusion)
