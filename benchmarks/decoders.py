@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/nano"))
     parser.add_argument("--prompts", type=int, default=8, help="of each kind")
     parser.add_argument("--bytes", type=int, default=256, help="generated behind each prompt")
+    parser.add_argument("--concurrency", type=int, default=1, help="requests at a time")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -55,7 +56,9 @@ def main() -> None:
                 rows.append(_compare(engine, kind, way, texts[kind], options, bar))
     if wrong := [row for row in rows if not row["same_text"] and WAYS[row["decoder"]]["decoder"] in EXACT]:
         print(f"not blt's text: {wrong}", file=sys.stderr)
-    path = report.write("decoders", "make bench-decoders", {"rows": rows}, options.out)
+    path = report.write(
+        "decoders", "make bench-decoders", {"concurrency": options.concurrency, "rows": rows}, options.out
+    )
     print(f"{render(rows)}\n\n{path}")
 
 
@@ -95,14 +98,17 @@ def _compare(
 def _run(
     engine: Engine, prompts: list[list[int]], how: dict[str, Any], options: argparse.Namespace
 ) -> tuple[float, list[list[int]]]:
-    """Seconds for all prompts one after another, prefill left out, and what was written."""
-    total, texts = 0.0, []
-    for seed, prompt in enumerate(prompts):
-        sampling = SamplingParams(temperature=options.temperature, seed=seed)
-        engine.add(
-            Request(id="a", prompt_ids=prompt, max_tokens=options.bytes, sampling=sampling, ignore_eos=True, **how)
-        )
-        ids: list[int] = []
+    """Seconds for all prompts, so many at a time, from their first byte on, and what was written."""
+    total = 0.0
+    texts: list[list[int]] = [[] for _ in prompts]
+    numbered = list(enumerate(prompts))
+    for first in range(0, len(prompts), options.concurrency):
+        for seed, prompt in numbered[first : first + options.concurrency]:
+            sampling = SamplingParams(temperature=options.temperature, seed=seed)
+            request = Request(
+                id=str(seed), prompt_ids=prompt, max_tokens=options.bytes, sampling=sampling, ignore_eos=True, **how
+            )
+            engine.add(request)
         began = 0.0
         while engine.has_work:
             for event in engine.step():
@@ -110,9 +116,8 @@ def _run(
                     raise RuntimeError(event.message)
                 if isinstance(event, Delta):
                     began = began or time.perf_counter()
-                    ids += event.ids
+                    texts[int(event.id)] += event.ids
         total += time.perf_counter() - began
-        texts.append(ids)
     return total, texts
 
 
