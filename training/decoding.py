@@ -12,20 +12,18 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import matplotlib
 import msgspec
 from tqdm import tqdm
 
 from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
-from engine.decoders import Call, Committed, Decoder, Experience, Round, make_decoder
+from engine.decoders import Call, Committed, Decoder, Experience, Round, SequenceView, make_decoder
 from engine.decoders.calls import verified
 from engine.engine import Engine
+from engine.sequence import Sequence as EngineSequence
 from engine.types import Delta, Failed, Finished, Request, SamplingParams, Unmask, Usage
-
-if TYPE_CHECKING:
-    from engine.sequence import Sequence as EngineSequence
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -106,12 +104,13 @@ class Walk:
         self._inner, self._text, self._stride = inner, text, stride
         self.rounds = self.drafted = self.accepted = self.committed = 0
 
-    def round(self, sequence: "EngineSequence", room: int) -> Round:
+    def round(self, sequence: SequenceView, room: int) -> Round:
         end = len(sequence.ids)
         if end > self._stride and sequence.remaining == 1 and sequence.num_computed:
             outcome: Committed = yield from self._inner.round(sequence, room)
             if sequence.request.decoder == "blt-d" and outcome.drafted:
                 # Nobody has checked the block yet, not even its first byte: the row before it runs again.
+                assert isinstance(sequence, EngineSequence)
                 sequence.cut(end - 1)
                 checked = verified(sequence, outcome.ids, (yield Call(drafts=outcome.ids)))
                 outcome = Committed(outcome.ids[: checked.accepted], [], outcome.ids, checked.accepted)

@@ -15,9 +15,20 @@ sequences as one batch. A round that is dropped half-way (preemption) leaves not
 from ..types import DecoderName, Request
 from . import blt, blt_d, blt_dv, blt_s
 from .auto import Auto, Costs, Experience
-from .calls import Call, Committed, Decoder, Result, Round
+from .calls import Call, Committed, Decoder, Result, Round, SequenceView
 
-__all__ = ["EXACT", "Call", "Committed", "Costs", "Decoder", "Experience", "Result", "Round", "make_decoder"]
+__all__ = [
+    "EXACT",
+    "Call",
+    "Committed",
+    "Costs",
+    "Decoder",
+    "Experience",
+    "Result",
+    "Round",
+    "SequenceView",
+    "make_decoder",
+]
 
 EXACT: frozenset[DecoderName] = frozenset({"blt", "blt-s", "blt-dv", "auto"})
 """Decoders whose text is blt's, byte for byte, whatever the seed and the temperature."""

@@ -1,17 +1,14 @@
 """Auto: for every round the decoder that promises the most bytes per second, among those whose text is blt's."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ..types import Unmask
 from .blt import Autoregressive
 from .blt_d import DEFAULT_RULE, Diffusion
 from .blt_dv import Verified
 from .blt_s import Draft
-from .calls import Committed, Decoder, Round
-
-if TYPE_CHECKING:
-    from ..sequence import Sequence
+from .calls import Committed, Decoder, Round, SequenceView
 
 DRAFT_LENGTHS = (2, 4, 8, 16, 32)
 MEMORY = 0.9
@@ -83,7 +80,7 @@ class Auto:
         self._free_size, self._passes = block_size, block_size / 2
         self._blocks = {size: Verified(size, one_step) for size in (block_size // 2, block_size) if size}
 
-    def round(self, sequence: "Sequence", room: int) -> Round:
+    def round(self, sequence: SequenceView, room: int) -> Round:
         way, decoder = self._choose(sequence)
         passes = sequence.cost.decoder_calls
         outcome: Committed = yield from decoder.round(sequence, room)
@@ -98,7 +95,7 @@ class Auto:
             common.saw(outcome.drafted, outcome.accepted)
         return outcome
 
-    def _choose(self, sequence: "Sequence") -> tuple[Agreement | None, Decoder]:
+    def _choose(self, sequence: SequenceView) -> tuple[Agreement | None, Decoder]:
         patch = sequence.mean_patch
         options: list[tuple[float, Agreement | None, Decoder]] = [(1 / self._costs.feed(patch), None, self._blt)]
         for k, decoder in self._drafts.items():

@@ -1,13 +1,8 @@
 """BLT-D: block diffusion."""
 
-from typing import TYPE_CHECKING
-
 from ..types import TokenLogprob, Unmask
-from .calls import Call, Committed, Round
+from .calls import Call, Committed, Round, SequenceView
 from .unmasking import unmasked
-
-if TYPE_CHECKING:
-    from ..sequence import Sequence
 
 DEFAULT_RULE = Unmask(rule="confidence", alpha=0.7)
 
@@ -26,7 +21,7 @@ class Diffusion:
         self._rule = rule
         self._finish_patch = finish_patch
 
-    def round(self, sequence: "Sequence", room: int) -> Round:
+    def round(self, sequence: SequenceView, room: int) -> Round:
         mask = sequence.mask_id
         if self._finish_patch:
             result = yield Call()

@@ -1,14 +1,9 @@
 """BLT-DV: block diffusion drafts, a pass of the whole model verifies."""
 
-from typing import TYPE_CHECKING
-
 from ..types import Unmask
 from . import blt
-from .calls import Call, Round, verified
+from .calls import Call, Round, SequenceView, verified
 from .unmasking import unmasked
-
-if TYPE_CHECKING:
-    from ..sequence import Sequence
 
 DEFAULT_RULE = Unmask(rule="one_step")
 
@@ -25,7 +20,7 @@ class Verified(blt.Autoregressive):
         self._block_size = block_size
         self._rule = rule
 
-    def round(self, sequence: "Sequence", room: int) -> Round:
+    def round(self, sequence: SequenceView, room: int) -> Round:
         end, size = len(sequence.ids), min(self._block_size, room - 1, sequence.tokens_left - 1)
         if sequence.remaining > 1 or not sequence.num_computed or size < 1:
             return (yield from super().round(sequence, room))

@@ -1,13 +1,8 @@
 """BLT-S: the decoder drafts ahead of the patches, a pass of the whole model verifies."""
 
-from typing import TYPE_CHECKING
-
 from ..config import EOS_ID
 from . import blt
-from .calls import Call, Round, verified
-
-if TYPE_CHECKING:
-    from ..sequence import Sequence
+from .calls import Call, Round, SequenceView, verified
 
 
 class Draft(blt.Autoregressive):
@@ -23,7 +18,7 @@ class Draft(blt.Autoregressive):
     def __init__(self, draft_length: int) -> None:
         self._draft_length = draft_length
 
-    def round(self, sequence: "Sequence", room: int) -> Round:
+    def round(self, sequence: SequenceView, room: int) -> Round:
         end, k = len(sequence.ids), min(self._draft_length, room - 1, sequence.tokens_left - 1)
         if sequence.remaining > 1 or not sequence.num_computed or k < 1:
             return (yield from super().round(sequence, room))

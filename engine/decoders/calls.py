@@ -2,12 +2,41 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from ..types import TokenLogprob
+from ..accounting import Cost
+from ..types import Request, TokenLogprob
 
-if TYPE_CHECKING:
-    from ..sequence import Sequence as EngineSequence
+
+class SequenceView(Protocol):
+    """What a decoder may know of its sequence; see `engine.sequence.Sequence`."""
+
+    @property
+    def request(self) -> Request: ...
+
+    @property
+    def ids(self) -> list[int]: ...
+
+    @property
+    def num_computed(self) -> int: ...
+
+    @property
+    def remaining(self) -> int: ...
+
+    @property
+    def tokens_left(self) -> int: ...
+
+    @property
+    def at_patch_start(self) -> bool: ...
+
+    @property
+    def mean_patch(self) -> float: ...
+
+    @property
+    def mask_id(self) -> int: ...
+
+    @property
+    def cost(self) -> Cost: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +114,12 @@ Round = Generator[Call, Result, Committed]
 class Decoder(Protocol):
     """Makes rounds for one sequence."""
 
-    def round(self, sequence: "EngineSequence", room: int) -> Round:
+    def round(self, sequence: SequenceView, room: int) -> Round:
         """A round behind the ids that are committed now; `room` clean rows may run, drafts among them."""
         ...
 
 
-def verified(
-    sequence: "EngineSequence", drafts: Sequence[int], result: Result, passes: Sequence[int] = ()
-) -> Committed:
+def verified(sequence: SequenceView, drafts: Sequence[int], result: Result, passes: Sequence[int] = ()) -> Committed:
     """The drafts up to the first that is not what the model gives, then the model's own byte (Fast BLT, Verify).
 
     Rows before `result.first` were exact when they drafted, so the bytes behind them stand.
