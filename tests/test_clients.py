@@ -171,7 +171,12 @@ def test_the_terminal_fails_in_one_line(tiny_server: str) -> None:
 def test_ctrl_c_ends_a_stream_and_not_the_terminal(tiny_server: str) -> None:
     command = [*COMMAND, "client", "--url", tiny_server, "--max-tokens=4000", "--temperature=1", "--seed=1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, bufsize=0, **pipes) as process:
+
+    def heed_interrupts() -> None:
+        # Whoever runs the tests in the background of a shell has children that ignore them.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=ROOT, bufsize=0, preexec_fn=heed_interrupts, **pipes) as process:
         assert process.stdin and process.stdout and process.stderr
         process.stdin.write(b"abc\n")
         process.stdout.read(1)

@@ -2,13 +2,14 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
 
-from benchmarks.growth import render
+from benchmarks import decoders, growth
 from server.cli import app
 from server.schemas import CompletionRequest
 from server.settings import ServerSettings
@@ -82,6 +83,7 @@ def test_every_link_leads_somewhere() -> None:
             assert (folder / target).exists() or target == "models/nano/README.md", (name, target)
 
 
-def test_the_table_of_growth_is_the_measured_one() -> None:
-    rows = json.loads((ROOT / "benchmarks" / "results" / "growth.json").read_text())["rows"]
-    assert render(rows) in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(("name", "render"), [("growth", growth.render), ("decoders", decoders.render)])
+def test_the_tables_of_benchmarks_are_the_measured_ones(name: str, render: Callable[..., str]) -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+    assert render(rows) in DOCS["README.md"]
