@@ -6,6 +6,7 @@ random bytes. What is written is compared too: exact decoders must write blt's b
 
 import argparse
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -56,10 +57,13 @@ def main() -> None:
                 rows.append(_compare(engine, kind, way, texts[kind], options, bar))
     if wrong := [row for row in rows if not row["same_text"] and WAYS[row["decoder"]]["decoder"] in EXACT]:
         print(f"not blt's text: {wrong}", file=sys.stderr)
-    path = report.write(
-        "decoders", "make bench-decoders", {"concurrency": options.concurrency, "rows": rows}, options.out
-    )
+    path = report.write("decoders", _command(), {"concurrency": options.concurrency, "rows": rows}, options.out)
     print(f"{render(rows)}\n\n{path}")
+
+
+def _command() -> str:
+    arguments = shlex.join(sys.argv[1:])
+    return f'make bench-decoders ARGS="{arguments}"' if arguments else "make bench-decoders"
 
 
 def render(rows: list[dict[str, Any]]) -> str:

@@ -180,7 +180,7 @@ class Runner:
             ids = [token for w in clean for token in w.sequence.ids[w.start : w.end]]
             timer.rows = len(ids)
             padded = max(len(ids), self._floors.rows)
-            spans = [self._clean_span("patcher", w, w.start) for w in clean]
+            spans = [self._causal_span("patcher", w.sequence, w.start, w.end) for w in clean]
             plan = self._plan("patcher", spans, spans, padded, padded)
             padded_ids = self._tensor(ids + [0] * (padded - len(ids)))
             entropies = self._model.patcher(padded_ids, self._caches.patcher, plan)
@@ -305,9 +305,6 @@ class Runner:
         window = self._caches.specs[cache].window
         first = [self._first_seen(sequence, byte, window) for byte in range(start, end)]
         return Span(sequence.tables[cache], start, first, range(start, end))
-
-    def _clean_span(self, cache: str, w: Work, start: int) -> Span:
-        return self._causal_span(cache, w.sequence, start, w.end)
 
     def _decoder_span(self, w: Work, begin: int) -> Span:
         """Clean rows and causal cells see what is before them; a block's cells see the whole block too."""
