@@ -119,3 +119,22 @@ def test_a_run_ends_in_a_model_folder_with_its_card_and_curve(tmp_path: Path) ->
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{result.bits_per_byte:.3f} bits per byte" in card and "PSF" in card
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_ablation_takes_the_patcher_of_another_run(tmp_path: Path) -> None:
+    first = State.new(SETTINGS, CONFIG)
+    with pytest.raises(ValueError, match="not finished its patcher"):
+        State.new(SETTINGS, CONFIG).adopt_patcher(first)
+    train(first, CORPUS, tmp_path / "first")
+
+    ablation = State.new(replace(SETTINGS, mask_weight=0.0, seed=1), CONFIG)
+    ablation.adopt_patcher(State.load(tmp_path / "first" / "state.pt", CONFIG))
+    train(ablation, CORPUS, tmp_path / "ablation")
+    assert ablation.config.patching == first.config.patching
+    assert ablation.phases["patcher"].bytes == first.phases["patcher"].bytes
+    for name, weight in ablation.weights.items():
+        assert torch.equal(weight, first.weights[name]) == name.startswith("model.patcher."), name
+    phases = {json.loads(line)["phase"] for line in (tmp_path / "ablation" / "metrics.jsonl").read_text().splitlines()}
+    assert phases == {"model"}
+    result = export(ablation, CORPUS, CORPUS, tmp_path / "ablation", tmp_path / "out")
+    assert result.bits_per_byte > 0

@@ -39,6 +39,8 @@ def plot(metrics: Path, picture: Path) -> None:
               ("model", "mask", "model: masked cells, 1/t-weighted"))  # fmt: skip
     for phase, key, label in curves:
         points = [(line["bytes"] / 1e6, line[key]) for line in lines if line["phase"] == phase]
+        if not points:  # a patcher of another run
+            continue
         seen, loss = np.array(points).T
         span = min(SMOOTHING, len(points))
         axes.plot(seen[span - 1 :], np.convolve(loss, np.full(span, 1 / span), "valid"), label=label)

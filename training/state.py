@@ -83,6 +83,8 @@ class State:
     config: ModelConfig
     weights: dict[str, Tensor]
     phases: dict[str, Phase] = field(default_factory=dict)
+    settled: bool = False
+    """The patcher is as it will be stored, and the threshold is set."""
 
     @classmethod
     def new(cls, settings: Settings, config: ModelConfig | None = None) -> "State":
@@ -101,6 +103,7 @@ class State:
         data = {
             "settings": asdict(self.settings),
             "threshold": self.config.patching.threshold,
+            "settled": self.settled,
             "weights": {n: w.detach() for n, w in self.weights.items()},
             "phases": {
                 name: {
@@ -123,6 +126,7 @@ class State:
         data: dict[str, Any] = torch.load(path, weights_only=True)
         state = cls.new(Settings(**data["settings"]), config)
         state.set_threshold(data["threshold"])
+        state.settled = data["settled"]
         with torch.no_grad():
             for name, weight in state.weights.items():
                 weight.copy_(data["weights"][name])
@@ -132,6 +136,19 @@ class State:
                 optimizer.load_state_dict(optimizer_state)
             phase.step, phase.seconds, phase.bytes = saved["step"], saved["seconds"], saved["bytes"]
         return state
+
+    def adopt_patcher(self, other: "State") -> None:
+        """Takes the settled patcher of another run, so that both models see the same patches."""
+        if not other.settled:
+            raise ValueError("the other run has not finished its patcher")
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                if name.startswith(PATCHER):
+                    weight.copy_(other.weights[name])
+        theirs, ours = other.phases["patcher"], self.phases["patcher"]
+        ours.step, ours.seconds, ours.bytes = theirs.step, theirs.seconds, theirs.bytes
+        self.set_threshold(other.config.patching.threshold)
+        self.settled = True
 
     def set_threshold(self, threshold: float) -> None:
         self.config = replace(self.config, patching=replace(self.config.patching, threshold=threshold))

@@ -40,9 +40,8 @@ def train(state: State, corpus: Corpus, run: Path) -> None:
     """Runs what is left of both phases. Raises Stopped after SIGINT or SIGTERM, with the state saved."""
     with _stop_requests() as stopping:
         patcher, main = state.phases["patcher"], state.phases["model"]
-        if main.step == 0 and not _finished(state, patcher):
+        if not state.settled:
             _run(state, patcher, _patcher_step(state), corpus, run, stopping)
-        if main.step == 0:
             _settle_patcher(state, corpus)
         _run(state, main, _model_step(state), corpus, run, stopping)
 
@@ -165,6 +164,7 @@ def _settle_patcher(state: State, corpus: Corpus) -> None:
         else:
             high = middle
     state.set_threshold(round(high, 4))
+    state.settled = True
     print(f"threshold {high:.4f} nats", flush=True)
 
 
@@ -194,6 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     bound.add_argument("--steps", type=int, help="steps of each phase, instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mask-weight", type=float, help="weight of the block term; 0 trains a plain BLT (ablation)")
+    parser.add_argument("--patcher-of", type=Path, help="take the patcher of the run in this folder, do not train one")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run, with its own settings")
     options = parser.parse_args(arguments)
@@ -213,6 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.mask_weight is not None:
             settings = replace(settings, mask_weight=options.mask_weight)
         state = State.new(settings)
+        if options.patcher_of:
+            state.adopt_patcher(State.load(options.patcher_of / "state.pt"))
     training, held_out = standard_library()
     print(f"{training.num_bytes / 1e6:.1f} MB to learn from, {held_out.num_bytes / 1e6:.1f} MB held out", flush=True)
     try:
