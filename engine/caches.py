@@ -113,12 +113,8 @@ class Caches:
             return [(paged(name, *row), paged(name, *row)) for _ in range(stack.num_layers)]
 
         open_row = (config.encoder.num_kv_heads, self.specs["open"].page_size, config.encoder.head_dim)
-        latent_row = (
-            self.specs["latent"].page_size,
-            config.slots,
-            config.decoder.num_kv_heads,
-            config.decoder.head_dim,
-        )
+        slot_rows = self.specs["latent"].page_size * config.slots
+        latent_row = (config.decoder.num_kv_heads, slot_rows, config.decoder.head_dim)
         self.patcher = kv("patcher", config.patcher)
         self.encoder = kv("encoder", config.encoder)
         self.open_states = paged("open", self.specs["open"].page_size, config.encoder.dim)

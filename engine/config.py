@@ -129,6 +129,12 @@ class EngineConfig:
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
+    kernels: Literal["torch", "triton"] | None = None
+    """None takes Triton's on a CUDA device, torch's elsewhere."""
+    graphs: bool | None = None
+    """Whether stages run as recorded graphs; None records on a CUDA device only."""
+    weights: Literal["float8"] | None = None
+    """How the large matrices are stored; None: in `dtype`."""
     max_sequences: int = 64
     """Most sequences in the running batch."""
     max_step_rows: int = 256

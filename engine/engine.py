@@ -8,6 +8,8 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from kernels.dispatch import choose_kernels
+
 from . import checkpoint
 from .accounting import Cost, PaperFormula, StageBytes
 from .caches import Caches
@@ -15,6 +17,7 @@ from .choosing import results_of
 from .config import BYTE_OFFSET, EOS_ID, EngineConfig, ModelConfig, ModelLimits
 from .costs import StageCosts
 from .decoders import Committed, Decoder, Experience, Result, make_decoder
+from .graphs import Eager, Graphs
 from .model import Model, find_row_floors
 from .runner import Runner, Work
 from .sampling import logprobs_of
@@ -49,7 +52,8 @@ class Engine:
             torch.set_num_threads(config.num_threads)
         device, dtype = torch.device(config.device), getattr(torch, config.dtype)
         loaded = checkpoint.load(config.model)
-        model = Model(loaded.config, loaded.tensors, dtype, device)
+        kernels = choose_kernels(config.kernels, device)
+        model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=config.weights == "float8")
         self.caches = Caches(loaded.config, config)
         floors = find_row_floors(model, self.caches.specs, dtype, device)
         if not floors.proven:
@@ -58,10 +62,13 @@ class Engine:
             loaded.config.isolate_documents if config.isolate_documents is None else config.isolate_documents
         )
         itemsize = dtype.itemsize
+        records = device.type == "cuda" if config.graphs is None else config.graphs
+        executor = Graphs if records else Eager
         self.runner = Runner(
             model,
             self.caches,
             floors,
+            executor(device, floors.rows),
             isolate=isolate,
             device=device,
             stage_bytes=StageBytes.of(loaded.config, self.caches.specs, itemsize, model.hash_itemsize),

@@ -1,21 +1,23 @@
-"""From rows of sequences to the index tensors that the kernels read.
+"""From rows of sequences to the index arrays that the kernels read.
 
-Everything here is bookkeeping on the host: Python ints in, a few small tensors out, once per step and cache.
+Everything here is bookkeeping on the host: Python ints in, a few small arrays out, once per step and cache.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.attention import AttentionPlan, TileGroup
+from kernels.attention import SEGMENT, AttentionPlan
 
 from .pages import BlockTable
 
-LARGE_TILE = 32
-"""Rows per tile where a sequence has more rows than fit into a small tile."""
+Arrays = dict[str, NDArray[np.int64]]
+"""What one stage reads in one step besides weights and caches, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,66 +34,59 @@ class Span:
     last: Seq[int]
 
 
-class _Tiles:
-    """Tiles of one size under construction."""
+class Padding(Protocol):
+    """How long arrays are made: what a kernel, or a recorded graph of kernels, wants."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.rows: list[list[int]] = []
-        self.pages: list[list[int]] = []
-        self.page_index: list[int] = []
-        self.first: list[list[int]] = []
-        self.last: list[list[int]] = []
+    def rows(self, n: int) -> int: ...
 
-    def add(self, row: int, span: Span, begin: int, end: int, page_size: int) -> None:
-        """Adds rows begin..end-1 of the span, which are rows `row`, `row` + 1, ... of the batch."""
-        first, last = list(span.first[begin:end]), list(span.last[begin:end])
-        missing = self.size - (end - begin)
-        rows = list(range(row, row + end - begin))
-        if missing:
-            rows += rows[-1:] * missing
-            first += first[-1:] * missing
-            last += last[-1:] * missing
-        table = span.table
-        lowest = min(first) // page_size
-        highest = max(last) // page_size
-        self.rows.append(rows)
-        self.pages.append(table.pages[lowest - table.first : highest + 1 - table.first])
-        self.page_index.append(lowest)
-        self.first.append(first)
-        self.last.append(last)
+    def tiles(self, n: int) -> int: ...
 
-    def build(self, page_size: int, device: torch.device) -> TileGroup:
-        most = max(map(len, self.pages))
-        pages = np.array([p + [0] * (most - len(p)) for p in self.pages], dtype=np.int64)
-        key_pages = np.array(self.page_index, dtype=np.int64)[:, None] + np.arange(most)
-        keys = (key_pages[:, :, None] * page_size + np.arange(page_size))[:, :, None, :]
-        first = np.array(self.first, dtype=np.int64)[:, None, :, None]
-        last = np.array(self.last, dtype=np.int64)[:, None, :, None]
-        hidden = (keys < first) | (keys > last)
-        return TileGroup(
-            rows=torch.tensor(self.rows, device=device),
-            pages=torch.from_numpy(pages).to(device),
-            hidden=torch.from_numpy(hidden[:, :, None, None]).to(device),
+    def pages(self, n: int) -> int: ...
+
+    def segments(self, n: int) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a cache's rows are grouped: tiles of up to `small` rows for short spans, of `large` for others. `split`:
+    whether long contexts are spread over the device."""
+
+    small: int
+    large: int
+    page_size: int
+    split: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An `AttentionPlan` before it is on the device: its arrays, and what of it are numbers."""
+
+    arrays: Arrays
+    tiling: Tiling
+    most_segments: int
+
+    def on_device(self, tensors: Mapping[str, Tensor], name: str) -> AttentionPlan:
+        """The plan whose arrays went to the device as `tensors`, each under `name` and its own name."""
+        return AttentionPlan(
+            **{key: tensors[f"{name}.{key}"] for key in self.arrays},
+            most_segments=self.most_segments,
+            small_tile=self.tiling.small,
+            page_size=self.tiling.page_size,
         )
+
+    def named(self, name: str) -> Arrays:
+        return {f"{name}.{key}": array for key, array in self.arrays.items()}
 
 
 def plan_attention(
-    writes: Seq[Span],
-    queries: Seq[Span],
-    *,
-    page_size: int,
-    small_tile: int,
-    padded_rows: int,
-    padded_queries: int,
-    device: torch.device,
-) -> AttentionPlan:
+    writes: Seq[Span], queries: Seq[Span], tiling: Tiling, padding: Padding, padded_queries: int
+) -> Plan:  # fmt: skip
     """Plans one cache of a step.
 
     `writes` are the rows whose K/V (or states) are stored, `queries` those that attend, each laid end to end; for
-    self-attention they are the same. Rows up to `padded_rows` and `padded_queries` are padding: they write to the
-    scratch page and take some other row's output.
+    self-attention they are the same. What is there for padding writes to the scratch page and sees nothing.
     """
+    page_size = tiling.page_size
     positions: list[int] = []
     page: list[int] = []
     offset: list[int] = []
@@ -101,35 +96,44 @@ def plan_attention(
             positions.append(position)
             page.append(pages[position // page_size - base])
             offset.append(position % page_size)
-    padding = [0] * (padded_rows - len(positions))
 
-    small, large = _Tiles(small_tile), _Tiles(LARGE_TILE)
-    take: list[int] = []
-    in_large: list[int] = []
-    row = 0
+    first: list[int] = []
+    last: list[int] = []
+    tiles: list[int] = []
+    used_pages: list[int] = []
+    most_segments = 1
     for span in queries:
         count = len(span.first)
-        tiles = small if count <= small_tile else large
-        for begin in range(0, count, tiles.size):
-            end = min(begin + tiles.size, count)
-            base = len(tiles.rows) * tiles.size
-            if tiles is large:
-                in_large.extend(range(row, row + end - begin))
-            take.extend(range(base, base + end - begin))
-            tiles.add(row, span, begin, end, page_size)
-            row += end - begin
-    behind_small = len(small.rows) * small_tile
-    for i in in_large:
-        take[i] += behind_small
-    take += [0] * (padded_queries - len(take))
+        size = tiling.small if count <= tiling.small else tiling.large
+        table = span.table
+        for begin in range(0, count, size):
+            end = min(begin + size, count)
+            lowest = min(span.first[begin:end]) // page_size
+            highest = max(span.last[begin:end]) // page_size
+            tiles += (len(first) + begin, end - begin, len(used_pages), lowest, highest + 1 - lowest)
+            used_pages += table.pages[lowest - table.first : highest + 1 - table.first]
+            if tiling.split:
+                most_segments = max(most_segments, highest // SEGMENT - lowest // SEGMENT + 1)
+        first += span.first
+        last += span.last
+    for begin in range(len(first), padded_queries, tiling.large):
+        tiles += (begin, min(tiling.large, padded_queries - begin), 0, 0, 0)
+    num_tiles = padding.tiles(len(tiles) // 5)
+    padded_rows = padding.rows(len(positions)) if writes else 0
 
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    def array(values: list[int], length: int) -> NDArray[np.int64]:
+        return np.array(values + [0] * (length - len(values)), dtype=np.int64)
 
-    return AttentionPlan(
-        positions=tensor(positions + padding),
-        page=tensor(page + padding),
-        offset=tensor(offset + padding),
-        groups=tuple(tiles.build(page_size, device) for tiles in (small, large) if tiles.rows),
-        take=tensor(take),
+    return Plan(
+        {
+            "positions": array(positions, padded_rows),
+            "page": array(page, padded_rows),
+            "offset": array(offset, padded_rows),
+            "first": array(first, padded_queries),
+            "last": array(last, padded_queries),
+            "tiles": array(tiles, 5 * num_tiles).reshape(num_tiles, 5),
+            "pages": array(used_pages, padding.pages(len(used_pages))),
+        },
+        tiling,
+        padding.segments(most_segments),
     )

@@ -10,26 +10,30 @@ Rows that feed a byte and rows that prefill a prompt are the same thing; a step 
 
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.attention import AttentionPlan
+from kernels.attention import LARGE_TILE
 
 from .accounting import STAGES, StageBytes
 from .caches import LATENTS_KEPT, Caches
 from .config import EOS_ID
 from .costs import StageCosts
 from .decoders import Call
+from .graphs import Executor, Stage
 from .model import Model, RowFloors
-from .model.encoder import ngram_windows, window_tensor
+from .model.encoder import ngram_windows
 from .pages import BlockTable
-from .plan import Span, plan_attention
+from .plan import Arrays, Plan, Span, Tiling, plan_attention
 from .sequence import Sequence
 
 
@@ -104,6 +108,7 @@ class Runner:
         model: Model,
         caches: Caches,
         floors: RowFloors,
+        executor: Executor,
         *,
         isolate: bool,
         device: torch.device,
@@ -113,7 +118,12 @@ class Runner:
         self._model = model
         self._config = model.config
         self._caches = caches
-        self._floors = floors
+        self._executor = executor
+        large = model.kernels.tile or LARGE_TILE
+        self._tilings = {
+            name: Tiling(floors.tile, large, spec.page_size, split=spec.window is None)
+            for name, spec in caches.specs.items()
+        }
         self._isolate = isolate
         self._device = device
         self._ngram_width = max(model.config.hashes.group_sizes)
@@ -179,11 +189,14 @@ class Runner:
         with self._timed("patcher") as timer:
             ids = [token for w in clean for token in w.sequence.ids[w.start : w.end]]
             timer.rows = len(ids)
-            padded = max(len(ids), self._floors.rows)
             spans = [self._causal_span("patcher", w.sequence, w.start, w.end) for w in clean]
-            plan = self._plan("patcher", spans, spans, padded, padded)
-            padded_ids = self._tensor(ids + [0] * (padded - len(ids)))
-            entropies = self._model.patcher(padded_ids, self._caches.patcher, plan)
+            padded = self._executor.rows(len(ids))
+            plan = self._plan("patcher", spans, spans, padded)
+
+            def stage(t: Mapping[str, Tensor]) -> Tensor:
+                return self._model.patcher(t["ids"], self._caches.patcher, plan.on_device(t, "plan"))
+
+            entropies = self._run("patcher", stage, {"ids": _array(ids, padded), **plan.named("plan")}, plan)
             self._account("patcher", clean, [w.start for w in clean], [w.num_clean for w in clean], spans)
             self._decide_patches(clean, entropies[: len(ids)].tolist())
 
@@ -210,16 +223,22 @@ class Runner:
                 spans.append(self._causal_span("encoder", w.sequence, start, end))
                 writes.append(Span(w.sequence.tables["open"], start, range(start, end), ()))
             num_rows = timer.rows = len(windows)
-            padded = max(num_rows, self._floors.rows)
+            padded = self._executor.rows(num_rows)
             windows += [[0] * self._ngram_width] * (padded - num_rows)
-            states = self._model.encoder(
-                window_tensor(windows, self._device),
-                self._caches.encoder,
-                self._plan("encoder", spans, spans, padded, padded),
-                self._caches.open_states,
-                self._caches.open_kv,
-                self._plan("open", writes, [], padded, 0),
-            )
+            plan, opened = self._plan("encoder", spans, spans, padded), self._plan("open", writes, [], 0)
+
+            def stage(t: Mapping[str, Tensor]) -> Tensor:
+                return self._model.encoder(
+                    t["windows"],
+                    self._caches.encoder,
+                    plan.on_device(t, "plan"),
+                    self._caches.open_states,
+                    self._caches.open_kv,
+                    opened.on_device(t, "open"),
+                )
+
+            arrays = {"windows": np.array(windows, dtype=np.int64), **plan.named("plan"), **opened.named("open")}
+            states = self._run("encoder", stage, arrays, plan)
             starts = [span.start for span in spans]
             self._account("encoder", rows, starts, counts, spans)
             return states
@@ -260,23 +279,33 @@ class Runner:
             if not ids:
                 return torch.empty((0, self._config.vocab_size), device=self._device)
             num_rows = timer.rows = len(ids)
-            missing = max(self._floors.rows - num_rows, 0)
-            padded_ids = self._tensor(ids + [0] * missing)
-            if self._config.decoder_input == "encoder":
+            padded = self._executor.rows(num_rows)
+            plan = self._plan("decoder", spans, spans, padded)
+            decoder, reads_states = self._model.decoder, self._config.decoder_input == "encoder"
+
+            def stage(t: Mapping[str, Tensor]) -> Tensor:
+                x = t["states"].index_select(0, t["rows"]) if reads_states else decoder.embed(t["rows"])
+                hidden = decoder(
+                    x, self._caches.latent, t["page"], t["offset"], self._caches.decoder, plan.on_device(t, "plan")
+                )
+                return decoder.logits(hidden.index_select(0, t["wanted"])) if wanted else hidden
+
+            arrays = {
+                "rows": _array(state_rows if reads_states else ids, padded),
+                "page": _array(latent_page, padded),
+                "offset": _array(latent_offset, padded),
+                "wanted": _array(wanted, self._executor.rows(len(wanted)) if wanted else 0),
+                **plan.named("plan"),
+            }
+            tensors = {}
+            if reads_states:
                 assert states is not None
-                x = states[self._tensor(state_rows + state_rows[-1:] * missing)]
-            else:
-                x = self._model.decoder.embed(padded_ids)
-            hidden = self._model.decoder(
-                x,
-                self._caches.latent,
-                self._tensor(latent_page + [0] * missing),
-                self._tensor(latent_offset + [0] * missing),
-                self._caches.decoder,
-                self._plan("decoder", spans, spans, num_rows + missing, num_rows + missing),
-            )
+                tensors["states"] = states
+            out = self._run("decoder", stage, arrays, plan, tensors=tensors)
             self._account("decoder", decoding, [span.start for span in spans], counts, spans)
-            return self._logits(wanted, hidden)
+            if not wanted:
+                return out.new_empty((0, self._config.vocab_size), dtype=torch.float32)
+            return out[: len(wanted)]
 
     def _decide_patches(self, batch: Seq[Work], entropies: list[float]) -> None:
         row = 0
@@ -315,18 +344,18 @@ class Runner:
             return span
         return Span(span.table, start, span.first, [*range(start, end - w.num_block), *[end - 1] * w.num_block])
 
-    def _plan(
-        self, cache: str, writes: list[Span], queries: list[Span], padded_rows: int, padded_queries: int
-    ) -> AttentionPlan:
-        return plan_attention(
-            writes,
-            queries,
-            page_size=self._caches.specs[cache].page_size,
-            small_tile=self._floors.tile,
-            padded_rows=padded_rows,
-            padded_queries=padded_queries,
-            device=self._device,
-        )
+    def _plan(self, cache: str, writes: list[Span], queries: list[Span], padded_queries: int) -> Plan:
+        return plan_attention(writes, queries, self._tilings[cache], self._executor, padded_queries)
+
+    def _run(
+        self,
+        name: str,
+        stage: Stage,
+        arrays: Arrays,
+        *plans: Plan,
+        tensors: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Tensor:
+        return self._executor.run(name, stage, arrays, tensors, tuple(plan.most_segments for plan in plans))
 
     def _close_patches(self, clean: Seq[Work]) -> int:
         """Encoder cross-attention and global stage for every patch whose last byte is among the rows, and for open
@@ -339,7 +368,7 @@ class Runner:
         byte_offset: list[int] = []
         latent_page: list[int] = []
         latent_offset: list[int] = []
-        lengths: list[int] = []
+        bounds = [0]
         closing: list[Work] = []
         for w in clean:
             sequence = w.sequence
@@ -354,41 +383,52 @@ class Runner:
             opened, latent = sequence.tables["open"], sequence.tables["latent"]
             for patch, (first, behind) in enumerate(pairwise(starts), begin):
                 queries.append(Span(opened, 0, [first] * slots, [behind - 1] * slots))
-                lengths.append(behind - first)
+                bounds.append(bounds[-1] + behind - first)
                 for byte in range(first, behind):
                     byte_page.append(opened.pages[byte // open_size - opened.first])
                     byte_offset.append(byte % open_size)
-                latent_page.append(latent.pages[patch // latent_size - latent.first])
-                latent_offset.append(patch % latent_size)
+                latent_page += [latent.pages[patch // latent_size - latent.first]] * slots
+                latent_offset += range(patch % latent_size * slots, (patch % latent_size + 1) * slots)
             patches = range(begin, begin + len(starts) - 1)
             seen = [sequence.patch_document_start(p) if self._isolate else 0 for p in patches]
             patch_rows.append(Span(sequence.tables["global"], begin, seen, patches))
-        if not lengths:
+        num_patches = len(bounds) - 1
+        if not num_patches:
             return 0
-        # Padding patches pool byte 0 of the scratch page and leave their latent there.
-        missing = max(self._floors.rows - len(lengths), 0)
-        padded = len(lengths) + missing
-        pooled = self._model.encoder.close(
-            self._caches.open_states,
-            self._caches.open_kv,
-            self._tensor(byte_page + [0] * missing),
-            self._tensor(byte_offset + [0] * missing),
-            self._tensor(lengths + [1] * missing),
-            self._plan("open", [], queries, 0, padded * slots),
-        )
-        global_plan = self._plan("global", patch_rows, patch_rows, padded, padded)
-        latents = self._model.global_transformer(pooled, self._caches.global_, global_plan)
-        self._model.decoder.write_latents(
-            latents,
-            self._caches.latent,
-            self._tensor(latent_page + [0] * missing),
-            self._tensor(latent_offset + [0] * missing),
-        )
+        # Padding patches have no bytes and leave their latent in the scratch page.
+        padded = self._executor.rows(num_patches)
+        pooling = self._plan("open", [], queries, padded * slots)
+        plan = self._plan("global", patch_rows, patch_rows, padded)
+        num_bytes = self._executor.pages(len(byte_page))
+
+        def stage(t: Mapping[str, Tensor]) -> Tensor:
+            pooled = self._model.encoder.close(
+                self._caches.open_states,
+                self._caches.open_kv,
+                t["byte_page"],
+                t["byte_offset"],
+                t["bounds"],
+                pooling.on_device(t, "open"),
+            )
+            latents = self._model.global_transformer(pooled, self._caches.global_, plan.on_device(t, "plan"))
+            self._model.decoder.write_latents(latents, self._caches.latent, t["page"], t["offset"])
+            return latents
+
+        arrays = {
+            "byte_page": _array(byte_page, num_bytes),
+            "byte_offset": _array(byte_offset, num_bytes),
+            "bounds": np.array(bounds + bounds[-1:] * (padded - num_patches), dtype=np.int64),
+            "page": _array(latent_page, padded * slots),
+            "offset": _array(latent_offset, padded * slots),
+            **pooling.named("open"),
+            **plan.named("plan"),
+        }
+        self._run("global", stage, arrays, pooling, plan)
         counts = [len(span.first) for span in patch_rows]
         # A patch counts by its last byte, and so do all before it that the same call closes.
         ends = [w.end - count for w, count in zip(closing, counts, strict=True)]
         self._account("global", closing, ends, counts, patch_rows)
-        return len(lengths)
+        return num_patches
 
     def _note_documents(self, sequence: Sequence, begin: int, end: int) -> None:
         """A patch that holds an EOS ends a document for the global stage."""
@@ -413,13 +453,7 @@ class Runner:
                 newest += 1
             patches += [newest] * w.num_cells
         page += [table.pages[patch // size - table.first] for patch in patches]
-        offset += [patch % size for patch in patches]
-
-    def _logits(self, rows: list[int], hidden: Tensor) -> Tensor:
-        if not rows:
-            return hidden.new_empty((0, self._config.vocab_size), dtype=torch.float32)
-        padding = [0] * max(self._floors.rows - len(rows), 0)
-        return self._model.decoder.logits(hidden[self._tensor(rows + padding)])[: len(rows)]
+        offset += [patch % size * self._config.slots for patch in patches]
 
     def _account(self, stage: str, works: Seq[Work], positions: Seq[int], counts: Seq[int], spans: Seq[Span]) -> None:
         """Charges a call to its sequences: a share of the weights by rows, and what each looks up itself.
@@ -450,10 +484,12 @@ class Runner:
             self.counts.add(stage, timer.rows, seconds)
             self.costs.saw(stage, timer.rows, seconds)
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
-
 
 @dataclass(slots=True)
 class _Timer:
     rows: int = 0
+
+
+def _array(values: list[int], length: int) -> NDArray[np.int64]:
+    """The values, and zeros behind them up to `length`."""
+    return np.array(values + [0] * (length - len(values)), dtype=np.int64)

@@ -2,20 +2,86 @@
 
 Rows of many sequences lie end to end. Each sees the cache rows `first..last` of its own sequence: that one interval
 expresses causality, sliding windows, isolated documents, and blocks whose rows see each other. Rows are grouped into
-tiles of consecutive rows of one sequence; a tile gathers the pages that any of its rows sees.
+tiles of consecutive rows of one sequence; a tile reads the pages that any of its rows sees.
 
-Row-invariance: scores and products are formed per page (matrices of fixed shape), the maximum is exact in any order,
-and per-page sums are added one page after the other, so that pages that a row does not see add exact zeros.
+Row-invariance: scores and products are formed per page (matrices of fixed shape) and pages are added one after the
+other, so that pages that a row does not see add exact zeros. The Triton kernel adds pages within a segment, the pages
+whose index, counted from the sequence's first row, lies between two multiples of SEGMENT; then segments, in order. A
+long context is spread over the device, one program per segment, and gives the same bits as one program for all.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .lang import dot, jit, power_of_two, tl
+from .traffic import Traffic
+
+TILE = 16
+"""Rows per tile that suit the Triton kernel."""
+LARGE_TILE = 32
+"""Rows per tile of the torch twin where a sequence has more than a few."""
+SEGMENT = 16
+"""Pages per segment."""
+
+BEGIN, COUNT, PAGES_AT, FIRST_PAGE, NUM_PAGES = range(5)
+"""Columns of `AttentionPlan.tiles`."""
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Where the rows of one ragged batch live in one cache, and what each sees. All tensors int64.
+
+    positions, page, offset (R,): rows that are written, and where. first, last (Q,): the cache rows that each query
+    sees. tiles (S, 5): a tile's first query and how many, where its pages begin in `pages`, which page of the sequence
+    that is, and how many pages it reads (0 for padding). pages (N,): cache pages. Every query is in exactly one tile.
+    most_segments: segments that a tile can reach into. small_tile: rows to which the torch twin pads small tiles.
+    """
+
+    positions: Tensor
+    page: Tensor
+    offset: Tensor
+    first: Tensor
+    last: Tensor
+    tiles: Tensor
+    pages: Tensor
+    most_segments: int = 1
+    small_tile: int = 4
+    page_size: int = 64
+
+    @cached_property
+    def groups(self) -> "tuple[tuple[_TileGroup, ...], Tensor]":
+        """The tiles as the torch twin takes them, and every query's place in their outputs laid end to end."""
+        return _group(self)
+
+
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> Tensor:
+    """softmax(q k / sqrt(head_dim)) v over what each row sees: q (Q, heads, head_dim) in, the same shape out.
+
+    Caches (pages, kv_heads, page_size, head_dim); heads is a multiple of kv_heads. Softmax and sums in float32. Padding
+    rows come out finite.
+    """
+    groups, take = plan.groups
+    q = q * q.shape[-1] ** -0.5
+    outputs = [_attend(q, k_cache, v_cache, group) for group in groups]
+    flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return flat.index_select(0, take)
+
+
+def traffic(queries: int, seen_rows: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> Traffic:
+    """Bytes of `attention`: queries in and out, and the K/V rows of every sequence's interval once (`seen_rows`)."""
+    q = queries * heads * head_dim * itemsize
+    return Traffic(q + seen_rows * 2 * kv_heads * head_dim * itemsize, q)
+
+
+# The torch twin.
+
 
 @dataclass(frozen=True, slots=True)
-class TileGroup:
+class _TileGroup:
     """Tiles of equal size: S tiles of T rows over n pages each.
 
     rows (S, T) int64: which rows of the batch (padding repeats a row). pages (S, n) int64: cache pages, page 0 where
@@ -27,39 +93,38 @@ class TileGroup:
     hidden: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    """Where the rows of one ragged batch live in one cache, and what each sees.
+def _group(plan: AttentionPlan) -> tuple[tuple[_TileGroup, ...], Tensor]:
+    device = plan.tiles.device
+    tiles, pages, first, last = (t.cpu().numpy() for t in (plan.tiles, plan.pages, plan.first, plan.last))
+    tiles = tiles[tiles[:, NUM_PAGES] > 0]
+    small = tiles[:, COUNT] <= plan.small_tile
+    take = np.zeros(len(first), dtype=np.int64)
+    groups: list[_TileGroup] = []
+    behind = 0
+    for size, some in ((plan.small_tile, tiles[small]), (LARGE_TILE, tiles[~small])):
+        if not len(some):
+            continue
+        begin, count, at, first_page, num_pages = (column[:, None] for column in some.T)
+        place = np.arange(size)
+        rows = begin + np.minimum(place, count - 1)
+        index = np.arange(num_pages.max())
+        pages_of = np.where(index < num_pages, pages[at + np.minimum(index, num_pages - 1)], 0)
+        keys = ((first_page + index)[:, :, None] * plan.page_size + np.arange(plan.page_size))[:, :, None, :]
+        hidden = (keys < first[rows][:, None, :, None]) | (keys > last[rows][:, None, :, None])
+        used = place < count
+        take[rows[used]] = behind + np.flatnonzero(used)
+        behind += used.size
+        groups.append(
+            _TileGroup(
+                torch.from_numpy(rows).to(device),
+                torch.from_numpy(pages_of).to(device),
+                torch.from_numpy(hidden[:, :, None, None]).to(device),
+            )
+        )
+    return tuple(groups), torch.from_numpy(take).to(device)
 
-    positions (R,) int64. page, offset (R,) int64: where a row's own K/V go. groups: the tiles. take (R,) int64: a row's
-    place in the tiles' outputs, laid end to end.
-    """
 
-    positions: Tensor
-    page: Tensor
-    offset: Tensor
-    groups: tuple[TileGroup, ...]
-    take: Tensor
-
-
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> None:
-    """Stores k, v (R, kv_heads, head_dim) into the caches (pages, kv_heads, page_size, head_dim), in place."""
-    k_cache[plan.page, :, plan.offset] = k
-    v_cache[plan.page, :, plan.offset] = v
-
-
-def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q k / sqrt(head_dim)) v over what each row sees: q (R, heads, head_dim) in, the same shape out.
-
-    Caches (pages, kv_heads, page_size, head_dim); heads is a multiple of kv_heads. Softmax and sums in float32.
-    """
-    q = q * q.shape[-1] ** -0.5
-    outputs = [_attend(q, k_cache, v_cache, group) for group in plan.groups]
-    flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return flat.index_select(0, plan.take)
-
-
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: TileGroup) -> Tensor:
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: _TileGroup) -> Tensor:
     # index_select copies whole pages; indexing with a tensor goes element by element and takes four times as long.
     num_tiles, tile = group.rows.shape
     pages = group.pages.flatten()
@@ -93,3 +158,164 @@ def _add_pages(parts: Tensor) -> Tensor:
     for part in rest:
         total += part
     return total
+
+
+# Triton.
+
+
+@jit
+def _attend_segment(
+    b_q, k_ptr, v_ptr, pages_ptr, pages_at, first_page, begin, end, kv_head, kv_heads, first, last,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pages begin..end-1 of the sequence for one tile and K/V head: maximum, sum and weighted values, not divided."""
+    i_dim = tl.arange(0, BLOCK_DIM)
+    i_key = tl.arange(0, PAGE_SIZE)
+    m_dim = (i_dim < HEAD_DIM)[None, :]
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    out = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
+    for page in range(begin, end):
+        cache_page = tl.load(pages_ptr + pages_at + page - first_page)
+        at = (cache_page * kv_heads + kv_head) * (PAGE_SIZE * HEAD_DIM) + i_key[:, None] * HEAD_DIM + i_dim[None, :]
+        b_k = tl.load(k_ptr + at, mask=m_dim, other=0.0)
+        b_v = tl.load(v_ptr + at, mask=m_dim, other=0.0)
+        key = page * PAGE_SIZE + i_key
+        seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
+        nothing = tl.zeros((BLOCK, PAGE_SIZE), tl.float32)
+        scores = tl.where(seen, dot(b_q, tl.trans(b_k), nothing), float("-inf"))
+        new = tl.maximum(highest, tl.max(scores, 1))
+        # A row that has seen nothing yet has no maximum to subtract.
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        weights = tl.exp(scores - safe[:, None])
+        shrink = tl.exp(highest - safe)
+        total = total * shrink + tl.sum(weights, 1)
+        out = dot(weights.to(b_v.dtype), b_v, out * shrink[:, None])
+        highest = new
+    return highest, total, out
+
+
+@jit
+def _merge(highest, total, out, highest_next, total_next, out_next):
+    """Adds a segment to those before it."""
+    new = tl.maximum(highest, highest_next)
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    shrink, shrink_next = tl.exp(highest - safe), tl.exp(highest_next - safe)
+    total = total * shrink + total_next * shrink_next
+    out = out * shrink[:, None] + out_next * shrink_next[:, None]
+    return new, total, out
+
+
+@jit
+def attention_kernel(
+    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, tiles_ptr, pages_ptr, out_ptr, partial_ptr,
+    heads, kv_heads, scale,
+    SHARED: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One tile and K/V head, with all query heads that share it; if SPLIT, one segment of them, into `partial`."""
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(tiles_ptr + tile * 5)
+    count = tl.load(tiles_ptr + tile * 5 + 1)
+    pages_at = tl.load(tiles_ptr + tile * 5 + 2)
+    first_page = tl.load(tiles_ptr + tile * 5 + 3)
+    end_page = first_page + tl.load(tiles_ptr + tile * 5 + 4)
+
+    i = tl.arange(0, BLOCK)
+    i_dim = tl.arange(0, BLOCK_DIM)
+    place, shared = i // SHARED, i % SHARED
+    row = begin + place
+    m_row = (place < count) & (place < TILE_ROWS)
+    m_q = m_row[:, None] & (i_dim < HEAD_DIM)[None, :]
+    at = (row * heads + kv_head * SHARED + shared)[:, None] * HEAD_DIM + i_dim[None, :]
+    b_q = tl.load(q_ptr + at, mask=m_q, other=0.0)
+    b_q = (b_q.to(tl.float32) * scale).to(b_q.dtype)
+    first = tl.load(first_ptr + row, mask=m_row, other=1)
+    last = tl.load(last_ptr + row, mask=m_row, other=0)
+
+    first_segment = first_page // SEGMENT_PAGES
+    if SPLIT:
+        segment = tl.program_id(2)
+        lowest = tl.maximum(first_page, (first_segment + segment) * SEGMENT_PAGES)
+        highest_page = tl.minimum(end_page, (first_segment + segment + 1) * SEGMENT_PAGES)
+        highest, total, out = _attend_segment(
+            b_q, k_ptr, v_ptr, pages_ptr, pages_at, first_page, lowest, highest_page, kv_head, kv_heads, first, last,
+            PAGE_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK,
+        )  # fmt: skip
+        p = partial_ptr + ((tile * kv_heads + kv_head) * tl.num_programs(2) + segment) * BLOCK * (BLOCK_DIM + 2)
+        tl.store(p + i, highest)
+        tl.store(p + BLOCK + i, total)
+        tl.store(p + 2 * BLOCK + i[:, None] * BLOCK_DIM + i_dim[None, :], out)
+    else:
+        highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        out = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
+        for segment in range(first_segment, (end_page + SEGMENT_PAGES - 1) // SEGMENT_PAGES):
+            highest_next, total_next, out_next = _attend_segment(
+                b_q, k_ptr, v_ptr, pages_ptr, pages_at, first_page,
+                tl.maximum(first_page, segment * SEGMENT_PAGES), tl.minimum(end_page, (segment + 1) * SEGMENT_PAGES),
+                kv_head, kv_heads, first, last, PAGE_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK,
+            )  # fmt: skip
+            highest, total, out = _merge(highest, total, out, highest_next, total_next, out_next)
+        out = out / tl.where(total > 0.0, total, 1.0)[:, None]
+        tl.store(out_ptr + at, out.to(b_q.dtype), mask=m_q)
+
+
+@jit
+def merge_kernel(
+    tiles_ptr, out_ptr, partial_ptr, heads, kv_heads, num_segments,
+    SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr,
+):  # fmt: skip
+    """Adds the segments of one tile and K/V head in their order."""
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(tiles_ptr + tile * 5)
+    count = tl.load(tiles_ptr + tile * 5 + 1)
+    first_page = tl.load(tiles_ptr + tile * 5 + 3)
+    end_page = first_page + tl.load(tiles_ptr + tile * 5 + 4)
+    used = (end_page + SEGMENT_PAGES - 1) // SEGMENT_PAGES - first_page // SEGMENT_PAGES
+    i = tl.arange(0, BLOCK)
+    i_dim = tl.arange(0, BLOCK_DIM)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    out = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
+    for segment in range(0, used):
+        p = partial_ptr + ((tile * kv_heads + kv_head) * num_segments + segment) * BLOCK * (BLOCK_DIM + 2)
+        out_next = tl.load(p + 2 * BLOCK + i[:, None] * BLOCK_DIM + i_dim[None, :])
+        highest, total, out = _merge(highest, total, out, tl.load(p + i), tl.load(p + BLOCK + i), out_next)
+    out = out / tl.where(total > 0.0, total, 1.0)[:, None]
+    place, shared = i // SHARED, i % SHARED
+    m_row = (place < count) & (place < TILE_ROWS)
+    at = ((begin + place) * heads + kv_head * SHARED + shared)[:, None] * HEAD_DIM + i_dim[None, :]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=m_row[:, None] & (i_dim < HEAD_DIM)[None, :])
+
+
+def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> Tensor:
+    """The same, for tiles of at most TILE rows. Padding rows come out as zeros."""
+    num_tiles = plan.tiles.shape[0]
+    heads, head_dim = q.shape[1:]
+    kv_heads, page_size = k_cache.shape[1:3]
+    block = attention_blocks(heads // kv_heads, page_size, head_dim)
+    out = torch.empty_like(q)
+    split = plan.most_segments > 1
+    grid = (num_tiles, kv_heads, plan.most_segments if split else 1)
+    width = block["BLOCK"] * (block["BLOCK_DIM"] + 2)
+    partial = q.new_empty(num_tiles * kv_heads * plan.most_segments * width, dtype=torch.float32) if split else out
+    attention_kernel[grid](
+        q, k_cache, v_cache, plan.first, plan.last, plan.tiles, plan.pages, out, partial,
+        heads, kv_heads, head_dim**-0.5, PAGE_SIZE=page_size, SPLIT=split, **block, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if split:
+        merge_kernel[grid[:2]](plan.tiles, out, partial, heads, kv_heads, plan.most_segments, **block, num_warps=4)
+    return out
+
+
+def attention_blocks(shared: int, page_size: int, head_dim: int) -> dict[str, int]:
+    return {
+        "SHARED": shared,
+        "HEAD_DIM": head_dim,
+        "BLOCK_DIM": power_of_two(head_dim, 16),
+        "TILE_ROWS": TILE,
+        "BLOCK": power_of_two(TILE * shared, 16),
+        "SEGMENT_PAGES": SEGMENT,
+    }

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .lang import blocks, jit, power_of_two, tl
+from .traffic import Traffic
+
 PRIMES = (
     1000000007,
     5915587277,
@@ -28,6 +31,27 @@ def _powers(base: int, count: int) -> list[int]:
     return [p - (1 << 64) if p >> 63 else p for p in powers]
 
 
+class HashTables:
+    """The n-gram tables, function-major: one of `rows` rows for every (hash function, group size).
+
+    The tables may lie on the host and have another dtype than the model: only rows that are read are moved and
+    converted. The Triton kernel wants them on its device, all of one dtype.
+    """
+
+    def __init__(
+        self, tables: Sequence[Tensor], group_sizes: Sequence[int], num_functions: int, rows: int, device: torch.device
+    ) -> None:
+        self.tables = list(tables)
+        self.group_sizes = list(group_sizes)
+        self.num_functions = num_functions
+        self.rows = rows
+        self.addresses = torch.tensor([t.data_ptr() for t in self.tables], dtype=torch.int64, device=device)
+        self.sizes = torch.tensor(self.group_sizes, dtype=torch.int64, device=device)
+        most = max(self.group_sizes)
+        self.powers = torch.tensor([_powers(PRIMES[f], most) for f in range(num_functions)], device=device)
+        """(functions, longest group)"""
+
+
 def ngram_hashes(windows: Tensor, group_sizes: Sequence[int], num_functions: int, rows: int) -> Tensor:
     """Table rows of every n-gram: (R, num_functions * len(group_sizes)) int64 in 0..rows-1, function-major.
 
@@ -42,13 +66,63 @@ def ngram_hashes(windows: Tensor, group_sizes: Sequence[int], num_functions: int
     return torch.stack(hashes, dim=1)
 
 
-def hash_embed(windows: Tensor, embedding: Tensor, tables: Sequence[Tensor], hashes: Tensor) -> Tensor:
-    """embedding[id] + sum over tables t of tables[t][hashes[:, t]]: (R, d) in embedding's dtype and device.
+def hash_embed(windows: Tensor, embedding: Tensor, hashing: HashTables) -> Tensor:
+    """embedding[id] + the sum over tables t of tables[t][its hash]: (R, d) in embedding's dtype and device.
 
-    windows as in `ngram_hashes` (its last column is the byte itself); hashes (R, len(tables)). The tables may lie on
-    the host and have another dtype: only the rows that are read are moved and converted.
+    windows as in `ngram_hashes` (its last column is the byte itself).
     """
+    hashes = ngram_hashes(windows, hashing.group_sizes, hashing.num_functions, hashing.rows)
     x = F.embedding(windows[:, -1], embedding)
-    for t, table in enumerate(tables):
+    for t, table in enumerate(hashing.tables):
         x = x + F.embedding(hashes[:, t].to(table.device), table).to(x)
     return x
+
+
+def traffic(rows: int, dim: int, num_tables: int, width: int, itemsize: int, table_itemsize: int) -> Traffic:
+    """Bytes of `hash_embed`: windows of `width` ids, a row of the embedding and one of every table, per byte."""
+    return Traffic(rows * (8 * width + dim * (itemsize + num_tables * table_itemsize)), rows * dim * itemsize)
+
+
+@jit
+def hash_embed_kernel(
+    windows_ptr, embedding_ptr, addresses_ptr, sizes_ptr, powers_ptr, table_ptr, out_ptr,
+    width, longest, num_sizes, num_tables, table_rows,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One byte, one block of dimensions. table_ptr: any table, for its type."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m = i < DIM
+    j = tl.arange(0, BLOCK_WIDTH)
+    dtype = out_ptr.dtype.element_ty
+    own = tl.load(windows_ptr + row * width + width - 1)
+    x = tl.load(embedding_ptr + own * DIM + i, mask=m, other=0.0).to(tl.float32)
+    for table in range(num_tables):
+        size = tl.load(sizes_ptr + table % num_sizes)
+        ids = tl.load(windows_ptr + row * width + width - size + j, mask=j < size, other=0)
+        powers = tl.load(powers_ptr + (table // num_sizes) * longest + j, mask=j < size, other=0)
+        hashed = tl.sum(ids * powers, 0) % table_rows
+        # The remainder takes the sign of the hash; the row counts from 0.
+        hashed = tl.where(hashed < 0, hashed + table_rows, hashed)
+        p_table = tl.load(addresses_ptr + table).to(table_ptr.dtype)
+        b = tl.load(p_table + hashed * DIM + i, mask=m, other=0.0).to(dtype).to(tl.float32)
+        x = (x + b).to(dtype).to(tl.float32)
+    tl.store(out_ptr + row * DIM + i, x.to(dtype), mask=m)
+
+
+def hash_embed_triton(windows: Tensor, embedding: Tensor, hashing: HashTables) -> Tensor:
+    """The same."""
+    rows, width = windows.shape
+    dim = embedding.shape[1]
+    out = embedding.new_empty(rows, dim)
+    block = hash_blocks(dim, width)
+    hash_embed_kernel[(rows, blocks(dim, block["BLOCK"]))](
+        windows, embedding, hashing.addresses, hashing.sizes, hashing.powers, hashing.tables[0], out,
+        width, hashing.powers.shape[1], len(hashing.group_sizes), len(hashing.tables), hashing.rows,
+        **block, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def hash_blocks(dim: int, width: int) -> dict[str, int]:
+    return {"DIM": dim, "BLOCK": min(power_of_two(dim), 1024), "BLOCK_WIDTH": power_of_two(width)}

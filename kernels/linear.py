@@ -1,22 +1,178 @@
-"""Matrix products whose rows do not depend on how many rows there are.
+"""Matrix products whose rows do not depend on how many rows there are, with what stands before and behind them.
 
 A GEMM library picks its inner kernel by the number of rows, and with it the order of summation: one row and nine rows
 of the same input can differ in the last bit. Above some small count the choice no longer changes. `row_floor` finds
 that count by trying, so that the engine can pad every call up to it.
+
+The Triton kernel is made for few rows: it streams the weights once and keeps the rows in registers. Every output is
+summed over ascending blocks of the inner dimension with the same instructions, whatever the number of rows.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .lang import blocks, dot, jit, power_of_two, tl
+from .norm import rms_norm
+from .swiglu import swiglu
+from .traffic import Traffic
+
 _PROBED_ROWS = (*range(1, 18), 23, 24, 31, 32, 33, 48, 63, 64, 65, 128)
+FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (R, in) times weight (out, in) transposed: (R, out). Reads the weight once."""
-    return F.linear(x, weight)
+class Matrix(NamedTuple):
+    """A weight matrix: data (out, in), and for float8 data a scale (out,) float32 that multiplies each output."""
+
+    data: Tensor
+    scale: Tensor | None = None
+
+
+def quantize(weight: Tensor) -> Matrix:
+    """Rounds weight (out, in) to float8 (e4m3), each row scaled so that its largest element is the largest number."""
+    scale = weight.float().abs().amax(1).clamp_min(1e-12) / _FP8_MAX
+    return Matrix((weight.float() / scale[:, None]).to(FP8), scale)
+
+
+def linear(
+    x: Tensor,
+    weight: Matrix,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    twice: bool = False,
+) -> Tensor:
+    """x (R, in) times weight (out, in) transposed, in x's dtype.
+
+    norm (in,): x goes through RMS normalisation with it first. gated: the first half of the outputs gates the second,
+    silu(first) * second, (R, out / 2). residual: added to the result; `twice`: residual + (residual + result).
+    """
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    y = F.linear(x, weight.data) if weight.scale is None else _scaled(x, weight.data, weight.scale)
+    if gated:
+        y = swiglu(*y.chunk(2, dim=-1))
+    if residual is not None:
+        y = residual + y
+        if twice:
+            y = residual + y
+    return y
+
+
+def _scaled(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
+    return (F.linear(x, data.to(x.dtype)).float() * scale).to(x.dtype)
+
+
+def traffic(rows: int, out: int, width: int, itemsize: int, *, fp8: bool = False, norm: bool = False) -> Traffic:
+    """Bytes of `linear`: the weight once, its scales, the norm, the rows in and out (`out` before gating)."""
+    weight = out * width * (1 if fp8 else itemsize) + 4 * out * fp8 + width * itemsize * norm
+    return Traffic(weight + rows * width * itemsize, rows * out * itemsize)
+
+
+# Triton.
+
+
+@jit
+def linear_kernel(
+    x_ptr, w_ptr, scale_ptr, norm_ptr, residual_ptr, out_ptr,
+    rows, out_dim, in_dim, eps,
+    NORM: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, RESIDUALS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """One block of rows by one block of outputs. out_dim: outputs behind the gate."""
+    i_row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    i_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    i_in = tl.arange(0, BLOCK_IN)
+    m_row, m_out = i_row < rows, i_out < out_dim
+    p_x = x_ptr + i_row.to(tl.int64)[:, None] * in_dim + i_in[None, :]
+    p_w = w_ptr + i_out.to(tl.int64)[:, None] * in_dim + i_in[None, :]
+    p_up = p_w + out_dim.to(tl.int64) * in_dim
+    dtype = x_ptr.dtype.element_ty
+
+    if NORM:
+        squares = tl.zeros((BLOCK_ROWS, BLOCK_IN), tl.float32)
+        for start in range(0, in_dim, BLOCK_IN):
+            m_in = start + i_in < in_dim
+            b_x = tl.load(p_x + start, mask=m_row[:, None] & m_in[None, :], other=0.0).to(tl.float32)
+            squares += b_x * b_x
+        inverse = 1.0 / tl.sqrt(tl.sum(squares, 1) / in_dim + eps)
+
+    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    total_up = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    for start in range(0, in_dim, BLOCK_IN):
+        m_in = start + i_in < in_dim
+        b_x = tl.load(p_x + start, mask=m_row[:, None] & m_in[None, :], other=0.0)
+        if NORM:
+            b_norm = tl.load(norm_ptr + start + i_in, mask=m_in, other=0.0).to(tl.float32)
+            b_x = (b_x.to(tl.float32) * inverse[:, None] * b_norm[None, :]).to(dtype)
+        m_w = m_out[:, None] & m_in[None, :]
+        b_w = tl.load(p_w + start, mask=m_w, other=0.0, eviction_policy="evict_first").to(dtype)
+        total = dot(b_x, tl.trans(b_w), total)
+        if GATED:
+            b_up = tl.load(p_up + start, mask=m_w, other=0.0, eviction_policy="evict_first").to(dtype)
+            total_up = dot(b_x, tl.trans(b_up), total_up)
+
+    # Rounded where the twin rounds.
+    if SCALED:
+        total = total.to(dtype).to(tl.float32) * tl.load(scale_ptr + i_out, mask=m_out, other=0.0)[None, :]
+    y = total.to(dtype).to(tl.float32)
+    if GATED:
+        if SCALED:
+            scale_up = tl.load(scale_ptr + out_dim + i_out, mask=m_out, other=0.0)
+            total_up = total_up.to(dtype).to(tl.float32) * scale_up[None, :]
+        gate = (y / (1.0 + tl.exp(-y))).to(dtype).to(tl.float32)
+        y = (gate * total_up.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    m_y = m_row[:, None] & m_out[None, :]
+    p_y = i_row.to(tl.int64)[:, None] * out_dim + i_out[None, :]
+    if RESIDUALS > 0:
+        b_residual = tl.load(residual_ptr + p_y, mask=m_y, other=0.0).to(tl.float32)
+        y = (b_residual + y).to(dtype).to(tl.float32)
+        if RESIDUALS > 1:
+            y = b_residual + y
+    tl.store(out_ptr + p_y, y.to(dtype), mask=m_y)
+
+
+def linear_triton(
+    x: Tensor,
+    weight: Matrix,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    twice: bool = False,
+) -> Tensor:
+    """The same, for contiguous operands."""
+    rows, width = x.shape
+    out = weight.data.shape[0] // (1 + gated)
+    y = x.new_empty(rows, out)
+    block = linear_blocks(rows, out, width)
+    grid = (blocks(out, block["BLOCK_OUT"]), blocks(rows, block["BLOCK_ROWS"]))
+    linear_kernel[grid](
+        x, weight.data, weight.scale, norm, residual, y, rows, out, width, eps,
+        NORM=norm is not None, GATED=gated, SCALED=weight.scale is not None,
+        RESIDUALS=0 if residual is None else 1 + twice, **block, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return y
+
+
+def linear_blocks(rows: int, out: int, width: int) -> dict[str, int]:
+    """Block sizes. Those of rows stay below the 64 from which on Hopper's tensor cores sum in another order."""
+    return {
+        "BLOCK_ROWS": 16 if rows <= 16 else 32,
+        # Narrow products need many small blocks to occupy the device; wide ones have enough.
+        "BLOCK_OUT": 16 if out <= 4096 else 32,
+        "BLOCK_IN": min(power_of_two(width, 32), 128),
+    }
+
+
+# What the machine's library does with the torch twin.
 
 
 def row_floor(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> int | None:
@@ -30,10 +186,10 @@ def row_floor(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, device: tor
     for out, width in sorted(set(shapes)):
         x = torch.randn(most, width, generator=generator).to(device, dtype)
         weight = torch.randn(out, width, generator=generator).to(device, dtype)
-        expected = linear(x, weight)
+        expected = F.linear(x, weight)
         agreed = None
         for rows in reversed(_PROBED_ROWS):
-            if not torch.equal(linear(x[:rows], weight), expected[:rows]):
+            if not torch.equal(F.linear(x[:rows], weight), expected[:rows]):
                 break
             agreed = rows
         if agreed == most:

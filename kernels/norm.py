@@ -1,4 +1,4 @@
-"""RMS normalisation."""
+"""RMS normalisation. On a GPU it is the prologue of the product that reads it (`linear`), never a pass of its own."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -275,6 +275,7 @@ def state(engine: Engine, sequence: Sequence) -> dict[str, Any]:
         return range(0 if window is None else max(n - window + 1, 0), n)
 
     opened = range(sequence.patching.starts[patch], n)
+    slots = engine.model_config.slots
     return {
         "ids": list(sequence.ids),
         "computed": n,
@@ -288,7 +289,12 @@ def state(engine: Engine, sequence: Sequence) -> dict[str, Any]:
         "decoder": rows(caches.decoder, "decoder", bytes_of("decoder"), False),
         "open": rows(caches.open_kv, "open", opened, False) + rows([(caches.open_states,) * 2], "open", opened, True),
         "global": rows(caches.global_, "global", range(patch), False),
-        "latent": rows(caches.latent, "latent", range(patch - 1, patch), True),
+        "latent": [
+            t[page, :, offset * slots : (offset + 1) * slots].clone()
+            for kv in caches.latent
+            for t in kv
+            for page, offset in [divmod(sequence.tables["latent"].slot(patch - 1), caches.specs["latent"].page_size)]
+        ],
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from transformers.models.blt.modeling_blt import byte_group_hash_function
 
 from engine.config import HashConfig
 from engine.model.encoder import ngram_windows
-from kernels.hash_embed import PRIMES, hash_embed, ngram_hashes
+from kernels.hash_embed import PRIMES, HashTables, hash_embed, ngram_hashes
 from tests import reference
 from tests.models import our_config
 
@@ -69,7 +69,7 @@ def test_embedding_is_a_plain_sum_and_takes_tables_of_another_dtype() -> None:
     embedding, tables = torch.randn(260, 8), [torch.randn(50, 8).bfloat16() for _ in range(3)]
     windows = torch.tensor(ngram_windows(IDS, 0, len(IDS), 5))
     hashes = ngram_hashes(windows, (2, 3, 5), 1, 50)
-    found = hash_embed(windows, embedding, tables, hashes)
+    found = hash_embed(windows, embedding, HashTables(tables, (2, 3, 5), 1, 50, torch.device("cpu")))
     for j, token in enumerate(IDS):
         expected = embedding[token] + sum(table[hashes[j, t]].float() for t, table in enumerate(tables))
         torch.testing.assert_close(found[j], expected)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kernels.cross_attention import slot_attention
 from kernels.entropy import entropy
-from kernels.hash_embed import hash_embed, ngram_hashes
-from kernels.linear import linear, row_floor
+from kernels.hash_embed import HashTables, hash_embed
+from kernels.linear import Matrix, linear, row_floor
 from kernels.norm import rms_norm
 from kernels.pooling import patch_max
 from kernels.rope import apply_rope, rope_table
@@ -63,14 +63,23 @@ def test_swiglu_is_the_formula() -> None:
 
 
 def test_patch_max_is_elementwise_also_for_single_bytes_and_negative_states() -> None:
-    states, lengths = randn(9, 4) - 5, torch.tensor([1, 5, 1, 2])
-    expected = [part.max(0).values for part in states.split(lengths.tolist())]
-    assert torch.equal(patch_max(states, lengths), torch.stack(expected))
+    states = randn(9, 4) - 5
+    expected = [part.max(0).values for part in states.split([1, 5, 1, 2])]
+    where = torch.tensor([3, 0, 8, 1, 7, 2, 6, 4, 5])
+    cache = torch.zeros(3, 3, 4)
+    cache[where // 3, where % 3] = states
+    bounds = torch.tensor([0, 1, 6, 7, 9, 9])
+    found = patch_max(cache, where // 3, where % 3, bounds)
+    assert torch.equal(found, torch.cat((torch.stack(expected), torch.zeros(1, 4))))
 
 
 def test_slot_attention_is_the_formula() -> None:
     q, k, v = randn(4, 3, 8), randn(4, 5, 3, 8, seed=1), randn(4, 5, 3, 8, seed=2)
-    found = slot_attention(q, k, v)
+    # Latent r lies in page r, behind r rows of another.
+    caches = [torch.zeros(4, 3, 9, 8) for _ in range(2)]
+    for r in range(4):
+        caches[0][r, :, r : r + 5], caches[1][r, :, r : r + 5] = k[r].transpose(0, 1), v[r].transpose(0, 1)
+    found = slot_attention(q, *caches, torch.arange(4), torch.arange(4), 5)
     for r in range(4):
         for head in range(3):
             weights = [math.exp(float(q[r, head] @ k[r, slot, head]) / math.sqrt(8)) for slot in range(5)]
@@ -87,23 +96,24 @@ def test_linear_is_row_invariant_from_the_floor_on(out: int, width: int, dtype: 
     # One element off: a tensor in a mapped file is aligned to its element only.
     weight = randn(out * width + 1, dtype=dtype)[1:].view(out, width)
     x = randn(300, width, seed=1, dtype=dtype)
-    expected = linear(x, weight)
+    expected = linear(x, Matrix(weight))
     for count in (floor, floor + 1, 19, 27, 40, 77, 100, 129, 200, 299):
         for start in (0, 1, 300 - count):
             rows = slice(start, start + count)
-            assert torch.equal(linear(x[rows].contiguous(), weight), expected[rows]), (count, start)
+            assert torch.equal(linear(x[rows].contiguous(), Matrix(weight)), expected[rows]), (count, start)
 
 
 def _slots(x: Tensor) -> Tensor:
     heads = x.view(len(x), 4, -1)
-    kv = heads.unsqueeze(1).expand(-1, 3, -1, -1) * torch.tensor([0.5, -1, 2], dtype=x.dtype)[:, None, None]
-    return slot_attention(heads, kv.contiguous(), kv.flip(1).contiguous())
+    k = heads.unsqueeze(2) * torch.tensor([0.5, -1, 2], dtype=x.dtype)[:, None]
+    page = torch.arange(len(x))
+    return slot_attention(heads, k.contiguous(), k.flip(2).contiguous(), page, torch.zeros_like(page), 3)
 
 
 def _hashed(x: Tensor) -> Tensor:
     windows = (x.float().abs() * 100).long() % 260
-    hashes = ngram_hashes(windows, (2, 3), 2, 50)
-    return hash_embed(windows, randn(260, 36), [randn(50, 36, seed=s) for s in range(4)], hashes)
+    tables = HashTables([randn(50, 36, seed=s) for s in range(4)], (2, 3), 2, 50, CPU)
+    return hash_embed(windows, randn(260, 36), tables)
 
 
 ROW_BY_ROW: dict[str, Callable[[Tensor], Tensor]] = {
@@ -114,7 +124,9 @@ ROW_BY_ROW: dict[str, Callable[[Tensor], Tensor]] = {
     "entropy": entropy,
     "swiglu": lambda x: swiglu(x, x.flip(1).contiguous()),
     "slot_attention": _slots,
-    "patch_max": lambda x: patch_max(x, torch.ones(len(x), dtype=torch.int64)),
+    "patch_max": lambda x: patch_max(
+        x[:, None], torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64), torch.arange(len(x) + 1)
+    ),
     "hash_embed": _hashed,
 }
 

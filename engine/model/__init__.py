@@ -1,9 +1,12 @@
 """The four stages of a byte-latent model. Each runs on its own over a ragged batch and owns no state but weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from kernels.dispatch import Kernels
 from kernels.linear import batched_row_floor, row_floor
 
 from ..caches import CacheSpec
@@ -22,23 +25,27 @@ HASH_TABLES = "model.encoder_hash_tok_embedding."
 class Model:
     """All stages of one checkpoint on one device."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
-        """Takes canonical tensors; converts only those of another dtype or device, and leaves hash tables as and
-        where they are (a byte reads one row of each)."""
-        placed = {
-            name: tensor if name.startswith(HASH_TABLES) else tensor.to(device, dtype)
-            for name, tensor in weights.items()
-        }
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels,
+        *,
+        fp8: bool = False,
+    ) -> None:
+        """Takes canonical tensors. fp8: the large matrices are rounded to float8 (see `kernels.linear.quantize`)."""
+        weights = Weights(tensors, dtype, device, fp8=fp8)
         self.config = config
-        self.hash_itemsize = next(t.dtype.itemsize for n, t in weights.items() if n.startswith(HASH_TABLES))
-        self.parameters = sum(tensor.numel() for tensor in weights.values())
-        self.patcher = Patcher(config, placed)
-        self.encoder = Encoder(config, placed)
-        self.global_transformer = GlobalTransformer(config, placed)
-        self.decoder = Decoder(config, placed)
-        self.linear_shapes = {
-            (t.shape[0], t.shape[1]) for n, t in placed.items() if t.ndim == 2 and not n.startswith(HASH_TABLES)
-        }
+        self.kernels = kernels
+        self.hash_itemsize = next(t.dtype.itemsize for n, t in tensors.items() if n.startswith(HASH_TABLES))
+        self.parameters = sum(tensor.numel() for tensor in tensors.values())
+        self.patcher = Patcher(config, weights, kernels)
+        self.encoder = Encoder(config, weights, kernels)
+        self.global_transformer = GlobalTransformer(config, weights, kernels)
+        self.decoder = Decoder(config, weights, kernels)
+        self.linear_shapes = weights.linear_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +60,11 @@ class RowFloors:
 
 
 def find_row_floors(model: Model, specs: dict[str, CacheSpec], dtype: torch.dtype, device: torch.device) -> RowFloors:
-    """Tries the machine's products on the model's shapes (under a second for small models)."""
+    """Tries the machine's products on the model's shapes (under a second for small models); Triton's kernels need no
+    such count."""
     config = model.config
+    if model.kernels.tile is not None:
+        return RowFloors(rows=1, tile=model.kernels.tile, proven=True)
 
     def shapes(stack: StackConfig, cache: str) -> tuple[int, int]:
         return specs[cache].page_size, stack.head_dim

@@ -4,9 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import AttentionPlan
-from kernels.cross_attention import slot_attention
-from kernels.linear import linear
-from kernels.norm import rms_norm
+from kernels.dispatch import Kernels
 
 from ..caches import decoder_cross_layers
 from ..config import ModelConfig
@@ -14,28 +12,26 @@ from .layers import CrossAttention, KvCache, Stack, Weights
 
 
 class Decoder:
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
         prefix = "model.local_decoder"
         self._config = config
+        self._kernels = kernels
         own_table = config.decoder_input == "embedding"
-        self._embedding = weights[f"{prefix}.embed_tokens.weight"] if own_table else None
-        self._slots = weights[f"{prefix}.patch_embedding_projection.weight"]
+        self._embedding = weights.tensor(f"{prefix}.embed_tokens.weight") if own_table else None
+        self._slots = weights.matrix(f"{prefix}.patch_embedding_projection.weight")
         self._cross = [
-            CrossAttention(config.decoder, weights, f"{prefix}.cross_attn_layers.{i}")
+            CrossAttention(config.decoder, weights, f"{prefix}.cross_attn_layers.{i}", kernels)
             for i in range(decoder_cross_layers(config))
         ]
-        self._stack = Stack(config.decoder, weights, prefix)
-        self._norm = weights[f"{prefix}.norm.weight"]
-        self._head = weights["lm_head.weight"]
+        self._stack = Stack(config.decoder, weights, prefix, kernels)
+        self._norm = weights.tensor(f"{prefix}.norm.weight")
+        self._head = weights.matrix("lm_head.weight", exact=True)
 
     def write_latents(self, latents: Tensor, cache: KvCache, page: Tensor, offset: Tensor) -> None:
-        """Splits latents (P, global dim) into slots and stores their K/V of every layer at (page, offset)."""
-        dim = self._config.decoder.dim
-        slots = linear(latents, self._slots).reshape(-1, dim)
-        for cross, (k_cache, v_cache) in zip(self._cross, cache, strict=True):
-            k, v = cross.key_value(slots)
-            k_cache[page, offset] = k.unflatten(0, (-1, self._config.slots))
-            v_cache[page, offset] = v.unflatten(0, (-1, self._config.slots))
+        """Splits latents (P, global dim) into slots and stores the K/V of every layer. page, offset (P * slots,)."""
+        slots = self._kernels.linear(latents, self._slots).view(-1, self._config.decoder.dim)
+        for cross, kv in zip(self._cross, cache, strict=True):
+            cross.store(slots, page, offset, kv)
 
     def embed(self, ids: Tensor) -> Tensor:
         """What the first layer reads for ids (R,), [MASK] among them: (R, dim). Only with a table of its own."""
@@ -51,16 +47,18 @@ class Decoder:
         cache: KvCache,
         plan: AttentionPlan,
     ) -> Tensor:
-        """x (R, dim) to the last hidden states (R, dim). Row r reads the latent at latent_page[r], latent_offset[r]."""
-        angles = self._stack.rope.index_select(0, plan.positions)
+        """x (R, dim) to the last hidden states (R, dim). Row r reads the latent whose slots begin at latent_page[r],
+        latent_offset[r]."""
         for i, (layer, kv) in enumerate(zip(self._stack.layers, cache, strict=True)):
             if i < len(self._cross):
-                k_slots, v_slots = (c[latent_page, latent_offset] for c in latent_cache[i])
-                cross = self._cross[i]
-                x = x + (x + cross.output(slot_attention(cross.query(x), k_slots, v_slots)))
-            x = layer(x, angles, kv, plan)
+                cross, (k, v) = self._cross[i], latent_cache[i]
+                seen = self._kernels.slot_attention(
+                    cross.query(x), k, v, latent_page, latent_offset, self._config.slots
+                )
+                x = cross.output(seen, x)
+            x = layer(x, self._stack.rope, kv, plan)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
         """Last hidden states (R, dim) to logits (R, V) float32."""
-        return linear(rms_norm(x, self._norm, self._config.decoder.norm_eps), self._head).float()
+        return self._kernels.linear(x, self._head, norm=self._norm, eps=self._config.decoder.norm_eps).float()

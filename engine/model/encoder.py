@@ -1,12 +1,10 @@
 """Stage 2, bytes to states, and closed patches to the global stage's input (BLT 3.2)."""
 
-import torch
 from torch import Tensor
 
-from kernels.attention import AttentionPlan, attention, write_kv
-from kernels.hash_embed import hash_embed, ngram_hashes
-from kernels.linear import linear
-from kernels.pooling import patch_max
+from kernels.attention import AttentionPlan
+from kernels.dispatch import Kernels
+from kernels.hash_embed import HashTables
 
 from ..caches import encoder_cross_layers
 from ..config import ModelConfig
@@ -14,21 +12,22 @@ from .layers import CrossAttention, KvCache, Stack, Weights
 
 
 class Encoder:
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
         self._config = config
+        self._kernels = kernels
         prefix = "model.local_encoder"
-        self._embedding = weights[f"{prefix}.embed_tokens.weight"]
-        self._tables = [
-            weights[f"model.encoder_hash_tok_embedding.{t}.weight"] for t in range(config.hashes.num_tables)
-        ]
-        self._stack = Stack(config.encoder, weights, prefix)
-        self._slots = weights[f"{prefix}.patch_embedding_projection.weight"]
+        hashes = config.hashes
+        self._embedding = weights.tensor(f"{prefix}.embed_tokens.weight")
+        tables = [weights.stored(f"model.encoder_hash_tok_embedding.{t}.weight") for t in range(hashes.num_tables)]
+        self._hashes = HashTables(tables, hashes.group_sizes, hashes.num_functions, hashes.rows, weights.device)
+        self._stack = Stack(config.encoder, weights, prefix, kernels)
+        self._slots = weights.matrix(f"{prefix}.patch_embedding_projection.weight")
         num_cross = encoder_cross_layers(config)
         stored = sum(
             f"{prefix}.cross_attn_layers.{i}.q_proj.weight" in weights for i in range(config.encoder.num_layers)
         )
         self._cross = [
-            CrossAttention(config.encoder, weights, f"{prefix}.cross_attn_layers.{i}")
+            CrossAttention(config.encoder, weights, f"{prefix}.cross_attn_layers.{i}", kernels)
             for i in range(stored - num_cross, stored)
         ]
 
@@ -46,17 +45,14 @@ class Encoder:
         Each byte also leaves in the open-patch cache what its patch will need when it closes: the state to pool, and
         its keys and values for the patch's queries.
         """
-        hashing = self._config.hashes
-        hashes = ngram_hashes(windows, hashing.group_sizes, hashing.num_functions, hashing.rows)
-        x = hash_embed(windows, self._embedding, self._tables, hashes)
-        angles = self._stack.rope.index_select(0, plan.positions)
+        x = self._kernels.hash_embed(windows, self._embedding, self._hashes)
         first_cross = len(self._stack.layers) - len(self._cross)
         for i, (layer, kv) in enumerate(zip(self._stack.layers, cache, strict=True)):
-            x = layer(x, angles, kv, plan)
+            x = layer(x, self._stack.rope, kv, plan)
             if i >= first_cross:
-                write_kv(*self._cross[i - first_cross].key_value(x), *open_kv[i - first_cross], open_plan)
+                self._cross[i - first_cross].store(x, open_plan.page, open_plan.offset, open_kv[i - first_cross])
             if i == first_cross:
-                open_states[open_plan.page, open_plan.offset] = x
+                self._kernels.store_states(x, open_plan.page, open_plan.offset, open_states)
         return x
 
     def close(
@@ -65,27 +61,22 @@ class Encoder:
         open_kv: KvCache,
         bytes_page: Tensor,
         bytes_offset: Tensor,
-        lengths: Tensor,
+        bounds: Tensor,
         plan: AttentionPlan,
     ) -> Tensor:
         """Pools closed patches: (patches, slots * dim), the global stage's input before its projection.
 
-        The bytes of all patches laid end to end lie at bytes_page, bytes_offset; lengths (patches,) counts them; in
-        `plan` the rows are the patches' slots.
+        The bytes of all patches laid end to end lie at bytes_page, bytes_offset, those of patch p from bounds[p] to
+        bounds[p + 1] - 1; in `plan` the rows are the patches' slots.
         """
-        pooled = patch_max(open_states[bytes_page, bytes_offset], lengths)
-        dim = pooled.shape[1]
-        slots = linear(pooled, self._slots).reshape(-1, dim)
+        pooled = self._kernels.patch_max(open_states, bytes_page, bytes_offset, bounds)
+        slots = self._kernels.linear(pooled, self._slots).view(-1, pooled.shape[1])
         for cross, kv in zip(self._cross, open_kv, strict=True):
-            slots = slots + (slots + cross.output(attention(cross.query(slots), *kv, plan)))
-        return slots.reshape(len(lengths), -1)
+            slots = cross.output(self._kernels.attention(cross.query(slots), *kv, plan), slots)
+        return slots.view(len(pooled), -1)
 
 
 def ngram_windows(ids: list[int], start: int, end: int, width: int) -> list[list[int]]:
     """The last `width` ids up to each of the bytes start..end-1, 0 before the text."""
     padded = [0] * max(width - 1 - start, 0) + ids[max(start - width + 1, 0) : end]
     return [padded[i : i + width] for i in range(end - start)]
-
-
-def window_tensor(windows: list[list[int]], device: torch.device) -> Tensor:
-    return torch.tensor(windows, dtype=torch.int64, device=device)

@@ -1,0 +1,175 @@
+"""Running a stage: at once, or on a CUDA device as a recorded graph of kernels.
+
+A step of a small stage takes the device less time than the host needs to launch its kernels one by one. A CUDA graph
+launches them all together, but always with the same shapes and addresses. So arrays are padded to one of a few lengths,
+and every combination of lengths that comes up is recorded once, over buffers of its own.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .plan import Arrays
+
+Stage = Callable[[Mapping[str, Tensor]], Tensor]
+"""From a stage's inputs to its output; also writes caches."""
+
+MOST_GRAPH_ROWS = 256
+"""Rows from which on a stage keeps the device busy by itself."""
+
+
+class Executor(Protocol):
+    """Pads as `engine.plan.Padding`, and runs stages."""
+
+    def rows(self, n: int) -> int: ...
+
+    def tiles(self, n: int) -> int: ...
+
+    def pages(self, n: int) -> int: ...
+
+    def segments(self, n: int) -> int: ...
+
+    def run(self, name: str, stage: Stage, arrays: Arrays, tensors: Mapping[str, Tensor], key: object) -> Tensor:
+        """The output of `stage` over the arrays, once they are on the device, and tensors that are there already.
+
+        name, key: what tells the stage's recordings apart besides the inputs' shapes. The output is valid until the
+        stage runs again.
+        """
+        ...
+
+
+class Eager:
+    """Runs stages at once. `floor`: fewest rows that make rows independent of each other."""
+
+    def __init__(self, device: torch.device, floor: int) -> None:
+        self._device = device
+        self._floor = floor
+
+    def rows(self, n: int) -> int:
+        return max(n, self._floor)
+
+    def tiles(self, n: int) -> int:
+        return n
+
+    def pages(self, n: int) -> int:
+        return n
+
+    def segments(self, n: int) -> int:
+        return n
+
+    def run(self, name: str, stage: Stage, arrays: Arrays, tensors: Mapping[str, Tensor], key: object) -> Tensor:
+        if self._device.type == "cpu":
+            return stage({**{key: torch.from_numpy(a) for key, a in arrays.items()}, **tensors})
+        packed = pack(arrays).pin_memory().to(self._device, non_blocking=True)
+        return stage({**unpack(packed, arrays), **tensors})
+
+
+class Graphs(Eager):
+    """Records stages as CUDA graphs and replays them. One buffer takes all arrays of a stage in a single copy.
+
+    Off a CUDA device it runs the stage over the same padded buffers, so that tests see the same shapes and addresses.
+    """
+
+    def __init__(self, device: torch.device, floor: int) -> None:
+        super().__init__(device, floor)
+        self._recordings: dict[object, _Recording] = {}
+        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def rows(self, n: int) -> int:
+        return super().rows(n) if n > MOST_GRAPH_ROWS else padded(max(n, self._floor))
+
+    def tiles(self, n: int) -> int:
+        return n if n > MOST_GRAPH_ROWS else padded(n)
+
+    def pages(self, n: int) -> int:
+        return 1 << (n - 1).bit_length() if n else 1
+
+    def segments(self, n: int) -> int:
+        return 1 << (n - 1).bit_length()
+
+    def run(self, name: str, stage: Stage, arrays: Arrays, tensors: Mapping[str, Tensor], key: object) -> Tensor:
+        if max(len(a) for a in arrays.values() if a.ndim == 1 or len(a)) > 16 * MOST_GRAPH_ROWS:
+            return super().run(name, stage, arrays, tensors, key)
+        shapes = tuple(a.shape for a in arrays.values()), tuple(t.shape for t in tensors.values())
+        recording = self._recordings.get((name, key, shapes))
+        if recording is None:
+            recording = self._recordings[name, key, shapes] = _Recording(
+                stage, arrays, tensors, self._device, self._memory
+            )
+        return recording.replay(arrays, tensors)
+
+    @property
+    def num_recorded(self) -> int:
+        return len(self._recordings)
+
+
+class _Recording:
+    """A stage over fixed buffers."""
+
+    def __init__(
+        self, stage: Stage, arrays: Arrays, tensors: Mapping[str, Tensor], device: torch.device, memory: Any
+    ) -> None:
+        self._stage = stage
+        self._packed = torch.empty(sum(a.size for a in arrays.values()), dtype=torch.int64, device=device)
+        on_host = torch.empty(self._packed.shape, dtype=torch.int64)
+        self._on_host = on_host.pin_memory() if device.type == "cuda" else on_host
+        self._tensors = {name: torch.empty_like(t) for name, t in tensors.items()}
+        self._inputs = {**unpack(self._packed, arrays), **self._tensors}
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._copied: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._fill(arrays, tensors)
+            # A first run compiles what is not compiled yet, which must not happen while recording. It writes the same
+            # cache rows that the replay will.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                stage(self._inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=memory):
+                self._output = stage(self._inputs)
+
+    def replay(self, arrays: Arrays, tensors: Mapping[str, Tensor]) -> Tensor:
+        self._fill(arrays, tensors)
+        if self._graph is None:
+            self._output = self._stage(self._inputs)
+        else:
+            self._graph.replay()
+        return self._output
+
+    def _fill(self, arrays: Arrays, tensors: Mapping[str, Tensor]) -> None:
+        if self._copied is not None:
+            # The host's buffer may still be on its way from the last step.
+            self._copied.synchronize()
+        pack(arrays, self._on_host)
+        self._packed.copy_(self._on_host, non_blocking=True)
+        if self._packed.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        for name, tensor in tensors.items():
+            self._tensors[name].copy_(tensor)
+
+
+def padded(n: int) -> int:
+    """The next of the lengths 1, 2, 3, 4, 6, 8, 12, 16, ...: at most half as much again."""
+    power = 1 << max(n - 1, 0).bit_length()
+    return power * 3 // 4 if n <= power * 3 // 4 and power > 2 else power
+
+
+def pack(arrays: Arrays, out: Tensor | None = None) -> Tensor:
+    """All arrays in one tensor on the host, laid end to end."""
+    flat = np.concatenate([a.ravel() for a in arrays.values()])
+    if out is None:
+        return torch.from_numpy(flat)
+    out.numpy()[:] = flat
+    return out
+
+
+def unpack(packed: Tensor, arrays: Arrays) -> dict[str, Tensor]:
+    """Views of the parts of `packed`, in the arrays' shapes."""
+    parts = packed.split([a.size for a in arrays.values()])
+    return {name: part.view(a.shape) for (name, a), part in zip(arrays.items(), parts, strict=True)}

@@ -1,0 +1,144 @@
+"""Drawing ids from logits, and how far a draft agrees with what was drawn.
+
+A row's result is bitwise the same alone and in any batch: probabilities become integers before they are summed, so that
+no order of summation can matter.
+
+Speculative decoding at temperatures above 0 usually accepts a drafted byte with probability min(1, p / q) and draws
+another from the residual (rejection sampling). Here draft and model draw with the same random number instead, one that
+belongs to the place in the text, and a drafted byte is right if the model draws it too. The law is the model's in both
+cases; this way the very text is what the model alone would have drawn, whoever drafts.
+"""
+
+import torch
+from torch import Tensor
+
+from .lang import jit, power_of_two, tl
+from .traffic import Traffic
+
+MASS_SCALE = 2.0**52
+"""Probabilities are counted in units of 1 / this; a row's sum still fits a float64 exactly."""
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
+) -> Tensor:  # fmt: skip
+    """One id per row, (R,) int64: temperature, top_k, top_p, min_p, then the inverse of the distribution function in id
+    order at `uniforms`. Temperature 0 takes the largest logit. Equal logits rank by id, lower first.
+
+    logits (R, V) float64; temperature, top_p, min_p, uniforms (R,) float64; top_k (R,) int64, V for none.
+    """
+    highest, best = logits.max(-1, keepdim=True)
+    best = (logits == highest).to(torch.int8).argmax(-1)
+    # The maximum goes first, so that no temperature, however small, overflows.
+    scaled = (logits - highest) / temperature.where(temperature > 0, 1.0)[:, None]
+    mass = (scaled.softmax(-1) * MASS_SCALE).long()
+    if bool((top_k < logits.shape[1]).any() or (top_p < 1).any()):
+        order = scaled.sort(dim=-1, descending=True, stable=True).indices
+        rank = torch.arange(logits.shape[1], device=logits.device)
+        ranked = mass.gather(1, order).where(rank < top_k[:, None], 0)
+        before = ranked.cumsum(-1) - ranked
+        in_top_p = before < top_p[:, None] * ranked.sum(-1, keepdim=True)
+        # top_p 0 still keeps the likeliest id.
+        mass = torch.zeros_like(mass).scatter(1, order, ranked.where(in_top_p | (rank == 0), 0))
+    mass = mass.where(mass >= min_p[:, None] * mass.amax(-1, keepdim=True), 0)
+    cdf = mass.cumsum(-1)
+    total = cdf[:, -1:]
+    target = (uniforms[:, None] * total).long().minimum(total - 1)
+    return torch.where(temperature > 0, (cdf <= target).sum(-1), best)
+
+
+def accepted(drafts: Tensor, drawn: Tensor, lengths: Tensor) -> Tensor:
+    """How many drafted ids, from the first on, are what was drawn: (S,) int64 (Fast BLT, Verify).
+
+    drafts, drawn (S, K) int64; lengths (S,) int64: how many of each row count.
+    """
+    place = torch.arange(drafts.shape[1], device=drafts.device)
+    right = (drafts == drawn) & (place < lengths[:, None])
+    return right.long().cumprod(-1).sum(-1)
+
+
+def traffic(rows: int, vocab_size: int) -> Traffic:
+    """Bytes of `sample`."""
+    return Traffic(rows * (8 * vocab_size + 40), rows * 8)
+
+
+# Triton.
+
+
+@jit
+def sample_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, uniforms_ptr, out_ptr, vocab_size,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One row. Ranks come from comparing every pair of ids, CHUNK of them at a time: a vocabulary of bytes is small."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    m = i < vocab_size
+    x = tl.load(logits_ptr + row * vocab_size + i, mask=m, other=float("-inf"))
+    temperature = tl.load(temperature_ptr + row)
+    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    min_p, uniform = tl.load(min_p_ptr + row), tl.load(uniforms_ptr + row)
+    highest = tl.max(x, 0)
+    best = tl.min(tl.where((x == highest) & m, i, BLOCK), 0)
+    e = tl.exp((x - highest) / tl.where(temperature > 0.0, temperature, 1.0))
+    mass = (e / tl.sum(e, 0) * 4503599627370496.0).to(tl.int64)
+
+    rank = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, BLOCK, CHUNK):
+        j = start + tl.arange(0, CHUNK)
+        other = tl.load(logits_ptr + row * vocab_size + j, mask=j < vocab_size, other=float("-inf"))
+        ahead = (other[None, :] > x[:, None]) | ((other[None, :] == x[:, None]) & (j[None, :] < i[:, None]))
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    kept = tl.where(rank < top_k, mass, 0)
+    # How much mass ranks before each id: the same pairs once more, now with masses, which programs cannot share.
+    before = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, BLOCK, CHUNK):
+        j = start + tl.arange(0, CHUNK)
+        other = tl.load(logits_ptr + row * vocab_size + j, mask=j < vocab_size, other=float("-inf"))
+        e_other = tl.exp((other - highest) / tl.where(temperature > 0.0, temperature, 1.0))
+        mass_other = (e_other / tl.sum(e, 0) * 4503599627370496.0).to(tl.int64)
+        ahead = (other[None, :] > x[:, None]) | ((other[None, :] == x[:, None]) & (j[None, :] < i[:, None]))
+        before += tl.sum(tl.where(ahead, mass_other[None, :], 0), 1)
+    in_top_p = before.to(tl.float64) < top_p * tl.sum(kept, 0).to(tl.float64)
+    mass = tl.where((in_top_p & (rank < top_k)) | (rank == 0), mass, 0)
+    mass = tl.where(mass.to(tl.float64) >= min_p * tl.max(mass, 0).to(tl.float64), mass, 0)
+    cdf = tl.cumsum(mass, 0)
+    total = tl.sum(mass, 0)
+    target = tl.minimum((uniform * total.to(tl.float64)).to(tl.int64), total - 1)
+    drawn = tl.sum(((cdf <= target) & m).to(tl.int64), 0)
+    tl.store(out_ptr + row, tl.where(temperature > 0.0, drawn, best.to(tl.int64)))
+
+
+def sample_triton(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
+) -> Tensor:  # fmt: skip
+    """The same."""
+    rows, vocab_size = logits.shape
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    block = power_of_two(vocab_size)
+    sample_kernel[(rows,)](
+        logits, temperature, top_k, top_p, min_p, uniforms, out, vocab_size,
+        BLOCK=block, CHUNK=min(block, 16), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def accepted_kernel(drafts_ptr, drawn_ptr, lengths_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    """One draft."""
+    s = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    m = i < tl.load(lengths_ptr + s)
+    wrong = tl.load(drafts_ptr + s * width + i, mask=m & (i < width), other=-1) != tl.load(
+        drawn_ptr + s * width + i, mask=m & (i < width), other=-2
+    )
+    tl.store(out_ptr + s, tl.min(tl.where(wrong | (i >= width), i, BLOCK), 0).to(tl.int64))
+
+
+def accepted_triton(drafts: Tensor, drawn: Tensor, lengths: Tensor) -> Tensor:
+    """The same."""
+    num, width = drafts.shape
+    out = torch.empty(num, dtype=torch.int64, device=drafts.device)
+    # One place more than a draft can have, where it ends.
+    accepted_kernel[(num,)](drafts, drawn, lengths, out, width, BLOCK=power_of_two(width + 1), num_warps=1)
+    return out
