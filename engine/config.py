@@ -8,6 +8,9 @@ whoever starts the engine.
 from dataclasses import dataclass, field
 from typing import Literal
 
+KernelName = Literal["torch", "triton"]
+WeightsName = Literal["float8"]
+
 BOE_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 SPECIAL_NAMES = {BOE_ID: "<boe>", BOS_ID: "<s>", EOS_ID: "</s>", PAD_ID: "<pad>"}
 BYTE_OFFSET = 4
@@ -129,11 +132,11 @@ class EngineConfig:
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
-    kernels: Literal["torch", "triton"] | None = None
+    kernels: KernelName | None = None
     """None takes Triton's on a CUDA device, torch's elsewhere."""
     graphs: bool | None = None
     """Whether stages run as recorded graphs; None records on a CUDA device only."""
-    weights: Literal["float8"] | None = None
+    weights: WeightsName | None = None
     """How the large matrices are stored; None: in `dtype`."""
     max_sequences: int = 64
     """Most sequences in the running batch."""

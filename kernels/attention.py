@@ -7,7 +7,8 @@ tiles of consecutive rows of one sequence; a tile reads the pages that any of it
 Row-invariance: scores and products are formed per page (matrices of fixed shape) and pages are added one after the
 other, so that pages that a row does not see add exact zeros. The Triton kernel adds pages within a segment, the pages
 whose index, counted from the sequence's first row, lies between two multiples of SEGMENT; then segments, in order. A
-long context is spread over the device, one program per segment, and gives the same bits as one program for all.
+long context is spread over the device, one program per segment, and gives the same bits as one program for all. (Products
+and sums are not fused into one instruction, or that would hang on what a compiler fuses.)
 """
 
 from dataclasses import dataclass
@@ -166,23 +167,24 @@ def _add_pages(parts: Tensor) -> Tensor:
 @jit
 def _attend_segment(
     b_q, k_ptr, v_ptr, pages_ptr, pages_at, first_page, begin, end, kv_head, kv_heads, first, last,
-    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pages begin..end-1 of the sequence for one tile and K/V head: maximum, sum and weighted values, not divided."""
     i_dim = tl.arange(0, BLOCK_DIM)
-    i_key = tl.arange(0, PAGE_SIZE)
-    m_dim = (i_dim < HEAD_DIM)[None, :]
+    i_key = tl.arange(0, BLOCK_KEYS)
+    m_kv = (i_key < PAGE_SIZE)[:, None] & (i_dim < HEAD_DIM)[None, :]
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     out = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
     for page in range(begin, end):
         cache_page = tl.load(pages_ptr + pages_at + page - first_page)
         at = (cache_page * kv_heads + kv_head) * (PAGE_SIZE * HEAD_DIM) + i_key[:, None] * HEAD_DIM + i_dim[None, :]
-        b_k = tl.load(k_ptr + at, mask=m_dim, other=0.0)
-        b_v = tl.load(v_ptr + at, mask=m_dim, other=0.0)
+        b_k = tl.load(k_ptr + at, mask=m_kv, other=0.0)
+        b_v = tl.load(v_ptr + at, mask=m_kv, other=0.0)
         key = page * PAGE_SIZE + i_key
-        seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
-        nothing = tl.zeros((BLOCK, PAGE_SIZE), tl.float32)
+        seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None]) & (i_key < PAGE_SIZE)[None, :]
+        nothing = tl.zeros((BLOCK, BLOCK_KEYS), tl.float32)
         scores = tl.where(seen, dot(b_q, tl.trans(b_k), nothing), float("-inf"))
         new = tl.maximum(highest, tl.max(scores, 1))
         # A row that has seen nothing yet has no maximum to subtract.
@@ -210,8 +212,9 @@ def _merge(highest, total, out, highest_next, total_next, out_next):
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, tiles_ptr, pages_ptr, out_ptr, partial_ptr,
     heads, kv_heads, scale,
-    SHARED: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr, SPLIT: tl.constexpr,
+    SHARED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One tile and K/V head, with all query heads that share it; if SPLIT, one segment of them, into `partial`."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
@@ -240,7 +243,7 @@ def attention_kernel(
         highest_page = tl.minimum(end_page, (first_segment + segment + 1) * SEGMENT_PAGES)
         highest, total, out = _attend_segment(
             b_q, k_ptr, v_ptr, pages_ptr, pages_at, first_page, lowest, highest_page, kv_head, kv_heads, first, last,
-            PAGE_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK,
+            PAGE_SIZE, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM, BLOCK,
         )  # fmt: skip
         p = partial_ptr + ((tile * kv_heads + kv_head) * tl.num_programs(2) + segment) * BLOCK * (BLOCK_DIM + 2)
         tl.store(p + i, highest)
@@ -254,7 +257,7 @@ def attention_kernel(
             highest_next, total_next, out_next = _attend_segment(
                 b_q, k_ptr, v_ptr, pages_ptr, pages_at, first_page,
                 tl.maximum(first_page, segment * SEGMENT_PAGES), tl.minimum(end_page, (segment + 1) * SEGMENT_PAGES),
-                kv_head, kv_heads, first, last, PAGE_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK,
+                kv_head, kv_heads, first, last, PAGE_SIZE, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM, BLOCK,
             )  # fmt: skip
             highest, total, out = _merge(highest, total, out, highest_next, total_next, out_next)
         out = out / tl.where(total > 0.0, total, 1.0)[:, None]
@@ -295,7 +298,7 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
     num_tiles = plan.tiles.shape[0]
     heads, head_dim = q.shape[1:]
     kv_heads, page_size = k_cache.shape[1:3]
-    block = attention_blocks(heads // kv_heads, page_size, head_dim)
+    block = attention_blocks(heads // kv_heads, head_dim)
     out = torch.empty_like(q)
     split = plan.most_segments > 1
     grid = (num_tiles, kv_heads, plan.most_segments if split else 1)
@@ -303,14 +306,21 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
     partial = q.new_empty(num_tiles * kv_heads * plan.most_segments * width, dtype=torch.float32) if split else out
     attention_kernel[grid](
         q, k_cache, v_cache, plan.first, plan.last, plan.tiles, plan.pages, out, partial,
-        heads, kv_heads, head_dim**-0.5, PAGE_SIZE=page_size, SPLIT=split, **block, num_warps=4, num_stages=2,
+        heads, kv_heads, head_dim**-0.5, PAGE_SIZE=page_size, BLOCK_KEYS=key_block(page_size), SPLIT=split, **block,
+        num_warps=4, num_stages=2, enable_fp_fusion=False,
     )  # fmt: skip
     if split:
-        merge_kernel[grid[:2]](plan.tiles, out, partial, heads, kv_heads, plan.most_segments, **block, num_warps=4)
+        merge_kernel[grid[:2]](
+            plan.tiles, out, partial, heads, kv_heads, plan.most_segments, **block, num_warps=4, enable_fp_fusion=False
+        )
     return out
 
 
-def attention_blocks(shared: int, page_size: int, head_dim: int) -> dict[str, int]:
+def key_block(page_size: int) -> int:
+    return power_of_two(page_size, 16)
+
+
+def attention_blocks(shared: int, head_dim: int) -> dict[str, int]:
     return {
         "SHARED": shared,
         "HEAD_DIM": head_dim,

@@ -33,6 +33,7 @@ def blocks(n: int, size: int) -> int:
 @jit
 def dot(a, b, total):
     """total + a b, summed in float32, products not rounded."""
-    if INTERPRETED:  # numpy knows no bfloat16; the interpreter would multiply its bits.
-        a, b = a.to(tl.float32), b.to(tl.float32)
+    if INTERPRETED:
+        # numpy knows no bfloat16 (the interpreter would multiply its bits), and its products depend on a row's place.
+        return total + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
     return tl.dot(a, b, total, input_precision="ieee")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig, KernelName, ModelConfig, WeightsName
 from engine.types import MAX_DRAFT, DecoderName, SamplingParams, Unmask
 
 from .flags import with_settings
@@ -122,6 +122,12 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind an end-of-sequence id.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
+    kernels: Annotated[
+        KernelName | None, typer.Option(help="Who computes.", show_default="triton on a CUDA device, else torch")
+    ] = None,
+    weights: Annotated[
+        WeightsName | None, typer.Option(help="Rounds the large matrices to float8.", show_default="as --dtype")
+    ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Colour patches, accepted and rejected drafts and the passes of blocks.")
     ] = False,
@@ -157,7 +163,7 @@ def generate(
     failure: str | None = None
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
         pieces = offline.generate(
-            EngineConfig(str(model), dtype=dtype, device=device),
+            EngineConfig(str(model), dtype=dtype, device=device, kernels=kernels, weights=weights),
             prompts,
             max_tokens=max_tokens,
             sampling=sampling,

@@ -1,0 +1,280 @@
+"""What the compiler makes of every Triton kernel, without a GPU: registers, spills, shared memory, expected bytes.
+
+`python -m benchmarks.kernels_static` runs the stages of the models' real shapes on tensors without storage, notes every
+kernel that they launch, and compiles each for every architecture. Exits with 1 if a kernel spills registers or wants
+more shared memory than the device has.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from engine.caches import Caches
+from engine.checkpoint import PRESETS, expected_shapes
+from engine.config import EngineConfig, ModelConfig
+from engine.model import Model
+from kernels import attention, boundary, cross_attention, entropy, hash_embed, linear, pooling, sampling, store
+from kernels import unmasking as unmask_file
+from kernels.attention import AttentionPlan
+from kernels.boundary import Rule
+from kernels.dispatch import TritonKernels
+from kernels.traffic import Traffic
+
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes of shared memory that a program may have, by architecture (CUDA programming guide, compute capabilities)."""
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv", torch.float64: "fp64",
+    torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
+ROWS = (1, 8, 64)
+"""Rows of the recorded passes: one byte, a draft, a crowd."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way in which a kernel is compiled, and where it came up first."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+    rows: int = field(compare=False)
+    traffic: Traffic = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__).removesuffix("_kernel")
+
+    @property
+    def variant(self) -> str:
+        types = {kind.lstrip("*") for _, kind in self.signature if kind.startswith("*")} & {"fp32", "bf16", "fp8e4nv"}
+        constants = " ".join(f"{key}={int(value)}" for key, value in self.constants if key.isupper() and value)
+        return f"{'/'.join(sorted(types))} {constants}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out for one architecture."""
+
+    launch: Launch
+    arch: int
+    registers: int
+    spilled: int
+    shared: int
+
+    @property
+    def fits(self) -> bool:
+        return not self.spilled and self.shared <= SHARED_LIMIT[self.arch]
+
+
+class Recorder:
+    """Notes launches instead of launching."""
+
+    def __init__(self) -> None:
+        self.launches: dict[Launch, None] = {}
+        self.rows = 0
+        self.traffic = Traffic()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            self._note(kernel, args, options)
+
+        with mock.patch.object(JITFunction, "run", run):
+            yield
+
+    def _note(self, kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        names = kernel.arg_names
+        values = dict(zip(names, args, strict=False)) | {n: options.pop(n) for n in list(options) if n in names}
+        signature, constants, divisible = [], [], []
+        for i, (name, parameter) in enumerate(zip(names, kernel.params, strict=True)):
+            value = values[name]
+            # As Triton's own specialisation: absent pointers and ones become constants, multiples of 16 are marked.
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                signature.append((name, "constexpr"))
+                constants.append((name, value))
+            elif isinstance(value, Tensor):
+                signature.append((name, f"*{TYPES[value.dtype]}"))
+                divisible.append(i)
+            elif isinstance(value, int):
+                signature.append((name, "i32"))
+                if value % 16 == 0:
+                    divisible.append(i)
+            else:
+                signature.append((name, "fp32"))
+        launch = Launch(
+            kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(options.items()),
+            self.rows, self.traffic,
+        )  # fmt: skip
+        self.launches.setdefault(launch)
+
+
+class Measured(TritonKernels):
+    """The Triton kernels; says the traffic of every call before it is launched."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        for name, count in TRAFFIC.items():
+            setattr(self, name, _counted(getattr(TritonKernels, name), count, recorder))
+
+
+def _counted(operation: Any, count: Any, recorder: Recorder) -> Any:
+    def run(*args: Any, **how: Any) -> Any:
+        recorder.traffic = count(*args, **how)
+        return operation(*args, **how)
+
+    return run
+
+
+def _linear(x: Tensor, weight: linear.Matrix, *, norm: Tensor | None = None, **_: Any) -> Traffic:
+    data = weight.data
+    return linear.traffic(
+        x.shape[0], data.shape[0], data.shape[1], x.itemsize, fp8=weight.scale is not None, norm=norm is not None
+    )
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Traffic:
+    return attention.traffic(q.shape[0], len(plan.pages) * k.shape[2], q.shape[1], k.shape[1], k.shape[3], k.itemsize)
+
+
+TRAFFIC: dict[str, Any] = {
+    "linear": _linear,
+    "attention": _attention,
+    "store_qkv": lambda qkv, rope, p, page, o, k, v: store.traffic(
+        qkv.shape[0], qkv.shape[1] - 2 * k.shape[1], k.shape[1], k.shape[3], k.itemsize
+    ),
+    "store_kv": lambda kv, page, o, k, v: store.traffic(kv.shape[0], 0, k.shape[1], k.shape[3], k.itemsize),
+    "store_states": lambda states, page, o, cache: Traffic(states.nbytes + 16 * len(page), states.nbytes),
+    "slot_attention": lambda q, k, v, page, o, slots: cross_attention.traffic(
+        q.shape[0], slots, q.shape[1], k.shape[1], k.shape[3], k.itemsize
+    ),
+    "hash_embed": lambda windows, table, hashing: hash_embed.traffic(
+        windows.shape[0], table.shape[1], len(hashing.tables), windows.shape[1], table.itemsize,
+        hashing.tables[0].itemsize,
+    ),
+    "patch_max": lambda cache, page, o, bounds: pooling.traffic(
+        len(bounds) - 1, len(page), cache.shape[2], cache.itemsize
+    ),
+    "entropy": lambda logits: entropy.traffic(logits.shape[0], logits.shape[1], logits.itemsize),
+    "boundaries": lambda entropies, previous, spans, rule: boundary.traffic(len(entropies), len(spans)),
+    "certainty": lambda logits: unmask_file.traffic(1, logits.shape[0], logits.shape[1]),
+    "unmask": lambda masked, *_: Traffic(masked.numel() * 9 + 16 * len(masked), masked.numel()),
+    "sample": lambda logits, *_: sampling.traffic(logits.shape[0], logits.shape[1]),
+    "accepted": lambda drafts, *_: Traffic(drafts.nbytes * 2 + 8 * len(drafts), 8 * len(drafts)),
+}  # fmt: skip
+
+
+def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[int, ...] = ROWS) -> None:
+    """Notes what the stages of a model launch, in bfloat16, for each number of rows."""
+    meta = torch.device("meta")
+    tensors = {n: torch.empty(s, dtype=torch.bfloat16, device=meta) for n, s in expected_shapes(config).items()}
+    kernels = Measured(recorder)
+    model = Model(config, tensors, torch.bfloat16, meta, kernels, fp8=fp8)
+    engine = EngineConfig(model="", dtype="bfloat16", max_length=4096)
+    caches = Caches(config, replace(engine, device="meta"))  # type: ignore[arg-type]
+
+    def ints(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=meta)
+
+    def plan(queries: int, segments: int = 1) -> AttentionPlan:
+        where = ints(queries), ints(queries), ints(queries)
+        return AttentionPlan(*where, ints(queries), ints(queries), ints(queries, 5), ints(10 * queries), segments)
+
+    with recorder.recording():
+        for n in rows:
+            recorder.rows = n
+            entropies = model.patcher(ints(n), caches.patcher, plan(n))
+            for rule in (Rule(1.0, longest=8), Rule(1.0, monotonic=True), Rule(1.0, rise=0.1), Rule(1.0, None, True)):
+                kernels.boundaries(entropies, entropies, ints(n, 4), rule)
+            windows = ints(n, max(config.hashes.group_sizes))
+            states = model.encoder(windows, caches.encoder, plan(n), caches.open_states, caches.open_kv, plan(n))
+            for segments in (1, 8):
+                pooled = model.encoder.close(
+                    caches.open_states, caches.open_kv, ints(8 * n), ints(8 * n), ints(n + 1), plan(n * config.slots)
+                )
+                latents = model.global_transformer(pooled, caches.global_, plan(n, segments))
+            slots = ints(n * config.slots)
+            model.decoder.write_latents(latents, caches.latent, slots, slots)
+            hidden = model.decoder(states, caches.latent, ints(n), ints(n), caches.decoder, plan(n))
+            logits = model.decoder.logits(hidden)
+            kernels.certainty(logits)
+            masked, figures = ints(n, 8) > 0, torch.empty(n, 8, device=meta)
+            doubles = torch.empty(n, dtype=torch.float64, device=meta)
+            kernels.unmask(masked, figures, figures, ints(n), doubles)
+            kernels.sample(logits.double(), doubles, ints(n), doubles, doubles, doubles)
+            kernels.accepted(ints(n, 8), ints(n, 8), ints(n))
+
+
+def compile_for(launch: Launch, arch: int) -> Compiled:
+    source = ASTSource(
+        launch.kernel,
+        dict(launch.signature),
+        {(launch.kernel.arg_names.index(name),): value for name, value in launch.constants},
+        {(i,): [["tt.divisibility", 16]] for i in launch.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    registers, spilled = _resources(compiled.asm["cubin"])
+    return Compiled(launch, arch, registers, spilled, compiled.metadata.shared)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes of its stack, where spilled registers go."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", said)
+    assert found, said
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels_static", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=PRESETS, default=["1b", "7b"])
+    parser.add_argument("--arch", nargs="+", type=int, choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    options = parser.parse_args()
+    recorder = Recorder()
+    for name in options.models:
+        for fp8 in (False, True):
+            record(PRESETS[name], fp8=fp8, recorder=recorder, rows=tuple(options.rows))
+    jobs = [
+        (launch, arch)
+        for launch in recorder.launches
+        for arch in options.arch
+        if arch >= 89 or not any("fp8" in kind for _, kind in launch.signature)  # older devices have no e4m3
+    ]
+    print("| kernel | variant | sm | registers | spilled | shared | rows | bytes read | written |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    fits = True
+    for launch, arch in tqdm(jobs, disable=not sys.stderr.isatty()):
+        c = compile_for(launch, arch)
+        fits &= c.fits
+        print(
+            f"| {launch.name} | {launch.variant} | {arch} | {c.registers} | {c.spilled} | {c.shared} | {launch.rows} | "
+            f"{launch.traffic.read} | {launch.traffic.written} |{'' if c.fits else ' **does not fit**'}",
+            flush=True,
+        )
+    print(f"\n{len(jobs)} compiled; {'all fit' if fits else 'not all fit'}")
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""Every Triton kernel against its torch twin: on a CUDA device where there is one, else in Triton's interpreter.
+
+Both get the same random operands; layouts are ragged and drawn: one row, no rows, lengths at the edges of pages.
+"""
+
+import inspect
+import os
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.graphs import Eager
+from engine.pages import BlockTable, PagePool
+from engine.plan import Plan, Span, Tiling, plan_attention
+from kernels import attention as attention_file
+from kernels.attention import TILE, AttentionPlan
+from kernels.boundary import Rule
+from kernels.dispatch import Kernels, TritonKernels, choose_kernels
+from kernels.hash_embed import HashTables
+from kernels.linear import Matrix, quantize
+from kernels.rope import rope_table
+
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+TORCH, TRITON = Kernels(), TritonKernels()
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
+SEEDS = st.integers(0, 2**20)
+few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""The interpreter takes about a millisecond per program and operation."""
+
+
+class Draw:
+    """Random operands on the device."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self._generator).to(DEVICE, dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._generator, dtype=torch.float64).to(DEVICE)
+
+    def below(self, bound: int, *shape: int) -> Tensor:
+        return torch.randint(bound, shape, generator=self._generator).to(DEVICE)
+
+    def shuffled(self, n: int) -> list[int]:
+        order: list[int] = torch.randperm(n, generator=self._generator).tolist()
+        return order
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    # bfloat16 has 8 bits, several roundings follow each other, and the interpreter cuts where devices round. What is
+    # computed is shown in float32.
+    tolerance = {"atol": 2e-5, "rtol": 1e-4} if expected.dtype == torch.float32 else {"atol": 0.1, "rtol": 0.06}
+    torch.testing.assert_close(found.float(), expected.float(), **tolerance)
+
+
+def test_twins_have_the_same_signature() -> None:
+    names = [name for name, value in vars(TritonKernels).items() if isinstance(value, staticmethod)]
+    assert names == [name for name, value in vars(Kernels).items() if isinstance(value, staticmethod)]
+    for name in names:
+        assert inspect.signature(getattr(TRITON, name)) == inspect.signature(getattr(TORCH, name)), name
+        assert getattr(TRITON, name) is not getattr(TORCH, name)
+
+
+def test_who_computes_is_chosen_by_name_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_kernels(None, cpu).name == "torch"
+    assert choose_kernels(None, cuda).name == "triton"
+    assert choose_kernels("torch", cuda).name == "torch"
+    monkeypatch.setattr("kernels.lang.INTERPRETED", False)
+    with pytest.raises(ValueError, match="CUDA device, not 'cpu'.*TRITON_INTERPRET"):
+        choose_kernels("triton", cpu)
+    monkeypatch.setattr("kernels.lang.AVAILABLE", False)
+    with pytest.raises(ValueError, match="not installed"):
+        choose_kernels("triton", cuda)
+    assert choose_kernels(None, cuda).name == "torch"
+
+
+@few
+@given(
+    SEEDS, FLOATS, st.integers(1, 40), st.integers(1, 70), st.integers(1, 150), st.booleans(), st.booleans(),
+    st.booleans(), st.integers(0, 2),
+)  # fmt: skip
+def test_linear(
+    seed: int, dtype: torch.dtype, rows: int, out: int, width: int, normed: bool, gated: bool, fp8: bool, residuals: int
+) -> None:
+    draw = Draw(seed)
+    x, weight = draw.randn(rows, width, dtype=dtype), draw.randn(out * (1 + gated), width, dtype=dtype) * width**-0.5
+    how: dict[str, Any] = {
+        "norm": draw.randn(width, dtype=dtype) if normed else None,
+        "eps": 1e-5,
+        "gated": gated,
+        "residual": draw.randn(rows, out, dtype=dtype) if residuals else None,
+        "twice": residuals == 2,
+    }
+    matrix = quantize(weight) if fp8 else Matrix(weight)
+    found = TRITON.linear(x, matrix, **how)
+    close(found, TORCH.linear(x, matrix, **how))
+    if residuals:
+        how["residual"] = how["residual"][rows // 2 :].contiguous()
+    assert torch.equal(TRITON.linear(x[rows // 2 :].contiguous(), matrix, **how), found[rows // 2 :])
+
+
+def test_float8_keeps_three_bits_of_every_weight() -> None:
+    weight = Draw(0).randn(20, 50)
+    data, scale = quantize(weight)
+    assert scale is not None
+    error = (data.float() * scale[:, None] - weight).abs()
+    # Beside the rounding of a mantissa of three bits, what is too small for the least exponent.
+    assert bool((error <= weight.abs() * 2**-4 + scale[:, None] * 2**-9).all())
+    assert quantize(torch.zeros(2, 3)).data.float().abs().sum() == 0
+
+
+@st.composite
+def layouts(draw: st.DrawFn, most: int = 4) -> tuple[int, list[tuple[int, int, int | None, int]]]:
+    """A page size, and per sequence: rows before, rows now, window, how many of the last rows see each other."""
+    page_size = draw(st.sampled_from([4, 8, 16]))
+    before = st.one_of(st.integers(0, 70), st.integers(0, 6).map(lambda n: n * page_size), st.just(300))
+    sequence = st.tuples(
+        before, st.integers(1, 20), st.sampled_from([None, 1, 7, 33]), st.sampled_from([0, 0, 1, 5, 20])
+    )
+    return page_size, draw(st.lists(sequence, min_size=1, max_size=most))
+
+
+class Laid:
+    """Sequences as `layouts` draws them, with pages in random places, and a plan for the Triton kernel."""
+
+    def __init__(self, layout: tuple[int, list[tuple[int, int, int | None, int]]], draw: Draw, split: bool) -> None:
+        self.page_size, sequences = layout
+        pool = PagePool("test", 400)
+        order = draw.shuffled(pool.num_total)
+        pool._free = [pool._free[i] for i in order]
+        spans = []
+        for before, rows, window, num_block in sequences:
+            table = BlockTable(pool, self.page_size)
+            table.extend(before + rows)
+            first = [0 if window is None else max(r - window + 1, 0) for r in range(before, before + rows)]
+            table.trim_before(min(first))
+            end = before + rows
+            mutual = min(num_block, rows)
+            spans.append(Span(table, before, first, [*range(before, end - mutual), *[end - 1] * mutual]))
+        self.num_rows = sum(len(span.first) for span in spans)
+        self.num_pages = pool.num_total + 1
+        padding = Eager(DEVICE, self.num_rows + 3)
+        self.plan = plan_attention(
+            spans, spans, Tiling(TILE, TILE, self.page_size, split), padding, padding.rows(self.num_rows)
+        )
+
+    def on_device(self) -> AttentionPlan:
+        return planned(self.plan)
+
+
+def planned(plan: Plan) -> AttentionPlan:
+    tensors = {name: torch.from_numpy(array).to(DEVICE) for name, array in plan.named("plan").items()}
+    return plan.on_device(tensors, "plan")
+
+
+@few
+@given(SEEDS, FLOATS, layouts(), st.sampled_from([(4, 4, 8), (4, 2, 16), (6, 2, 20), (1, 1, 32)]))
+def test_attention(
+    seed: int,
+    dtype: torch.dtype,
+    layout: tuple[int, list[tuple[int, int, int | None, int]]],
+    shape: tuple[int, int, int],
+) -> None:
+    draw, (heads, kv_heads, head_dim) = Draw(seed), shape
+    laid = Laid(layout, draw, split=False)
+    caches = [draw.randn(laid.num_pages, kv_heads, laid.page_size, head_dim, dtype=dtype) for _ in range(2)]
+    plan = laid.on_device()
+    q = draw.randn(len(plan.first), heads, head_dim, dtype=dtype)
+    found = TRITON.attention(q, *caches, plan)
+    rows = slice(0, laid.num_rows)
+    close(found[rows], TORCH.attention(q, *caches, plan)[rows])
+    assert not found[laid.num_rows :].any(), "padding is zeros"
+
+
+@few
+@given(SEEDS, FLOATS, layouts(), st.integers(1, 4))
+def test_long_contexts_split_over_the_device_are_the_same_bits(
+    seed: int, dtype: torch.dtype, layout: tuple[int, list[tuple[int, int, int | None, int]]], segment: int
+) -> None:
+    plans = [Laid(layout, Draw(seed), split).on_device() for split in (False, True)]
+    draw = Draw(seed)
+    caches = [draw.randn(400, 2, layout[0], 8, dtype=dtype) for _ in range(2)]
+    q = draw.randn(len(plans[0].first), 4, 8, dtype=dtype)
+    whole, split = (TRITON.attention(q, *caches, plan) for plan in plans)
+    assert torch.equal(whole, split)
+
+
+@settings(few, max_examples=3)
+@given(SEEDS, FLOATS, layouts(most=1))
+def test_attention_does_not_depend_on_the_batch(
+    seed: int, dtype: torch.dtype, layout: tuple[int, list[tuple[int, int, int | None, int]]]
+) -> None:
+    draw = Draw(seed)
+    laid = Laid(layout, draw, split=False)
+    caches = [draw.randn(laid.num_pages, 2, laid.page_size, 8, dtype=dtype) for _ in range(2)]
+    plan = laid.on_device()
+    q = draw.randn(len(plan.first), 4, 8, dtype=dtype)
+    found = TRITON.attention(q, *caches, plan)
+    # Every row in a tile of its own, over the pages of the tile that it was in.
+    tiles = [
+        [row, 1, *tile[2:]] for tile in plan.tiles.tolist() for row in range(tile[0], tile[0] + tile[1]) if tile[4]
+    ]
+    alone = AttentionPlan(
+        plan.positions, plan.page, plan.offset, plan.first, plan.last,
+        torch.tensor(tiles, device=DEVICE), plan.pages, page_size=laid.page_size,
+    )  # fmt: skip
+    assert torch.equal(TRITON.attention(q, *caches, alone)[: laid.num_rows], found[: laid.num_rows])
+
+
+def test_segments_are_many_enough_to_be_split() -> None:
+    """What the tests above rely on: their longest context spans several segments."""
+    laid = Laid((4, [(300, 1, None, 0)]), Draw(0), split=True)
+    assert laid.plan.most_segments == 300 // 4 // attention_file.SEGMENT + 1 > 3
+
+
+@few
+@given(SEEDS, FLOATS, st.integers(1, 9), st.sampled_from([(4, 4, 8), (6, 2, 20), (1, 1, 2)]))
+def test_store(seed: int, dtype: torch.dtype, rows: int, shape: tuple[int, int, int]) -> None:
+    draw, (heads, kv_heads, head_dim) = Draw(seed), shape
+    places = torch.tensor(draw.shuffled(7 * 4)[:rows], device=DEVICE)
+    page, offset = places // 4, places % 4
+    rope = rope_table(head_dim, 100.0, 50, DEVICE)
+    positions = draw.below(50, rows)
+    qkv = draw.randn(rows, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    results = []
+    for kernels in (TORCH, TRITON):
+        caches = [torch.zeros(7, kv_heads, 4, head_dim, dtype=dtype, device=DEVICE) for _ in range(4)]
+        states = torch.zeros(7, 4, heads * head_dim, dtype=dtype, device=DEVICE)
+        q = kernels.store_qkv(qkv, rope, positions, page, offset, caches[0], caches[1])
+        kernels.store_kv(qkv[:, heads:].contiguous(), page, offset, caches[2], caches[3])
+        kernels.store_states(qkv[:, :heads].flatten(1).contiguous(), page, offset, states)
+        results.append([q, *caches, states])
+    for expected, found in zip(*results, strict=True):
+        close(found, expected)
+    assert torch.equal(results[0][2], results[1][2]), "values are only moved"
+
+
+@few
+@given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 4), st.sampled_from([(4, 4, 8), (10, 2, 20), (1, 1, 2)]))
+def test_slot_attention(seed: int, dtype: torch.dtype, rows: int, slots: int, shape: tuple[int, int, int]) -> None:
+    draw, (heads, kv_heads, head_dim) = Draw(seed), shape
+    caches = [draw.randn(5, kv_heads, 3 * slots, head_dim, dtype=dtype) for _ in range(2)]
+    q, page, offset = draw.randn(rows, heads, head_dim, dtype=dtype), draw.below(5, rows), draw.below(3, rows) * slots
+    close(TRITON.slot_attention(q, *caches, page, offset, slots), TORCH.slot_attention(q, *caches, page, offset, slots))
+
+
+@few
+@given(SEEDS, FLOATS, FLOATS, st.integers(1, 9), st.integers(1, 70), st.integers(1, 3))
+def test_hash_embed(
+    seed: int, dtype: torch.dtype, stored: torch.dtype, rows: int, dim: int, functions: int
+) -> None:  # fmt: skip
+    draw, sizes = Draw(seed), (3, 4, 8)
+    tables = HashTables(
+        [draw.randn(500_002 // 1000, dim, dtype=stored) for _ in range(3 * functions)], sizes, functions, 500, DEVICE
+    )
+    windows, embedding = draw.below(260, rows, 8), draw.randn(260, dim, dtype=dtype)
+    windows[0, :5] = 0
+    found, expected = TRITON.hash_embed(windows, embedding, tables), TORCH.hash_embed(windows, embedding, tables)
+    close(found, expected) if dtype == torch.bfloat16 else torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@few
+@given(SEEDS, FLOATS, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 300))
+def test_patch_max(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) -> None:
+    draw = Draw(seed)
+    places = torch.tensor(draw.shuffled(60)[: sum(lengths)], dtype=torch.int64, device=DEVICE)
+    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    how = draw.randn(12, 5, dim, dtype=dtype), places // 5, places % 5, bounds
+    assert torch.equal(TRITON.patch_max(*how), TORCH.patch_max(*how))
+
+
+@few
+@given(SEEDS, FLOATS, st.integers(1, 6), st.integers(1, 300), st.sampled_from([0.1, 3.0, 40.0]))
+def test_entropy(seed: int, dtype: torch.dtype, rows: int, vocab_size: int, spread: float) -> None:
+    logits = Draw(seed).randn(rows, vocab_size, dtype=dtype) * spread
+    close(TRITON.entropy(logits), TORCH.entropy(logits))
+
+
+RULES = [
+    Rule(1.0), Rule(1.0, longest=3), Rule(0.3, monotonic=True), Rule(1.0, rise=0.2, longest=8), Rule(0, every_byte=True)
+]  # fmt: skip
+
+
+@few
+@given(SEEDS, st.sampled_from(RULES), st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5)), max_size=4))
+def test_boundaries(seed: int, rule: Rule, sequences: list[tuple[int, int]]) -> None:
+    draw = Draw(seed)
+    ends = torch.tensor([0, *(count for count, _ in sequences)]).cumsum(0).tolist()
+    spans = [
+        (begin, end - begin, byte, byte // 2) for (begin, end), (_, byte) in zip(pairwise(ends), sequences, strict=True)
+    ]
+    how = (
+        draw.uniform(ends[-1] + 2).float() * 2,
+        draw.uniform(len(spans)).float() * 2,
+        torch.tensor(spans, dtype=torch.int64, device=DEVICE).view(-1, 4),
+        rule,
+    )
+    assert torch.equal(TRITON.boundaries(*how), TORCH.boundaries(*how))
+
+
+@few
+@given(SEEDS, st.integers(1, 5), st.integers(1, 12), st.sampled_from([0.1, 3.0, 20.0]))
+def test_unmasking(seed: int, num_blocks: int, size: int, spread: float) -> None:
+    draw = Draw(seed)
+    logits = draw.randn(num_blocks * size, 260) * spread
+    logits[:, :3] = -torch.inf
+    expected = TORCH.certainty(logits)
+    for found, right in zip(TRITON.certainty(logits), expected, strict=True):
+        close(found, right)
+    # The twin's own figures, some of them equal, so that near-ties decide alike.
+    confidence, entropy = (t.view(num_blocks, size) for t in expected)
+    entropy[:, ::2] = entropy[:, :1].clone()
+    confidence[:, 1::3] = confidence[:, :1].clone()
+    masked = draw.below(3, num_blocks, size) > 0
+    how = masked, confidence, entropy, draw.below(4, num_blocks), draw.uniform(num_blocks) * 3
+    settled = TRITON.unmask(*how)
+    assert torch.equal(settled, TORCH.unmask(*how))
+    assert torch.equal(settled.any(1), masked.any(1))
+
+
+@few
+@given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]))
+def test_sample(seed: int, rows: int, vocab_size: int) -> None:
+    draw = Draw(seed)
+    logits = draw.randn(rows, vocab_size).double() * 3
+    logits[:, -1] = logits[:, 0]
+    pick = lambda *values: torch.tensor(values, device=DEVICE)[draw.below(len(values), rows)]  # noqa: E731
+    how = (
+        logits, pick(0.0, 0.3, 1.0, 2.0).double(), pick(1, 3, vocab_size).clamp_max(vocab_size),
+        pick(0.0, 0.5, 0.9, 1.0).double(), pick(0.0, 0.05, 1.0).double(), draw.uniform(rows),
+    )  # fmt: skip
+    assert torch.equal(TRITON.sample(*how), TORCH.sample(*how))
+
+
+@few
+@given(SEEDS, st.integers(1, 5), st.integers(1, 17))
+def test_accepted(seed: int, num: int, width: int) -> None:
+    draw = Draw(seed)
+    drafts, drawn, lengths = draw.below(2, num, width), draw.below(2, num, width), draw.below(width + 1, num)
+    drawn[0] = drafts[0]
+    found = TRITON.accepted(drafts, drawn, lengths)
+    assert torch.equal(found, TORCH.accepted(drafts, drawn, lengths))
+    for row, length in enumerate(lengths.tolist()):
+        right = [a == b for a, b in zip(drafts[row].tolist(), drawn[row].tolist(), strict=True)][:length]
+        assert found[row] == (right.index(False) if False in right else length)
