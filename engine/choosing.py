@@ -6,17 +6,21 @@ verifies it agree whenever their laws put that number on the same byte, and the 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
 from torch import Tensor
 
+from kernels.dispatch import Kernels
+from kernels.unmasking import CONFIDENCE, ENTROPY, ENTROPY_MINUS_MAX, ONE_STEP
+
 from .config import BOE_ID, BOS_ID, PAD_ID
 from .decoders import Call, Result
 from .runner import Work
 from .sampling import choose, draw, logprobs_of
-from .types import SamplingParams
+from .sequence import Sequence as SequenceState
+from .types import Request, SamplingParams, Unmask
 
 BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
 """Ids that a block's cell never becomes."""
@@ -58,15 +62,10 @@ class _Draws:
     def params(self) -> list[SamplingParams]:
         request = self.work.sequence.request
         own = [request.sampling] * (self.end - self.begin - self.num_block)
-        top_p = request.unmask.top_p if request.unmask else None
-        cells = request.sampling if top_p is None else msgspec.structs.replace(request.sampling, top_p=top_p)
-        return own + [cells] * self.num_block
+        return own + [cell_params(request)] * self.num_block
 
     def uniforms(self, places: Sequence[int]) -> list[float]:
-        sequence, request = self.work.sequence, self.work.sequence.request
-        if not request.sampling.temperature:
-            return [0.0] * len(places)
-        return [draw(request.sampling.seed, request.sample_index, place - sequence.num_prompt) for place in places]
+        return [uniform(self.work.sequence, place) for place in places]
 
     def counts(self, places: Sequence[int]) -> list[Mapping[int, int]]:
         """Generated ids before each place: the committed ones, and those drafted so far, as far as they are known."""
@@ -83,7 +82,21 @@ class _Draws:
         return ahead
 
 
-def results_of(batch: Sequence[Work], logits: Tensor) -> list[Result | None]:
+def uniform(sequence: SequenceState, place: int) -> float:
+    """The random number of a place of the text; 0 if the request draws none."""
+    request = sequence.request
+    if not request.sampling.temperature:
+        return 0.0
+    return draw(request.sampling.seed, request.sample_index, place - sequence.num_prompt)
+
+
+def cell_params(request: Request) -> SamplingParams:
+    """How a block's cells are chosen: as all bytes, but for a top-p of their own."""
+    top_p = request.unmask.top_p if request.unmask else None
+    return request.sampling if top_p is None else msgspec.structs.replace(request.sampling, top_p=top_p)
+
+
+def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[Result | None]:
     """The result of every work's call, None for those that only compute rows. logits: as `Runner.run` gives them."""
     all_draws: list[_Draws | None] = []
     at = 0
@@ -97,21 +110,30 @@ def results_of(batch: Sequence[Work], logits: Tensor) -> list[Result | None]:
     wanted = logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)]
 
     places = [d.places() for d in draws]
+    blocks = Blocks([d.work for d in draws if d.num_block], logits.device, kernels)
     block_rows: list[int] = []
     end = 0
     for d in draws:
         end += d.end - d.begin
         block_rows += range(end - d.num_block, end)
-    wanted, confidence, entropy = _look_at_blocks(wanted, block_rows)
-    chosen = choose(
+    if block_rows:
+        index = torch.tensor(block_rows, device=logits.device)
+        cells = bar_specials(wanted[index])
+        wanted = wanted.index_copy(0, index, cells)
+    drawn = choose(
         wanted,
         [p for d in draws for p in d.params()],
         [c for d, at in zip(draws, places, strict=True) for c in d.counts(at)],
         [u for d, at in zip(draws, places, strict=True) for u in d.uniforms(at)],
-    ).tolist()
+        kernels,
+    )
+    if block_rows:
+        blocks.settle(cells, drawn[index])
+    chosen = drawn.tolist()
 
     results: list[Result | None] = []
-    at = cell = 0
+    at = 0
+    settled = iter(blocks.results())
     for some in all_draws:
         if some is None:
             results.append(None)
@@ -120,28 +142,77 @@ def results_of(batch: Sequence[Work], logits: Tensor) -> list[Result | None]:
         behind = end - some.num_block
         num_top = some.work.sequence.request.logprobs
         scores = [] if num_top is None else logprobs_of(wanted[at:end], chosen[at:end], num_top)
-        cells = slice(cell, cell + some.num_block)
-        results.append(
-            Result(
-                some.first,
-                chosen[at:behind],
-                chosen[behind:end],
-                confidence[cells],
-                entropy[cells],
-                scores[: behind - at],
-                scores[behind - at :],
-            )
-        )
-        at, cell = end, cell + some.num_block
+        result = Result(some.first, chosen[at:behind], after_scores=scores[: behind - at])
+        if some.num_block:
+            block = next(settled)
+            if some.call.causal:
+                block.cells[0], block.settled[0] = result.after[-1], 0
+            result = replace(result, cells=block.cells, settled=block.settled, cell_scores=scores[behind - at :])
+        results.append(result)
+        at = end
     return results
 
 
-def _look_at_blocks(logits: Tensor, rows: list[int]) -> tuple[Tensor, list[float], list[float]]:
-    """Bars the ids that cells never become, in `rows`; highest probability and entropy (nats) of each of them."""
-    if not rows:
-        return logits, [], []
-    index = torch.tensor(rows, device=logits.device)
-    cells = logits[index]
+def bar_specials(cells: Tensor) -> Tensor:
+    """Bars the ids that cells never become from their logits (R, V), in place."""
     cells[:, BLOCK_SPECIALS] = -torch.inf
-    p = cells.softmax(-1)
-    return logits.index_copy(0, index, cells), p.amax(-1).tolist(), torch.special.entr(p).sum(-1).tolist()
+    return cells
+
+
+class Blocks:
+    """The blocks of some works on the device, pass after pass: ids, and which cells are still masked."""
+
+    def __init__(self, works: Sequence[Work], device: torch.device, kernels: Kernels) -> None:
+        self._kernels = kernels
+        calls = [w.call for w in works if w.call]
+        self._sizes = [len(call.block) for call in calls]
+        self.passes = 0
+        if not calls:
+            return
+        size, mask = max(self._sizes), works[0].sequence.mask_id
+        grid = [[*call.block, *[-1] * (size - len(call.block))] for call in calls]
+        self._ids = torch.tensor(grid, device=device)
+        self._masked = self._ids == mask
+        self._when = torch.full_like(self._ids, -1)
+        self._flat = (self._ids != -1).flatten().nonzero()[:, 0]
+        """Of all cells laid end to end, the place in the grid."""
+        rules, bounds = zip(*(rule_and_bound(call.rule) for call in calls if call.rule), strict=True)
+        self._rules = torch.tensor(rules, device=device)
+        self._bounds = torch.tensor(bounds, dtype=torch.float64, device=device)
+
+    @property
+    def cells(self) -> Tensor:
+        """The ids of all cells laid end to end."""
+        return self._ids.flatten()[self._flat]
+
+    @property
+    def any_done(self) -> bool:
+        return not bool(self._masked.any(1).all())
+
+    def settle(self, logits: Tensor, drawn: Tensor) -> None:
+        """One pass: the cells' logits (R, V), what was drawn from them (R,)."""
+        confidence, entropy = (self._in_grid(t) for t in self._kernels.certainty(logits))
+        settled = self._kernels.unmask(self._masked, confidence, entropy, self._rules, self._bounds)
+        self._ids = self._ids.where(~settled, self._in_grid(drawn))
+        self._when.masked_fill_(settled, self.passes)
+        self._masked &= ~settled
+        self.passes += 1
+
+    def results(self) -> list[Result]:
+        """What became of each block."""
+        if not self._sizes:
+            return []
+        rows = zip(self._ids.tolist(), self._when.tolist(), self._sizes, strict=True)
+        return [Result(cells=ids[:size], settled=when[:size], passes=self.passes) for ids, when, size in rows]
+
+    def _in_grid(self, cells: Tensor) -> Tensor:
+        return cells.new_zeros(self._ids.numel()).index_copy(0, self._flat, cells).view(self._ids.shape)
+
+
+def rule_and_bound(rule: Unmask) -> tuple[int, float]:
+    """The rule's number in `kernels.unmasking`, and what it compares with."""
+    if rule.rule == "confidence":
+        return CONFIDENCE, rule.alpha
+    if rule.rule == "entropy":
+        return (ENTROPY_MINUS_MAX if rule.minus_max else ENTROPY), rule.gamma
+    return ONE_STEP, 0.0

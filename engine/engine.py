@@ -3,6 +3,7 @@
 import logging
 import time
 from bisect import bisect_left
+from collections.abc import Sequence as Seq
 from itertools import count
 
 import torch
@@ -19,6 +20,7 @@ from .costs import StageCosts
 from .decoders import Committed, Decoder, Experience, Result, make_decoder
 from .graphs import Eager, Graphs
 from .model import Model, find_row_floors
+from .passes import run_passes
 from .runner import Runner, Work
 from .sampling import logprobs_of
 from .scheduler import Part, Scheduler
@@ -52,7 +54,7 @@ class Engine:
             torch.set_num_threads(config.num_threads)
         device, dtype = torch.device(config.device), getattr(torch, config.dtype)
         loaded = checkpoint.load(config.model)
-        kernels = choose_kernels(config.kernels, device)
+        self._kernels = kernels = choose_kernels(config.kernels, device)
         model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=config.weights == "float8")
         self.caches = Caches(loaded.config, config)
         floors = find_row_floors(model, self.caches.specs, dtype, device)
@@ -202,18 +204,24 @@ class Engine:
         self.runner.costs.company = len(self._scheduler.running)
         began, stages_before = time.perf_counter(), sum(self.runner.counts.seconds.values())
         batch = [self._work(part) for part in parts]
-        logits = self.runner.run(batch)
+        calls_before = self.runner.counts.calls["decoder"]
+        results = run_passes(self.runner, batch, self._kernels) or self._run_once(batch)
         self._steps += 1
+        for part, w, result in zip(parts, batch, results, strict=True):
+            self._advance(part, w, result)
+        stages = sum(self.runner.counts.seconds.values()) - stages_before
+        rows = sum(w.num_clean + w.num_cells for w in batch)
+        passes = max(self.runner.counts.calls["decoder"] - calls_before, 1)
+        self.runner.costs.saw("step", rows, (time.perf_counter() - began - stages) / passes)
+
+    def _run_once(self, batch: list[Work]) -> Seq[Result | None]:
+        logits = self.runner.run(batch)
         at = 0
         for w in batch:
             if w.sequence.request.prompt_logprobs:
                 self._score_prompt(w, logits[at : at + w.end - w.logits_from])
             at += w.num_wanted
-        for part, w, result in zip(parts, batch, results_of(batch, logits), strict=True):
-            self._advance(part, w, result)
-        stages = sum(self.runner.counts.seconds.values()) - stages_before
-        rows = sum(w.num_clean + w.num_cells for w in batch)
-        self.runner.costs.saw("step", rows, time.perf_counter() - began - stages)
+        return results_of(batch, logits, self._kernels)
 
     def _work(self, part: Part) -> Work:
         sequence, call = part.sequence, part.call

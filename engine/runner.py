@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kernels.attention import LARGE_TILE
 
@@ -100,6 +101,19 @@ class StageCounts:
         self.seconds[stage] += seconds
 
 
+@dataclass(frozen=True, slots=True)
+class DecoderRows:
+    """Rows of the decoder stage, planned: whose they are, how many each has, and of how many logits are wanted."""
+
+    arrays: Arrays
+    plan: Plan
+    num_rows: int
+    num_wanted: int
+    works: list[Work]
+    spans: list[Span]
+    counts: list[int]
+
+
 class Runner:
     """The model, its caches and the plan of a step."""
 
@@ -118,14 +132,14 @@ class Runner:
         self._model = model
         self._config = model.config
         self._caches = caches
-        self._executor = executor
+        self.executor = executor
         large = model.kernels.tile or LARGE_TILE
         self._tilings = {
             name: Tiling(floors.tile, large, spec.page_size, split=spec.window is None)
             for name, spec in caches.specs.items()
         }
         self._isolate = isolate
-        self._device = device
+        self.device = device
         self._ngram_width = max(model.config.hashes.group_sizes)
         self._bytes = stage_bytes
         self.counts = StageCounts()
@@ -169,7 +183,7 @@ class Runner:
         states = self._run_encoder(batch)
         with self._timed("global") as timer:
             timer.rows = self._close_patches(clean)
-        return self._run_decoder(batch, states)
+        return self.decode(self.plan_decoder(batch), states=states)
 
     def settle(self, sequence: Sequence) -> None:
         """Gives back pages behind every window, and those of rows and patches that did not come to be."""
@@ -190,7 +204,7 @@ class Runner:
             ids = [token for w in clean for token in w.sequence.ids[w.start : w.end]]
             timer.rows = len(ids)
             spans = [self._causal_span("patcher", w.sequence, w.start, w.end) for w in clean]
-            padded = self._executor.rows(len(ids))
+            padded = self.executor.rows(len(ids))
             plan = self._plan("patcher", spans, spans, padded)
 
             def stage(t: Mapping[str, Tensor]) -> Tensor:
@@ -223,7 +237,7 @@ class Runner:
                 spans.append(self._causal_span("encoder", w.sequence, start, end))
                 writes.append(Span(w.sequence.tables["open"], start, range(start, end), ()))
             num_rows = timer.rows = len(windows)
-            padded = self._executor.rows(num_rows)
+            padded = self.executor.rows(num_rows)
             windows += [[0] * self._ngram_width] * (padded - num_rows)
             plan, opened = self._plan("encoder", spans, spans, padded), self._plan("open", writes, [], 0)
 
@@ -251,61 +265,85 @@ class Runner:
         drafts = list(w.call.drafts[max(before - known, 0) : w.call.start - known]) if w.call.start > known else []
         return [*w.sequence.ids[before : w.call.start], *drafts, *w.cells]
 
-    def _run_decoder(self, batch: Seq[Work], states: Tensor | None) -> Tensor:
+    def plan_decoder(self, batch: Seq[Work]) -> "DecoderRows":
+        """The batch's rows of the decoder stage."""
+        ids: list[int] = []
+        state_rows: list[int] = []
+        spans: list[Span] = []
+        latent_page: list[int] = []
+        latent_offset: list[int] = []
+        wanted: list[int] = []
+        decoding: list[Work] = []
+        counts: list[int] = []
+        encoded = 0
+        for w in batch:
+            begin = w.decode_from if w.num_clean else w.end
+            cells = w.cells
+            count = w.end - begin + len(cells)
+            encoded += w.num_clean or len(cells)
+            state_rows += range(encoded - count, encoded)
+            if not count:
+                continue
+            wanted += range(len(ids) + w.logits_from - begin, len(ids) + count)
+            ids += [*w.sequence.ids[begin : w.end], *cells]
+            spans.append(self._decoder_span(w, begin))
+            self._add_latents(w, begin, latent_page, latent_offset)
+            decoding.append(w)
+            counts.append(count)
+        padded = self.executor.rows(len(ids)) if ids else 0
+        plan = self._plan("decoder", spans, spans, padded)
+        arrays = {
+            "rows": _array(state_rows if self.cells_are_encoded else ids, padded),
+            "page": _array(latent_page, padded),
+            "offset": _array(latent_offset, padded),
+            "wanted": _array(wanted, self.executor.rows(len(wanted)) if wanted else 0),
+            **plan.named("plan"),
+        }
+        return DecoderRows(arrays, plan, len(ids), len(wanted), decoding, spans, counts)
+
+    @property
+    def cells_are_encoded(self) -> bool:
+        """Whether the decoder reads the encoder's states, so that cells go through the encoder too."""
+        return self._config.decoder_input == "encoder"
+
+    @property
+    def vocab_size(self) -> int:
+        return self._config.vocab_size
+
+    @torch.inference_mode()
+    def decode(self, rows: "DecoderRows", ids: Tensor | None = None, states: Tensor | None = None) -> Tensor:
+        """One pass of the decoder: the wanted logits, (rows, V) float32.
+
+        ids (rows,): instead of those that the plan was made with. states: the encoder's, where the decoder reads them.
+        """
+        if not rows.num_rows:
+            return torch.empty((0, self._config.vocab_size), device=self.device)
         with self._timed("decoder") as timer:
-            ids: list[int] = []
-            state_rows: list[int] = []
-            spans: list[Span] = []
-            latent_page: list[int] = []
-            latent_offset: list[int] = []
-            wanted: list[int] = []
-            decoding: list[Work] = []
-            counts: list[int] = []
-            encoded = 0
-            for w in batch:
-                begin = w.decode_from if w.num_clean else w.end
-                cells = w.cells
-                count = w.end - begin + len(cells)
-                encoded += w.num_clean or len(cells)
-                state_rows += range(encoded - count, encoded)
-                if not count:
-                    continue
-                wanted += range(len(ids) + w.logits_from - begin, len(ids) + count)
-                ids += [*w.sequence.ids[begin : w.end], *cells]
-                spans.append(self._decoder_span(w, begin))
-                self._add_latents(w, begin, latent_page, latent_offset)
-                decoding.append(w)
-                counts.append(count)
-            if not ids:
-                return torch.empty((0, self._config.vocab_size), device=self._device)
-            num_rows = timer.rows = len(ids)
-            padded = self._executor.rows(num_rows)
-            plan = self._plan("decoder", spans, spans, padded)
-            decoder, reads_states = self._model.decoder, self._config.decoder_input == "encoder"
+            timer.rows = rows.num_rows
+            plan, wanted = rows.plan, rows.num_wanted
+            decoder, reads_states = self._model.decoder, self.cells_are_encoded
 
             def stage(t: Mapping[str, Tensor]) -> Tensor:
-                x = t["states"].index_select(0, t["rows"]) if reads_states else decoder.embed(t["rows"])
+                if reads_states:
+                    x = t["states"].index_select(0, t["rows"])
+                else:
+                    x = decoder.embed(t["ids"] if "ids" in t else t["rows"])
                 hidden = decoder(
                     x, self._caches.latent, t["page"], t["offset"], self._caches.decoder, plan.on_device(t, "plan")
                 )
                 return decoder.logits(hidden.index_select(0, t["wanted"])) if wanted else hidden
 
-            arrays = {
-                "rows": _array(state_rows if reads_states else ids, padded),
-                "page": _array(latent_page, padded),
-                "offset": _array(latent_offset, padded),
-                "wanted": _array(wanted, self._executor.rows(len(wanted)) if wanted else 0),
-                **plan.named("plan"),
-            }
             tensors = {}
             if reads_states:
                 assert states is not None
                 tensors["states"] = states
-            out = self._run("decoder", stage, arrays, plan, tensors=tensors)
-            self._account("decoder", decoding, [span.start for span in spans], counts, spans)
+            elif ids is not None:
+                tensors["ids"] = pad(ids, (0, len(rows.arrays["rows"]) - len(ids)))
+            out = self._run("decoder", stage, rows.arrays, plan, tensors=tensors)
+            self._account("decoder", rows.works, [span.start for span in rows.spans], rows.counts, rows.spans)
             if not wanted:
                 return out.new_empty((0, self._config.vocab_size), dtype=torch.float32)
-            return out[: len(wanted)]
+            return out[:wanted]
 
     def _decide_patches(self, batch: Seq[Work], entropies: list[float]) -> None:
         row = 0
@@ -345,7 +383,7 @@ class Runner:
         return Span(span.table, start, span.first, [*range(start, end - w.num_block), *[end - 1] * w.num_block])
 
     def _plan(self, cache: str, writes: list[Span], queries: list[Span], padded_queries: int) -> Plan:
-        return plan_attention(writes, queries, self._tilings[cache], self._executor, padded_queries)
+        return plan_attention(writes, queries, self._tilings[cache], self.executor, padded_queries)
 
     def _run(
         self,
@@ -355,7 +393,7 @@ class Runner:
         *plans: Plan,
         tensors: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
-        return self._executor.run(name, stage, arrays, tensors, tuple(plan.most_segments for plan in plans))
+        return self.executor.run(name, stage, arrays, tensors, tuple(plan.most_segments for plan in plans))
 
     def _close_patches(self, clean: Seq[Work]) -> int:
         """Encoder cross-attention and global stage for every patch whose last byte is among the rows, and for open
@@ -396,10 +434,10 @@ class Runner:
         if not num_patches:
             return 0
         # Padding patches have no bytes and leave their latent in the scratch page.
-        padded = self._executor.rows(num_patches)
+        padded = self.executor.rows(num_patches)
         pooling = self._plan("open", [], queries, padded * slots)
         plan = self._plan("global", patch_rows, patch_rows, padded)
-        num_bytes = self._executor.pages(len(byte_page))
+        num_bytes = self.executor.pages(len(byte_page))
 
         def stage(t: Mapping[str, Tensor]) -> Tensor:
             pooled = self._model.encoder.close(

@@ -1,8 +1,4 @@
-"""From logits to ids.
-
-A row's result is bitwise the same alone and in any batch: every operation is row-wise over the vocabulary, and
-probabilities become integers before they are summed, so that no order of summation can matter.
-"""
+"""From logits to ids: what a request's parameters do to its rows before `kernels.sampling` draws."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,37 +6,70 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.dispatch import Kernels
+
 from .types import SamplingParams, TokenLogprob
 
-_MASS_SCALE = 2.0**52
-"""Probabilities are counted in units of 1 / this; a row's sum still fits a float64 exactly."""
 _MASK_64 = 2**64 - 1
 
 
-def choose(
-    logits: Tensor, params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]], uniforms: Sequence[float]
-) -> Tensor:
-    """One id per row.
+class Chooser:
+    """How some rows become ids. Made once where the same rows are chosen for in several passes.
 
-    logits (R, V) float32; counts: how often each id was generated, per row; uniforms: a draw in [0, 1) per row, which
-    only rows with temperature > 0 use. Returns (R,) int64. Equal logits rank by id, lower first.
+    counts: how often each id was generated, per row. Everything is on `device` once it is made.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[SamplingParams],
+        counts: Sequence[Mapping[int, int]],
+        vocab_size: int,
+        device: torch.device,
+        kernels: Kernels,
+    ) -> None:
+        self._kernels = kernels
+        changes = [_logit_changes(p, c, vocab_size) for p, c in zip(params, counts, strict=True)]
+        self._changes = None
+        if any(changes):
+            self._changes = torch.zeros(len(params), vocab_size, dtype=torch.float64)
+            for row, change in zip(self._changes, changes, strict=True):
+                row[list(change)] = torch.tensor(list(change.values()), dtype=torch.float64)
+            self._changes = self._changes.to(device)
+        self._laws = None
+        if any(p.temperature > 0 for p in params):
+            laws = [[p.temperature, p.top_k or vocab_size, p.top_p, p.min_p] for p in params]
+            self._laws = torch.tensor(laws, dtype=torch.float64).T.contiguous().to(device)
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """One id per row, (R,) int64, from logits (R, V) float32. Equal logits rank by id, lower first.
+
+        uniforms (R,) float64: a draw in [0, 1) per row, which only rows with temperature > 0 use.
+        """
+        if self._changes is None and self._laws is None:
+            return logits.argmax(-1)
+        adjusted = logits.double()
+        if self._changes is not None:
+            adjusted += self._changes
+        if self._laws is None:
+            return adjusted.argmax(-1)
+        temperature, top_k, top_p, min_p = self._laws
+        return self._kernels.sample(adjusted, temperature, top_k.long(), top_p, min_p, uniforms)
+
+
+def choose(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    counts: Sequence[Mapping[int, int]],
+    uniforms: Sequence[float],
+    kernels: Kernels,
+) -> Tensor:
+    """One id per row, as `Chooser` chooses.
+
     Raises FloatingPointError for a row that is no distribution (NaN, +inf, or nothing above -inf).
     """
-    _check(logits)
-    changes = [_logit_changes(p, c, logits.shape[1]) for p, c in zip(params, counts, strict=True)]
-    sampled = [row for row, p in enumerate(params) if p.temperature > 0]
-    if not sampled and not any(changes):
-        return logits.argmax(-1)
-    adjusted = logits.double()
-    if any(changes):
-        rows = [row for row, change in enumerate(changes) for _ in change]
-        ids = [i for change in changes for i in change]
-        values = adjusted.new_tensor([value for change in changes for value in change.values()])
-        adjusted[rows, ids] += values
-    chosen = adjusted.argmax(-1)
-    if sampled:
-        chosen[sampled] = _sample(adjusted[sampled], [params[r] for r in sampled], [uniforms[r] for r in sampled])
-    return chosen
+    check(logits)
+    chooser = Chooser(params, counts, logits.shape[1], logits.device, kernels)
+    return chooser(logits, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
 
 
 def draw(seed: int, sample_index: int, position: int) -> float:
@@ -70,7 +99,8 @@ def logprobs_of(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[Tok
     ]
 
 
-def _check(logits: Tensor) -> None:
+def check(logits: Tensor) -> None:
+    """Raises FloatingPointError for a row that is no distribution."""
     # The maximum is NaN if any logit is.
     finite = logits.amax(-1).isfinite()
     if not finite.all():
@@ -85,30 +115,3 @@ def _logit_changes(params: SamplingParams, counts: Mapping[int, int], vocab_size
         for i, count in counts.items():
             change[i] = change.get(i, 0.0) - params.presence_penalty - params.frequency_penalty * count
     return change
-
-
-def _sample(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
-    """Temperature, top_k, top_p, min_p, then the inverse of the distribution function in id order. logits (R, V)."""
-
-    def column(values: list[float]) -> Tensor:
-        return logits.new_tensor(values)[:, None]
-
-    vocab_size = logits.shape[1]
-    # The maximum goes first, so that no temperature, however small, overflows.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / column([p.temperature for p in params])
-    mass = (scaled.softmax(-1) * _MASS_SCALE).long()
-    if any(p.top_k or p.top_p < 1 for p in params):
-        order = scaled.sort(dim=-1, descending=True, stable=True).indices
-        rank = torch.arange(vocab_size, device=logits.device)
-        top_k = column([p.top_k or vocab_size for p in params])
-        ranked = mass.gather(1, order).where(rank < top_k, 0)
-        before = ranked.cumsum(-1) - ranked
-        in_top_p = before < column([p.top_p for p in params]) * ranked.sum(-1, keepdim=True)
-        # top_p 0 still keeps the likeliest id.
-        mass = torch.zeros_like(mass).scatter(1, order, ranked.where(in_top_p | (rank == 0), 0))
-    if any(p.min_p for p in params):
-        mass = mass.where(mass >= column([p.min_p for p in params]) * mass.amax(-1, keepdim=True), 0)
-    cdf = mass.cumsum(-1)
-    total = cdf[:, -1:]
-    target = (column(list(uniforms)) * total).long().minimum(total - 1)
-    return (cdf <= target).sum(-1)

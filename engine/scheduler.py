@@ -28,7 +28,7 @@ class Part:
         """Position behind the last row."""
         if self.call is None or not self.call.num_cells:
             return self.end
-        return self.call.start + self.call.num_cells
+        return self.call.start + self.call.num_cells + self.call.ahead
 
 
 class Pages(Protocol):

@@ -7,8 +7,8 @@ tiles of consecutive rows of one sequence; a tile reads the pages that any of it
 Row-invariance: scores and products are formed per page (matrices of fixed shape) and pages are added one after the
 other, so that pages that a row does not see add exact zeros. The Triton kernel adds pages within a segment, the pages
 whose index, counted from the sequence's first row, lies between two multiples of SEGMENT; then segments, in order. A
-long context is spread over the device, one program per segment, and gives the same bits as one program for all. (Products
-and sums are not fused into one instruction, or that would hang on what a compiler fuses.)
+long context is spread over the device, one program per segment, and gives the same bits as one program for all.
+(Products and sums are not fused into one instruction, or that would hang on what a compiler fuses.)
 """
 
 from dataclasses import dataclass

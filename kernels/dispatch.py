@@ -77,7 +77,7 @@ def choose_kernels(name: KernelName | None, device: torch.device) -> Kernels:
         return Kernels()
     if not lang.AVAILABLE:
         raise ValueError("kernels 'triton' need the package triton, which is not installed")
-    if device.type != "cuda" and not lang.INTERPRETED:
+    if device.type != "cuda" and not lang.IN_INTERPRETER:
         raise ValueError(
             f"kernels 'triton' need a CUDA device, not {device.type!r}; TRITON_INTERPRET=1 runs them slowly on the CPU"
         )

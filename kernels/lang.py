@@ -16,8 +16,9 @@ except ImportError:
     tl = SimpleNamespace(constexpr=lambda value: value)
     AVAILABLE = False
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter; as Triton does, it looks when the kernels are defined."""
+INTERPRETED = tl.constexpr(IN_INTERPRETER)
 
 
 def power_of_two(n: int, least: int = 1) -> int:

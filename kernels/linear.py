@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lang import blocks, dot, jit, power_of_two, tl
+from .lang import IN_INTERPRETER, blocks, dot, jit, power_of_two, tl
 from .norm import rms_norm
 from .swiglu import swiglu
 from .traffic import Traffic
@@ -157,7 +157,7 @@ def linear_triton(
     linear_kernel[grid](
         x, weight.data, weight.scale, norm, residual, y, rows, out, width, eps,
         NORM=norm is not None, GATED=gated, SCALED=weight.scale is not None,
-        RESIDUALS=0 if residual is None else 1 + twice, **block, num_warps=4, num_stages=4,
+        RESIDUALS=0 if residual is None else 1 + twice, **block, num_warps=4, num_stages=4 if rows <= 16 else 3,
     )  # fmt: skip
     return y
 
@@ -167,7 +167,7 @@ def linear_blocks(rows: int, out: int, width: int) -> dict[str, int]:
     return {
         "BLOCK_ROWS": 16 if rows <= 16 else 32,
         # Narrow products need many small blocks to occupy the device; wide ones have enough.
-        "BLOCK_OUT": 16 if out <= 4096 else 32,
+        "BLOCK_OUT": 256 if IN_INTERPRETER else 16 if out <= 4096 else 32,
         "BLOCK_IN": min(power_of_two(width, 32), 128),
     }
 

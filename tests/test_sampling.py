@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.sampling import choose, draw, logprobs_of
+from engine import sampling
+from engine.sampling import draw, logprobs_of
 from engine.types import SamplingParams
+from kernels.dispatch import Kernels
 
 VOCAB = 260
+choose = partial(sampling.choose, kernels=Kernels())
 GREEDY = SamplingParams(temperature=0)
 
 

@@ -61,9 +61,7 @@ def advance(scheduler: Scheduler, part: Part) -> None:
         result = Result(first, [*[5] * (part.end - first - 2), 6, 6][: part.end - first])
     else:
         s.num_computed = part.end
-        result = Result(
-            part.end - 1, [5] * (call.wants + len(call.causal)), cells, [1.0] * len(cells), [0.0] * len(cells)
-        )
+        result = Result(part.end - 1, [5] * (call.wants + len(call.causal)), cells, [0] * len(cells))
     if (outcome := s.resume(result)) is None:
         return
     assert outcome.ids

@@ -74,7 +74,7 @@ def test_who_computes_is_chosen_by_name_and_device(monkeypatch: pytest.MonkeyPat
     assert choose_kernels(None, cpu).name == "torch"
     assert choose_kernels(None, cuda).name == "triton"
     assert choose_kernels("torch", cuda).name == "torch"
-    monkeypatch.setattr("kernels.lang.INTERPRETED", False)
+    monkeypatch.setattr("kernels.lang.IN_INTERPRETER", False)
     with pytest.raises(ValueError, match="CUDA device, not 'cpu'.*TRITON_INTERPRET"):
         choose_kernels("triton", cpu)
     monkeypatch.setattr("kernels.lang.AVAILABLE", False)

@@ -1,16 +1,18 @@
 """Unmasking rules: what they promise for any block."""
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.decoders.unmasking import unmasked
+from engine.choosing import rule_and_bound
 from engine.types import Unmask
+from kernels.dispatch import Kernels
 
 BLOCKS = st.integers(1, 12).flatmap(
     lambda size: st.tuples(
         st.lists(st.integers(0, size - 1), min_size=1, unique=True).map(sorted),
-        st.lists(st.floats(0, 1), min_size=size, max_size=size),
-        st.lists(st.floats(0, 6), min_size=size, max_size=size),
+        st.lists(st.floats(0, 1, width=32), min_size=size, max_size=size),
+        st.lists(st.floats(0, 6, width=32), min_size=size, max_size=size),
     )
 )
 RULES = st.one_of(
@@ -22,6 +24,20 @@ RULES = st.one_of(
 )
 
 Block = tuple[list[int], list[float], list[float]]
+
+
+def unmasked(rule: Unmask, masked: list[int], confidence: list[float], entropy: list[float]) -> list[int]:
+    """The places that the rule settles."""
+    number, bound = rule_and_bound(rule)
+    settled = Kernels().unmask(
+        torch.tensor([[place in masked for place in range(len(confidence))]]),
+        torch.tensor([confidence]),
+        torch.tensor([entropy]),
+        torch.tensor([number]),
+        torch.tensor([bound], dtype=torch.float64),
+    )
+    places: list[int] = settled[0].nonzero()[:, 0].tolist()
+    return places
 
 
 @given(BLOCKS, RULES)

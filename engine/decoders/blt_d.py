@@ -2,7 +2,6 @@
 
 from ..types import TokenLogprob, Unmask
 from .calls import Call, Committed, Round, SequenceView
-from .unmasking import unmasked
 
 DEFAULT_RULE = Unmask(rule="confidence", alpha=0.7)
 
@@ -33,11 +32,14 @@ class Diffusion:
         passes = [0] * size
         number = 0
         while mask in block:
-            result = yield Call(runs_clean=number == 0, wants=False, start=start, block=tuple(block), closes=True)
-            masked = [place for place, byte in enumerate(block) if byte == mask]
-            for place in unmasked(self._rule, masked, result.confidence, result.entropy):
-                block[place], passes[place] = result.cells[place], number
-                if result.cell_scores:
-                    scores[place] = result.cell_scores[place]
-            number += 1
+            result = yield Call(
+                runs_clean=number == 0, wants=False, start=start, block=tuple(block), rule=self._rule, closes=True
+            )
+            block = result.cells
+            for place, when in enumerate(result.settled):
+                if when >= 0:
+                    passes[place] = number + when
+                    if result.cell_scores:
+                        scores[place] = result.cell_scores[place]
+            number += result.passes
         return Committed(block, [score for score in scores if score], block, size, passes)

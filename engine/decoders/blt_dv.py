@@ -3,7 +3,6 @@
 from ..types import Unmask
 from . import blt
 from .calls import Call, Round, SequenceView, verified
-from .unmasking import unmasked
 
 DEFAULT_RULE = Unmask(rule="one_step")
 
@@ -30,16 +29,15 @@ class Verified(blt.Autoregressive):
         number = 0
         causal = sequence.ids[-1:]
         while mask in block:
+            start = end - len(causal)
             result = yield Call(
-                runs_clean=False, wants=False, start=end - len(causal), causal=causal, block=tuple(block)
+                runs_clean=False, wants=False, start=start, causal=causal, block=tuple(block), rule=self._rule
             )
-            masked = [place for place, byte in enumerate(block) if byte == mask]
-            for place in unmasked(self._rule, masked, result.confidence, result.entropy):
-                block[place], passes[place] = result.cells[place], number
-            if causal:
-                block[0], passes[0] = result.after[0], 0
-                causal = []
-            number += 1
+            block, causal = result.cells, []
+            for place, when in enumerate(result.settled):
+                if when >= 0:
+                    passes[place] = number + when
+            number += result.passes
         # The row before the block has been decoded as blt would have.
         decoded = 0 if sequence.request.logprobs is not None else end
         return verified(sequence, block, (yield Call(drafts=block, decoded=decoded)), passes)

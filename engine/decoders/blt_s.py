@@ -23,11 +23,15 @@ class Draft(blt.Autoregressive):
         if sequence.remaining > 1 or not sequence.num_computed or k < 1:
             return (yield from super().round(sequence, room))
         text = [sequence.ids[-1]]
-        for row in range(end - 1, end - 1 + k):
-            result = yield Call(runs_clean=False, wants=False, drafts=text[1:-1], start=row, causal=text[-1:])
+        while len(text) <= k:
+            known, row = len(text), end - 2 + len(text)
+            result = yield Call(
+                runs_clean=False, wants=False, drafts=text[1:-1], start=row, causal=text[-1:], ahead=k - known
+            )
             text += result.after
-            if text[-1] == EOS_ID:
+            if EOS_ID in result.after:
                 # What follows may not see what was before.
+                del text[text.index(EOS_ID, known) + 1 :]
                 break
         drafts = text[1:]
         # Scores must come from one pass of the whole model.

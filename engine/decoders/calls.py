@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..accounting import Cost
-from ..types import Request, TokenLogprob
+from ..types import Request, TokenLogprob, Unmask
 
 
 class SequenceView(Protocol):
@@ -60,8 +60,13 @@ class Call:
     start: int = 0
     causal: Sequence[int] = ()
     """Ids of cells that see what is before them and read the newest latent; the byte behind each is wanted."""
+    ahead: int = 0
+    """With a single causal cell: how many passes may follow at once, each over the byte that the one before gave."""
     block: Sequence[int] = ()
     """Ids of cells, [MASK]s among them, behind the causal ones, that see each other too; their own bytes are wanted."""
+    rule: Unmask | None = None
+    """Which of the block's [MASK]s become bytes after a pass. The first cell of a block becomes, in any case, what a
+    causal cell before it gives."""
     closes: bool = False
     """The block reads the latent of the open patch, as if that ended with the clean rows; without, the newest latent
     that is there."""
@@ -76,15 +81,16 @@ class Result:
     """What the model's law gives, drawn with the random numbers that belong to each position.
 
     first: position of the first clean row in `after`. after: the byte behind each wanted clean row, then behind each
-    causal cell. cells: each block cell's own byte; confidence: the highest probability there, entropy: in nats.
-    The scores are there only if the request asked for log-probabilities.
+    causal cell, then what passes `ahead` gave. cells: the block as it is now; settled: of each cell, in which of the
+    `passes` that were run it became a byte, -1 if in none. The scores are there only if the request asked for
+    log-probabilities; those of cells say what each would have become.
     """
 
     first: int = 0
     after: list[int] = field(default_factory=list)
     cells: list[int] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)
-    entropy: list[float] = field(default_factory=list)
+    settled: list[int] = field(default_factory=list)
+    passes: int = 1
     after_scores: list[TokenLogprob] = field(default_factory=list)
     cell_scores: list[TokenLogprob] = field(default_factory=list)
 

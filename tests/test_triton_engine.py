@@ -1,0 +1,88 @@
+"""The whole engine with Triton's kernels, and with stages as recordings: the same bytes as torch's kernels at once."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import PatchingRule
+from engine.graphs import Graphs, pack, padded, unpack
+from engine.types import Request, SamplingParams, Unmask
+from tests.engines import make_engine, request, run, save_ours
+from tests.models import our_config, our_model, text
+
+DECODERS: dict[str, dict[str, Any]] = {
+    "blt": {"decoder": "blt"},
+    "blt-s": {"decoder": "blt-s", "draft_length": 3},
+    "blt-d": {"decoder": "blt-d", "block_size": 4, "unmask": Unmask(rule="confidence", alpha=0.2)},
+    "blt-dv": {"decoder": "blt-dv", "block_size": 4, "unmask": Unmask(rule="entropy", gamma=4.0)},
+    "sampled": {"decoder": "blt-s", "draft_length": 2, "sampling": SamplingParams(temperature=0.9, top_p=0.8, seed=3)},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = our_config(decoder_input="embedding", mask_id=260, block_size=4)
+    config, tensors = our_model(replace(config, isolate_documents=True), 3)
+    rule = replace(config.patching, max_patch_length=6)
+    return save_ours(tmp_path_factory.mktemp("triton") / "model", (replace(config, patching=rule), tensors))
+
+
+def requests(count: int, prompt: int = 20) -> list[Request]:
+    """One per decoder, with prompts of different lengths."""
+    return [request(name, text(prompt + 2 * i, i), count, **how) for i, (name, how) in enumerate(DECODERS.items())]
+
+
+def texts(model: Path, requests: list[Request], **choices: Any) -> dict[str, list[int]]:
+    return {name: output.ids for name, output in run(make_engine(model, **choices), requests).items()}
+
+
+def test_triton_decodes_what_torch_decodes_with_every_decoder(model: Path) -> None:
+    assert texts(model, requests(6, 4), kernels="triton") == texts(model, requests(6, 4), kernels="torch")
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_padded_buffers_change_no_byte(model: Path, page_size: int) -> None:
+    expected = texts(model, requests(40))
+    engine = make_engine(model, graphs=True, page_size=page_size)
+    executor = engine.runner.executor
+    assert isinstance(executor, Graphs)
+    found = {name: output.ids for name, output in run(engine, requests(40)).items()}
+    assert found == expected
+    recorded = executor.num_recorded
+    run(engine, requests(40))
+    assert executor.num_recorded == recorded, "the same shapes are recorded once"
+
+
+def test_lengths_are_padded_to_few() -> None:
+    lengths = {padded(n) for n in range(1, 257)}
+    assert all(n <= padded(n) <= max(n * 1.5, 1) for n in range(1, 257))
+    assert lengths == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256}
+
+
+def test_arrays_travel_as_one() -> None:
+    import numpy as np
+
+    arrays = {"a": np.arange(3), "b": np.zeros((0, 5), np.int64), "c": np.arange(10).reshape(2, 5)}
+    for name, part in unpack(pack(arrays), arrays).items():
+        assert torch.equal(part, torch.from_numpy(arrays[name]))
+
+
+def test_float8_weights_change_logits_little_and_patches_not_at_all(model: Path) -> None:
+    from tests.engines import engine_logits
+
+    ids = text(60, 5)
+    whole, rounded = make_engine(model), make_engine(model, weights="float8")
+    expected, found = engine_logits(whole, ids, 16), engine_logits(rounded, ids, 16)
+    difference = (found - expected).square().mean().sqrt() / expected.std()
+    assert 0 < difference < 0.15
+
+
+def test_every_byte_a_patch(tmp_path: Path) -> None:
+    """Global calls in every step, through recordings."""
+    config, tensors = our_model(our_config(), 8)
+    folder = save_ours(tmp_path / "model", (replace(config, patching=PatchingRule(mode="bytes")), tensors))
+    one = [request("a", text(30, 1), 20)]
+    assert run(make_engine(folder, graphs=True), one)["a"].ids == run(make_engine(folder), one)["a"].ids
