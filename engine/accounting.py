@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from .caches import CacheSpec, decoder_cross_layers, encoder_cross_layers
+from kernels import attention, cross_attention, hash_embed, linear
+
+from .caches import decoder_cross_layers, encoder_cross_layers
 from .config import ModelConfig, StackConfig
 
 STAGES = ("patcher", "encoder", "global", "decoder")
@@ -57,42 +59,59 @@ class StageBytes:
     row: dict[str, int]
 
     @classmethod
-    def of(cls, config: ModelConfig, specs: dict[str, CacheSpec], itemsize: int, hash_itemsize: int) -> "StageBytes":
+    def of(cls, config: ModelConfig, itemsize: int, hash_itemsize: int, *, fp8: bool = False) -> "StageBytes":
+        """Sums what the kernels' own files say. fp8: the large matrices take a byte per number."""
         enc, glob, dec, pat = config.encoder, config.global_, config.decoder, config.patcher
-        closing = (
-            config.slots * enc.dim * enc.dim
-            + encoder_cross_layers(config) * (2 * enc.dim * enc.dim + enc.dim)
-            + glob.num_layers * _layer(glob)
-            + config.projects_latent * config.slots * enc.dim * glob.dim
-            + config.slots * dec.dim * glob.dim
-            + decoder_cross_layers(config) * (2 * dec.dim * _kv_width(dec) + dec.dim)
-        )
-        weights = {
-            "patcher": pat.num_layers * _layer(pat) + pat.dim + config.vocab_size * pat.dim,
-            "encoder": enc.num_layers * _layer(enc)
-            + encoder_cross_layers(config) * (2 * enc.dim * _kv_width(enc) + enc.dim),
-            "global": closing,
-            "decoder": dec.num_layers * _layer(dec)
-            + decoder_cross_layers(config) * (2 * dec.dim * dec.dim + dec.dim)
-            + dec.dim
-            + config.vocab_size * dec.dim,
-        }
+        encoder_cross, decoder_cross = encoder_cross_layers(config), decoder_cross_layers(config)
+
+        def matrix(out: int, width: int, *, norm: bool = False, exact: bool = False) -> int:
+            return linear.traffic(0, out, width, itemsize, norm=norm, fp8=fp8 and not exact).read
+
+        def stack(of: StackConfig, *, exact: bool = False) -> int:
+            layer = (
+                matrix(of.dim + 2 * _kv_width(of), of.dim, norm=True, exact=exact)
+                + matrix(of.dim, of.dim, exact=exact)
+                + matrix(2 * of.ffn_dim, of.dim, norm=True, exact=exact)
+                + matrix(of.dim, of.ffn_dim, exact=exact)
+            )
+            return of.num_layers * layer
+
+        def kv_row(of: StackConfig) -> int:
+            return of.num_layers * attention.traffic(0, 1, of.num_heads, of.num_kv_heads, of.head_dim, itemsize).read
+
+        def head(of: StackConfig) -> int:
+            return matrix(config.vocab_size, of.dim, norm=True, exact=True)
+
+        slots = config.slots
+        latent = cross_attention.traffic(1, slots, 0, dec.num_kv_heads, dec.head_dim, itemsize).read
+        hashed = hash_embed.traffic(1, enc.dim, config.hashes.num_tables, 0, itemsize, hash_itemsize).read
         return cls(
-            weights={stage: count * itemsize for stage, count in weights.items()},
-            kv_row={stage: specs[stage].row_elements * itemsize for stage in STAGES},
+            weights={
+                "patcher": stack(pat, exact=True) + head(pat),
+                "encoder": stack(enc) + encoder_cross * matrix(2 * _kv_width(enc), enc.dim, norm=True),
+                "global": (
+                    matrix(slots * enc.dim, enc.dim)
+                    + encoder_cross * (matrix(enc.dim, enc.dim, norm=True) + matrix(enc.dim, enc.dim))
+                    + (matrix(glob.dim, slots * enc.dim) if config.projects_latent else 0)
+                    + stack(glob)
+                    + matrix(slots * dec.dim, glob.dim)
+                    + decoder_cross * matrix(2 * _kv_width(dec), dec.dim, norm=True)
+                ),
+                "decoder": (
+                    stack(dec)
+                    + decoder_cross * (matrix(dec.dim, dec.dim, norm=True) + matrix(dec.dim, dec.dim))
+                    + head(dec)
+                ),
+            },
+            kv_row={"patcher": kv_row(pat), "encoder": kv_row(enc), "global": kv_row(glob), "decoder": kv_row(dec)},
             row={
                 "patcher": pat.dim * itemsize,
-                "encoder": enc.dim * (itemsize + config.hashes.num_tables * hash_itemsize),
+                "encoder": hashed,
                 "global": 0,
-                "decoder": (specs["latent"].row_elements + dec.dim) * itemsize,
+                "decoder": decoder_cross * latent + dec.dim * itemsize,
             },
         )
 
 
 def _kv_width(stack: StackConfig) -> int:
     return stack.num_kv_heads * stack.head_dim
-
-
-def _layer(stack: StackConfig) -> int:
-    """Parameters of one transformer layer."""
-    return 2 * stack.dim * (stack.dim + _kv_width(stack)) + 3 * stack.dim * stack.ffn_dim + 2 * stack.dim

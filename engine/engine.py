@@ -73,7 +73,7 @@ class Engine:
             executor(device, floors.rows),
             isolate=isolate,
             device=device,
-            stage_bytes=StageBytes.of(loaded.config, self.caches.specs, itemsize, model.hash_itemsize),
+            stage_bytes=StageBytes.of(loaded.config, itemsize, model.hash_itemsize, fp8=config.weights == "float8"),
             costs=StageCosts(drafts_encode=loaded.config.decoder_input == "encoder"),
         )
         parameters = checkpoint.count_parameters(loaded.config)
@@ -119,7 +119,7 @@ class Engine:
         config = self.model_config
         decoder = decoder or make_decoder(request, config.block_size, self.runner.costs, self._experience)
         tables = self.caches.new_tables()
-        sequence = Sequence(request, next(self._arrivals), config.patching, tables, decoder, config.mask_id)
+        sequence = Sequence(request, next(self._arrivals), tables, decoder, config.mask_id)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
         reason = None

@@ -1,12 +1,27 @@
-"""Where patches start: the rules of the entropy patcher, one byte at a time.
+"""Where patches start in a growing text.
 
 Whether byte i starts a patch depends only on the bytes before it, so every decision is taken once, when byte i - 1
-arrives, and never revised (BLT 2.3; Fast BLT 3.4).
+arrives, and never revised (BLT 2.3; Fast BLT 3.4). `kernels.boundary` decides; this is the record of it.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
+from kernels.boundary import Rule, starts_patch
+
 from .config import PatchingRule
+
+
+def boundary_rule(rule: PatchingRule) -> Rule:
+    """The checkpoint's rule as the kernel takes it."""
+    return Rule(
+        threshold=rule.threshold,
+        rise=rule.threshold_add,
+        monotonic=rule.monotonic,
+        every_byte=rule.mode == "bytes",
+        longest=rule.max_patch_length or 0,
+    )
 
 
 class Patching:
@@ -16,25 +31,21 @@ class Patching:
     the number of bytes fed. Drafted bytes may be fed too, if `cut` takes them back when they are not right.
     """
 
-    def __init__(self, rule: PatchingRule) -> None:
-        self._rule = rule
-        self._threshold = np.float32(rule.threshold)
+    def __init__(self) -> None:
         self._entropies: list[float] = []
         self.starts = [0]
         self.decided = 0
 
-    def feed(self, entropy: float) -> bool:
-        """Takes the entropy (nats) after the next byte; says whether the byte behind it starts a patch."""
-        self.decided += 1
-        byte = self.decided
-        opens = self._exceeds(byte, entropy)
-        limit = self._rule.max_patch_length
-        if limit is not None and byte - self.starts[-1] >= limit:
-            opens = True
-        if opens:
-            self.starts.append(byte)
-        self._entropies.append(entropy)
-        return opens
+    @property
+    def last_entropy(self) -> float:
+        """Entropy (nats) behind the byte before the last; 0 at the beginning."""
+        return self._entropies[-1] if self._entropies else 0.0
+
+    def take(self, entropies: Sequence[float], opens: Sequence[bool]) -> None:
+        """Takes, of the next bytes, the entropy behind each, and whether the byte behind it starts a patch."""
+        self.starts += [byte for byte, start in enumerate(opens, self.decided + 1) if start]
+        self.decided += len(opens)
+        self._entropies += entropies
 
     def cut(self, decided: int) -> None:
         """Makes it as if only the first `decided` bytes had been fed."""
@@ -44,14 +55,12 @@ class Patching:
             while self.starts[-1] > decided:
                 self.starts.pop()
 
-    def _exceeds(self, byte: int, entropy: float) -> bool:
-        rule = self._rule
-        previous = self._entropies[-1] if self._entropies else 0.0
-        if rule.mode == "bytes" or byte == 1:
-            return True
-        if rule.monotonic:
-            return byte == 2 or bool(entropy - previous > self._threshold)
-        if rule.threshold_add is not None:
-            rises = entropy - previous > rule.threshold_add
-            return byte == 2 or (byte > 3 and rises and bool(entropy > self._threshold))
-        return bool(entropy > self._threshold)
+
+def patch_starts(entropies: Sequence[float], rule: PatchingRule) -> list[int]:
+    """All patch starts of a text with these entropies (nats), the one behind it included if there is one."""
+    law, starts = boundary_rule(rule), [0]
+    values = np.array([0.0, *entropies], dtype=np.float32)
+    for byte in range(1, len(values)):
+        if starts_patch(values[byte], values[byte - 1], byte, byte - starts[-1], law):
+            starts.append(byte)
+    return starts

@@ -34,6 +34,7 @@ from .graphs import Executor, Stage
 from .model import Model, RowFloors
 from .model.encoder import ngram_windows
 from .pages import BlockTable
+from .patching import boundary_rule
 from .plan import Arrays, Plan, Span, Tiling, plan_attention
 from .sequence import Sequence
 
@@ -138,6 +139,7 @@ class Runner:
             name: Tiling(floors.tile, large, spec.page_size, split=spec.window is None)
             for name, spec in caches.specs.items()
         }
+        self._rule = boundary_rule(model.config.patching)
         self._isolate = isolate
         self.device = device
         self._ngram_width = max(model.config.hashes.group_sizes)
@@ -206,13 +208,19 @@ class Runner:
             spans = [self._causal_span("patcher", w.sequence, w.start, w.end) for w in clean]
             padded = self.executor.rows(len(ids))
             plan = self._plan("patcher", spans, spans, padded)
+            undecided, previous = self._undecided(clean)
 
             def stage(t: Mapping[str, Tensor]) -> Tensor:
-                return self._model.patcher(t["ids"], self._caches.patcher, plan.on_device(t, "plan"))
+                entropies = self._model.patcher(t["ids"], self._caches.patcher, plan.on_device(t, "plan"))
+                before = t["previous"].view(torch.float64).float()
+                opens = self._model.kernels.boundaries(entropies, before, t["undecided"], self._rule)
+                return torch.stack((entropies, opens.to(entropies.dtype)))
 
-            entropies = self._run("patcher", stage, {"ids": _array(ids, padded), **plan.named("plan")}, plan)
+            arrays = {"ids": _array(ids, padded), "undecided": undecided, "previous": previous, **plan.named("plan")}
+            entropies, opens = self._run("patcher", stage, arrays, plan).tolist()
             self._account("patcher", clean, [w.start for w in clean], [w.num_clean for w in clean], spans)
-            self._decide_patches(clean, entropies[: len(ids)].tolist())
+            for w, (row, count, _, _) in zip(clean, undecided.tolist(), strict=False):
+                w.sequence.patching.take(entropies[row : row + count], opens[row : row + count])
 
     def _run_encoder(self, batch: Seq[Work]) -> Tensor | None:
         """States of the clean rows of all, and of their cells where the decoder reads them."""
@@ -345,15 +353,19 @@ class Runner:
                 return out.new_empty((0, self._config.vocab_size), dtype=torch.float32)
             return out[:wanted]
 
-    def _decide_patches(self, batch: Seq[Work], entropies: list[float]) -> None:
+    def _undecided(self, clean: Seq[Work]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows behind which a patch may start, as `kernels.boundary` takes them, and the entropies before them, in
+        float64 bits. A recomputed byte was decided before: frozen."""
+        length = self.executor.tiles(len(clean))
+        spans, previous = np.zeros((length, 4), dtype=np.int64), np.zeros(length)
         row = 0
-        for w in batch:
+        for i, w in enumerate(clean):
             patching = w.sequence.patching
-            for byte in range(w.start, w.end):
-                # A recomputed byte was decided before: frozen.
-                if byte == patching.decided:
-                    patching.feed(entropies[row])
-                row += 1
+            known = min(max(patching.decided - w.start, 0), w.num_clean)
+            spans[i] = row + known, w.num_clean - known, patching.decided, patching.starts[-1]
+            previous[i] = patching.last_entropy
+            row += w.num_clean
+        return spans, previous.view(np.int64)
 
     def _first_to_decode(self, w: Work) -> int:
         """Drafted rows are exact up to the first that closes a patch: it reads a latent that was not there."""

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 
 from .accounting import Cost, PaperFormula
-from .config import EOS_ID, PatchingRule
+from .config import EOS_ID
 from .decoders import Call, Committed, Decoder, Result, Round
 from .decoders.blt import Autoregressive
 from .pages import BlockTable
@@ -26,7 +26,6 @@ class Sequence:
         self,
         request: Request,
         arrival: int,
-        rule: PatchingRule,
         tables: dict[str, BlockTable],
         decoder: Decoder | None = None,
         mask_id: int | None = None,
@@ -37,7 +36,7 @@ class Sequence:
         self.ids = [*request.prompt_ids, *request.output_ids]
         self.num_prompt = len(request.prompt_ids)
         self.num_computed = 0
-        self.patching = Patching(rule)
+        self.patching = Patching()
         self.documents = [0]
         """First byte of every document: behind each EOS."""
         self.patch_documents = [0]

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,31 +31,32 @@ def boundaries(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -
     entropies (R,) float32. spans (S, 4) int64: a sequence's first row, how many rows, the byte that the first one is,
     and the byte that its open patch starts with. previous (S,) float32: the entropy behind the byte before.
     """
-    opens = torch.zeros(len(entropies), dtype=torch.bool, device=entropies.device)
-    for (row, count, byte, start), before in zip(spans.tolist(), previous, strict=True):
+    values, before = entropies.cpu().numpy(), previous.cpu().numpy()
+    opens = np.zeros(len(values), dtype=np.bool_)
+    for (row, count, byte, start), last in zip(spans.tolist(), before, strict=True):
         for r in range(row, row + count):
-            now = entropies[r]
             byte += 1
-            opens[r] = _exceeds(now, before, byte, rule) or (0 < rule.longest <= byte - start)
+            opens[r] = starts_patch(values[r], last, byte, byte - start, rule)
             start = byte if opens[r] else start
-            before = now
-    return opens
+            last = values[r]
+    return torch.from_numpy(opens).to(entropies.device)
 
 
-def _exceeds(now: Tensor, before: Tensor, byte: int, rule: Rule) -> bool:
-    """`byte`: the one that would start the patch. The first byte, BOS, is a patch by itself; the first differences of
-    entropies mean nothing."""
-    if rule.every_byte or byte == 1:
+def starts_patch(now: np.float32, before: np.float32, byte: int, length: int, rule: Rule) -> bool:
+    """Whether `byte` starts a patch: entropies behind the byte before it and the one before that, and how many bytes
+    the open patch has. The first byte, BOS, is a patch by itself; the first differences of entropies mean nothing."""
+    if rule.every_byte or byte == 1 or 0 < rule.longest <= length:
         return True
     if rule.monotonic:
-        return byte == 2 or bool(now - before > rule.threshold)
+        return byte == 2 or bool(now - before > np.float32(rule.threshold))
     if rule.rise is not None:
-        return byte == 2 or (byte > 3 and bool(now - before > rule.rise) and bool(now > rule.threshold))
-    return bool(now > rule.threshold)
+        rises = bool(now - before > np.float32(rule.rise))
+        return byte == 2 or (byte > 3 and rises and bool(now > np.float32(rule.threshold)))
+    return bool(now > np.float32(rule.threshold))
 
 
 def traffic(rows: int, spans: int) -> Traffic:
-    return Traffic(4 * rows + 36 * spans, rows)
+    return Traffic(4 * rows + 4 * spans, rows)
 
 
 @jit

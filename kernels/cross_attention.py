@@ -25,7 +25,7 @@ def slot_attention(
 def traffic(rows: int, slots: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> Traffic:
     """Bytes of `slot_attention`: every row in and out, and its own latent's slots."""
     q = rows * heads * head_dim * itemsize
-    return Traffic(q + rows * (2 * slots * kv_heads * head_dim * itemsize + 16), q)
+    return Traffic(q + rows * 2 * slots * kv_heads * head_dim * itemsize, q)
 
 
 @jit

@@ -21,7 +21,7 @@ def patch_max(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor) -> Te
 
 def traffic(patches: int, num_bytes: int, dim: int, itemsize: int) -> Traffic:
     """Bytes of `patch_max`: every byte state in, every patch out."""
-    return Traffic(num_bytes * (dim * itemsize + 16), patches * dim * itemsize)
+    return Traffic(num_bytes * dim * itemsize, patches * dim * itemsize)
 
 
 @jit

@@ -36,7 +36,7 @@ def store_states(states: Tensor, page: Tensor, offset: Tensor, cache: Tensor) ->
 def traffic(rows: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> Traffic:
     """Bytes of `store_qkv` (heads 0: of `store_kv`): every row in, its angles where it has queries, every row out."""
     row = (heads + 2 * kv_heads) * head_dim * itemsize
-    return Traffic(rows * (row + (4 * head_dim if heads else 0) + 24), rows * row)
+    return Traffic(rows * (row + (4 * head_dim if heads else 0)), rows * row)
 
 
 # Triton.

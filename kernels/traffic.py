@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Traffic(NamedTuple):
-    """Bytes. What several programs of one call read again from cache counts once."""
+    """Bytes. What several programs of one call read again from cache counts once; index arrays do not count."""
 
     read: int = 0
     written: int = 0

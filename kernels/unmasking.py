@@ -55,7 +55,7 @@ def _settled(cells: list[int], confidence: list[float], entropy: list[float], ru
 def traffic(num_blocks: int, size: int, vocab_size: int) -> Traffic:
     """Bytes of `certainty` and `unmask`."""
     cells = num_blocks * size
-    return Traffic(cells * (4 * vocab_size + 9) + 16 * num_blocks, cells * 9)
+    return Traffic(cells * (4 * vocab_size + 9), cells * 9)
 
 
 # Triton.

@@ -75,8 +75,7 @@ def run(engine: Engine, requests: Iterable[Request]) -> dict[str, Output]:
 
 def engine_logits(engine: Engine, ids: Sequence[int], chunk: int) -> Tensor:
     """Logits of the id after each id: (N, vocab_size), computed `chunk` rows at a time over the engine's caches."""
-    rule = engine.model_config.patching
-    sequence = EngineSequence(request("logits", ids, 1), 0, rule, engine.caches.new_tables())
+    sequence = EngineSequence(request("logits", ids, 1), 0, engine.caches.new_tables())
     parts = []
     for start in range(0, len(ids), chunk):
         end = min(start + chunk, len(ids))

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from engine.accounting import PaperFormula, StageBytes
-from engine.caches import cache_specs
 from engine.checkpoint import PRESETS, count_parameters
 from engine.types import Finished, Unmask
 from tests.engines import make_engine, request, run
@@ -53,7 +52,7 @@ def test_the_formula_gives_the_papers_tables(name: str) -> None:
 def test_stage_weights_are_all_parameters_but_the_tables(preset: str) -> None:
     config = PRESETS[preset]
     counts = count_parameters(config)
-    weights = StageBytes.of(config, cache_specs(config, 64), 1, 1).weights
+    weights = StageBytes.of(config, 1, 1).weights
     tables = counts["hash tables"] + config.vocab_size * (config.encoder.dim + config.patcher.dim)
     if config.decoder_input == "embedding":
         tables += (config.vocab_size + 1) * config.decoder.dim
@@ -63,7 +62,7 @@ def test_stage_weights_are_all_parameters_but_the_tables(preset: str) -> None:
 def test_a_request_alone_pays_for_every_call() -> None:
     engine = make_engine(NANO)
     config = engine.model_config
-    weights = StageBytes.of(config, engine.caches.specs, 4, 2).weights
+    weights = StageBytes.of(config, 4, 2).weights
     for fields in ({}, {"decoder": "blt-s"}, {"decoder": "blt-dv", "unmask": Unmask(rule="confidence", alpha=0.5)}):
         calls, read = dict(engine.runner.counts.calls), dict(engine.runner.counts.bytes_read)
         # A prompt of one id: all of its pass belongs to the first byte.

@@ -152,7 +152,11 @@ def test_a_step_calls_every_stage_at_most_once(model: Path) -> None:
     while engine.has_work:
         engine.step()
         calls = dict(engine.runner.counts.calls)
-        assert all(calls[stage] - before[stage] <= 1 for stage in calls)
+        new = {stage: calls[stage] - before[stage] for stage in calls}
+        decoder = new.pop("decoder")
+        assert all(count <= 1 for count in new.values())
+        # Only where all that run draft, or unmask, may passes follow each other within a step.
+        assert decoder <= 1 or not any(new.values())
         before = calls
         most = max(most, len(engine.running))
     assert most == 2 * len(how)

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from transformers.models.blt.modeling_blt import BltPatcher
 
 from engine.config import PatchingRule
-from engine.patching import Patching
+from engine.patching import Patching, boundary_rule, patch_starts
+from kernels.dispatch import Kernels
 from tests import reference
 
-ENTROPIES = [3, 1, 2.5, 1, 4, 4.5, 1, 3]
+ENTROPIES = [3.0, 1.0, 2.5, 1.0, 4.0, 4.5, 1.0, 3.0]
 KNOWN = [
     (PatchingRule(threshold=2), [0, 1, 3, 5, 6, 8]),
     (PatchingRule(threshold=0.7, monotonic=True), [0, 1, 2, 3, 5, 8]),
@@ -24,13 +25,19 @@ KNOWN = [
 ]
 
 
-def incremental(rule: PatchingRule, entropies: list[float]) -> list[int]:
-    patching = Patching(rule)
-    for byte, entropy in enumerate(entropies):
-        before = list(patching.starts)
-        opens = patching.feed(entropy)
-        assert patching.starts == before + [byte + 1] * opens, "a decided start is never revised"
-        assert patching.decided == byte + 1
+def incremental(rule: PatchingRule, entropies: list[float], chunk: int = 1) -> list[int]:
+    patching = Patching()
+    for at in range(0, len(entropies), chunk):
+        some, before = entropies[at : at + chunk], list(patching.starts)
+        opens = Kernels().boundaries(
+            torch.tensor(some),
+            torch.tensor([patching.last_entropy]),
+            torch.tensor([[0, len(some), patching.decided, patching.starts[-1]]]),
+            boundary_rule(rule),
+        )
+        patching.take(some, opens.tolist())
+        assert patching.starts[: len(before)] == before, "a decided start is never revised"
+        assert patching.decided == at + len(some)
     return patching.starts
 
 
@@ -38,6 +45,7 @@ def incremental(rule: PatchingRule, entropies: list[float]) -> list[int]:
 def test_known_starts(rule: PatchingRule, starts: list[int]) -> None:
     assert reference.patch_starts(rule, ENTROPIES) == starts
     assert incremental(rule, ENTROPIES) == starts
+    assert patch_starts(ENTROPIES, rule) == starts
 
 
 rules = st.builds(
@@ -52,9 +60,11 @@ rules = st.builds(
 quarters = st.lists(st.integers(0, 12).map(lambda n: n / 4), min_size=1, max_size=40)
 
 
-@given(rule=rules, entropies=quarters)
-def test_incremental_form_equals_whole_form(rule: PatchingRule, entropies: list[float]) -> None:
-    assert incremental(rule, entropies) == reference.patch_starts(rule, entropies)
+@given(rule=rules, entropies=quarters, chunk=st.integers(1, 9))
+def test_incremental_form_equals_whole_form(rule: PatchingRule, entropies: list[float], chunk: int) -> None:
+    starts = reference.patch_starts(rule, entropies)
+    assert incremental(rule, entropies, chunk) == starts
+    assert patch_starts(entropies, rule) == starts
 
 
 @given(rule=rules, entropies=quarters)

@@ -3,7 +3,6 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import PatchingRule
 from engine.decoders import Decoder, Result
 from engine.decoders.blt_d import Diffusion
 from engine.decoders.blt_dv import Verified
@@ -37,7 +36,7 @@ class Memory:
 
 def sequence(arrival: int, prompt: int, output: int, priority: int = 0, decoder: Decoder | None = None) -> Sequence:
     request = Request(id=str(arrival), prompt_ids=[5] * prompt, max_tokens=output, priority=priority)
-    return Sequence(request, arrival, PatchingRule(), {}, decoder, mask_id=260)
+    return Sequence(request, arrival, {}, decoder, mask_id=260)
 
 
 def run_step(scheduler: Scheduler) -> list[Part]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import BOS_ID, BYTE_OFFSET, HashConfig, ModelConfig, PatchingRule, StackConfig
-from ..patching import Patching
+from ..patching import patch_starts
 from .names import HASHES, PATCHER, Shape, expected_shapes
 
 PATCHER_HEAD_GAIN = 2.0
@@ -151,10 +151,8 @@ def calibrate(config: ModelConfig, tensors: Mapping[str, Tensor]) -> float:
     judged = entropies.diff() if config.patching.monotonic else entropies
 
     def distance(threshold: float) -> float:
-        patching = Patching(replace(config.patching, threshold=threshold))
-        for entropy in entropies.tolist():
-            patching.feed(entropy)
-        return abs(len(ids) / len(patching.starts) - MEAN_PATCH)
+        starts = patch_starts(entropies.tolist(), replace(config.patching, threshold=threshold))
+        return abs(len(ids) / len(starts) - MEAN_PATCH)
 
     candidates: list[float] = judged.quantile(torch.linspace(0.5, 1, 51)).tolist()
     return min(candidates, key=distance)
