@@ -1,0 +1,90 @@
+"""Several passes in one step: what it saves, and that nothing else changes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import EOS_ID
+from engine.types import Finished, SamplingParams, Unmask, Usage
+from tests.engines import Output, make_engine, request, run, save_ours
+from tests.models import our_config, our_model, text
+
+WAYS: dict[str, dict[str, Any]] = {
+    "blt-s": {"decoder": "blt-s", "draft_length": 6},
+    "blt-d": {"decoder": "blt-d", "unmask": Unmask(rule="confidence", alpha=0.9)},
+    "blt-dv": {"decoder": "blt-dv", "unmask": Unmask(rule="entropy", gamma=1.0)},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = replace(our_config(decoder_input="embedding", mask_id=260, block_size=6), isolate_documents=True)
+    return save_ours(tmp_path_factory.mktemp("passes") / "model", our_model(config, 5))
+
+
+def usage(output: Output) -> Usage:
+    assert isinstance(output.end, Finished)
+    return output.end.usage
+
+
+def counted(u: Usage) -> tuple[Any, ...]:
+    return u.rounds, u.decoder_calls, u.global_calls, u.drafted, u.accepted, u.rows
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"sampling": SamplingParams(temperature=1.0, top_p=0.9, seed=1)},
+        {"sampling": SamplingParams(temperature=1.0, seed=2, logit_bias={EOS_ID: 3.0, 100: -2.0})},
+    ],
+)
+def test_alone_or_beside_one_that_feeds_bytes_the_text_and_the_counts_are_the_same(
+    model: Path, way: str, how: dict[str, Any]
+) -> None:
+    asked = request("it", text(30, 2), 40, **WAYS[way], **how)
+    alone = make_engine(model)
+    found = run(alone, [asked])["it"]
+    # The other's bytes outlast its rounds.
+    beside = run(make_engine(model), [asked, request("other", text(20, 3), 300)])["it"]
+    assert beside.ids == found.ids
+    if EOS_ID not in found.ids:  # A draft of its own goes on behind an EOS, for nothing; one in company stops there.
+        assert counted(usage(beside)) == counted(usage(found))
+    passes = alone.runner.counts.calls["decoder"]
+    assert alone.snapshot().steps < passes, "passes were run together"
+
+
+def test_a_whole_draft_is_one_step(model: Path) -> None:
+    engine = make_engine(model)
+    u = usage(run(engine, [request("a", text(30, 2), 60, **WAYS["blt-s"])])["a"])
+    assert u.decoder_calls > 3 * u.rounds
+    # The prompt's, then a draft's and a verification's in turn; the last bytes need no draft.
+    assert engine.snapshot().steps <= 2 * u.rounds + 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"logprobs": 2},
+        {"sampling": SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5, frequency_penalty=0.3)},
+    ],
+)
+def test_scores_and_penalties_run_pass_by_pass(model: Path, way: str, how: dict[str, Any]) -> None:
+    engine = make_engine(model)
+    found = run(engine, [request("it", text(30, 2), 30, **WAYS[way], **how)])["it"]
+    assert engine.snapshot().steps >= engine.runner.counts.calls["decoder"]
+    assert len(found.ids) == 30
+    assert len(found.logprobs) == (30 if "logprobs" in how else 0)
+
+
+def test_two_of_different_lengths_stop_together_and_go_on(model: Path) -> None:
+    asked = [
+        request("a", text(30, 2), 40, decoder="blt-s", draft_length=3),
+        request("b", text(25, 4), 40, decoder="blt-s", draft_length=8),
+    ]
+    alone = {r.id: run(make_engine(model), [r])[r.id].ids for r in asked}
+    assert {name: out.ids for name, out in run(make_engine(model), asked).items()} == alone
