@@ -10,6 +10,7 @@ Rows that feed a byte and rows that prefill a prompt are the same thing; a step 
 
 import time
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -145,6 +146,8 @@ class Runner:
         self._ngram_width = max(model.config.hashes.group_sizes)
         self._bytes = stage_bytes
         self.counts = StageCounts()
+        self._running: deque[tuple[str, _Timer, torch.cuda.Event, torch.cuda.Event]] = deque()
+        """Stages on a CUDA device whose time is not known yet."""
         self.costs = costs
 
     def missing_pages(self, sequence: Sequence, end: int, reach: int) -> dict[str, int]:
@@ -527,12 +530,28 @@ class Runner:
     @contextmanager
     def _timed(self, stage: str) -> Iterator["_Timer"]:
         timer = _Timer()
+        if self.device.type == "cuda":
+            # The host is ahead of the device: two marks in its queue tell the time, once they have been passed.
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield timer
+            end.record()
+            self._running.append((stage, timer, begin, end))
+            self._read_clocks()
+            return
         began = time.perf_counter()
         yield timer
-        if timer.rows:
-            seconds = time.perf_counter() - began
-            self.counts.add(stage, timer.rows, seconds)
-            self.costs.saw(stage, timer.rows, seconds)
+        self._saw(stage, timer.rows, time.perf_counter() - began)
+
+    def _read_clocks(self) -> None:
+        while self._running and self._running[0][3].query():
+            stage, timer, begin, end = self._running.popleft()
+            self._saw(stage, timer.rows, begin.elapsed_time(end) / 1000)
+
+    def _saw(self, stage: str, rows: int, seconds: float) -> None:
+        if rows:
+            self.counts.add(stage, rows, seconds)
+            self.costs.saw(stage, rows, seconds)
 
 
 @dataclass(slots=True)

@@ -4,14 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from engine import checkpoint
 from engine.config import PatchingRule
 from engine.graphs import Graphs, pack, padded, unpack
 from engine.types import Request, SamplingParams, Unmask
-from tests.engines import make_engine, request, run, save_ours
+from tests.engines import engine_logits, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text
+from training.evaluate import as_float8
 
 DECODERS: dict[str, dict[str, Any]] = {
     "blt": {"decoder": "blt"},
@@ -63,21 +66,25 @@ def test_lengths_are_padded_to_few() -> None:
 
 
 def test_arrays_travel_as_one() -> None:
-    import numpy as np
-
     arrays = {"a": np.arange(3), "b": np.zeros((0, 5), np.int64), "c": np.arange(10).reshape(2, 5)}
     for name, part in unpack(pack(arrays), arrays).items():
         assert torch.equal(part, torch.from_numpy(arrays[name]))
 
 
 def test_float8_weights_change_logits_little_and_patches_not_at_all(model: Path) -> None:
-    from tests.engines import engine_logits
-
     ids = text(60, 5)
     whole, rounded = make_engine(model), make_engine(model, weights="float8")
     expected, found = engine_logits(whole, ids, 16), engine_logits(rounded, ids, 16)
     difference = (found - expected).square().mean().sqrt() / expected.std()
     assert 0 < difference < 0.15
+
+
+def test_float8_rounds_what_its_quality_was_measured_with(model: Path, tmp_path: Path) -> None:
+    loaded = checkpoint.load(model)
+    rounded = save_ours(tmp_path / "model", (loaded.config, as_float8(dict(loaded.tensors))))
+    ids = text(60, 5)
+    found = engine_logits(make_engine(model, weights="float8"), ids, 16)
+    torch.testing.assert_close(found, engine_logits(make_engine(rounded), ids, 16), atol=1e-4, rtol=1e-4)
 
 
 def test_every_byte_a_patch(tmp_path: Path) -> None:

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from engine import checkpoint
 from engine.config import BOS_ID, BYTE_OFFSET, PAD_ID, EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.types import Delta, Failed, Finished, Request, SamplingParams
+from kernels.linear import quantize
 
 from . import model, objective
 from .corpus import Corpus, standard_library
+from .state import PATCHER
 
 PROMPTS = ("def read_lines(path):\n", "import os\nimport sys\n\n\nclass ", "    def __init__(self, ")
 ROWS_AT_ONCE = 8
@@ -80,6 +83,19 @@ def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, contex
     )
 
 
+def as_float8(weights: model.Weights) -> dict[str, Tensor]:
+    """The weights as an engine with `weights="float8"` computes with them, in float32."""
+
+    def rounded(name: str, weight: Tensor) -> Tensor:
+        if name.startswith(PATCHER) or not name.endswith(("_proj.weight", "_projection.weight")):
+            return weight
+        data, scale = quantize(weight)
+        assert scale is not None
+        return data.float() * scale[:, None]
+
+    return {name: rounded(name, weight) for name, weight in weights.items()}
+
+
 def continuations(path: Path, prompts: tuple[str, ...] = PROMPTS, count: int = 200) -> list[str]:
     """What the engine writes behind each prompt at temperature 0.6 with seed 0, `count` bytes or up to EOS."""
     engine = Engine(EngineConfig(model=str(path), cache_bytes=256 << 20))
@@ -101,9 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("model", type=Path, help="a model folder")
     parser.add_argument("--context", type=int, default=1024, help="bytes per slice of a file")
+    parser.add_argument("--float8", action="store_true", help="with what `--weights float8` rounds rounded")
     options = parser.parse_args(arguments)
     loaded = checkpoint.load(options.model)
     weights = {name: tensor.float() for name, tensor in loaded.tensors.items()}
+    if options.float8:
+        weights = as_float8(weights)
     print(json.dumps(asdict(evaluate(loaded.config, weights, standard_library()[1], options.context)), indent=2))
     return 0
 
