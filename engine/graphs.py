@@ -5,6 +5,7 @@ launches them all together, but always with the same shapes and addresses. So ar
 and every combination of lengths that comes up is recorded once, over buffers of its own.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -18,7 +19,11 @@ Stage = Callable[[Mapping[str, Tensor]], Tensor]
 """From a stage's inputs to its output; also writes caches."""
 
 MOST_GRAPH_ROWS = 256
-"""Rows from which on a stage keeps the device busy by itself."""
+"""More rows than this keep the device busy by themselves."""
+MOST_RECORDINGS = 256
+"""Recordings hold memory; the one that was not used for longest goes first."""
+LEAST_PAGES = 64
+"""Shorter lists of pages are not worth a recording of their own."""
 
 
 class Executor(Protocol):
@@ -26,14 +31,16 @@ class Executor(Protocol):
 
     def rows(self, n: int) -> int: ...
 
-    def tiles(self, n: int) -> int: ...
+    def parts(self, n: int, rows: int) -> int: ...
 
     def pages(self, n: int) -> int: ...
 
     def segments(self, n: int) -> int: ...
 
-    def run(self, name: str, stage: Stage, arrays: Arrays, tensors: Mapping[str, Tensor], key: object) -> Tensor:
-        """The output of `stage` over the arrays, once they are on the device, and tensors that are there already.
+    def run(
+        self, name: str, stage: Stage, rows: int, arrays: Arrays, tensors: Mapping[str, Tensor], key: object
+    ) -> Tensor:
+        """The output of `stage` over `rows` rows: arrays, once they are on the device, and tensors that are there.
 
         name, key: what tells the stage's recordings apart besides the inputs' shapes. The output is valid until the
         stage runs again.
@@ -51,7 +58,7 @@ class Eager:
     def rows(self, n: int) -> int:
         return max(n, self._floor)
 
-    def tiles(self, n: int) -> int:
+    def parts(self, n: int, rows: int) -> int:
         return n
 
     def pages(self, n: int) -> int:
@@ -60,7 +67,9 @@ class Eager:
     def segments(self, n: int) -> int:
         return n
 
-    def run(self, name: str, stage: Stage, arrays: Arrays, tensors: Mapping[str, Tensor], key: object) -> Tensor:
+    def run(
+        self, name: str, stage: Stage, rows: int, arrays: Arrays, tensors: Mapping[str, Tensor], key: object
+    ) -> Tensor:
         if self._device.type == "cpu":
             return stage({**{key: torch.from_numpy(a) for key, a in arrays.items()}, **tensors})
         packed = pack(arrays).pin_memory().to(self._device, non_blocking=True)
@@ -75,31 +84,35 @@ class Graphs(Eager):
 
     def __init__(self, device: torch.device, floor: int) -> None:
         super().__init__(device, floor)
-        self._recordings: dict[object, _Recording] = {}
+        self._recordings: OrderedDict[object, _Recording] = OrderedDict()
         self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def rows(self, n: int) -> int:
         return super().rows(n) if n > MOST_GRAPH_ROWS else padded(max(n, self._floor))
 
-    def tiles(self, n: int) -> int:
-        return n if n > MOST_GRAPH_ROWS else padded(n)
+    def parts(self, n: int, rows: int) -> int:
+        return n if rows > MOST_GRAPH_ROWS else rows
 
     def pages(self, n: int) -> int:
-        return 1 << (n - 1).bit_length() if n else 1
+        return max(_power_of_two(n), LEAST_PAGES)
 
     def segments(self, n: int) -> int:
-        return 1 << (n - 1).bit_length()
+        return _power_of_two(n)
 
-    def run(self, name: str, stage: Stage, arrays: Arrays, tensors: Mapping[str, Tensor], key: object) -> Tensor:
-        if max(len(a) for a in arrays.values() if a.ndim == 1 or len(a)) > 16 * MOST_GRAPH_ROWS:
-            return super().run(name, stage, arrays, tensors, key)
-        shapes = tuple(a.shape for a in arrays.values()), tuple(t.shape for t in tensors.values())
-        recording = self._recordings.get((name, key, shapes))
-        if recording is None:
-            recording = self._recordings[name, key, shapes] = _Recording(
-                stage, arrays, tensors, self._device, self._memory
-            )
-        return recording.replay(arrays, tensors)
+    def run(
+        self, name: str, stage: Stage, rows: int, arrays: Arrays, tensors: Mapping[str, Tensor], key: object
+    ) -> Tensor:
+        if rows > MOST_GRAPH_ROWS:
+            return super().run(name, stage, rows, arrays, tensors, key)
+        shapes = tuple(a.shape for a in arrays.values()), tuple((n, t.shape) for n, t in tensors.items())
+        found = self._recordings.get((name, key, shapes))
+        if found is None:
+            found = _Recording(stage, arrays, tensors, self._device, self._memory)
+            self._recordings[name, key, shapes] = found
+            if len(self._recordings) > MOST_RECORDINGS:
+                self._recordings.popitem(last=False)
+        self._recordings.move_to_end((name, key, shapes))
+        return found.replay(arrays, tensors)
 
     @property
     def num_recorded(self) -> int:
@@ -156,8 +169,12 @@ class _Recording:
 
 def padded(n: int) -> int:
     """The next of the lengths 1, 2, 3, 4, 6, 8, 12, 16, ...: at most half as much again."""
-    power = 1 << max(n - 1, 0).bit_length()
+    power = _power_of_two(n)
     return power * 3 // 4 if n <= power * 3 // 4 and power > 2 else power
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def pack(arrays: Arrays, out: Tensor | None = None) -> Tensor:

@@ -53,14 +53,14 @@ def _draft(runner: Runner, batch: Sequence[Work], calls: Sequence[Call], kernels
     )
     ids = torch.tensor([call.causal[0] for call in calls], device=device)
     drawn: list[Tensor] = []
-    finite: list[Tensor] = []
+    highest: list[Tensor] = []
     for number in range(passes):
         at = [replace(w, call=replace(call, start=call.start + number)) for w, call in zip(batch, calls, strict=True)]
         logits = runner.decode(runner.plan_decoder(at), ids)
-        finite.append(logits)
+        highest.append(logits.amax(-1, keepdim=True))
         ids = chooser(logits, uniforms[number])
         drawn.append(ids)
-    check(torch.cat(finite))
+    check(torch.cat(highest))
     return [Result(w.end, after) for w, after in zip(batch, torch.stack(drawn).T.tolist(), strict=True)]
 
 

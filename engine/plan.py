@@ -35,11 +35,12 @@ class Span:
 
 
 class Padding(Protocol):
-    """How long arrays are made: what a kernel, or a recorded graph of kernels, wants."""
+    """How long arrays are made: what a kernel, or a recorded graph of kernels, wants. `parts`: what there is at most
+    one of per row, in a stage of `rows` padded rows."""
 
     def rows(self, n: int) -> int: ...
 
-    def tiles(self, n: int) -> int: ...
+    def parts(self, n: int, rows: int) -> int: ...
 
     def pages(self, n: int) -> int: ...
 
@@ -118,7 +119,7 @@ def plan_attention(
         last += span.last
     for begin in range(len(first), padded_queries, tiling.large):
         tiles += (begin, min(tiling.large, padded_queries - begin), 0, 0, 0)
-    num_tiles = padding.tiles(len(tiles) // 5)
+    num_tiles = padding.parts(len(tiles) // 5, padded_queries)
     padded_rows = padding.rows(len(positions)) if writes else 0
 
     def array(values: list[int], length: int) -> NDArray[np.int64]:

@@ -107,6 +107,7 @@ class StageCounts:
 class DecoderRows:
     """Rows of the decoder stage, planned: whose they are, how many each has, and of how many logits are wanted."""
 
+    padded: int
     arrays: Arrays
     plan: Plan
     num_rows: int
@@ -211,7 +212,7 @@ class Runner:
             spans = [self._causal_span("patcher", w.sequence, w.start, w.end) for w in clean]
             padded = self.executor.rows(len(ids))
             plan = self._plan("patcher", spans, spans, padded)
-            undecided, previous = self._undecided(clean)
+            undecided, previous = self._undecided(clean, padded)
 
             def stage(t: Mapping[str, Tensor]) -> Tensor:
                 entropies = self._model.patcher(t["ids"], self._caches.patcher, plan.on_device(t, "plan"))
@@ -220,7 +221,7 @@ class Runner:
                 return torch.stack((entropies, opens.to(entropies.dtype)))
 
             arrays = {"ids": _array(ids, padded), "undecided": undecided, "previous": previous, **plan.named("plan")}
-            entropies, opens = self._run("patcher", stage, arrays, plan).tolist()
+            entropies, opens = self._run("patcher", stage, padded, arrays, plan).tolist()
             self._account("patcher", clean, [w.start for w in clean], [w.num_clean for w in clean], spans)
             for w, (row, count, _, _) in zip(clean, undecided.tolist(), strict=False):
                 w.sequence.patching.take(entropies[row : row + count], opens[row : row + count])
@@ -263,7 +264,7 @@ class Runner:
                 )
 
             arrays = {"windows": np.array(windows, dtype=np.int64), **plan.named("plan"), **opened.named("open")}
-            states = self._run("encoder", stage, arrays, plan)
+            states = self._run("encoder", stage, padded, arrays, plan)
             starts = [span.start for span in spans]
             self._account("encoder", rows, starts, counts, spans)
             return states
@@ -307,10 +308,10 @@ class Runner:
             "rows": _array(state_rows if self.cells_are_encoded else ids, padded),
             "page": _array(latent_page, padded),
             "offset": _array(latent_offset, padded),
-            "wanted": _array(wanted, self.executor.rows(len(wanted)) if wanted else 0),
+            "wanted": _array(wanted, self.executor.parts(self.executor.rows(len(wanted)), padded) if wanted else 0),
             **plan.named("plan"),
         }
-        return DecoderRows(arrays, plan, len(ids), len(wanted), decoding, spans, counts)
+        return DecoderRows(padded, arrays, plan, len(ids), len(wanted), decoding, spans, counts)
 
     @property
     def cells_are_encoded(self) -> bool:
@@ -350,16 +351,16 @@ class Runner:
                 tensors["states"] = states
             elif ids is not None:
                 tensors["ids"] = pad(ids, (0, len(rows.arrays["rows"]) - len(ids)))
-            out = self._run("decoder", stage, rows.arrays, plan, tensors=tensors)
+            out = self._run("decoder", stage, rows.padded, rows.arrays, plan, tensors=tensors)
             self._account("decoder", rows.works, [span.start for span in rows.spans], rows.counts, rows.spans)
             if not wanted:
                 return out.new_empty((0, self._config.vocab_size), dtype=torch.float32)
             return out[:wanted]
 
-    def _undecided(self, clean: Seq[Work]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _undecided(self, clean: Seq[Work], padded: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The rows behind which a patch may start, as `kernels.boundary` takes them, and the entropies before them, in
         float64 bits. A recomputed byte was decided before: frozen."""
-        length = self.executor.tiles(len(clean))
+        length = self.executor.parts(len(clean), padded)
         spans, previous = np.zeros((length, 4), dtype=np.int64), np.zeros(length)
         row = 0
         for i, w in enumerate(clean):
@@ -404,11 +405,12 @@ class Runner:
         self,
         name: str,
         stage: Stage,
+        rows: int,
         arrays: Arrays,
         *plans: Plan,
         tensors: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
-        return self.executor.run(name, stage, arrays, tensors, tuple(plan.most_segments for plan in plans))
+        return self.executor.run(name, stage, rows, arrays, tensors, tuple(plan.most_segments for plan in plans))
 
     def _close_patches(self, clean: Seq[Work]) -> int:
         """Encoder cross-attention and global stage for every patch whose last byte is among the rows, and for open
@@ -476,7 +478,7 @@ class Runner:
             **pooling.named("open"),
             **plan.named("plan"),
         }
-        self._run("global", stage, arrays, pooling, plan)
+        self._run("global", stage, padded, arrays, pooling, plan)
         counts = [len(span.first) for span in patch_rows]
         # A patch counts by its last byte, and so do all before it that the same call closes.
         ends = [w.end - count for w, count in zip(closing, counts, strict=True)]
