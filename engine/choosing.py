@@ -5,7 +5,7 @@ verifies it agree whenever their laws put that number on the same byte, and the 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -129,6 +129,7 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
     )
     if block_rows:
         blocks.settle(cells, drawn[index])
+    right = _right(draws, drawn, kernels)
     chosen = drawn.tolist()
 
     results: list[Result | None] = []
@@ -142,7 +143,7 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         behind = end - some.num_block
         num_top = some.work.sequence.request.logprobs
         scores = [] if num_top is None else logprobs_of(wanted[at:end], chosen[at:end], num_top)
-        result = Result(some.first, chosen[at:behind], after_scores=scores[: behind - at])
+        result = Result(some.first, chosen[at:behind], next(right), after_scores=scores[: behind - at])
         if some.num_block:
             block = next(settled)
             if some.call.causal:
@@ -151,6 +152,27 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         results.append(result)
         at = end
     return results
+
+
+def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> Iterator[int]:
+    """For each, how many of the drafts that its rows verify are what was drawn behind them (Fast BLT, Verify)."""
+    at, rows, drafts = 0, [], []
+    for d in draws:
+        known = len(d.work.sequence.ids) - len(d.call.drafts)
+        checked = d.call.drafts[d.first - (known - 1) :] if d.call.runs_clean else ()
+        rows.append(range(at, at + len(checked)))
+        drafts.append(checked)
+        at += d.end - d.begin
+    width = max(map(len, drafts))
+    if not width:
+        return iter([0] * len(draws))
+
+    def grid(lines: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor([[*line, *[0] * (width - len(line))] for line in lines], device=drawn.device)
+
+    lengths = torch.tensor([len(line) for line in drafts], device=drawn.device)
+    right: list[int] = kernels.accepted(grid(drafts), drawn[grid(rows)], lengths).tolist()
+    return iter(right)
 
 
 def bar_specials(cells: Tensor) -> Tensor:

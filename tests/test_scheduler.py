@@ -57,10 +57,10 @@ def advance(scheduler: Scheduler, part: Part) -> None:
     cells = [5] * len(call.block)
     if verifies:
         first = max(s.num_computed, call.decoded)
-        result = Result(first, [*[5] * (part.end - first - 2), 6, 6][: part.end - first])
+        result = Result(first, [*[5] * (part.end - first - 2), 6, 6][: part.end - first], max(part.end - first - 2, 0))
     else:
         s.num_computed = part.end
-        result = Result(part.end - 1, [5] * (call.wants + len(call.causal)), cells, [0] * len(cells))
+        result = Result(part.end - 1, [5] * (call.wants + len(call.causal)), 0, cells, [0] * len(cells))
     if (outcome := s.resume(result)) is None:
         return
     assert outcome.ids

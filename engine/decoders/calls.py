@@ -81,13 +81,15 @@ class Result:
     """What the model's law gives, drawn with the random numbers that belong to each position.
 
     first: position of the first clean row in `after`. after: the byte behind each wanted clean row, then behind each
-    causal cell, then what passes `ahead` gave. cells: the block as it is now; settled: of each cell, in which of the
+    causal cell, then what passes `ahead` gave. right: how many drafts, from the one behind row `first` on, are what the
+    model gives. cells: the block as it is now; settled: of each cell, in which of the
     `passes` that were run it became a byte, -1 if in none. The scores are there only if the request asked for
     log-probabilities; those of cells say what each would have become.
     """
 
     first: int = 0
     after: list[int] = field(default_factory=list)
+    right: int = 0
     cells: list[int] = field(default_factory=list)
     settled: list[int] = field(default_factory=list)
     passes: int = 1
@@ -132,8 +134,6 @@ def verified(sequence: SequenceView, drafts: Sequence[int], result: Result, pass
     """
     end = len(sequence.ids)
     unchecked = result.first - (end - 1)
-    right = unchecked
-    while right < len(drafts) and drafts[right] == result.after[right - unchecked]:
-        right += 1
-    ids = [*drafts[:right], result.after[right - unchecked]]
+    right = unchecked + result.right
+    ids = [*drafts[:right], result.after[result.right]]
     return Committed(ids, result.after_scores[: len(ids)], drafts, right, passes)
