@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 PY := .venv/bin/python
 
-.PHONY: help serve test lint test-slow install train bench-growth bench-decoders clean
+.PHONY: help serve test lint test-slow install train bench-growth bench-decoders kernels-static clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -42,6 +42,9 @@ bench-growth: .venv/.dev  ## time per byte against context length, ours and Hugg
 
 bench-decoders: .venv/.dev  ## speed of the decoders against blt on models/nano
 	$(PY) -m benchmarks.decoders $(ARGS)
+
+kernels-static: .venv/.dev  ## what the compiler makes of every Triton kernel, without a GPU
+	$(PY) -m benchmarks.kernels_static $(ARGS)
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
