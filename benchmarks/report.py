@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ def write(name: str, command: str, figures: dict[str, Any], folder: Path = RESUL
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     content = {"benchmark": name, "command": command, "taken": _circumstances(), **figures}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    # Whoever reads it meanwhile, or is cut here, has the old one.
+    unfinished = path.with_suffix(".new")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(path)
     return path
 
 
@@ -29,16 +32,33 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _circumstances() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": device,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": version("transformers"),
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "transformers": _version("transformers"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the working directory; None in a copy without git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:
+        return None
