@@ -1,0 +1,54 @@
+"""The command line of the check."""
+
+import argparse
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import report
+
+from .check import PARTS, Check
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check",
+        description="Is it right on this device, how fast is it, where does the time go. A run that is cut goes on.",
+        epilog="Ends with 0 if all went well, 1 if something is wrong, 3 if a part did not run to its end.",
+    )
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON file and the report")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="run these only")
+    parser.add_argument(
+        "--again", nargs="+", choices=PARTS, default=[], help="run these though their figures are there"
+    )
+    parser.add_argument("--keep", action="store_true", help="take figures that other sources made")
+    parser.add_argument("--budget-s", type=float, default=480, help="seconds for everything (480)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="toy sizes: does everything run?")
+    parser.add_argument("--trace", action="store_true", help="also write chrome traces of the profiled steps")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        why = "this build of torch has no CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        print(f"{why}; --device cpu --quick tries the check itself", file=sys.stderr)
+        return 1
+    # So that a part does not outlive a check that is told to stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    arguments = shlex.join(sys.argv[1:])
+    check = Check(
+        options.out,
+        options.device,
+        torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        f'make gpu-check ARGS="{arguments}"' if arguments else "make gpu-check",
+        quick=options.quick,
+        keep=options.keep,
+        trace=options.trace,
+    )
+    names = [name for name in PARTS if name in options.parts or name in options.again]
+    return check.run(names, options.again, options.budget_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

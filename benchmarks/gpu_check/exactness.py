@@ -1,0 +1,101 @@
+"""Do all ways of running a model write the same bytes? On a small random model and on models/nano, in both dtypes.
+
+All prompts and decoders run as one mixed batch. What comes out is compared with `blt` of the same engine, with the same
+kernels launched one by one, and with torch's kernels on the same device. In float32 the exact decoders must equal `blt`
+and recorded graphs must equal single launches; how often other sums of the same numbers lead elsewhere is only told.
+"""
+
+from typing import Any
+
+from engine.decoders import EXACT
+from engine.engine import Engine
+from engine.types import Delta, Failed, Request, SamplingParams, Unmask
+
+from . import models
+from .generate import prompts
+from .piece import Piece
+from .setting import NANO, Setting
+
+WAYS: dict[str, dict[str, Any]] = {
+    "blt": {"decoder": "blt"},
+    "blt-s": {"decoder": "blt-s", "draft_length": 6},
+    "blt-d": {"decoder": "blt-d", "unmask": Unmask(rule="confidence", alpha=0.4)},
+    "blt-dv": {"decoder": "blt-dv", "unmask": Unmask(rule="entropy", gamma=3.0)},
+}
+Texts = dict[str, list[list[int]]]
+"""Per decoder, the ids behind each prompt."""
+
+
+def variants(setting: Setting) -> dict[str, dict[str, Any]]:
+    """Ways of running the same model; the first is what the device does by itself."""
+    if not setting.on_gpu:
+        return {"torch, at once": {}, "torch, padded": {"graphs": True}}
+    return {
+        "triton, graphs": {"kernels": "triton", "graphs": True},
+        "triton, at once": {"kernels": "triton", "graphs": False},
+        "torch, at once": {"kernels": "torch", "graphs": False},
+    }
+
+
+def measure(setting: Setting, piece: Piece) -> None:
+    num_prompts, count = (2, 8) if setting.quick else (16, 96)
+    for name, model in (("tiny, random", models.tiny(setting)), ("nano", NANO)):
+        for dtype in ("float32", "bfloat16"):
+            found = {}
+            for variant, choices in variants(setting).items():
+                engine = Engine(setting.engine(model, dtype=dtype, **choices))
+                found[variant] = texts_of(engine, num_prompts, count)
+            for row in compare(found):
+                piece.row("texts", {"model": name, "dtype": dtype, **row})
+                if dtype == "float32":
+                    judge(name, row, piece)
+
+
+def compare(found: dict[str, Texts]) -> list[dict[str, Any]]:
+    """A row per decoder: shares of prompts that differ, from blt in each variant, and between variants."""
+    first, *others = found
+    rows = []
+    for way in next(iter(found.values())):
+        row: dict[str, Any] = {"decoder": way, "prompts": len(found[first][way])}
+        row["from blt"] = {variant: _differ(texts[way], texts["blt"]) for variant, texts in found.items()}
+        row["from the first"] = {other: _differ(found[other][way], found[first][way]) for other in others}
+        rows.append(row)
+    return rows
+
+
+def judge(model: str, row: dict[str, Any], piece: Piece) -> None:
+    way = row["decoder"]
+    for variant, share in row["from blt"].items():
+        # Torch's own products on a GPU promise nothing about rows; the engine says so when it starts.
+        if share and way in EXACT and (variant.startswith("triton") or "triton, graphs" not in row["from blt"]):
+            piece.fail(f"{model}, float32, {variant}: {way} differs from blt in {share:.0%} of the prompts")
+    for variant, share in row["from the first"].items():
+        if share and variant in ("triton, at once", "torch, padded"):
+            piece.fail(f"{model}, float32, {way}: recorded and single launches differ in {share:.0%} of the prompts")
+
+
+def _differ(texts: list[list[int]], others: list[list[int]]) -> float:
+    return sum(a != b for a, b in zip(texts, others, strict=True)) / len(texts)
+
+
+def texts_of(engine: Engine, num_prompts: int, count: int) -> Texts:
+    """`count` ids behind each prompt from every decoder, all in one batch; half of them greedy, half drawn."""
+    for way, how in WAYS.items():
+        for i, prompt in enumerate(prompts(num_prompts, 48)):
+            sampling = SamplingParams(temperature=0.8 * (i % 2), seed=i)
+            asked: dict[str, Any] = {
+                "prompt_ids": prompt[: 20 + i],
+                "max_tokens": count,
+                "sampling": sampling,
+                "ignore_eos": True,
+            }
+            engine.add(Request(id=f"{way} {i}", **asked, **how))
+    texts: Texts = {way: [[] for _ in range(num_prompts)] for way in WAYS}
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            if isinstance(event, Delta):
+                way, _, number = event.id.rpartition(" ")
+                texts[way][int(number)] += event.ids
+    return texts

@@ -1,0 +1,78 @@
+"""Runs prompts through an engine and says what it took, prompts left out."""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from engine.config import BOS_ID, BYTE_OFFSET
+from engine.decoders import Decoder
+from engine.engine import Engine
+from engine.types import DecoderCounts, Delta, Failed, Request, SamplingParams
+
+from .setting import ROOT
+
+GREEDY = SamplingParams(temperature=0)
+
+Wrap = Callable[[Request], Decoder]
+"""Makes what decodes a request instead of its own decoder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """texts: the ids generated per prompt. The rest from when all of them had begun: seconds, steps, and what the
+    engine counted for their decoder (the fields of `DecoderCounts`)."""
+
+    texts: list[list[int]]
+    seconds: float
+    steps: int
+    counts: dict[str, int]
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.counts["committed"] / self.seconds
+
+    @property
+    def read_per_byte(self) -> float:
+        """Bytes read for every byte generated, as the engine counts them."""
+        return self.counts["read_bytes"] / self.counts["committed"]
+
+
+def prompts(count: int, length: int) -> list[list[int]]:
+    """Beginnings of lines of the engine's own source, in ids."""
+    draw = random.Random(0)
+    source = b"".join(path.read_bytes() for path in sorted((ROOT / "engine").glob("*.py")))
+    starts = [draw.randrange(len(source) - 2 * length) for _ in range(count)]
+    begins = [source.index(b"\n", start) + 1 for start in starts]
+    return [[BOS_ID, *(byte + BYTE_OFFSET for byte in source[b : b + length])] for b in begins]
+
+
+def generate(
+    engine: Engine, prompts: Sequence[Sequence[int]], count: int, how: dict[str, Any], wrap: Wrap | None = None
+) -> Reading:
+    """`count` ids greedily behind each prompt, all at the same time."""
+    requests = [
+        Request(id=str(i), prompt_ids=list(p), max_tokens=count, sampling=GREEDY, ignore_eos=True, **how)
+        for i, p in enumerate(prompts)
+    ]
+    for request in requests:
+        engine.add(request, wrap(request) if wrap else None)
+    decoder = requests[0].decoder
+    texts: list[list[int]] = [[] for _ in prompts]
+    began, steps, before = 0.0, 0, DecoderCounts()
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            if isinstance(event, Delta):
+                texts[int(event.id)] += event.ids
+        if not began and all(texts):
+            snapshot = engine.snapshot()
+            steps, before, began = snapshot.steps, snapshot.decoders[decoder], time.perf_counter()
+    seconds, after = time.perf_counter() - began, engine.snapshot()
+    earlier = msgspec.structs.asdict(before)
+    counts = {name: value - earlier[name] for name, value in msgspec.structs.asdict(after.decoders[decoder]).items()}
+    return Reading(texts, seconds, after.steps - steps, counts)

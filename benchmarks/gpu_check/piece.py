@@ -1,0 +1,41 @@
+"""What a part has found so far, on disk after every change: a part that is cut leaves what it had."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Piece:
+    """Figures, and what was found to be wrong."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._figures: dict[str, Any] = {}
+        self._failures: list[str] = []
+        self._done = False
+
+    def put(self, **figures: Any) -> None:
+        self._figures |= figures
+        self._write()
+
+    def row(self, table: str, row: dict[str, Any]) -> None:
+        """Adds a row to a list of figures, and shows it to whoever watches."""
+        self._figures.setdefault(table, []).append(row)
+        print(table, json.dumps(row), flush=True)
+        self._write()
+
+    def fail(self, what: str) -> None:
+        """Notes something that is not as it must be; the part goes on."""
+        self._failures.append(what)
+        print("WRONG:", what, flush=True)
+        self._write()
+
+    def finish(self) -> None:
+        self._done = True
+        self._write()
+
+    def _write(self) -> None:
+        content = {"figures": self._figures, "failures": self._failures, "done": self._done}
+        beside = self._path.with_suffix(".new")
+        beside.write_text(json.dumps(content))
+        beside.replace(self._path)

@@ -1,0 +1,145 @@
+"""Where a step's time goes: a few steps of every decoder under torch's profiler.
+
+host gap: the share of a step's time in which the device runs nothing. The time is taken without the profiler, from the
+same steps run before.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from engine.engine import Engine
+from engine.types import Delta, Request
+
+from . import models
+from .generate import GREEDY, Wrap, prompts
+from .piece import Piece
+from .setting import NANO, Setting
+from .shape_1b import WAYS as WAYS_1B
+from .shape_1b import replayed
+
+STEPS = 16
+TOP = 12
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+WAYS = {name: how for name, how in WAYS_1B["fast"].items() if name != "blt-s k=16"}
+
+
+def measure(setting: Setting, piece: Piece) -> None:
+    shapes = {"nano": NANO} if setting.quick else {"nano": NANO, "1b": models.shape_1b(setting, "fast")}
+    for name, model in shapes.items():
+        engine = Engine(setting.engine(model, dtype="bfloat16", max_sequences=4))
+        for way, how in list(WAYS.items())[: 2 if setting.quick else None]:
+            trace = setting.trace / f"{name}-{how['decoder']}.json" if setting.trace else None
+            row = _profile(engine, how, None if name == "nano" else replayed(engine), setting, trace)
+            piece.row("steps", {"model": name, "decoder": way, **row})
+
+
+def _profile(
+    engine: Engine, how: dict[str, Any], wrap: Wrap | None, setting: Setting, trace: Path | None
+) -> dict[str, Any]:
+    steps = 2 if setting.quick else STEPS
+    # The same steps three times: what they need is compiled and recorded in the first.
+    _window(engine, how, wrap, steps)
+    seconds, committed = _window(engine, how, wrap, steps)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
+    profiler = profile(activities=activities)
+    _window(engine, how, wrap, steps, profiler)
+    if trace:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+    events = profiler.events()
+    taken = on_device(events) if setting.on_gpu else on_host(events)
+    if not taken.spent:
+        raise RuntimeError("the profiler saw no kernel; it may lack the right to look at the device")
+    return {
+        "steps": steps,
+        "bytes_per_step": committed / steps,
+        "ms_per_step": 1000 * seconds / steps,
+        "busy_ms_per_step": taken.busy / 1000 / steps,
+        "host_gap": max(0.0, 1 - taken.busy / 1e6 / seconds),
+        "launches_per_step": {name: number / steps for name, number in taken.launches.items()},
+        "top": [
+            {"name": kernel, "us_per_step": spent / steps, "calls_per_step": taken.calls[kernel] / steps}
+            for kernel, spent in taken.spent.most_common(TOP)
+        ],
+    }
+
+
+def _window(
+    engine: Engine, how: dict[str, Any], wrap: Wrap | None, steps: int, profiler: profile | None = None
+) -> tuple[float, int]:
+    """Seconds of the steps that follow a request's first bytes, and how many bytes they committed."""
+    prompt = prompts(1, 100)[0]
+    # No step commits more than 32 bytes here.
+    count = 32 * (steps + 1)
+    request = Request(id="it", prompt_ids=prompt, max_tokens=count, sampling=GREEDY, ignore_eos=True, **how)
+    engine.add(request, wrap(request) if wrap else None)
+    while not any(isinstance(event, Delta) for event in engine.step()):
+        pass
+    committed = 0
+    with profiler or nullcontext():
+        began = time.perf_counter()
+        for _ in range(steps):
+            committed += sum(len(event.ids) for event in engine.step() if isinstance(event, Delta))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    engine.abort("it")
+    while engine.has_work:
+        engine.step()
+    return seconds, committed
+
+
+@dataclass(slots=True)
+class Taken:
+    """Microseconds and calls by kernel, microseconds in which any ran, and what launched them."""
+
+    spent: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
+    busy: float = 0.0
+
+
+def on_device(events: Iterable[Any]) -> Taken:
+    """Of a CUDA device."""
+    taken = Taken()
+    intervals: list[tuple[float, float]] = []
+    for event in events:
+        if event.device_type.name == "CUDA":
+            if getattr(event, "is_user_annotation", False):
+                continue
+            intervals.append((event.time_range.start, event.time_range.end))
+            taken.spent[event.name] += event.time_range.elapsed_us()
+            taken.calls[event.name] += 1
+        elif event.name in LAUNCHES or event.name.startswith("cudaMemcpy"):
+            taken.launches[event.name] += 1
+    taken.busy = covered(intervals)
+    return taken
+
+
+def on_host(events: Iterable[Any]) -> Taken:
+    """Of a CPU, whose kernels are torch's operations."""
+    taken = Taken()
+    for event in events:
+        if event.name.startswith("aten::"):
+            taken.spent[event.name] += event.self_cpu_time_total
+            taken.calls[event.name] += 1
+            taken.launches["operations"] += event.cpu_parent is None
+    taken.busy = sum(taken.spent.values())
+    return taken
+
+
+def covered(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union of some intervals."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total

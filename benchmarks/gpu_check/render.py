@@ -1,0 +1,177 @@
+"""The report that a person reads: Markdown, from the check's JSON."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.report import table
+
+Figures = Mapping[str, Any]
+
+
+def render(content: Figures, missing: Sequence[str]) -> str:
+    """The whole report. missing: parts that have not run."""
+    taken = content["taken"]
+    where = ", ".join(f"{name} {value}" for name, value in taken.items() if value is not None)
+    sections = [
+        f"# GPU check: {content['device']}{' (toy sizes)' if content['quick'] else ''}",
+        f"`{content['command']}`; sources {content['sources']}; {where}.",
+        _summary(content, missing),
+    ]
+    for name, piece in content["parts"].items():
+        sections.append(f"## {name}")
+        sections += _trouble(piece)
+        sections += [text for text in SECTIONS[name](piece["figures"]) if text] if name in SECTIONS else []
+    return "\n\n".join(sections) + "\n"
+
+
+def _summary(content: Figures, missing: Sequence[str]) -> str:
+    rows = []
+    for name, piece in content["parts"].items():
+        stale = piece["sources"] != content["sources"]
+        rows.append(
+            [name, piece["status"] + (" (of other sources)" if stale else ""), f"{piece['seconds']:.0f}"]
+            + [str(len(piece["failures"]) or "")]
+        )
+    rows += [[name, "not run", "", ""] for name in missing]
+    return table(["part", "", "seconds", "found wrong"], rows)
+
+
+def _trouble(piece: Figures) -> list[str]:
+    if piece["status"] == "passed":
+        return []
+    wrong = "\n".join(f"* {failure}" for failure in piece["failures"])
+    last = "\n".join(f"    {line}" for line in piece["last_lines"])
+    return [text for text in (wrong, f"It said last:\n\n{last}" if last else "") if text]
+
+
+def _probe(figures: Figures) -> list[str]:
+    known = ", ".join(f"{name} {value}" for name, value in figures.get("device", {}).items())
+    rates = [("copy", "copy_gb_s"), ("fastest product with one row", "gemv_gb_s"), ("peak", "peak_gb_s")]
+    said = ", ".join(f"{name} {figures[key]:,.0f} GB/s" for name, key in rates if key in figures)
+    products = figures.get("products", [])
+    kinds = list(dict.fromkeys(key for row in products for key in row if " " in key))
+    rows = [
+        [row["matrix"], f"{row['out']} x {row['in']}", str(row["rows"]), *(_number(row.get(kind)) for kind in kinds)]
+        for row in products
+    ]
+    header = ["matrix of the 1B shape", "out x in", "rows", *(f"{kind}, GB/s" for kind in kinds)]
+    return [known, said, table(header, rows) if rows else ""]
+
+
+def _kernels(figures: Figures) -> list[str]:
+    counts = figures.get("tests", {})
+    said = ", ".join(f"{number} {outcome}" for outcome, number in counts.items())
+    details = [
+        f"{case['test']}: {case['outcome']}\n\n" + "\n".join(f"    {line}" for line in case["lines"])
+        for case in figures.get("not_passed", [])[:8]
+    ]
+    return [said, *details]
+
+
+def _exactness(figures: Figures) -> list[str]:
+    rows = figures.get("texts", [])
+    if not rows:
+        return []
+    variants = list(rows[0]["from blt"])
+    first, *others = variants
+    header = ["model", "dtype", "decoder", "prompts"]
+    header += [f"not as blt: {variant}" for variant in variants] + [f"{other}: not as {first}" for other in others]
+    cells = [
+        [row["model"], row["dtype"], row["decoder"], str(row["prompts"])]
+        + [f"{row['from blt'][variant]:.0%}" for variant in variants]
+        + [f"{row['from the first'][other]:.0%}" for other in others]
+        for row in rows
+    ]
+    return ["Share of the prompts whose text differs; blt-d has a text of its own.", table(header, cells)]
+
+
+def _nano(figures: Figures) -> list[str]:
+    header = [
+        "dtype",
+        "stages",
+        "at a time",
+        "decoder",
+        "bytes/s",
+        "over blt",
+        "bytes a round",
+        "ms a step",
+        "warm-up s",
+    ]
+    rows = [
+        [row["dtype"], "graphs" if row["graphs"] else "at once", str(row["concurrency"]), row["decoder"]]
+        + [f"{row['bytes_per_second']:,.0f}", _ratio(row), f"{row['bytes_per_round']:.2f}"]
+        + [f"{row['ms_per_step']:.2f}", f"{row['warm_up_seconds']:.1f}"]
+        for row in figures.get("speed", [])
+    ]
+    return [table(header, rows) if rows else ""]
+
+
+def _shape_1b(figures: Figures) -> list[str]:
+    header = ["form", "weights", "decoder", "acceptance", "bytes/s", "over blt", "predicted", "realisation"]
+    header += [
+        "GB/s read",
+        "bandwidth use",
+        "MB a byte",
+        "bytes a round",
+        "decoder calls a byte",
+        "global calls a byte",
+    ]
+    header += ["ms a step"]
+    rows = [
+        [row["form"], row["weights"], row["decoder"], row["acceptance"], f"{row['bytes_per_second']:,.0f}", _ratio(row)]
+        + [f"{row['predicted']:.2f}", f"{row['realisation']:.2f}", f"{row['read_gb_s']:,.1f}"]
+        + [f"{row['bandwidth_use']:.0%}", f"{row['read_mb_per_byte']:,.1f}", f"{row['bytes_per_round']:.2f}"]
+        + [f"{row['decoder_calls_per_byte']:.2f}"]
+        + [f"{row['global_calls_per_byte']:.2f}", f"{row['ms_per_step']:.2f}"]
+        for row in figures.get("speed", [])
+    ]
+    said = (
+        f"Random weights, {figures.get('shape', '')}, hash tables of {figures.get('hash_rows', 0):,} rows instead of "
+        f"500,002, one request at a time. A copy moved {figures.get('copy_gb_s', 0):,.1f} GB/s in the same process. "
+        "Drafts of random weights are never right: all figures but blt's are with replayed acceptance, the paper's for "
+        "its 1B."
+    )
+    return [said, table(header, rows) if rows else ""]
+
+
+def _profile(figures: Figures) -> list[str]:
+    steps = figures.get("steps", [])
+    header = ["model", "decoder", "ms a step", "device busy, ms", "host gap", "bytes a step", "launches a step"]
+    rows = [
+        [row["model"], row["decoder"], f"{row['ms_per_step']:.2f}", f"{row['busy_ms_per_step']:.2f}"]
+        + [f"{row['host_gap']:.0%}", f"{row['bytes_per_step']:.2f}"]
+        + [", ".join(f"{number:.1f} {name}" for name, number in row["launches_per_step"].items())]
+        for row in steps
+    ]
+    tops = [
+        f"{row['model']}, {row['decoder']}:\n\n"
+        + table(
+            ["kernel", "us a step", "calls a step"],
+            [[_short(k["name"]), f"{k['us_per_step']:,.1f}", f"{k['calls_per_step']:.1f}"] for k in row["top"]],
+        )
+        for row in steps
+    ]
+    return [table(header, rows) if rows else "", *tops]
+
+
+SECTIONS: dict[str, Callable[[Figures], list[str]]] = {
+    "probe": _probe,
+    "kernels": _kernels,
+    "exactness": _exactness,
+    "nano": _nano,
+    "1b": _shape_1b,
+    "profile": _profile,
+}
+
+
+def _ratio(row: Figures) -> str:
+    return f"{row['over_blt']:.2f} ({row['range'][0]:.2f} to {row['range'][1]:.2f})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _short(name: str) -> str:
+    clean = name.replace("|", "/")
+    return clean if len(clean) <= 80 else f"{clean[:77]}..."

@@ -1,0 +1,67 @@
+"""How long something takes on a device, and how fast the device moves memory."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from kernels.linear import Matrix
+
+REPEATS = 5
+
+
+def seconds(work: Callable[[], object], device: torch.device, *, times: int = 1) -> float:
+    """Seconds of one `work()`, the median of a few repeats of `times` calls each, after one that does not count."""
+    work()
+    found: list[float] = []
+    for _ in range(REPEATS):
+        if device.type == "cuda":
+            began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            began.record()
+            for _ in range(times):
+                work()
+            ended.record()
+            torch.cuda.synchronize()
+            found.append(began.elapsed_time(ended) / 1000 / times)
+        else:
+            start = time.perf_counter()
+            for _ in range(times):
+                work()
+            found.append((time.perf_counter() - start) / times)
+    return statistics.median(found)
+
+
+def recorded(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`work` as one CUDA graph, so that the host's launches do not count; off a CUDA device as it is."""
+    if device.type != "cuda":
+        return work
+    # What is compiled at first use must not be compiled while recording.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def copy_rate(device: torch.device, size: int) -> float:
+    """Bytes per second that a plain copy of `size` bytes moves, read and written together."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / seconds(lambda: target.copy_(source), device, times=3)
+
+
+def stream_rate(multiply: Callable[[Matrix], object], matrices: list[Matrix], device: torch.device) -> float:
+    """Bytes of matrices per second that products with each of them in turn read."""
+
+    def work() -> None:
+        for matrix in matrices:
+            multiply(matrix)
+
+    size = sum(matrix.data.numel() * matrix.data.element_size() for matrix in matrices)
+    return size / seconds(recorded(work, device), device, times=3)
