@@ -1,0 +1,51 @@
+"""Stages recorded as CUDA graphs write what the same kernels write when they are launched one by one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu_check import exactness, models
+from benchmarks.gpu_check.setting import NANO, Setting
+from engine.decoders import EXACT
+from engine.engine import Engine
+from engine.graphs import Graphs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["tiny", "nano"])
+def test_graphs_write_the_bytes_of_single_launches_in_a_mixed_batch(model: str, dtype: str, tmp_path: Path) -> None:
+    setting = Setting("cuda", quick=False, work=tmp_path)
+    folder = models.tiny(setting) if model == "tiny" else NANO
+    recorded, launched = (
+        exactness.texts_of(Engine(setting.engine(folder, dtype=dtype, kernels="triton", graphs=graphs)), 8, 64)
+        for graphs in (True, False)
+    )
+    assert recorded == launched
+    for way, texts in recorded.items():
+        if way in EXACT:
+            assert texts == recorded["blt"], way
+
+
+def test_float8_weights_run_recorded(tmp_path: Path) -> None:
+    setting = Setting("cuda", quick=False, work=tmp_path)
+    if not setting.has_float8():
+        pytest.skip("needs a device that computes with e4m3")
+    recorded, launched = (
+        exactness.texts_of(Engine(setting.engine(NANO, dtype="bfloat16", float8=True, graphs=graphs)), 4, 48)
+        for graphs in (True, False)
+    )
+    assert recorded == launched
+
+
+def test_the_same_batch_records_nothing_the_second_time(tmp_path: Path) -> None:
+    setting = Setting("cuda", quick=False, work=tmp_path)
+    engine = Engine(setting.engine(models.tiny(setting), graphs=True))
+    executor = engine.runner.executor
+    assert isinstance(executor, Graphs)
+    first = exactness.texts_of(engine, 4, 48)
+    recorded = executor.num_recorded
+    assert recorded and exactness.texts_of(engine, 4, 48) == first
+    assert executor.num_recorded == recorded
