@@ -46,6 +46,16 @@ bench-decoders: .venv/.dev  ## speed of the decoders against blt on models/nano
 kernels-static: .venv/.dev  ## what the compiler makes of every Triton kernel, without a GPU
 	$(PY) -m benchmarks.kernels_static $(ARGS)
 
+.PHONY: gpu-check gpu-wheels
+gpu-check:  ## prove and measure on this machine's GPU; uses python3 and its torch, neither .venv nor network (docs/gpu.md)
+	@deploy/gpu_check.sh $(ARGS)
+
+# What `gpu-check` needs beside torch, triton and numpy; each brings what it needs itself.
+GPU_WHEELS := msgspec safetensors pydantic pytest hypothesis
+gpu-wheels:  ## download into .whl what gpu-check needs on a machine with torch, for Python 3.12 on x86-64 Linux
+	$(PYTHON) -m pip download -q --disable-pip-version-check --dest .whl --only-binary=:all: --python-version 312 \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 $(GPU_WHEELS)
+
 clean:  ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 

@@ -1,0 +1,270 @@
+"""The GPU check without a GPU: parts that run, break, find something wrong, are cut and go on; all at toy size."""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu_check import check, exactness, kernel_tests, models, nano, probe, profiling, replay, shape_1b
+from benchmarks.gpu_check.__main__ import main
+from benchmarks.gpu_check.check import FAILED, MISSING, PARTS, PASSED, Check, Part
+from benchmarks.gpu_check.generate import generate, prompts
+from benchmarks.gpu_check.piece import Piece
+from benchmarks.gpu_check.render import render
+from benchmarks.gpu_check.setting import ROOT, Setting
+from engine.decoders import Committed
+from engine.engine import Engine
+
+FAKES = {
+    "good": "piece.row('rows', {'device': setting.device, 'quick': setting.quick})",
+    "wrong": "piece.fail('two and two are five')",
+    "broken": "piece.put(before=1)\n    raise RuntimeError('no such kernel')",
+    "endless": "piece.put(before=1)\n    import time; time.sleep(60)",
+}
+Figures = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting("cpu", quick=True, work=tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of parts that can be imported: none of them imports torch. Each notes that it ran."""
+    for name, body in FAKES.items():
+        note = f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')"
+        (tmp_path / f"fake_{name}.py").write_text(f"def measure(setting, piece):\n    {note}\n    {body}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    # What parts import is for the sources' authors to change while this test runs.
+    monkeypatch.setattr(check, "fingerprint", lambda: "now")
+    return tmp_path
+
+
+def checking(folder: Path, limits: dict[str, float] | None = None, **choices: Any) -> Check:
+    parts = {
+        name: Part(f"fake_{name}", (limits or {}).get(name, 30), gate=name in ("good", "wrong", "broken"))
+        for name in FAKES
+    }
+    return Check(folder / "out", "cpu", "Some Device (TM) 9", "make gpu-check", quick=True, parts=parts, **choices)
+
+
+def ran(folder: Path) -> list[str]:
+    found = (folder / "ran").read_text().split() if (folder / "ran").exists() else []
+    (folder / "ran").unlink(missing_ok=True)
+    return found
+
+
+def test_what_parts_find_or_break_on_is_written_and_the_rest_goes_on(fakes: Path) -> None:
+    checked = checking(fakes, {"endless": 1.5})
+    assert checked.run(["wrong", "broken", "endless", "good"], [], 100) == FAILED
+    assert checked.path.name == "gpu_check-some-device-tm-9-quick.json"
+    content = json.loads(checked.path.read_text())
+    parts = content["parts"]
+    assert list(parts) == list(FAKES)
+    assert {name: part["status"] for name, part in parts.items()} == {
+        "good": "passed", "wrong": "failed", "broken": "broke", "endless": "broke"
+    }  # fmt: skip
+    assert parts["good"]["figures"] == {"rows": [{"device": "cpu", "quick": True}]}
+    assert parts["wrong"]["failures"] == ["two and two are five"]
+    assert "no such kernel" in parts["broken"]["last_lines"][-1] and parts["broken"]["figures"] == {"before": 1}
+    assert "stopped after 2 s" in parts["endless"]["last_lines"][-1] and parts["endless"]["figures"] == {"before": 1}
+    assert content["taken"]["torch"] == torch.__version__
+    told = checked.path.with_suffix(".md").read_text()
+    assert "two and two are five" in told and "no such kernel" in told and "| endless | broke |" in told
+
+
+def test_a_run_goes_on_with_what_is_missing(fakes: Path) -> None:
+    checked = checking(fakes)
+    assert checked.run(["good"], [], 5) == MISSING, "too little time to begin"
+    assert ran(fakes) == []
+    assert checked.run(["good", "wrong"], [], 100) == FAILED
+    assert ran(fakes) == ["good", "wrong"]
+    assert checked.run(["good"], [], 100) == PASSED
+    assert ran(fakes) == []
+    assert checked.run(["good", "wrong", "broken"], ["good"], 100) == FAILED
+    assert ran(fakes) == ["good", "broken"]
+    assert checked.run(["good", "broken"], [], 100) == FAILED
+    assert ran(fakes) == ["broken"], "what broke is tried again"
+
+
+def test_figures_of_other_sources_are_made_anew_or_marked(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = checking(fakes)
+    checked.run(["good"], [], 100)
+    monkeypatch.setattr(check, "fingerprint", lambda: "later")
+    ran(fakes)
+    assert checking(fakes, keep=True).run(["good"], [], 100) == PASSED
+    assert ran(fakes) == []
+    assert "| good | passed (of other sources) |" in checked.path.with_suffix(".md").read_text()
+    checked.run(["good"], [], 100)
+    assert ran(fakes) == ["good"]
+    assert "other sources" not in checked.path.with_suffix(".md").read_text()
+
+
+def test_a_part_that_the_whole_checks_time_cuts_is_missing(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "LEAST_SECONDS", 1)
+    checked = checking(fakes)
+    assert checked.run(["endless", "good"], [], 1.5) == MISSING
+    parts = json.loads(checked.path.read_text())["parts"]
+    assert parts["endless"]["status"] == "cut" and parts["endless"]["figures"] == {"before": 1} and "good" not in parts
+
+
+def test_the_fingerprint_is_of_the_sources() -> None:
+    assert check.fingerprint() == check.fingerprint()
+    assert re.fullmatch("[0-9a-f]{12}", check.fingerprint())
+    assert all((ROOT / source).exists() for source in check.SOURCES)
+
+
+def test_without_a_cuda_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu_check"])
+    assert main() == 1
+    said = capsys.readouterr().err
+    assert "CUDA" in said and "--device cpu" in said
+
+
+# The parts themselves.
+
+
+def figures_of(part: Any, setting: Setting) -> Figures:
+    path = setting.work / "piece.json"
+    part.measure(setting, Piece(path))
+    content = json.loads(path.read_text())
+    assert content["failures"] == []
+    figures: Figures = content["figures"]
+    return figures
+
+
+def told(part: str, figures: Figures) -> str:
+    piece = {"status": "passed", "seconds": 1.0, "failures": [], "figures": figures, "sources": "", "last_lines": []}
+    content = {"device": "d", "quick": True, "sources": "", "command": "c", "taken": {}, "parts": {part: piece}}
+    return render(content, [])
+
+
+def test_probe(setting: Setting) -> None:
+    figures = figures_of(probe, setting)
+    assert figures["peak_gb_s"] >= figures["copy_gb_s"] > 0
+    assert figures["products"][0]["torch bf16"] > 0
+    assert "| toy | 256 x 128 | 1 |" in told("probe", figures)
+
+
+def test_exactness(setting: Setting) -> None:
+    rows = figures_of(exactness, setting)["texts"]
+    assert len(rows) == 2 * 2 * len(exactness.WAYS)
+    assert "| nano | float32 | blt-s | 2 | 0% | 0% | 0% |" in told("exactness", {"texts": rows})
+
+
+def test_texts_that_differ_are_found(setting: Setting) -> None:
+    texts = {"blt": [[1, 2], [3]], "blt-s": [[1, 2], [4]], "blt-d": [[9], [9]]}
+    found = {"triton, graphs": texts, "triton, at once": {**texts, "blt": [[1, 2], [5]]}, "torch, at once": texts}
+    rows = {row["decoder"]: row for row in exactness.compare(found)}
+    assert rows["blt-s"]["from blt"] == {"triton, graphs": 0.5, "triton, at once": 0.5, "torch, at once": 0.5}
+    assert rows["blt"]["from the first"] == {"triton, at once": 0.5, "torch, at once": 0.0}
+    piece = Piece(setting.work / "differ.json")
+    for row in rows.values():
+        exactness.judge("m", row, piece)
+    failures = json.loads((setting.work / "differ.json").read_text())["failures"]
+    assert len(failures) == 3 and sum("recorded" in failure for failure in failures) == 1
+    assert not any("blt-d" in failure or "torch" in failure for failure in failures)
+
+
+def test_nano(setting: Setting) -> None:
+    rows = figures_of(nano, setting)["speed"]
+    assert [row["graphs"] for row in rows] == [True] * len(nano.WAYS) + [False] * len(nano.WAYS)
+    assert all(row["bytes_per_second"] > 0 for row in rows)
+    assert told("nano", {"speed": rows}).count("| blt-dv B=8 |") == 2
+
+
+def test_1b_with_replayed_acceptance(setting: Setting) -> None:
+    figures = figures_of(shape_1b, setting)
+    rows = {(row["form"], row["weights"], row["decoder"]): row for row in figures["speed"]}
+    assert len(rows) == 2 * sum(map(len, shape_1b.WAYS.values()))
+    for (_, _, way), row in rows.items():
+        assert row["realisation"] > 0 and row["acceptance"] == (
+            "none needed" if way == "blt" else "replayed acceptance"
+        )
+    drafted = rows["fast", "bfloat16", "blt-s k=8"]
+    assert drafted["bytes_per_round"] > 2, "more than random weights would accept"
+    assert "replayed acceptance" in told("1b", figures) and "hash tables of 257 rows" in told("1b", figures)
+
+
+def test_profile(setting: Setting) -> None:
+    rows = figures_of(profiling, setting)["steps"]
+    assert [row["decoder"] for row in rows] == list(profiling.WAYS)[:2]
+    assert all(row["top"] and row["launches_per_step"]["operations"] > 10 for row in rows)
+    assert "| aten::mm |" in told("profile", {"steps": rows})
+
+
+def test_a_devices_time_is_what_any_kernel_covers() -> None:
+    def event(device: str, name: str, start: float, end: float) -> SimpleNamespace:
+        time = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        return SimpleNamespace(device_type=SimpleNamespace(name=device), name=name, time_range=time)
+
+    taken = profiling.on_device(
+        [
+            event("CUDA", "linear", 10, 20), event("CUDA", "copy", 15, 25), event("CUDA", "linear", 40, 41),
+            event("CPU", "cudaGraphLaunch", 0, 5), event("CPU", "aten::mm", 0, 50),
+        ]
+    )  # fmt: skip
+    assert taken.busy == 16 and taken.spent == {"linear": 11, "copy": 10} and taken.calls["linear"] == 2
+    assert taken.launches == {"cudaGraphLaunch": 1}
+
+
+@pytest.mark.parametrize(("rate", "length"), [(0.9114, 8), (0.7693, 16), (0.5, 1)])
+def test_replayed_drafts_stand_at_the_papers_rate(rate: float, length: int) -> None:
+    class Wrong:
+        def round(self, sequence: Any, room: int) -> Iterator[Any]:
+            return Committed([7], [], range(length), 0)
+            yield
+
+    decoder = replay.Replayed(Wrong(), rate, length, seed=random.Random(0).randrange(100))  # type: ignore[arg-type]
+    stood = []
+    for _ in range(4000):
+        with pytest.raises(StopIteration) as end:
+            next(decoder.round(None, 99))  # type: ignore[arg-type]
+        outcome = end.value.value
+        assert outcome.ids == [*range(outcome.accepted), 7]
+        stood.append(outcome.accepted)
+    assert sum(stood) / len(stood) / length == pytest.approx(rate, abs=0.02)
+
+
+def test_replayed_text_leaves_a_sound_sequence(setting: Setting) -> None:
+    """What follows a replayed text is what follows the same text as a prompt."""
+    engine = Engine(setting.engine(models.shape_1b(setting, "fast"), dtype="float32"))
+    prompt = prompts(1, 30)
+    for way in ("blt-s k=8", "blt-dv B=8", "blt-d B=8"):
+        texts = generate(engine, prompt, 40, shape_1b.WAYS["fast"][way], shape_1b.replayed(engine)).texts
+        grown = [[*prompt[0], *texts[0]]]
+        assert len(texts[0]) == 40
+        assert generate(engine, grown, 6, {"decoder": "blt-s"}).texts == generate(engine, grown, 6, {}).texts
+
+
+def test_kernel_tests_run_apart_and_are_told(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = kernel_tests.names(Setting("cuda", quick=False, work=setting.work))
+    assert len(every) > 20 and any(name.startswith("tests/gpu/test_rows.py::") for name in every)
+    passing, failing = "def test_good(): pass", "def test_bad(): assert 1 == 2"
+    skipping = "import pytest\n@pytest.mark.skip(reason='no')\ndef test_skipped(): pass"
+    file = setting.work / "test_three.py"
+    file.write_text(f"{passing}\n{failing}\n{skipping}\n")
+    monkeypatch.setattr(kernel_tests, "names", lambda setting: [str(file)])
+    piece = Piece(setting.work / "tests.json")
+    kernel_tests.measure(setting, piece)
+    content = json.loads((setting.work / "tests.json").read_text())
+    assert content["figures"]["tests"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert content["failures"] == ["test_bad: assert 1 == 2"]
+    assert "assert 1 == 2" in told("kernels", content["figures"])
+
+
+def test_the_wheels_that_are_documented_are_those_that_are_asked_for() -> None:
+    makefile, script = (ROOT / "Makefile").read_text(), (ROOT / "deploy" / "gpu_check.sh").read_text()
+    documented = set(re.findall(r"^\| `([\w-]+)`", (ROOT / "docs" / "gpu.md").read_text(), re.M)) - set(PARTS)
+    needed = {name for line in re.findall(r'^needed="(.*)"$', script, re.M) for name in line.split()} - {"$needed"}
+    assert documented == needed - {"torch", "triton", "numpy"}
+    asked = re.findall(r"^GPU_WHEELS := (.*)$", makefile, re.M)[0].split()
+    assert set(asked) <= documented
