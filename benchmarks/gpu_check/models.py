@@ -54,17 +54,18 @@ def shape_1b(setting: Setting, form: Form) -> Path:
 
 
 def config_1b(form: Form, *, toy: bool) -> ModelConfig:
-    """toy: its form with the stacks of the preset "tiny"."""
+    """With patches of at most 8 bytes and small hash tables. toy: its form with the stacks of the preset "tiny"."""
     config = PRESETS["1b"]
-    config = replace(config, hashes=replace(config.hashes, rows=257 if toy else HASH_ROWS))
+    # The random patcher may never open a patch in the text that random weights write; the released one has no limit.
+    rule = replace(config.patching, max_patch_length=8)
+    config = replace(config, patching=rule, hashes=replace(config.hashes, rows=257 if toy else HASH_ROWS))
     if toy:
         small = PRESETS["tiny"]
         config = replace(
             config, encoder=small.encoder, global_=small.global_, decoder=small.decoder, patcher=small.patcher
         )
     if form == "fast":
-        rule = replace(config.patching, max_patch_length=8)
-        config = replace(config, decoder_input="embedding", mask_id=260, block_size=8, patching=rule)
+        config = replace(config, decoder_input="embedding", mask_id=260, block_size=8)
     return config
 
 

@@ -127,7 +127,8 @@ def _shape_1b(figures: Figures) -> list[str]:
     ]
     said = (
         f"Random weights, {figures.get('shape', '')}, hash tables of {figures.get('hash_rows', 0):,} rows instead of "
-        f"500,002, one request at a time. A copy moved {figures.get('copy_gb_s', 0):,.1f} GB/s in the same process. "
+        "500,002, patches of at most 8 bytes, one request at a time. "
+        f"A copy moved {figures.get('copy_gb_s', 0):,.1f} GB/s in the same process. "
         "Drafts of random weights are never right: all figures but blt's are with replayed acceptance, the paper's for "
         "its 1B."
     )

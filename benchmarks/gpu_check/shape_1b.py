@@ -5,7 +5,7 @@ bandwidth use: bytes read per second, as the engine counts them, over what a pla
 realisation: the speed-up over blt by the clock over the one that the counted bytes predict, in paired turns.
 
 Drafts of random weights are never right: all figures but blt's are with replayed acceptance (see `replay`). Hash tables
-have a fiftieth of their rows, which changes nothing of what a byte reads.
+have a fiftieth of their rows, which changes nothing of what a byte reads, and patches have at most 8 bytes.
 """
 
 import gc
