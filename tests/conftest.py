@@ -13,7 +13,7 @@ import pytest
 # As `server.cli` does, and for the same reason: tests share their machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Without a GPU the Triton kernels run in Triton's interpreter; it is chosen when they are defined.
-if not Path("/dev/nvidia0").exists():
+if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 COMMAND = [sys.executable, "-m", "server"]
