@@ -126,13 +126,6 @@ def hf_logits(model: BltForCausalLM, ids: Sequence[int]) -> torch.Tensor:
         return model(torch.tensor([list(ids)]), use_cache=False).logits[0]
 
 
-def hf_greedy(model: BltForCausalLM, ids: Sequence[int], n: int) -> list[int]:
-    grown = list(ids)
-    for _ in range(n):
-        grown.append(int(hf_logits(model, grown)[-1].argmax()))
-    return grown[len(ids) :]
-
-
 def our_config(
     *,
     slots: int = 2,

@@ -93,8 +93,9 @@ def test_preemption_changes_nothing(model: Path, wanted: Output) -> None:
     assert engine.snapshot().preemptions > 0
     assert any(output.end.usage.preemptions for output in outputs.values())
     assert_same(outputs["it"], wanted)
+    undisturbed = run(make_engine(model), early) | run(engine, early[-1:])
     for r in early:
-        assert_same(outputs[r.id], run(engine, [r])[r.id])
+        assert_same(outputs[r.id], undisturbed[r.id])
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
