@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
 PY := .venv/bin/python
+# A test process per core. ARGS="-n 0" runs all in one, as -s and a debugger need.
+PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: help serve test lint test-slow install train bench-growth bench-decoders kernels-static clean
 .DEFAULT_GOAL := help
@@ -22,7 +24,7 @@ serve: .venv/.runtime  ## serve MODEL (models/nano) on HOST:PORT (127.0.0.1:8000
 	@exec $(PY) -m server serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)" $(ARGS)
 
 test: lint  ## lint and run the tests
-	$(PY) -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: .venv/.dev  ## ruff and mypy
 	$(PY) -m ruff check .
@@ -30,7 +32,7 @@ lint: .venv/.dev  ## ruff and mypy
 	$(PY) -m mypy
 
 test-slow: .venv/.dev  ## run the tests that take minutes
-	$(PY) -m pytest -q -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 install: .venv/.runtime  ## make .venv with what serving needs
 

@@ -15,6 +15,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Without a GPU the Triton kernels run in Triton's interpreter; it is chosen when they are defined.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+# One core per worker: torch reads this when it is imported, and so do the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 COMMAND = [sys.executable, "-m", "server"]
 ROOT = Path(__file__).parent.parent

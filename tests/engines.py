@@ -1,6 +1,7 @@
 """Engines in the test's own process, and what they say about texts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def crowded_engine(model: Path, **choices: Any) -> Engine:
         except ValueError as error:
             assert "cache_bytes" in str(error)
     raise AssertionError
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """That many for torch's work in this process, whatever the machine and the number of workers give it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def save_ours(folder: Path, made: tuple[ModelConfig, dict[str, Tensor]]) -> Path:

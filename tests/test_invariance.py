@@ -1,5 +1,6 @@
 """A request's bytes and scores, to the last bit, do not depend on company, chunking, preemption or page size."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from engine.config import PatchingRule
 from engine.types import Request, SamplingParams
-from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours
+from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours, threads
 from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
 
 NANO = Path(__file__).parents[1] / "models" / "nano"
@@ -18,19 +19,23 @@ OUTPUT = 40
 @pytest.fixture(
     scope="module", params=["k2", "windows-16-12", "fast-blt", "gqa-isolated", "bytes-long-patches", "nano"]
 )
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     name = request.param
-    if name == "nano":
-        return NANO
     folder = tmp_path_factory.mktemp(name) / "model"
+    if name == "nano":
+        # Large enough that threads share a product's rows.
+        with threads(2):
+            yield NANO
+        return
     if name in HF_MODELS:
         HF_MODELS[name]().save_pretrained(folder)
-        return folder
-    if name in OUR_MODELS:
-        return save_ours(folder, OUR_MODELS[name]())
-    # A threshold that is never reached: patches end with the longest length alone.
-    config, tensors = our_model(our_config(), 30)
-    return save_ours(folder, (replace(config, patching=PatchingRule(threshold=9.0, max_patch_length=50)), tensors))
+    elif name in OUR_MODELS:
+        save_ours(folder, OUR_MODELS[name]())
+    else:
+        # A threshold that is never reached: patches end with the longest length alone.
+        config, tensors = our_model(our_config(), 30)
+        save_ours(folder, (replace(config, patching=PatchingRule(threshold=9.0, max_patch_length=50)), tensors))
+    yield folder
 
 
 def the_request() -> Request:

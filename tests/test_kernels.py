@@ -5,7 +5,7 @@ a call with any number of others, are the same bits.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,9 +19,16 @@ from kernels.norm import rms_norm
 from kernels.pooling import patch_max
 from kernels.rope import apply_rope, rope_table
 from kernels.swiglu import swiglu
+from tests.engines import threads
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def one_and_two_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    with threads(request.param):
+        yield
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -89,6 +96,7 @@ def test_slot_attention_is_the_formula() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("out", "width"), [(32, 32), (260, 96), (704, 256), (7, 45)])
+@pytest.mark.usefixtures("one_and_two_threads")
 def test_linear_is_row_invariant_from_the_floor_on(out: int, width: int, dtype: torch.dtype) -> None:
     floor = row_floor([(out, width)], dtype, CPU)
     if floor is None:
@@ -134,6 +142,7 @@ ROW_BY_ROW: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [36, 260, 20])
 @pytest.mark.parametrize("name", ROW_BY_ROW)
+@pytest.mark.usefixtures("one_and_two_threads")
 def test_rows_are_the_same_bits_alone_and_in_company(name: str, width: int, dtype: torch.dtype) -> None:
     kernel, x = ROW_BY_ROW[name], randn(131, width, dtype=dtype)
     expected = kernel(x)
