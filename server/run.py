@@ -84,12 +84,11 @@ async def _serve_until_signal(
             timeout_keep_alive=KEEPALIVE_SECONDS,
             timeout_graceful_shutdown=LAST_RESPONSES_SECONDS,
             backlog=BACKLOG,
-        )
+        ),
+        client.limits.name,
     )
     serving = asyncio.create_task(server.serve(sockets=[port]))
     first = asyncio.create_task(signals.get())
-    host, number = port.getsockname()[:2]
-    log.info("serving %s on http://%s:%d", client.limits.name, f"[{host}]" if ":" in host else host, number)
     await asyncio.wait({serving, first}, return_when=asyncio.FIRST_COMPLETED)
     if not serving.done():
         gate.drain()
@@ -111,6 +110,16 @@ async def _serve_until_signal(
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, model: str) -> None:
+        super().__init__(config)
+        self._model = model
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # Said only now: whoever reads it may connect.
+        host, number = self.servers[0].sockets[0].getsockname()[:2]
+        log.info("serving %s on http://%s:%d", self._model, f"[{host}]" if ":" in host else host, number)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are handled above: the first one must not close the port, which still says that it drains."""

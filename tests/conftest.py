@@ -34,9 +34,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_server(tiny: Path) -> Iterator[str]:
     """The address of `fastblt serve` with that checkpoint. It must end with 0 after one SIGINT."""
-    # Not above: it needs httpx, which is not there where kernels alone are tested.
-    from tests.serving import await_port
-
     flags = ["--model", tiny, "--port", "0", "--cache-bytes", str(64 << 20), "--num-threads", "1"]
     with subprocess.Popen([*COMMAND, "serve", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
@@ -46,7 +43,6 @@ def tiny_server(tiny: Path) -> Iterator[str]:
             assert line, log
             log += line
         try:
-            await_port(found[1])
             yield found[1]
         finally:
             process.send_signal(signal.SIGINT)
