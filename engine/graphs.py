@@ -7,7 +7,7 @@ and every combination of lengths that comes up is recorded once, over buffers of
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,30 +26,11 @@ LEAST_PAGES = 64
 """Shorter lists of pages are not worth a recording of their own."""
 
 
-class Executor(Protocol):
-    """Pads as `engine.plan.Padding`, and runs stages."""
-
-    def rows(self, n: int) -> int: ...
-
-    def parts(self, n: int, rows: int) -> int: ...
-
-    def pages(self, n: int) -> int: ...
-
-    def segments(self, n: int) -> int: ...
-
-    def run(
-        self, name: str, stage: Stage, rows: int, arrays: Arrays, tensors: Mapping[str, Tensor], key: object
-    ) -> Tensor:
-        """The output of `stage` over `rows` rows: arrays, once they are on the device, and tensors that are there.
-
-        name, key: what tells the stage's recordings apart besides the inputs' shapes. The output is valid until the
-        stage runs again.
-        """
-        ...
-
-
 class Eager:
-    """Runs stages at once. `floor`: fewest rows that make rows independent of each other."""
+    """Pads as `engine.plan.Padding`, and runs stages at once.
+
+    floor: fewest rows that make rows independent of each other.
+    """
 
     def __init__(self, device: torch.device, floor: int) -> None:
         self._device = device
@@ -70,6 +51,11 @@ class Eager:
     def run(
         self, name: str, stage: Stage, rows: int, arrays: Arrays, tensors: Mapping[str, Tensor], key: object
     ) -> Tensor:
+        """The output of `stage` over `rows` rows: arrays, once they are on the device, and tensors that are there.
+
+        name, key: what tells the stage's recordings apart besides the inputs' shapes. The output is valid until the
+        stage runs again.
+        """
         if self._device.type == "cpu":
             return stage({**{key: torch.from_numpy(a) for key, a in arrays.items()}, **tensors})
         packed = pack(arrays).pin_memory().to(self._device, non_blocking=True)
@@ -140,11 +126,12 @@ class _Recording:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                stage(self._inputs)
+                # All recordings share their memory, and the next one to run may write over whatever lies there.
+                self._output = torch.empty_like(stage(self._inputs))
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=memory):
-                self._output = stage(self._inputs)
+                self._output.copy_(stage(self._inputs))
 
     def replay(self, arrays: Arrays, tensors: Mapping[str, Tensor]) -> Tensor:
         self._fill(arrays, tensors)

@@ -39,7 +39,8 @@ def variants(setting: Setting) -> dict[str, dict[str, Any]]:
 
 def measure(setting: Setting, piece: Piece) -> None:
     num_prompts, count = (2, 8) if setting.quick else (16, 96)
-    for name, model in (("tiny, random", models.tiny(setting)), ("nano", NANO)):
+    random, released = models.tiny(setting), models.tiny_released(setting)
+    for name, model in (("tiny, random", random), ("tiny, random, released form", released), ("nano", NANO)):
         for dtype in ("float32", "bfloat16"):
             found = {}
             for variant, choices in variants(setting).items():
@@ -79,8 +80,10 @@ def _differ(texts: list[list[int]], others: list[list[int]]) -> float:
 
 
 def texts_of(engine: Engine, num_prompts: int, count: int) -> Texts:
-    """`count` ids behind each prompt from every decoder, all in one batch; half of them greedy, half drawn."""
-    for way, how in WAYS.items():
+    """`count` ids behind each prompt from every decoder that the model has, all in one batch; half of them greedy, half
+    drawn."""
+    ways = {way: how for way, how in WAYS.items() if how["decoder"] in engine.limits.decoders}
+    for way, how in ways.items():
         for i, prompt in enumerate(prompts(num_prompts, 48)):
             sampling = SamplingParams(temperature=0.8 * (i % 2), seed=i)
             asked: dict[str, Any] = {
@@ -90,7 +93,7 @@ def texts_of(engine: Engine, num_prompts: int, count: int) -> Texts:
                 "ignore_eos": True,
             }
             engine.add(Request(id=f"{way} {i}", **asked, **how))
-    texts: Texts = {way: [[] for _ in range(num_prompts)] for way in WAYS}
+    texts: Texts = {way: [[] for _ in range(num_prompts)] for way in ways}
     while engine.has_work:
         for event in engine.step():
             if isinstance(event, Failed):

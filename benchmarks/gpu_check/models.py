@@ -43,6 +43,16 @@ def tiny(setting: Setting) -> Path:
     return folder
 
 
+def tiny_released(setting: Setting) -> Path:
+    """As small, in the form of released models: the decoder reads the encoder's states, and there is no [MASK]."""
+    folder = setting.work / "tiny-released"
+    if not folder.exists():
+        config = config_1b("released", toy=True)
+        tensors = random_tensors(config, 0)
+        _save(folder, calibrated(config, tensors), tensors, torch.float32)
+    return folder
+
+
 def shape_1b(setting: Setting, form: Form) -> Path:
     """The paper's 1B: as released, or in Fast-BLT's form, with a [MASK] and a decoder that reads bytes."""
     folder = setting.work / f"1b-{form}"

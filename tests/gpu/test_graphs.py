@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", ["tiny", "nano"])
+@pytest.mark.parametrize("model", ["tiny", "tiny_released", "nano"])
 def test_graphs_write_the_bytes_of_single_launches_in_a_mixed_batch(model: str, dtype: str, tmp_path: Path) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
-    folder = models.tiny(setting) if model == "tiny" else NANO
+    folder = NANO if model == "nano" else getattr(models, model)(setting)
     recorded, launched = (
         exactness.texts_of(Engine(setting.engine(folder, dtype=dtype, kernels="triton", graphs=graphs)), 8, 64)
         for graphs in (True, False)
