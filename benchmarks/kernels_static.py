@@ -221,6 +221,41 @@ def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[in
             kernels.accepted(ints(n, 8), ints(n, 8), ints(n))
 
 
+def record_ones(recorder: Recorder) -> None:
+    """Notes what shapes of one element launch: Triton takes a size of 1 for a constant, and not every expression for
+    one of those."""
+    meta = torch.device("meta")
+
+    def ones(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=meta)
+
+    def one() -> Tensor:
+        return ones(1, dtype=torch.int64)
+
+    kernels, cache = TritonKernels(), ones(1, 1, 1, 2)
+    rows = one(), one(), one()
+    plan = AttentionPlan(*rows, one(), one(), ones(1, 5, dtype=torch.int64), one(), 1)
+    doubles, singles = ones(1, dtype=torch.float64), ones(1, 1, dtype=torch.float32)
+    with recorder.recording():
+        for gated in (False, True):
+            weight = linear.Matrix(ones(1 + gated, 1))
+            kernels.linear(ones(1, 1), weight, norm=ones(1), eps=1e-5, gated=gated, residual=ones(1, 1), twice=True)
+        for most in (1, 2):
+            kernels.attention(ones(1, 1, 2), cache, cache, replace(plan, most_segments=most))
+        kernels.store_qkv(ones(1, 3, 2), ones(1, 2, 1, dtype=torch.float32), *rows, cache, cache)
+        kernels.store_kv(ones(1, 2, 2), one(), one(), cache, cache)
+        kernels.store_states(ones(1, 1), one(), one(), ones(1, 1, 1))
+        kernels.slot_attention(ones(1, 1, 2), cache, cache, one(), one(), 1)
+        tables = hash_embed.HashTables([ones(1, 1)], [1], 1, 1, meta)
+        kernels.hash_embed(ones(1, 1, dtype=torch.int64), ones(1, 1), tables)
+        kernels.patch_max(ones(1, 1, 1), one(), one(), ones(2, dtype=torch.int64))
+        kernels.boundaries(kernels.entropy(ones(1, 1)), singles[0], ones(1, 4, dtype=torch.int64), Rule(1.0, longest=1))
+        kernels.certainty(singles)
+        kernels.unmask(ones(1, 1, dtype=torch.bool), singles, singles, one(), doubles)
+        kernels.sample(ones(1, 1, dtype=torch.float64), doubles, one(), doubles, doubles, doubles)
+        kernels.accepted(ones(1, 1, dtype=torch.int64), ones(1, 1, dtype=torch.int64), one())
+
+
 def compile_for(launch: Launch, arch: int) -> Compiled:
     source = ASTSource(
         launch.kernel,
@@ -250,11 +285,14 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=PRESETS, default=["1b", "7b"])
     parser.add_argument("--arch", nargs="+", type=int, choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--ones", action="store_true", help="also with every size 1")
     options = parser.parse_args()
     recorder = Recorder()
     for name in options.models:
         for fp8 in (False, True):
             record(PRESETS[name], fp8=fp8, recorder=recorder, rows=tuple(options.rows))
+    if options.ones:
+        record_ones(recorder)
     jobs = [
         (launch, arch)
         for launch in recorder.launches

@@ -9,6 +9,9 @@ from torch import Tensor
 from .lang import jit, tl
 from .traffic import Traffic
 
+_NO_LIMIT = 1 << 30
+"""Bytes that no text has."""
+
 
 class Rule(NamedTuple):
     """When the next byte starts a patch; entropies in nats, compared in float32.
@@ -82,7 +85,7 @@ def boundaries_kernel(
             opens = (byte <= 2) | ((byte > 3) & (now - before > rise) & (now > threshold))
         else:
             opens = (byte == 1) | (now > threshold)
-        opens = opens | ((longest > 0) & (byte - start >= longest))
+        opens = opens | (byte - start >= longest)
         tl.store(opens_ptr + r, opens)
         start = tl.where(opens, byte, start)
         before = now
@@ -92,7 +95,7 @@ def boundaries_triton(entropies: Tensor, previous: Tensor, spans: Tensor, rule: 
     """The same."""
     opens = torch.zeros(len(entropies), dtype=torch.bool, device=entropies.device)
     boundaries_kernel[(len(spans),)](
-        entropies, previous, spans, opens, rule.threshold, rule.rise or 0.0, rule.longest,
+        entropies, previous, spans, opens, rule.threshold, rule.rise or 0.0, rule.longest or _NO_LIMIT,
         EVERY_BYTE=rule.every_byte, MONOTONIC=rule.monotonic, RISE=rule.rise is not None, num_warps=1,
     )  # fmt: skip
     return opens

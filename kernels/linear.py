@@ -92,7 +92,7 @@ def linear_kernel(
     m_row, m_out = i_row < rows, i_out < out_dim
     p_x = x_ptr + i_row.to(tl.int64)[:, None] * in_dim + i_in[None, :]
     p_w = w_ptr + i_out.to(tl.int64)[:, None] * in_dim + i_in[None, :]
-    p_up = p_w + out_dim.to(tl.int64) * in_dim
+    p_up = w_ptr + (i_out + out_dim).to(tl.int64)[:, None] * in_dim + i_in[None, :]
     dtype = x_ptr.dtype.element_ty
 
     if NORM:

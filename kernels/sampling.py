@@ -17,6 +17,7 @@ from .traffic import Traffic
 
 MASS_SCALE = 2.0**52
 """Probabilities are counted in units of 1 / this; a row's sum still fits a float64 exactly."""
+_SCALE = tl.constexpr(MASS_SCALE)
 
 
 def sample(
@@ -27,7 +28,7 @@ def sample(
 
     logits (R, V) float64; temperature, top_p, min_p, uniforms (R,) float64; top_k (R,) int64, V for none.
     """
-    highest, best = logits.max(-1, keepdim=True)
+    highest = logits.amax(-1, keepdim=True)
     best = (logits == highest).to(torch.int8).argmax(-1)
     # The maximum goes first, so that no temperature, however small, overflows.
     scaled = (logits - highest) / temperature.where(temperature > 0, 1.0)[:, None]
@@ -81,7 +82,7 @@ def sample_kernel(
     highest = tl.max(x, 0)
     best = tl.min(tl.where((x == highest) & m, i, BLOCK), 0)
     e = tl.exp((x - highest) / tl.where(temperature > 0.0, temperature, 1.0))
-    mass = (e / tl.sum(e, 0) * 4503599627370496.0).to(tl.int64)
+    mass = (e / tl.sum(e, 0) * _SCALE).to(tl.int64)
 
     rank = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, BLOCK, CHUNK):
@@ -96,7 +97,7 @@ def sample_kernel(
         j = start + tl.arange(0, CHUNK)
         other = tl.load(logits_ptr + row * vocab_size + j, mask=j < vocab_size, other=float("-inf"))
         e_other = tl.exp((other - highest) / tl.where(temperature > 0.0, temperature, 1.0))
-        mass_other = (e_other / tl.sum(e, 0) * 4503599627370496.0).to(tl.int64)
+        mass_other = (e_other / tl.sum(e, 0) * _SCALE).to(tl.int64)
         ahead = (other[None, :] > x[:, None]) | ((other[None, :] == x[:, None]) & (j[None, :] < i[:, None]))
         before += tl.sum(tl.where(ahead, mass_other[None, :], 0), 1)
     in_top_p = before.to(tl.float64) < top_p * tl.sum(kept, 0).to(tl.float64)

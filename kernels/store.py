@@ -101,16 +101,12 @@ def _launch(
     kv_heads, page_size = k_cache.shape[1:3]
     block = store_blocks(all_heads, head_dim)
     grid = (rows, blocks(all_heads, block["BLOCK_HEADS"]))
+    # Without queries nothing is written to where they go, but the kernel wants an address.
     store_qkv_kernel[grid](
-        qkv, rope, positions, page, offset, k_cache, v_cache, kv_placeholder(q, qkv),
+        qkv, rope, positions, page, offset, k_cache, v_cache, qkv if q is None else q,
         all_heads - 2 * kv_heads, kv_heads, page_size,
         HEAD_DIM=head_dim, ROTATE=rope is not None, **block, num_warps=4,
     )  # fmt: skip
-
-
-def kv_placeholder(q: Tensor | None, qkv: Tensor) -> Tensor:
-    """Where queries go; without any, nothing is written there, but the kernel still wants an address."""
-    return qkv if q is None else q
 
 
 def store_blocks(all_heads: int, head_dim: int) -> dict[str, int]:
