@@ -110,7 +110,6 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
     wanted = logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)]
 
     places = [d.places() for d in draws]
-    blocks = Blocks([d.work for d in draws if d.num_block], logits.device, kernels)
     block_rows: list[int] = []
     end = 0
     for d in draws:
@@ -127,14 +126,16 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         [u for d, at in zip(draws, places, strict=True) for u in d.uniforms(at)],
         kernels,
     )
+    settled: Iterator[Result] = iter(())
     if block_rows:
+        blocks = Blocks([d.work for d in draws if d.num_block], logits.device, kernels)
         blocks.settle(cells, drawn[index])
+        settled = iter(blocks.results())
     right = _right(draws, drawn, kernels)
     chosen = drawn.tolist()
 
     results: list[Result | None] = []
     at = 0
-    settled = iter(blocks.results())
     for some in all_draws:
         if some is None:
             results.append(None)
@@ -189,8 +190,6 @@ class Blocks:
         calls = [w.call for w in works if w.call]
         self._sizes = [len(call.block) for call in calls]
         self.passes = 0
-        if not calls:
-            return
         size, mask = max(self._sizes), works[0].sequence.mask_id
         grid = [[*call.block, *[-1] * (size - len(call.block))] for call in calls]
         self._ids = torch.tensor(grid, device=device)
@@ -222,8 +221,6 @@ class Blocks:
 
     def results(self) -> list[Result]:
         """What became of each block."""
-        if not self._sizes:
-            return []
         rows = zip(self._ids.tolist(), self._when.tolist(), self._sizes, strict=True)
         return [Result(cells=ids[:size], settled=when[:size], passes=self.passes) for ids, when, size in rows]
 

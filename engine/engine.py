@@ -212,7 +212,8 @@ class Engine:
         stages = sum(self.runner.counts.seconds.values()) - stages_before
         rows = sum(w.num_clean + w.num_cells for w in batch)
         passes = max(self.runner.counts.calls["decoder"] - calls_before, 1)
-        self.runner.costs.saw("step", rows, (time.perf_counter() - began - stages) / passes)
+        # On a GPU the clocks of stages run late, so that an earlier step's may be among these.
+        self.runner.costs.saw("step", rows, max(time.perf_counter() - began - stages, 0.0) / passes)
 
     def _run_once(self, batch: list[Work]) -> Seq[Result | None]:
         logits = self.runner.run(batch)

@@ -122,19 +122,21 @@ def plan_attention(
     num_tiles = padding.parts(len(tiles) // 5, padded_queries)
     padded_rows = padding.rows(len(positions)) if writes else 0
 
-    def array(values: list[int], length: int) -> NDArray[np.int64]:
-        return np.array(values + [0] * (length - len(values)), dtype=np.int64)
-
     return Plan(
         {
-            "positions": array(positions, padded_rows),
-            "page": array(page, padded_rows),
-            "offset": array(offset, padded_rows),
-            "first": array(first, padded_queries),
-            "last": array(last, padded_queries),
-            "tiles": array(tiles, 5 * num_tiles).reshape(num_tiles, 5),
-            "pages": array(used_pages, padding.pages(len(used_pages))),
+            "positions": padded_array(positions, padded_rows),
+            "page": padded_array(page, padded_rows),
+            "offset": padded_array(offset, padded_rows),
+            "first": padded_array(first, padded_queries),
+            "last": padded_array(last, padded_queries),
+            "tiles": padded_array(tiles, 5 * num_tiles).reshape(num_tiles, 5),
+            "pages": padded_array(used_pages, padding.pages(len(used_pages))),
         },
         tiling,
         padding.segments(most_segments),
     )
+
+
+def padded_array(values: list[int], length: int) -> NDArray[np.int64]:
+    """The values, and zeros behind them up to `length`."""
+    return np.array(values + [0] * (length - len(values)), dtype=np.int64)

@@ -31,12 +31,12 @@ from .caches import LATENTS_KEPT, Caches
 from .config import EOS_ID
 from .costs import StageCosts
 from .decoders import Call
-from .graphs import Executor, Stage
+from .graphs import Eager, Stage
 from .model import Model, RowFloors
 from .model.encoder import ngram_windows
 from .pages import BlockTable
 from .patching import boundary_rule
-from .plan import Arrays, Plan, Span, Tiling, plan_attention
+from .plan import Arrays, Plan, Span, Tiling, padded_array, plan_attention
 from .sequence import Sequence
 
 
@@ -97,11 +97,6 @@ class StageCounts:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     bytes_read: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
-    def add(self, stage: str, rows: int, seconds: float) -> None:
-        self.calls[stage] += 1
-        self.rows[stage] += rows
-        self.seconds[stage] += seconds
-
 
 @dataclass(frozen=True, slots=True)
 class DecoderRows:
@@ -125,7 +120,7 @@ class Runner:
         model: Model,
         caches: Caches,
         floors: RowFloors,
-        executor: Executor,
+        executor: Eager,
         *,
         isolate: bool,
         device: torch.device,
@@ -147,7 +142,7 @@ class Runner:
         self._ngram_width = max(model.config.hashes.group_sizes)
         self._bytes = stage_bytes
         self.counts = StageCounts()
-        self._running: deque[tuple[str, _Timer, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._running: deque[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = deque()
         """Stages on a CUDA device whose time is not known yet."""
         self.costs = costs
 
@@ -220,16 +215,20 @@ class Runner:
                 opens = self._model.kernels.boundaries(entropies, before, t["undecided"], self._rule)
                 return torch.stack((entropies, opens.to(entropies.dtype)))
 
-            arrays = {"ids": _array(ids, padded), "undecided": undecided, "previous": previous, **plan.named("plan")}
-            entropies, opens = self._run("patcher", stage, padded, arrays, plan).tolist()
+            arrays = {
+                "ids": padded_array(ids, padded),
+                "undecided": undecided,
+                "previous": previous,
+                **plan.named("plan"),
+            }
+            entropies, opens = self._run("patcher", stage, padded, arrays | plan.named("plan"), plan).tolist()
             self._account("patcher", clean, [w.start for w in clean], [w.num_clean for w in clean], spans)
             for w, (row, count, _, _) in zip(clean, undecided.tolist(), strict=False):
                 w.sequence.patching.take(entropies[row : row + count], opens[row : row + count])
 
     def _run_encoder(self, batch: Seq[Work]) -> Tensor | None:
         """States of the clean rows of all, and of their cells where the decoder reads them."""
-        with_cells = self._config.decoder_input == "encoder"
-        rows = [w for w in batch if w.num_clean or (with_cells and w.num_cells)]
+        rows = [w for w in batch if w.num_clean or (self.cells_are_encoded and w.num_cells)]
         if not rows:
             return None
         with self._timed("encoder") as timer:
@@ -303,12 +302,13 @@ class Runner:
             decoding.append(w)
             counts.append(count)
         padded = self.executor.rows(len(ids)) if ids else 0
+        padded_wanted = self.executor.parts(self.executor.rows(len(wanted)), padded) if wanted else 0
         plan = self._plan("decoder", spans, spans, padded)
         arrays = {
-            "rows": _array(state_rows if self.cells_are_encoded else ids, padded),
-            "page": _array(latent_page, padded),
-            "offset": _array(latent_offset, padded),
-            "wanted": _array(wanted, self.executor.parts(self.executor.rows(len(wanted)), padded) if wanted else 0),
+            "rows": padded_array(state_rows if self.cells_are_encoded else ids, padded),
+            "page": padded_array(latent_page, padded),
+            "offset": padded_array(latent_offset, padded),
+            "wanted": padded_array(wanted, padded_wanted),
             **plan.named("plan"),
         }
         return DecoderRows(padded, arrays, plan, len(ids), len(wanted), decoding, spans, counts)
@@ -470,15 +470,15 @@ class Runner:
             return latents
 
         arrays = {
-            "byte_page": _array(byte_page, num_bytes),
-            "byte_offset": _array(byte_offset, num_bytes),
+            "byte_page": padded_array(byte_page, num_bytes),
+            "byte_offset": padded_array(byte_offset, num_bytes),
             "bounds": np.array(bounds + bounds[-1:] * (padded - num_patches), dtype=np.int64),
-            "page": _array(latent_page, padded * slots),
-            "offset": _array(latent_offset, padded * slots),
+            "page": padded_array(latent_page, padded * slots),
+            "offset": padded_array(latent_offset, padded * slots),
             **pooling.named("open"),
             **plan.named("plan"),
         }
-        self._run("global", stage, padded, arrays, pooling, plan)
+        self._run("global", stage, padded * slots, arrays, pooling, plan)
         counts = [len(span.first) for span in patch_rows]
         # A patch counts by its last byte, and so do all before it that the same call closes.
         ends = [w.end - count for w, count in zip(closing, counts, strict=True)]
@@ -538,29 +538,24 @@ class Runner:
             begin.record()
             yield timer
             end.record()
-            self._running.append((stage, timer, begin, end))
-            self._read_clocks()
-            return
-        began = time.perf_counter()
-        yield timer
-        self._saw(stage, timer.rows, time.perf_counter() - began)
-
-    def _read_clocks(self) -> None:
+            self._running.append((stage, timer.rows, begin, end))
+        else:
+            began = time.perf_counter()
+            yield timer
+            self._took(stage, timer.rows, time.perf_counter() - began)
+        if timer.rows:
+            self.counts.calls[stage] += 1
+            self.counts.rows[stage] += timer.rows
         while self._running and self._running[0][3].query():
-            stage, timer, begin, end = self._running.popleft()
-            self._saw(stage, timer.rows, begin.elapsed_time(end) / 1000)
+            earlier, rows, begin, end = self._running.popleft()
+            self._took(earlier, rows, begin.elapsed_time(end) / 1000)
 
-    def _saw(self, stage: str, rows: int, seconds: float) -> None:
+    def _took(self, stage: str, rows: int, seconds: float) -> None:
         if rows:
-            self.counts.add(stage, rows, seconds)
+            self.counts.seconds[stage] += seconds
             self.costs.saw(stage, rows, seconds)
 
 
 @dataclass(slots=True)
 class _Timer:
     rows: int = 0
-
-
-def _array(values: list[int], length: int) -> NDArray[np.int64]:
-    """The values, and zeros behind them up to `length`."""
-    return np.array(values + [0] * (length - len(values)), dtype=np.int64)

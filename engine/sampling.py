@@ -38,7 +38,8 @@ class Chooser:
         self._laws = None
         if any(p.temperature > 0 for p in params):
             laws = [[p.temperature, p.top_k or vocab_size, p.top_p, p.min_p] for p in params]
-            self._laws = torch.tensor(laws, dtype=torch.float64).T.contiguous().to(device)
+            temperature, top_k, top_p, min_p = torch.tensor(laws, dtype=torch.float64, device=device).T.contiguous()
+            self._laws = temperature, top_k.long(), top_p, min_p
 
     def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """One id per row, (R,) int64, from logits (R, V) float32. Equal logits rank by id, lower first.
@@ -52,8 +53,7 @@ class Chooser:
             adjusted += self._changes
         if self._laws is None:
             return adjusted.argmax(-1)
-        temperature, top_k, top_p, min_p = self._laws
-        return self._kernels.sample(adjusted, temperature, top_k.long(), top_p, min_p, uniforms)
+        return self._kernels.sample(adjusted, *self._laws, uniforms)
 
 
 def choose(
