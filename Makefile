@@ -11,10 +11,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
 PY := .venv/bin/python
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 # A test process per core. ARGS="-n 0" runs all in one, as -s and a debugger need.
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help serve test lint test-slow install train bench-growth bench-decoders kernels-static clean
+.PHONY: help serve test lint test-slow test-ops install train bench-growth bench-decoders kernels-static clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,6 +34,11 @@ lint: .venv/.dev  ## ruff and mypy
 
 test-slow: .venv/.dev  ## run the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
+
+test-ops: .venv/.ops  ## test metrics, dashboards, page, containers and Ray with the real tools; installs Debian packages
+	@missing=; for c in prometheus promtool chromium chromedriver; do command -v $$c >/dev/null || missing=1; done; \
+	test -z "$$missing" || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq prometheus chromium chromium-driver; }
+	$(PY) -m pytest -q tests/ops $(ARGS)
 
 install: .venv/.runtime  ## make .venv with what serving needs
 
@@ -71,4 +77,8 @@ clean:  ## remove .venv and caches
 
 .venv/.dev: .venv/.runtime
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev,train]"
+	@touch $@
+
+.venv/.ops: .venv/.dev
+	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev,train,ops]"
 	@touch $@

@@ -16,6 +16,7 @@ ALLOWED = {
     "kernels": set(),
     "clients": set(),
     "training": {"engine", "kernels"},
+    "deploy": {"server", "engine"},
 }
 OURS = {*ALLOWED, "benchmarks", "tests"}
 HTTP = {"fastapi", "starlette", "uvicorn", "httpx"}
@@ -25,6 +26,7 @@ FOREIGN = {
     "kernels": HTTP | {"transformers"},
     "clients": {"torch", "numpy", "fastapi"},
     "training": HTTP | {"transformers"},
+    "deploy": {"torch", "transformers"},
 }
 """Third-party packages that a package of ours has no business with."""
 
