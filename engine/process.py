@@ -19,7 +19,7 @@ import zmq
 
 from . import logs
 from .config import EngineConfig, ModelLimits
-from .types import Abort, Event, Request, Shutdown, Snapshot
+from .types import Abort, Event, Facts, Request, Shutdown, Snapshot
 from .wire import Batch, Message, Started, StartFailed, decode_command, encode
 
 log = logging.getLogger("fastblt.engine.process")
@@ -38,6 +38,8 @@ class EngineLike(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+
+    def facts(self) -> Facts: ...
 
     def add(self, request: Request) -> None: ...
 
@@ -71,9 +73,12 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
             log.debug("loading failed", exc_info=True)
             send(StartFailed(_describe(error)))
             return 1
-        seconds = round(time.monotonic() - began, 3)
-        log.info("loaded %s in %.1f s", engine.limits.name, seconds, extra={"seconds": seconds})
-        send(Started(engine.limits, engine.snapshot()))
+        limits, facts = engine.limits, engine.facts()
+        log.info(
+            "loaded %s in %.1f s: %s parameters, %s weights on %s",
+            *(limits.name, time.monotonic() - began, f"{limits.parameters:,}", facts.weights, facts.device),
+        )
+        send(Started(limits, facts, engine.snapshot()))
         try:
             _serve(engine, socket)
         except Exception:

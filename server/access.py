@@ -13,7 +13,7 @@ from typing import Any
 from engine.config import BYTE_OFFSET
 
 from .errors import ApiError
-from .generation import Generation, fastblt_usage
+from .generation import LOGGED_CHARACTERS, Generation, fastblt_usage
 from .schemas import CompletionRequest
 
 log = logging.getLogger("fastblt.access")
@@ -24,8 +24,8 @@ CLIENT_LEFT = 499
 PROBES = frozenset({"/health/live", "/health/ready", "/metrics"})
 """Routes that are asked for every few seconds."""
 PATH_CHARACTERS = 200
-CONTENT_CHARACTERS, CONTENT_TEXTS = 1000, 8
-"""How much of a text, and how many texts, are logged with `--log-content`."""
+LOGGED_TEXTS = 8
+"""Prompts, and completions, that one line has with `--log-content`."""
 
 
 @dataclass
@@ -141,12 +141,14 @@ def _seconds(seconds: float) -> str:
 def _write_content(generation: Generation) -> None:
     prompts = [
         bytes(token - BYTE_OFFSET for token in request.prompt_ids if token >= BYTE_OFFSET).decode(errors="replace")
-        for request in generation.plan.requests[:: generation.plan.samples][:CONTENT_TEXTS]
+        for request in generation.plan.requests[:: generation.plan.samples][:LOGGED_TEXTS]
     ]
-    prompts = [_cut(text) for text in prompts]
-    completions = [_cut(text) for text in (generation.said or [])[:CONTENT_TEXTS]]
-    content_log.info("%r was continued by %r", prompts, completions, extra={"prompts": prompts, "completions": completions})
+    texts = {
+        "prompts": [_cut(text) for text in prompts],
+        "completions": [_cut(text) for text in (generation.said or [])[:LOGGED_TEXTS]],
+    }
+    content_log.info("%r was continued by %r", texts["prompts"], texts["completions"], extra=texts)
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= CONTENT_CHARACTERS else f"{text[:CONTENT_CHARACTERS]}..."
+    return text if len(text) <= LOGGED_CHARACTERS else f"{text[:LOGGED_CHARACTERS]}..."

@@ -20,6 +20,10 @@ from .settings import ServerSettings
 REFUSALS = {"too_long": "context_length_exceeded", "decoder_unavailable": "decoder_unavailable", "invalid": None}
 
 
+LOGGED_CHARACTERS = 1000
+"""Of a text, with `--log-content`."""
+
+
 @dataclass
 class Service:
     """What every request needs."""
@@ -40,11 +44,23 @@ class Generation:
         self.created = int(time.time())
         self._service = service
         self._ticket = ticket
-        self._clocks = [service.metrics.clock(plan.decoder) for _ in plan.requests]
+        self._clocks = [service.metrics.clock(plan.decoder, len(r.prompt_ids)) for r in plan.requests]
         request = plan.request
         self._choices = [ChoiceStream(r.prompt_ids, request.echo, request.logprobs is not None) for r in plan.requests]
         self._events = merge([service.client.submit(r) for r in plan.requests], service.settings.keepalive_seconds)
         self._begun: set[int] = set()
+        self.said = [""] * len(plan.requests) if service.settings.log_content else None
+        """The beginning of each sequence's text, if it may be logged."""
+
+    @property
+    def streams(self) -> list[ChoiceStream]:
+        """One per sequence."""
+        return self._choices
+
+    @property
+    def first_byte(self) -> float | None:
+        """When the first byte of any sequence came, by `time.perf_counter`."""
+        return min((clock.first for clock in self._clocks if clock.first is not None), default=None)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
         """(sequence index, piece) as they come; None for a long silence. Raises ApiError if a sequence fails."""
@@ -68,12 +84,15 @@ class Generation:
                 raise ApiError(500, event.message, code="internal_error")
             raise ApiError(400, event.message, param=event.param, code=REFUSALS[event.code])
         if isinstance(event, Finished):
-            self._clocks[index].end(event.reason)
+            self._clocks[index].end(event.reason, event.usage)
             if event.reason == "abort":
                 raise ApiError(500, "the engine gave up on this request", code="internal_error")
         else:
             self._clocks[index].advance(len(event.ids))
-        return self._choices[index].feed(event)
+        piece = self._choices[index].feed(event)
+        if self.said is not None:
+            self.said[index] = (self.said[index] + piece.text)[: LOGGED_CHARACTERS + 1]
+        return piece
 
     async def collect(self) -> Completion:
         """The whole response."""
