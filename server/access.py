@@ -32,12 +32,13 @@ LOGGED_TEXTS = 8
 class Access:
     """What is known of one request; whoever learns more writes it here."""
 
+    request_id: str
     method: str
     path: str
     client: str
     started: float = field(default_factory=time.perf_counter)
-    ended: float = 0.0
-    """Times are of `time.perf_counter`."""
+    """By `time.perf_counter`."""
+    seconds: float = 0.0
     route: str | None = None
     status: int = 0
     """0 if there was no response."""
@@ -50,10 +51,18 @@ class Access:
     def is_probe(self) -> bool:
         return self.path in PROBES
 
+    @property
+    def failed(self) -> bool:
+        """By the server's fault, perhaps behind status 200."""
+        return self.status >= 500 or (self.error is not None and self.error.status >= 500)
+
+    def end(self, route: str | None) -> None:
+        """The response is complete, or will never be."""
+        self.seconds, self.route = time.perf_counter() - self.started, route
+
     def write(self) -> None:
         """Logs it. Probes only show at debug level; what is the server's fault is a warning."""
-        failed = self.status >= 500 or (self.error is not None and self.error.status >= 500)
-        level = logging.DEBUG if self.is_probe else logging.WARNING if failed else logging.INFO
+        level = logging.DEBUG if self.is_probe else logging.WARNING if self.failed else logging.INFO
         if log.isEnabledFor(level):
             fields = self.fields()
             log.log(level, "%s", _sentence(fields), extra=fields)
@@ -68,7 +77,7 @@ class Access:
             "path": self.path[:PATH_CHARACTERS],
             "route": self.route,
             "status": self.status,
-            "duration_seconds": round(self.ended - self.started, 6),
+            "duration_seconds": round(self.seconds, 6),
         }
         if self.error:
             detail = self.error.body["error"]

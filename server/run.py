@@ -32,11 +32,16 @@ class ServeError(RuntimeError):
 
 def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
     """Serves until a signal ends it. Raises ServeError."""
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
-    )
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(settings, engine_config))
+    logs.configure(_log_settings(settings), "server")
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(settings, engine_config))
+    except ServeError as error:
+        if settings.log_format == "human":
+            raise
+        # Whoever reads the log of a container that does not start reads JSON, too.
+        log.critical("%s", error)
+        raise SystemExit(1) from None
 
 
 async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
@@ -47,7 +52,7 @@ async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
         loop.add_signal_handler(number, signals.put_nowait, number)
     # Taken before the model is loaded, so that a wrong port shows at once; nobody can connect yet.
     with closing(_bind(settings.host, settings.port)) as port:
-        client = EngineClient(engine_config)
+        client = EngineClient(engine_config, logs=_log_settings(settings))
         try:
             starting = asyncio.create_task(client.start())
             stop = asyncio.create_task(signals.get())
@@ -69,7 +74,7 @@ async def _serve_until_signal(
     settings: ServerSettings, client: EngineClient, port: socket.socket, signals: "asyncio.Queue[signal.Signals]"
 ) -> None:
     try:
-        app = create_app(settings, client)
+        app = create_app(settings, client, traces)
     except (OSError, ValueError) as error:
         raise ServeError(f"API keys: {error}") from error
     gate: Gate = app.state.gate
