@@ -95,8 +95,7 @@ class Engine:
         self._events: list[Event] = []
         self._steps = self._prompt_rows = 0
         self._step_seconds = 0.0
-        self._costs: dict[str, Cost] = {}
-        """Per decoder."""
+        self._costs = {decoder: Cost() for decoder in self._decoders}
         self.limits = ModelLimits(
             name=loaded.config.name,
             max_length=self.caches.max_length,
@@ -339,7 +338,7 @@ class Engine:
         cost.committed = len(ids)
         cost.patches = self._count_patches(sequence, len(ids))
         sequence.spent.add(cost)
-        self._costs.setdefault(request.decoder, Cost()).add(cost)
+        self._costs[request.decoder].add(cost)
         traces = [self._trace(sequence, outcome, len(ids))] if request.trace else []
         self._events.append(Delta(id=request.id, ids=ids, text=text, logprobs=scores, traces=traces))
         if reason:
@@ -390,7 +389,7 @@ class Engine:
         self._scheduler.remove(sequence)
         del self._sequences[request.id]
         # Of a round that was not to end.
-        self._costs.setdefault(request.decoder, Cost()).add(sequence.cost)
+        self._costs[request.decoder].add(sequence.cost)
         self._events.append(
             Finished(
                 id=request.id,

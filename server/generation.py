@@ -74,7 +74,7 @@ class Generation:
             self._begun.add(index)
             self._ticket.begun()
         if isinstance(event, Failed):
-            self.clocks[index].end("error")
+            self.clocks[index].end("error" if event.code == "internal" else "refused")
             if event.code == "internal":
                 raise ApiError(500, event.message, code="internal_error")
             raise ApiError(400, event.message, param=event.param, code=REFUSALS[event.code])

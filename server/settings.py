@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from engine.logs import FormatName, LevelName
+from engine.logs import FormatName, LevelName, LogSettings
 
 
 class ServerSettings(BaseSettings):
@@ -83,6 +83,11 @@ class ServerSettings(BaseSettings):
         if self.max_choices > self.max_queue:
             raise ValueError(f"max_choices {self.max_choices} must not exceed max_queue {self.max_queue}")
         return self
+
+    @property
+    def logs(self) -> LogSettings:
+        """As both processes take them."""
+        return LogSettings(self.log_level, self.log_format)
 
     def load_api_keys(self) -> tuple[bytes, ...]:
         """All keys, those of the file included. Raises OSError if it cannot be read, ValueError for an empty key."""
