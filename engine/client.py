@@ -23,10 +23,7 @@ import zmq
 import zmq.asyncio
 
 from .config import EngineConfig, ModelLimits
-<<<<<<< HEAD
 from .logs import LogSettings
-from .types import Abort, Command, Delta, Event, Failed, Finished, Request, Shutdown, Snapshot, TokenLogprob, Trace
-=======
 from .types import (
     Abort,
     Command,
@@ -41,7 +38,6 @@ from .types import (
     TokenLogprob,
     Trace,
 )
->>>>>>> main
 from .wire import Batch, Message, Started, StartFailed, decode_message, encode
 
 log = logging.getLogger("fastblt.engine.client")
@@ -187,7 +183,7 @@ class EngineClient:
                 loaded = time.monotonic()
                 exit_code = await self._receive_until_exit()
                 running = _named([stream.request for stream in self._streams.values() if stream.sent])
-                log.error("the engine process %s %s", _describe_exit(exit_code), running, extra={"exit_code": exit_code})
+                log.error("the engine process %s %s", _describe_exit(exit_code), running)
                 crashes = 1 if time.monotonic() - loaded > STEADY_SECONDS else crashes + 1
                 self.state = "restarting"
                 self.snapshot = Snapshot()

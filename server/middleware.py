@@ -27,8 +27,8 @@ OPEN_PATHS = re.compile(r"/health/(live|ready)|/metrics")
 
 
 class RequestContext:
-    """Gives each request an id (the client's x-request-id, if it is fit), a line in the log, a span if there are traces,
-    and a clean 500."""
+    """Gives each request an id (the client's x-request-id, if it is fit), a line in the log, a span where there are
+    traces, and a clean 500."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, traces: "Traces | None" = None) -> None:
         self._app = app
