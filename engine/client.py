@@ -183,7 +183,7 @@ class EngineClient:
                 loaded = time.monotonic()
                 exit_code = await self._receive_until_exit()
                 running = _named([stream.request for stream in self._streams.values() if stream.sent])
-                log.error("the engine process %s %s", _describe_exit(exit_code), running)
+                log.error("the engine process %s %s %s", self.pid, _describe_exit(exit_code), running)
                 crashes = 1 if time.monotonic() - loaded > STEADY_SECONDS else crashes + 1
                 self.state = "restarting"
                 self.snapshot = Snapshot()
@@ -200,7 +200,7 @@ class EngineClient:
                         log.error("the engine did not come back: %s", error)
                         crashes += 1
                 self.restarts += 1
-                log.warning("the engine is back; %d sequences go on", len(self._streams))
+                log.warning("the engine is back; sequences in flight: %d", len(self._streams))
         except Exception:
             log.exception("the engine's supervisor failed")
             self._die("the engine's supervisor failed")

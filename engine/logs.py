@@ -68,13 +68,13 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         # All but ASCII is escaped: to some readers U+2028 is a line break.
-        return json.dumps(line, default=str)
+        return json.dumps(line, default=str, separators=(",", ":"))
 
 
 class HumanFormatter(logging.Formatter):
     """Columns of time, level and logger, then the message and the request's id. Only a traceback takes more lines."""
 
-    COLOURS = {"DEBUG": "2", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
+    COLOURS = {"DEBUG": "2", "INFO": "32", "WARNING": "33", "ERROR": "1;31", "CRITICAL": "1;37;41"}
 
     def __init__(self, colour: bool) -> None:
         super().__init__()

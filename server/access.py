@@ -122,7 +122,10 @@ def completion_fields(generation: Generation, started: float) -> dict[str, Any]:
 
 def _sentence(fields: dict[str, Any]) -> str:
     """The same for a person."""
-    said = [f"{fields['method']} {fields['path']} {fields['status']} in {_seconds(fields['duration_seconds'])}"]
+    said = [
+        f"{fields['client']} {fields['method']} {fields['path']} {fields['status']} "
+        f"in {_seconds(fields['duration_seconds'])}"
+    ]
     if "model" in fields:
         model, decoder = fields["model"], fields["decoder"]
         said.append(model if model.endswith(f":{decoder}") else f"{model}:{decoder}")
@@ -135,7 +138,7 @@ def _sentence(fields: dict[str, Any]) -> str:
         said.append(f"{fields['decoder_calls']} decoder and {fields['global_calls']} global calls")
         said.append(f"{fields['bytes_read'] / 1e9:.3g} GB read ({fields['estimated_bytes'] / 1e9:.3g} estimated)")
     reasons = Counter(reason for reason in fields.get("finish_reasons", []) if reason)
-    said += [f"{count} {reason}" if count > 1 else reason for reason, count in reasons.items()]
+    said += [f"{count}x {reason}" if count > 1 else reason for reason, count in reasons.items()]
     if "error" in fields:
         said.append(f"{fields['error']} ({fields['param']})" if "param" in fields else fields["error"])
     if "client_left" in fields:
@@ -144,7 +147,7 @@ def _sentence(fields: dict[str, Any]) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
 def _write_content(generation: Generation) -> None:

@@ -43,6 +43,7 @@ def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings, engine_config))
+        log.info("stopped")
     except ServeError as error:
         if settings.log_format == "human":
             raise
