@@ -2,7 +2,8 @@
 
 Importing this needs the extra `traces`; nothing does that unless traces are asked for. Names are those of
 OpenTelemetry's conventions for HTTP servers and generative models; what these do not know begins with `fastblt.`.
-Spans are queued and sent by a thread of their own; when the queue is full they are dropped.
+Spans are queued and sent by a thread of their own; when the queue is full they are dropped. FastAPI can make spans,
+too, but ends them with the last byte, before it is known what a stream came to, and tells the query string.
 """
 
 import asyncio
