@@ -18,7 +18,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Span, SpanKind, StatusCode
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
@@ -60,7 +60,7 @@ class Traces:
         )
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
         logging.getLogger(OTLPSpanExporter.__module__).addFilter(_Seldom())
-        self._tracer = self._provider.get_tracer("fastblt", version)
+        self._tracer: Tracer = self._provider.get_tracer("fastblt", version)
 
     def start(self, scope: Scope) -> Span:
         """The span of a request, in the trace that the request says it belongs to."""
