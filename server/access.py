@@ -155,11 +155,8 @@ def _write_content(generation: Generation) -> None:
         bytes(token - BYTE_OFFSET for token in request.prompt_ids if token >= BYTE_OFFSET).decode(errors="replace")
         for request in generation.plan.requests[:: generation.plan.samples][:LOGGED_TEXTS]
     ]
-    texts = {
-        "prompts": [_cut(text) for text in prompts],
-        "completions": [_cut(text) for text in (generation.said or [])[:LOGGED_TEXTS]],
-    }
-    content_log.info("%r was continued by %r", texts["prompts"], texts["completions"], extra=texts)
+    asked, said = ([_cut(text) for text in texts[:LOGGED_TEXTS]] for texts in (prompts, generation.said or []))
+    content_log.info("%s was continued by %s", asked, said, extra={"prompt_texts": asked, "completion_texts": said})
 
 
 def _cut(text: str) -> str:

@@ -1,6 +1,7 @@
 """What a served request leaves in the log, and what it never does."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -232,6 +233,13 @@ def test_human_lines_have_columns_and_no_colour_in_a_file(logged: dict[FormatNam
     assert line.index("127.0.0.1") == len(moment) + len(" WARNING engine.process ")
 
 
+def test_every_field_is_documented_and_no_other(entries: list[dict[str, Any]]) -> None:
+    table = (ROOT / "docs" / "logs.md").read_text().partition("| field |")[2].partition("\n\n")[0]
+    documented = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    elsewhere = {"trace_id", "span_id", "exception", "prompt_texts", "completion_texts"}
+    assert documented == {name for entry in entries for name in entry} | elsewhere
+
+
 def test_content_is_logged_if_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
     with running_server(tiny_model, tmp_path / "log", "--log-format", "json", "--log-content") as server:
         with server.client() as http:
@@ -240,9 +248,9 @@ def test_content_is_logged_if_it_is_asked_for(tiny_model: Path, tmp_path: Path) 
         until_logged(server, "r-long")
         entries = [json.loads(line) for line in server.log.read_text().splitlines()]
     short, long = (entry for entry in entries if entry["logger"] == "fastblt.content")
-    assert (short["request_id"], short["prompts"], short["completions"]) == ("r-short", [f"{MARK} "], [text])
-    assert len(long["prompts"]) == len(long["completions"]) == 8
-    assert all(prompt == f"{MARK}{'x' * (1000 - len(MARK))}..." for prompt in long["prompts"])
+    assert (short["request_id"], short["prompt_texts"], short["completion_texts"]) == ("r-short", [f"{MARK} "], [text])
+    assert len(long["prompt_texts"]) == len(long["completion_texts"]) == 8
+    assert all(prompt == f"{MARK}{'x' * (1000 - len(MARK))}..." for prompt in long["prompt_texts"])
 
 
 def test_a_server_that_cannot_start_says_so_in_the_format_that_is_read(tmp_path: Path) -> None:
