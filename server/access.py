@@ -88,15 +88,13 @@ class Access:
         if self.client_left:
             fields["client_left"] = True
         if self.generation:
-            fields |= completion_fields(self.generation, self.started)
+            fields |= _completion_fields(self.generation, self.started)
         return fields
 
 
-def completion_fields(generation: Generation, started: float) -> dict[str, Any]:
+def _completion_fields(generation: Generation, started: float) -> dict[str, Any]:
     """Of a request that was admitted. What it cost is known only when all its sequences have come to their end."""
     plan, streams = generation.plan, generation.streams
-    usages = [stream.usage for stream in streams]
-    finished = all(stream.finish_reason for stream in streams)
     fields: dict[str, Any] = {
         "completion_id": generation.id,
         "model": plan.request.model,
@@ -112,7 +110,8 @@ def completion_fields(generation: Generation, started: float) -> dict[str, Any]:
     }
     if generation.first_byte is not None:
         fields["first_byte_seconds"] = round(generation.first_byte - started, 6)
-    if finished:
+    if all(stream.finish_reason for stream in streams):
+        usages = [stream.usage for stream in streams]
         cost = fastblt_usage(plan.decoder, usages)
         names = ("decoder_calls", "global_calls", "drafted", "accepted", "bytes_read", "estimated_bytes", "preemptions")
         fields |= {name: getattr(cost, name) for name in names}

@@ -22,7 +22,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from .access import CLIENT_LEFT, Access, completion_fields
+from .access import CLIENT_LEFT, Access
 from .generation import Generation
 
 log = logging.getLogger("fastblt.traces")
@@ -107,7 +107,7 @@ class Traces:
         if access.failed:
             span.set_status(StatusCode.ERROR)
         if access.generation and span.is_recording():
-            self._completion(span, access, access.generation)
+            self._completion(span, access, access.generation, fields)
         span.end()
 
     async def close(self) -> None:
@@ -118,11 +118,10 @@ class Traces:
         if flushing.is_alive():
             log.warning("the last spans are lost: the collector did not take them within %g s", FLUSH_SECONDS)
 
-    def _completion(self, parent: Span, access: Access, generation: Generation) -> None:
+    def _completion(self, parent: Span, access: Access, generation: Generation, fields: dict[str, Any]) -> None:
         """One span for the model's work, and below it one for each of its phases, which are those of the sequence that
         came first."""
         request = generation.plan.request
-        fields = completion_fields(generation, access.started)
         attributes = {
             "gen_ai.operation.name": "text_completion",
             "gen_ai.provider.name": "fastblt",

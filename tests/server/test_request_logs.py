@@ -241,12 +241,11 @@ def test_every_field_is_documented_and_no_other(entries: list[dict[str, Any]]) -
 
 
 def test_content_is_logged_if_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
-    with running_server(tiny_model, tmp_path / "log", "--log-format", "json", "--log-content") as server:
-        with server.client() as http:
-            text = ask(http, "r-short", seed=1).json()["choices"][0]["text"]
-            ask(http, "r-long", prompt=[f"{MARK}{'x' * 3000}"] * 9, max_tokens=1)
-        until_logged(server, "r-long")
-        entries = [json.loads(line) for line in server.log.read_text().splitlines()]
+    flags = ["--log-format", "json", "--log-content"]
+    with running_server(tiny_model, tmp_path / "log", *flags) as server, server.client() as http:
+        text = ask(http, "r-short", seed=1).json()["choices"][0]["text"]
+        ask(http, "r-long", prompt=[f"{MARK}{'x' * 3000}"] * 9, max_tokens=1)
+    entries = [json.loads(line) for line in server.log.read_text().splitlines()]
     short, long = (entry for entry in entries if entry["logger"] == "fastblt.content")
     assert (short["request_id"], short["prompt_texts"], short["completion_texts"]) == ("r-short", [f"{MARK} "], [text])
     assert len(long["prompt_texts"]) == len(long["completion_texts"]) == 8
