@@ -118,6 +118,7 @@ class Engine:
         """
         refusal = self._refuse(request)
         if refusal is not None:
+            log.debug("refused: %s", refusal.code, extra=request.log_fields)
             self._events.append(refusal)
             return
         config = self.model_config
@@ -135,7 +136,9 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Ends a request now; an unknown id is ignored."""
         if request_id in self._sequences:
-            self._finish(self._sequences[request_id], "abort", b"")
+            sequence = self._sequences[request_id]
+            log.debug("aborted after %d ids", sequence.num_output, extra=sequence.request.log_fields)
+            self._finish(sequence, "abort", b"")
 
     def step(self) -> list[Event]:
         """Runs one batch through the stages and returns what became of it."""

@@ -1,5 +1,6 @@
 """Which rows run next. Integers only: no tensor, no text."""
 
+import logging
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Protocol
 from .decoders import Call
 from .sequence import Sequence
 from .types import MAX_DRAFT
+
+log = logging.getLogger("fastblt.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,8 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Sends a running sequence back to wait, without its pages."""
+        rows, fields = sequence.num_computed, sequence.request.log_fields
+        log.debug("preempted for lack of pages; %d rows must be computed again", rows, extra=fields)
         self.running.remove(sequence)
         self._pages.release(sequence)
         sequence.num_computed = 0

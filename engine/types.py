@@ -81,6 +81,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """auto: False also allows blt-d."""
     output_ids: list[int] = []
     """Ids that this request has generated already, in an engine that died: it goes on behind them."""
+    log_fields: dict[str, str] = {}
+    """What log lines about it also say, as the id of the HTTP request that it is part of."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

@@ -49,7 +49,8 @@ def _check_stop(value: object) -> list[str]:
 class _Strict(BaseModel):
     """No coercion, no unknown fields; null means the default."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    # A value that is wrong may be content, and an exception may be logged.
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
