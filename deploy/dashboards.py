@@ -6,6 +6,7 @@ that it keeps when it moves: links to panels stay good.
 
 import json
 from pathlib import Path
+from typing import TypeAlias
 
 from grafana_foundation_sdk.builders import dashboard as build
 from grafana_foundation_sdk.cog.builder import Builder
@@ -21,7 +22,6 @@ from .panels import (
     SHOWN,
     SOURCE,
     STAGES,
-    Panel,
     buckets,
     facts,
     lines,
@@ -38,13 +38,15 @@ from .panels import (
 
 PATH = Path(__file__).parent / "grafana" / "dashboards" / "fastblt.json"
 
+Panels: TypeAlias = list[Builder[model.Panel]]
+
 COMPLETIONS = 'route="/v1/completions"'
 PEAK = select("fastblt_peak_bandwidth_bytes_per_second", 'operation="gemv"')
 STATUSES = {"2..": "green", "4..": "orange", "5..": "red"}
 ENDS = {"stop": "green", "length": "blue", "timeout": "orange", "abort": "yellow", "refused": "purple", "error": "red"}
 
 
-def overview() -> list[Panel]:
+def overview() -> Panels:
     answered = rate("fastblt_http_responses_total", where=[COMPLETIONS])
     failed = rate("fastblt_http_responses_total", where=[COMPLETIONS, 'status=~"5..|429"'])
     estimated = rate("fastblt_decoder_stage_estimated_bytes_total", where=[CHOSEN])
@@ -104,7 +106,7 @@ def overview() -> list[Panel]:
     ]
 
 
-def traffic() -> list[Panel]:
+def traffic() -> Panels:
     return [
         lines(
             11,
@@ -168,7 +170,7 @@ def traffic() -> list[Panel]:
     ]
 
 
-def latency() -> list[Panel]:
+def latency() -> Panels:
     return [
         percentiles(
             21,
@@ -211,7 +213,7 @@ def latency() -> list[Panel]:
     ]
 
 
-def engine() -> list[Panel]:
+def engine() -> Panels:
     step, stages = rate("fastblt_step_seconds_total"), rate("fastblt_stage_seconds_total", "stage")
     calls = rate("fastblt_stage_calls_total", "stage")
     return [
@@ -297,7 +299,7 @@ def engine() -> list[Panel]:
     ]
 
 
-def caches() -> list[Panel]:
+def caches() -> Panels:
     used, capacity = select("fastblt_pages_used"), select("fastblt_pages_capacity")
     size = select("fastblt_page_size_bytes")
     return [
@@ -329,7 +331,7 @@ def caches() -> list[Panel]:
     ]
 
 
-def decoders() -> list[Panel]:
+def decoders() -> Panels:
     committed = rate("fastblt_committed_bytes_total", "decoder")
     accepted, drafted = (rate(f"fastblt_{what}_bytes_total", "decoder") for what in ("accepted", "drafted"))
     small, large = (
@@ -388,7 +390,7 @@ def decoders() -> list[Panel]:
     ]
 
 
-def bandwidth() -> list[Panel]:
+def bandwidth() -> Panels:
     read = rate("fastblt_stage_read_bytes_total", "stage")
     committed = rate("fastblt_committed_bytes_total", "decoder")
     really = rate("fastblt_decoder_stage_read_bytes_total", "decoder")

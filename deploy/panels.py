@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 
-from grafana_foundation_sdk.builders import common, heatmap, prometheus, stat, table, timeseries
+from grafana_foundation_sdk.builders import common, heatmap, stat, table, timeseries
 from grafana_foundation_sdk.builders import dashboard as build
+from grafana_foundation_sdk.builders.prometheus import Dataquery as Query
 from grafana_foundation_sdk.models import common as look
 from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models import units
@@ -22,9 +23,6 @@ INSTANCES = 'job="$job", instance=~"$instance"'
 CHOSEN = 'decoder=~"$decoder"'
 NOW = "$__rate_interval"
 SHOWN = "$__range"
-
-Panel = stat.Panel | timeseries.Panel | heatmap.Panel | table.Panel
-Query = prometheus.Dataquery
 
 
 # Queries: of the chosen instances, and of the chosen decoders where decoders are told apart.
