@@ -98,10 +98,10 @@ def overview() -> Panels:
             6,
             "Saved against BLT",
             "Weight bytes that plain BLT would have read for the same text and the chosen decoders did not, by the "
-            "paper's formula. Below 0 drafts cost more than they bring.",
+            "paper's formula. Below 0 they read more. A small model may still gain time by it: see Time per byte.",
             f"1 - {estimated} / {rate('fastblt_blt_estimated_bytes_total', where=[CHOSEN])}",
             unit=units.PercentUnit,
-            colours={None: "red", 0: "green"},
+            colours={None: "orange", 0: "green"},
         ),
     ]
 
@@ -317,8 +317,8 @@ def caches() -> Panels:
             lines(
                 42,
                 "Memory in use",
-                "The same in bytes; the dashed line is all that the pools have. global grows with the patches of "
-                "running sequences, the others only with their number.",
+                "The same in bytes; the dashed line is all that the pools have. global grows with the patches of the "
+                "running sequences, the others with their number and with the prompts that are being computed.",
                 query(total(f"{used} * {size}", "pool"), "{{pool}}"),
                 query(total(f"{capacity} * {size}"), "capacity"),
                 unit=units.BytesIEC,
@@ -450,7 +450,8 @@ def bandwidth() -> Panels:
             65,
             "Saved against BLT",
             "By the paper's formula: weight bytes that plain BLT would have read for the same text and this decoder "
-            "did not. Below 0 for long: ask for another decoder, or auto (the alert FastbltNoSavings).",
+            "did not. Below 0 for long, and no better Time per byte than blt: ask for auto (the alert "
+            "FastbltNoSavings).",
             query(f"1 - {estimated} / {plain}", "{{decoder}}"),
             unit=units.PercentUnit,
             width=12,
