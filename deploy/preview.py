@@ -5,6 +5,7 @@ and colours of the dashboard. It shows what panels say, not how Grafana looks.
 """
 
 import json
+import math
 import re
 import sys
 import time
@@ -81,11 +82,12 @@ class Preview:
         draw[panel["type"]](panel, axes)
 
     def stat(self, panel: Json, axes: Axes) -> None:
-        value = self.curves(panel)[0][3][-1]
-        defaults = panel["fieldConfig"]["defaults"]
-        steps = [step for step in defaults["thresholds"]["steps"] if step["value"] is None or value >= step["value"]]
-        text = "idle" if value != value else readable(value, defaults["unit"])
-        axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=24, color=steps[-1]["color"])
+        defaults, text, colour = panel["fieldConfig"]["defaults"], "no data", "grey"
+        for *_, values in self.curves(panel):
+            steps = defaults["thresholds"]["steps"]
+            text = "idle" if math.isnan(values[-1]) else readable(values[-1], defaults["unit"])
+            colour = [s["color"] for s in steps if s["value"] is None or values[-1] >= s["value"]][-1]
+        axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=24, color=colour)
         axes.axis("off")
 
     def timeseries(self, panel: Json, axes: Axes) -> None:
@@ -114,31 +116,28 @@ class Preview:
 
     def heatmap(self, panel: Json, axes: Axes) -> None:
         buckets = sorted(self.curves(panel), key=lambda curve: float(curve[1].replace("+", "")))
-        times, below = buckets[-1][2], [0.0] * len(buckets[-1][2])
-        cells = []
-        for *_, values in buckets:
-            cells.append([high - low for high, low in zip(values, below, strict=True)])
-            below = values
-        axes.pcolormesh(times, range(len(cells)), cells, cmap="Oranges", shading="nearest")
-        axes.set_yticks(range(len(cells)), [f"≤ {name} s" for _, name, *_ in buckets])
+        if buckets:
+            times, counts = buckets[0][2], [values for *_, values in buckets]
+            below = [[0.0] * len(times), *counts]
+            cells = [[n - m for n, m in zip(*rows, strict=True)] for rows in zip(counts, below, strict=False)]
+            axes.pcolormesh(times, range(len(cells)), cells, cmap="Oranges", shading="nearest")
+            axes.set_yticks(range(len(cells)), [f"≤ {name} s" for _, name, *_ in buckets])
 
     def table(self, panel: Json, axes: Axes) -> None:
         series = self.ask(panel["targets"][0])
-        options, unit = (
-            panel["transformations"][0]["options"],
-            panel.get("fieldConfig", {}).get("defaults", {}).get("unit"),
-        )
+        options = panel["transformations"][0]["options"]
         if "rowField" in options:
             row, column = options["rowField"], options["columnField"]
             unit = panel["fieldConfig"]["defaults"]["unit"]
             cells = {(s["metric"][row], s["metric"][column]): readable(float(s["value"][1]), unit) for s in series}
             names, columns = (sorted({key[i] for key in cells}) for i in (0, 1))
-            text, columns = [[name, *(cells[name, c] for c in columns)] for name in names], [row, *columns]
+            text, columns = [[name, *(cells.get((name, c), "") for c in columns)] for name in names], [row, *columns]
         else:
             columns = sorted({label for s in series for label in s["metric"]} - options["excludeByName"].keys())
             text = [[s["metric"].get(label, "") for label in columns] for s in series]
         axes.axis("off")
-        axes.table(text, colLabels=columns, loc="upper center").set_fontsize(9)
+        if text:
+            axes.table(text, colLabels=columns, loc="upper center").set_fontsize(9)
 
     def picture(self, board: Json, out: str) -> None:
         height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"])
@@ -155,5 +154,10 @@ class Preview:
 
 
 if __name__ == "__main__":
-    address, out, seconds = [*sys.argv[1:], "600"][:3]
-    Preview(address, int(seconds)).picture(json.loads(PATH.read_text()), out)
+    match sys.argv[1:]:
+        case [url, out]:
+            Preview(url, 600).picture(json.loads(PATH.read_text()), out)
+        case [url, out, seconds] if seconds.isdigit():
+            Preview(url, int(seconds)).picture(json.loads(PATH.read_text()), out)
+        case _:
+            raise SystemExit(__doc__)
