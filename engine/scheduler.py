@@ -40,6 +40,10 @@ class Pages(Protocol):
 
     def release(self, sequence: Sequence) -> None: ...
 
+    def attach(self, sequence: Sequence) -> None:
+        """Before a sequence is admitted: lets it begin behind what is known of its ids."""
+        ...
+
     def room(self, sequence: Sequence) -> int:
         """Rows that the sequence may still run before it could outgrow the caches, were they its alone."""
         ...
@@ -86,8 +90,10 @@ class Scheduler:
                     budget = self._max_step_rows - sum(part.num_rows for part in step.values())
         while budget > 0 and self.waiting and len(self.running) < self._max_sequences:
             sequence = self.waiting[0]
+            self._pages.attach(sequence)
             part = self._part(sequence, budget)
             if not self._pages.can_reserve(part):
+                self._send_back(sequence)
                 break
             self.waiting.pop(0)
             insort(self.running, sequence, key=_order)
@@ -109,12 +115,15 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Sends a running sequence back to wait, without its pages."""
         self.running.remove(sequence)
-        self._pages.release(sequence)
-        sequence.num_computed = 0
-        sequence.drop_round()
+        self._send_back(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
         self.add(sequence)
+
+    def _send_back(self, sequence: Sequence) -> None:
+        self._pages.release(sequence)
+        sequence.num_computed = 0
+        sequence.drop_round()
 
     def _make_room(self, part: Part, step: dict[int, Part]) -> bool:
         """Reserves pages, preempting from the back; False if the sequence itself had to go."""
