@@ -131,6 +131,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes really read: weights, the patcher's too, each pass shared out among the batch by rows; keys and values;
     hash rows."""
     preemptions: int = 0
+    cached_tokens: int = 0
+    """Ids of the prompt that the prefix cache knew."""
     queue_seconds: float = 0.0
     """From its arrival in the engine to its first step."""
 
@@ -192,6 +194,8 @@ class PoolStats(msgspec.Struct, frozen=True):
 
     total: int
     used: int
+    cached: int = 0
+    """Kept for texts to come, and there for whoever needs a page."""
 
 
 class DecoderCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,6 +229,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step_seconds: float = 0.0
     """In steps, the host's work between the stages included."""
     prompt_rows: int = 0
+    cached_rows: int = 0
+    """Of prompts, found in the prefix cache instead."""
     calls: dict[str, int] = {}
     """Per stage: patcher, encoder, global, decoder."""
     rows: dict[str, int] = {}
