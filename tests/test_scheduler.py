@@ -33,6 +33,9 @@ class Memory:
     def release(self, sequence: Sequence) -> None:
         self.held.pop(sequence.arrival, None)
 
+    def attach(self, sequence: Sequence) -> None:
+        assert sequence.num_computed == 0
+
     def room(self, sequence: Sequence) -> int:
         return 1 << 30
 
