@@ -14,7 +14,7 @@ from .errors import ApiError
 from .merge import merge
 from .metrics import Metrics
 from .plan import Plan
-from .schemas import Choice, Completion, CompletionUsage, FastBltUsage
+from .schemas import Choice, Completion, CompletionUsage, FastBltUsage, PromptTokensDetails
 from .settings import ServerSettings
 
 REFUSALS = {"too_long": "context_length_exceeded", "decoder_unavailable": "decoder_unavailable", "invalid": None}
@@ -127,6 +127,9 @@ class Generation:
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(usage.cached_tokens for usage in usages[:: self.plan.samples])
+            ),
             fastblt=fastblt_usage(self.plan.decoder, usages),
         )
 

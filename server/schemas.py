@@ -210,12 +210,17 @@ class FastBltUsage(BaseModel):
     preemptions: int
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(description="Of the prompts, what the prefix cache knew.")
+
+
 class CompletionUsage(BaseModel):
     """Counts bytes, and the begin-of-sequence id of a string prompt, but not a closing end-of-sequence id."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     fastblt: FastBltUsage
 
 
