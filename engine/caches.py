@@ -45,6 +45,16 @@ class CacheSpec:
         live = rows if self.window is None else min(rows, self.window + chunk)
         return ceil(live / self.page_size) + 1
 
+    def pages_between(self, chunk: int, draft: int) -> int:
+        """Most pages that sequences may hold together beyond `pages_for(rows, draft)` in a step of `chunk` rows: few
+        of them have more than `draft` rows in it, and each of those begins one page more at most."""
+        return ceil(chunk / self.page_size) + chunk // draft if chunk > draft else 0
+
+
+def longest_draft(config: ModelConfig) -> int:
+    """Most rows that a sequence runs ahead of its text, and those that verify them or settle it."""
+    return max(LONGEST_DRAFT, 2 * (config.block_size or 0))
+
 
 def encoder_cross_layers(config: ModelConfig) -> int:
     """Cross-attention layers of the encoder that are evaluated."""
@@ -119,13 +129,18 @@ def _count_pages(
     config: ModelConfig, engine: EngineConfig, specs: dict[str, CacheSpec], page_bytes: dict[str, int], max_length: int
 ) -> dict[str, int]:
     """Pages per pool, the scratch page included."""
-    chunk = max(engine.max_step_rows, LONGEST_DRAFT, 2 * (config.block_size or 0))
+    draft = longest_draft(config)
+    chunk = max(engine.max_step_rows, draft)
     length = min(TYPICAL_BYTES, max_length)
 
     def pages_for(sequences: int) -> dict[str, int]:
-        # A patch holds four bytes or so, but none of the bytes of the chunk under way has been patched yet.
-        rows = {"byte": length, "patch": length // 4 + chunk}
-        return {spec.name: 1 + sequences * spec.pages_for(rows[spec.rows_from], chunk) for spec in specs.values()}
+        # A patch holds four bytes or so. Each sequence may have a draft under way, none of whose bytes has been patched
+        # yet; a step's other rows, those of prompts, are there once, whoever has them.
+        rows = {"byte": length, "patch": length // 4 + draft}
+        return {
+            spec.name: 1 + sequences * spec.pages_for(rows[spec.rows_from], draft) + spec.pages_between(chunk, draft)
+            for spec in specs.values()
+        }
 
     def size(pages: dict[str, int]) -> int:
         return sum(count * page_bytes[name] for name, count in pages.items())
