@@ -105,6 +105,22 @@ class CachePlan:
         return sum(count * self.page_bytes[name] for name, count in self.pages.items())
 
 
+def typical_pages(
+    config: ModelConfig, engine: EngineConfig, specs: dict[str, CacheSpec], sequences: int
+) -> dict[str, int]:
+    """Pages per pool, the scratch page included, in which so many sequences of up to `TYPICAL_BYTES` run at once."""
+    draft = longest_draft(config)
+    chunk = max(engine.max_step_rows, draft)
+    length = min(TYPICAL_BYTES, _longest(config, engine))
+    # A patch holds four bytes or so. Each sequence may have a draft under way, none of whose bytes has been patched
+    # yet; a step's other rows, those of prompts, are there once, whoever has them.
+    rows = {"byte": length, "patch": length // 4 + draft}
+    return {
+        spec.name: 1 + sequences * spec.pages_for(rows[spec.rows_from], draft) + spec.pages_between(chunk, draft)
+        for spec in specs.values()
+    }
+
+
 def plan_caches(config: ModelConfig, engine: EngineConfig) -> CachePlan:
     """Sizes the pools so that as many typical sequences as possible fit into `cache_bytes`, up to `max_sequences`; what
     is left goes to the global cache, the only one that grows with the text without bound.
@@ -114,47 +130,38 @@ def plan_caches(config: ModelConfig, engine: EngineConfig) -> CachePlan:
     specs = cache_specs(config, engine.page_size)
     itemsize = getattr(torch, engine.dtype).itemsize
     page_bytes = {spec.name: spec.page_size * spec.row_elements * itemsize for spec in specs.values()}
-    wanted = engine.max_length or config.max_length
-    pages = _count_pages(config, engine, specs, page_bytes, min(wanted, config.max_length))
+
+    def size(pages: dict[str, int]) -> int:
+        return sum(count * page_bytes[name] for name, count in pages.items())
+
+    pages = typical_pages(config, engine, specs, 1)
+    if size(pages) > engine.cache_bytes:
+        length = min(TYPICAL_BYTES, _longest(config, engine))
+        raise ValueError(
+            f"cache_bytes {engine.cache_bytes} is too small: one sequence of {length} bytes needs {size(pages)}"
+        )
+    fits = 1
+    while fits < engine.max_sequences:
+        more = typical_pages(config, engine, specs, fits + 1)
+        if size(more) > engine.cache_bytes:
+            break
+        pages, fits = more, fits + 1
+    longest = _longest(config, engine)
+    spare = (engine.cache_bytes - size(pages)) // page_bytes["global"]
+    most = specs["global"].pages_for(min(longest, config.global_.max_positions), 0)
+    pages["global"] = min(pages["global"] + spare, fits * most + 1)
 
     def rows(name: str) -> int:
         return (pages[name] - 2) * specs[name].page_size
 
     unbounded = [s.name for s in specs.values() if s.rows_from == "byte" and s.window is None]
-    max_length = min([wanted, config.max_length, *(rows(name) for name in unbounded)])
+    max_length = min([longest, *(rows(name) for name in unbounded)])
     return CachePlan(specs, page_bytes, pages, max_length, min(config.global_.max_positions, rows("global")))
 
 
-def _count_pages(
-    config: ModelConfig, engine: EngineConfig, specs: dict[str, CacheSpec], page_bytes: dict[str, int], max_length: int
-) -> dict[str, int]:
-    """Pages per pool, the scratch page included."""
-    draft = longest_draft(config)
-    chunk = max(engine.max_step_rows, draft)
-    length = min(TYPICAL_BYTES, max_length)
-
-    def pages_for(sequences: int) -> dict[str, int]:
-        # A patch holds four bytes or so. Each sequence may have a draft under way, none of whose bytes has been patched
-        # yet; a step's other rows, those of prompts, are there once, whoever has them.
-        rows = {"byte": length, "patch": length // 4 + draft}
-        return {
-            spec.name: 1 + sequences * spec.pages_for(rows[spec.rows_from], draft) + spec.pages_between(chunk, draft)
-            for spec in specs.values()
-        }
-
-    def size(pages: dict[str, int]) -> int:
-        return sum(count * page_bytes[name] for name, count in pages.items())
-
-    if (need := size(pages_for(1))) > engine.cache_bytes:
-        raise ValueError(f"cache_bytes {engine.cache_bytes} is too small: one sequence of {length} bytes needs {need}")
-    fits = 1
-    while fits < engine.max_sequences and size(pages_for(fits + 1)) <= engine.cache_bytes:
-        fits += 1
-    pages = pages_for(fits)
-    spare = (engine.cache_bytes - size(pages)) // page_bytes["global"]
-    longest = specs["global"].pages_for(min(max_length, config.global_.max_positions), chunk)
-    pages["global"] = min(pages["global"] + spare, fits * longest + 1)
-    return pages
+def _longest(config: ModelConfig, engine: EngineConfig) -> int:
+    """Most bytes of a sequence that are asked for."""
+    return min(engine.max_length or config.max_length, config.max_length)
 
 
 class Caches:

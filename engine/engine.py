@@ -81,13 +81,7 @@ class Engine:
             stage_bytes=self._stage_bytes,
             costs=StageCosts(drafts_encode=loaded.config.decoder_input == "encoder"),
         )
-        parameters = checkpoint.count_parameters(loaded.config)
-        self._formula = PaperFormula(
-            decoder=parameters["decoder"] + parameters["head"],
-            encoder=parameters["encoder"],
-            global_=parameters["global"],
-            bytes_per_parameter=itemsize,
-        )
+        self._formula = PaperFormula.of(loaded.config, itemsize)
         self._experience = Experience()
         self._decoders = _decoders(loaded.config)
         self._scheduler = Scheduler(self, max_sequences=config.max_sequences, max_step_rows=config.max_step_rows)
