@@ -12,7 +12,7 @@ from engine.client import EngineClient
 
 from .admission import Gate
 from .completions import complete
-from .errors import ErrorBody, add_error_handlers
+from .errors import Code, ErrorBody, add_error_handlers
 from .generation import Service
 from .metrics import Metrics
 from .middleware import ApiKeys, RequestContext
@@ -115,7 +115,8 @@ def _operations(service: Service) -> APIRouter:
         """503 while requests had better go elsewhere."""
         gate.check_open()
         if client.state != "ready":
-            raise gate.unavailable(f"the engine is {client.state}", f"engine_{client.state}")
+            code: Code = "engine_dead" if client.state == "dead" else "engine_restarting"
+            raise gate.unavailable(f"the engine is {client.state}", code)
         return JsonResponse({"status": "ready"})
 
     @router.get("/version")

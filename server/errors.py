@@ -1,6 +1,6 @@
 """One error body for everything that goes wrong, as OpenAI's clients expect it."""
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
@@ -10,6 +10,27 @@ from .responses import JsonResponse
 
 SHOWN_VALUE = 80
 """Characters of an offending value that a message repeats."""
+Code = Literal[
+    "body_timeout",
+    "body_too_large",
+    "context_length_exceeded",
+    "decoder_unavailable",
+    "draining",
+    "engine_dead",
+    "engine_restarting",
+    "internal_error",
+    "invalid_api_key",
+    "invalid_json",
+    "invalid_value",
+    "method_not_allowed",
+    "missing_required_parameter",
+    "model_not_found",
+    "queue_full",
+    "unknown_parameter",
+    "unknown_url",
+    "unsupported_parameter",
+]
+"""What a program may tell errors apart by. Those about a combination of fields have none."""
 TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -25,7 +46,7 @@ class ErrorDetail(BaseModel):
     message: str
     type: str
     param: str | None = None
-    code: str | None = None
+    code: Code | None = None
 
 
 class ErrorBody(BaseModel):
@@ -43,7 +64,7 @@ class ApiError(Exception):
         message: str,
         *,
         param: str | None = None,
-        code: str | None = None,
+        code: Code | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)

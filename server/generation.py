@@ -10,14 +10,18 @@ from engine.types import DecoderName, Event, Failed, Finished, Usage
 
 from .admission import Gate, Ticket
 from .choice import ChoiceStream, Piece
-from .errors import ApiError
+from .errors import ApiError, Code
 from .merge import merge
 from .metrics import Metrics
 from .plan import Plan
 from .schemas import Choice, Completion, CompletionUsage, FastBltUsage, PromptTokensDetails
 from .settings import ServerSettings
 
-REFUSALS = {"too_long": "context_length_exceeded", "decoder_unavailable": "decoder_unavailable", "invalid": None}
+REFUSALS: dict[str, Code | None] = {
+    "too_long": "context_length_exceeded",
+    "decoder_unavailable": "decoder_unavailable",
+    "invalid": None,
+}
 
 
 LOGGED_CHARACTERS = 1000

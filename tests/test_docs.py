@@ -2,20 +2,26 @@
 
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer.main
+from pydantic import BaseModel
 
 from benchmarks import decoders, growth
 from server.cli import app
-from server.schemas import CompletionRequest
+from server.errors import Code, ErrorDetail
+from server.schemas import Completion, CompletionRequest
 from server.settings import ServerSettings
+from tests.examples import ADDRESS, Example, examples
+from tests.serving import RunningServer, running_server
 
 ROOT = Path(__file__).parent.parent
 DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+NANO = ROOT / "models" / "nano"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SECTIONS = dict(re.findall(r"^## fastblt (\w+)\n(.*?)(?=^## |\Z)", DOCS["command-line.md"], re.M | re.S))
 
@@ -49,9 +55,100 @@ def test_every_setting_is_there_with_its_variable_and_default(name: str) -> None
     assert default in (None, []) or f"default `{default}`" in row
 
 
-@pytest.mark.parametrize("name", CompletionRequest.model_fields)
-def test_every_field_of_a_request_is_there(name: str) -> None:
-    assert f"`{name}`" in DOCS["api.md"]
+def fields_of(model: type[BaseModel]) -> set[str]:
+    """Names of a model's fields and of those of the models in them."""
+    names = set(model.model_fields)
+    for info in model.model_fields.values():
+        kinds = [info.annotation, *get_args(info.annotation)]
+        kinds += [inner for kind in kinds for inner in get_args(kind)]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                names |= fields_of(kind)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("section", "model"), [("The request", CompletionRequest), ("The response", Completion), ("Errors", ErrorDetail)]
+)
+def test_every_field_is_in_its_section_and_no_other(section: str, model: type[BaseModel]) -> None:
+    text = re.search(rf"^## {section}\n(.*?)^## ", DOCS["api.md"], re.M | re.S)
+    assert text
+    tables = re.findall(r"^\| field .*\n\|[-|]+\n((?:\|.*\n)+)", text[1], re.M)
+    cells = [row.split("|")[1] for table in tables for row in table.splitlines()]
+    points = re.findall(r"^\* (`\w+`):(.*)", text[1], re.M)
+    documented = names_in(*cells, *(head for head, _ in points))
+    assert documented <= fields_of(model)
+    assert fields_of(model) <= documented | names_in(*(rest for _, rest in points))
+
+
+def names_in(*texts: str) -> set[str]:
+    return {name for text in texts for name in re.findall(r"`(\w+)`", text)}
+
+
+def test_every_code_of_an_error_is_there_and_no_other() -> None:
+    rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", DOCS["api.md"], re.M)
+    assert sorted(code for _, code in rows) == sorted(get_args(Code))
+
+
+WRONG: list[tuple[str, str, Any]] = [
+    ("invalid_json", "/v1/completions", b"{"),
+    ("missing_required_parameter", "/v1/completions", {}),
+    ("unknown_parameter", "/v1/completions", {"model": "nano", "nope": 1}),
+    ("unsupported_parameter", "/v1/completions", {"model": "nano", "suffix": "x"}),
+    ("invalid_value", "/v1/completions", {"model": "nano", "n": 0}),
+    ("context_length_exceeded", "/v1/completions", {"model": "nano", "max_tokens": 1 << 20}),
+    ("model_not_found", "/v1/completions", {"model": "none"}),
+    ("body_too_large", "/v1/completions", b" " * (5 << 20)),
+    ("method_not_allowed", "/version", {}),
+    ("unknown_url", "/v2", {}),
+]
+
+
+@pytest.mark.parametrize(("code", "route", "body"), WRONG, ids=[code for code, *_ in WRONG])
+def test_a_code_comes_with_the_status_of_the_documentation(
+    nano_server: RunningServer, code: str, route: str, body: Any
+) -> None:
+    with nano_server.client() as http:
+        answer = http.post(route, content=body if isinstance(body, bytes) else json.dumps(body))
+    assert answer.json()["error"]["code"] == code
+    assert f"| {answer.status_code} | `{code}` |" in DOCS["api.md"]
+
+
+def test_the_routes_of_the_documentation_are_the_servers(nano_server: RunningServer) -> None:
+    with nano_server.client() as http:
+        routes = set(http.get("/openapi.json").json()["paths"])
+    documented = set(re.findall(r"`(?:GET|POST) (/[^`]*)`", DOCS["api.md"].partition("## With curl")[0]))
+    assert documented - {"/"} == routes | {"/openapi.json"}
+
+
+EXAMPLES = [
+    example
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for example in examples(document)
+    if ADDRESS in example.code or example.code.startswith("fastblt ")
+]
+
+
+@pytest.fixture(scope="session")
+def nano_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """What `make serve` serves, at another address."""
+    with running_server(NANO, tmp_path_factory.mktemp("log") / "server.log") as server:
+        yield server
+
+
+def test_there_are_examples_to_run() -> None:
+    """In both languages, most with the output that they have."""
+    documents = {example.document for example in EXAMPLES}
+    assert documents >= {"README.md", "docs/api.md", "docs/operations.md"}
+    assert sum(example.shown is not None for example in EXAMPLES) > len(EXAMPLES) / 2
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"{example.document}:{example.line}")
+def test_an_example_does_what_the_documentation_shows(example: Example, nano_server: RunningServer) -> None:
+    for tool in ("curl", "grep"):
+        if example.language == "sh" and tool in example.code and not shutil.which(tool):
+            pytest.skip(f"needs {tool}")
+    example.check(example.run(nano_server.url.removeprefix("http://")))
 
 
 def test_every_metric_is_there_and_no_other(tiny_server: str) -> None:
