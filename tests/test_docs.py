@@ -121,6 +121,54 @@ def test_the_routes_of_the_documentation_are_the_servers(nano_server: RunningSer
     assert documented - {"/"} == routes | {"/openapi.json"}
 
 
+def test_every_alert_has_its_section_and_every_section_its_alert() -> None:
+    alerts = (ROOT / "deploy" / "prometheus" / "alerts.yml").read_text()
+    names = re.findall(r"^ +- alert: (\w+)$", alerts, re.M)
+    assert names and re.findall(r"^### Alert: (\w+)$", DOCS["operations.md"], re.M) == names
+    assert re.findall(r"runbook_url: (\S+)$", alerts, re.M) == [
+        f"docs/operations.md#{slug(f'Alert: {n}')}" for n in names
+    ]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_anchor_is_a_heading() -> None:
+    for name, text in DOCS.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+            headings = re.findall(r"^#+ (.*)$", (folder / (target or name)).read_text(), re.M)
+            assert anchor in map(slug, headings), (name, target, anchor)
+
+
+def test_operations_name_metrics_flags_and_log_lines_that_exist() -> None:
+    text = DOCS["operations.md"]
+    metrics = set(re.findall(r"(?<![\w:])(fastblt_\w+?)(?:_bucket)?(?=\W)", text.replace("fastblt_(", "")))
+    assert metrics and metrics <= set(re.findall(r"^\| `(fastblt_\w+)` \|", DOCS["metrics.md"], re.M))
+    flags = set(re.findall(r"`[^`\n]*?(--[a-z][\w-]*)", text)) - {"--pid"}
+    assert flags and flags <= set(re.findall(r"`(--[\w-]+)`", DOCS["command-line.md"]))
+    source = "".join(path.read_text() for part in ("server", "engine") for path in (ROOT / part).glob("*.py"))
+    for line in LOG_LINES:
+        assert f"`{line}`" in text
+        assert all(piece.strip() in source for piece in line.split("…")), line
+
+
+LOG_LINES = [
+    "serving … on http://",
+    "requests are cut off",
+    "cache_bytes … is too small",
+    "matrix products depend on the batch",
+    "out of memory?",
+    "was killed (SIGKILL; out of memory?)",
+    "the engine process …",
+    "the engine did not come back: …",
+    "the engine has been silent for … s",
+    "the engine failed repeatedly while it ran this request",
+]
+
+
 EXAMPLES = [
     example
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
