@@ -16,7 +16,8 @@ from .checkpoint.names import HASHES
 from .config import EngineConfig, ModelConfig
 from .types import MAX_DRAFT
 
-PAPER_PATCH = 4.5
+ASSUMED_PATCH = 4.5
+"""Bytes per patch of a model of which nothing else is known."""
 PAPER_ACCEPTANCE = {("blt-s", 4): 0.9677, ("blt-s", 8): 0.9114, ("blt-s", 16): 0.7693, ("blt-dv", 8): 0.8034}
 """Share of the drafted bytes that stand, by decoder and length, blt-dv in one step: what Fast BLT reports for its 1B
 models, French to English (table 3)."""
@@ -167,7 +168,7 @@ def size(
 
     Raises ValueError for what no such model can do, or for numbers that are none.
     """
-    load = Load(sequences or engine.max_sequences, context, patch)
+    load = Load(engine.max_sequences if sequences is None else sequences, context, patch)
     _check(config, load, drafting, reserve, bandwidth)
     itemsize, fp8 = getattr(torch, engine.dtype).itemsize, engine.weights == "float8"
     weights = WeightBytes.of(config, itemsize, hash_itemsize, fp8=fp8)
@@ -296,7 +297,7 @@ def sequences_fitting(config: ModelConfig, engine: EngineConfig, load: Load, dra
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return min(low, MOST_SEQUENCES)
 
 
 def _specs(config: ModelConfig, engine: EngineConfig, load: Load) -> dict[str, CacheSpec]:

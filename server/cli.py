@@ -272,7 +272,9 @@ def size(
     model: Annotated[Path | None, typer.Option(help="Folder of the checkpoint.")] = None,
     config: Annotated[
         str | None,
-        typer.Option(help="Instead of --model: tiny, nano, 1b, 3b, 7b, or a config.json; hash tables in bfloat16."),
+        typer.Option(
+            help="Instead of --model: tiny, nano, 1b, 3b, 7b, or a config.json, or a folder with one; no weights."
+        ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
     weights: Annotated[

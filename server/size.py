@@ -18,7 +18,7 @@ from engine.checkpoint import load
 from engine.checkpoint.describe import format_size
 from engine.checkpoint.names import HASHES
 from engine.config import ModelConfig
-from engine.sizing import PAPER_ACCEPTANCE, PAPER_PASSES, PAPER_PATCH, Drafting, Sizing
+from engine.sizing import ASSUMED_PATCH, PAPER_ACCEPTANCE, PAPER_PASSES, Drafting, Sizing
 
 CARD = "decoders.json"
 WRITTEN_ITEMSIZE = 2
@@ -56,9 +56,12 @@ class Text:
 def text_of(subject: Subject, draft_length: int, **given: float | None) -> Text:
     """`given`: patch_size, acceptance, block_acceptance, block_passes; None for what is to be known otherwise.
 
-    Raises ValueError where nothing is known.
+    Raises ValueError where nothing is known, or for blocks of a model that has none.
     """
     asked = {name: value for name, value in given.items() if value is not None}
+    if subject.config.block_size is None and (blocks := [name for name in asked if name.startswith("block_")]):
+        flag = blocks[0].replace("_", "-")
+        raise ValueError(f"--{flag}: {subject.config.name} was not trained with block diffusion")
     measured, assumed = _measured(subject, draft_length), _assumed(subject.config, draft_length)
     numbers = assumed | measured | asked
     if "acceptance" not in numbers:
@@ -87,8 +90,8 @@ def _measured(subject: Subject, draft_length: int) -> dict[str, float]:
 
 
 def _assumed(config: ModelConfig, draft_length: int) -> dict[str, float]:
-    most = config.patching.max_patch_length or PAPER_PATCH
-    found = {"patch_size": 1.0 if config.patching.mode == "bytes" else min(PAPER_PATCH, most)}
+    most = config.patching.max_patch_length or ASSUMED_PATCH
+    found = {"patch_size": 1.0 if config.patching.mode == "bytes" else min(ASSUMED_PATCH, most)}
     if ("blt-s", draft_length) in PAPER_ACCEPTANCE:
         found["acceptance"] = PAPER_ACCEPTANCE["blt-s", draft_length]
     if (size := config.block_size) is not None:

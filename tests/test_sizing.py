@@ -289,6 +289,7 @@ def test_too_little_memory_is_said() -> None:
         (["--config", "tiny", "--acceptance", "91"], "the acceptance is a share of the drafted bytes"),
         (["--config", "tiny", "--block-acceptance", "-1"], "the block acceptance is a share"),
         (["--config", "tiny", "--block-passes", "9"], "a block of 8 bytes takes 1 to 8 passes, not 9"),
+        (["--config", "1b", "--block-passes", "3"], "--block-passes: 1b was not trained with block diffusion"),
         (["--config", "tiny", "--draft-length", "12"], "no acceptance is known at draft length 12, only at 4, 8, 16"),
         (["--config", "tiny", "--memory", "80GB!"], "'80GB!' is no number of bytes"),
         (["--config", "tiny", "--memory", "80 quux"], "'80 quux' is no number of bytes"),
