@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import typer.main
 
 from benchmarks import decoders, growth
+from engine.config import EngineConfig
 from server.cli import app
 from server.schemas import CompletionRequest
 from server.settings import ServerSettings
@@ -18,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SECTIONS = dict(re.findall(r"^## fastblt (\w+)\n(.*?)(?=^## |\Z)", DOCS["command-line.md"], re.M | re.S))
+DEFAULTS = {field.name: field.default for field in fields(EngineConfig) if field.default is not MISSING}
+DEFAULTS |= {name: field.default for name, field in ServerSettings.model_fields.items()}
 
 
 def test_every_command_has_a_section() -> None:
@@ -41,10 +45,10 @@ def test_every_option_has_help() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ServerSettings.model_fields)
+@pytest.mark.parametrize("name", ["model", *DEFAULTS])
 def test_every_setting_is_there_with_its_variable_and_default(name: str) -> None:
     row = next(line for line in SECTIONS["serve"].splitlines() if line.startswith(f"| `--{name.replace('_', '-')}`"))
-    default = ServerSettings.model_fields[name].default
+    default = DEFAULTS.get(name)
     assert f"`FASTBLT_{name.upper()}`" in row
     assert default in (None, []) or f"default `{default}`" in row
 
