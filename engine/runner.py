@@ -11,7 +11,7 @@ Rows that feed a byte and rows that prefill a prompt are the same thing; a step 
 import time
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +37,7 @@ from .model.encoder import ngram_windows
 from .pages import BlockTable
 from .patching import boundary_rule
 from .plan import Arrays, Plan, Span, Tiling, padded_array, plan_attention
+from .readback import Readback
 from .sequence import Sequence
 
 
@@ -180,12 +181,14 @@ class Runner:
         rows stay.
         """
         clean = [w for w in batch if w.num_clean]
-        if clean:
-            self._run_patcher(clean)
+        # The encoder does not ask where patches start: the device runs it while the host hears of that.
+        decide = self._run_patcher(clean) if clean else None
+        states = self._run_encoder(batch)
+        if decide:
+            decide()
         for w in batch:
             w.decode_from = self._first_to_decode(w)
             w.logits_from = max(w.logits_from, w.decode_from)
-        states = self._run_encoder(batch)
         with self._timed("global") as call:
             self._close_patches(clean, call)
         return self.decode(self.plan_decoder(batch), states=states)
@@ -204,7 +207,8 @@ class Runner:
                 table.trim_before(max(n - spec.window + 1, 0))
             table.cut(patch if spec.rows_from == "patch" else n)
 
-    def _run_patcher(self, clean: Seq[Work]) -> None:
+    def _run_patcher(self, clean: Seq[Work]) -> Callable[[], None]:
+        """Returns what waits for the decisions and gives them to the sequences."""
         with self._timed("patcher") as call:
             ids = [token for w in clean for token in w.sequence.ids[w.start : w.end]]
             call.rows = len(ids)
@@ -225,10 +229,15 @@ class Runner:
                 "previous": previous,
                 **plan.named("plan"),
             }
-            entropies, opens = self._run("patcher", stage, padded, arrays | plan.named("plan"), plan).tolist()
+            decisions = Readback(self._run("patcher", stage, padded, arrays, plan))
             self._account(call, clean, [w.start for w in clean], [w.num_clean for w in clean], spans)
+
+        def decide() -> None:
+            entropies, opens = decisions.wait().tolist()
             for w, (row, count, _, _) in zip(clean, undecided.tolist(), strict=False):
                 w.sequence.patching.take(entropies[row : row + count], opens[row : row + count])
+
+        return decide
 
     def _run_encoder(self, batch: Seq[Work]) -> Tensor | None:
         """States of the clean rows of all, and of their cells where the decoder reads them."""
