@@ -1,9 +1,7 @@
 """The compose file, read by Docker Compose itself; no daemon is needed for that."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,18 +17,14 @@ from server.settings import ServerSettings
 from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+COMMAND = Path(sys.executable).with_name("docker-compose")
 SETTINGS = {f"FASTBLT_{name.upper()}" for name in (*ENGINE_FLAGS, *ServerSettings.model_fields)}
 
 
 def compose(*files: str, **variables: str) -> dict[str, Any]:
     """The services as Compose understands them, by name."""
-    command = shutil.which("docker-compose", path=PATH)
-    assert command, "docker-compose is not installed: `make test-ops` installs it"
-    names = [argument for file in files for argument in ("--file", str(DEPLOY / file))]
-    done = subprocess.run(
-        [command, *names, "config", "--format", "json"], env={"PATH": PATH, **variables}, capture_output=True, text=True
-    )
+    command = [COMMAND, *(f"--file={DEPLOY / file}" for file in files), "config", "--format", "json"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     services: dict[str, Any] = json.loads(done.stdout)["services"]
     return services
