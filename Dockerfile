@@ -71,7 +71,7 @@ server.request('GET', '/health/ready'); \
 sys.exit(server.getresponse().status != 200)"]
 
 # The server itself is process 1 and gets the SIGTERM that lets running requests finish: give it as long as
-# --drain-seconds and ten more (`docker stop --timeout 40`).
+# --drain-seconds and ten more (`docker stop -t 40`).
 ENTRYPOINT ["fastblt", "serve"]
 
 ARG REVISION

@@ -108,3 +108,12 @@ def test_grafana_is_given_the_data_source_and_the_dashboard(services: dict[str, 
     assert str(home.parent) == provider["options"]["path"]
     dashboard = json.loads((folders[str(home.parent)] / home.name).read_text())
     assert dashboard["panels"]
+
+
+def test_documented_commands_are_composes() -> None:
+    shown = re.findall(r"^    docker compose (.*) up (.*)$", (ROOT / "docs" / "containers.md").read_text(), re.M)
+    assert len(shown) == 2
+    options = subprocess.run([COMMAND, "up", "--help"], capture_output=True, text=True, check=True).stdout
+    for files, flags in shown:
+        assert compose(*(Path(name).name for name in re.findall(r"-f deploy/(\S+)", files)))
+        assert all(flag in options for flag in flags.split())

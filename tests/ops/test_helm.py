@@ -262,6 +262,19 @@ def test_wrong_values_are_refused_by_name(values: dict[str, Any], message: str) 
         render(values)
 
 
+def test_the_documented_values_are_the_charts() -> None:
+    text = (ROOT / "docs" / "containers.md").read_text()
+    (flags,) = re.findall(r"^    helm install fastblt deploy/helm/fastblt --set (\S+)$", text, re.M)
+    assert container(render(helm_python.parse_set_string(flags)))["image"].startswith("registry.example.com/fastblt:")
+    (values,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(image:.*?)```", text, re.S))
+    kinds = ALWAYS | {"HorizontalPodAutoscaler", "NetworkPolicy", "PodMonitor", "PrometheusRule"}
+    assert render(values, name="fastblt").keys() == kinds
+    (rule,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(rules:.*?)```", text, re.S))
+    for metric in render(values)["HorizontalPodAutoscaler"]["spec"]["metrics"]:
+        series = re.search(r'__name__=~"(.*?)"', rule["rules"]["custom"][0]["seriesQuery"])
+        assert series and re.fullmatch(series[1], metric["pods"]["metric"]["name"])
+
+
 def test_every_value_is_in_the_schema() -> None:
     with helm_python.Chart.load(CHART) as chart:
         values, schema = chart.values, chart.schema
