@@ -126,6 +126,23 @@ class Caches:
             (paged("latent", *latent_row), paged("latent", *latent_row)) for _ in range(decoder_cross_layers(config))
         ]
         self.decoder = kv("decoder", config.decoder)
+        pairs = {"patcher": self.patcher, "encoder": self.encoder, "open": self.open_kv}
+        pairs |= {"global": self.global_, "latent": self.latent, "decoder": self.decoder}
+        self._tensors = {name: [tensor for pair in layers for tensor in pair] for name, layers in pairs.items()}
+        self._tensors["open"].append(self.open_states)
+
+    def first_live(self, name: str, end: int, patch: int, patch_start: int) -> int:
+        """The first row of a cache that whoever goes on behind row `end`, in that patch, may look at."""
+        spec = self.specs[name]
+        if name == "open":
+            return patch_start
+        if name == "latent":
+            return max(patch - LATENTS_KEPT, 0)
+        return 0 if spec.window is None else max(end - spec.window + 1, 0)
+
+    def copy_page(self, name: str, source: int, target: int) -> None:
+        for tensor in self._tensors[name]:
+            tensor[target] = tensor[source]
 
     def new_tables(self) -> dict[str, BlockTable]:
         """Empty block tables for one sequence, one per cache."""

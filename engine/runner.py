@@ -27,8 +27,7 @@ from torch.nn.functional import pad
 from kernels.attention import LARGE_TILE
 
 from .accounting import STAGES, StageBytes
-from .caches import LATENTS_KEPT, Caches
-from .config import EOS_ID
+from .caches import Caches
 from .costs import StageCosts
 from .decoders import Call
 from .graphs import Eager, Stage
@@ -161,7 +160,9 @@ class Runner:
 
         Raises OutOfPages, with nothing taken from the pool that lacked them.
         """
-        for _, table, rows in self._extents(sequence, end, reach):
+        for name, table, rows in self._extents(sequence, end, reach):
+            if borrowed := table.own():
+                self._caches.copy_page(name, *borrowed)
             table.extend(rows)
 
     def _extents(self, sequence: Sequence, end: int, reach: int) -> list[tuple[str, BlockTable, int]]:
@@ -198,14 +199,8 @@ class Runner:
         n = sequence.num_computed
         patch = sequence.patch_of(n)
         for name, table in sequence.tables.items():
-            spec = self._caches.specs[name]
-            if name == "open":
-                table.trim_before(sequence.patching.starts[patch])
-            elif name == "latent":
-                table.trim_before(max(patch - LATENTS_KEPT, 0))
-            elif spec.window is not None:
-                table.trim_before(max(n - spec.window + 1, 0))
-            table.cut(patch if spec.rows_from == "patch" else n)
+            table.trim_before(self._caches.first_live(name, n, patch, sequence.patching.starts[patch]))
+            table.cut(patch if self._caches.specs[name].rows_from == "patch" else n)
 
     def _run_patcher(self, clean: Seq[Work]) -> Callable[[], None]:
         """Returns what waits for the decisions and gives them to the sequences."""
@@ -443,7 +438,7 @@ class Runner:
             sequence = w.sequence
             begin, end = sequence.patch_of(w.start), sequence.patch_of(w.end)
             starts = sequence.patching.starts[begin : end + 1]
-            self._note_documents(sequence, begin, end)
+            sequence.note_patch_documents(begin, end)
             if w.closes and starts[-1] < w.end:
                 starts.append(w.end)
             if len(starts) == 1:
@@ -497,14 +492,6 @@ class Runner:
         self._run("global", stage, padded * slots, arrays, pooling, plan)
         counts = [len(span.first) for span in patch_rows]
         self._account(call, closing, begins, counts, patch_rows)
-
-    def _note_documents(self, sequence: Sequence, begin: int, end: int) -> None:
-        """A patch that holds an EOS ends a document for the global stage."""
-        starts = sequence.patching.starts
-        for patch in range(begin, end):
-            behind = patch + 1
-            if sequence.patch_documents[-1] < behind and EOS_ID in sequence.ids[starts[patch] : starts[behind]]:
-                sequence.patch_documents.append(behind)
 
     def _add_latents(self, w: Work, begin: int, page: list[int], offset: list[int]) -> None:
         """Which latent each row reads.

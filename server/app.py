@@ -1,6 +1,7 @@
 """The HTTP application over a running engine."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -19,6 +20,9 @@ from .names import check_model, offered_models
 from .responses import JsonResponse
 from .schemas import Completion, CompletionRequest
 from .settings import ServerSettings
+
+if TYPE_CHECKING:
+    from .traces import Traces
 
 OPENAPI_BODY = {
     "requestBody": {
@@ -39,8 +43,9 @@ def server_version() -> str:
         return "unknown"
 
 
-def create_app(settings: ServerSettings, client: EngineClient) -> FastAPI:
-    """The client must have been started; whoever started it stops it. `app.state.gate` is what a drain closes.
+def create_app(settings: ServerSettings, client: EngineClient, traces: "Traces | None" = None) -> FastAPI:
+    """The client must have been started; whoever started it stops it, and closes the traces. `app.state.gate` is what a
+    drain closes.
 
     Raises OSError or ValueError if the API keys cannot be read.
     """
@@ -59,7 +64,7 @@ def create_app(settings: ServerSettings, client: EngineClient) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(RequestContext, metrics=metrics, traces=traces)
     return app
 
 

@@ -53,6 +53,7 @@ class ChoiceStream:
     usage: Usage = field(default_factory=Usage)
     cumulative_logprob: float = 0.0
     num_generated: int = 0
+    finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
         self._utf8 = Utf8Stream()
@@ -85,7 +86,7 @@ class ChoiceStream:
             self._hidden += event.logprobs
         if isinstance(event, Finished):
             piece.text += self._utf8.finish()
-            piece.finish_reason = event.reason
+            self.finish_reason = piece.finish_reason = event.reason
             self.usage, self.cumulative_logprob = event.usage, event.cumulative_logprob
         self._show_certain(piece)
         return piece

@@ -80,22 +80,27 @@ def from_validation(error: ValidationError) -> ApiError:
     return ApiError(400, f"{field}: {message[:1].lower()}{message[1:]}, not {shown}", param=field, code="invalid_value")
 
 
-async def _on_api_error(_: Request, error: Exception) -> JsonResponse:
+async def _on_api_error(request: Request, error: Exception) -> JsonResponse:
     assert isinstance(error, ApiError)
+    request.state.access.error = error
     return error.response()
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JsonResponse:
     assert isinstance(error, HTTPException)
+    return await _on_api_error(request, _from_http(request, error))
+
+
+def _from_http(request: Request, error: HTTPException) -> ApiError:
     where = f"{request.method} {request.url.path}"
     headers = dict(error.headers or {})
     match error.status_code:
         case 404:
-            return ApiError(404, f"there is no route {where}", code="unknown_url", headers=headers).response()
+            return ApiError(404, f"there is no route {where}", code="unknown_url", headers=headers)
         case 405:
             message = f"{where} is not offered; allowed: {headers.get('allow') or headers.get('Allow')}"
-            return ApiError(405, message, code="method_not_allowed", headers=headers).response()
-    return ApiError(error.status_code, str(error.detail), headers=headers).response()
+            return ApiError(405, message, code="method_not_allowed", headers=headers)
+    return ApiError(error.status_code, str(error.detail), headers=headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -25,6 +25,7 @@ ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
     "max_step_rows": ("Most byte rows per step, prompt and generated together.", 1),
     "cache_bytes": ("Memory for all caches together, in bytes.", 1),
     "page_size": ("Rows per cache page.", 1),
+    "prefix_cache": ("Whether what was computed of a text serves later ones that begin like it.", None),
     "max_length": ("Most ids per sequence; by default what the model and the caches can hold.", 1),
     "isolate_documents": ("Whether an end-of-sequence id hides what is before it; by default as the model says.", None),
     "num_threads": ("CPU threads for tensor work; by default one per core.", 1),

@@ -169,6 +169,8 @@ class EngineCollector(Collector):
         pools = snapshot.pools
         used, total = ({pool: getattr(pages, kind) for pool, pages in pools.items()} for kind in ("used", "total"))
         yield _gauges("fastblt_pages_used", "Cache pages in use.", "pool", used)
+        cached = {pool: pages.cached for pool, pages in pools.items()}
+        yield _gauges("fastblt_pages_cached", "Cache pages kept for texts to come.", "pool", cached)
         yield _gauges("fastblt_pages_capacity", "Cache pages in all.", "pool", total)
         yield _gauges("fastblt_page_size_bytes", "Size of a cache page.", "pool", facts.page_bytes)
         help_text = "Weights that every pass of a stage reads."
@@ -223,6 +225,7 @@ COUNTERS: dict[str, tuple[str, Labels, Read]] = {
     "step_seconds": ("Time in steps, the host's part included.", (), _one("step_seconds")),
     "preemptions": ("Sequences put back for lack of pages.", (), _one("preemptions")),
     "prompt_bytes": ("Prompt ids computed.", (), _one("prompt_rows")),
+    "prompt_cached_bytes": ("Prompt ids that the prefix cache knew.", (), _one("cached_rows")),
     "stage_calls": ("Calls of a stage, each over a whole batch.", ("stage",), _per_stage("calls")),
     "stage_rows": ("Rows that went through a stage.", ("stage",), _per_stage("rows")),
     "stage_seconds": ("Time spent in a stage.", ("stage",), _per_stage("stage_seconds")),

@@ -50,7 +50,8 @@ def test_every_setting_is_there_with_its_variable_and_default(name: str) -> None
     row = next(line for line in SECTIONS["serve"].splitlines() if line.startswith(f"| `--{name.replace('_', '-')}`"))
     default = DEFAULTS.get(name)
     assert f"`FASTBLT_{name.upper()}`" in row
-    assert default in (None, []) or f"default `{default}`" in row
+    shown = str(default).lower() if isinstance(default, bool) else default
+    assert default in (None, []) or f"default `{shown}`" in row
 
 
 @pytest.mark.parametrize("name", CompletionRequest.model_fields)
