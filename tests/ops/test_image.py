@@ -103,6 +103,14 @@ def test_the_gpu_check_runs_in_it(podman: Podman, tmp_path: Path) -> None:
     assert "| exactness | passed |" in (tmp_path / "gpu_check-cpu-quick.md").read_text()
 
 
+def test_its_other_commands_run_as_documented(podman: Podman) -> None:
+    ((options, words),) = (run for run in documented_runs() if "generate" in run[1])
+    assert len(podman("run", *RUN, *options, IMAGE, *words)) > 20
+    (inspect,) = re.findall(r"^    docker exec fastblt fastblt (.*)$", DOCS, re.M)
+    said = podman("run", "--rm", *RUN, "--entrypoint=fastblt", IMAGE, *inspect.split())
+    assert said.startswith("nano: fastblt format")
+
+
 def test_only_what_is_needed_is_in_it(podman: Podman) -> None:
     found = podman("run", "--rm", *RUN, "--entrypoint=sh", IMAGE, "-c", "ls /src /opt /models; find /models -type d")
     assert found.splitlines()[0].endswith("No such file or directory")
