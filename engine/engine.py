@@ -48,7 +48,8 @@ log = logging.getLogger("fastblt.engine")
 class Engine:
     """One model, its caches and all requests in flight.
 
-    Raises CheckpointError for a checkpoint that cannot be served, ValueError for sizes that cannot work.
+    Raises CheckpointError for a checkpoint that cannot be served, ValueError for a device that is not there and for
+    sizes that cannot work.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -56,6 +57,8 @@ class Engine:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         device, dtype, fp8 = torch.device(config.device), getattr(torch, config.dtype), config.weights == "float8"
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device 'cuda': torch {torch.__version__} finds no CUDA device; 'cpu' needs none")
         loaded = checkpoint.load(config.model)
         self._kernels = kernels = choose_kernels(config.kernels, device)
         model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=fp8)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ import typer.main
 from pydantic import BaseModel
 
 from benchmarks import decoders, growth
+from engine.config import EngineConfig
 from server.cli import app
 from server.errors import Code, ErrorDetail
 from server.schemas import Completion, CompletionRequest
@@ -24,6 +26,8 @@ DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "d
 NANO = ROOT / "models" / "nano"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SECTIONS = dict(re.findall(r"^## fastblt (\w+)\n(.*?)(?=^## |\Z)", DOCS["command-line.md"], re.M | re.S))
+DEFAULTS = {field.name: field.default for field in fields(EngineConfig) if field.default is not MISSING}
+DEFAULTS |= {name: field.default for name, field in ServerSettings.model_fields.items()}
 
 
 def test_every_command_has_a_section() -> None:
@@ -47,12 +51,13 @@ def test_every_option_has_help() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ServerSettings.model_fields)
+@pytest.mark.parametrize("name", ["model", *DEFAULTS])
 def test_every_setting_is_there_with_its_variable_and_default(name: str) -> None:
     row = next(line for line in SECTIONS["serve"].splitlines() if line.startswith(f"| `--{name.replace('_', '-')}`"))
-    default = ServerSettings.model_fields[name].default
+    default = DEFAULTS.get(name)
     assert f"`FASTBLT_{name.upper()}`" in row
-    assert default in (None, []) or f"default `{default}`" in row
+    shown = str(default).lower() if isinstance(default, bool) else default
+    assert default in (None, []) or f"default `{shown}`" in row
 
 
 def fields_of(model: type[BaseModel]) -> set[str]:
