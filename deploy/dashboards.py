@@ -301,7 +301,7 @@ def engine() -> Panels:
 
 def caches() -> Panels:
     used, capacity = select("fastblt_pages_used"), select("fastblt_pages_capacity")
-    size = select("fastblt_page_size_bytes")
+    size, known = select("fastblt_page_size_bytes"), rate("fastblt_prompt_cached_bytes_total")
     return [
         lines(
             41,
@@ -327,6 +327,25 @@ def caches() -> Panels:
                 stack=True,
             ),
             "B",
+        ),
+        lines(
+            43,
+            "Prompts known",
+            "The share of prompt bytes that the prefix cache knew, which nobody computed again. Near 0 while prompts "
+            "share their beginnings: the cache forgets too soon, give --cache-bytes more.",
+            query(f"{known} / ({known} + {rate('fastblt_prompt_bytes_total')})", "known"),
+            unit=units.PercentUnit,
+            width=12,
+        ),
+        lines(
+            44,
+            "Pages kept for texts to come",
+            "Of each cache's capacity: held by no sequence, kept by the prefix cache, free for whoever needs a page. "
+            "They go before anybody waits, the longest unused first.",
+            query(f"{total(select('fastblt_pages_cached'), 'pool')} / {total(capacity, 'pool')}", "{{pool}}"),
+            unit=units.PercentUnit,
+            width=12,
+            colours=POOLS,
         ),
     ]
 
