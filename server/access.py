@@ -115,6 +115,7 @@ def _completion_fields(generation: Generation, started: float) -> dict[str, Any]
         cost = fastblt_usage(plan.decoder, usages)
         names = ("decoder_calls", "global_calls", "drafted", "accepted", "bytes_read", "estimated_bytes", "preemptions")
         fields |= {name: getattr(cost, name) for name in names}
+        fields["cached_bytes"] = sum(usage.cached_tokens for usage in usages[:: plan.samples])
         fields["queue_seconds"] = round(max(usage.queue_seconds for usage in usages), 6)
     return fields
 
