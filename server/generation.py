@@ -42,7 +42,9 @@ class Generation:
         self._ticket = ticket
         self._clocks = [service.metrics.clock(plan.decoder) for _ in plan.requests]
         request = plan.request
-        self._choices = [ChoiceStream(r.prompt_ids, request.echo, request.logprobs is not None) for r in plan.requests]
+        self._choices = [
+            ChoiceStream(r.prompt_ids, request.echo, request.logprobs is not None, request.trace) for r in plan.requests
+        ]
         self._events = merge([service.client.submit(r) for r in plan.requests], service.settings.keepalive_seconds)
         self._begun: set[int] = set()
 
@@ -93,7 +95,13 @@ class Generation:
 
     def choice(self, index: int, piece: Piece) -> Choice:
         assert piece.finish_reason != "abort"
-        return Choice(index=index, text=piece.text, logprobs=piece.logprobs, finish_reason=piece.finish_reason)
+        return Choice(
+            index=index,
+            text=piece.text,
+            logprobs=piece.logprobs,
+            finish_reason=piece.finish_reason,
+            trace=piece.trace,
+        )
 
     def completion(self, choices: list[Choice], with_usage: bool) -> Completion:
         return Completion(
