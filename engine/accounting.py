@@ -18,31 +18,52 @@ class PaperFormula:
     """
 
     decoder: float
-    encoder_and_global: float
+    encoder: float
+    global_: float
     bytes_per_parameter: int = 2
 
     def bytes(self, decoder_calls: float, global_calls: float) -> float:
-        return self.bytes_per_parameter * (decoder_calls * self.decoder + global_calls * self.encoder_and_global)
+        return sum(self.by_stage(decoder_calls, global_calls).values())
+
+    def by_stage(self, decoder_calls: float, global_calls: float) -> dict[str, float]:
+        return {
+            "encoder": self.bytes_per_parameter * global_calls * self.encoder,
+            "global": self.bytes_per_parameter * global_calls * self.global_,
+            "decoder": self.bytes_per_parameter * decoder_calls * self.decoder,
+        }
 
 
 @dataclass(slots=True)
 class Cost:
-    """What decoding has cost, a prompt's prefill left out."""
+    """What decoding has cost, a prompt's prefill left out; calls, rows and bytes read per stage."""
 
     committed: int = 0
-    decoder_calls: int = 0
-    global_calls: int = 0
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    patches: int = 0
+    """Patches that the committed ids begin: the global calls of plain BLT for the same text."""
+    calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
-    bytes_read: float = 0.0
+    bytes_read: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    @property
+    def decoder_calls(self) -> int:
+        """The paper's decoder NFE."""
+        return self.calls["decoder"]
+
+    @property
+    def global_calls(self) -> int:
+        """The paper's encoder/global NFE."""
+        return self.calls["global"]
 
     def add(self, other: "Cost") -> None:
-        for name in ("committed", "decoder_calls", "global_calls", "rounds", "drafted", "accepted", "bytes_read"):
+        for name in ("committed", "rounds", "drafted", "accepted", "patches"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for stage, count in other.rows.items():
-            self.rows[stage] += count
+        for stage in STAGES:
+            self.calls[stage] += other.calls[stage]
+            self.rows[stage] += other.rows[stage]
+            self.bytes_read[stage] += other.bytes_read[stage]
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ class Caches:
     def __init__(self, config: ModelConfig, engine: EngineConfig) -> None:
         self.specs = cache_specs(config, engine.page_size)
         dtype = getattr(torch, engine.dtype)
-        self._page_bytes = {
+        self.page_bytes = {
             spec.name: spec.page_size * spec.row_elements * dtype.itemsize for spec in self.specs.values()
         }
         wanted = engine.max_length or config.max_length
@@ -151,7 +151,7 @@ class Caches:
                 f"{min(self.TYPICAL_BYTES, max_length)} bytes needs {need}"
             )
         counts = self._pages_for(fits, min(self.TYPICAL_BYTES, max_length), chunk)
-        spare = (engine.cache_bytes - self._bytes(counts)) // self._page_bytes["global"]
+        spare = (engine.cache_bytes - self._bytes(counts)) // self.page_bytes["global"]
         longest = self.specs["global"].pages_for(min(max_length, config.global_.max_positions), chunk)
         counts["global"] = min(counts["global"] + spare, fits * longest + 1)
         return counts
@@ -162,7 +162,7 @@ class Caches:
         return {spec.name: 1 + sequences * spec.pages_for(rows[spec.rows_from], chunk) for spec in self.specs.values()}
 
     def _bytes(self, counts: dict[str, int]) -> int:
-        return sum(count * self._page_bytes[name] for name, count in counts.items())
+        return sum(count * self.page_bytes[name] for name, count in counts.items())
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

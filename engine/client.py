@@ -23,7 +23,20 @@ import zmq
 import zmq.asyncio
 
 from .config import EngineConfig, ModelLimits
-from .types import Abort, Command, Delta, Event, Failed, Finished, Request, Shutdown, Snapshot, TokenLogprob, Trace
+from .types import (
+    Abort,
+    Command,
+    Delta,
+    Event,
+    Facts,
+    Failed,
+    Finished,
+    Request,
+    Shutdown,
+    Snapshot,
+    TokenLogprob,
+    Trace,
+)
 from .wire import Batch, Message, Started, StartFailed, decode_message, encode
 
 log = logging.getLogger("fastblt.engine.client")
@@ -83,6 +96,7 @@ class EngineClient:
         self._num_messages = 0
         self.state: State = "starting"
         self.restarts = 0
+        self.facts = Facts()
         self.snapshot = Snapshot()
         """The newest one. A restarted engine's counters start anew."""
 
@@ -255,7 +269,7 @@ class EngineClient:
         except BaseException:
             await self._reap(0)
             raise
-        self.limits, self.snapshot = message.limits, message.snapshot
+        self.limits, self.facts, self.snapshot = message.limits, message.facts, message.snapshot
         self.state = "ready"
         self._held = deque(self._streams.values())
         self._resume_next()

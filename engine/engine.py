@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.dispatch import choose_kernels
 
-from . import checkpoint
+from . import bandwidth, checkpoint
 from .accounting import Cost, PaperFormula, StageBytes
 from .caches import Caches
 from .choosing import results_of
@@ -30,6 +30,7 @@ from .types import (
     DecoderCounts,
     Delta,
     Event,
+    Facts,
     Failed,
     Finished,
     FinishReason,
@@ -50,12 +51,13 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        self._config = config
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+        device, dtype, fp8 = torch.device(config.device), getattr(torch, config.dtype), config.weights == "float8"
         loaded = checkpoint.load(config.model)
         self._kernels = kernels = choose_kernels(config.kernels, device)
-        model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=config.weights == "float8")
+        model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=fp8)
         self.caches = Caches(loaded.config, config)
         floors = find_row_floors(model, self.caches.specs, dtype, device)
         if not floors.proven:
@@ -66,6 +68,7 @@ class Engine:
         itemsize = dtype.itemsize
         records = device.type == "cuda" if config.graphs is None else config.graphs
         executor = Graphs if records else Eager
+        self._stage_bytes = StageBytes.of(loaded.config, itemsize, model.hash_itemsize, fp8=fp8)
         self.runner = Runner(
             model,
             self.caches,
@@ -73,13 +76,14 @@ class Engine:
             executor(device, floors.rows),
             isolate=isolate,
             device=device,
-            stage_bytes=StageBytes.of(loaded.config, itemsize, model.hash_itemsize, fp8=config.weights == "float8"),
+            stage_bytes=self._stage_bytes,
             costs=StageCosts(drafts_encode=loaded.config.decoder_input == "encoder"),
         )
         parameters = checkpoint.count_parameters(loaded.config)
         self._formula = PaperFormula(
             decoder=parameters["decoder"] + parameters["head"],
-            encoder_and_global=parameters["encoder"] + parameters["global"],
+            encoder=parameters["encoder"],
+            global_=parameters["global"],
             bytes_per_parameter=itemsize,
         )
         self._experience = Experience()
@@ -90,6 +94,7 @@ class Engine:
         self._arrivals = count()
         self._events: list[Event] = []
         self._steps = self._prompt_rows = 0
+        self._step_seconds = 0.0
         self._costs: dict[str, Cost] = {}
         """Per decoder."""
         self.limits = ModelLimits(
@@ -135,10 +140,13 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Runs one batch through the stages and returns what became of it."""
+        began = time.perf_counter()
         self._expire()
         scheduled = self._scheduler.schedule()
         if scheduled:
             self._run(scheduled)
+            self._steps += 1
+            self._step_seconds += time.perf_counter() - began
         elif self._sequences:
             self.caches.check_integrity()
             raise RuntimeError(f"{len(self._sequences)} sequences wait, and none can run")
@@ -147,6 +155,20 @@ class Engine:
         events, self._events = self._events, []
         return events
 
+    def facts(self) -> Facts:
+        """What does not change. Tries the memory's bandwidth, which takes a few tenths of a second."""
+        config, device = self._config, self.runner.device
+        dtype = getattr(torch, config.dtype)
+        return Facts(
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            dtype=config.dtype,
+            weights=config.weights or config.dtype,
+            kernels=self._kernels.name,
+            weight_bytes=dict(self._stage_bytes.weights),
+            page_bytes=dict(self.caches.page_bytes),
+            peak_bandwidth=bandwidth.probe(self._kernels, dtype, device),
+        )
+
     def snapshot(self) -> Snapshot:
         counts = self.runner.counts
         return Snapshot(
@@ -154,25 +176,36 @@ class Engine:
             waiting=len(self._scheduler.waiting),
             preemptions=self._scheduler.preemptions,
             steps=self._steps,
+            step_seconds=self._step_seconds,
             prompt_rows=self._prompt_rows,
             calls=dict(counts.calls),
             rows=dict(counts.rows),
             read_bytes={stage: round(read) for stage, read in counts.bytes_read.items()},
             stage_seconds=dict(counts.seconds),
-            decoders={decoder: self._summary(cost) for decoder, cost in self._costs.items()},
+            decoders={decoder: self._summary(decoder, cost) for decoder, cost in self._costs.items()},
             pools={name: PoolStats(pool.num_total, pool.num_used) for name, pool in self.caches.pools.items()},
+            device_memory=self._device_memory(),
         )
 
-    def _summary(self, cost: Cost) -> DecoderCounts:
+    def _device_memory(self) -> tuple[int, int] | None:
+        if self.runner.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.runner.device)
+        return total - free, total
+
+    def _summary(self, decoder: str, cost: Cost) -> DecoderCounts:
+        estimated = self._formula.by_stage(cost.decoder_calls, cost.global_calls)
         return DecoderCounts(
             committed=cost.committed,
             rounds=cost.rounds,
             drafted=cost.drafted,
             accepted=cost.accepted,
-            decoder_calls=cost.decoder_calls,
-            global_calls=cost.global_calls,
-            estimated_bytes=round(self._formula.bytes(cost.decoder_calls, cost.global_calls)),
-            read_bytes=round(cost.bytes_read),
+            calls=dict(cost.calls),
+            rows=dict(cost.rows),
+            read_bytes={stage: round(read) for stage, read in cost.bytes_read.items()},
+            seconds=dict(self.runner.counts.decoder_seconds[decoder]),
+            estimated_bytes={stage: round(read) for stage, read in estimated.items()},
+            blt_estimated_bytes=round(self._formula.bytes(cost.committed, cost.patches)),
         )
 
     @property
@@ -202,11 +235,13 @@ class Engine:
 
     def _run(self, parts: list[Part]) -> None:
         self.runner.costs.company = len(self._scheduler.running)
+        now = time.monotonic()
+        for part in parts:
+            part.sequence.begun = part.sequence.begun or now
         began, stages_before = time.perf_counter(), sum(self.runner.counts.seconds.values())
         batch = [self._work(part) for part in parts]
         calls_before = self.runner.counts.calls["decoder"]
         results = run_passes(self.runner, batch, self._kernels) or self._run_once(batch)
-        self._steps += 1
         for part, w, result in zip(parts, batch, results, strict=True):
             self._advance(part, w, result)
         stages = sum(self.runner.counts.seconds.values()) - stages_before
@@ -299,6 +334,7 @@ class Engine:
             sequence.cumulative_logprob += entry.logprob or 0.0
         cost, sequence.cost = sequence.cost, Cost()
         cost.committed = len(ids)
+        cost.patches = self._count_patches(sequence, len(ids))
         sequence.spent.add(cost)
         self._costs.setdefault(request.decoder, Cost()).add(cost)
         traces = [self._trace(sequence, outcome, len(ids))] if request.trace else []
@@ -309,6 +345,13 @@ class Engine:
         self.runner.settle(sequence)
         if not self.room(sequence):
             self._finish(sequence, "length", sequence.stopping.flush())
+
+    def _count_patches(self, sequence: Sequence, num_ids: int) -> int:
+        """Patches that generated ids begin, as far as decided now and not counted before."""
+        starts = sequence.patching.starts
+        before = sequence.num_counted or bisect_left(starts, len(sequence.ids) - num_ids)
+        sequence.num_counted = len(starts)
+        return len(starts) - before
 
     def _trace(self, sequence: Sequence, outcome: Committed, num_ids: int) -> Trace:
         starts = sequence.patching.starts

@@ -18,7 +18,7 @@ import msgspec
 import zmq
 
 from .config import EngineConfig, ModelLimits
-from .types import Abort, Event, Request, Shutdown, Snapshot
+from .types import Abort, Event, Facts, Request, Shutdown, Snapshot
 from .wire import Batch, Message, Started, StartFailed, decode_command, encode
 
 log = logging.getLogger("fastblt.engine.process")
@@ -37,6 +37,8 @@ class EngineLike(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+
+    def facts(self) -> Facts: ...
 
     def add(self, request: Request) -> None: ...
 
@@ -69,7 +71,7 @@ def main(address: str, lifeline: str, factory: str, config: str) -> int:
             log.debug("loading failed", exc_info=True)
             send(StartFailed(_describe(error)))
             return 1
-        send(Started(engine.limits, engine.snapshot()))
+        send(Started(engine.limits, engine.facts(), engine.snapshot()))
         try:
             _serve(engine, socket)
         except Exception:

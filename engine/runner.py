@@ -10,7 +10,7 @@ Rows that feed a byte and rows that prefill a prompt are the same thing; a step 
 
 import time
 from bisect import bisect_right
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -90,12 +90,16 @@ class Work:
 
 @dataclass(slots=True)
 class StageCounts:
-    """Passes, rows, seconds and bytes read per stage since the start; padding does not count."""
+    """Passes, rows, seconds and bytes read per stage since the start; padding does not count. `decoder_seconds`: a
+    pass's seconds shared out by rows, per decoder that was asked for and stage; a prompt's rows are nobody's."""
 
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     bytes_read: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    decoder_seconds: dict[str, dict[str, float]] = field(
+        default_factory=lambda: defaultdict(lambda: dict.fromkeys(STAGES, 0.0))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,7 @@ class Runner:
         self._ngram_width = max(model.config.hashes.group_sizes)
         self._bytes = stage_bytes
         self.counts = StageCounts()
-        self._running: deque[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._running: deque[tuple[_Call, torch.cuda.Event, torch.cuda.Event]] = deque()
         """Stages on a CUDA device whose time is not known yet."""
         self.costs = costs
 
@@ -182,8 +186,8 @@ class Runner:
             w.decode_from = self._first_to_decode(w)
             w.logits_from = max(w.logits_from, w.decode_from)
         states = self._run_encoder(batch)
-        with self._timed("global") as timer:
-            timer.rows = self._close_patches(clean)
+        with self._timed("global") as call:
+            self._close_patches(clean, call)
         return self.decode(self.plan_decoder(batch), states=states)
 
     def settle(self, sequence: Sequence) -> None:
@@ -201,9 +205,9 @@ class Runner:
             table.cut(patch if spec.rows_from == "patch" else n)
 
     def _run_patcher(self, clean: Seq[Work]) -> None:
-        with self._timed("patcher") as timer:
+        with self._timed("patcher") as call:
             ids = [token for w in clean for token in w.sequence.ids[w.start : w.end]]
-            timer.rows = len(ids)
+            call.rows = len(ids)
             spans = [self._causal_span("patcher", w.sequence, w.start, w.end) for w in clean]
             padded = self.executor.rows(len(ids))
             plan = self._plan("patcher", spans, spans, padded)
@@ -222,7 +226,7 @@ class Runner:
                 **plan.named("plan"),
             }
             entropies, opens = self._run("patcher", stage, padded, arrays | plan.named("plan"), plan).tolist()
-            self._account("patcher", clean, [w.start for w in clean], [w.num_clean for w in clean], spans)
+            self._account(call, clean, [w.start for w in clean], [w.num_clean for w in clean], spans)
             for w, (row, count, _, _) in zip(clean, undecided.tolist(), strict=False):
                 w.sequence.patching.take(entropies[row : row + count], opens[row : row + count])
 
@@ -231,7 +235,7 @@ class Runner:
         rows = [w for w in batch if w.num_clean or (self.cells_are_encoded and w.num_cells)]
         if not rows:
             return None
-        with self._timed("encoder") as timer:
+        with self._timed("encoder") as call:
             windows: list[list[int]] = []
             spans: list[Span] = []
             writes: list[Span] = []
@@ -247,7 +251,7 @@ class Runner:
                 counts.append(end - start)
                 spans.append(self._causal_span("encoder", w.sequence, start, end))
                 writes.append(Span(w.sequence.tables["open"], start, range(start, end), ()))
-            num_rows = timer.rows = len(windows)
+            num_rows = call.rows = len(windows)
             padded = self.executor.rows(num_rows)
             windows += [[0] * self._ngram_width] * (padded - num_rows)
             plan, opened = self._plan("encoder", spans, spans, padded), self._plan("open", writes, [], 0)
@@ -265,7 +269,7 @@ class Runner:
             arrays = {"windows": np.array(windows, dtype=np.int64), **plan.named("plan"), **opened.named("open")}
             states = self._run("encoder", stage, padded, arrays, plan)
             starts = [span.start for span in spans]
-            self._account("encoder", rows, starts, counts, spans)
+            self._account(call, rows, starts, counts, spans)
             return states
 
     def _text_of_cells(self, w: Work) -> list[int]:
@@ -330,8 +334,8 @@ class Runner:
         """
         if not rows.num_rows:
             return torch.empty((0, self._config.vocab_size), device=self.device)
-        with self._timed("decoder") as timer:
-            timer.rows = rows.num_rows
+        with self._timed("decoder") as call:
+            call.rows = rows.num_rows
             plan, wanted = rows.plan, rows.num_wanted
             decoder, reads_states = self._model.decoder, self.cells_are_encoded
 
@@ -352,7 +356,7 @@ class Runner:
             elif ids is not None:
                 tensors["ids"] = pad(ids, (0, len(rows.arrays["rows"]) - len(ids)))
             out = self._run("decoder", stage, rows.padded, rows.arrays, plan, tensors=tensors)
-            self._account("decoder", rows.works, [span.start for span in rows.spans], rows.counts, rows.spans)
+            self._account(call, rows.works, [span.start for span in rows.spans], rows.counts, rows.spans)
             if not wanted:
                 return out.new_empty((0, self._config.vocab_size), dtype=torch.float32)
             return out[:wanted]
@@ -412,9 +416,9 @@ class Runner:
     ) -> Tensor:
         return self.executor.run(name, stage, rows, arrays, tensors, tuple(plan.most_segments for plan in plans))
 
-    def _close_patches(self, clean: Seq[Work]) -> int:
+    def _close_patches(self, clean: Seq[Work], call: "_Call") -> None:
         """Encoder cross-attention and global stage for every patch whose last byte is among the rows, and for open
-        ones that a block is to read as if they ended here. Returns the number of patches."""
+        ones that a block is to read as if they ended here."""
         slots = self._config.slots
         open_size, latent_size = (self._caches.specs[name].page_size for name in ("open", "latent"))
         queries: list[Span] = []
@@ -425,6 +429,7 @@ class Runner:
         latent_offset: list[int] = []
         bounds = [0]
         closing: list[Work] = []
+        begins: list[int] = []
         for w in clean:
             sequence = w.sequence
             begin, end = sequence.patch_of(w.start), sequence.patch_of(w.end)
@@ -435,6 +440,8 @@ class Runner:
             if len(starts) == 1:
                 continue
             closing.append(w)
+            # A patch belongs to generation if its last byte does; `_account` wants rows that count behind one another.
+            begins.append(w.counted_from - sum(behind <= w.counted_from for behind in starts[1:]))
             opened, latent = sequence.tables["open"], sequence.tables["latent"]
             for patch, (first, behind) in enumerate(pairwise(starts), begin):
                 queries.append(Span(opened, 0, [first] * slots, [behind - 1] * slots))
@@ -447,9 +454,9 @@ class Runner:
             patches = range(begin, begin + len(starts) - 1)
             seen = [sequence.patch_document_start(p) if self._isolate else 0 for p in patches]
             patch_rows.append(Span(sequence.tables["global"], begin, seen, patches))
-        num_patches = len(bounds) - 1
+        num_patches = call.rows = len(bounds) - 1
         if not num_patches:
-            return 0
+            return
         # Padding patches have no bytes and leave their latent in the scratch page.
         padded = self.executor.rows(num_patches)
         pooling = self._plan("open", [], queries, padded * slots)
@@ -480,10 +487,7 @@ class Runner:
         }
         self._run("global", stage, padded * slots, arrays, pooling, plan)
         counts = [len(span.first) for span in patch_rows]
-        # A patch counts by its last byte, and so do all before it that the same call closes.
-        ends = [w.end - count for w, count in zip(closing, counts, strict=True)]
-        self._account("global", closing, ends, counts, patch_rows)
-        return num_patches
+        self._account(call, closing, begins, counts, patch_rows)
 
     def _note_documents(self, sequence: Sequence, begin: int, end: int) -> None:
         """A patch that holds an EOS ends a document for the global stage."""
@@ -510,12 +514,14 @@ class Runner:
         page += [table.pages[patch // size - table.first] for patch in patches]
         offset += [patch % size * self._config.slots for patch in patches]
 
-    def _account(self, stage: str, works: Seq[Work], positions: Seq[int], counts: Seq[int], spans: Seq[Span]) -> None:
+    def _account(
+        self, call: "_Call", works: Seq[Work], positions: Seq[int], counts: Seq[int], spans: Seq[Span]
+    ) -> None:
         """Charges a call to its sequences: a share of the weights by rows, and what each looks up itself.
 
         Rows from `positions` on; those before `Work.counted_from` are nobody's generation.
         """
-        total = sum(counts)
+        stage, total = call.stage, sum(counts)
         weights, kv_row, per_row = (part[stage] for part in (self._bytes.weights, self._bytes.kv_row, self._bytes.row))
         for w, position, count, span in zip(works, positions, counts, spans, strict=True):
             looked_at = max(span.last) + 1 - min(span.first)
@@ -524,38 +530,44 @@ class Runner:
             counted = count - max(0, min(count, w.counted_from - position))
             if counted:
                 cost = w.sequence.cost
+                cost.calls[stage] += 1
                 cost.rows[stage] += counted
-                cost.bytes_read += read * counted / count
-                cost.decoder_calls += stage == "decoder"
-                cost.global_calls += stage == "global"
+                cost.bytes_read[stage] += read * counted / count
+                call.shares[w.sequence.request.decoder] += counted / total
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator["_Timer"]:
-        timer = _Timer()
+    def _timed(self, stage: str) -> Iterator["_Call"]:
+        call = _Call(stage)
         if self.device.type == "cuda":
             # The host is ahead of the device: two marks in its queue tell the time, once they have been passed.
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            yield timer
+            yield call
             end.record()
-            self._running.append((stage, timer.rows, begin, end))
+            self._running.append((call, begin, end))
         else:
             began = time.perf_counter()
-            yield timer
-            self._took(stage, timer.rows, time.perf_counter() - began)
-        if timer.rows:
+            yield call
+            self._took(call, time.perf_counter() - began)
+        if call.rows:
             self.counts.calls[stage] += 1
-            self.counts.rows[stage] += timer.rows
-        while self._running and self._running[0][3].query():
-            earlier, rows, begin, end = self._running.popleft()
-            self._took(earlier, rows, begin.elapsed_time(end) / 1000)
+            self.counts.rows[stage] += call.rows
+        while self._running and self._running[0][2].query():
+            earlier, begin, end = self._running.popleft()
+            self._took(earlier, begin.elapsed_time(end) / 1000)
 
-    def _took(self, stage: str, rows: int, seconds: float) -> None:
-        if rows:
-            self.counts.seconds[stage] += seconds
-            self.costs.saw(stage, rows, seconds)
+    def _took(self, call: "_Call", seconds: float) -> None:
+        if call.rows:
+            self.counts.seconds[call.stage] += seconds
+            for decoder, share in call.shares.items():
+                self.counts.decoder_seconds[decoder][call.stage] += seconds * share
+            self.costs.saw(call.stage, call.rows, seconds)
 
 
 @dataclass(slots=True)
-class _Timer:
+class _Call:
+    """A pass of a stage: its rows, and which share of them generates for which decoder."""
+
+    stage: str
     rows: int = 0
+    shares: dict[str, float] = field(default_factory=lambda: defaultdict(float))

@@ -54,6 +54,11 @@ class Sequence:
         self.preemptions = 0
         self.num_traced = 0
         """Patch starts that a trace has told."""
+        self.num_counted = 0
+        """Patch starts that `Cost.patches` has counted, or that lie before what this engine generates."""
+        self.arrived = time.monotonic()
+        self.begun: float | None = None
+        """When its first step began."""
         self._decoder: Decoder = decoder or Autoregressive()
         self._round: Round | None = None
         self._call: Call | None = None
@@ -176,6 +181,7 @@ class Sequence:
             accepted=cost.accepted,
             rows=dict(cost.rows),
             estimated_bytes=round(formula.bytes(cost.decoder_calls, cost.global_calls)),
-            bytes_read=round(cost.bytes_read),
+            bytes_read=round(sum(cost.bytes_read.values())),
             preemptions=self.preemptions,
+            queue_seconds=(self.begun or time.monotonic()) - self.arrived,
         )

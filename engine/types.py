@@ -129,6 +129,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes really read: weights, the patcher's too, each pass shared out among the batch by rows; keys and values;
     hash rows."""
     preemptions: int = 0
+    queue_seconds: float = 0.0
+    """From its arrival in the engine to its first step."""
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,17 +193,24 @@ class PoolStats(msgspec.Struct, frozen=True):
 
 
 class DecoderCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """What all requests of one decoder have done and cost, prefill left out; the fields are those of `Usage`."""
+    """What all requests of one decoder have done and cost, prefill left out. Dictionaries are per stage."""
 
     committed: int = 0
     """Ids generated."""
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
-    decoder_calls: int = 0
-    global_calls: int = 0
-    estimated_bytes: int = 0
-    read_bytes: int = 0
+    calls: dict[str, int] = {}
+    """Passes that the requests took part in, each counted for every one of them."""
+    rows: dict[str, int] = {}
+    read_bytes: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    """Their shares, by rows, of the time that passes took."""
+    estimated_bytes: dict[str, int] = {}
+    """Weight bytes by the paper's formula; it knows no patcher."""
+    blt_estimated_bytes: int = 0
+    """What that formula gives for plain BLT writing the same ids: a decoder pass each, an encoder/global pass for each
+    patch that they begin."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -211,6 +220,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     waiting: int = 0
     preemptions: int = 0
     steps: int = 0
+    step_seconds: float = 0.0
+    """In steps, the host's work between the stages included."""
     prompt_rows: int = 0
     calls: dict[str, int] = {}
     """Per stage: patcher, encoder, global, decoder."""
@@ -222,6 +233,25 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     decoders: dict[str, DecoderCounts] = {}
     """Per decoder that a request asked for."""
     pools: dict[str, PoolStats] = {}
+    device_memory: tuple[int, int] | None = None
+    """Bytes used, by whomever, and in all; of a GPU."""
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What stays as it is while an engine lives, for whoever watches it."""
+
+    device: str = ""
+    """Its name."""
+    dtype: str = ""
+    weights: str = ""
+    """What the large matrices are stored in."""
+    kernels: str = ""
+    weight_bytes: dict[str, int] = {}
+    """Per stage: what every pass of it reads of the weights."""
+    page_bytes: dict[str, int] = {}
+    """Per pool: the size of a page."""
+    peak_bandwidth: dict[str, float] = {}
+    """Bytes per second that this machine's memory gave when it was tried; see `engine.bandwidth.probe`."""
 
 
 Event = Delta | Finished | Failed

@@ -3,13 +3,14 @@
 import msgspec
 
 from .config import ModelLimits
-from .types import Command, Event, Snapshot
+from .types import Command, Event, Facts, Snapshot
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
     """The first message of an engine process: the model is loaded."""
 
     limits: ModelLimits
+    facts: Facts
     snapshot: Snapshot
 
 

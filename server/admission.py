@@ -33,7 +33,7 @@ class Gate:
     """Counts on this side of the engine, so that a burst is refused at once and not at the engine's next report."""
 
     def __init__(self, settings: ServerSettings) -> None:
-        self._max_queue = settings.max_queue
+        self.capacity = settings.max_queue
         self._headers = {"retry-after": str(settings.retry_after)}
         self._num_requests = 0
         self._idle = asyncio.Event()
@@ -45,8 +45,8 @@ class Gate:
     def enter(self, num_sequences: int) -> Ticket:
         """Raises ApiError 429 if the queue is full, 503 while draining."""
         self.check_open()
-        if self.waiting + num_sequences > self._max_queue:
-            message = f"the queue is full: {self.waiting} sequences wait of at most {self._max_queue}; try again later"
+        if self.waiting + num_sequences > self.capacity:
+            message = f"the queue is full: {self.waiting} sequences wait of at most {self.capacity}; try again later"
             raise ApiError(429, message, code="queue_full", headers=self._headers)
         self.waiting += num_sequences
         self._num_requests += 1

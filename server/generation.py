@@ -40,7 +40,7 @@ class Generation:
         self.created = int(time.time())
         self._service = service
         self._ticket = ticket
-        self._clocks = [service.metrics.clock(plan.decoder) for _ in plan.requests]
+        self._clocks = [service.metrics.clock(plan.decoder, len(r.prompt_ids)) for r in plan.requests]
         request = plan.request
         self._choices = [
             ChoiceStream(r.prompt_ids, request.echo, request.logprobs is not None, request.trace) for r in plan.requests
@@ -70,7 +70,7 @@ class Generation:
                 raise ApiError(500, event.message, code="internal_error")
             raise ApiError(400, event.message, param=event.param, code=REFUSALS[event.code])
         if isinstance(event, Finished):
-            self._clocks[index].end(event.reason)
+            self._clocks[index].end(event.reason, event.usage)
             if event.reason == "abort":
                 raise ApiError(500, "the engine gave up on this request", code="internal_error")
         else:

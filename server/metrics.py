@@ -3,17 +3,19 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from engine.client import EngineClient
-from engine.types import Snapshot
+from engine.types import DecoderCounts, Snapshot, Usage
 
 from .admission import Gate
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+QUEUE_SECONDS = (0.001, 0.0025, *SECONDS)
+SIZES = (16, 64, 256, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10)
 SECONDS_PER_BYTE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -25,10 +27,18 @@ class Metrics:
         self.http_responses = Counter(
             "fastblt_http_responses", "HTTP responses by route and status.", ["route", "status"], registry=registry
         )
-        self._requests = Counter(
-            "fastblt_requests", "Ended sequences by reason.", ["decoder", "finish_reason"], registry=registry
+        self.in_progress = Gauge("fastblt_http_requests_in_progress", "HTTP requests under way.", registry=registry)
+        self._sequences = Counter(
+            "fastblt_sequences", "Ended sequences by reason.", ["decoder", "finish_reason"], registry=registry
         )
         labels = ["decoder"]
+        self._queue = Histogram(
+            "fastblt_queue_seconds",
+            "From the arrival of a sequence in the engine to its first step.",
+            labels,
+            buckets=QUEUE_SECONDS,
+            registry=registry,
+        )
         self._first_byte = Histogram(
             "fastblt_time_to_first_byte_seconds",
             "From the arrival of a request to the first byte of a sequence.",
@@ -50,46 +60,60 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self._prompt_size = Histogram(
+            "fastblt_prompt_size_bytes", "Ids of a sequence's prompt.", labels, buckets=SIZES, registry=registry
+        )
+        self._output_size = Histogram(
+            "fastblt_output_size_bytes", "Ids generated for a sequence.", labels, buckets=SIZES, registry=registry
+        )
         self._engine = EngineCollector(client, gate, version)
         registry.register(self._engine)
         ProcessCollector(registry=registry)
+        # The engine process, as long as there is one. Its figures start anew with it.
+        ProcessCollector("fastblt_engine", pid=lambda: client.pid or "none", registry=registry)
 
-    def clock(self, decoder: str) -> "Clock":
-        return Clock(self, decoder)
+    def clock(self, decoder: str, prompt_size: int) -> "Clock":
+        return Clock(self, decoder, prompt_size)
 
-    def ended(self, decoder: str, reason: str, start: float, first: float | None, last: float, num_bytes: int) -> None:
-        """Records one sequence; times are of `time.perf_counter`."""
-        self._requests.labels(decoder, reason).inc()
-        self._end_to_end.labels(decoder).observe(time.perf_counter() - start)
-        if first is not None:
-            self._first_byte.labels(decoder).observe(first - start)
-            if num_bytes > 1:
-                self._per_byte.labels(decoder).observe((last - first) / (num_bytes - 1))
+    def ended(self, clock: "Clock", reason: str, usage: Usage | None) -> None:
+        """Records one sequence. usage: of one that the engine brought to its end."""
+        decoder = clock.decoder
+        self._sequences.labels(decoder, reason).inc()
+        self._prompt_size.labels(decoder).observe(clock.prompt_size)
+        self._output_size.labels(decoder).observe(clock.num_bytes)
+        self._end_to_end.labels(decoder).observe(time.perf_counter() - clock.start)
+        if usage:
+            self._queue.labels(decoder).observe(usage.queue_seconds)
+        if clock.first is not None:
+            self._first_byte.labels(decoder).observe(clock.first - clock.start)
+            if clock.num_bytes > 1:
+                self._per_byte.labels(decoder).observe((clock.last - clock.first) / (clock.num_bytes - 1))
         self._engine.look()
 
 
 class Clock:
-    """Times one sequence."""
+    """Times one sequence, by `time.perf_counter`."""
 
-    def __init__(self, metrics: Metrics, decoder: str) -> None:
+    def __init__(self, metrics: Metrics, decoder: str, prompt_size: int) -> None:
         self._metrics = metrics
-        self._decoder = decoder
-        self._start = self._last = time.perf_counter()
-        self._first: float | None = None
-        self._num_bytes = 0
+        self.decoder = decoder
+        self.prompt_size = prompt_size
+        self.start = self.last = time.perf_counter()
+        self.first: float | None = None
+        self.num_bytes = 0
         self._ended = False
 
     def advance(self, num_ids: int) -> None:
         if num_ids:
-            self._last = time.perf_counter()
-            self._first = self._first or self._last
-            self._num_bytes += num_ids
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
+            self.num_bytes += num_ids
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, usage: Usage | None = None) -> None:
         """The first call counts."""
         if not self._ended:
             self._ended = True
-            self._metrics.ended(self._decoder, reason, self._start, self._first, self._last, self._num_bytes)
+            self._metrics.ended(self, reason, usage)
 
 
 class EngineCollector(Collector):
@@ -103,8 +127,8 @@ class EngineCollector(Collector):
         self._client = client
         self._gate = gate
         self._version = version
-        self._totals: dict[tuple[str, str], float] = {}
-        self._last: dict[tuple[str, str], float] = {}
+        self._totals: dict[tuple[str, Labels], float] = {}
+        self._last: dict[tuple[str, Labels], float] = {}
         self._seen: Snapshot | None = None
 
     def look(self) -> None:
@@ -121,63 +145,112 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         self.look()
-        client, snapshot = self._client, self._client.snapshot
+        client, snapshot, facts = self._client, self._client.snapshot, self._client.facts
         yield _gauge("fastblt_running_sequences", "Sequences in the running batch.", snapshot.running)
         yield _gauge("fastblt_waiting_sequences", "Sequences that wait in the engine.", snapshot.waiting)
         yield _gauge("fastblt_queued_sequences", "Admitted sequences without a first byte.", self._gate.waiting)
+        yield _gauge("fastblt_queue_capacity_sequences", "What --max-queue allows of these.", self._gate.capacity)
         yield _gauge("fastblt_engine_up", "1 if the engine is ready.", client.state == "ready")
         yield _gauge("fastblt_draining", "1 once the server shuts down.", self._gate.draining)
-        used, size = (
-            GaugeMetricFamily("fastblt_pages_used", "Cache pages in use.", labels=["pool"]),
-            GaugeMetricFamily("fastblt_pages_capacity", "Cache pages in all.", labels=["pool"]),
-        )
-        for pool, stats in snapshot.pools.items():
-            used.add_metric([pool], stats.used)
-            size.add_metric([pool], stats.total)
-        yield from (used, size)
+        pools = snapshot.pools
+        used, total = ({pool: getattr(pages, kind) for pool, pages in pools.items()} for kind in ("used", "total"))
+        yield _gauges("fastblt_pages_used", "Cache pages in use.", "pool", used)
+        yield _gauges("fastblt_pages_capacity", "Cache pages in all.", "pool", total)
+        yield _gauges("fastblt_page_size_bytes", "Size of a cache page.", "pool", facts.page_bytes)
+        help_text = "Weights that every pass of a stage reads."
+        yield _gauges("fastblt_stage_weight_bytes", help_text, "stage", facts.weight_bytes)
+        help_text = "What the memory gave when it was tried at the start."
+        yield _gauges("fastblt_peak_bandwidth_bytes_per_second", help_text, "operation", facts.peak_bandwidth)
+        memory = dict(zip(("used", "total"), snapshot.device_memory or (), strict=False))
+        yield _gauges("fastblt_device_memory_bytes", "Memory of the GPU.", "kind", memory)
         restarts = CounterMetricFamily("fastblt_engine_restarts", "Restarts of the engine process.")
         restarts.add_metric([], client.restarts)
         yield restarts
-        for name, (help_text, label, _) in COUNTERS.items():
-            family = CounterMetricFamily(f"fastblt_{name}", help_text, labels=[label] if label else [])
-            for (counter, value), total in self._totals.items():
+        for name, (help_text, labels, _) in COUNTERS.items():
+            family = CounterMetricFamily(f"fastblt_{name}", help_text, labels=labels)
+            for (counter, values), count in self._totals.items():
                 if counter == name:
-                    family.add_metric([value] if label else [], total)
+                    family.add_metric(values, count)
             yield family
-        info = GaugeMetricFamily("fastblt_build_info", "Always 1.", labels=["version", "model"])
-        info.add_metric([self._version, client.limits.name], 1)
+        about = {"version": self._version, "model": client.limits.name, "device": facts.device}
+        about |= {"dtype": facts.dtype, "weights": facts.weights, "kernels": facts.kernels}
+        info = GaugeMetricFamily("fastblt_build_info", "Always 1.", labels=list(about))
+        info.add_metric(list(about.values()), 1)
         yield info
 
 
-def _per_decoder(field: str) -> Callable[[Snapshot], Mapping[str, float]]:
-    return lambda snapshot: {decoder: getattr(counts, field) for decoder, counts in snapshot.decoders.items()}
+Labels = tuple[str, ...]
+Read = Callable[[Snapshot], Mapping[Labels, float]]
 
 
-COUNTERS: dict[str, tuple[str, str, Callable[[Snapshot], Mapping[str, float]]]] = {
-    "steps": ("Steps of the engine.", "", lambda s: {"": s.steps}),
-    "preemptions": ("Sequences put back for lack of pages.", "", lambda s: {"": s.preemptions}),
-    "prompt_bytes": ("Prompt ids computed.", "", lambda s: {"": s.prompt_rows}),
-    "stage_calls": ("Calls of a stage, each over a whole batch.", "stage", lambda s: s.calls),
-    "stage_rows": ("Rows that went through a stage.", "stage", lambda s: s.rows),
-    "stage_seconds": ("Time spent in a stage.", "stage", lambda s: s.stage_seconds),
-    "stage_read_bytes": ("Weights, keys and values and look-ups that a stage read.", "stage", lambda s: s.read_bytes),
-    "committed_bytes": ("Generated ids.", "decoder", _per_decoder("committed")),
-    "rounds": ("Rounds of a decoder.", "decoder", _per_decoder("rounds")),
-    "drafted_bytes": ("Bytes drafted, or decoded in blocks.", "decoder", _per_decoder("drafted")),
-    "accepted_bytes": ("Drafted bytes that became text.", "decoder", _per_decoder("accepted")),
-    "decoder_calls": ("Decoder passes of a request: the paper's NFE.", "decoder", _per_decoder("decoder_calls")),
-    "global_calls": ("Encoder and global passes of a request.", "decoder", _per_decoder("global_calls")),
-    "estimated_read_bytes": ("Weight bytes by the paper's formula.", "decoder", _per_decoder("estimated_bytes")),
-    "read_bytes": ("Bytes really read, batches shared out.", "decoder", _per_decoder("read_bytes")),
+def _one(field: str) -> Read:
+    return lambda snapshot: {(): getattr(snapshot, field)}
+
+
+def _per_stage(field: str) -> Read:
+    return lambda snapshot: {(stage,): count for stage, count in getattr(snapshot, field).items()}
+
+
+def _per_decoder(field: str) -> Read:
+    return lambda snapshot: {(decoder,): getattr(counts, field) for decoder, counts in snapshot.decoders.items()}
+
+
+def _per_decoder_and_stage(read: Callable[[DecoderCounts], Mapping[str, float]]) -> Read:
+    return lambda snapshot: {
+        (decoder, stage): count
+        for decoder, counts in snapshot.decoders.items()
+        for stage, count in read(counts).items()
+    }
+
+
+BOTH = ("decoder", "stage")
+COUNTERS: dict[str, tuple[str, Labels, Read]] = {
+    "steps": ("Steps of the engine.", (), _one("steps")),
+    "step_seconds": ("Time in steps, the host's part included.", (), _one("step_seconds")),
+    "preemptions": ("Sequences put back for lack of pages.", (), _one("preemptions")),
+    "prompt_bytes": ("Prompt ids computed.", (), _one("prompt_rows")),
+    "stage_calls": ("Calls of a stage, each over a whole batch.", ("stage",), _per_stage("calls")),
+    "stage_rows": ("Rows that went through a stage.", ("stage",), _per_stage("rows")),
+    "stage_seconds": ("Time spent in a stage.", ("stage",), _per_stage("stage_seconds")),
+    "stage_read_bytes": ("Weights, keys, values and look-ups a stage read.", ("stage",), _per_stage("read_bytes")),
+    "committed_bytes": ("Generated ids.", ("decoder",), _per_decoder("committed")),
+    "rounds": ("Rounds of a decoder.", ("decoder",), _per_decoder("rounds")),
+    "drafted_bytes": ("Bytes drafted, or decoded in blocks.", ("decoder",), _per_decoder("drafted")),
+    "accepted_bytes": ("Drafted bytes that became text.", ("decoder",), _per_decoder("accepted")),
+    "decoder_stage_calls": ("Passes of requests: the paper's NFE.", BOTH, _per_decoder_and_stage(lambda c: c.calls)),
+    "decoder_stage_rows": ("Rows of requests.", BOTH, _per_decoder_and_stage(lambda c: c.rows)),
+    "decoder_stage_seconds": ("Requests' shares of passes.", BOTH, _per_decoder_and_stage(lambda c: c.seconds)),
+    "decoder_stage_read_bytes": (
+        "Bytes really read, a batch's weights shared out.",
+        BOTH,
+        _per_decoder_and_stage(lambda c: c.read_bytes),
+    ),
+    "decoder_stage_estimated_bytes": (
+        "Weight bytes by the paper's formula.",
+        BOTH,
+        _per_decoder_and_stage(lambda c: c.estimated_bytes),
+    ),
+    "blt_estimated_bytes": (
+        "What that formula gives for plain BLT writing the same.",
+        ("decoder",),
+        _per_decoder("blt_estimated_bytes"),
+    ),
 }
-"""Name -> help, label, and how to read it from a snapshot as label value -> count."""
+"""Name -> help, labels, and how to read it from a snapshot as label values -> count."""
 
 
-def _counts(snapshot: Snapshot) -> Iterable[tuple[tuple[str, str], float]]:
+def _counts(snapshot: Snapshot) -> Iterable[tuple[tuple[str, Labels], float]]:
     for name, (_, _, read) in COUNTERS.items():
-        for value, count in read(snapshot).items():
-            yield (name, value), count
+        for values, count in read(snapshot).items():
+            yield (name, values), count
 
 
 def _gauge(name: str, help_text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, help_text, value=float(value))
+
+
+def _gauges(name: str, help_text: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, help_text, labels=[label])
+    for value, number in values.items():
+        family.add_metric([value], number)
+    return family

@@ -38,6 +38,7 @@ class RequestContext:
         request_id = given if REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
+        self._metrics.in_progress.inc()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -56,6 +57,7 @@ class RequestContext:
                 raise
             await internal_error(request_id).response()(scope, receive, send_with_id)
         finally:
+            self._metrics.in_progress.dec()
             route = getattr(scope.get("route"), "path", "unmatched")
             self._metrics.http_responses.labels(route, status).inc()
             milliseconds = (time.perf_counter() - start) * 1000

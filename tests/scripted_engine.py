@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.config import BYTE_OFFSET, EngineConfig, ModelLimits
 from engine.stopping import StopMatcher
-from engine.types import Delta, Event, Finished, FinishReason, Request, Snapshot, TokenLogprob, Usage
+from engine.types import Delta, Event, Facts, Finished, FinishReason, Request, Snapshot, TokenLogprob, Usage
 
 STEP_SECONDS = 0.003
 
@@ -65,6 +65,9 @@ class ScriptedEngine:
                     del self._running[run.request.id]
         events, self._events = self._events, []
         return events
+
+    def facts(self) -> Facts:
+        return Facts(device="script")
 
     def snapshot(self) -> Snapshot:
         return Snapshot(running=len(self._running), steps=self._steps)

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def formula(preset: str) -> PaperFormula:
     counts = count_parameters(PRESETS[preset])
     # The paper's figures leave the byte table of the 3B's decoder out, as those of the 1B, which has none.
     own_table = 261 * PRESETS[preset].decoder.dim if PRESETS[preset].decoder_input == "embedding" else 0
-    return PaperFormula(counts["decoder"] - own_table + counts["head"], counts["encoder"] + counts["global"])
+    return PaperFormula(counts["decoder"] - own_table + counts["head"], counts["encoder"], counts["global"])
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -87,7 +88,33 @@ def test_a_batch_shares_its_weights_out() -> None:
     assert sum(usage.bytes_read for usage in usages) == pytest.approx(spent, rel=1e-6)
     snapshot = engine.snapshot()
     assert snapshot.decoders["blt"].committed == snapshot.decoders["blt-s"].committed == 160
-    assert sum(counts.read_bytes for counts in snapshot.decoders.values()) == pytest.approx(spent, rel=1e-6)
+    counted = [sum(counts.read_bytes.values()) for counts in snapshot.decoders.values()]
+    assert sum(counted) == pytest.approx(spent, rel=1e-6)
+    # Every row of this batch generates, so that nothing of the time is left over.
+    for stage, seconds in snapshot.stage_seconds.items():
+        assert sum(counts.seconds[stage] for counts in snapshot.decoders.values()) == pytest.approx(seconds)
+    assert sum(snapshot.stage_seconds.values()) < snapshot.step_seconds
+
+
+def test_what_plain_blt_would_have_cost() -> None:
+    """The formula for blt's own calls, whatever decoder wrote the text; what was prompt costs nobody."""
+    engine = make_engine(NANO)
+    ways: dict[str, dict[str, Any]] = {
+        "blt": {},
+        "blt-s": {"decoder": "blt-s"},
+        "blt-dv": {"decoder": "blt-dv"},
+    }
+    prompts = [text(n, n) for n in (1, 17, 40)]
+    for fields in ways.values():
+        run(engine, [request(str(i), prompt, 64, ignore_eos=True, **fields) for i, prompt in enumerate(prompts)])
+    decoders = engine.snapshot().decoders
+    own = sum(decoders["blt"].estimated_bytes.values())
+    assert decoders["blt"].calls["decoder"] == decoders["blt"].committed == 3 * 64
+    assert own > 0
+    for way in ways:
+        assert decoders[way].blt_estimated_bytes == pytest.approx(own, abs=2), way
+    assert sum(decoders["blt-s"].estimated_bytes.values()) < own
+    assert sum(decoders["blt-dv"].estimated_bytes.values()) < own
 
 
 def test_blt_calls_are_what_can_be_counted_by_hand() -> None:
@@ -100,5 +127,5 @@ def test_blt_calls_are_what_can_be_counted_by_hand() -> None:
     assert 50 / 8 <= usage.global_calls <= 50
     assert usage.rows["global"] >= usage.global_calls
     parameters = count_parameters(engine.model_config)
-    of = PaperFormula(parameters["decoder"] + parameters["head"], parameters["encoder"] + parameters["global"], 4)
+    of = PaperFormula(parameters["decoder"] + parameters["head"], parameters["encoder"], parameters["global"], 4)
     assert usage.estimated_bytes == math.floor(of.bytes(50, usage.global_calls))

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from engine.config import BOS_ID, BYTE_OFFSET
 from engine.decoders import Decoder
 from engine.engine import Engine
@@ -24,21 +22,25 @@ Wrap = Callable[[Request], Decoder]
 @dataclass(frozen=True, slots=True)
 class Reading:
     """texts: the ids generated per prompt. The rest from when all of them had begun: seconds, steps, and what the
-    engine counted for their decoder (the fields of `DecoderCounts`)."""
+    engine counted for their decoder."""
 
     texts: list[list[int]]
     seconds: float
     steps: int
-    counts: dict[str, int]
+    committed: int
+    rounds: int
+    decoder_calls: int
+    global_calls: int
+    read_bytes: int
 
     @property
     def bytes_per_second(self) -> float:
-        return self.counts["committed"] / self.seconds
+        return self.committed / self.seconds
 
     @property
     def read_per_byte(self) -> float:
         """Bytes read for every byte generated, as the engine counts them."""
-        return self.counts["read_bytes"] / self.counts["committed"]
+        return self.read_bytes / self.committed
 
 
 def prompts(count: int, length: int) -> list[list[int]]:
@@ -73,6 +75,14 @@ def generate(
             snapshot = engine.snapshot()
             steps, before, began = snapshot.steps, snapshot.decoders[decoder], time.perf_counter()
     seconds, after = time.perf_counter() - began, engine.snapshot()
-    earlier = msgspec.structs.asdict(before)
-    counts = {name: value - earlier[name] for name, value in msgspec.structs.asdict(after.decoders[decoder]).items()}
-    return Reading(texts, seconds, after.steps - steps, counts)
+    counts = after.decoders[decoder]
+    return Reading(
+        texts,
+        seconds,
+        after.steps - steps,
+        committed=counts.committed - before.committed,
+        rounds=counts.rounds - before.rounds,
+        decoder_calls=counts.calls["decoder"] - before.calls.get("decoder", 0),
+        global_calls=counts.calls["global"] - before.calls.get("global", 0),
+        read_bytes=sum(counts.read_bytes.values()) - sum(before.read_bytes.values()),
+    )

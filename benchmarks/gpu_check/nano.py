@@ -52,7 +52,7 @@ def _compare(engine: Engine, concurrency: int, setting: Setting) -> list[dict[st
                 "bytes_per_second": statistics.median(rates),
                 "over_blt": statistics.median(ratios),
                 "range": [min(ratios), max(ratios)],
-                "bytes_per_round": found.counts["committed"] / found.counts["rounds"],
+                "bytes_per_round": found.committed / found.rounds,
                 "ms_per_step": 1000 * found.seconds / found.steps,
                 "warm_up_seconds": warm_up[way],
             }

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine import bandwidth
 from engine.checkpoint import PRESETS
 from kernels.dispatch import Kernels, choose_kernels
 from kernels.linear import Matrix, quantize
 
-from . import timing
 from .piece import Piece
 from .setting import Setting
 
@@ -25,7 +25,7 @@ ROWS = (1, 8, 16)
 def measure(setting: Setting, piece: Piece) -> None:
     device = torch.device(setting.device)
     piece.put(device=describe(setting))
-    copied = timing.copy_rate(device, copy_size(setting))
+    copied = bandwidth.copy_rate(device, copy_size(setting))
     piece.put(copy_gb_s=copied / 1e9)
     kernels = choose_kernels(None, device)
     best = 0.0
@@ -102,4 +102,4 @@ def _matrices(out: int, width: int, setting: Setting) -> list[Matrix]:
 
 def _rate(kernels: Kernels, x: Tensor, matrices: list[Matrix], device: torch.device) -> float:
     """GB of matrices per second."""
-    return timing.stream_rate(lambda matrix: kernels.linear(x, matrix), matrices, device) / 1e9
+    return bandwidth.stream_rate(lambda matrix: kernels.linear(x, matrix), matrices, device) / 1e9

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from engine import bandwidth
 from engine.decoders import Decoder, make_decoder
 from engine.decoders.auto import Experience
 from engine.engine import Engine
 from engine.types import Request, Unmask
 
-from . import models, timing
+from . import models
 from .generate import Reading, Wrap, generate, prompts
 from .piece import Piece
 from .probe import copy_size
@@ -45,7 +46,7 @@ WAYS: dict[models.Form, dict[str, dict[str, Any]]] = {
 
 def measure(setting: Setting, piece: Piece) -> None:
     device = torch.device(setting.device)
-    peak = timing.copy_rate(device, copy_size(setting))
+    peak = bandwidth.copy_rate(device, copy_size(setting))
     shape = "toy stacks in the form of the 1B" if setting.quick else "1B"
     piece.put(copy_gb_s=peak / 1e9, shape=shape, hash_rows=models.config_1b("fast", toy=setting.quick).hashes.rows)
     for form in WAYS:
@@ -96,9 +97,8 @@ def figures(pairs: list[tuple[Reading, Reading]], peak: float) -> dict[str, Any]
     """What paired turns of blt and another say. peak: bytes per second of a copy."""
     ratios = [found.bytes_per_second / blt.bytes_per_second for blt, found in pairs]
     predicted = [blt.read_per_byte / found.read_per_byte for blt, found in pairs]
-    read = [found.counts["read_bytes"] / found.seconds for _, found in pairs]
+    read = [found.read_bytes / found.seconds for _, found in pairs]
     last = pairs[-1][1]
-    committed = last.counts["committed"]
     return {
         "bytes_per_second": statistics.median(found.bytes_per_second for _, found in pairs),
         "over_blt": statistics.median(ratios),
@@ -108,9 +108,9 @@ def figures(pairs: list[tuple[Reading, Reading]], peak: float) -> dict[str, Any]
         "read_gb_s": statistics.median(read) / 1e9,
         "bandwidth_use": statistics.median(read) / peak,
         "read_mb_per_byte": last.read_per_byte / 1e6,
-        "bytes_per_round": committed / last.counts["rounds"],
-        "decoder_calls_per_byte": last.counts["decoder_calls"] / committed,
-        "global_calls_per_byte": last.counts["global_calls"] / committed,
+        "bytes_per_round": last.committed / last.rounds,
+        "decoder_calls_per_byte": last.decoder_calls / last.committed,
+        "global_calls_per_byte": last.global_calls / last.committed,
         "ms_per_step": 1000 * last.seconds / last.steps,
     }
 

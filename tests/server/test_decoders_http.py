@@ -79,5 +79,7 @@ def test_aliases_are_listed_and_metrics_count_by_decoder(tiny_server: str) -> No
     assert {"tiny", "tiny:blt", "tiny:blt-s", "tiny:blt-d", "tiny:blt-dv", "tiny:auto"} <= names
     complete(tiny_server, decoder="blt-s")
     metrics = httpx.get(f"{tiny_server}/metrics").text
-    for name in ("committed_bytes", "rounds", "drafted_bytes", "accepted_bytes", "global_calls", "read_bytes"):
+    for name in ("committed_bytes", "rounds", "drafted_bytes", "accepted_bytes", "blt_estimated_bytes"):
         assert f'fastblt_{name}_total{{decoder="blt-s"}}' in metrics
+    for name in ("calls", "rows", "read_bytes", "seconds"):
+        assert f'fastblt_decoder_stage_{name}_total{{decoder="blt-s",stage="global"}}' in metrics

@@ -42,15 +42,15 @@ def test_no_page_is_in_use_after_200_requests_half_of_them_left_in_mid_stream(se
         async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
             return await asyncio.gather(*(one(http, number) for number in range(200)))
 
-    before = server.metrics("fastblt_requests_total").get(
-        'fastblt_requests_total{decoder="blt",finish_reason="abort"}', 0
+    before = server.metrics("fastblt_sequences_total").get(
+        'fastblt_sequences_total{decoder="blt",finish_reason="abort"}', 0
     )
     done = asyncio.run(everyone())
     assert done == [number % 2 == 1 for number in range(200)]
     until(lambda: server.pages_in_use() == 0)
     assert server.metrics("fastblt_running_sequences") == {"fastblt_running_sequences": 0}
     assert server.metrics("fastblt_queued_sequences") == {"fastblt_queued_sequences": 0}
-    after = server.metrics("fastblt_requests_total")['fastblt_requests_total{decoder="blt",finish_reason="abort"}']
+    after = server.metrics("fastblt_sequences_total")['fastblt_sequences_total{decoder="blt",finish_reason="abort"}']
     assert after - before == 100
 
 

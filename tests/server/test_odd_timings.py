@@ -13,7 +13,7 @@ import uvicorn
 
 from engine.client import EngineClient, EngineDead
 from engine.config import ModelLimits
-from engine.types import DecoderCounts, Delta, Event, Failed, Finished, Request, Snapshot, Usage
+from engine.types import DecoderCounts, Delta, Event, Facts, Failed, Finished, Request, Snapshot, Usage
 from server.app import create_app
 from server.settings import ServerSettings
 
@@ -23,9 +23,11 @@ class ScriptedClient(EngineClient):
 
     def __init__(self) -> None:
         self.limits = ModelLimits("scripted", 1000, 260, None)
+        self.facts = Facts()
         self.snapshot = Snapshot()
         self.state = "ready"
         self.restarts = 0
+        self._child = None
         self.release = asyncio.Event()
         self.open = 0
 

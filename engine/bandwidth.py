@@ -1,4 +1,8 @@
-"""How long something takes on a device, and how fast the device moves memory."""
+"""How long something takes on a device, and how fast the device moves memory.
+
+A step that is bound by reading weights can at best stream them as fast as the device's memory gives them: what the
+engine reads per second is told as a share of that.
+"""
 
 import statistics
 import time
@@ -6,9 +10,23 @@ from collections.abc import Callable
 
 import torch
 
+from kernels.dispatch import Kernels
 from kernels.linear import Matrix
 
 REPEATS = 5
+PROBED_BYTES = 128 << 20
+"""More than caches hold, and little enough to be read a dozen times while an engine starts."""
+PROBED_WIDTH = 1024
+
+
+def probe(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Bytes per second. "copy": a plain copy, what is read and written together. "gemv": one row times a matrix in
+    `dtype` by these kernels, the matrix alone. Takes a few tenths of a second and `2 * PROBED_BYTES` of memory."""
+    copied = copy_rate(device, PROBED_BYTES, times=1)
+    height = PROBED_BYTES // PROBED_WIDTH // dtype.itemsize
+    matrix = Matrix(torch.zeros(height, PROBED_WIDTH, dtype=dtype, device=device))
+    x = torch.ones(1, PROBED_WIDTH, dtype=dtype, device=device)
+    return {"copy": copied, "gemv": stream_rate(lambda m: kernels.linear(x, m), [matrix], device, times=1)}
 
 
 def seconds(work: Callable[[], object], device: torch.device, *, times: int = 1) -> float:
@@ -49,14 +67,16 @@ def recorded(work: Callable[[], object], device: torch.device) -> Callable[[], o
     return graph.replay
 
 
-def copy_rate(device: torch.device, size: int) -> float:
+def copy_rate(device: torch.device, size: int, times: int = 3) -> float:
     """Bytes per second that a plain copy of `size` bytes moves, read and written together."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / seconds(lambda: target.copy_(source), device, times=3)
+    return 2 * size / seconds(lambda: target.copy_(source), device, times=times)
 
 
-def stream_rate(multiply: Callable[[Matrix], object], matrices: list[Matrix], device: torch.device) -> float:
+def stream_rate(
+    multiply: Callable[[Matrix], object], matrices: list[Matrix], device: torch.device, times: int = 3
+) -> float:
     """Bytes of matrices per second that products with each of them in turn read."""
 
     def work() -> None:
@@ -64,4 +84,4 @@ def stream_rate(multiply: Callable[[Matrix], object], matrices: list[Matrix], de
             multiply(matrix)
 
     size = sum(matrix.data.numel() * matrix.data.element_size() for matrix in matrices)
-    return size / seconds(recorded(work, device), device, times=3)
+    return size / seconds(recorded(work, device), device, times=times)
