@@ -16,6 +16,7 @@ from .generation import Service
 from .metrics import Metrics
 from .middleware import ApiKeys, RequestContext
 from .names import check_model, offered_models
+from .page import page_router
 from .responses import JsonResponse
 from .schemas import Completion, CompletionRequest
 from .settings import ServerSettings
@@ -51,6 +52,8 @@ def create_app(settings: ServerSettings, client: EngineClient) -> FastAPI:
     app.state.gate = gate
     app.include_router(_api(service))
     app.include_router(_operations(service))
+    if settings.page:
+        app.include_router(page_router())
     add_error_handlers(app)
     # The last one added is the outermost.
     if keys := settings.load_api_keys():
@@ -123,6 +126,7 @@ def _operations(service: Service) -> APIRouter:
                 "model": limits.name,
                 "parameters": limits.parameters,
                 "max_length": limits.max_length,
+                "block_size": limits.block_size,
                 "decoders": limits.decoders,
             }
         )

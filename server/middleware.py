@@ -18,7 +18,7 @@ log = logging.getLogger("fastblt.server")
 access_log = logging.getLogger("fastblt.access")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-OPEN_PATHS = re.compile(r"/health/(live|ready)|/metrics")
+OPEN_PATHS = re.compile(r"/|/page/[^/]+|/health/(live|ready)|/metrics")
 CLIENT_LEFT = 499
 """In logs and metrics, as nginx has it; nobody receives it."""
 
@@ -69,7 +69,7 @@ class RequestContext:
 
 
 class ApiKeys:
-    """Refuses requests without one of the keys, except for health and metrics."""
+    """Refuses requests without one of the keys, except for the page, health and metrics."""
 
     def __init__(self, app: ASGIApp, keys: tuple[bytes, ...]) -> None:
         self._app = app

@@ -46,6 +46,7 @@ class ServerSettings(BaseSettings):
     cors_origins: Annotated[list[str], NoDecode] = Field(
         [], description="Web origins whose pages may call the API; by default none."
     )
+    page: bool = Field(True, description="Serve the live page at /.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
 
     @field_validator("served_model_name", "api_keys", "cors_origins", mode="before")
