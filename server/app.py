@@ -17,6 +17,7 @@ from .generation import Service
 from .metrics import Metrics
 from .middleware import ApiKeys, RequestContext
 from .names import check_model, offered_models
+from .page import page_router
 from .responses import JsonResponse
 from .schemas import Completion, CompletionRequest
 from .settings import ServerSettings
@@ -56,6 +57,8 @@ def create_app(settings: ServerSettings, client: EngineClient, traces: "Traces |
     app.state.gate = gate
     app.include_router(_api(service))
     app.include_router(_operations(service))
+    if settings.page:
+        app.include_router(page_router())
     add_error_handlers(app)
     # The last one added is the outermost.
     if keys := settings.load_api_keys():
@@ -129,6 +132,7 @@ def _operations(service: Service) -> APIRouter:
                 "model": limits.name,
                 "parameters": limits.parameters,
                 "max_length": limits.max_length,
+                "block_size": limits.block_size,
                 "decoders": limits.decoders,
             }
         )

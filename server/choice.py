@@ -1,4 +1,4 @@
-"""The events of one sequence as pieces of one choice: text, log-probabilities, and why it ended.
+"""The events of one sequence as pieces of one choice: text, log-probabilities, trace, and why it ended.
 
 A response without streaming is the sum of the same pieces, so that both say the same.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from engine.config import BYTE_OFFSET, SPECIAL_NAMES
 from engine.types import Delta, Finished, FinishReason, TokenLogprob, Usage
 
-from .schemas import Logprobs
+from .schemas import Logprobs, Trace, TraceRound
 from .text import OffsetTracker, Utf8Stream
 
 ASCII_END = 0x80
@@ -22,6 +22,12 @@ class Piece:
     text: str = ""
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
+    trace: Trace | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        shown = self.text or self.finish_reason or self.logprobs and self.logprobs.tokens
+        return not (shown or self.trace and self.trace.rounds)
 
     def add(self, other: "Piece") -> None:
         self.text += other.text
@@ -32,6 +38,10 @@ class Piece:
             self.logprobs.top_logprobs += other.logprobs.top_logprobs
             self.logprobs.text_offset += other.logprobs.text_offset
             self.logprobs.bytes += other.logprobs.bytes
+        if self.trace and other.trace:
+            self.trace.rounds += other.trace.rounds
+            self.trace.patch_starts += other.trace.patch_starts
+            self.trace.text_bytes += other.trace.text_bytes
 
 
 def token_name(token: int) -> str:
@@ -44,12 +54,13 @@ def token_name(token: int) -> str:
 
 @dataclass
 class ChoiceStream:
-    """Takes a sequence's events in order. A generated id is reported when its byte is in the text, or never: those of
-    a stop string and a closing end-of-sequence id are not."""
+    """Takes a sequence's events in order. Log-probabilities of a generated id are reported when its byte is in the
+    text, or never: those of a stop string and of a closing end-of-sequence id are not. Traces are reported at once."""
 
     prompt_ids: list[int]
     echo: bool
     with_logprobs: bool
+    with_trace: bool = False
     usage: Usage = field(default_factory=Usage)
     cumulative_logprob: float = 0.0
     num_generated: int = 0
@@ -60,7 +71,9 @@ class ChoiceStream:
         self._offsets = OffsetTracker()
         self._owes_prompt = self.echo
         self._num_text_bytes = 0
+        self._num_certain_bytes = 0
         self._num_shown_bytes = 0
+        self._last_patch_start = -1
         self._hidden: deque[TokenLogprob] = deque()
 
     @property
@@ -68,7 +81,7 @@ class ChoiceStream:
         return self.cumulative_logprob / max(self.num_generated, 1)
 
     def empty_piece(self) -> Piece:
-        return Piece(logprobs=Logprobs() if self.with_logprobs else None)
+        return Piece(logprobs=Logprobs() if self.with_logprobs else None, trace=Trace() if self.with_trace else None)
 
     def feed(self, event: Delta | Finished) -> Piece:
         piece = self.empty_piece()
@@ -88,12 +101,30 @@ class ChoiceStream:
             piece.text += self._utf8.finish()
             self.finish_reason = piece.finish_reason = event.reason
             self.usage, self.cumulative_logprob = event.usage, event.cumulative_logprob
+        before = self._num_certain_bytes
+        # Pending bytes may be the prompt's.
+        self._num_certain_bytes = max(self._num_text_bytes - self._utf8.num_pending, 0)
+        if piece.trace:
+            piece.trace.text_bytes = self._num_certain_bytes - before
+            if isinstance(event, Delta):
+                self._trace(piece.trace, event)
         self._show_certain(piece)
         return piece
 
+    def _trace(self, trace: Trace, event: Delta) -> None:
+        at = 0
+        for told in event.traces:
+            ids = event.ids[at : at + told.num_ids]
+            trace.rounds.append(TraceRound(ids=ids, drafts=told.drafts, accepted=told.accepted, passes=told.passes))
+            at += told.num_ids
+            for start in told.patch_starts:
+                # An engine that was started again in between tells all patches again.
+                if start > self._last_patch_start:
+                    self._last_patch_start = start
+                    trace.patch_starts.append(start)
+
     def _show_certain(self, piece: Piece) -> None:
         """Reports the ids whose bytes are in the text by now, and the special ids between them."""
-        certain = self._num_text_bytes - self._utf8.num_pending
         while self._hidden:
             specials = 0
             while specials < len(self._hidden) and self._hidden[specials].id < BYTE_OFFSET:
@@ -102,7 +133,7 @@ class ChoiceStream:
                 # Whether these belong to the choice depends on what follows.
                 if piece.finish_reason in (None, "stop"):
                     return
-            elif self._num_shown_bytes >= certain:
+            elif self._num_shown_bytes >= self._num_certain_bytes:
                 return
             else:
                 self._num_shown_bytes += 1

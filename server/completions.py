@@ -140,7 +140,7 @@ class CompletionStream(EventSourceResponse):
         if item is None:
             return KEEPALIVE_COMMENT
         index, piece = item
-        if not (piece.text or piece.finish_reason or piece.logprobs and piece.logprobs.tokens):
+        if piece.is_empty:
             return None
         return _event(self._generation.completion([self._generation.choice(index, piece)], with_usage=False))
 

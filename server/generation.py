@@ -50,7 +50,9 @@ class Generation:
         self._ticket = ticket
         self.clocks = [service.metrics.clock(plan.decoder, len(r.prompt_ids)) for r in plan.requests]
         request = plan.request
-        self.streams = [ChoiceStream(r.prompt_ids, request.echo, request.logprobs is not None) for r in plan.requests]
+        self.streams = [
+            ChoiceStream(r.prompt_ids, request.echo, request.logprobs is not None, request.trace) for r in plan.requests
+        ]
         self._events = merge([service.client.submit(r) for r in plan.requests], service.settings.keepalive_seconds)
         self._begun: set[int] = set()
         self.said = [""] * len(plan.requests) if service.settings.log_content else None
@@ -111,7 +113,13 @@ class Generation:
 
     def choice(self, index: int, piece: Piece) -> Choice:
         assert piece.finish_reason != "abort"
-        return Choice(index=index, text=piece.text, logprobs=piece.logprobs, finish_reason=piece.finish_reason)
+        return Choice(
+            index=index,
+            text=piece.text,
+            logprobs=piece.logprobs,
+            finish_reason=piece.finish_reason,
+            trace=piece.trace,
+        )
 
     def completion(self, choices: list[Choice], with_usage: bool) -> Completion:
         return Completion(

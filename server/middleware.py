@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastblt.server")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-OPEN_PATHS = re.compile(r"/health/(live|ready)|/metrics")
+OPEN_PATHS = re.compile(r"/|/page/[^/]+|/health/(live|ready)|/metrics")
 
 
 class RequestContext:
@@ -78,7 +78,7 @@ class RequestContext:
 
 
 class ApiKeys:
-    """Refuses requests without one of the keys, except for health and metrics."""
+    """Refuses requests without one of the keys, except for the page, health and metrics."""
 
     def __init__(self, app: ASGIApp, keys: tuple[bytes, ...]) -> None:
         self._app = app

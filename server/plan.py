@@ -76,6 +76,7 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
                 prompt_logprobs=request.echo and request.logprobs is not None,
                 priority=request.priority,
                 timeout=request.timeout or settings.default_timeout,
+                trace=request.trace,
                 decoder=decoder,
                 log_fields=log_fields,
                 **options,

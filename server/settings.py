@@ -48,6 +48,7 @@ class ServerSettings(BaseSettings):
     cors_origins: Annotated[list[str], NoDecode] = Field(
         [], description="Web origins whose pages may call the API; by default none."
     )
+    page: bool = Field(True, description="Serve the live page at /.")
     log_level: LevelName = Field("info", description="Least severity to log.")
     log_format: FormatName = Field("human", description="Log lines for people, or one JSON object each.")
     log_content: bool = Field(

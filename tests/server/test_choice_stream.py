@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 
 from engine.config import BOS_ID, EOS_ID
 from engine.stopping import StopMatcher
-from engine.types import Delta, Finished, FinishReason, TokenLogprob, Usage
+from engine.types import Delta, Finished, FinishReason, TokenLogprob, Trace, Usage
 from server.choice import ChoiceStream, Piece, token_name
 
 
@@ -75,6 +75,21 @@ def test_echo_begins_text_and_logprobs_with_the_prompt() -> None:
     assert whole.logprobs.tokens == ["<s>", "n", "bytes:\\xc3", "bytes:\\xa9", "!"]
     assert whole.logprobs.token_logprobs[0] is None and whole.logprobs.top_logprobs[0] is None
     assert whole.logprobs.text_offset == [0, 0, 1, 1, 2]
+
+
+def test_patches_that_a_restarted_engine_tells_again_are_told_once() -> None:
+    first = Trace(num_ids=2, drafts=ids_of(b"ab"), accepted=2, patch_starts=[0, 1])
+    again = Trace(num_ids=1, patch_starts=[0, 1, 2])
+    said: list[Delta | Finished] = [
+        Delta(id="x", ids=ids_of(b"ab"), text=b"ab", traces=[first]),
+        Delta(id="x", ids=ids_of(b"\xc3"), text=b"\xc3", traces=[again]),
+        Finished(id="x", reason="length", usage=Usage()),
+    ]
+    whole, pieces = read(ChoiceStream([BOS_ID], False, False, with_trace=True), said)
+    assert whole.trace and whole.trace.patch_starts == [0, 1, 2]
+    assert [entry.ids for entry in whole.trace.rounds] == [ids_of(b"ab"), ids_of(b"\xc3")]
+    # The end flushes half a character as U+FFFD, which stands for one byte.
+    assert [piece.trace and piece.trace.text_bytes for piece in pieces] == [2, 0, 1]
 
 
 def test_the_chosen_byte_is_among_the_alternatives() -> None:

@@ -106,7 +106,7 @@ def test_a_body_without_a_length_is_bounded_too(server: RunningServer) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/", 404), ("POST", "/v1/chat/completions", 404), ("POST", "/v1/completions/", 404)]
+    [("GET", "/v2", 404), ("POST", "/v1/chat/completions", 404), ("POST", "/v1/completions/", 404)]
     + [("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405), ("GET", "/v1/models/a/b", 404)],
 )
 def test_wrong_routes_have_the_same_error_body(server: RunningServer, method: str, path: str, status: int) -> None:

@@ -1,0 +1,111 @@
+/** One decoder's column: its knobs, its text, and what its last run came to. */
+
+import { complete } from "./api.js";
+import { DECODERS, DEFAULT_RULE, checks, fieldsOf, knobsOf, nameOf } from "./decoders.js";
+import { Text } from "./text.js";
+import { count, seconds } from "./units.js";
+
+export class Lane {
+  #text;
+
+  constructor(number, decoder) {
+    this.element = document.getElementById("lane").content.firstElementChild.cloneNode(true);
+    this.parts = Object.fromEntries([...this.element.querySelectorAll("[data-part]")].map((part) => [part.dataset.part, part]));
+    this.controls = Object.fromEntries([...this.element.querySelectorAll("[name]")].map((control) => [control.name, control]));
+    const { text, inspector } = this.parts;
+    inspector.id = `inspector-${number}`;
+    text.setAttribute("aria-describedby", inspector.id);
+    this.#text = new Text(text, inspector);
+    this.controls.decoder.append(...Object.keys(DECODERS).map((name) => new Option(name, name, name === decoder, name === decoder)));
+    this.controls.decoder.addEventListener("change", () => this.#onDecoder());
+    this.controls.rule.addEventListener("change", () => this.#showKnobs());
+    this.#onDecoder();
+  }
+
+  /** Learns what the server can do; see `describe` in api.js. */
+  offer({ decoders, block_size: block }) {
+    for (const option of this.controls.decoder.options) option.disabled = !decoders.includes(option.value);
+    if (this.controls.decoder.selectedOptions[0].disabled) this.controls.decoder.value = decoders[0];
+    if (block) this.controls.block_size.value = this.controls.block_size.max = block;
+    this.#onDecoder();
+  }
+
+  set shown(shown) {
+    this.element.hidden = !shown;
+    for (const control of Object.values(this.controls)) control.disabled = !shown;
+    if (shown) this.#showKnobs();
+  }
+
+  get shown() {
+    return !this.element.hidden;
+  }
+
+  /**
+   * Streams a completion into the column.
+   *
+   * Returns { name, ids, seconds, usage, complete }: usage is null and complete false for a run that was stopped or that
+   * failed, which the column tells.
+   */
+  async run(request, signal) {
+    const { progress, problem } = this.parts;
+    const fields = fieldsOf(this.#settings());
+    const began = performance.now();
+    const elapsed = () => (performance.now() - began) / 1000;
+    const result = { name: nameOf(fields), ids: [], seconds: 0, usage: null, complete: false };
+    problem.textContent = "";
+    this.#text.begin(request.prompt, checks(fields.decoder));
+    progress.textContent = "Waiting";
+    try {
+      for await (const { choices, usage } of complete({ ...request, ...fields, trace: true }, signal)) {
+        if (usage) result.usage = usage.fastblt;
+        if (!choices.length) continue;
+        this.#text.add(choices[0].trace);
+        result.seconds = elapsed();
+        result.ids = this.#text.ids;
+        progress.textContent = `${count(result.ids.length, "byte")}, ${seconds(result.seconds)}`;
+      }
+      result.complete = true;
+    } catch (error) {
+      if (error.name !== "AbortError") {
+        progress.textContent = "Failed";
+        problem.textContent = error.message;
+        throw error;
+      }
+      progress.textContent = `Stopped after ${count(result.ids.length, "byte")}`;
+    } finally {
+      this.#text.finish();
+    }
+    return result;
+  }
+
+  /** Back to before any run. */
+  clear() {
+    this.#text.begin("", true);
+    this.parts.progress.textContent = this.parts.problem.textContent = "";
+  }
+
+  #settings() {
+    const settings = {};
+    for (const [name, control] of Object.entries(this.controls)) {
+      settings[name] = control.type === "number" ? control.valueAsNumber : control.value;
+    }
+    return settings;
+  }
+
+  #onDecoder() {
+    const decoder = this.controls.decoder.value;
+    this.controls.rule.value = DEFAULT_RULE[decoder] ?? this.controls.rule.value;
+    this.parts.about.textContent = DECODERS[decoder].about;
+    this.parts.text.ariaLabel = `Text by ${decoder}`;
+    this.#showKnobs();
+  }
+
+  #showKnobs() {
+    const knobs = knobsOf(this.#settings());
+    for (const label of this.element.querySelectorAll("[data-knob]")) {
+      label.hidden = !knobs.includes(label.dataset.knob);
+      // What is not shown is not checked either.
+      label.control.disabled = label.hidden;
+    }
+  }
+}

@@ -1,0 +1,56 @@
+"""How the live page is served; what it does is tested in a browser (tests/ops)."""
+
+import re
+
+import httpx
+import pytest
+
+from server.page import FOLDER
+from tests.serving import RunningServer, StartServer
+
+FILES = sorted(path.name for path in FOLDER.iterdir())
+TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "html": "text/html"}
+
+
+@pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in FILES)])
+def test_files_come_with_a_type_a_policy_and_a_tag(server: RunningServer, path: str) -> None:
+    with server.client() as http:
+        found = http.get(path)
+        again = http.get(path, headers={"if-none-match": found.headers["etag"]})
+        head = http.head(path)
+    name = path.rpartition("/")[2] or "index.html"
+    assert (found.status_code, found.content) == (200, (FOLDER / name).read_bytes())
+    assert found.headers["content-type"].split(";")[0] == TYPES[name.rpartition(".")[2]]
+    assert (again.status_code, again.content, head.status_code, head.content) == (304, b"", 200, b"")
+    for response in (found, again, head):
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+        assert "require-trusted-types-for 'script'" in policy
+        assert response.headers["cache-control"] == "no-cache"
+        assert response.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("path", ["/page/", "/page/none.js", "/page/..%2fapp.py", "/page/%2e%2e/app.py"])
+def test_nothing_else_is_served(server: RunningServer, path: str) -> None:
+    with server.client() as http:
+        response = http.get(path)
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown_url")
+
+
+def test_files_name_only_each_other() -> None:
+    text = {name: (FOLDER / name).read_text() for name in FILES}
+    everything = "\n".join(text.values()).replace("http://www.w3.org/2000/svg", "")
+    assert not re.findall(r"(?:https?:)?//[\w-]+\.\w+|@import|url\(", everything)
+    named = set(re.findall(r'(?:src|href)="page/([^"]+)"', text["index.html"]))
+    named |= {name for script in text.values() for name in re.findall(r'from "\./([^"]+)"', script)}
+    assert named == set(FILES) - {"index.html"}
+
+
+def test_it_needs_no_key_and_can_be_switched_off(start_server: StartServer) -> None:
+    closed = start_server("--api-keys", "secret")
+    assert httpx.get(f"{closed.url}/").status_code == 200
+    assert httpx.get(f"{closed.url}/page/main.js").status_code == 200
+    assert httpx.get(f"{closed.url}/version").status_code == 401
+    without = start_server("--no-page")
+    for path in ("/", "/page/main.js"):
+        assert httpx.get(without.url + path).json()["error"]["code"] == "unknown_url"
