@@ -15,7 +15,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 # A test process per core. ARGS="-n 0" runs all in one, as -s and a debugger need.
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help serve test lint test-slow test-ops install train bench-growth bench-decoders kernels-static clean
+.PHONY: help serve test lint test-slow test-ops constraints install train bench-growth bench-decoders kernels-static clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,9 +36,17 @@ test-slow: .venv/.dev  ## run the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
 
 test-ops: .venv/.ops  ## test metrics, dashboards, page, containers and Ray with the real tools; installs Debian packages
-	@missing=; for c in prometheus promtool chromium chromedriver; do command -v $$c >/dev/null || missing=1; done; \
-	test -z "$$missing" || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq prometheus chromium chromium-driver; }
+	@missing=; for c in prometheus promtool chromium chromedriver podman runc debootstrap; do \
+		command -v $$c >/dev/null || missing=1; done; \
+	test -z "$$missing" || { $(SUDO) apt-get update -qq && \
+		$(SUDO) apt-get install -y -qq prometheus chromium chromium-driver podman runc debootstrap; }
 	$(PY) -m pytest -q tests/ops $(ARGS)
+
+# For the oldest Python, whose versions newer ones take too.
+constraints: .venv/.ops  ## resolve deploy/constraints.txt, the versions in the container image, anew
+	printf '%s\n' '$(firstword $(TORCH))' hatchling | .venv/bin/uv pip compile -q --no-python-downloads --upgrade --no-annotate \
+		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --extra traces pyproject.toml - \
+		--custom-compile-command "make constraints" --output-file deploy/constraints.txt
 
 install: .venv/.runtime  ## make .venv with what serving needs
 

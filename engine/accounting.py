@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from kernels import attention, cross_attention, hash_embed, linear
 
 from .caches import decoder_cross_layers, encoder_cross_layers
+from .checkpoint import count_parameters
 from .config import ModelConfig, StackConfig
 
 STAGES = ("patcher", "encoder", "global", "decoder")
@@ -21,6 +22,12 @@ class PaperFormula:
     encoder: float
     global_: float
     bytes_per_parameter: int = 2
+
+    @classmethod
+    def of(cls, config: ModelConfig, bytes_per_parameter: int) -> "PaperFormula":
+        """Of all parameters but the patcher's and the hash tables'."""
+        count = count_parameters(config)
+        return cls(count["decoder"] + count["head"], count["encoder"], count["global"], bytes_per_parameter)
 
     def bytes(self, decoder_calls: float, global_calls: float) -> float:
         return sum(self.by_stage(decoder_calls, global_calls).values())

@@ -25,6 +25,8 @@ LONGEST_DRAFT = MAX_DRAFT + 2
 """Most rows of a draft and its verification. A block comes with the clean rows of the one before it."""
 LATENTS_KEPT = 2
 """The current latent and the one before it."""
+TYPICAL_BYTES = 2048
+"""The length that pools are made for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,16 @@ class CacheSpec:
         """Pages that a sequence of `rows` rows may hold at once when it grows by up to `chunk` rows a step."""
         live = rows if self.window is None else min(rows, self.window + chunk)
         return ceil(live / self.page_size) + 1
+
+    def pages_between(self, chunk: int, draft: int) -> int:
+        """Most pages that sequences may hold together beyond `pages_for(rows, draft)` in a step of `chunk` rows: few
+        of them have more than `draft` rows in it, and each of those begins one page more at most."""
+        return ceil(chunk / self.page_size) + chunk // draft if chunk > draft else 0
+
+
+def longest_draft(config: ModelConfig) -> int:
+    """Most rows that a sequence runs ahead of its text, and those that verify them or settle it."""
+    return max(LONGEST_DRAFT, 2 * (config.block_size or 0))
 
 
 def encoder_cross_layers(config: ModelConfig) -> int:
@@ -73,37 +85,94 @@ def cache_specs(config: ModelConfig, page_size: int) -> dict[str, CacheSpec]:
     return {spec.name: spec for spec in specs}
 
 
-class Caches:
-    """Pools and tensors.
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """How large an engine's pools are; there is no tensor yet.
 
-    The pools are sized so that as many typical sequences as possible fit into `cache_bytes`, up to `max_sequences`;
-    what is left goes to the global cache, the only one that grows with the text without bound. `max_patches` and
-    `max_length` say how long one sequence may get when it has every page for itself.
+    page_bytes: of one page. pages: per pool, the scratch page included. `max_length` and `max_patches` say how long one
+    sequence may get when it has every page for itself.
+    """
+
+    specs: dict[str, CacheSpec]
+    page_bytes: dict[str, int]
+    pages: dict[str, int]
+    max_length: int
+    max_patches: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all pools."""
+        return sum(count * self.page_bytes[name] for name, count in self.pages.items())
+
+
+def typical_pages(
+    config: ModelConfig, engine: EngineConfig, specs: dict[str, CacheSpec], sequences: int
+) -> dict[str, int]:
+    """Pages per pool, the scratch page included, in which so many sequences of up to `TYPICAL_BYTES` run at once."""
+    draft = longest_draft(config)
+    chunk = max(engine.max_step_rows, draft)
+    length = min(TYPICAL_BYTES, _longest(config, engine))
+    # A patch holds four bytes or so. Each sequence may have a draft under way, none of whose bytes has been patched
+    # yet; a step's other rows, those of prompts, are there once, whoever has them.
+    rows = {"byte": length, "patch": length // 4 + draft}
+    return {
+        spec.name: 1 + sequences * spec.pages_for(rows[spec.rows_from], draft) + spec.pages_between(chunk, draft)
+        for spec in specs.values()
+    }
+
+
+def plan_caches(config: ModelConfig, engine: EngineConfig) -> CachePlan:
+    """Sizes the pools so that as many typical sequences as possible fit into `cache_bytes`, up to `max_sequences`; what
+    is left goes to the global cache, the only one that grows with the text without bound.
 
     Raises ValueError if `cache_bytes` cannot hold a single sequence.
     """
+    specs = cache_specs(config, engine.page_size)
+    itemsize = getattr(torch, engine.dtype).itemsize
+    page_bytes = {spec.name: spec.page_size * spec.row_elements * itemsize for spec in specs.values()}
 
-    TYPICAL_BYTES = 2048
+    def size(pages: dict[str, int]) -> int:
+        return sum(count * page_bytes[name] for name, count in pages.items())
+
+    pages = typical_pages(config, engine, specs, 1)
+    if size(pages) > engine.cache_bytes:
+        length = min(TYPICAL_BYTES, _longest(config, engine))
+        raise ValueError(
+            f"cache_bytes {engine.cache_bytes} is too small: one sequence of {length} bytes needs {size(pages)}"
+        )
+    fits = 1
+    while fits < engine.max_sequences:
+        more = typical_pages(config, engine, specs, fits + 1)
+        if size(more) > engine.cache_bytes:
+            break
+        pages, fits = more, fits + 1
+    longest = _longest(config, engine)
+    spare = (engine.cache_bytes - size(pages)) // page_bytes["global"]
+    most = specs["global"].pages_for(min(longest, config.global_.max_positions), 0)
+    pages["global"] = min(pages["global"] + spare, fits * most + 1)
+
+    def rows(name: str) -> int:
+        return (pages[name] - 2) * specs[name].page_size
+
+    unbounded = [s.name for s in specs.values() if s.rows_from == "byte" and s.window is None]
+    max_length = min([longest, *(rows(name) for name in unbounded)])
+    return CachePlan(specs, page_bytes, pages, max_length, min(config.global_.max_positions, rows("global")))
+
+
+def _longest(config: ModelConfig, engine: EngineConfig) -> int:
+    """Most bytes of a sequence that are asked for."""
+    return min(engine.max_length or config.max_length, config.max_length)
+
+
+class Caches:
+    """Pools and tensors, as `plan_caches` has them."""
 
     def __init__(self, config: ModelConfig, engine: EngineConfig) -> None:
-        self.specs = cache_specs(config, engine.page_size)
-        dtype = getattr(torch, engine.dtype)
-        self.page_bytes = {
-            spec.name: spec.page_size * spec.row_elements * dtype.itemsize for spec in self.specs.values()
-        }
-        wanted = engine.max_length or config.max_length
-        counts = self._count_pages(config, engine, min(wanted, config.max_length))
-        self.pools = {name: PagePool(name, count) for name, count in counts.items()}
-
-        def rows(name: str) -> int:
-            spec, pool = self.specs[name], self.pools[name]
-            return (pool.num_total - 1) * spec.page_size
-
-        unbounded = [s.name for s in self.specs.values() if s.rows_from == "byte" and s.window is None]
-        self.max_length = min([wanted, config.max_length, *(rows(name) for name in unbounded)])
-        self.max_patches = min(config.global_.max_positions, rows("global"))
-
-        device = torch.device(engine.device)
+        plan = plan_caches(config, engine)
+        self.specs, self.page_bytes = plan.specs, plan.page_bytes
+        self.pools = {name: PagePool(name, count) for name, count in plan.pages.items()}
+        self.max_length, self.max_patches = plan.max_length, plan.max_patches
+        dtype, device = getattr(torch, engine.dtype), torch.device(engine.device)
 
         def paged(name: str, *row: int) -> Tensor:
             return _zeros((self.pools[name].num_total + 1, *row), dtype, device)
@@ -126,6 +195,23 @@ class Caches:
             (paged("latent", *latent_row), paged("latent", *latent_row)) for _ in range(decoder_cross_layers(config))
         ]
         self.decoder = kv("decoder", config.decoder)
+        pairs = {"patcher": self.patcher, "encoder": self.encoder, "open": self.open_kv}
+        pairs |= {"global": self.global_, "latent": self.latent, "decoder": self.decoder}
+        self._tensors = {name: [tensor for pair in layers for tensor in pair] for name, layers in pairs.items()}
+        self._tensors["open"].append(self.open_states)
+
+    def first_live(self, name: str, end: int, patch: int, patch_start: int) -> int:
+        """The first row of a cache that whoever goes on behind row `end`, in that patch, may look at."""
+        spec = self.specs[name]
+        if name == "open":
+            return patch_start
+        if name == "latent":
+            return max(patch - LATENTS_KEPT, 0)
+        return 0 if spec.window is None else max(end - spec.window + 1, 0)
+
+    def copy_page(self, name: str, source: int, target: int) -> None:
+        for tensor in self._tensors[name]:
+            tensor[target] = tensor[source]
 
     def new_tables(self) -> dict[str, BlockTable]:
         """Empty block tables for one sequence, one per cache."""
@@ -134,35 +220,6 @@ class Caches:
     def check_integrity(self) -> None:
         for pool in self.pools.values():
             pool.check_integrity()
-
-    def _count_pages(self, config: ModelConfig, engine: EngineConfig, max_length: int) -> dict[str, int]:
-        """Pages per pool, the scratch page included."""
-        chunk = max(engine.max_step_rows, LONGEST_DRAFT, 2 * (config.block_size or 0))
-        fits = 0
-        for sequences in range(1, engine.max_sequences + 1):
-            counts = self._pages_for(sequences, min(self.TYPICAL_BYTES, max_length), chunk)
-            if self._bytes(counts) > engine.cache_bytes:
-                break
-            fits = sequences
-        if not fits:
-            need = self._bytes(self._pages_for(1, min(self.TYPICAL_BYTES, max_length), chunk))
-            raise ValueError(
-                f"cache_bytes {engine.cache_bytes} is too small: one sequence of "
-                f"{min(self.TYPICAL_BYTES, max_length)} bytes needs {need}"
-            )
-        counts = self._pages_for(fits, min(self.TYPICAL_BYTES, max_length), chunk)
-        spare = (engine.cache_bytes - self._bytes(counts)) // self.page_bytes["global"]
-        longest = self.specs["global"].pages_for(min(max_length, config.global_.max_positions), chunk)
-        counts["global"] = min(counts["global"] + spare, fits * longest + 1)
-        return counts
-
-    def _pages_for(self, sequences: int, length: int, chunk: int) -> dict[str, int]:
-        # A patch holds four bytes or so, but none of the bytes of the chunk under way has been patched yet.
-        rows = {"byte": length, "patch": length // 4 + chunk}
-        return {spec.name: 1 + sequences * spec.pages_for(rows[spec.rows_from], chunk) for spec in self.specs.values()}
-
-    def _bytes(self, counts: dict[str, int]) -> int:
-        return sum(count * self.page_bytes[name] for name, count in counts.items())
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ import zmq
 import zmq.asyncio
 
 from .config import EngineConfig, ModelLimits
+from .logs import LogSettings
 from .types import (
     Abort,
     Command,
@@ -47,6 +48,8 @@ STEADY_SECONDS = 60.0
 """A crash later than this after loading starts a new count of crashes."""
 FRUITLESS_CRASHES = 2
 """Crashes in a row that a request may be part of without any event between them."""
+NAMED_REQUESTS = 8
+"""Most requests that the log line about a crash names."""
 HANG_TICKS = 4
 STOP_SECONDS = 5.0
 LAST_WORDS_SECONDS = 0.5
@@ -81,11 +84,13 @@ class EngineClient:
         max_restarts: int = 3,
         hang_timeout: float = 120.0,
         engine_factory: str = "engine.engine:Engine",
+        logs: LogSettings = LogSettings(),
     ) -> None:
         self._config = config
         self._max_restarts = max_restarts
         self._hang_timeout = hang_timeout
         self._engine_factory = engine_factory
+        self._logs = logs
         self._child: _Child | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._streams: dict[str, _Stream] = {}
@@ -177,7 +182,8 @@ class EngineClient:
             while True:
                 loaded = time.monotonic()
                 exit_code = await self._receive_until_exit()
-                log.error("the engine process %s", _describe_exit(exit_code))
+                running = _named([stream.request for stream in self._streams.values() if stream.sent])
+                log.error("the engine process %s %s %s", self.pid, _describe_exit(exit_code), running)
                 crashes = 1 if time.monotonic() - loaded > STEADY_SECONDS else crashes + 1
                 self.state = "restarting"
                 self.snapshot = Snapshot()
@@ -194,7 +200,7 @@ class EngineClient:
                         log.error("the engine did not come back: %s", error)
                         crashes += 1
                 self.restarts += 1
-                log.warning("the engine is back; %d requests go on", len(self._streams))
+                log.warning("the engine is back; sequences in flight: %d", len(self._streams))
         except Exception:
             log.exception("the engine's supervisor failed")
             self._die("the engine's supervisor failed")
@@ -247,6 +253,7 @@ class EngineClient:
             if stream.fruitless_crashes == FRUITLESS_CRASHES:
                 del self._streams[stream.request.id]
                 message = "the engine failed repeatedly while it ran this request"
+                log.error("%s; it is given up", message, extra=stream.request.log_fields)
                 stream.put(Failed(id=stream.request.id, code="internal", message=message))
 
     def _die(self, why: str) -> None:
@@ -261,7 +268,7 @@ class EngineClient:
             # Needed until the process has connected.
             with TemporaryDirectory(prefix="fastblt-") as directory:
                 self._child = _Child(f"ipc://{directory}/engine")
-                await self._child.start(self._engine_factory, self._config)
+                await self._child.start(self._engine_factory, self._config, self._logs)
                 message = await self._child.first_message()
         except (OSError, zmq.ZMQError) as error:
             await self._reap(0)
@@ -293,12 +300,13 @@ class _Child:
         self.socket.bind(address)
         self._lifeline: int | None = None
 
-    async def start(self, factory: str, config: EngineConfig) -> None:
+    async def start(self, factory: str, config: EngineConfig, logs: LogSettings) -> None:
         end, self._lifeline = os.pipe()
         try:
             self.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "engine.process"),
-                *(self._address, str(end), factory, msgspec.json.encode(config).decode()),
+                *(self._address, str(end), factory),
+                *(msgspec.json.encode(config).decode(), msgspec.json.encode(logs).decode()),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(end,),
                 # What the parent can import the child can, wherever the parent was started and however installed.
@@ -438,6 +446,13 @@ class _Unread:
             traces=self._traces,
             prompt_logprobs=self._prompt_logprobs,
         )
+
+
+def _named(requests: list[Request]) -> str:
+    """What an engine was doing when it died."""
+    names = list(dict.fromkeys(request.log_fields.get("request_id", request.id) for request in requests))
+    more = f" and {len(names) - NAMED_REQUESTS} more" if len(names) > NAMED_REQUESTS else ""
+    return f"while it ran {', '.join(names[:NAMED_REQUESTS])}{more}" if names else "while it was idle"
 
 
 def _describe_exit(code: int) -> str:

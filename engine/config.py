@@ -146,6 +146,8 @@ class EngineConfig:
     """Memory for all page pools together."""
     page_size: int = 64
     """Rows per page of the caches; those that keep a few rows per sequence use an eighth of it."""
+    prefix_cache: bool = True
+    """Whether what was computed of a text serves later ones that begin like it."""
     max_length: int | None = None
     """Most ids per sequence; None takes the model's own limit, or less if the caches could not hold one such
     sequence."""

@@ -21,6 +21,7 @@ from .decoders import Committed, Decoder, Experience, Result, make_decoder
 from .graphs import Eager, Graphs
 from .model import Model, find_row_floors
 from .passes import run_passes
+from .prefix import PrefixCache
 from .runner import Runner, Work
 from .sampling import logprobs_of
 from .scheduler import Part, Scheduler
@@ -47,18 +48,22 @@ log = logging.getLogger("fastblt.engine")
 class Engine:
     """One model, its caches and all requests in flight.
 
-    Raises CheckpointError for a checkpoint that cannot be served, ValueError for sizes that cannot work.
+    Raises CheckpointError for a checkpoint that cannot be served, ValueError for a device that is not there and for
+    sizes that cannot work.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config = config
+        self.config = config
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         device, dtype, fp8 = torch.device(config.device), getattr(torch, config.dtype), config.weights == "float8"
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device 'cuda': torch {torch.__version__} finds no CUDA device; 'cpu' needs none")
         loaded = checkpoint.load(config.model)
         self._kernels = kernels = choose_kernels(config.kernels, device)
         model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=fp8)
         self.caches = Caches(loaded.config, config)
+        self._prefixes = PrefixCache(self.caches) if config.prefix_cache else None
         floors = find_row_floors(model, self.caches.specs, dtype, device)
         if not floors.proven:
             log.warning("this machine's matrix products depend on the batch: equal requests may differ in near-ties")
@@ -79,13 +84,7 @@ class Engine:
             stage_bytes=self._stage_bytes,
             costs=StageCosts(drafts_encode=loaded.config.decoder_input == "encoder"),
         )
-        parameters = checkpoint.count_parameters(loaded.config)
-        self._formula = PaperFormula(
-            decoder=parameters["decoder"] + parameters["head"],
-            encoder=parameters["encoder"],
-            global_=parameters["global"],
-            bytes_per_parameter=itemsize,
-        )
+        self._formula = PaperFormula.of(loaded.config, itemsize)
         self._experience = Experience()
         self._decoders = _decoders(loaded.config)
         self._scheduler = Scheduler(self, max_sequences=config.max_sequences, max_step_rows=config.max_step_rows)
@@ -93,10 +92,9 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = count()
         self._events: list[Event] = []
-        self._steps = self._prompt_rows = 0
+        self._steps = self._prompt_rows = self._cached_rows = 0
         self._step_seconds = 0.0
-        self._costs: dict[str, Cost] = {}
-        """Per decoder."""
+        self._costs = {decoder: Cost() for decoder in self._decoders}
         self.limits = ModelLimits(
             name=loaded.config.name,
             max_length=self.caches.max_length,
@@ -119,6 +117,7 @@ class Engine:
         """
         refusal = self._refuse(request)
         if refusal is not None:
+            log.debug("refused: %s", refusal.code, extra=request.log_fields)
             self._events.append(refusal)
             return
         config = self.model_config
@@ -136,7 +135,9 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Ends a request now; an unknown id is ignored."""
         if request_id in self._sequences:
-            self._finish(self._sequences[request_id], "abort", b"")
+            sequence = self._sequences[request_id]
+            log.debug("aborted after %d ids", sequence.num_output, extra=sequence.request.log_fields)
+            self._finish(sequence, "abort", b"")
 
     def step(self) -> list[Event]:
         """Runs one batch through the stages and returns what became of it."""
@@ -157,7 +158,7 @@ class Engine:
 
     def facts(self) -> Facts:
         """What does not change. Tries the memory's bandwidth, which takes a few tenths of a second."""
-        config, device = self._config, self.runner.device
+        config, device = self.config, self.runner.device
         dtype = getattr(torch, config.dtype)
         return Facts(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -178,12 +179,16 @@ class Engine:
             steps=self._steps,
             step_seconds=self._step_seconds,
             prompt_rows=self._prompt_rows,
+            cached_rows=self._cached_rows,
             calls=dict(counts.calls),
             rows=dict(counts.rows),
             read_bytes={stage: round(read) for stage, read in counts.bytes_read.items()},
             stage_seconds=dict(counts.seconds),
             decoders={decoder: self._summary(decoder, cost) for decoder, cost in self._costs.items()},
-            pools={name: PoolStats(pool.num_total, pool.num_used) for name, pool in self.caches.pools.items()},
+            pools={
+                name: PoolStats(pool.num_total, pool.num_used, pool.num_idle)
+                for name, pool in self.caches.pools.items()
+            },
             device_memory=self._device_memory(),
         )
 
@@ -217,7 +222,10 @@ class Engine:
 
     def can_reserve(self, part: Part) -> bool:
         missing = self.runner.missing_pages(part.sequence, part.end, part.reach)
-        return all(self.caches.pools[name].can_take(pages) for name, pages in missing.items())
+        while not all(self.caches.pools[name].can_take(pages) for name, pages in missing.items()):
+            if not (self._prefixes and self._prefixes.forget()):
+                return False
+        return True
 
     def reserve(self, part: Part) -> None:
         self.runner.reserve(part.sequence, part.end, part.reach)
@@ -226,6 +234,16 @@ class Engine:
         if sequence.num_computed < sequence.patching.decided:
             return sequence.patching.decided - sequence.num_computed
         return self.caches.max_patches - sequence.patch_of(sequence.num_computed)
+
+    def attach(self, sequence: Sequence) -> None:
+        if not self._prefixes:
+            return
+        unscored = sequence.request.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.num_prompt
+        if unscored:
+            # Its scores come from rows that must run.
+            sequence.prefix = self._prefixes.root
+        else:
+            self._prefixes.attach(sequence)
 
     def release(self, sequence: Sequence) -> None:
         for table in sequence.tables.values():
@@ -237,7 +255,10 @@ class Engine:
         self.runner.costs.company = len(self._scheduler.running)
         now = time.monotonic()
         for part in parts:
-            part.sequence.begun = part.sequence.begun or now
+            sequence = part.sequence
+            if sequence.begun is None:
+                sequence.begun, sequence.num_cached = now, min(sequence.num_computed, sequence.num_prompt)
+                self._cached_rows += sequence.num_cached
         began, stages_before = time.perf_counter(), sum(self.runner.counts.seconds.values())
         batch = [self._work(part) for part in parts]
         calls_before = self.runner.counts.calls["decoder"]
@@ -283,7 +304,7 @@ class Engine:
         else:
             sequence.num_computed = w.end
         if result is None:
-            self.runner.settle(sequence)
+            self._settle(sequence)
             if sequence.remaining and not self.room(sequence):
                 self._outgrown(sequence)
             return
@@ -336,15 +357,20 @@ class Engine:
         cost.committed = len(ids)
         cost.patches = self._count_patches(sequence, len(ids))
         sequence.spent.add(cost)
-        self._costs.setdefault(request.decoder, Cost()).add(cost)
+        self._costs[request.decoder].add(cost)
         traces = [self._trace(sequence, outcome, len(ids))] if request.trace else []
         self._events.append(Delta(id=request.id, ids=ids, text=text, logprobs=scores, traces=traces))
         if reason:
             self._finish(sequence, reason, sequence.stopping.flush())
             return
-        self.runner.settle(sequence)
+        self._settle(sequence)
         if not self.room(sequence):
             self._finish(sequence, "length", sequence.stopping.flush())
+
+    def _settle(self, sequence: Sequence) -> None:
+        if self._prefixes:
+            self._prefixes.remember(sequence)
+        self.runner.settle(sequence)
 
     def _count_patches(self, sequence: Sequence, num_ids: int) -> int:
         """Patches that generated ids begin, as far as decided now and not counted before."""
@@ -384,10 +410,12 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text: bytes) -> None:
         request = sequence.request
+        if self._prefixes:
+            self._prefixes.remember(sequence)
         self._scheduler.remove(sequence)
         del self._sequences[request.id]
         # Of a round that was not to end.
-        self._costs.setdefault(request.decoder, Cost()).add(sequence.cost)
+        self._costs[request.decoder].add(sequence.cost)
         self._events.append(
             Finished(
                 id=request.id,

@@ -10,7 +10,8 @@ class OutOfPages(RuntimeError):
 class PagePool:
     """Pages 1..num_pages-1 of one cache. Page 0 is never handed out: padding rows write there.
 
-    The page given back last is taken first, since it is the one that is still warm.
+    A page is held by any number of tables, and may be kept besides for texts to come: then it outlives its holders and
+    is free again when both have let go of it. The page that became free last is taken first, since it is still warm.
     """
 
     def __init__(self, name: str, num_pages: int) -> None:
@@ -19,7 +20,10 @@ class PagePool:
         self.name = name
         self.num_total = num_pages - 1
         self._free = list(range(self.num_total, 0, -1))
-        self._is_free = [False] + [True] * self.num_total
+        self._holders = [0] * num_pages
+        self._kept = [0] * num_pages
+        self.num_idle = 0
+        """Pages that nobody holds but that are kept."""
 
     @property
     def num_free(self) -> int:
@@ -27,7 +31,7 @@ class PagePool:
 
     @property
     def num_used(self) -> int:
-        return self.num_total - self.num_free
+        return self.num_total - self.num_free - self.num_idle
 
     def can_take(self, n: int) -> bool:
         return n <= self.num_free
@@ -38,26 +42,54 @@ class PagePool:
             raise OutOfPages(f"pool {self.name!r} has {self.num_free} of {self.num_total} pages free, {n} are needed")
         pages = [self._free.pop() for _ in range(n)]
         for page in pages:
-            self._is_free[page] = False
+            self._holders[page] = 1
         return pages
 
+    def share(self, pages: Iterable[int]) -> None:
+        """Another holder for pages that are held or kept."""
+        for page in pages:
+            self.num_idle -= not self._holders[page]
+            self._holders[page] += 1
+
     def give_back(self, pages: Iterable[int]) -> None:
-        """Frees pages. Raises ValueError, with none freed, if one of them is not in use or is named twice."""
+        """One holder less. Raises ValueError, with nothing changed, if a page is not in use or is named twice."""
         pages = list(pages)
         for page in pages:
-            if not 1 <= page <= self.num_total or self._is_free[page]:
+            if not 1 <= page <= self.num_total or not self._holders[page]:
                 raise ValueError(f"page {page} of pool {self.name!r} is not in use")
         if len(set(pages)) < len(pages):
             raise ValueError(f"pool {self.name!r} was given a page twice: {pages}")
         for page in pages:
-            self._is_free[page] = True
-        self._free += pages
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                if self._kept[page]:
+                    self.num_idle += 1
+                else:
+                    self._free.append(page)
+
+    def keep(self, pages: Iterable[int]) -> None:
+        """Keeps pages that somebody holds; as often as `forget` will be said of them."""
+        for page in pages:
+            assert self._holders[page]
+            self._kept[page] += 1
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """Takes one `keep` back."""
+        for page in pages:
+            self._kept[page] -= 1
+            if not self._kept[page] and not self._holders[page]:
+                self.num_idle -= 1
+                self._free.append(page)
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if the free list and the pages' marks disagree. O(pages); for idle moments and tests."""
-        marked = {page for page, free in enumerate(self._is_free) if free}
+        pages = range(1, self.num_total + 1)
+        marked = {page for page in pages if not self._holders[page] and not self._kept[page]}
         if marked != set(self._free) or len(marked) != len(self._free):
             raise RuntimeError(f"pool {self.name!r}: {len(self._free)} pages listed as free, {len(marked)} marked")
+        idle = sum(not self._holders[page] and self._kept[page] > 0 for page in pages)
+        if idle != self.num_idle:
+            raise RuntimeError(f"pool {self.name!r}: {self.num_idle} pages counted as kept alone, {idle} marked")
 
 
 class BlockTable:
@@ -73,10 +105,34 @@ class BlockTable:
         self.pages: list[int] = []
         self.first = 0
         """Absolute index of the first live page; where the next page will stand if there is none."""
+        self._tail_is_borrowed = False
 
     def missing(self, end: int) -> int:
-        """Pages that `extend(end)` would take."""
-        return max(self._pages_up_to(end) - self.first - len(self.pages), 0)
+        """Pages that `own()` and `extend(end)` would take."""
+        return max(self._pages_up_to(end) - self.first - len(self.pages), 0) + self._tail_is_borrowed
+
+    def covering(self, first: int, end: int) -> tuple[int, list[int]]:
+        """The index of the page that holds row `first`, and the pages of rows first..end-1."""
+        index = first // self._page_size
+        return index, self.pages[index - self.first : self._pages_up_to(end) - self.first] if first < end else []
+
+    def borrow(self, first: int, pages: list[int], end: int) -> None:
+        """Begins an empty table with pages of others, from that index on; they hold rows up to `end`. `own` must come
+        before a row is written."""
+        self._pool.share(pages)
+        self.first, self.pages = first, list(pages)
+        self._tail_is_borrowed = bool(pages) and end % self._page_size > 0
+
+    def own(self) -> tuple[int, int] | None:
+        """Takes a page in place of a borrowed one into which rows will be written. Returns (old, new) for the caller
+        to copy. Raises OutOfPages, with nothing taken."""
+        if not self._tail_is_borrowed:
+            return None
+        (page,) = self._pool.take(1)
+        old, self.pages[-1] = self.pages[-1], page
+        self._pool.give_back((old,))
+        self._tail_is_borrowed = False
+        return old, page
 
     def extend(self, end: int) -> None:
         """Takes pages until every live row before `end` has a place. Raises OutOfPages, with nothing taken."""
@@ -105,7 +161,7 @@ class BlockTable:
     def release(self) -> None:
         """Gives everything back; the table starts anew at row 0."""
         self._pool.give_back(self.pages)
-        self.pages, self.first = [], 0
+        self.pages, self.first, self._tail_is_borrowed = [], 0, False
 
     def _pages_up_to(self, end: int) -> int:
         return -(-end // self._page_size)

@@ -4,7 +4,7 @@ Whether byte i starts a patch depends only on the bytes before it, so every deci
 arrives, and never revised (BLT 2.3; Fast BLT 3.4). `kernels.boundary` decides; this is the record of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class Patching:
 
     def __init__(self) -> None:
         self._entropies: list[float] = []
+        self._first = 0
+        """The byte behind which the first of them stands."""
         self.starts = [0]
         self.decided = 0
 
@@ -47,11 +49,22 @@ class Patching:
         self.decided += len(opens)
         self._entropies += entropies
 
+    def entropy_behind(self, byte: int) -> float | None:
+        """None if the byte was decided elsewhere."""
+        return self._entropies[byte - self._first] if byte >= self._first else None
+
+    def resume(self, decided: int, starts: Iterable[int], entropy: float) -> None:
+        """Takes over what was decided elsewhere for the same text: all starts but the first, the last entropy. Does
+        nothing if as much is decided here."""
+        if self.decided < decided:
+            self.decided, self.starts = decided, [0, *starts]
+            self._entropies, self._first = [entropy], decided - 1
+
     def cut(self, decided: int) -> None:
         """Makes it as if only the first `decided` bytes had been fed."""
         if decided < self.decided:
             self.decided = decided
-            del self._entropies[decided:]
+            del self._entropies[decided - self._first :]
             while self.starts[-1] > decided:
                 self.starts.pop()
 

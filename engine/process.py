@@ -1,8 +1,8 @@
-"""The engine process: `python -m engine.process ADDRESS LIFELINE FACTORY CONFIG`, started by `engine.client`.
+"""The engine process: `python -m engine.process ADDRESS LIFELINE FACTORY CONFIG LOGS`, started by `engine.client`.
 
-It connects to the ZeroMQ address, loads the engine (`FACTORY` is "module:callable", `CONFIG` an EngineConfig as JSON)
-and steps it as long as there is work. Exit codes: 0 asked to leave, 1 failed. LIFELINE is the reading end of a pipe
-whose other end only the parent holds: when it closes, the parent is gone and so is this process.
+It connects to the ZeroMQ address, loads the engine (`FACTORY` is "module:callable", `CONFIG` an EngineConfig and `LOGS`
+LogSettings as JSON) and steps it as long as there is work. Exit codes: 0 asked to leave, 1 failed. LIFELINE is the
+reading end of a pipe whose other end only the parent holds: when it closes, the parent is gone and so is this process.
 """
 
 import logging
@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from . import logs
 from .config import EngineConfig, ModelLimits
 from .types import Abort, Event, Facts, Request, Shutdown, Snapshot
 from .wire import Batch, Message, Started, StartFailed, decode_command, encode
@@ -49,13 +50,13 @@ class EngineLike(Protocol):
     def snapshot(self) -> Snapshot: ...
 
 
-def main(address: str, lifeline: str, factory: str, config: str) -> int:
+def main(address: str, lifeline: str, factory: str, config: str, log_settings: str) -> int:
     """Loads, serves and returns the exit code."""
     # Ctrl-C reaches the whole group; only the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     threading.Thread(target=_leave_with_parent, args=(int(lifeline),), daemon=True).start()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(msgspec.json.decode(log_settings, type=logs.LogSettings), "engine")
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.set_hwm(0)
         socket.linger = LINGER_MS
@@ -64,6 +65,7 @@ def main(address: str, lifeline: str, factory: str, config: str) -> int:
         def send(message: Message) -> None:
             socket.send(encode(message))
 
+        began = time.monotonic()
         try:
             module, name = factory.split(":")
             engine: EngineLike = getattr(import_module(module), name)(msgspec.json.decode(config, type=EngineConfig))
@@ -71,7 +73,12 @@ def main(address: str, lifeline: str, factory: str, config: str) -> int:
             log.debug("loading failed", exc_info=True)
             send(StartFailed(_describe(error)))
             return 1
-        send(Started(engine.limits, engine.facts(), engine.snapshot()))
+        limits, facts = engine.limits, engine.facts()
+        log.info(
+            "loaded %s in %.1f s: %s parameters, %s weights on %s",
+            *(limits.name, time.monotonic() - began, f"{limits.parameters:,}", facts.weights, facts.device),
+        )
+        send(Started(limits, facts, engine.snapshot()))
         try:
             _serve(engine, socket)
         except Exception:

@@ -11,7 +11,7 @@ Rows that feed a byte and rows that prefill a prompt are the same thing; a step 
 import time
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,8 +27,7 @@ from torch.nn.functional import pad
 from kernels.attention import LARGE_TILE
 
 from .accounting import STAGES, StageBytes
-from .caches import LATENTS_KEPT, Caches
-from .config import EOS_ID
+from .caches import Caches
 from .costs import StageCosts
 from .decoders import Call
 from .graphs import Eager, Stage
@@ -37,6 +36,7 @@ from .model.encoder import ngram_windows
 from .pages import BlockTable
 from .patching import boundary_rule
 from .plan import Arrays, Plan, Span, Tiling, padded_array, plan_attention
+from .readback import Readback
 from .sequence import Sequence
 
 
@@ -160,7 +160,9 @@ class Runner:
 
         Raises OutOfPages, with nothing taken from the pool that lacked them.
         """
-        for _, table, rows in self._extents(sequence, end, reach):
+        for name, table, rows in self._extents(sequence, end, reach):
+            if borrowed := table.own():
+                self._caches.copy_page(name, *borrowed)
             table.extend(rows)
 
     def _extents(self, sequence: Sequence, end: int, reach: int) -> list[tuple[str, BlockTable, int]]:
@@ -180,12 +182,14 @@ class Runner:
         rows stay.
         """
         clean = [w for w in batch if w.num_clean]
-        if clean:
-            self._run_patcher(clean)
+        # The encoder does not ask where patches start: the device runs it while the host hears of that.
+        decide = self._run_patcher(clean) if clean else None
+        states = self._run_encoder(batch)
+        if decide:
+            decide()
         for w in batch:
             w.decode_from = self._first_to_decode(w)
             w.logits_from = max(w.logits_from, w.decode_from)
-        states = self._run_encoder(batch)
         with self._timed("global") as call:
             self._close_patches(clean, call)
         return self.decode(self.plan_decoder(batch), states=states)
@@ -195,16 +199,11 @@ class Runner:
         n = sequence.num_computed
         patch = sequence.patch_of(n)
         for name, table in sequence.tables.items():
-            spec = self._caches.specs[name]
-            if name == "open":
-                table.trim_before(sequence.patching.starts[patch])
-            elif name == "latent":
-                table.trim_before(max(patch - LATENTS_KEPT, 0))
-            elif spec.window is not None:
-                table.trim_before(max(n - spec.window + 1, 0))
-            table.cut(patch if spec.rows_from == "patch" else n)
+            table.trim_before(self._caches.first_live(name, n, patch, sequence.patching.starts[patch]))
+            table.cut(patch if self._caches.specs[name].rows_from == "patch" else n)
 
-    def _run_patcher(self, clean: Seq[Work]) -> None:
+    def _run_patcher(self, clean: Seq[Work]) -> Callable[[], None]:
+        """Returns what waits for the decisions and gives them to the sequences."""
         with self._timed("patcher") as call:
             ids = [token for w in clean for token in w.sequence.ids[w.start : w.end]]
             call.rows = len(ids)
@@ -225,10 +224,15 @@ class Runner:
                 "previous": previous,
                 **plan.named("plan"),
             }
-            entropies, opens = self._run("patcher", stage, padded, arrays | plan.named("plan"), plan).tolist()
+            decisions = Readback(self._run("patcher", stage, padded, arrays, plan))
             self._account(call, clean, [w.start for w in clean], [w.num_clean for w in clean], spans)
+
+        def decide() -> None:
+            entropies, opens = decisions.wait().tolist()
             for w, (row, count, _, _) in zip(clean, undecided.tolist(), strict=False):
                 w.sequence.patching.take(entropies[row : row + count], opens[row : row + count])
+
+        return decide
 
     def _run_encoder(self, batch: Seq[Work]) -> Tensor | None:
         """States of the clean rows of all, and of their cells where the decoder reads them."""
@@ -434,7 +438,7 @@ class Runner:
             sequence = w.sequence
             begin, end = sequence.patch_of(w.start), sequence.patch_of(w.end)
             starts = sequence.patching.starts[begin : end + 1]
-            self._note_documents(sequence, begin, end)
+            sequence.note_patch_documents(begin, end)
             if w.closes and starts[-1] < w.end:
                 starts.append(w.end)
             if len(starts) == 1:
@@ -488,14 +492,6 @@ class Runner:
         self._run("global", stage, padded * slots, arrays, pooling, plan)
         counts = [len(span.first) for span in patch_rows]
         self._account(call, closing, begins, counts, patch_rows)
-
-    def _note_documents(self, sequence: Sequence, begin: int, end: int) -> None:
-        """A patch that holds an EOS ends a document for the global stage."""
-        starts = sequence.patching.starts
-        for patch in range(begin, end):
-            behind = patch + 1
-            if sequence.patch_documents[-1] < behind and EOS_ID in sequence.ids[starts[patch] : starts[behind]]:
-                sequence.patch_documents.append(behind)
 
     def _add_latents(self, w: Work, begin: int, page: list[int], offset: list[int]) -> None:
         """Which latent each row reads.

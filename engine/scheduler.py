@@ -1,5 +1,6 @@
 """Which rows run next. Integers only: no tensor, no text."""
 
+import logging
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Protocol
 from .decoders import Call
 from .sequence import Sequence
 from .types import MAX_DRAFT
+
+log = logging.getLogger("fastblt.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,10 @@ class Pages(Protocol):
     def reserve(self, part: Part) -> None: ...
 
     def release(self, sequence: Sequence) -> None: ...
+
+    def attach(self, sequence: Sequence) -> None:
+        """Before a sequence is admitted: lets it begin behind what is known of its ids."""
+        ...
 
     def room(self, sequence: Sequence) -> int:
         """Rows that the sequence may still run before it could outgrow the caches, were they its alone."""
@@ -86,8 +93,10 @@ class Scheduler:
                     budget = self._max_step_rows - sum(part.num_rows for part in step.values())
         while budget > 0 and self.waiting and len(self.running) < self._max_sequences:
             sequence = self.waiting[0]
+            self._pages.attach(sequence)
             part = self._part(sequence, budget)
             if not self._pages.can_reserve(part):
+                self._send_back(sequence)
                 break
             self.waiting.pop(0)
             insort(self.running, sequence, key=_order)
@@ -108,13 +117,18 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Sends a running sequence back to wait, without its pages."""
+        rows, fields = sequence.num_computed, sequence.request.log_fields
+        log.debug("preempted for lack of pages; %d rows must be computed again", rows, extra=fields)
         self.running.remove(sequence)
-        self._pages.release(sequence)
-        sequence.num_computed = 0
-        sequence.drop_round()
+        self._send_back(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
         self.add(sequence)
+
+    def _send_back(self, sequence: Sequence) -> None:
+        self._pages.release(sequence)
+        sequence.num_computed = 0
+        sequence.drop_round()
 
     def _make_room(self, part: Part, step: dict[int, Part]) -> bool:
         """Reserves pages, preempting from the back; False if the sequence itself had to go."""

@@ -3,6 +3,7 @@
 import time
 from bisect import bisect_right
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from .accounting import Cost, PaperFormula
 from .config import EOS_ID
@@ -12,6 +13,9 @@ from .pages import BlockTable
 from .patching import Patching
 from .stopping import StopMatcher
 from .types import Request, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from .prefix import Node
 
 
 class Sequence:
@@ -56,6 +60,10 @@ class Sequence:
         """Patch starts that a trace has told."""
         self.num_counted = 0
         """Patch starts that `Cost.patches` has counted, or that lie before what this engine generates."""
+        self.prefix: Node | None = None
+        """How far the prefix cache knows its ids, if it takes part."""
+        self.num_cached = 0
+        """Ids of the prompt that it found there."""
         self.arrived = time.monotonic()
         self.begun: float | None = None
         """When its first step began."""
@@ -154,6 +162,14 @@ class Sequence:
 
     # Patches.
 
+    def note_patch_documents(self, begin: int, end: int) -> None:
+        """A patch that holds an EOS, of those from `begin` up to `end`, ends a document for the global stage."""
+        starts = self.patching.starts
+        for patch in range(begin, end):
+            behind = patch + 1
+            if self.patch_documents[-1] < behind and EOS_ID in self.ids[starts[patch] : starts[behind]]:
+                self.patch_documents.append(behind)
+
     def patch_document_start(self, patch: int) -> int:
         return self.patch_documents[bisect_right(self.patch_documents, patch) - 1]
 
@@ -183,5 +199,6 @@ class Sequence:
             estimated_bytes=round(formula.bytes(cost.decoder_calls, cost.global_calls)),
             bytes_read=round(sum(cost.bytes_read.values())),
             preemptions=self.preemptions,
+            cached_tokens=self.num_cached,
             queue_seconds=(self.begun or time.monotonic()) - self.arrived,
         )

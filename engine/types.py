@@ -81,6 +81,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """auto: False also allows blt-d."""
     output_ids: list[int] = []
     """Ids that this request has generated already, in an engine that died: it goes on behind them."""
+    log_fields: dict[str, str] = {}
+    """What log lines about it also say, as the id of the HTTP request that it is part of."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -129,6 +131,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes really read: weights, the patcher's too, each pass shared out among the batch by rows; keys and values;
     hash rows."""
     preemptions: int = 0
+    cached_tokens: int = 0
+    """Ids of the prompt that the prefix cache knew."""
     queue_seconds: float = 0.0
     """From its arrival in the engine to its first step."""
 
@@ -190,6 +194,8 @@ class PoolStats(msgspec.Struct, frozen=True):
 
     total: int
     used: int
+    cached: int = 0
+    """Kept for texts to come, and there for whoever needs a page."""
 
 
 class DecoderCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,6 +229,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step_seconds: float = 0.0
     """In steps, the host's work between the stages included."""
     prompt_rows: int = 0
+    cached_rows: int = 0
+    """Of prompts, found in the prefix cache instead."""
     calls: dict[str, int] = {}
     """Per stage: patcher, encoder, global, decoder."""
     rows: dict[str, int] = {}

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from .errors import ApiError
+from .errors import ApiError, Code
 from .settings import ServerSettings
 
 
@@ -57,7 +57,7 @@ class Gate:
         if self.draining:
             raise self.unavailable("the server is shutting down", "draining")
 
-    def unavailable(self, message: str, code: str) -> ApiError:
+    def unavailable(self, message: str, code: Code) -> ApiError:
         return ApiError(503, message, code=code, headers=self._headers)
 
     def drain(self) -> None:

@@ -1,6 +1,7 @@
 """The HTTP application over a running engine."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -11,7 +12,7 @@ from engine.client import EngineClient
 
 from .admission import Gate
 from .completions import complete
-from .errors import ErrorBody, add_error_handlers
+from .errors import Code, ErrorBody, add_error_handlers
 from .generation import Service
 from .metrics import Metrics
 from .middleware import ApiKeys, RequestContext
@@ -20,6 +21,9 @@ from .page import page_router
 from .responses import JsonResponse
 from .schemas import Completion, CompletionRequest
 from .settings import ServerSettings
+
+if TYPE_CHECKING:
+    from .traces import Traces
 
 OPENAPI_BODY = {
     "requestBody": {
@@ -40,8 +44,9 @@ def server_version() -> str:
         return "unknown"
 
 
-def create_app(settings: ServerSettings, client: EngineClient) -> FastAPI:
-    """The client must have been started; whoever started it stops it. `app.state.gate` is what a drain closes.
+def create_app(settings: ServerSettings, client: EngineClient, traces: "Traces | None" = None) -> FastAPI:
+    """The client must have been started; whoever started it stops it, and closes the traces. `app.state.gate` is what a
+    drain closes.
 
     Raises OSError or ValueError if the API keys cannot be read.
     """
@@ -62,7 +67,7 @@ def create_app(settings: ServerSettings, client: EngineClient) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(RequestContext, metrics=metrics, traces=traces)
     return app
 
 
@@ -113,7 +118,8 @@ def _operations(service: Service) -> APIRouter:
         """503 while requests had better go elsewhere."""
         gate.check_open()
         if client.state != "ready":
-            raise gate.unavailable(f"the engine is {client.state}", f"engine_{client.state}")
+            code: Code = "engine_dead" if client.state == "dead" else "engine_restarting"
+            raise gate.unavailable(f"the engine is {client.state}", code)
         return JsonResponse({"status": "ready"})
 
     @router.get("/version")

@@ -64,6 +64,7 @@ class ChoiceStream:
     usage: Usage = field(default_factory=Usage)
     cumulative_logprob: float = 0.0
     num_generated: int = 0
+    finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
         self._utf8 = Utf8Stream()
@@ -98,7 +99,7 @@ class ChoiceStream:
             self._hidden += event.logprobs
         if isinstance(event, Finished):
             piece.text += self._utf8.finish()
-            piece.finish_reason = event.reason
+            self.finish_reason = piece.finish_reason = event.reason
             self.usage, self.cumulative_logprob = event.usage, event.cumulative_logprob
         before = self._num_certain_bytes
         # Pending bytes may be the prompt's.

@@ -18,7 +18,7 @@ from engine.config import EngineConfig, KernelName, ModelConfig, WeightsName
 from engine.types import MAX_DRAFT, DecoderName, SamplingParams, Unmask
 
 from .flags import with_settings
-from .options import WrongOption, options_of, parse_unmask
+from .options import WrongOption, options_of, parse_bytes, parse_unmask
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -36,6 +36,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _bytes(given: str | int) -> int:
+    """A default comes as the number that it is."""
+    try:
+        return parse_bytes(str(given))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def main() -> None:
@@ -257,6 +265,85 @@ def inspect(
     with failing_on(CheckpointError):
         description = describe(path)
         typer.echo(json.dumps(asdict(description), indent=2) if as_json else render(description))
+
+
+@app.command()
+def size(
+    model: Annotated[Path | None, typer.Option(help="Folder of the checkpoint.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --model: tiny, nano, 1b, 3b, 7b, or a config.json, or a folder with one; no weights."
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
+    weights: Annotated[
+        WeightsName | None, typer.Option(help="Rounds the large matrices to float8.", show_default="as --dtype")
+    ] = None,
+    sequences: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sequences at once.", show_default="64, or what fits into --memory if that is less"),
+    ] = None,
+    context: Annotated[
+        int, typer.Option(parser=_bytes, metavar="BYTES", help="Mean length of a sequence, prompt and output.")
+    ] = 2048,
+    patch_size: Annotated[
+        float | None, typer.Option(help="Mean bytes per patch.", show_default="as measured with the model, or 4.5")
+    ] = None,
+    draft_length: Annotated[int, typer.Option(min=1, max=MAX_DRAFT, help="blt-s: bytes that a round drafts.")] = 8,
+    acceptance: Annotated[
+        float | None,
+        typer.Option(help="blt-s: share of the drafted bytes that stand.", show_default="as measured, or the paper's"),
+    ] = None,
+    block_acceptance: Annotated[
+        float | None, typer.Option(help="blt-dv: the same, of a block.", show_default="as measured, or the paper's")
+    ] = None,
+    block_passes: Annotated[
+        float | None,
+        typer.Option(help="blt-d: decoder passes over a block.", show_default="as measured, or the paper's"),
+    ] = None,
+    memory: Annotated[
+        int | None, typer.Option(parser=_bytes, metavar="BYTES", help="Memory of the device: 80GiB.")
+    ] = None,
+    reserve: Annotated[
+        float, typer.Option(help="Share of the memory for activations, recordings and the driver.")
+    ] = 0.1,
+    bandwidth: Annotated[
+        int | None, typer.Option(parser=_bytes, metavar="BYTES", help="What the device reads per second: 3.35TB.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Print what a model takes and reads in use, how many sequences fit, and the flags to serve them with."""
+    from engine.sizing import size as sizing_of
+
+    from .size import Subject, render, text_of, to_json
+
+    if (model is None) == (config is None):
+        raise typer.BadParameter("give either --model or --config", param_hint="--model")
+    with failing_on(ValueError):
+        subject = Subject.read(model) if model else Subject(_read_config(config or ""))
+        text = text_of(
+            subject,
+            draft_length,
+            patch_size=patch_size,
+            acceptance=acceptance,
+            block_acceptance=block_acceptance,
+            block_passes=block_passes,
+        )
+        sizing = sizing_of(
+            subject.config,
+            EngineConfig(str(model), dtype=dtype, weights=weights),
+            subject.hash_itemsize,
+            text.drafting,
+            context=context,
+            patch=text.patch,
+            sequences=sequences,
+            memory=memory,
+            reserve=reserve,
+            bandwidth=bandwidth,
+        )
+    named = f"--model {model or 'FOLDER'}"
+    typer.echo(json.dumps(to_json(sizing, text), indent=2) if as_json else render(sizing, text, named))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from .access import Access
 from .body import ClientLeft, read_body
 from .choice import Piece
 from .errors import ApiError, from_validation, internal_error
@@ -20,7 +21,7 @@ from .plan import make_plan
 from .responses import JsonResponse, to_json
 from .schemas import CompletionRequest, NotOffered
 
-log = logging.getLogger("fastblt.server.completions")
+log = logging.getLogger("fastblt.server")
 
 T = TypeVar("T")
 
@@ -35,6 +36,7 @@ async def complete(request: Request, service: Service) -> Response:
     if service.client.state == "dead":
         raise service.gate.unavailable("the engine is gone and will not come back", "engine_dead")
     generation = Generation(service, plan, completion_id, service.gate.enter(len(plan.requests)))
+    request.state.access.generation = generation
     handed_over = False
     try:
         if not wanted.stream:
@@ -43,7 +45,7 @@ async def complete(request: Request, service: Service) -> Response:
         # What fails at once fails with a status of its own; behind the first event there is only 200.
         first = await _unless_client_leaves(request, anext(pieces))
         handed_over = True
-        return CompletionStream(generation, first, pieces, request.state.request_id)
+        return CompletionStream(generation, first, pieces, request.state.access)
     finally:
         if not handed_over:
             await generation.close()
@@ -94,17 +96,19 @@ class CompletionStream(EventSourceResponse):
         generation: Generation,
         first: tuple[int, Piece] | None,
         rest: AsyncGenerator[tuple[int, Piece] | None, None],
-        request_id: str,
+        access: Access,
     ) -> None:
         super().__init__(self._events(first, rest), headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._generation = generation
-        self._request_id = request_id
+        self._access = access
+        self._sent_all = False
         options = generation.plan.request.stream_options
         self._include_usage = options is not None and options.include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+            self._access.client_left = not self._sent_all
         finally:
             await self._generation.close()
 
@@ -120,11 +124,16 @@ class CompletionStream(EventSourceResponse):
             if self._include_usage:
                 yield _event(self._generation.completion([], with_usage=True))
         except ApiError as error:
-            yield _event(error.body)
+            yield self._error(error)
         except Exception:
-            log.exception("request %s failed", self._request_id)
-            yield _event(internal_error(self._request_id).body)
+            log.exception("the request failed")
+            yield self._error(internal_error(self._access.request_id))
         yield format_sse_event(data_str="[DONE]")
+        self._sent_all = True
+
+    def _error(self, error: ApiError) -> bytes:
+        self._access.error = error
+        return _event(error.body)
 
     def _chunk(self, item: tuple[int, Piece] | None) -> bytes | None:
         """None for a piece that says nothing: its bytes wait for the rest of a code point, or for a stop string."""

@@ -1,6 +1,6 @@
 """One error body for everything that goes wrong, as OpenAI's clients expect it."""
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
@@ -10,6 +10,27 @@ from .responses import JsonResponse
 
 SHOWN_VALUE = 80
 """Characters of an offending value that a message repeats."""
+Code = Literal[
+    "body_timeout",
+    "body_too_large",
+    "context_length_exceeded",
+    "decoder_unavailable",
+    "draining",
+    "engine_dead",
+    "engine_restarting",
+    "internal_error",
+    "invalid_api_key",
+    "invalid_json",
+    "invalid_value",
+    "method_not_allowed",
+    "missing_required_parameter",
+    "model_not_found",
+    "queue_full",
+    "unknown_parameter",
+    "unknown_url",
+    "unsupported_parameter",
+]
+"""What a program may tell errors apart by. Those about a combination of fields have none."""
 TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -25,7 +46,7 @@ class ErrorDetail(BaseModel):
     message: str
     type: str
     param: str | None = None
-    code: str | None = None
+    code: Code | None = None
 
 
 class ErrorBody(BaseModel):
@@ -43,7 +64,7 @@ class ApiError(Exception):
         message: str,
         *,
         param: str | None = None,
-        code: str | None = None,
+        code: Code | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
@@ -80,22 +101,27 @@ def from_validation(error: ValidationError) -> ApiError:
     return ApiError(400, f"{field}: {message[:1].lower()}{message[1:]}, not {shown}", param=field, code="invalid_value")
 
 
-async def _on_api_error(_: Request, error: Exception) -> JsonResponse:
+async def _on_api_error(request: Request, error: Exception) -> JsonResponse:
     assert isinstance(error, ApiError)
+    request.state.access.error = error
     return error.response()
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JsonResponse:
     assert isinstance(error, HTTPException)
+    return await _on_api_error(request, _from_http(request, error))
+
+
+def _from_http(request: Request, error: HTTPException) -> ApiError:
     where = f"{request.method} {request.url.path}"
     headers = dict(error.headers or {})
     match error.status_code:
         case 404:
-            return ApiError(404, f"there is no route {where}", code="unknown_url", headers=headers).response()
+            return ApiError(404, f"there is no route {where}", code="unknown_url", headers=headers)
         case 405:
             message = f"{where} is not offered; allowed: {headers.get('allow') or headers.get('Allow')}"
-            return ApiError(405, message, code="method_not_allowed", headers=headers).response()
-    return ApiError(error.status_code, str(error.detail), headers=headers).response()
+            return ApiError(405, message, code="method_not_allowed", headers=headers)
+    return ApiError(error.status_code, str(error.detail), headers=headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -25,6 +25,7 @@ ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
     "max_step_rows": ("Most byte rows per step, prompt and generated together.", 1),
     "cache_bytes": ("Memory for all caches together, in bytes.", 1),
     "page_size": ("Rows per cache page.", 1),
+    "prefix_cache": ("Whether what was computed of a text serves later ones that begin like it.", None),
     "max_length": ("Most ids per sequence; by default what the model and the caches can hold.", 1),
     "isolate_documents": ("Whether an end-of-sequence id hides what is before it; by default as the model says.", None),
     "num_threads": ("CPU threads for tensor work; by default one per core.", 1),
@@ -33,8 +34,8 @@ ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
 
 
 def with_settings(command: Callable[[ServerSettings, EngineConfig], None]) -> Callable[..., None]:
-    """The command with one flag per field of both. A flag that is not given leaves the field's default, and for
-    ServerSettings the environment, in force."""
+    """The command with one flag per field of both. A flag that is not given leaves the environment (FASTBLT_ and the
+    field's name), and else the field's default, in force."""
     parameters = [_engine_parameter(name) for name in ENGINE_FLAGS]
     parameters += [_server_parameter(name, info) for name, info in ServerSettings.model_fields.items()]
 
@@ -59,29 +60,42 @@ def _engine_parameter(name: str) -> inspect.Parameter:
     help_text, least = ENGINE_FLAGS[name]
     required = field.default is MISSING
     default = None if required or field.default is None else str(field.default)
-    return _parameter(name, _plain(field.type), help_text, default, required=required, least=least)
+    kind, variable = _plain(field.type), _variable(name)
+    return _parameter(name, kind, help_text, default, envvar=variable, required=required, least=least)
 
 
 def _server_parameter(name: str, info: FieldInfo) -> inspect.Parameter:
-    environment = f"{ServerSettings.model_config['env_prefix']}{name}".upper()
     assert info.description is not None
     default = None if info.default in (None, []) else str(info.default)
     kind = _plain(info.annotation)
     several = " May be repeated." if get_origin(kind) is list else ""
-    return _parameter(name, kind, f"{info.description}{several} [env: {environment}]", default)
+    # Only named here: ServerSettings reads the environment itself.
+    help_text = f"{info.description}{several} [env var: {_variable(name)}]"
+    return _parameter(name, kind, help_text, default)
 
 
 def _parameter(
-    name: str, kind: Any, help_text: str, default: str | None, *, required: bool = False, least: int | None = None
+    name: str,
+    kind: Any,
+    help_text: str,
+    default: str | None,
+    *,
+    envvar: str | None = None,
+    required: bool = False,
+    least: int | None = None,
 ) -> inspect.Parameter:
     flag = name.replace("_", "-")
     declared = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
     if default is not None:
         help_text += f" [default: {default}]"
-    option = typer.Option(declared, help=help_text, min=least, show_default=False)
+    option = typer.Option(declared, help=help_text, envvar=envvar, show_envvar=True, min=least, show_default=False)
     annotation: Any = Annotated[kind if required else kind | None, option]
     nothing = inspect.Parameter.empty if required else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=nothing, annotation=annotation)
+
+
+def _variable(name: str) -> str:
+    return f"{ServerSettings.model_config['env_prefix']}{name}".upper()
 
 
 def _plain(annotation: Any) -> Any:
@@ -105,5 +119,4 @@ def _bad_setting(error: ValidationError) -> typer.BadParameter:
     if not first["loc"]:
         return typer.BadParameter(message)
     name = str(first["loc"][0])
-    variable = f"{ServerSettings.model_config['env_prefix']}{name}".upper()
-    return typer.BadParameter(message, param_hint=f"--{name.replace('_', '-')} (or {variable})")
+    return typer.BadParameter(message, param_hint=f"--{name.replace('_', '-')} (or {_variable(name)})")

@@ -10,14 +10,22 @@ from engine.types import DecoderName, Event, Failed, Finished, Usage
 
 from .admission import Gate, Ticket
 from .choice import ChoiceStream, Piece
-from .errors import ApiError
+from .errors import ApiError, Code
 from .merge import merge
 from .metrics import Metrics
 from .plan import Plan
-from .schemas import Choice, Completion, CompletionUsage, FastBltUsage
+from .schemas import Choice, Completion, CompletionUsage, FastBltUsage, PromptTokensDetails
 from .settings import ServerSettings
 
-REFUSALS = {"too_long": "context_length_exceeded", "decoder_unavailable": "decoder_unavailable", "invalid": None}
+REFUSALS: dict[str, Code | None] = {
+    "too_long": "context_length_exceeded",
+    "decoder_unavailable": "decoder_unavailable",
+    "invalid": None,
+}
+
+
+LOGGED_CHARACTERS = 1000
+"""Of a text, with `--log-content`."""
 
 
 @dataclass
@@ -40,13 +48,20 @@ class Generation:
         self.created = int(time.time())
         self._service = service
         self._ticket = ticket
-        self._clocks = [service.metrics.clock(plan.decoder, len(r.prompt_ids)) for r in plan.requests]
+        self.clocks = [service.metrics.clock(plan.decoder, len(r.prompt_ids)) for r in plan.requests]
         request = plan.request
-        self._choices = [
+        self.streams = [
             ChoiceStream(r.prompt_ids, request.echo, request.logprobs is not None, request.trace) for r in plan.requests
         ]
         self._events = merge([service.client.submit(r) for r in plan.requests], service.settings.keepalive_seconds)
         self._begun: set[int] = set()
+        self.said = [""] * len(plan.requests) if service.settings.log_content else None
+        """The beginning of each sequence's text, if it may be logged."""
+
+    @property
+    def first_byte(self) -> float | None:
+        """When the first byte of any sequence came, by `time.perf_counter`."""
+        return min((clock.first for clock in self.clocks if clock.first is not None), default=None)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
         """(sequence index, piece) as they come; None for a long silence. Raises ApiError if a sequence fails."""
@@ -65,21 +80,24 @@ class Generation:
             self._begun.add(index)
             self._ticket.begun()
         if isinstance(event, Failed):
-            self._clocks[index].end("error")
+            self.clocks[index].end("error" if event.code == "internal" else "refused")
             if event.code == "internal":
                 raise ApiError(500, event.message, code="internal_error")
             raise ApiError(400, event.message, param=event.param, code=REFUSALS[event.code])
         if isinstance(event, Finished):
-            self._clocks[index].end(event.reason, event.usage)
+            self.clocks[index].end(event.reason, event.usage)
             if event.reason == "abort":
                 raise ApiError(500, "the engine gave up on this request", code="internal_error")
         else:
-            self._clocks[index].advance(len(event.ids))
-        return self._choices[index].feed(event)
+            self.clocks[index].advance(len(event.ids))
+        piece = self.streams[index].feed(event)
+        if self.said is not None:
+            self.said[index] = (self.said[index] + piece.text)[: LOGGED_CHARACTERS + 1]
+        return piece
 
     async def collect(self) -> Completion:
         """The whole response."""
-        parts = [choice.empty_piece() for choice in self._choices]
+        parts = [choice.empty_piece() for choice in self.streams]
         async for item in self.pieces():
             if item is not None:
                 index, piece = item
@@ -89,7 +107,7 @@ class Generation:
         for first in range(0, len(parts), plan.samples):
             samples = range(first, first + plan.samples)
             if n < plan.samples:
-                samples = sorted(samples, key=lambda i: -self._choices[i].mean_logprob)  # type: ignore[assignment]
+                samples = sorted(samples, key=lambda i: -self.streams[i].mean_logprob)  # type: ignore[assignment]
             choices += [self.choice(len(choices) + k, parts[i]) for k, i in enumerate(samples[:n])]
         return self.completion(choices, with_usage=True)
 
@@ -114,13 +132,16 @@ class Generation:
 
     def _usage(self) -> CompletionUsage:
         """A prompt counts once, however many samples it has; every sample counts, returned or not."""
-        usages = [choice.usage for choice in self._choices]
+        usages = [choice.usage for choice in self.streams]
         prompt_tokens = sum(len(r.prompt_ids) for r in self.plan.requests[:: self.plan.samples])
         completion_tokens = sum(usage.completion_tokens for usage in usages)
         return CompletionUsage(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(usage.cached_tokens for usage in usages[:: self.plan.samples])
+            ),
             fastblt=fastblt_usage(self.plan.decoder, usages),
         )
 
@@ -129,7 +150,7 @@ class Generation:
         try:
             await self._events.aclose()
         finally:
-            for clock in self._clocks:
+            for clock in self.clocks:
                 clock.end("abort")
             self._ticket.close()
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -13,6 +13,11 @@ from engine.types import DecoderCounts, Snapshot, Usage
 
 from .admission import Gate
 
+# Else every counter has a second series, of when it began, that nobody reads.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+REASONS = ("stop", "length", "timeout", "abort", "refused", "error")
+"""Why a sequence ends. Four are the engine's; "refused": it could not be run; "error": the engine failed."""
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 QUEUE_SECONDS = (0.001, 0.0025, *SECONDS)
 SIZES = (16, 64, 256, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10)
@@ -66,6 +71,15 @@ class Metrics:
         self._output_size = Histogram(
             "fastblt_output_size_bytes", "Ids generated for a sequence.", labels, buckets=SIZES, registry=registry
         )
+        # A series that appears with its first event hides that from `rate`: all begin at 0.
+        for decoder in client.limits.decoders:
+            for histogram in (
+                *(self._queue, self._first_byte, self._per_byte, self._end_to_end),
+                *(self._prompt_size, self._output_size),
+            ):
+                histogram.labels(decoder)
+            for reason in REASONS:
+                self._sequences.labels(decoder, reason)
         self._engine = EngineCollector(client, gate, version)
         registry.register(self._engine)
         ProcessCollector(registry=registry)
@@ -155,6 +169,8 @@ class EngineCollector(Collector):
         pools = snapshot.pools
         used, total = ({pool: getattr(pages, kind) for pool, pages in pools.items()} for kind in ("used", "total"))
         yield _gauges("fastblt_pages_used", "Cache pages in use.", "pool", used)
+        cached = {pool: pages.cached for pool, pages in pools.items()}
+        yield _gauges("fastblt_pages_cached", "Cache pages kept for texts to come.", "pool", cached)
         yield _gauges("fastblt_pages_capacity", "Cache pages in all.", "pool", total)
         yield _gauges("fastblt_page_size_bytes", "Size of a cache page.", "pool", facts.page_bytes)
         help_text = "Weights that every pass of a stage reads."
@@ -209,6 +225,7 @@ COUNTERS: dict[str, tuple[str, Labels, Read]] = {
     "step_seconds": ("Time in steps, the host's part included.", (), _one("step_seconds")),
     "preemptions": ("Sequences put back for lack of pages.", (), _one("preemptions")),
     "prompt_bytes": ("Prompt ids computed.", (), _one("prompt_rows")),
+    "prompt_cached_bytes": ("Prompt ids that the prefix cache knew.", (), _one("cached_rows")),
     "stage_calls": ("Calls of a stage, each over a whole batch.", ("stage",), _per_stage("calls")),
     "stage_rows": ("Rows that went through a stage.", ("stage",), _per_stage("rows")),
     "stage_seconds": ("Time spent in a stage.", ("stage",), _per_stage("stage_seconds")),

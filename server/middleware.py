@@ -5,67 +5,76 @@ import hmac
 import logging
 import re
 import secrets
-import time
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine import logs
+
+from .access import CLIENT_LEFT, Access
 from .body import ClientLeft
 from .errors import ApiError, internal_error
 from .metrics import Metrics
 
+if TYPE_CHECKING:
+    from .traces import Traces
+
 log = logging.getLogger("fastblt.server")
-access_log = logging.getLogger("fastblt.access")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OPEN_PATHS = re.compile(r"/|/page/[^/]+|/health/(live|ready)|/metrics")
-CLIENT_LEFT = 499
-"""In logs and metrics, as nginx has it; nobody receives it."""
 
 
 class RequestContext:
-    """Gives each request an id (the client's x-request-id, if it is fit), one access log line, and a clean 500."""
+    """Gives each request an id (the client's x-request-id, if it is fit), a line in the log, a span where there are
+    traces, and a clean 500."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, traces: "Traces | None" = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        start = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
-        scope.setdefault("state", {})["request_id"] = request_id
-        status = 0
+        path = scope["path"].encode("unicode_escape").decode()
+        access = Access(request_id, scope["method"], path, (scope.get("client") or ("-",))[0])
+        scope.setdefault("state", {})["access"] = access
+        fields = {"request_id": request_id}
+        span = None
+        if self._traces and not access.is_probe:
+            span = self._traces.start(scope)
+            fields |= self._traces.log_fields(span)
+        token = logs.context.set(fields)
         self._metrics.in_progress.inc()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                access.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except ClientLeft:
-            status = CLIENT_LEFT
+            access.status, access.client_left = CLIENT_LEFT, True
         except Exception:
-            log.exception("request %s failed", request_id)
-            if status:
+            log.exception("the request failed")
+            access.error = internal_error(request_id)
+            if access.status:
                 raise
-            await internal_error(request_id).response()(scope, receive, send_with_id)
+            await access.error.response()(scope, receive, send_with_id)
         finally:
+            access.end(getattr(scope.get("route"), "path", None))
             self._metrics.in_progress.dec()
-            route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.http_responses.labels(route, status).inc()
-            milliseconds = (time.perf_counter() - start) * 1000
-            path = scope["path"].encode("unicode_escape").decode()
-            client = (scope.get("client") or ("-",))[0]
-            access_log.info(
-                "%s %s %s %d %.1fms %s", client, scope["method"], path[:200], status, milliseconds, request_id
-            )
+            self._metrics.http_responses.labels(access.route or "unmatched", access.status).inc()
+            access.write()
+            if self._traces and span:
+                self._traces.end(span, access)
+            logs.context.reset(token)
 
 
 class ApiKeys:
@@ -84,5 +93,6 @@ class ApiKeys:
             if scheme.lower() != "bearer" or not sum(hmac.compare_digest(digest, known) for known in self._digests):
                 what = "the API key is not valid" if key else "send an API key as 'Authorization: Bearer KEY'"
                 error = ApiError(401, what, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+                scope["state"]["access"].error = error
                 return await error.response()(scope, receive, send)
         await self._app(scope, receive, send)

@@ -1,7 +1,10 @@
-"""Options of single decoders: which belong to which, and unmasking rules as they are typed."""
+"""Options of single decoders: which belong to which; unmasking rules and sizes as they are typed."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from engine.types import DecoderName, Unmask
 
@@ -51,3 +54,13 @@ def _number(text: str, most: float) -> float:
     if not 0 <= value <= most:
         raise ValueError(f"{text} is not a number from 0 to {most:g}")
     return value
+
+
+def parse_bytes(text: str) -> int:
+    """2048, 80GiB, 3.35TB or 3.35TB/s. Raises ValueError."""
+    try:
+        if re.fullmatch(r"[\d.]+ *[a-zA-Z]*", size := text.removesuffix("/s")):
+            return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        pass
+    raise ValueError(f"{text!r} is no number of bytes such as 2048, 512MiB, 80GiB or 3.35TB")

@@ -4,6 +4,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from engine import logs
 from engine.config import BOS_ID, BYTE_OFFSET, ModelLimits
 from engine.types import DecoderName, Request, SamplingParams, Unmask
 
@@ -47,6 +48,7 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
     ranked = samples > request.n
     requests = []
     bias = _bias(request.logit_bias, limits)
+    log_fields = dict(logs.context.get())
     for number, prompt_ids in enumerate(prompts):
         # With a seed of its own a prompt's samples do not depend on the prompts beside it; without one, equal prompts
         # must still differ.
@@ -76,6 +78,7 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
                 timeout=request.timeout or settings.default_timeout,
                 trace=request.trace,
                 decoder=decoder,
+                log_fields=log_fields,
                 **options,
             )
             for sample in range(samples)

@@ -3,23 +3,30 @@
 import asyncio
 import errno
 import logging
+import os
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
 
+from engine import logs
 from engine.client import EngineClient, EngineStartError
 from engine.config import EngineConfig
 
 from .admission import Gate
-from .app import create_app
+from .app import create_app, server_version
 from .settings import ServerSettings
+
+if TYPE_CHECKING:
+    from .traces import Traces
 
 log = logging.getLogger("fastblt.server")
 
+OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 BACKLOG = 2048
 KEEPALIVE_SECONDS = 75
 LAST_RESPONSES_SECONDS = 5
@@ -32,11 +39,17 @@ class ServeError(RuntimeError):
 
 def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
     """Serves until a signal ends it. Raises ServeError."""
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
-    )
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(settings, engine_config))
+    logs.configure(settings.logs, "server")
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(settings, engine_config))
+        log.info("stopped")
+    except ServeError as error:
+        if settings.log_format == "human":
+            raise
+        # Whoever reads the log of a container that does not start reads JSON, too.
+        log.critical("%s", error)
+        raise SystemExit(1) from None
 
 
 async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
@@ -45,9 +58,10 @@ async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    traces = _make_traces(settings)
     # Taken before the model is loaded, so that a wrong port shows at once; nobody can connect yet.
     with closing(_bind(settings.host, settings.port)) as port:
-        client = EngineClient(engine_config)
+        client = EngineClient(engine_config, logs=settings.logs)
         try:
             starting = asyncio.create_task(client.start())
             stop = asyncio.create_task(signals.get())
@@ -58,18 +72,24 @@ async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
                 return
             stop.cancel()
             starting.result()
-            await _serve_until_signal(settings, client, port, signals)
+            await _serve_until_signal(settings, client, traces, port, signals)
         except EngineStartError as error:
             raise ServeError(str(error)) from error
         finally:
             await client.stop()
+            if traces:
+                await traces.close()
 
 
 async def _serve_until_signal(
-    settings: ServerSettings, client: EngineClient, port: socket.socket, signals: "asyncio.Queue[signal.Signals]"
+    settings: ServerSettings,
+    client: EngineClient,
+    traces: "Traces | None",
+    port: socket.socket,
+    signals: "asyncio.Queue[signal.Signals]",
 ) -> None:
     try:
-        app = create_app(settings, client)
+        app = create_app(settings, client, traces)
     except (OSError, ValueError) as error:
         raise ServeError(f"API keys: {error}") from error
     gate: Gate = app.state.gate
@@ -78,7 +98,7 @@ async def _serve_until_signal(
             app,
             lifespan="off",
             log_config=None,
-            log_level="warning",
+            log_level=max(logging.WARNING, log.getEffectiveLevel()),
             access_log=False,
             server_header=False,
             timeout_keep_alive=KEEPALIVE_SECONDS,
@@ -124,6 +144,23 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are handled above: the first one must not close the port, which still says that it drains."""
         yield
+
+
+def _make_traces(settings: ServerSettings) -> "Traces | None":
+    """None unless they are asked for. Raises ServeError."""
+    named = [name for name in OTLP_ENDPOINTS if os.environ.get(name)]
+    asked = [f"--otlp-endpoint {settings.otlp_endpoint}"] if settings.otlp_endpoint else named
+    disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if not asked or disabled or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
+        return None
+    try:
+        from .traces import Traces
+
+        return Traces(settings.otlp_endpoint, server_version())
+    except ImportError as error:
+        raise ServeError(f'{asked[0]} asks for traces, which need: pip install "fastblt[traces]" ({error})') from error
+    except ValueError as error:
+        raise ServeError(f"traces: {error}") from error
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -49,7 +49,8 @@ def _check_stop(value: object) -> list[str]:
 class _Strict(BaseModel):
     """No coercion, no unknown fields; null means the default."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    # A value that is wrong may be content, and an exception may be logged.
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -232,12 +233,17 @@ class FastBltUsage(BaseModel):
     preemptions: int
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(description="Of the prompts, what the prefix cache knew.")
+
+
 class CompletionUsage(BaseModel):
     """Counts bytes, and the begin-of-sequence id of a string prompt, but not a closing end-of-sequence id."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     fastblt: FastBltUsage
 
 

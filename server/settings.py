@@ -1,10 +1,12 @@
 """Every choice of whoever runs the HTTP server, in one typed place."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from engine.logs import FormatName, LevelName, LogSettings
 
 
 class ServerSettings(BaseSettings):
@@ -47,12 +49,28 @@ class ServerSettings(BaseSettings):
         [], description="Web origins whose pages may call the API; by default none."
     )
     page: bool = Field(True, description="Serve the live page at /.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
+    log_level: LevelName = Field("info", description="Least severity to log.")
+    log_format: FormatName = Field("human", description="Log lines for people, or one JSON object each.")
+    log_content: bool = Field(
+        False, description="Also log prompts and completions, cut short; whoever reads the log reads them."
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="URL of an OpenTelemetry collector to send traces to, over HTTP; needs the extra 'traces'. "
+        "By default OTEL_EXPORTER_OTLP_ENDPOINT, else none are made.",
+    )
 
     @field_validator("served_model_name", "api_keys", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return [part for part in map(str.strip, value.split(",")) if part] if isinstance(value, str) else value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_url(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(f"must be a URL such as http://127.0.0.1:4318, not {url!r}")
+        return url
 
     @field_validator("served_model_name")
     @classmethod
@@ -66,6 +84,11 @@ class ServerSettings(BaseSettings):
         if self.max_choices > self.max_queue:
             raise ValueError(f"max_choices {self.max_choices} must not exceed max_queue {self.max_queue}")
         return self
+
+    @property
+    def logs(self) -> LogSettings:
+        """As both processes take them."""
+        return LogSettings(self.log_level, self.log_format)
 
     def load_api_keys(self) -> tuple[bytes, ...]:
         """All keys, those of the file included. Raises OSError if it cannot be read, ValueError for an empty key."""

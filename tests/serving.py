@@ -1,6 +1,7 @@
 """A server in a process of its own, with a real engine over a tiny random model."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,8 +65,7 @@ def running_server(model: Path, log: Path, *flags: str) -> Iterator[RunningServe
 def _await_url(process: subprocess.Popen[bytes], log: Path) -> str:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        _, found, rest = log.read_text().partition(" on http://")
-        if found and "\n" in rest:
-            return f"http://{rest.split()[0]}"
+        if found := re.search(r" on (http://[\w.:\[\]]+).*\n", log.read_text()):
+            return found[1]
         time.sleep(0.05)
     raise AssertionError(f"the server did not start:\n{log.read_text()}")

@@ -1,6 +1,7 @@
 """Bytes: the paper's by its tables, the engine's by counting weights."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ TABLES = {
 
 
 def formula(preset: str) -> PaperFormula:
-    counts = count_parameters(PRESETS[preset])
+    of = PaperFormula.of(PRESETS[preset], 2)
     # The paper's figures leave the byte table of the 3B's decoder out, as those of the 1B, which has none.
     own_table = 261 * PRESETS[preset].decoder.dim if PRESETS[preset].decoder_input == "embedding" else 0
-    return PaperFormula(counts["decoder"] - own_table + counts["head"], counts["encoder"], counts["global"])
+    return replace(of, decoder=of.decoder - own_table)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -126,6 +127,5 @@ def test_blt_calls_are_what_can_be_counted_by_hand() -> None:
     assert (usage.rounds, usage.decoder_calls, usage.rows["decoder"], usage.rows["patcher"]) == (50, 50, 50, 50)
     assert 50 / 8 <= usage.global_calls <= 50
     assert usage.rows["global"] >= usage.global_calls
-    parameters = count_parameters(engine.model_config)
-    of = PaperFormula(parameters["decoder"] + parameters["head"], parameters["encoder"], parameters["global"], 4)
+    of = PaperFormula.of(engine.model_config, 4)
     assert usage.estimated_bytes == math.floor(of.bytes(50, usage.global_calls))

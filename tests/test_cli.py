@@ -81,12 +81,22 @@ class TestServeFlags:
         monkeypatch.setenv("FASTBLT_MAX_QUEUE", "200")
         settings, _ = parse("--port", "2")
         assert (settings.port, settings.max_queue) == (2, 200)
+        monkeypatch.setenv("FASTBLT_MODEL", "there")
+        monkeypatch.setenv("FASTBLT_DTYPE", "bfloat16")
+        monkeypatch.setenv("FASTBLT_GRAPHS", "false")
+        monkeypatch.setenv("FASTBLT_PAGE_SIZE", "8")
+        monkeypatch.setenv("FASTBLT_MAX_LENGTH", "")
+        _, config = parse("--page-size", "16")
+        assert config == EngineConfig("here", dtype="bfloat16", graphs=False, page_size=16)
 
     def test_name_the_flag_and_the_variable_of_a_bad_value(self, parse, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"--port \(or FASTBLT_PORT\): input should be less"):
             parse("--port", "65536")
         monkeypatch.setenv("FASTBLT_RETRY_AFTER", "soon")
         with pytest.raises(ValueError, match="FASTBLT_RETRY_AFTER"):
+            parse()
+        monkeypatch.setenv("FASTBLT_DEVICE", "gpu")
+        with pytest.raises(ValueError, match="FASTBLT_DEVICE.*'gpu' is not one of 'cpu', 'cuda'"):
             parse()
 
     def test_never_show_a_key(self, parse) -> None:
@@ -154,7 +164,7 @@ def test_generate_on_a_missing_gpu_says_so(tiny: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert "CUDA" in fails("generate", "--model", tiny, "--prompt=a", "--device=cuda")
+    assert "device 'cuda': torch" in fails("generate", "--model", tiny, "--prompt=a", "--device=cuda")
 
 
 def test_a_batch_tells_of_its_failures_in_their_places(tiny: Path) -> None:

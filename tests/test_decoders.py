@@ -165,7 +165,7 @@ def test_scores_are_blts_too(model: Path) -> None:
 
 
 def test_a_step_calls_every_stage_at_most_once(model: Path) -> None:
-    engine = make_engine(model)
+    engine = make_engine(model, cache_bytes=128 << 20)
     how = [*settings_of(engine), {"decoder": "blt"}, *([{"decoder": "blt-d"}] if engine.model_config.mask_id else [])]
     for i, p in enumerate(prompts(2 * len(how), model)):
         engine.add(request(str(i), p, 30, **how[i % len(how)]))

@@ -2,22 +2,32 @@
 
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer.main
+from pydantic import BaseModel
 
 from benchmarks import decoders, growth
+from engine.config import EngineConfig
 from server.cli import app
-from server.schemas import CompletionRequest
+from server.errors import Code, ErrorDetail
+from server.schemas import Completion, CompletionRequest
 from server.settings import ServerSettings
+from tests.examples import ADDRESS, Example, examples
+from tests.serving import RunningServer, running_server
 
 ROOT = Path(__file__).parent.parent
 DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+NANO = ROOT / "models" / "nano"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SECTIONS = dict(re.findall(r"^## fastblt (\w+)\n(.*?)(?=^## |\Z)", DOCS["command-line.md"], re.M | re.S))
+DEFAULTS = {field.name: field.default for field in fields(EngineConfig) if field.default is not MISSING}
+DEFAULTS |= {name: field.default for name, field in ServerSettings.model_fields.items()}
 
 
 def test_every_command_has_a_section() -> None:
@@ -41,17 +51,157 @@ def test_every_option_has_help() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ServerSettings.model_fields)
+@pytest.mark.parametrize("name", ["model", *DEFAULTS])
 def test_every_setting_is_there_with_its_variable_and_default(name: str) -> None:
     row = next(line for line in SECTIONS["serve"].splitlines() if line.startswith(f"| `--{name.replace('_', '-')}`"))
-    default = ServerSettings.model_fields[name].default
+    default = DEFAULTS.get(name)
     assert f"`FASTBLT_{name.upper()}`" in row
-    assert default in (None, []) or f"default `{default}`" in row
+    shown = str(default).lower() if isinstance(default, bool) else default
+    assert default in (None, []) or f"default `{shown}`" in row
 
 
-@pytest.mark.parametrize("name", CompletionRequest.model_fields)
-def test_every_field_of_a_request_is_there(name: str) -> None:
-    assert f"`{name}`" in DOCS["api.md"]
+def fields_of(model: type[BaseModel]) -> set[str]:
+    """Names of a model's fields and of those of the models in them."""
+    names = set(model.model_fields)
+    for info in model.model_fields.values():
+        kinds = [info.annotation, *get_args(info.annotation)]
+        kinds += [inner for kind in kinds for inner in get_args(kind)]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                names |= fields_of(kind)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("section", "model"), [("The request", CompletionRequest), ("The response", Completion), ("Errors", ErrorDetail)]
+)
+def test_every_field_is_in_its_section_and_no_other(section: str, model: type[BaseModel]) -> None:
+    text = re.search(rf"^## {section}\n(.*?)^## ", DOCS["api.md"], re.M | re.S)
+    assert text
+    tables = re.findall(r"^\| field .*\n\|[-|]+\n((?:\|.*\n)+)", text[1], re.M)
+    cells = [row.split("|")[1] for table in tables for row in table.splitlines()]
+    points = re.findall(r"^\* (`\w+`):(.*)", text[1], re.M)
+    documented = names_in(*cells, *(head for head, _ in points))
+    assert documented <= fields_of(model)
+    assert fields_of(model) <= documented | names_in(*(rest for _, rest in points))
+
+
+def names_in(*texts: str) -> set[str]:
+    return {name for text in texts for name in re.findall(r"`(\w+)`", text)}
+
+
+def test_every_code_of_an_error_is_there_and_no_other() -> None:
+    rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", DOCS["api.md"], re.M)
+    assert sorted(code for _, code in rows) == sorted(get_args(Code))
+
+
+WRONG: list[tuple[str, str, Any]] = [
+    ("invalid_json", "/v1/completions", b"{"),
+    ("missing_required_parameter", "/v1/completions", {}),
+    ("unknown_parameter", "/v1/completions", {"model": "nano", "nope": 1}),
+    ("unsupported_parameter", "/v1/completions", {"model": "nano", "suffix": "x"}),
+    ("invalid_value", "/v1/completions", {"model": "nano", "n": 0}),
+    ("context_length_exceeded", "/v1/completions", {"model": "nano", "max_tokens": 1 << 20}),
+    ("model_not_found", "/v1/completions", {"model": "none"}),
+    ("body_too_large", "/v1/completions", b" " * (5 << 20)),
+    ("method_not_allowed", "/version", {}),
+    ("unknown_url", "/v2", {}),
+]
+
+
+@pytest.mark.parametrize(("code", "route", "body"), WRONG, ids=[code for code, *_ in WRONG])
+def test_a_code_comes_with_the_status_of_the_documentation(
+    nano_server: RunningServer, code: str, route: str, body: Any
+) -> None:
+    with nano_server.client() as http:
+        answer = http.post(route, content=body if isinstance(body, bytes) else json.dumps(body))
+    assert answer.json()["error"]["code"] == code
+    assert f"| {answer.status_code} | `{code}` |" in DOCS["api.md"]
+
+
+def test_the_routes_of_the_documentation_are_the_servers(nano_server: RunningServer) -> None:
+    with nano_server.client() as http:
+        routes = set(http.get("/openapi.json").json()["paths"])
+    documented = set(re.findall(r"`(?:GET|POST) (/[^`]*)`", DOCS["api.md"].partition("## With curl")[0]))
+    assert documented - {"/"} == routes | {"/openapi.json"}
+
+
+def test_every_alert_has_its_section_and_every_section_its_alert() -> None:
+    alerts = (ROOT / "deploy" / "prometheus" / "alerts.yml").read_text()
+    names = re.findall(r"^ +- alert: (\w+)$", alerts, re.M)
+    assert names and re.findall(r"^### Alert: (\w+)$", DOCS["operations.md"], re.M) == names
+    assert re.findall(r"runbook_url: (\S+)$", alerts, re.M) == [
+        f"docs/operations.md#{slug(f'Alert: {n}')}" for n in names
+    ]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_anchor_is_a_heading() -> None:
+    for name, text in DOCS.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+            headings = re.findall(r"^#+ (.*)$", (folder / (target or name)).read_text(), re.M)
+            assert anchor in map(slug, headings), (name, target, anchor)
+
+
+def test_operations_name_metrics_flags_and_log_lines_that_exist() -> None:
+    text = DOCS["operations.md"]
+    metrics = set(re.findall(r"(?<![\w:])(fastblt_\w+?)(?:_bucket)?(?=\W)", text.replace("fastblt_(", "")))
+    assert metrics and metrics <= set(re.findall(r"^\| `(fastblt_\w+)` \|", DOCS["metrics.md"], re.M))
+    flags = set(re.findall(r"`[^`\n]*?(--[a-z][\w-]*)", text)) - {"--pid"}
+    assert flags and flags <= set(re.findall(r"`(--[\w-]+)`", DOCS["command-line.md"]))
+    source = "".join(path.read_text() for part in ("server", "engine") for path in (ROOT / part).glob("*.py"))
+    for line in LOG_LINES:
+        assert f"`{line}`" in text
+        assert all(piece.strip() in source for piece in line.split("…")), line
+
+
+LOG_LINES = [
+    "serving … on http://",
+    "requests are cut off",
+    "cache_bytes … is too small",
+    "matrix products depend on the batch",
+    "out of memory?",
+    "was killed (SIGKILL; out of memory?)",
+    "the engine process …",
+    "the engine did not come back: …",
+    "the engine has been silent for … s",
+    "the engine failed repeatedly while it ran this request",
+]
+
+
+EXAMPLES = [
+    example
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for example in examples(document)
+    if ADDRESS in example.code or example.code.startswith("fastblt ")
+]
+
+
+@pytest.fixture(scope="session")
+def nano_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """What `make serve` serves, at another address."""
+    with running_server(NANO, tmp_path_factory.mktemp("log") / "server.log") as server:
+        yield server
+
+
+def test_there_are_examples_to_run() -> None:
+    """In both languages, most with the output that they have."""
+    documents = {example.document for example in EXAMPLES}
+    assert documents >= {"README.md", "docs/api.md", "docs/operations.md"}
+    assert sum(example.shown is not None for example in EXAMPLES) > len(EXAMPLES) / 2
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"{example.document}:{example.line}")
+def test_an_example_does_what_the_documentation_shows(example: Example, nano_server: RunningServer) -> None:
+    for tool in ("curl", "grep"):
+        if example.language == "sh" and tool in example.code and not shutil.which(tool):
+            pytest.skip(f"needs {tool}")
+    example.check(example.run(nano_server.url.removeprefix("http://")))
 
 
 def test_every_metric_is_there_and_no_other(tiny_server: str) -> None:
@@ -60,9 +210,7 @@ def test_every_metric_is_there_and_no_other(tiny_server: str) -> None:
     httpx.get(f"{tiny_server}/version")
     exposed = httpx.get(f"{tiny_server}/metrics").text
     documented = re.findall(r"^\| `(fastblt_\w+)` \| (\w+)", DOCS["metrics.md"], re.M)
-    assert set(re.findall(r"^# TYPE (fastblt_\w+) (\w+)", exposed, re.M)) - {
-        (name, kind) for name, kind in re.findall(r"^# TYPE (fastblt_\w+_created) (gauge)", exposed, re.M)
-    } == set(documented)
+    assert set(re.findall(r"^# TYPE (fastblt_\w+) (\w+)", exposed, re.M)) == set(documented)
 
 
 def test_every_make_target_of_the_documentation_exists() -> None:

@@ -20,9 +20,11 @@ class SeveralTablesOnOnePool(RuleBasedStateMachine):
         self.tables = [BlockTable(self.pool, PAGE_SIZE) for _ in range(NUM_TABLES)]
         self.live: list[dict[int, int]] = [{} for _ in range(NUM_TABLES)]
         self.floor = [0] * NUM_TABLES
+        self.kept: list[list[int]] = []
 
     def free(self) -> int:
-        return NUM_PAGES - 1 - sum(len(live) for live in self.live)
+        taken = [*(live.values() for live in self.live), *self.kept]
+        return NUM_PAGES - 1 - len({page for pages in taken for page in pages})
 
     @rule(i=TABLES, end=ROWS)
     def extend(self, i: int, end: int) -> None:
@@ -65,18 +67,55 @@ class SeveralTablesOnOnePool(RuleBasedStateMachine):
                     with pytest.raises(IndexError):
                         table.slot(row)
 
+    @rule(i=TABLES)
+    def keep(self, i: int) -> None:
+        """As the prefix cache does behind a block."""
+        if pages := list(self.tables[i].pages):
+            self.pool.keep(pages)
+            self.kept.append(pages)
+
+    @rule()
+    def forget(self) -> None:
+        if self.kept:
+            self.pool.forget(self.kept.pop(0))
+
+    @rule(i=TABLES, rows=ROWS)
+    def begin_with_pages_of_others(self, i: int, rows: int) -> None:
+        """A page that is not full becomes the table's own before it is written."""
+        table = self.tables[i]
+        if not self.kept or table.pages or self.floor[i]:
+            return
+        shared = self.kept[-1]
+        table.borrow(0, shared, end := min(rows, len(shared) * PAGE_SIZE))
+        partial = end % PAGE_SIZE > 0
+        assert table.missing(end) == partial
+        if partial and not self.pool.can_take(1):
+            with pytest.raises(OutOfPages):
+                table.own()
+            table.release()
+            return
+        copied = table.own()
+        assert (copied is not None) == partial and table.own() is None
+        if copied:
+            assert copied[0] == shared[-1] and copied[1] not in shared and table.pages[-1] == copied[1]
+        assert table.pages[:-1] == shared[:-1]
+        self.live[i] = dict(enumerate(table.pages))
+
     @invariant()
-    def no_page_is_lost_shared_or_scratch(self) -> None:
-        held = [page for table in self.tables for page in table.pages]
-        assert len(set(held)) == len(held)
-        assert all(1 <= page < NUM_PAGES for page in held)
-        assert (self.pool.num_used, self.pool.num_free) == (len(held), NUM_PAGES - 1 - len(held))
+    def no_page_is_lost_or_scratch_or_written_by_two(self) -> None:
+        held = {page for table in self.tables for page in table.pages}
+        idle = {page for pages in self.kept for page in pages} - held
+        assert all(1 <= page < NUM_PAGES for page in held | idle)
+        assert (self.pool.num_used, self.pool.num_idle) == (len(held), len(idle))
+        assert self.pool.num_free == NUM_PAGES - 1 - len(held | idle)
         self.pool.check_integrity()
 
     def teardown(self) -> None:
         for table in self.tables:
             table.release()
         assert self.pool.num_used == 0
+        while self.kept:
+            self.forget()
         assert sorted(self.pool.take(NUM_PAGES - 1)) == list(range(1, NUM_PAGES))
 
 

@@ -1,5 +1,8 @@
 """The scheduler alone: integers, a pretended memory, no model."""
 
+import logging
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,12 +33,16 @@ class Memory:
     def release(self, sequence: Sequence) -> None:
         self.held.pop(sequence.arrival, None)
 
+    def attach(self, sequence: Sequence) -> None:
+        assert sequence.num_computed == 0
+
     def room(self, sequence: Sequence) -> int:
         return 1 << 30
 
 
 def sequence(arrival: int, prompt: int, output: int, priority: int = 0, decoder: Decoder | None = None) -> Sequence:
-    request = Request(id=str(arrival), prompt_ids=[5] * prompt, max_tokens=output, priority=priority)
+    fields = {"request_id": f"of-{arrival}"}
+    request = Request(id=str(arrival), prompt_ids=[5] * prompt, max_tokens=output, priority=priority, log_fields=fields)
     return Sequence(request, arrival, {}, decoder, mask_id=260)
 
 
@@ -143,7 +150,8 @@ def test_a_step_spends_at_most_its_rows_and_generating_sequences_come_first() ->
             advance(scheduler, part)
 
 
-def test_the_youngest_is_preempted_and_goes_on_later() -> None:
+def test_the_youngest_is_preempted_and_goes_on_later(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "fastblt")
     memory = Memory(30)
     scheduler = Scheduler(memory, max_sequences=4, max_step_rows=64)
     old, young = sequence(0, 10, 15), sequence(1, 10, 15)
@@ -153,6 +161,7 @@ def test_the_youngest_is_preempted_and_goes_on_later() -> None:
         run_step(scheduler)
         assert old.preemptions == 0
     assert young.preemptions > 0
+    assert [record.request_id for record in caplog.records] == ["of-1"] * young.preemptions  # type: ignore[attr-defined]
     assert old.num_output == young.num_output == 15
     assert not memory.held
 

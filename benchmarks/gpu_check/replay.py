@@ -1,19 +1,15 @@
 """Replayed acceptance: drafts of random weights are hardly ever right, so how many stand is drawn instead.
 
 A round runs exactly as its decoder has it, draft and verification; only then the number of drafts that are committed is
-replaced. That leaves a sound sequence, since the rows that verified the drafts were fed with them. The rates are those
-that the Fast BLT paper reports for its 1B models, French to English (table 3). A figure that rests on this is always
-labelled "replayed acceptance".
+replaced. That leaves a sound sequence, since the rows that verified the drafts were fed with them. The rates are the
+Fast BLT paper's (`engine.sizing.PAPER_ACCEPTANCE`). A figure that rests on this is always labelled "replayed
+acceptance".
 """
 
 import random
 
 from engine.decoders import Committed, Decoder, Round, SequenceView
 
-ACCEPTANCE = {("blt-s", 4): 0.9677, ("blt-s", 8): 0.9114, ("blt-s", 16): 0.7693, ("blt-dv", 8): 0.8034}
-"""Share of the drafted bytes that stand, by decoder and length; blt-dv in one step."""
-PASSES = {8: 3}
-"""Decoder passes over a block of blt-d, by its size: 187 for 64 blocks, at confidence 0.7."""
 CELL_ENTROPY = 5.06
 """Nats of a cell under logits of standard deviation 1 over 260 ids, as random weights give them."""
 

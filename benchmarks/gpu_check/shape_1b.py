@@ -19,16 +19,17 @@ from engine import bandwidth
 from engine.decoders import Decoder, make_decoder
 from engine.decoders.auto import Experience
 from engine.engine import Engine
+from engine.sizing import PAPER_ACCEPTANCE, PAPER_PASSES
 from engine.types import Request, Unmask
 
 from . import models
 from .generate import Reading, Wrap, generate, prompts
 from .piece import Piece
 from .probe import copy_size
-from .replay import ACCEPTANCE, PASSES, Replayed, gamma_for
+from .replay import Replayed, gamma_for
 from .setting import Setting
 
-DIFFUSION = Unmask(rule="entropy", gamma=gamma_for(8, PASSES[8]))
+DIFFUSION = Unmask(rule="entropy", gamma=gamma_for(8, PAPER_PASSES[8]))
 WAYS: dict[models.Form, dict[str, dict[str, Any]]] = {
     "fast": {
         "blt": {"decoder": "blt"},
@@ -68,7 +69,7 @@ def replayed(engine: Engine) -> Wrap:
         size = engine.model_config.block_size
         decoder = make_decoder(request, size, engine.runner.costs, Experience())
         length = request.draft_length if request.decoder == "blt-s" else size or 0
-        rate = ACCEPTANCE.get((request.decoder, length))
+        rate = PAPER_ACCEPTANCE.get((request.decoder, length))
         return decoder if rate is None else Replayed(decoder, rate, length, seed=0)
 
     return wrap

@@ -116,7 +116,7 @@ def render(description: Description) -> str:
         form += f", drafts blocks of {d.block_size} (mask id {d.mask_id})"
     groups = ", ".join(map(str, d.hashes.group_sizes))
     lines = [
-        f"{d.name}: {d.format} format, {d.parameters['total']:,} parameters, {_size(d.file_bytes)} on disk ("
+        f"{d.name}: {d.format} format, {d.parameters['total']:,} parameters, {format_size(d.file_bytes)} on disk ("
         + ", ".join(f"{count:,} in {dtype}" for dtype, count in d.dtypes.items())
         + ")",
         f"decoder    {form}",
@@ -137,7 +137,7 @@ def render(description: Description) -> str:
     lines += ["", f"{'cache':9}{'bytes per row':>20}{'rows at most':>15}{'per sequence':>15}   ({d.cache_dtype})"]
     for name, cost in d.caches.items():
         per_row = f"{cost.bytes_per_row:,} a {cost.row}"
-        lines.append(f"{name:9}{per_row:>20}{cost.most_rows:>15,}{_size(cost.most_bytes):>15}")
+        lines.append(f"{name:9}{per_row:>20}{cost.most_rows:>15,}{format_size(cost.most_bytes):>15}")
     return "\n".join(lines)
 
 
@@ -153,9 +153,10 @@ def _rule(rule: PatchingRule) -> str:
     return text if rule.max_patch_length is None else f"{text}, at most {rule.max_patch_length} bytes"
 
 
-def _size(count: int) -> str:
+def format_size(count: float) -> str:
+    """Bytes as people read them: three digits and a binary unit."""
     size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB"):
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
             break
         size, unit = size / 1024, larger

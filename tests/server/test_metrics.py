@@ -24,6 +24,17 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
         yield running
 
 
+def test_series_begin_at_zero(tiny_server: str) -> None:
+    text = httpx.get(f"{tiny_server}/metrics").text
+    for decoder in DECODERS:
+        for reason in ("stop", "length", "timeout", "abort", "refused", "error"):
+            assert f'fastblt_sequences_total{{decoder="{decoder}",finish_reason="{reason}"}}' in text
+        assert f'fastblt_queue_seconds_count{{decoder="{decoder}"}}' in text
+        for stage in STAGES:
+            assert f'fastblt_decoder_stage_read_bytes_total{{decoder="{decoder}",stage="{stage}"}}' in text
+    assert "_created" not in text
+
+
 @pytest.fixture(scope="module")
 def values(server: RunningServer) -> dict[tuple[str, ...], float]:
     """(name, label values in order of their names) -> value."""

@@ -155,6 +155,16 @@ async def test_what_fails_in_a_stream_is_its_last_event_and_ends_the_other_choic
                     pass
 
 
+async def test_an_error_behind_status_200_is_a_warning_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(ScriptedClient()) as http:
+        for order in ("dead later", "break later"):
+            await http.post("/v1/completions", json=body(order, stream=True), headers={"x-request-id": order[:4]})
+    records = [record for record in caplog.records if record.name == "fastblt.access"]
+    told = [(r.levelname, r.status, r.error, r.completion_bytes) for r in records]  # type: ignore[attr-defined]
+    assert told == [("WARNING", 200, "engine_dead", 1), ("WARNING", 200, "internal_error", 1)]
+    assert "engine_dead" in records[0].getMessage()
+
+
 async def test_a_silent_stream_is_kept_open_with_comments() -> None:
     client = ScriptedClient()
     async with (

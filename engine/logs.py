@@ -1,0 +1,110 @@
+"""Log lines of both processes: for people, or one JSON object each for machines.
+
+A message says everything to a person; what a machine may want to compute with is given beside it, as `extra`, and only
+JSON shows that. Nothing that a client sent as content may stand in either.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from types import MappingProxyType, TracebackType
+from typing import IO, Any, Literal
+
+import msgspec
+
+LevelName = Literal["debug", "info", "warning", "error"]
+FormatName = Literal["human", "json"]
+
+context: ContextVar[Mapping[str, str]] = ContextVar("log context", default=MappingProxyType({}))
+"""Fields of every line that is logged on behalf of the present request."""
+
+_OWN = frozenset([*vars(logging.makeLogRecord({})), "message", "asctime"])
+"""Attributes that every record has; any other is a field that was given as `extra`."""
+
+
+class LogSettings(msgspec.Struct, frozen=True):
+    """What is logged, and how it looks."""
+
+    level: LevelName = "info"
+    format: FormatName = "human"
+
+
+def configure(settings: LogSettings, process: str, stream: IO[str] | None = None) -> None:
+    """Logs to `stream` (standard error) from now on, Python's warnings and uncaught exceptions too."""
+    stream = stream or sys.stderr
+    colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter(process) if settings.format == "json" else HumanFormatter(colour))
+    level = getattr(logging, settings.level.upper())
+    # Other people's debug lines may hold whatever they were given; these are never wanted.
+    logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
+    logging.getLogger("fastblt").setLevel(level)
+    logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+
+
+class JsonFormatter(logging.Formatter):
+    """Time, level, process, logger and message, then the fields of the request and of the line, then the exception."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "pid": record.process,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for name, value in _fields(record).items():
+            line.setdefault(name, value)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        # All but ASCII is escaped: to some readers U+2028 is a line break.
+        return json.dumps(line, default=str, separators=(",", ":"))
+
+
+class HumanFormatter(logging.Formatter):
+    """Columns of time, level and logger, then the message and the request's id. Only a traceback takes more lines."""
+
+    COLOURS = {"DEBUG": "2", "INFO": "32", "WARNING": "33", "ERROR": "1;31", "CRITICAL": "1;37;41"}
+
+    def __init__(self, colour: bool) -> None:
+        super().__init__()
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = self._paint(f"{record.levelname:<7}", self.COLOURS.get(record.levelname, "0"))
+        logger = self._paint(f"{record.name.removeprefix('fastblt.'):<14}", "36")
+        line = f"{self._paint(_time(record), '2')} {level} {logger} {_printable(record.getMessage().rstrip())}"
+        if request_id := _fields(record).get("request_id"):
+            line += "  " + self._paint(request_id, "2")
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+    def _paint(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text
+
+
+def _time(record: logging.LogRecord) -> str:
+    """RFC 3339, UTC, milliseconds."""
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    return {**context.get(), **{name: value for name, value in vars(record).items() if name not in _OWN}}
+
+
+def _printable(text: str) -> str:
+    """On one line, and without what a terminal would obey."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logging.getLogger("fastblt").critical("uncaught %s", kind.__name__, exc_info=(kind, error, trace))

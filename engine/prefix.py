@@ -1,0 +1,139 @@
+"""The prefix cache: what was computed of a text serves every later text that begins like it.
+
+A tree over ids, in blocks of `BLOCK`. A node keeps what a sequence needs to go on behind its block: the pages of the
+caches as far as they are live there, where patches start, the last entropy. Pages are shared, not copied, but for those
+that are not full: who goes on behind a node writes into them, and gets a copy of its own (`BlockTable.own`).
+
+Nothing is set aside for it. When a sequence needs pages, those that only this cache keeps are taken back, the prefix
+that was used longest ago first.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .caches import Caches
+from .sequence import Sequence
+
+BLOCK = 64
+"""Ids between two places where a cached prefix can end."""
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """The prefix of `end` ids that the blocks from the root to here make."""
+
+    parent: "Node | None"
+    block: tuple[int, ...]
+    end: int
+    starts: list[int]
+    """Patch starts behind the parent's end, up to `end`: that one is decided too."""
+    num_closed: int
+    """Patches that end before `end`."""
+    entropy: float
+    """Behind the last byte but one, as `Patching.last_entropy`."""
+    pages: dict[str, tuple[int, list[int]]]
+    """Per cache the index of the first page and the pages: all live ones, or, where all rows stay live, those of the
+    rows behind the parent's end."""
+    children: dict[tuple[int, ...], "Node"] = field(default_factory=dict)
+    alive: bool = True
+
+
+class PrefixCache:
+    """Finds, keeps and forgets prefixes."""
+
+    def __init__(self, caches: Caches) -> None:
+        self._caches = caches
+        self.root = Node(None, (), 0, [], 0, 0.0, {})
+        self._by_use: OrderedDict[Node, None] = OrderedDict()
+        """The one used longest ago first. Parents come behind their children, so the first has none."""
+
+    def attach(self, sequence: Sequence) -> None:
+        """Lets a sequence without rows begin behind the longest prefix that is known; one id is left to compute."""
+        sequence.prefix = node = self._find(sequence.ids)
+        if node is self.root:
+            return
+        path = list(_path(node))
+        for name, table in sequence.tables.items():
+            if self._keeps_all(name):
+                # Where the pages of two nodes meet, the later one has what stands in the earlier one's too.
+                found = {
+                    index + i: page for n in path for index, pages in [n.pages[name]] for i, page in enumerate(pages)
+                }
+                table.borrow(0, list(found.values()), self._rows(name, node))
+            else:
+                table.borrow(*node.pages[name], self._rows(name, node))
+        sequence.num_computed = node.end
+        sequence.patching.resume(node.end, (start for n in path for start in n.starts), node.entropy)
+        sequence.note_patch_documents(0, node.num_closed)
+        self._used(node)
+
+    def remember(self, sequence: Sequence) -> None:
+        """Keeps what the sequence has computed, up to the last whole block. Must come before pages are given back that
+        a step has made dead."""
+        node = sequence.prefix
+        # A round that ends its request may have computed more than is committed.
+        end = min(sequence.num_computed, len(sequence.ids))
+        while node and node.alive and node.end + BLOCK <= end:
+            block = tuple(sequence.ids[node.end : node.end + BLOCK])
+            node = sequence.prefix = node.children.get(block) or self._add(node, block, sequence)
+            if node:
+                self._used(node)
+
+    def forget(self) -> bool:
+        """Gives back the prefix used longest ago; False if there is none."""
+        if not self._by_use:
+            return False
+        node, _ = self._by_use.popitem(last=False)
+        assert node.parent and not node.children
+        del node.parent.children[node.block]
+        node.alive = False
+        for name, (_, pages) in node.pages.items():
+            self._caches.pools[name].forget(pages)
+        return True
+
+    def _find(self, ids: list[int]) -> Node:
+        node = self.root
+        while node.end + BLOCK < len(ids):
+            child = node.children.get(tuple(ids[node.end : node.end + BLOCK]))
+            if child is None:
+                break
+            node = child
+        return node
+
+    def _add(self, parent: Node, block: tuple[int, ...], sequence: Sequence) -> Node | None:
+        end = parent.end + BLOCK
+        entropy = sequence.patching.entropy_behind(end - 1)
+        if entropy is None:
+            # Decided by a node that is gone since.
+            return None
+        starts, num_closed = sequence.patching.starts, sequence.patch_of(end)
+        behind = starts[sequence.patch_of(parent.end) + 1 : num_closed + 1]
+        node = Node(parent, block, end, behind, num_closed, entropy, {})
+        for name, table in sequence.tables.items():
+            first = self._caches.first_live(name, end, num_closed, starts[num_closed])
+            if self._keeps_all(name):
+                first = self._rows(name, parent)
+            node.pages[name] = index, pages = table.covering(first, self._rows(name, node))
+            self._caches.pools[name].keep(pages)
+        parent.children[block] = node
+        self._by_use[node] = None
+        return node
+
+    def _used(self, node: Node) -> None:
+        for n in reversed(list(_path(node))):
+            self._by_use.move_to_end(n)
+
+    def _keeps_all(self, name: str) -> bool:
+        return name != "open" and self._caches.specs[name].window is None
+
+    def _rows(self, name: str, node: Node) -> int:
+        """Rows of a cache behind a prefix."""
+        return node.end if self._caches.specs[name].rows_from == "byte" else node.num_closed
+
+
+def _path(node: Node) -> Iterator[Node]:
+    """From the first block to the node; without the root."""
+    if node.parent:
+        yield from _path(node.parent)
+        yield node

@@ -1,0 +1,163 @@
+"""The one log line that each request leaves when it ends: what was asked for, what came of it, and what it cost.
+
+It never holds content. A message of an error may repeat what a client sent, so only its code is told; a model's name is
+told only if the server offers it.
+"""
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.config import BYTE_OFFSET
+
+from .errors import ApiError
+from .generation import LOGGED_CHARACTERS, Generation, fastblt_usage
+from .schemas import CompletionRequest
+
+log = logging.getLogger("fastblt.access")
+content_log = logging.getLogger("fastblt.content")
+
+CLIENT_LEFT = 499
+"""The status of a request that nobody waits for any more, as nginx has it; it is never sent."""
+PROBES = frozenset({"/health/live", "/health/ready", "/metrics"})
+"""Routes that are asked for every few seconds."""
+PATH_CHARACTERS = 200
+LOGGED_TEXTS = 8
+"""Prompts, and completions, that one line has with `--log-content`."""
+
+
+@dataclass
+class Access:
+    """What is known of one request; whoever learns more writes it here."""
+
+    request_id: str
+    method: str
+    path: str
+    client: str
+    started: float = field(default_factory=time.perf_counter)
+    """By `time.perf_counter`."""
+    seconds: float = 0.0
+    route: str | None = None
+    status: int = 0
+    """0 if there was no response."""
+    error: ApiError | None = None
+    """Also one that came as an event, behind status 200."""
+    client_left: bool = False
+    generation: Generation | None = None
+
+    @property
+    def is_probe(self) -> bool:
+        return self.path in PROBES
+
+    @property
+    def failed(self) -> bool:
+        """By the server's fault, perhaps behind status 200."""
+        return self.status >= 500 or (self.error is not None and self.error.status >= 500)
+
+    def end(self, route: str | None) -> None:
+        """The response is complete, or will never be."""
+        self.seconds, self.route = time.perf_counter() - self.started, route
+
+    def write(self) -> None:
+        """Logs it. Probes only show at debug level; what is the server's fault is a warning."""
+        level = logging.DEBUG if self.is_probe else logging.WARNING if self.failed else logging.INFO
+        if log.isEnabledFor(level):
+            fields = self.fields()
+            log.log(level, "%s", _sentence(fields), extra=fields)
+        if self.generation and self.generation.said is not None:
+            _write_content(self.generation)
+
+    def fields(self) -> dict[str, Any]:
+        """What is known, by the names of docs/logs.md."""
+        fields: dict[str, Any] = {
+            "client": self.client,
+            "method": self.method,
+            "path": self.path[:PATH_CHARACTERS],
+            "route": self.route,
+            "status": self.status,
+            "duration_seconds": round(self.seconds, 6),
+        }
+        if self.error:
+            detail = self.error.body["error"]
+            fields["error"] = detail["code"] or detail["type"]
+            param = (detail["param"] or "").partition(".")[0]
+            if param in CompletionRequest.model_fields:
+                fields["param"] = param
+        if self.client_left:
+            fields["client_left"] = True
+        if self.generation:
+            fields |= _completion_fields(self.generation, self.started)
+        return fields
+
+
+def _completion_fields(generation: Generation, started: float) -> dict[str, Any]:
+    """Of a request that was admitted. What it cost is known only when all its sequences have come to their end."""
+    plan, streams = generation.plan, generation.streams
+    fields: dict[str, Any] = {
+        "completion_id": generation.id,
+        "model": plan.request.model,
+        "decoder": plan.decoder,
+        "stream": plan.request.stream,
+        "prompts": len(streams) // plan.samples,
+        "sequences": len(streams),
+        "prompt_bytes": sum(len(request.prompt_ids) for request in plan.requests[:: plan.samples]),
+        "completion_bytes": sum(
+            stream.usage.completion_tokens if stream.finish_reason else stream.num_generated for stream in streams
+        ),
+        "finish_reasons": [stream.finish_reason for stream in streams],
+    }
+    if generation.first_byte is not None:
+        fields["first_byte_seconds"] = round(generation.first_byte - started, 6)
+    if all(stream.finish_reason for stream in streams):
+        usages = [stream.usage for stream in streams]
+        cost = fastblt_usage(plan.decoder, usages)
+        names = ("decoder_calls", "global_calls", "drafted", "accepted", "bytes_read", "estimated_bytes", "preemptions")
+        fields |= {name: getattr(cost, name) for name in names}
+        fields["cached_bytes"] = sum(usage.cached_tokens for usage in usages[:: plan.samples])
+        fields["queue_seconds"] = round(max(usage.queue_seconds for usage in usages), 6)
+    return fields
+
+
+def _sentence(fields: dict[str, Any]) -> str:
+    """The same for a person."""
+    said = [
+        f"{fields['client']} {fields['method']} {fields['path']} {fields['status']} "
+        f"in {_seconds(fields['duration_seconds'])}"
+    ]
+    if "model" in fields:
+        model, decoder = fields["model"], fields["decoder"]
+        said.append(model if model.endswith(f":{decoder}") else f"{model}:{decoder}")
+        if fields["stream"]:
+            said[-1] += " streamed"
+        said.append(f"{fields['prompt_bytes']} + {fields['completion_bytes']} bytes")
+    if "first_byte_seconds" in fields:
+        said.append(f"first after {_seconds(fields['first_byte_seconds'])}")
+    if "decoder_calls" in fields:
+        said.append(f"{fields['decoder_calls']} decoder and {fields['global_calls']} global calls")
+        said.append(f"{fields['bytes_read'] / 1e9:.3g} GB read ({fields['estimated_bytes'] / 1e9:.3g} estimated)")
+    reasons = Counter(reason for reason in fields.get("finish_reasons", []) if reason)
+    said += [f"{count}x {reason}" if count > 1 else reason for reason, count in reasons.items()]
+    if "error" in fields:
+        said.append(f"{fields['error']} ({fields['param']})" if "param" in fields else fields["error"])
+    if "client_left" in fields:
+        said.append("the client left")
+    return ", ".join(said)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def _write_content(generation: Generation) -> None:
+    prompts = [
+        bytes(token - BYTE_OFFSET for token in request.prompt_ids if token >= BYTE_OFFSET).decode(errors="replace")
+        for request in generation.plan.requests[:: generation.plan.samples][:LOGGED_TEXTS]
+    ]
+    asked, said = ([_cut(text) for text in texts[:LOGGED_TEXTS]] for texts in (prompts, generation.said or []))
+    content_log.info("%s was continued by %s", asked, said, extra={"prompt_texts": asked, "completion_texts": said})
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LOGGED_CHARACTERS else f"{text[:LOGGED_CHARACTERS]}..."

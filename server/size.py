@@ -1,0 +1,243 @@
+"""`fastblt size`: what is given, measured or assumed of a model's text, and the engine's sizes as tables.
+
+A folder with a `decoders.json`, which `fastblt eval --write` leaves, knows how drafts go with its model. Of others the
+figures of the Fast BLT paper are assumed.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from engine.checkpoint import load
+from engine.checkpoint.describe import format_size
+from engine.checkpoint.names import HASHES
+from engine.config import ModelConfig
+from engine.sizing import ASSUMED_PATCH, PAPER_ACCEPTANCE, PAPER_PASSES, Drafting, Sizing
+
+CARD = "decoders.json"
+WRITTEN_ITEMSIZE = 2
+"""`fastblt init` writes bfloat16 unless told otherwise."""
+WIDTH = 120
+
+Source = Literal["given", "measured", "assumed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model in question. card: what `fastblt eval` measured, by its settings' names."""
+
+    config: ModelConfig
+    hash_itemsize: int = WRITTEN_ITEMSIZE
+    card: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Subject":
+        """Of a checkpoint, whose tensors are not read. Raises CheckpointError, or ValueError for a broken card."""
+        checkpoint = load(folder)
+        itemsize = next(t.dtype.itemsize for name, t in checkpoint.tensors.items() if name.startswith(HASHES))
+        return cls(checkpoint.config, itemsize, _read_card(folder / CARD))
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What sizes depend on beside the model. patch: bytes. sources: where each number is from, by its flag's name."""
+
+    patch: float
+    drafting: Drafting
+    sources: Mapping[str, Source]
+
+
+def text_of(subject: Subject, draft_length: int, **given: float | None) -> Text:
+    """`given`: patch_size, acceptance, block_acceptance, block_passes; None for what is to be known otherwise.
+
+    Raises ValueError where nothing is known, or for blocks of a model that has none.
+    """
+    asked = {name: value for name, value in given.items() if value is not None}
+    if subject.config.block_size is None and (blocks := [name for name in asked if name.startswith("block_")]):
+        flag = blocks[0].replace("_", "-")
+        raise ValueError(f"--{flag}: {subject.config.name} was not trained with block diffusion")
+    measured, assumed = _measured(subject, draft_length), _assumed(subject.config, draft_length)
+    numbers = assumed | measured | asked
+    if "acceptance" not in numbers:
+        known = ", ".join(str(length) for decoder, length in PAPER_ACCEPTANCE if decoder == "blt-s")
+        raise ValueError(f"no acceptance is known at draft length {draft_length}, only at {known}: give --acceptance")
+    sources: dict[str, Source] = {
+        name: "given" if name in asked else "measured" if name in measured else "assumed" for name in numbers
+    }
+    patch = numbers.pop("patch_size")
+    return Text(patch, Drafting(draft_length, **numbers), sources)
+
+
+def _measured(subject: Subject, draft_length: int) -> dict[str, float]:
+    found = {}
+    size, card = subject.config.block_size, subject.card
+    if row := card.get("BLT"):
+        found["patch_size"] = 1 / row["global_calls"]
+    # Along real text, as greedy text repeats itself and flatters drafts.
+    if row := card.get(f"BLT-S k={draft_length}"):
+        found["acceptance"] = row["real_acceptance"]
+    if row := card.get(f"BLT-DV-{size} one step"):
+        found["block_acceptance"] = row["real_acceptance"]
+    if row := card.get(f"BLT-D-{size} conf 0.7"):
+        found["block_passes"] = row["decoder_calls"] * row["bytes_per_round"]
+    return found
+
+
+def _assumed(config: ModelConfig, draft_length: int) -> dict[str, float]:
+    most = config.patching.max_patch_length or ASSUMED_PATCH
+    found = {"patch_size": 1.0 if config.patching.mode == "bytes" else min(ASSUMED_PATCH, most)}
+    if ("blt-s", draft_length) in PAPER_ACCEPTANCE:
+        found["acceptance"] = PAPER_ACCEPTANCE["blt-s", draft_length]
+    if (size := config.block_size) is not None:
+        found["block_acceptance"] = PAPER_ACCEPTANCE["blt-dv", 8]
+        found["block_passes"] = max(PAPER_PASSES[8] * size / 8, 1.0)
+    return found
+
+
+def _read_card(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    try:
+        return {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not what `fastblt eval --write` leaves ({error!r})") from error
+
+
+def to_json(sizing: Sizing, text: Text) -> dict[str, Any]:
+    """The sizing, and where the numbers about the text are from."""
+    return asdict(sizing) | {"sources": dict(text.sources)}
+
+
+def render(sizing: Sizing, text: Text, model: str) -> str:
+    """As text for people. `model`: the flag that names it, as it was given."""
+    s = sizing
+    return "\n\n".join(
+        (
+            _headline(s),
+            _weights(s),
+            _caches(s),
+            _memory(s),
+            _flags(s, model),
+            _decoders(s),
+            _notes(s, text),
+        )
+    )
+
+
+def _headline(s: Sizing) -> str:
+    matrices = ", large matrices in float8" if s.float8 else ""
+    hashes = f"hash tables of {s.hash_itemsize} bytes a number"
+    return f"{s.model}: {s.parameters:,} parameters in {s.dtype}{matrices}; {hashes}"
+
+
+def _weights(s: Sizing) -> str:
+    rows = [(stage, count, "read once per call of the stage") for stage, count in s.weights.stages.items()]
+    tables = {
+        "byte tables": s.weights.byte_tables,
+        "hash tables": s.weights.hash_tables,
+        "rotary tables": s.weights.rotary_tables,
+    }
+    rows += [(name, count, "a few rows of it per byte") for name, count in tables.items()]
+    return _draw(_bytes_table("weights", [*rows, ("total", s.weights.total, "")]))
+
+
+def _caches(s: Sizing) -> str:
+    table = _table(f"cache of a sequence of {s.context:,} bytes", "row", "bytes a row", "rows", "pages", "bytes", "")
+    for name, held in s.caches.items():
+        size = (f"{held.num_bytes:,}", format_size(held.num_bytes))
+        table.add_row(name, held.row, f"{held.bytes_per_row:,}", f"{held.rows:,}", f"{held.pages:,}", *size)
+    table.add_row("total", "", "", "", "", f"{s.sequence_bytes:,}", format_size(s.sequence_bytes))
+    return _draw(table)
+
+
+def _memory(s: Sizing) -> str:
+    rows = [
+        ("weights", s.weights.total, ""),
+        ("caches", s.cache_bytes, f"the pools of {s.sequences:,} sequences"),
+        (
+            "reserve",
+            s.memory_needed - s.weights.total - s.cache_bytes,
+            f"{s.reserve:.0%}: activations, driver and so on",
+        ),
+        ("needed", s.memory_needed, ""),
+    ]
+    if s.memory is not None:
+        if s.sequences_fitting:
+            fits = f"enough for {s.sequences_fitting:,} sequences of this length"
+        elif s.weights.total < s.memory * (1 - s.reserve):
+            fits = "too little for one sequence of this length"
+        else:
+            fits = "too little for the weights"
+        rows.append(("given", s.memory, fits))
+    return _draw(_bytes_table("memory", rows))
+
+
+def _flags(s: Sizing, model: str) -> str:
+    weights = " --weights float8" if s.float8 else ""
+    return (
+        f"fastblt serve {model} --dtype {s.dtype}{weights} --max-sequences {s.max_sequences} "
+        f"--max-step-rows {s.max_step_rows} --cache-bytes {s.cache_bytes}\n"
+        f"The longest sequence may then have {s.max_length:,} bytes, in {s.max_patches:,} patches at most."
+    )
+
+
+def _decoders(s: Sizing) -> str:
+    calls = ("bytes\na round", "decoder\ncalls", "global\ncalls")
+    crowd = f"{s.sequences:,} together"
+    bounds = [] if s.bandwidth is None else ["bound alone\nbytes/s", f"{crowd}\nbytes/s"]
+    table = _table("decoder", *calls, "formula\nbytes", "read alone\nbytes", f"{crowd}\nbytes", *bounds)
+    for r in s.decoders:
+        row = [f"{r.committed:.2f}", f"{r.decoder_calls:.3f}", f"{r.global_calls:.3f}"]
+        row += [f"{read:,.0f}" for read in (r.estimated_bytes, r.bytes_read, r.shared_bytes_read)]
+        row += [f"{bound:,.0f}" for bound in (r.bytes_per_second, r.shared_bytes_per_second) if bound is not None]
+        table.add_row(r.decoder, *row)
+    return _draw(table)
+
+
+def _notes(s: Sizing, text: Text) -> str:
+    drafting = s.drafting
+    numbers = {
+        "patch_size": f"a patch has {s.patch:.4g} bytes",
+        "acceptance": f"blt-s drafts {drafting.draft_length} bytes, of which {drafting.acceptance:.1%} stand",
+        "block_acceptance": f"{drafting.block_acceptance:.1%} of a block of blt-dv stand",
+        "block_passes": f"blt-d takes {drafting.block_passes:.3g} passes over a block",
+    }
+    lines = [
+        f"Calls and bytes are per generated byte, at {s.context:,} bytes of context; prompts are left out. Alone: one",
+        "sequence. Together: all in step, sharing the weights of every call. auto takes the best exact decoder.",
+        *(f"* {what}: {text.sources[name]}" for name, what in numbers.items() if name in text.sources),
+    ]
+    if s.bandwidth is not None:
+        lines.append(
+            f"* bound = {s.bandwidth:,.0f} bytes/s / bytes read; for all sequences, as if nothing else took time"
+        )
+    return "\n".join(lines)
+
+
+def _bytes_table(name: str, rows: list[tuple[str, int, str]]) -> Table:
+    """Bytes as they are and for people, and what they are."""
+    table = _table(name, "bytes", "")
+    table.add_column("")
+    for what, count, note in rows:
+        table.add_row(what, f"{count:,}", format_size(count), note)
+    return table
+
+
+def _table(name: str, *columns: str) -> Table:
+    """The first column to the left, the others, numbers, to the right."""
+    table = Table(name, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _draw(table: Table) -> str:
+    out = StringIO()
+    Console(file=out, width=WIDTH).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

@@ -1,0 +1,138 @@
+"""How a log line looks, whatever it says."""
+
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from engine import logs
+from engine.logs import FormatName, HumanFormatter, LevelName, LogSettings
+from tests.conftest import ROOT
+
+Log = Callable[[FormatName, LevelName], io.StringIO]
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    """Configures logging for one test; what is logged can be read from what this returns."""
+    root, ours, hook = logging.getLogger(), logging.getLogger("fastblt"), sys.excepthook
+    before = root.handlers[:], root.level, ours.level
+
+    def configure(format: FormatName, level: LevelName = "info") -> io.StringIO:
+        stream = io.StringIO()
+        logs.configure(LogSettings(level, format), "test", stream)
+        return stream
+
+    yield configure
+    logging.captureWarnings(False)
+    root.handlers[:], sys.excepthook = before[0], hook
+    root.setLevel(before[1])
+    ours.setLevel(before[2])
+
+
+def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def fail() -> None:
+    try:
+        raise ValueError("two\nlines, a \u2028 separator and half a pair \udcff")
+    except ValueError:
+        logging.getLogger("fastblt.x").exception("it\nfailed", extra={"count": 3, "path": ROOT, "names": ["a"]})
+
+
+def test_a_json_line_is_one_line_whatever_is_in_it(log: Log) -> None:
+    stream = log("json", "info")
+    fail()
+    (line,) = lines(stream)
+    assert list(line)[:6] == ["time", "level", "process", "pid", "logger", "message"]
+    assert (line["level"], line["process"], line["logger"]) == ("error", "test", "fastblt.x")
+    assert line["message"] == "it\nfailed"
+    assert (line["count"], line["path"], line["names"]) == (3, str(ROOT), ["a"])
+    assert line["exception"].startswith("Traceback") and "lines, a \u2028 separator" in line["exception"]
+    assert len(line["time"]) == len("2026-01-01T00:00:00.000Z") and line["time"].endswith("Z")
+    assert abs((datetime.fromisoformat(line["time"]) - datetime.now(UTC)).total_seconds()) < 60
+
+
+def test_a_human_line_is_one_line_but_for_a_traceback(log: Log) -> None:
+    stream = log("human", "info")
+    fail()
+    first, *traceback = stream.getvalue().splitlines()
+    assert first.split()[1:] == ["ERROR", "x", "it\\nfailed"]
+    assert traceback[0].startswith("Traceback")
+
+
+def test_fields_of_the_request_are_in_every_line_of_it(log: Log) -> None:
+    for format in ("human", "json"):
+        stream = log(format, "info")
+        token = logs.context.set({"request_id": "r-1", "trace_id": "t-1"})
+        logging.getLogger("uvicorn.error").warning("odd")
+        logs.context.reset(token)
+        logging.getLogger("fastblt").info("later")
+        odd, later = stream.getvalue().splitlines()
+        assert "r-1" in odd and "r-1" not in later
+        assert ("t-1" in odd) == (format == "json")
+
+
+def test_debug_is_for_our_own_lines(log: Log) -> None:
+    stream = log("json", "debug")
+    for name in ("fastblt.a", "asyncio", "urllib3.connectionpool"):
+        logging.getLogger(name).debug("said")
+        logging.getLogger(name).info("said")
+    assert [(line["logger"], line["level"]) for line in lines(stream)] == [
+        ("fastblt.a", "debug"),
+        ("fastblt.a", "info"),
+        ("asyncio", "info"),
+        ("urllib3.connectionpool", "info"),
+    ]
+
+
+def test_a_level_is_least(log: Log) -> None:
+    stream = log("json", "error")
+    for name in ("fastblt", "other"):
+        logging.getLogger(name).warning("said")
+        logging.getLogger(name).error("said")
+    assert [line["level"] for line in lines(stream)] == ["error", "error"]
+
+
+def test_warnings_and_what_nobody_catches_are_lines_too(log: Log) -> None:
+    stream = log("json", "info")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("mind the gap", stacklevel=1)
+    sys.excepthook(KeyError, KeyError("lost"), None)
+    warned, uncaught = lines(stream)
+    assert (warned["logger"], warned["level"]) == ("py.warnings", "warning") and "mind the gap" in warned["message"]
+    assert uncaught["level"] == "critical" and "KeyError: 'lost'" in uncaught["exception"]
+
+
+def test_colour_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch, log: Log) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def coloured(stream: io.StringIO) -> bool:
+        logs.configure(LogSettings(), "test", stream)
+        logging.getLogger("fastblt").warning("look")
+        return "\x1b[33m" in stream.getvalue()
+
+    log("human", "info")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert coloured(Terminal()) and not coloured(io.StringIO())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not coloured(Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not coloured(Terminal())
+
+
+def test_a_terminal_gets_nothing_to_obey() -> None:
+    record = logging.makeLogRecord({"msg": "\x1b[2Jgone", "levelname": "INFO", "name": "fastblt"})
+    assert "\x1b" not in HumanFormatter(colour=False).format(record)

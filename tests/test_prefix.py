@@ -1,0 +1,172 @@
+"""The prefix cache: the same bytes and scores with it, whatever it holds, shares and forgets."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import EOS_ID, PatchingRule
+from engine.engine import Engine
+from engine.prefix import BLOCK
+from engine.types import Finished, Request, SamplingParams, Unmask
+from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours
+from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
+
+WAYS: dict[str, dict[str, Any]] = {
+    "blt": {},
+    "blt-s": {"decoder": "blt-s", "draft_length": 5},
+    "blt-d": {"decoder": "blt-d", "unmask": Unmask(rule="confidence", alpha=0.3)},
+    "blt-dv": {"decoder": "blt-dv", "unmask": Unmask(rule="one_step")},
+    "auto": {"decoder": "auto"},
+}
+
+
+@pytest.fixture(
+    scope="module", params=["k2", "windows-16-12", "fast-blt", "gqa-isolated", "bytes-long-patches", "no-window"]
+)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    name = request.param
+    folder = tmp_path_factory.mktemp(name) / "model"
+    if name in HF_MODELS:
+        HF_MODELS[name]().save_pretrained(folder)
+    elif name in OUR_MODELS:
+        save_ours(folder, OUR_MODELS[name]())
+    elif name == "no-window":
+        config, tensors = our_model(our_config(), 31)
+        stacks = {s: replace(getattr(config, s), window=None) for s in ("encoder", "decoder", "patcher")}
+        save_ours(folder, (replace(config, **stacks), tensors))
+    else:
+        config, tensors = our_model(our_config(), 30)
+        save_ours(folder, (replace(config, patching=PatchingRule(threshold=9.0, max_patch_length=50)), tensors))
+    yield folder
+
+
+def assert_same(found: Output, wanted: Output) -> None:
+    assert (found.ids, found.text, found.logprobs) == (wanted.ids, wanted.text, wanted.logprobs)
+
+
+def cached(output: Output) -> int:
+    assert isinstance(output.end, Finished)
+    return output.end.usage.cached_tokens
+
+
+def ways_of(engine: Engine) -> dict[str, dict[str, Any]]:
+    return {way: fields for way, fields in WAYS.items() if way in engine.limits.decoders}
+
+
+def assert_all_can_be_forgotten(engine: Engine) -> None:
+    assert engine._prefixes
+    while engine._prefixes.forget():
+        engine.caches.check_integrity()
+    assert all(pool.num_free == pool.num_total for pool in engine.caches.pools.values())
+
+
+def test_a_known_prefix_changes_nothing_but_the_rows_that_run(model: Path) -> None:
+    shared = text(3 * BLOCK + 20, 1)
+    plain = make_engine(model, prefix_cache=False, max_step_rows=100)
+    engine = make_engine(model, max_step_rows=100)
+    run(engine, [request("first", [*shared, *text(50, 2)], 30)])
+    for way, fields in ways_of(engine).items():
+        for temperature in (0.0, 0.9):
+            sampling = SamplingParams(temperature=temperature, seed=3)
+            scored = request(way, [*shared, *text(30, 4)], 70, sampling=sampling, logprobs=1, **fields)
+            rows = engine.snapshot().prompt_rows
+            found, wanted = run(engine, [scored])[way], run(plain, [scored])[way]
+            assert_same(found, wanted)
+            assert cached(wanted) == 0
+            assert cached(found) == 3 * BLOCK
+            assert engine.snapshot().prompt_rows - rows == len(scored.prompt_ids) - 3 * BLOCK
+    assert engine.snapshot().cached_rows == 3 * BLOCK * 2 * len(ways_of(engine))
+    assert_all_can_be_forgotten(engine)
+
+
+def test_what_was_generated_is_known_too(model: Path) -> None:
+    """The next turn of a conversation, whatever decoder wrote the last one."""
+    engine = make_engine(model)
+    for seed, (way, fields) in enumerate(ways_of(engine).items()):
+        prompt = text(40, 50 + seed)
+        ids = run(engine, [request("turn", prompt, 150, **fields)])["turn"].ids
+        next_turn = request("next", [*prompt, *ids, *text(9, seed)], 40, logprobs=0)
+        found = run(engine, [next_turn])["next"]
+        assert cached(found) >= 190 - 190 % BLOCK - BLOCK * (way == "blt-d")
+        assert_same(found, run(make_engine(model, prefix_cache=False), [next_turn])["next"])
+
+
+def test_the_whole_prompt_again_leaves_one_row(model: Path) -> None:
+    engine = make_engine(model)
+    again = request("it", text(2 * BLOCK, 5), 20)
+    first, second = run(engine, [again])["it"], run(engine, [again])["it"]
+    assert_same(second, first)
+    assert cached(second) == BLOCK
+    longer = request("it", [*again.prompt_ids, 70], 20)
+    assert cached(run(engine, [longer])["it"]) == 2 * BLOCK
+
+
+def test_scores_of_a_prompt_come_from_rows_that_ran(model: Path) -> None:
+    engine = make_engine(model)
+    plain = request("it", text(2 * BLOCK + 9, 6), 20)
+    run(engine, [plain])
+    scored = request("it", plain.prompt_ids, 20, prompt_logprobs=True, logprobs=1)
+    found = run(engine, [scored])["it"]
+    assert cached(found) == 0
+    assert_same(found, run(make_engine(model, prefix_cache=False), [scored])["it"])
+
+
+def tangled(count: int, decoders: list[str], draw: random.Random) -> list[Request]:
+    """Requests whose prompts branch off each other at odd places, some with ends of sequence in them."""
+    prompts = [text(20, 0)]
+    requests = []
+    for i in range(count):
+        base = draw.choice(prompts)
+        prompt = [*base[: draw.randrange(1, len(base) + 1)], *text(draw.randrange(1, 120), i)]
+        if draw.random() < 0.3:
+            prompt[draw.randrange(len(prompt))] = EOS_ID
+        prompts.append(prompt := prompt[:230])
+        fields = WAYS[draw.choice(decoders)]
+        sampling = SamplingParams(temperature=draw.choice([0, 0.8]), seed=i)
+        count = draw.randrange(1, 50)
+        requests.append(request(f"{i}", prompt, count, sampling=sampling, priority=draw.randrange(2), **fields))
+    return requests
+
+
+@pytest.mark.parametrize("room", [1, 4])
+def test_crowds_with_little_memory(model: Path, room: int) -> None:
+    """Prefixes come and go while sequences share, wait, are preempted and aborted."""
+    draw = random.Random(room)
+    choices = {"max_sequences": 5, "max_step_rows": 48, "max_length": 300}
+    least = crowded_engine(model, **choices)
+    engine = make_engine(model, cache_bytes=room * least.config.cache_bytes, **choices)
+    plain = make_engine(model, prefix_cache=False)
+    hits = 0
+    for _ in range(3):
+        requests = tangled(12, list(ways_of(engine)), draw)
+        found, wanted = run(engine, requests), run(plain, requests)
+        for r in requests:
+            assert_same(found[r.id], wanted[r.id])
+            hits += cached(found[r.id])
+        engine.caches.check_integrity()
+    assert engine.snapshot().preemptions > 0 if room == 1 else hits > 0
+    for r in tangled(8, list(ways_of(engine)), draw):
+        engine.add(r)
+    for i in range(8):
+        engine.step()
+        engine.abort(str(i))
+    while engine.has_work:
+        engine.step()
+    assert not any(pool.used for pool in engine.snapshot().pools.values())
+    assert_all_can_be_forgotten(engine)
+
+
+def test_the_prefix_used_longest_ago_goes_first(tmp_path: Path) -> None:
+    folder = save_ours(tmp_path / "model", our_model(our_config(), 32))
+    engine = make_engine(folder)
+    old, new = text(2 * BLOCK + 1, 7), text(2 * BLOCK + 1, 8)
+    for name, prompt in (("old", old), ("new", new), ("old again", old)):
+        run(engine, [request(name, prompt, 1)])
+    assert engine._prefixes
+    assert engine._prefixes.forget() and engine._prefixes.forget()
+    assert cached(run(engine, [request("old", old, 1)])["old"]) == 2 * BLOCK
+    assert cached(run(engine, [request("new", new, 1)])["new"]) == 0
