@@ -5,7 +5,7 @@ import { count, digits, seconds, size } from "./units.js";
 const ROWS = [
   ["Bytes generated", ({ ids }) => ids.length, (n) => n.toLocaleString("en")],
   ["Bytes per round", ({ ids, usage }) => usage && ids.length / usage.rounds, digits],
-  ["Drafted bytes accepted", ({ usage }) => usage?.drafted && usage.accepted / usage.drafted, (share) => `${Math.round(100 * share)} %`],
+  ["Drafted bytes accepted", ({ usage, checked }) => checked && usage?.drafted && usage.accepted / usage.drafted, (share) => `${Math.round(100 * share)} %`],
   ["Decoder passes", ({ usage }) => usage?.decoder_calls, (n) => n.toLocaleString("en")],
   ["Encoder and global passes", ({ usage }) => usage?.global_calls, (n) => n.toLocaleString("en")],
   ["Bytes read", ({ usage }) => usage?.bytes_read, (n) => size(n)],

@@ -43,17 +43,17 @@ export class Lane {
   /**
    * Streams a completion into the column.
    *
-   * Returns { name, ids, seconds, usage, complete }: usage is null and complete false for a run that was stopped or that
-   * failed, which the column tells.
+   * Returns { name, checked, ids, seconds, usage, complete }; checked: whether drafts were verified. usage is null and
+   * complete false for a run that was stopped. Throws what made it fail, which the column tells.
    */
   async run(request, signal) {
     const { progress, problem } = this.parts;
     const fields = fieldsOf(this.#settings());
     const began = performance.now();
     const elapsed = () => (performance.now() - began) / 1000;
-    const result = { name: nameOf(fields), ids: [], seconds: 0, usage: null, complete: false };
+    const result = { name: nameOf(fields), checked: checks(fields.decoder), ids: [], seconds: 0, usage: null, complete: false };
     problem.textContent = "";
-    this.#text.begin(request.prompt, checks(fields.decoder));
+    this.#text.begin(request.prompt, result.checked);
     progress.textContent = "Waiting";
     try {
       for await (const { choices, usage } of complete({ ...request, ...fields, trace: true }, signal)) {

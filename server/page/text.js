@@ -14,7 +14,6 @@ export class Text {
   #rounds = 0;
   #utf8;
   #cursor;
-
   #checked = true;
 
   /** element: where the bytes go; inspector: where the one that is pointed at is described. */
@@ -68,6 +67,7 @@ export class Text {
 
   #addRound({ ids, drafts, accepted, passes }, fresh) {
     this.#rounds += 1;
+    const several = passes.some((pass) => pass !== passes[0]);
     ids.forEach((id, place) => {
       if (place === accepted && accepted < drafts.length) fresh.append(rejected(drafts.slice(accepted)));
       const pass = place < accepted && passes.length ? passes[place] + 1 : 0;
@@ -77,7 +77,7 @@ export class Text {
       element.dataset.place = this.#bytes.length;
       if (pass) {
         element.dataset.pass = Math.min(pass, PASSES);
-        if (!place || passes[place - 1] !== passes[place]) element.dataset.mark = pass;
+        if (several && passes[place - 1] !== passes[place]) element.dataset.mark = pass;
       }
       element.classList.toggle("patch", this.#starts.has(this.#bytes.length));
       this.#bytes.push({ id, kind, pass, element, round: this.#rounds });
