@@ -87,13 +87,22 @@ class StageBytes:
     row: dict[str, int]
 
     @classmethod
-    def of(cls, config: ModelConfig, itemsize: int, hash_itemsize: int, *, fp8: bool = False) -> "StageBytes":
+    def of(
+        cls,
+        config: ModelConfig,
+        itemsize: int,
+        hash_itemsize: int,
+        *,
+        matrix_itemsize: int | None = None,
+        fp8: bool = False,
+    ) -> "StageBytes":
         """Sums what the kernels' own files say. fp8: the large matrices take a byte per number."""
         enc, glob, dec, pat = config.encoder, config.global_, config.decoder, config.patcher
         encoder_cross, decoder_cross = encoder_cross_layers(config), decoder_cross_layers(config)
 
         def matrix(out: int, width: int, *, norm: bool = False, exact: bool = False) -> int:
-            return linear.traffic(0, out, width, itemsize, norm=norm, fp8=fp8 and not exact).read
+            norms = width * itemsize * norm
+            return linear.traffic(0, out, width, matrix_itemsize or itemsize, fp8=fp8 and not exact).read + norms
 
         def stack(of: StackConfig, *, exact: bool = False) -> int:
             layer = (

@@ -24,7 +24,7 @@ def probe(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> dict[st
     `dtype` by these kernels, the matrix alone. Takes a few tenths of a second and `2 * PROBED_BYTES` of memory."""
     copied = copy_rate(device, PROBED_BYTES, times=1)
     height = PROBED_BYTES // PROBED_WIDTH // dtype.itemsize
-    matrix = Matrix(torch.zeros(height, PROBED_WIDTH, dtype=dtype, device=device))
+    matrix = kernels.matrix(Matrix(torch.zeros(height, PROBED_WIDTH, dtype=dtype, device=device)))
     x = torch.ones(1, PROBED_WIDTH, dtype=dtype, device=device)
     return {"copy": copied, "gemv": stream_rate(lambda m: kernels.linear(x, m), [matrix], device, times=1)}
 

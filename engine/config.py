@@ -8,7 +8,7 @@ whoever starts the engine.
 from dataclasses import dataclass, field
 from typing import Literal
 
-KernelName = Literal["torch", "triton"]
+KernelName = Literal["torch", "triton", "native"]
 WeightsName = Literal["float8"]
 
 BOE_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3

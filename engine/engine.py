@@ -73,7 +73,14 @@ class Engine:
         itemsize = dtype.itemsize
         records = device.type == "cuda" if config.graphs is None else config.graphs
         executor = Graphs if records else Eager
-        self._stage_bytes = StageBytes.of(loaded.config, itemsize, model.hash_itemsize, fp8=fp8)
+        self._stage_bytes = StageBytes.of(
+            loaded.config,
+            itemsize,
+            model.hash_itemsize,
+            matrix_itemsize=model.matrix_itemsize,
+            # Our own products hold them as bfloat16.
+            fp8=fp8 and not kernels.widens,
+        )
         self.runner = Runner(
             model,
             self.caches,

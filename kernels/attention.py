@@ -11,6 +11,7 @@ long context is spread over the device, one program per segment, and gives the s
 (Products and sums are not fused into one instruction, or that would hang on what a compiler fuses.)
 """
 
+import ctypes
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,6 +53,13 @@ class AttentionPlan:
     most_segments: int = 1
     small_tile: int = 4
     page_size: int = 64
+
+    @cached_property
+    def addresses(self) -> "ctypes.Array[ctypes.c_int64]":
+        """`Plan` of kernels/native/attention.h."""
+        tensors = self.positions, self.page, self.offset, self.first, self.last, self.tiles, self.pages
+        counts = len(self.positions), len(self.first), len(self.tiles), self.page_size
+        return (ctypes.c_int64 * 11)(*counts, *(t.data_ptr() for t in tensors))
 
     @cached_property
     def groups(self) -> "tuple[tuple[_TileGroup, ...], Tensor]":

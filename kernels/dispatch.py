@@ -1,4 +1,4 @@
-"""The one place where it is decided who computes: torch or Triton. All else calls `Kernels` and does not know."""
+"""The one place where it is decided who computes: torch, Triton or our own C. All else calls `Kernels` and does not know."""
 
 from typing import Literal
 
@@ -12,13 +12,16 @@ from . import (
     hash_embed,
     lang,
     linear,
+    native,
     pooling,
     sampling,
     store,
     unmasking,
 )
+from .layer import LayerFunction, LayerWeights, SlotsFunction, SlotsWeights, composed_layer, composed_slots
+from .linear import Matrix
 
-KernelName = Literal["torch", "triton"]
+KernelName = Literal["torch", "triton", "native"]
 
 
 class Kernels:
@@ -27,6 +30,8 @@ class Kernels:
     name: KernelName = "torch"
     tile: int | None = None
     """Most rows in a tile of attention; None leaves it to the machine's row floor."""
+    widens = False
+    """Whether `linear` takes bfloat16 matrices for float32 rows."""
 
     linear = staticmethod(linear.linear)
     attention = staticmethod(attention.attention)
@@ -42,6 +47,18 @@ class Kernels:
     unmask = staticmethod(unmasking.unmask)
     sample = staticmethod(sampling.sample)
     accepted = staticmethod(sampling.accepted)
+
+    def matrix(self, matrix: Matrix) -> Matrix:
+        """As `linear` and the pieces below take it."""
+        return matrix
+
+    def layer(self, weights: LayerWeights) -> LayerFunction:
+        """A transformer layer."""
+        return composed_layer(self, weights)
+
+    def slots(self, weights: SlotsWeights) -> SlotsFunction:
+        """The decoder's cross-attention."""
+        return composed_slots(self, weights)
 
 
 class TritonKernels(Kernels):
@@ -66,15 +83,46 @@ class TritonKernels(Kernels):
     accepted = staticmethod(sampling.accepted_triton)
 
 
-def choose_kernels(name: KernelName | None, device: torch.device) -> Kernels:
-    """The kernels of that name; None takes Triton's on a CUDA device and torch's elsewhere.
+class NativeKernels(Kernels):
+    """Our own C on a CPU; what is small is torch's."""
 
-    Raises ValueError where Triton's cannot run.
+    name: KernelName = "native"
+    tile: int | None = attention.TILE
+    widens = True
+
+    linear = staticmethod(native.linear)
+    attention = staticmethod(native.attention)
+    store_kv = staticmethod(native.store_kv)
+
+    def matrix(self, matrix: Matrix) -> Matrix:
+        return native.pack(matrix)
+
+    def layer(self, weights: LayerWeights) -> LayerFunction:
+        return native.layer(weights)
+
+    def slots(self, weights: SlotsWeights) -> SlotsFunction:
+        return native.slots(weights)
+
+
+def choose_kernels(name: KernelName | None, device: torch.device) -> Kernels:
+    """The kernels of that name; None takes Triton's on a CUDA device and our own on a CPU, torch's where these are not
+    there.
+
+    Raises ValueError where the named ones cannot run.
     """
     if name is None:
-        name = "triton" if device.type == "cuda" and lang.AVAILABLE else "torch"
+        if device.type == "cuda":
+            name = "triton" if lang.AVAILABLE else "torch"
+        else:
+            name = "native" if native.LIBRARY and device.type == "cpu" else "torch"
     if name == "torch":
         return Kernels()
+    if name == "native":
+        if device.type != "cpu":
+            raise ValueError(f"kernels 'native' run on the CPU, not on {device.type!r}")
+        if not native.LIBRARY:
+            raise ValueError("kernels 'native' were not compiled when fastblt was installed; 'torch' needs no compiler")
+        return NativeKernels()
     if not lang.AVAILABLE:
         raise ValueError("kernels 'triton' need the package triton, which is not installed")
     if device.type != "cuda" and not lang.IN_INTERPRETER:

@@ -36,7 +36,7 @@ class Model:
         fp8: bool = False,
     ) -> None:
         """Takes canonical tensors. fp8: the large matrices are rounded to float8 (see `kernels.linear.quantize`)."""
-        weights = Weights(tensors, dtype, device, fp8=fp8)
+        weights = Weights(tensors, dtype, device, kernels, fp8=fp8)
         self.config = config
         self.kernels = kernels
         self.hash_itemsize = next(t.dtype.itemsize for n, t in tensors.items() if n.startswith(HASH_TABLES))
@@ -46,6 +46,7 @@ class Model:
         self.global_transformer = GlobalTransformer(config, weights, kernels)
         self.decoder = Decoder(config, weights, kernels)
         self.linear_shapes = weights.linear_shapes
+        self.matrix_itemsize = weights.matrix_dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

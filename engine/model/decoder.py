@@ -23,6 +23,7 @@ class Decoder:
             CrossAttention(config.decoder, weights, f"{prefix}.cross_attn_layers.{i}", kernels)
             for i in range(decoder_cross_layers(config))
         ]
+        self._reading = [cross.reading(config.slots) for cross in self._cross]
         self._stack = Stack(config.decoder, weights, prefix, kernels)
         self._norm = weights.tensor(f"{prefix}.norm.weight")
         self._head = weights.matrix("lm_head.weight", exact=True)
@@ -50,13 +51,9 @@ class Decoder:
         """x (R, dim) to the last hidden states (R, dim). Row r reads the latent whose slots begin at latent_page[r],
         latent_offset[r]."""
         for i, (layer, kv) in enumerate(zip(self._stack.layers, cache, strict=True)):
-            if i < len(self._cross):
-                cross, (k, v) = self._cross[i], latent_cache[i]
-                seen = self._kernels.slot_attention(
-                    cross.query(x), k, v, latent_page, latent_offset, self._config.slots
-                )
-                x = cross.output(seen, x)
-            x = layer(x, self._stack.rope, kv, plan)
+            if i < len(self._reading):
+                x = self._reading[i](x, latent_cache[i], latent_page, latent_offset)
+            x = layer(x, kv, plan)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

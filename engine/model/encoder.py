@@ -48,7 +48,7 @@ class Encoder:
         x = self._kernels.hash_embed(windows, self._embedding, self._hashes)
         first_cross = len(self._stack.layers) - len(self._cross)
         for i, (layer, kv) in enumerate(zip(self._stack.layers, cache, strict=True)):
-            x = layer(x, self._stack.rope, kv, plan)
+            x = layer(x, kv, plan)
             if i >= first_cross:
                 self._cross[i - first_cross].store(x, open_plan.page, open_plan.offset, open_kv[i - first_cross])
             if i == first_cross:

@@ -7,24 +7,34 @@ from torch import Tensor
 
 from kernels.attention import AttentionPlan
 from kernels.dispatch import Kernels
+from kernels.layer import KvPages, LayerFunction, LayerWeights, SlotsFunction, SlotsWeights
 from kernels.linear import Matrix, quantize
 from kernels.rope import rope_table
 
 from ..config import StackConfig
 
-KvCache = list[tuple[Tensor, Tensor]]
-"""Per layer, K and V in pages: (pages, kv_heads, page_size, head_dim)."""
+KvCache = list[KvPages]
+"""Per layer."""
 
 
 class Weights:
     """A checkpoint's tensors as the stages take them: on their device, and matrices of one input joined into one."""
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, *, fp8: bool = False
+        self,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels,
+        *,
+        fp8: bool = False,
     ) -> None:
         self._tensors = tensors
         self._dtype, self.device = dtype, device
-        self._fp8 = fp8
+        self._kernels, self._fp8 = kernels, fp8
+        # A bfloat16 number is a float32, too: products that widen as they read lose nothing.
+        stored = {tensor.dtype for tensor in tensors.values()}
+        self.matrix_dtype = torch.bfloat16 if kernels.widens and stored == {torch.bfloat16} else dtype
         self.linear_shapes: set[tuple[int, int]] = set()
         """(out, in) of every matrix that was handed out."""
 
@@ -42,33 +52,31 @@ class Weights:
 
     def matrix(self, *names: str, exact: bool = False) -> Matrix:
         """The matrices (out, in) of these names, laid on top of each other. exact: never as float8."""
-        parts = [self.tensor(name) for name in names]
+        parts = [self._tensors[name].to(self.device, self.matrix_dtype) for name in names]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         self.linear_shapes.add((joined.shape[0], joined.shape[1]))
-        return quantize(joined) if self._fp8 and not exact else Matrix(joined)
+        return self._kernels.matrix(quantize(joined) if self._fp8 and not exact else Matrix(joined))
 
 
-class Layer:
+def make_layer(
+    config: StackConfig, weights: Weights, prefix: str, rope: Tensor, kernels: Kernels, *, exact: bool
+) -> LayerFunction:
     """A pre-norm layer: self-attention with rotary positions, then SwiGLU, each with a residual."""
-
-    def __init__(self, config: StackConfig, weights: Weights, prefix: str, kernels: Kernels, *, exact: bool) -> None:
-        self._config = config
-        self._kernels = kernels
-        self._attention_norm = weights.tensor(f"{prefix}.input_layernorm.weight")
-        self._qkv = weights.matrix(*(f"{prefix}.self_attn.{x}_proj.weight" for x in "qkv"), exact=exact)
-        self._o = weights.matrix(f"{prefix}.self_attn.o_proj.weight", exact=exact)
-        self._ffn_norm = weights.tensor(f"{prefix}.post_attention_layernorm.weight")
-        self._gate_up = weights.matrix(*(f"{prefix}.mlp.{x}_proj.weight" for x in ("gate", "up")), exact=exact)
-        self._down = weights.matrix(f"{prefix}.mlp.down_proj.weight", exact=exact)
-
-    def __call__(self, x: Tensor, rope: Tensor, cache: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
-        """x (R, dim) in and out; the rows' K/V go to `cache` first, so that rows of one call see each other."""
-        k, eps = self._kernels, self._config.norm_eps
-        qkv = k.linear(x, self._qkv, norm=self._attention_norm, eps=eps).unflatten(1, (-1, self._config.head_dim))
-        q = k.store_qkv(qkv, rope, plan.positions, plan.page, plan.offset, *cache)
-        x = k.linear(k.attention(q, *cache, plan).flatten(1), self._o, residual=x)
-        gated = k.linear(x, self._gate_up, norm=self._ffn_norm, eps=eps, gated=True)
-        return k.linear(gated, self._down, residual=x)
+    return kernels.layer(
+        LayerWeights(
+            attention_norm=weights.tensor(f"{prefix}.input_layernorm.weight"),
+            qkv=weights.matrix(*(f"{prefix}.self_attn.{x}_proj.weight" for x in "qkv"), exact=exact),
+            o=weights.matrix(f"{prefix}.self_attn.o_proj.weight", exact=exact),
+            ffn_norm=weights.tensor(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=weights.matrix(*(f"{prefix}.mlp.{x}_proj.weight" for x in ("gate", "up")), exact=exact),
+            down=weights.matrix(f"{prefix}.mlp.down_proj.weight", exact=exact),
+            rope=rope,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            eps=config.norm_eps,
+        )
+    )
 
 
 class Stack:
@@ -77,14 +85,15 @@ class Stack:
     def __init__(
         self, config: StackConfig, weights: Weights, prefix: str, kernels: Kernels, *, exact: bool = False
     ) -> None:
+        rope = rope_table(config.head_dim, config.rope_theta, config.max_positions, weights.device)
         self.layers = [
-            Layer(config, weights, f"{prefix}.layers.{i}", kernels, exact=exact) for i in range(config.num_layers)
+            make_layer(config, weights, f"{prefix}.layers.{i}", rope, kernels, exact=exact)
+            for i in range(config.num_layers)
         ]
-        self.rope = rope_table(config.head_dim, config.rope_theta, config.max_positions, weights.device)
 
     def __call__(self, x: Tensor, cache: KvCache, plan: AttentionPlan) -> Tensor:
         for layer, kv in zip(self.layers, cache, strict=True):
-            x = layer(x, self.rope, kv, plan)
+            x = layer(x, kv, plan)
         return x
 
 
@@ -103,6 +112,14 @@ class CrossAttention:
         self._q = weights.matrix(f"{prefix}.q_proj.weight")
         self._kv = weights.matrix(f"{prefix}.k_proj.weight", f"{prefix}.v_proj.weight")
         self._o = weights.matrix(f"{prefix}.o_proj.weight")
+        self._config = config
+
+    def reading(self, slots: int) -> SlotsFunction:
+        """`query`, attention over one latent's slots and `output`, in one."""
+        of = self._config
+        return self._kernels.slots(
+            SlotsWeights(self._q_norm, self._q, self._o, of.num_heads, of.num_kv_heads, of.head_dim, self._eps, slots)
+        )
 
     def query(self, x: Tensor) -> Tensor:
         """(R, dim) to (R, heads, head_dim)."""

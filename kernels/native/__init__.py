@@ -1,0 +1,214 @@
+"""The CPU's own kernels: a whole layer is one call into C, made for few rows.
+
+torch's operations cost several microseconds each before they begin, and a step of a small model is hundreds of them; its
+matrix products read the weights once per row or nearly so. Here a layer is one call, weights are laid out once for the
+one product that there is, and every row's bits are the same in any company, without padding. `build.py` compiles the C
+when the package is installed; where that was not possible, torch computes.
+"""
+
+import ctypes
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import AttentionPlan
+from ..layer import KvPages, LayerFunction, LayerWeights, SlotsFunction, SlotsWeights
+from ..linear import Matrix
+
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+
+
+def _library() -> ctypes.CDLL | None:
+    """The best one that was compiled and that this processor can run."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    machine = platform.machine().lower()
+    levels = {"AVX512": ("v4", "v3", "v2"), "AVX2": ("v3", "v2")}.get(capability, ("v2",))
+    names = [f"x86-64-{level}" for level in levels] if machine in ("x86_64", "amd64") else [machine]
+    for name in names:
+        path = Path(__file__).with_name(f"{name}.so")
+        if path.exists():
+            return _declared(ctypes.CDLL(str(path)))
+    return None
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, types in {
+        "fastblt_linear": "ppp f i p i p q ii",
+        "fastblt_attention": "pppp q ii",
+        "fastblt_layer": "ppppp i",
+        "fastblt_cross": "pppp q pp q i",
+        "fastblt_store_kv": "pppp qq i",
+    }.items():
+        kinds = {"p": _POINTER, "q": _INT, "i": ctypes.c_int, "f": ctypes.c_float}
+        function = getattr(library, name)
+        function.argtypes = [kinds[letter] for letter in types.replace(" ", "")]
+        function.restype = None
+    library.fastblt_panel.restype = _INT
+    return library
+
+
+LIBRARY = _library()
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("panels", _POINTER), ("scale", _POINTER), ("out", _INT), ("width", _INT), ("bf16", _INT)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("attention_norm", "ffn_norm", "rope")),
+        *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _INT) for name in ("dim", "heads", "kv_heads", "head_dim", "ffn_dim")),
+        ("eps", ctypes.c_float),
+        ("bf16", ctypes.c_int32),
+    ]
+
+
+class _Cross(ctypes.Structure):
+    _fields_ = [
+        ("norm", _POINTER),
+        *((name, _Matrix) for name in ("q", "o")),
+        *((name, _INT) for name in ("dim", "heads", "kv_heads", "head_dim", "slots")),
+        ("eps", ctypes.c_float),
+        ("bf16", ctypes.c_int32),
+    ]
+
+
+class Packed(Matrix):
+    """A matrix laid out for `product.h`: data (ceil(out / panel), in, panel) float32 or bfloat16, scale (out,) float32."""
+
+    out: int
+    struct: _Matrix
+
+
+def pack(matrix: Matrix) -> Packed:
+    """float8 becomes bfloat16, which holds every one of its numbers."""
+    assert LIBRARY
+    data, panel = matrix.data, LIBRARY.fastblt_panel()
+    if data.dtype not in (torch.float32, torch.bfloat16):
+        data = data.to(torch.bfloat16)
+    out, width = data.shape
+    panels = data.new_zeros(-(-out // panel), width, panel)
+    whole = out // panel
+    panels[:whole] = data[: whole * panel].view(whole, panel, width).transpose(1, 2)
+    if whole < len(panels):
+        panels[whole, :, : out - whole * panel] = data[whole * panel :].T
+    packed = Packed(panels, matrix.scale)
+    packed.out = out
+    scale = None if matrix.scale is None else matrix.scale.data_ptr()
+    packed.struct = _Matrix(panels.data_ptr(), scale, out, width, panels.dtype == torch.bfloat16)
+    return packed
+
+
+def linear(
+    x: Tensor,
+    weight: Matrix,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    twice: bool = False,
+) -> Tensor:
+    """`kernels.linear.linear` for a packed matrix."""
+    assert LIBRARY and isinstance(weight, Packed)
+    rows = len(x)
+    y = x.new_empty(rows, weight.out // 2 if gated else weight.out)
+    x = x.contiguous()
+    wide_norm = None if norm is None else norm.float()
+    before = None if residual is None else residual.contiguous()
+    LIBRARY.fastblt_linear(
+        ctypes.byref(weight.struct), x.data_ptr(), _address(wide_norm), eps, gated, _address(before), twice,
+        y.data_ptr(), rows, _is_bf16(x), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> Tensor:
+    """`kernels.attention.attention`. Padding rows come out as zeros."""
+    assert LIBRARY
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    LIBRARY.fastblt_attention(
+        q.data_ptr(), out.data_ptr(), plan.addresses, _cache(k_cache, v_cache), q.shape[1], _is_bf16(q),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def store_kv(kv: Tensor, page: Tensor, offset: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """`kernels.store.store_kv`."""
+    assert LIBRARY
+    kv = kv.contiguous()
+    LIBRARY.fastblt_store_kv(
+        kv.data_ptr(), page.data_ptr(), offset.data_ptr(), _cache(k_cache, v_cache), k_cache.shape[2], len(kv),
+        _is_bf16(kv),
+    )  # fmt: skip
+
+
+def layer(w: LayerWeights) -> LayerFunction:
+    """`kernels.layer.composed_layer` as one call."""
+    assert LIBRARY
+    call: Callable[..., None] = LIBRARY.fastblt_layer
+    norms = w.attention_norm.float(), w.ffn_norm.float()
+    matrices = [_struct(m) for m in (w.qkv, w.o, w.gate_up, w.down)]
+    dim, ffn_dim = len(w.attention_norm), matrices[3].width
+    struct = _Layer(
+        norms[0].data_ptr(), norms[1].data_ptr(), w.rope.data_ptr(), *matrices, dim, w.heads, w.kv_heads, w.head_dim,
+        ffn_dim, w.eps, _is_bf16(w.attention_norm),
+    )  # fmt: skip
+    # What the addresses point to lives as long as the function.
+    alive = (w, norms, struct)
+    address = ctypes.byref(struct)
+
+    def run(x: Tensor, cache: KvPages, plan: AttentionPlan, alive: Any = alive) -> Tensor:
+        y = torch.empty_like(x)
+        call(address, plan.addresses, _cache(*cache), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        return y
+
+    return run
+
+
+def slots(w: SlotsWeights) -> SlotsFunction:
+    """`kernels.layer.composed_slots` as one call."""
+    assert LIBRARY
+    call: Callable[..., None] = LIBRARY.fastblt_cross
+    norm = w.norm.float()
+    struct = _Cross(
+        norm.data_ptr(), _struct(w.q), _struct(w.o), len(norm), w.heads, w.kv_heads, w.head_dim, w.slots, w.eps,
+        _is_bf16(w.norm),
+    )  # fmt: skip
+    alive = (w, norm, struct)
+    address = ctypes.byref(struct)
+
+    def run(x: Tensor, cache: KvPages, page: Tensor, offset: Tensor, alive: Any = alive) -> Tensor:
+        y = torch.empty_like(x)
+        call(
+            address, page.data_ptr(), offset.data_ptr(), _cache(*cache), cache[0].shape[2], x.data_ptr(), y.data_ptr(),
+            len(x), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    return run
+
+
+def _struct(matrix: Matrix) -> _Matrix:
+    assert isinstance(matrix, Packed)
+    return matrix.struct
+
+
+def _cache(keys: Tensor, values: Tensor) -> "ctypes.Array[ctypes.c_int64]":
+    """`Cache` of attention.h."""
+    return (_INT * 4)(keys.data_ptr(), values.data_ptr(), keys.shape[1], keys.shape[3])
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _is_bf16(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16

@@ -1,0 +1,124 @@
+/* Matrix products for few rows: weights are streamed once, in panels of a few outputs each, laid out so that a panel lies
+   in memory as it is read. Every output is summed over the inner dimension in ascending order, one fused multiplication
+   and addition after the other, whatever the number of rows: a row has the same bits in any company. */
+
+#ifndef FASTBLT_PRODUCT_H
+#define FASTBLT_PRODUCT_H
+
+#include "pool.h"
+#include "vector.h"
+
+#define PANEL (2 * LANES)
+#if defined(__AVX512F__)
+#define MOST_ROWS 12
+#else
+#define MOST_ROWS 6
+#endif
+
+/* panels: (ceil(out / PANEL), in, PANEL) float or bfloat16, zeros behind the last output. scale: (out,) or null. */
+typedef struct {
+    const void *panels;
+    const float *scale;
+    int64_t out, in;
+    int64_t bf16;
+} Matrix;
+
+/* What becomes of a product: y = x W^T; y = residual + y; twice: y = residual + y once more. Rounded after each. */
+typedef struct {
+    const Matrix *weight;
+    const float *x, *residual;
+    float *y;
+    int64_t rows;
+    int twice, bf16;
+} Product;
+
+#define MICRO(ROWS, KIND, TYPE, LOAD)                                                                      \
+    static void micro_##KIND##_##ROWS(const float *x, int64_t in, const TYPE *w, float *tile) {            \
+        Vector low[ROWS], high[ROWS];                                                                      \
+        for (int r = 0; r < ROWS; r++) low[r] = high[r] = (Vector){0};                                     \
+        for (int64_t k = 0; k < in; k++) {                                                                 \
+            Vector a = LOAD(w + k * PANEL), b = LOAD(w + k * PANEL + LANES);                               \
+            __builtin_prefetch(w + k * PANEL + 64 * PANEL);                                                \
+            for (int r = 0; r < ROWS; r++) {                                                               \
+                float factor = x[r * in + k];                                                              \
+                low[r] += factor * a;                                                                      \
+                high[r] += factor * b;                                                                     \
+            }                                                                                              \
+        }                                                                                                  \
+        for (int r = 0; r < ROWS; r++) {                                                                   \
+            store(tile + r * PANEL, low[r]);                                                               \
+            store(tile + r * PANEL + LANES, high[r]);                                                      \
+        }                                                                                                  \
+    }
+
+#define EVERY(WHAT) WHAT(1) WHAT(2) WHAT(3) WHAT(4) WHAT(5) WHAT(6)
+#if MOST_ROWS > 6
+#define EACH(WHAT) EVERY(WHAT) WHAT(7) WHAT(8) WHAT(9) WHAT(10) WHAT(11) WHAT(12)
+#else
+#define EACH(WHAT) EVERY(WHAT)
+#endif
+
+#define MICROS(ROWS) MICRO(ROWS, f32, float, load) MICRO(ROWS, bf16, uint16_t, load_bf16)
+EACH(MICROS)
+
+static inline void micro(int rows, const float *x, const Matrix *m, int64_t panel, float *tile) {
+    int64_t at = panel * m->in * PANEL;
+#define CASE(ROWS)                                                                             \
+    case ROWS:                                                                                 \
+        if (m->bf16) micro_bf16_##ROWS(x, m->in, (const uint16_t *)m->panels + at, tile);      \
+        else micro_f32_##ROWS(x, m->in, (const float *)m->panels + at, tile);                  \
+        break;
+    switch (rows) { EACH(CASE) }
+}
+
+static void product_panels(void *of, int64_t begin, int64_t end) {
+    const Product *p = of;
+    const Matrix *m = p->weight;
+    float tile[MOST_ROWS * PANEL];
+    int64_t turns = (p->rows + MOST_ROWS - 1) / MOST_ROWS;
+    for (int64_t panel = begin; panel < end; panel++) {
+        int64_t first = panel * PANEL, columns = m->out - first < PANEL ? m->out - first : PANEL;
+        for (int64_t turn = 0; turn < turns; turn++) {
+            /* Turns of about as many rows each. */
+            int64_t row = p->rows * turn / turns, rows = p->rows * (turn + 1) / turns - row;
+            micro((int)rows, p->x + row * m->in, m, panel, tile);
+            for (int64_t r = 0; r < rows; r++) {
+                float *y = p->y + (row + r) * m->out + first, *t = tile + r * PANEL;
+                if (m->scale)
+                    for (int64_t c = 0; c < columns; c++) t[c] = rounded(t[c], p->bf16) * m->scale[first + c];
+                if (p->bf16)
+                    for (int64_t c = 0; c < columns; c++) t[c] = rounded(t[c], 1);
+                if (p->residual) {
+                    const float *residual = p->residual + (row + r) * m->out + first;
+                    for (int again = 0; again <= p->twice; again++)
+                        for (int64_t c = 0; c < columns; c++) t[c] = rounded(residual[c] + t[c], p->bf16);
+                }
+                memcpy(y, t, columns * sizeof *y);
+            }
+        }
+    }
+}
+
+static void product(const Matrix *weight, const float *x, const float *residual, int twice, float *y, int64_t rows, int bf16) {
+    Product p = {weight, x, residual, y, rows, twice, bf16};
+    share(product_panels, &p, (weight->out + PANEL - 1) / PANEL, rows * weight->out * weight->in);
+}
+
+/* RMS normalisation of rows of `width` numbers. */
+static void normalise(const float *x, const float *weight, float eps, float *y, int64_t rows, int64_t width, int bf16) {
+    for (int64_t r = 0; r < rows; r++, x += width, y += width) {
+        float inverse = 1.0f / sqrtf(dot(x, x, width) / width + eps);
+        for (int64_t i = 0; i < width; i++) y[i] = rounded(x[i] * inverse * weight[i], bf16);
+    }
+}
+
+/* silu(gate) * up: gate_up (rows, 2 width) to y (rows, width). */
+static void gate(const float *gate_up, float *y, int64_t rows, int64_t width, int bf16) {
+    for (int64_t r = 0; r < rows; r++, gate_up += 2 * width, y += width)
+        for (int64_t i = 0; i < width; i++) {
+            float g = gate_up[i];
+            y[i] = rounded(rounded(g / (1.0f + exponential(-g)), bf16) * gate_up[width + i], bf16);
+        }
+}
+
+#endif

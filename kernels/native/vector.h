@@ -1,0 +1,125 @@
+/* Numbers side by side, bfloat16, memory for intermediate results. */
+
+#ifndef FASTBLT_VECTOR_H
+#define FASTBLT_VECTOR_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
+
+static inline Vector load(const float *from) {
+    Vector v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+static inline Vector load_bf16(const uint16_t *from) {
+    Half half;
+    memcpy(&half, from, sizeof half);
+    Bits bits = __builtin_convertvector(half, Bits) << 16;
+    Vector v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+static inline void store(float *to, Vector v) { memcpy(to, &v, sizeof v); }
+
+static inline float sum_of(Vector v) {
+    float lane[LANES];
+    store(lane, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+    return lane[0];
+}
+
+static inline float dot(const float *a, const float *b, int64_t n) {
+    Vector v = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) v += load(a + i) * load(b + i);
+    float sum = sum_of(v);
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+static inline float from_bf16(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+/* To the nearest, ties to even; NaN stays NaN. */
+static inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
+}
+
+static inline float rounded(float x, int bf16) { return bf16 ? from_bf16(to_bf16(x)) : x; }
+
+/* e^x to about one unit in the last place, for x that is not NaN (Cody and Waite's reduction, Cephes' polynomial). */
+static inline float exponential(float x) {
+    x = x < -87.3f ? -87.3f : x > 88.7f ? 88.7f : x;
+    float n = x * 1.44269504f + 12582912.0f;
+    n -= 12582912.0f;
+    float r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+/* Numbers of a tensor in the model's dtype as float, and back. */
+static void widen(float *to, const void *from, int64_t n, int bf16) {
+    if (!bf16) memcpy(to, from, n * sizeof *to);
+    else
+        for (int64_t i = 0; i < n; i++) to[i] = from_bf16(((const uint16_t *)from)[i]);
+}
+
+static void narrow(void *to, const float *from, int64_t n, int bf16) {
+    if (!bf16) memcpy(to, from, n * sizeof *from);
+    else
+        for (int64_t i = 0; i < n; i++) ((uint16_t *)to)[i] = to_bf16(from[i]);
+}
+
+/* Memory that lives until the next call; grows to what the largest call needed. */
+static _Thread_local char *arena;
+static _Thread_local size_t arena_size, arena_used;
+
+static void reserve(size_t floats) {
+    size_t size = floats * sizeof(float) + 4096;
+    if (size > arena_size) {
+        free(arena);
+        arena = malloc(size);
+        if (!arena) abort();
+        arena_size = size;
+    }
+    arena_used = 0;
+}
+
+static float *take(size_t floats) {
+    float *found = (float *)(arena + arena_used);
+    arena_used += (floats * sizeof(float) + 63) / 64 * 64;
+    return found;
+}
+
+#endif
