@@ -76,7 +76,7 @@ clean:  ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # Stamps: an environment is made anew where pyproject.toml or this file changed, and not touched otherwise.
-.venv/.runtime: pyproject.toml Makefile
+.venv/.runtime: pyproject.toml Makefile hatch_build.py $(wildcard kernels/native/*.[ch])
 	@test -n "$(PYTHON)" || { echo "fastblt needs Python 3.11 or newer with venv; none found. Name one: make PYTHON=..." >&2; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --disable-pip-version-check $(TORCH)

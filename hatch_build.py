@@ -1,0 +1,78 @@
+"""Compiles kernels/native when the package is built or installed; `python hatch_build.py` does it in place.
+
+A C compiler is taken where there is one. Where there is none, pip is asked for one in a wheel (ziglang), which is gone
+again when the build is over. If neither works the package is built all the same, and torch computes.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+FOLDER = Path(__file__).parent / "kernels" / "native"
+LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
+"""Of x86-64: any processor of the last 15 years, with AVX2, with AVX-512. What is best is chosen when it is loaded."""
+FLAGS = (
+    "-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread",
+    "-Wall", "-Wextra", "-Wno-psabi",
+)  # fmt: skip
+
+
+def compiler() -> list[str] | None:
+    """The machine's own, as CC names it or under its usual names."""
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and shutil.which(shlex.split(name)[0]):
+            return shlex.split(name)
+    return None
+
+
+def compile_all() -> list[Path]:
+    """A library per level, beside the sources. Raises OSError or CalledProcessError."""
+    machine = platform.machine().lower()
+    own = compiler()
+    found = own or [sys.executable, "-m", "ziglang", "cc"]
+    libraries = []
+    for name in LEVELS if machine in ("x86_64", "amd64") else (machine,):
+        level = []
+        if name in LEVELS:
+            level = [f"-march={name}"] if own else [f"-mcpu={name.replace('-', '_')}"]
+        library = FOLDER / f"{name}.so"
+        unfinished = library.with_suffix(".new")
+        command = [*found, *FLAGS, *level, "-o", str(unfinished), str(FOLDER / "native.c"), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        # A process that has loaded the old one keeps it.
+        unfinished.replace(library)
+        libraries.append(library)
+    return libraries
+
+
+class CustomBuildHook(BuildHookInterface[Any]):
+    def dependencies(self) -> list[str]:
+        return [] if compiler() else ["ziglang>=0.13"]
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        try:
+            compile_all()
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = getattr(error, "stderr", None) or error
+            self.app.display_warning(f"kernels/native was not compiled, torch will compute: {why}")
+            return
+        build_data["artifacts"].append("/kernels/native/*.so")
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{_platform_tag()}"
+
+
+def _platform_tag() -> str:
+    import sysconfig
+
+    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
+
+
+if __name__ == "__main__":
+    print(*compile_all(), sep="\n")
