@@ -61,12 +61,11 @@ typedef struct {
 #define MICROS(ROWS) MICRO(ROWS, f32, float, load) MICRO(ROWS, bf16, uint16_t, load_bf16)
 EACH(MICROS)
 
-static inline void micro(int rows, const float *x, const Matrix *m, int64_t panel, float *tile) {
-    int64_t at = panel * m->in * PANEL;
-#define CASE(ROWS)                                                                             \
-    case ROWS:                                                                                 \
-        if (m->bf16) micro_bf16_##ROWS(x, m->in, (const uint16_t *)m->panels + at, tile);      \
-        else micro_f32_##ROWS(x, m->in, (const float *)m->panels + at, tile);                  \
+static inline void micro(int rows, const float *x, int64_t in, const void *panel, int bf16, float *tile) {
+#define CASE(ROWS)                                            \
+    case ROWS:                                                \
+        if (bf16) micro_bf16_##ROWS(x, in, panel, tile);      \
+        else micro_f32_##ROWS(x, in, panel, tile);            \
         break;
     switch (rows) { EACH(CASE) }
 }
@@ -75,13 +74,21 @@ static void product_panels(void *of, int64_t begin, int64_t end) {
     const Product *p = of;
     const Matrix *m = p->weight;
     float tile[MOST_ROWS * PANEL];
-    int64_t turns = (p->rows + MOST_ROWS - 1) / MOST_ROWS;
+    int64_t turns = (p->rows + MOST_ROWS - 1) / MOST_ROWS, size = m->in * PANEL;
+    /* Where a panel is read several times it is widened once. */
+    int widens = m->bf16 && turns > 1;
+    float wide[widens ? size : 1];
     for (int64_t panel = begin; panel < end; panel++) {
+        const void *weights = (const char *)m->panels + panel * size * (m->bf16 ? 2 : 4);
+        if (widens) {
+            widen(wide, weights, size, 1);
+            weights = wide;
+        }
         int64_t first = panel * PANEL, columns = m->out - first < PANEL ? m->out - first : PANEL;
         for (int64_t turn = 0; turn < turns; turn++) {
             /* Turns of about as many rows each. */
             int64_t row = p->rows * turn / turns, rows = p->rows * (turn + 1) / turns - row;
-            micro((int)rows, p->x + row * m->in, m, panel, tile);
+            micro((int)rows, p->x + row * m->in, m->in, weights, m->bf16 && !widens, tile);
             for (int64_t r = 0; r < rows; r++) {
                 float *y = p->y + (row + r) * m->out + first, *t = tile + r * PANEL;
                 if (m->scale)

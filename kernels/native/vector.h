@@ -36,11 +36,12 @@ static inline Vector load_bf16(const uint16_t *from) {
 static inline void store(float *to, Vector v) { memcpy(to, &v, sizeof v); }
 
 static inline float sum_of(Vector v) {
-    float lane[LANES];
-    store(lane, v);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-    return lane[0];
+    typedef float Four __attribute__((vector_size(16)));
+    Four part[LANES / 4];
+    memcpy(part, &v, sizeof v);
+    for (int width = LANES / 8; width; width /= 2)
+        for (int i = 0; i < width; i++) part[i] += part[i + width];
+    return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
 static inline float dot(const float *a, const float *b, int64_t n) {
