@@ -1,6 +1,7 @@
 """From logits to ids: what a request's parameters do to its rows before `kernels.sampling` draws."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 
 import numpy as np
 import torch
@@ -102,10 +103,9 @@ def logprobs_of(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[Tok
 def check(logits: Tensor) -> None:
     """Raises FloatingPointError for a row that is no distribution."""
     # The maximum is NaN if any logit is.
-    finite = logits.amax(-1).isfinite()
-    if not finite.all():
-        row = int((~finite).nonzero()[0, 0])
-        raise FloatingPointError(f"the logits of row {row} are no distribution: NaN, +inf or all -inf")
+    for row, highest in enumerate(logits.amax(-1).tolist()):
+        if not isfinite(highest):
+            raise FloatingPointError(f"the logits of row {row} are no distribution: NaN, +inf or all -inf")
 
 
 def _logit_changes(params: SamplingParams, counts: Mapping[int, int], vocab_size: int) -> dict[int, float]:

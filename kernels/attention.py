@@ -58,7 +58,7 @@ class AttentionPlan:
     def addresses(self) -> "ctypes.Array[ctypes.c_int64]":
         """`Plan` of kernels/native/attention.h."""
         tensors = self.positions, self.page, self.offset, self.first, self.last, self.tiles, self.pages
-        counts = len(self.positions), len(self.first), len(self.tiles), self.page_size
+        counts = self.positions.shape[0], self.first.shape[0], self.tiles.shape[0], self.page_size
         return (ctypes.c_int64 * 11)(*counts, *(t.data_ptr() for t in tensors))
 
     @cached_property

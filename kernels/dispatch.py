@@ -93,6 +93,10 @@ class NativeKernels(Kernels):
     linear = staticmethod(native.linear)
     attention = staticmethod(native.attention)
     store_kv = staticmethod(native.store_kv)
+    store_states = staticmethod(native.store_states)
+    hash_embed = staticmethod(native.hash_embed)
+    entropy = staticmethod(native.entropy)
+    patch_max = staticmethod(native.patch_max)
 
     def matrix(self, matrix: Matrix) -> Matrix:
         return native.pack(matrix)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..attention import AttentionPlan
+from ..hash_embed import HashTables
+from ..hash_embed import hash_embed as hash_embed_torch
 from ..layer import KvPages, LayerFunction, LayerWeights, SlotsFunction, SlotsWeights
 from ..linear import Matrix
 
@@ -42,6 +44,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "fastblt_layer": "ppppp i",
         "fastblt_cross": "pppp q pp q i",
         "fastblt_store_kv": "pppp qq i",
+        "fastblt_hash_embed": "pp q pp q i",
+        "fastblt_entropy": "pp qq i",
+        "fastblt_patch_max": "ppppp qqq i",
+        "fastblt_store_states": "pppp qqq",
     }.items():
         kinds = {"p": _POINTER, "q": _INT, "i": ctypes.c_int, "f": ctypes.c_float}
         function = getattr(library, name)
@@ -75,6 +81,13 @@ class _Cross(ctypes.Structure):
         *((name, _INT) for name in ("dim", "heads", "kv_heads", "head_dim", "slots")),
         ("eps", ctypes.c_float),
         ("bf16", ctypes.c_int32),
+    ]
+
+
+class _Hashes(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("tables", "sizes", "powers")),
+        *((name, _INT) for name in ("num_sizes", "num_tables", "longest", "rows", "dim", "bf16")),
     ]
 
 
@@ -116,7 +129,7 @@ def linear(
 ) -> Tensor:
     """`kernels.linear.linear` for a packed matrix."""
     assert LIBRARY and isinstance(weight, Packed)
-    rows = len(x)
+    rows = x.shape[0]
     y = x.new_empty(rows, weight.out // 2 if gated else weight.out)
     x = x.contiguous()
     wide_norm = None if norm is None else norm.float()
@@ -145,9 +158,57 @@ def store_kv(kv: Tensor, page: Tensor, offset: Tensor, k_cache: Tensor, v_cache:
     assert LIBRARY
     kv = kv.contiguous()
     LIBRARY.fastblt_store_kv(
-        kv.data_ptr(), page.data_ptr(), offset.data_ptr(), _cache(k_cache, v_cache), k_cache.shape[2], len(kv),
+        kv.data_ptr(), page.data_ptr(), offset.data_ptr(), _cache(k_cache, v_cache), k_cache.shape[2], kv.shape[0],
         _is_bf16(kv),
     )  # fmt: skip
+
+
+def store_states(states: Tensor, page: Tensor, offset: Tensor, cache: Tensor) -> None:
+    """`kernels.store.store_states`."""
+    assert LIBRARY
+    rows, dim = states.shape
+    LIBRARY.fastblt_store_states(
+        states.data_ptr(), page.data_ptr(), offset.data_ptr(), cache.data_ptr(), cache.shape[1], rows,
+        dim * states.element_size(),
+    )  # fmt: skip
+
+
+def hash_embed(windows: Tensor, embedding: Tensor, hashing: HashTables) -> Tensor:
+    """`kernels.hash_embed.hash_embed`."""
+    assert LIBRARY
+    table, (rows, width), dim = hashing.tables[0], windows.shape, embedding.shape[1]
+    if table.dtype not in (torch.float32, torch.bfloat16):
+        return hash_embed_torch(windows, embedding, hashing)
+    struct = _Hashes(
+        hashing.addresses.data_ptr(), hashing.sizes.data_ptr(), hashing.powers.data_ptr(), len(hashing.group_sizes),
+        len(hashing.tables), hashing.powers.shape[1], hashing.rows, dim, _is_bf16(table),
+    )  # fmt: skip
+    x = embedding.new_empty(rows, dim)
+    LIBRARY.fastblt_hash_embed(
+        ctypes.byref(struct), windows.data_ptr(), width, embedding.data_ptr(), x.data_ptr(), rows, _is_bf16(x)
+    )
+    return x
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """`kernels.entropy.entropy`."""
+    assert LIBRARY
+    rows, vocabulary = logits.shape
+    nats = logits.new_empty(rows, dtype=torch.float32)
+    LIBRARY.fastblt_entropy(logits.data_ptr(), nats.data_ptr(), rows, vocabulary, _is_bf16(logits))
+    return nats
+
+
+def patch_max(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor) -> Tensor:
+    """`kernels.pooling.patch_max`."""
+    assert LIBRARY
+    patches, dim = bounds.shape[0] - 1, cache.shape[2]
+    out = cache.new_empty(patches, dim)
+    LIBRARY.fastblt_patch_max(
+        cache.data_ptr(), page.data_ptr(), offset.data_ptr(), bounds.data_ptr(), out.data_ptr(), patches, cache.shape[1],
+        dim, _is_bf16(cache),
+    )  # fmt: skip
+    return out
 
 
 def layer(w: LayerWeights) -> LayerFunction:
@@ -189,7 +250,7 @@ def slots(w: SlotsWeights) -> SlotsFunction:
         y = torch.empty_like(x)
         call(
             address, page.data_ptr(), offset.data_ptr(), _cache(*cache), cache[0].shape[2], x.data_ptr(), y.data_ptr(),
-            len(x), torch.get_num_threads(),
+            x.shape[0], torch.get_num_threads(),
         )  # fmt: skip
         return y
 

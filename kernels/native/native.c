@@ -5,6 +5,7 @@
    round. */
 
 #include "attention.h"
+#include "bytes.h"
 #include "product.h"
 
 typedef struct {
@@ -150,4 +151,43 @@ void fastblt_store_kv(
             char *into = head < cache->kv_heads ? cache->keys : cache->values;
             memcpy(into + ((page[r] * cache->kv_heads + kv_head) * page_size + offset[r]) * row, kv, row);
         }
+}
+
+/* windows (rows, width) to x (rows, dim). */
+void fastblt_hash_embed(const Hashes *hashes, const int64_t *windows, int64_t width, const void *embedding, void *x, int64_t rows, int bf16) {
+    float sum[hashes->dim], add[hashes->dim];
+    for (int64_t r = 0; r < rows; r++) hash_embed(hashes, windows + r * width, width, embedding, sum, add, x, r, bf16);
+}
+
+/* logits (rows, vocabulary) to nats (rows,) float. */
+void fastblt_entropy(const void *logits, float *nats, int64_t rows, int64_t vocabulary, int bf16) {
+    float x[vocabulary];
+    for (int64_t r = 0; r < rows; r++) {
+        widen(x, (const char *)logits + r * vocabulary * (bf16 ? 2 : 4), vocabulary, bf16);
+        nats[r] = entropy(x, vocabulary);
+    }
+}
+
+/* States of patches, (pages, page_size, dim) each page, to their maxima (patches, dim). */
+void fastblt_patch_max(
+    const void *cache, const int64_t *page, const int64_t *offset, const int64_t *bounds, void *out, int64_t patches,
+    int64_t page_size, int64_t dim, int bf16
+) {
+    size_t size = dim * (bf16 ? 2 : 4);
+    float most[dim], state[dim];
+    for (int64_t p = 0; p < patches; p++) {
+        for (int64_t d = 0; d < dim; d++) most[d] = bounds[p + 1] > bounds[p] ? -INFINITY : 0.0f;
+        for (int64_t b = bounds[p]; b < bounds[p + 1]; b++) {
+            widen(state, (const char *)cache + (page[b] * page_size + offset[b]) * size, dim, bf16);
+            /* A state that is no number makes the maximum none. */
+            for (int64_t d = 0; d < dim; d++) most[d] = state[d] > most[d] || state[d] != state[d] ? state[d] : most[d];
+        }
+        narrow((char *)out + p * size, most, dim, bf16);
+    }
+}
+
+/* states (rows, dim) into cache (pages, page_size, dim). */
+void fastblt_store_states(const void *states, const int64_t *page, const int64_t *offset, void *cache, int64_t page_size, int64_t rows, int64_t size) {
+    for (int64_t r = 0; r < rows; r++)
+        memcpy((char *)cache + (page[r] * page_size + offset[r]) * size, (const char *)states + r * size, size);
 }
