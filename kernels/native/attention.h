@@ -28,8 +28,51 @@ typedef struct {
     int bf16;
 } Attention;
 
+/* Four sums at once, each in the order of `dot`. */
+static inline void four_dots(const float *q, const float *keys, int64_t width, float *scores) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+    typedef float Four __attribute__((vector_size(16)));
+    Vector sum[4] = {{0}, {0}, {0}, {0}};
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        Vector a = load(q + i);
+        for (int j = 0; j < 4; j++) sum[j] += a * load(keys + j * width + i);
+    }
+    Four part[4], half[2], whole;
+    for (int j = 0; j < 4; j++) {
+        Four parts[LANES / 4];
+        memcpy(parts, &sum[j], sizeof parts);
+        for (int n = LANES / 8; n; n /= 2)
+            for (int k = 0; k < n; k++) parts[k] += parts[k + n];
+        part[j] = parts[0];
+    }
+    for (int j = 0; j < 2; j++)
+        half[j] = __builtin_shufflevector(part[2 * j], part[2 * j + 1], 0, 4, 1, 5) +
+                  __builtin_shufflevector(part[2 * j], part[2 * j + 1], 2, 6, 3, 7);
+    whole = __builtin_shufflevector(half[0], half[1], 0, 1, 4, 5) + __builtin_shufflevector(half[0], half[1], 2, 3, 6, 7);
+    memcpy(scores, &whole, sizeof whole);
+    for (; i < width; i++)
+        for (int j = 0; j < 4; j++) scores[j] += q[i] * keys[j * width + i];
+#else
+    for (int j = 0; j < 4; j++) scores[j] = dot(q, keys + j * width, width);
+#endif
+}
+
+/* Adds values weighted: of even and of odd places apart, so that additions need not wait for each other. */
 static void add_weighted(float *out, const float *weights, const float *values, int64_t count, int64_t width) {
     int64_t d = 0;
+    for (; d + 4 * LANES <= width; d += 4 * LANES) {
+        Vector even[4], odd[4] = {{0}, {0}, {0}, {0}};
+        for (int i = 0; i < 4; i++) even[i] = load(out + d + i * LANES);
+        int64_t j = 0;
+        for (; j + 2 <= count; j += 2)
+            for (int i = 0; i < 4; i++) {
+                even[i] += weights[j] * load(values + j * width + d + i * LANES);
+                odd[i] += weights[j + 1] * load(values + (j + 1) * width + d + i * LANES);
+            }
+        for (int i = 0; i < 4 && j < count; i++) even[i] += weights[j] * load(values + j * width + d + i * LANES);
+        for (int i = 0; i < 4; i++) store(out + d + i * LANES, even[i] + odd[i]);
+    }
     for (; d + LANES <= width; d += LANES) {
         Vector sum = load(out + d);
         for (int64_t j = 0; j < count; j++) sum += weights[j] * load(values + j * width + d);
@@ -64,15 +107,13 @@ static void attend_tile(const Attention *a, const int64_t *tile, int64_t kv_head
             const float *q = a->q + (row * a->heads + head) * width;
             float *out = a->out + (row * a->heads + head) * width;
             float most = highest[s];
-            for (int64_t j = low; j <= high; j++) {
-                scores[j] = dot(q, k + j * width, width);
-                most = scores[j] > most ? scores[j] : most;
-            }
+            int64_t next = low;
+            for (; next + 4 <= high + 1; next += 4) four_dots(q, k + next * width, width, scores + next);
+            for (; next <= high; next++) scores[next] = dot(q, k + next * width, width);
+            most = most_of(scores + low, high + 1 - low, most);
             float keep = highest[s] == -INFINITY ? 0.0f : exponential(highest[s] - most);
-            for (int64_t j = low; j <= high; j++) scores[j] = exponential(scores[j] - most);
-            float sum = total[s] * keep;
-            for (int64_t j = low; j <= high; j++) sum += scores[j];
-            highest[s] = most, total[s] = sum;
+            total[s] = total[s] * keep + exponentials(scores + low, high + 1 - low, most);
+            highest[s] = most;
             for (int64_t d = 0; d < width; d++) out[d] *= keep;
             add_weighted(out, scores + low, v + low * width, high + 1 - low, width);
         }

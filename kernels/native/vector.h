@@ -16,6 +16,7 @@
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
 
 static inline Vector load(const float *from) {
@@ -87,6 +88,49 @@ static inline float exponential(float x) {
     float power;
     memcpy(&power, &bits, 4);
     return p * power;
+}
+
+static inline Vector chosen(Ints where, Vector yes, Vector no) { return (Vector)(((Ints)yes & where) | ((Ints)no & ~where)); }
+
+/* The same for a vector. */
+static inline Vector exponential_of(Vector x) {
+    Vector zero = {0}, least = zero - 87.3f, most = zero + 88.7f;
+    x = chosen(x < least, least, chosen(x > most, most, x));
+    Vector n = x * 1.44269504f + 12582912.0f;
+    n -= 12582912.0f;
+    Vector r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    Vector p = zero + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (Vector)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+/* The largest of x and `most`. */
+static float most_of(const float *x, int64_t n, float most) {
+    Vector zero = {0}, lanes = zero + most;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) lanes = chosen(load(x + i) > lanes, load(x + i), lanes);
+    for (; i < n; i++) most = x[i] > most ? x[i] : most;
+    for (int l = 0; l < LANES; l++) most = lanes[l] > most ? lanes[l] : most;
+    return most;
+}
+
+/* x becomes e^(x - most): returns the sum. */
+static float exponentials(float *x, int64_t n, float most) {
+    Vector sums = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Vector e = exponential_of(load(x + i) - most);
+        store(x + i, e);
+        sums += e;
+    }
+    float sum = sum_of(sums);
+    for (; i < n; i++) sum += x[i] = exponential(x[i] - most);
+    return sum;
 }
 
 /* Numbers of a tensor in the model's dtype as float, and back. */
