@@ -61,6 +61,8 @@ class Engine:
             raise ValueError(f"device 'cuda': torch {torch.__version__} finds no CUDA device; 'cpu' needs none")
         loaded = checkpoint.load(config.model)
         self._kernels = kernels = choose_kernels(config.kernels, device)
+        if device.type == "cpu" and config.kernels is None and kernels.name == "torch":
+            log.warning("fastblt's own CPU kernels are not compiled: torch computes, several times as slowly")
         model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=fp8)
         self.caches = Caches(loaded.config, config)
         self._prefixes = PrefixCache(self.caches) if config.prefix_cache else None

@@ -1,4 +1,5 @@
-"""The one place where it is decided who computes: torch, Triton or our own C. All else calls `Kernels` and does not know."""
+"""The one place where it is decided who computes: torch, Triton or our own C. All else calls `Kernels`, and does not
+know."""
 
 from typing import Literal
 

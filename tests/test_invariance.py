@@ -74,6 +74,15 @@ def wanted(model: Path) -> Output:
     return output
 
 
+@pytest.mark.parametrize("threads_of_torch", [1, 2])
+def test_torchs_kernels_keep_the_promise_too(model: Path, threads_of_torch: int) -> None:
+    """They pad to what this machine's library needs; everywhere else here our own compute."""
+    with threads(threads_of_torch):
+        it = alone(model, kernels="torch")
+        assert_same(run(make_engine(model, kernels="torch"), [*others()[:9], the_request()])["it"], it)
+        assert_same(alone(model, kernels="torch", max_step_rows=7), it)
+
+
 def test_company_changes_nothing(model: Path, wanted: Output) -> None:
     crowd = others()
     together = [*crowd[:9], the_request(), *crowd[9:]]

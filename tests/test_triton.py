@@ -4,61 +4,25 @@ Both get the same random operands; layouts are ragged and drawn: one row, no row
 """
 
 import inspect
-import os
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from engine.graphs import Eager
-from engine.pages import BlockTable, PagePool
-from engine.plan import Plan, Span, Tiling, plan_attention
 from kernels import attention as attention_file
-from kernels.attention import TILE, AttentionPlan
+from kernels.attention import AttentionPlan
 from kernels.boundary import Rule
 from kernels.dispatch import Kernels, TritonKernels, choose_kernels
 from kernels.hash_embed import HashTables
 from kernels.linear import Matrix, quantize
 from kernels.rope import rope_table
+from tests.operands import FLOATS, SEEDS, Draw, Laid, Layout, close, few, layouts
+from tests.operands import TRITONS as DEVICE
 
-DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 TORCH, TRITON = Kernels(), TritonKernels()
-FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
-SEEDS = st.integers(0, 2**20)
-few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""The interpreter takes about a millisecond per program and operation."""
-
-
-class Draw:
-    """Random operands on the device."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(DEVICE, dtype)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self._generator, dtype=torch.float64).to(DEVICE)
-
-    def below(self, bound: int, *shape: int) -> Tensor:
-        return torch.randint(bound, shape, generator=self._generator).to(DEVICE)
-
-    def shuffled(self, n: int) -> list[int]:
-        order: list[int] = torch.randperm(n, generator=self._generator).tolist()
-        return order
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    assert found.dtype == expected.dtype
-    # bfloat16 has 8 bits, several roundings follow each other, and the interpreter cuts where devices round. What is
-    # computed is shown in float32.
-    tolerance = {"atol": 2e-5, "rtol": 1e-4} if expected.dtype == torch.float32 else {"atol": 0.1, "rtol": 0.06}
-    torch.testing.assert_close(found.float(), expected.float(), **tolerance)
 
 
 def test_twins_have_the_same_signature() -> None:
@@ -71,7 +35,6 @@ def test_twins_have_the_same_signature() -> None:
 
 def test_who_computes_is_chosen_by_name_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_kernels(None, cpu).name == "torch"
     assert choose_kernels(None, cuda).name == "triton"
     assert choose_kernels("torch", cuda).name == "torch"
     monkeypatch.setattr("kernels.lang.IN_INTERPRETER", False)
@@ -91,7 +54,7 @@ def test_who_computes_is_chosen_by_name_and_device(monkeypatch: pytest.MonkeyPat
 def test_linear(
     seed: int, dtype: torch.dtype, rows: int, out: int, width: int, normed: bool, gated: bool, fp8: bool, residuals: int
 ) -> None:
-    draw = Draw(seed)
+    draw = Draw(seed, DEVICE)
     x, weight = draw.randn(rows, width, dtype=dtype), draw.randn(out * (1 + gated), width, dtype=dtype) * width**-0.5
     how: dict[str, Any] = {
         "norm": draw.randn(width, dtype=dtype) if normed else None,
@@ -109,7 +72,7 @@ def test_linear(
 
 
 def test_float8_keeps_three_bits_of_every_weight() -> None:
-    weight = Draw(0).randn(20, 50)
+    weight = Draw(0, DEVICE).randn(20, 50)
     data, scale = quantize(weight)
     assert scale is not None
     error = (data.float() * scale[:, None] - weight).abs()
@@ -118,59 +81,15 @@ def test_float8_keeps_three_bits_of_every_weight() -> None:
     assert quantize(torch.zeros(2, 3)).data.float().abs().sum() == 0
 
 
-@st.composite
-def layouts(draw: st.DrawFn, most: int = 4) -> tuple[int, list[tuple[int, int, int | None, int]]]:
-    """A page size, and per sequence: rows before, rows now, window, how many of the last rows see each other."""
-    page_size = draw(st.sampled_from([4, 8, 16]))
-    before = st.one_of(st.integers(0, 70), st.integers(0, 6).map(lambda n: n * page_size), st.just(300))
-    sequence = st.tuples(
-        before, st.integers(1, 20), st.sampled_from([None, 1, 7, 33]), st.sampled_from([0, 0, 1, 5, 20])
-    )
-    return page_size, draw(st.lists(sequence, min_size=1, max_size=most))
-
-
-class Laid:
-    """Sequences as `layouts` draws them, with pages in random places, and a plan for the Triton kernel."""
-
-    def __init__(self, layout: tuple[int, list[tuple[int, int, int | None, int]]], draw: Draw, split: bool) -> None:
-        self.page_size, sequences = layout
-        pool = PagePool("test", 400)
-        order = draw.shuffled(pool.num_total)
-        pool._free = [pool._free[i] for i in order]
-        spans = []
-        for before, rows, window, num_block in sequences:
-            table = BlockTable(pool, self.page_size)
-            table.extend(before + rows)
-            first = [0 if window is None else max(r - window + 1, 0) for r in range(before, before + rows)]
-            table.trim_before(min(first))
-            end = before + rows
-            mutual = min(num_block, rows)
-            spans.append(Span(table, before, first, [*range(before, end - mutual), *[end - 1] * mutual]))
-        self.num_rows = sum(len(span.first) for span in spans)
-        self.num_pages = pool.num_total + 1
-        padding = Eager(DEVICE, self.num_rows + 3)
-        self.plan = plan_attention(
-            spans, spans, Tiling(TILE, TILE, self.page_size, split), padding, padding.rows(self.num_rows)
-        )
-
-    def on_device(self) -> AttentionPlan:
-        return planned(self.plan)
-
-
-def planned(plan: Plan) -> AttentionPlan:
-    tensors = {name: torch.from_numpy(array).to(DEVICE) for name, array in plan.named("plan").items()}
-    return plan.on_device(tensors, "plan")
-
-
 @few
 @given(SEEDS, FLOATS, layouts(), st.sampled_from([(4, 4, 8), (4, 2, 16), (6, 2, 20), (1, 1, 32)]))
 def test_attention(
     seed: int,
     dtype: torch.dtype,
-    layout: tuple[int, list[tuple[int, int, int | None, int]]],
+    layout: Layout,
     shape: tuple[int, int, int],
 ) -> None:
-    draw, (heads, kv_heads, head_dim) = Draw(seed), shape
+    draw, (heads, kv_heads, head_dim) = Draw(seed, DEVICE), shape
     laid = Laid(layout, draw, split=False)
     caches = [draw.randn(laid.num_pages, kv_heads, laid.page_size, head_dim, dtype=dtype) for _ in range(2)]
     plan = laid.on_device()
@@ -184,10 +103,10 @@ def test_attention(
 @few
 @given(SEEDS, FLOATS, layouts(), st.integers(1, 4))
 def test_long_contexts_split_over_the_device_are_the_same_bits(
-    seed: int, dtype: torch.dtype, layout: tuple[int, list[tuple[int, int, int | None, int]]], segment: int
+    seed: int, dtype: torch.dtype, layout: Layout, segment: int
 ) -> None:
-    plans = [Laid(layout, Draw(seed), split).on_device() for split in (False, True)]
-    draw = Draw(seed)
+    plans = [Laid(layout, Draw(seed, DEVICE), split).on_device() for split in (False, True)]
+    draw = Draw(seed, DEVICE)
     caches = [draw.randn(400, 2, layout[0], 8, dtype=dtype) for _ in range(2)]
     q = draw.randn(len(plans[0].first), 4, 8, dtype=dtype)
     whole, split = (TRITON.attention(q, *caches, plan) for plan in plans)
@@ -196,10 +115,8 @@ def test_long_contexts_split_over_the_device_are_the_same_bits(
 
 @settings(few, max_examples=3)
 @given(SEEDS, FLOATS, layouts(most=1))
-def test_attention_does_not_depend_on_the_batch(
-    seed: int, dtype: torch.dtype, layout: tuple[int, list[tuple[int, int, int | None, int]]]
-) -> None:
-    draw = Draw(seed)
+def test_attention_does_not_depend_on_the_batch(seed: int, dtype: torch.dtype, layout: Layout) -> None:
+    draw = Draw(seed, DEVICE)
     laid = Laid(layout, draw, split=False)
     caches = [draw.randn(laid.num_pages, 2, laid.page_size, 8, dtype=dtype) for _ in range(2)]
     plan = laid.on_device()
@@ -218,14 +135,14 @@ def test_attention_does_not_depend_on_the_batch(
 
 def test_segments_are_many_enough_to_be_split() -> None:
     """What the tests above rely on: their longest context spans several segments."""
-    laid = Laid((4, [(300, 1, None, 0)]), Draw(0), split=True)
+    laid = Laid((4, [(300, 1, None, 0)]), Draw(0, DEVICE), split=True)
     assert laid.plan.most_segments == 300 // 4 // attention_file.SEGMENT + 1 > 3
 
 
 @few
 @given(SEEDS, FLOATS, st.integers(1, 9), st.sampled_from([(4, 4, 8), (6, 2, 20), (1, 1, 2)]))
 def test_store(seed: int, dtype: torch.dtype, rows: int, shape: tuple[int, int, int]) -> None:
-    draw, (heads, kv_heads, head_dim) = Draw(seed), shape
+    draw, (heads, kv_heads, head_dim) = Draw(seed, DEVICE), shape
     places = torch.tensor(draw.shuffled(7 * 4)[:rows], device=DEVICE)
     page, offset = places // 4, places % 4
     rope = rope_table(head_dim, 100.0, 50, DEVICE)
@@ -247,7 +164,7 @@ def test_store(seed: int, dtype: torch.dtype, rows: int, shape: tuple[int, int, 
 @few
 @given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 4), st.sampled_from([(4, 4, 8), (10, 2, 20), (1, 1, 2)]))
 def test_slot_attention(seed: int, dtype: torch.dtype, rows: int, slots: int, shape: tuple[int, int, int]) -> None:
-    draw, (heads, kv_heads, head_dim) = Draw(seed), shape
+    draw, (heads, kv_heads, head_dim) = Draw(seed, DEVICE), shape
     caches = [draw.randn(5, kv_heads, 3 * slots, head_dim, dtype=dtype) for _ in range(2)]
     q, page, offset = draw.randn(rows, heads, head_dim, dtype=dtype), draw.below(5, rows), draw.below(3, rows) * slots
     close(TRITON.slot_attention(q, *caches, page, offset, slots), TORCH.slot_attention(q, *caches, page, offset, slots))
@@ -258,7 +175,7 @@ def test_slot_attention(seed: int, dtype: torch.dtype, rows: int, slots: int, sh
 def test_hash_embed(
     seed: int, dtype: torch.dtype, stored: torch.dtype, rows: int, dim: int, functions: int
 ) -> None:  # fmt: skip
-    draw, sizes = Draw(seed), (3, 4, 8)
+    draw, sizes = Draw(seed, DEVICE), (3, 4, 8)
     tables = HashTables(
         [draw.randn(500_002 // 1000, dim, dtype=stored) for _ in range(3 * functions)], sizes, functions, 500, DEVICE
     )
@@ -271,7 +188,7 @@ def test_hash_embed(
 @few
 @given(SEEDS, FLOATS, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 300))
 def test_patch_max(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) -> None:
-    draw = Draw(seed)
+    draw = Draw(seed, DEVICE)
     places = torch.tensor(draw.shuffled(60)[: sum(lengths)], dtype=torch.int64, device=DEVICE)
     bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
     how = draw.randn(12, 5, dim, dtype=dtype), places // 5, places % 5, bounds
@@ -281,7 +198,7 @@ def test_patch_max(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) 
 @few
 @given(SEEDS, FLOATS, st.integers(1, 6), st.integers(1, 300), st.sampled_from([0.1, 3.0, 40.0]))
 def test_entropy(seed: int, dtype: torch.dtype, rows: int, vocab_size: int, spread: float) -> None:
-    logits = Draw(seed).randn(rows, vocab_size, dtype=dtype) * spread
+    logits = Draw(seed, DEVICE).randn(rows, vocab_size, dtype=dtype) * spread
     close(TRITON.entropy(logits), TORCH.entropy(logits))
 
 
@@ -293,7 +210,7 @@ RULES = [
 @few
 @given(SEEDS, st.sampled_from(RULES), st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5)), max_size=4))
 def test_boundaries(seed: int, rule: Rule, sequences: list[tuple[int, int]]) -> None:
-    draw = Draw(seed)
+    draw = Draw(seed, DEVICE)
     ends = torch.tensor([0, *(count for count, _ in sequences)]).cumsum(0).tolist()
     spans = [
         (begin, end - begin, byte, byte // 2) for (begin, end), (_, byte) in zip(pairwise(ends), sequences, strict=True)
@@ -310,7 +227,7 @@ def test_boundaries(seed: int, rule: Rule, sequences: list[tuple[int, int]]) -> 
 @few
 @given(SEEDS, st.integers(1, 5), st.integers(1, 12), st.sampled_from([0.1, 3.0, 20.0]))
 def test_unmasking(seed: int, num_blocks: int, size: int, spread: float) -> None:
-    draw = Draw(seed)
+    draw = Draw(seed, DEVICE)
     logits = draw.randn(num_blocks * size, 260) * spread
     logits[:, :3] = -torch.inf
     expected = TORCH.certainty(logits)
@@ -330,7 +247,7 @@ def test_unmasking(seed: int, num_blocks: int, size: int, spread: float) -> None
 @few
 @given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]))
 def test_sample(seed: int, rows: int, vocab_size: int) -> None:
-    draw = Draw(seed)
+    draw = Draw(seed, DEVICE)
     logits = draw.randn(rows, vocab_size).double() * 3
     logits[:, -1] = logits[:, 0]
     pick = lambda *values: torch.tensor(values, device=DEVICE)[draw.below(len(values), rows)]  # noqa: E731
@@ -344,7 +261,7 @@ def test_sample(seed: int, rows: int, vocab_size: int) -> None:
 @few
 @given(SEEDS, st.integers(1, 5), st.integers(1, 17))
 def test_accepted(seed: int, num: int, width: int) -> None:
-    draw = Draw(seed)
+    draw = Draw(seed, DEVICE)
     drafts, drawn, lengths = draw.below(2, num, width), draw.below(2, num, width), draw.below(width + 1, num)
     drawn[0] = drafts[0]
     found = TRITON.accepted(drafts, drawn, lengths)

@@ -1,4 +1,4 @@
-"""The whole engine with Triton's kernels, and with stages as recordings: the same bytes as torch's kernels at once."""
+"""The whole engine with Triton's kernels and our own, with stages as recordings: torch's bytes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +44,10 @@ def texts(model: Path, requests: list[Request], **choices: Any) -> dict[str, lis
 
 def test_triton_decodes_what_torch_decodes_with_every_decoder(model: Path) -> None:
     assert texts(model, requests(4, 3), kernels="triton") == texts(model, requests(4, 3), kernels="torch")
+
+
+def test_so_do_our_own(model: Path) -> None:
+    assert texts(model, requests(40), kernels="native") == texts(model, requests(40), kernels="torch")
 
 
 @pytest.mark.parametrize("page_size", [16, 64])

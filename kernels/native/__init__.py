@@ -1,9 +1,9 @@
 """The CPU's own kernels: a whole layer is one call into C, made for few rows.
 
-torch's operations cost several microseconds each before they begin, and a step of a small model is hundreds of them; its
-matrix products read the weights once per row or nearly so. Here a layer is one call, weights are laid out once for the
-one product that there is, and every row's bits are the same in any company, without padding. `build.py` compiles the C
-when the package is installed; where that was not possible, torch computes.
+torch's operations cost several microseconds each before they begin, and a step of a small model is hundreds of them;
+its products of few rows read a matrix once per row, or nearly so. Here a layer is one call, weights are laid out once
+for the one product that there is, and a row's bits are the same in any company, without padding. `hatch_build.py`
+compiles the C when the package is installed; where that was not possible, torch computes.
 """
 
 import ctypes
@@ -92,7 +92,7 @@ class _Hashes(ctypes.Structure):
 
 
 class Packed(Matrix):
-    """A matrix laid out for `product.h`: data (ceil(out / panel), in, panel) float32 or bfloat16, scale (out,) float32."""
+    """A matrix as `product.h` reads it: data (panels, in, outputs) float32 or bfloat16, scale (out,) float32."""
 
     out: int
     struct: _Matrix
@@ -205,8 +205,8 @@ def patch_max(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor) -> Te
     patches, dim = bounds.shape[0] - 1, cache.shape[2]
     out = cache.new_empty(patches, dim)
     LIBRARY.fastblt_patch_max(
-        cache.data_ptr(), page.data_ptr(), offset.data_ptr(), bounds.data_ptr(), out.data_ptr(), patches, cache.shape[1],
-        dim, _is_bf16(cache),
+        cache.data_ptr(), page.data_ptr(), offset.data_ptr(), bounds.data_ptr(), out.data_ptr(), patches,
+        cache.shape[1], dim, _is_bf16(cache),
     )  # fmt: skip
     return out
 

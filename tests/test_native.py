@@ -1,0 +1,248 @@
+"""Our own CPU kernels against their torch twins, and their promise: a row's bits depend on nothing but the row."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from kernels import native
+from kernels.attention import AttentionPlan
+from kernels.dispatch import Kernels, NativeKernels, choose_kernels
+from kernels.hash_embed import HashTables
+from kernels.layer import LayerWeights, SlotsWeights
+from kernels.linear import Matrix, quantize
+from kernels.rope import rope_table
+from tests.engines import threads
+from tests.operands import CPU, FLOATS, SEEDS, Draw, Laid, Layout, close, layouts
+from tests.operands import few as quick
+
+TORCH, NATIVE = Kernels(), NativeKernels()
+NANO = Path(__file__).parents[1] / "models" / "nano"
+few = settings(quick, max_examples=40)
+SHAPES = st.sampled_from([(4, 4, 8), (4, 2, 16), (6, 2, 20), (1, 1, 2), (2, 1, 64)])
+
+
+def test_they_are_compiled_and_chosen_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make` compiles them wherever it can install fastblt at all."""
+    assert native.LIBRARY
+    assert choose_kernels(None, CPU).name == "native"
+    with pytest.raises(ValueError, match="run on the CPU, not on 'cuda'"):
+        choose_kernels("native", torch.device("cuda"))
+    monkeypatch.setattr(native, "LIBRARY", None)
+    assert choose_kernels(None, CPU).name == "torch"
+    with pytest.raises(ValueError, match="not compiled"):
+        choose_kernels("native", CPU)
+
+
+def test_an_engine_says_so_where_they_are_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "LIBRARY", None)
+    Engine(EngineConfig(str(NANO)))
+    assert "not compiled" in caplog.text
+    caplog.clear()
+    Engine(EngineConfig(str(NANO), kernels="torch"))
+    assert not caplog.text
+
+
+@few
+@given(
+    SEEDS, FLOATS, FLOATS, st.integers(1, 40), st.integers(1, 70), st.integers(1, 150), st.booleans(), st.booleans(),
+    st.booleans(), st.integers(0, 2),
+)  # fmt: skip
+def test_linear(
+    seed: int, dtype: torch.dtype, stored: torch.dtype, rows: int, out: int, width: int, normed: bool, gated: bool,
+    fp8: bool, residuals: int,
+) -> None:  # fmt: skip
+    draw = Draw(seed)
+    stored = torch.bfloat16 if dtype == torch.bfloat16 else stored
+    x, weight = draw.randn(rows, width, dtype=dtype), draw.randn(out * (1 + gated), width, dtype=stored) * width**-0.5
+    how: dict[str, Any] = {
+        "norm": draw.randn(width, dtype=dtype) if normed else None,
+        "eps": 1e-5,
+        "gated": gated,
+        "residual": draw.randn(rows, out, dtype=dtype) if residuals else None,
+        "twice": residuals == 2,
+    }
+    matrix = quantize(weight) if fp8 else Matrix(weight)
+    found = NATIVE.linear(x, NATIVE.matrix(matrix), **how)
+    close(found, TORCH.linear(x, matrix if fp8 else Matrix(weight.to(dtype)), **how))
+    if residuals:
+        how["residual"] = how["residual"][rows // 2 :]
+    assert torch.equal(NATIVE.linear(x[rows // 2 :], NATIVE.matrix(matrix), **how), found[rows // 2 :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "width"), [(32, 32), (260, 96), (704, 256), (7, 45), (2000, 500)])
+def test_rows_are_the_same_bits_alone_in_company_and_by_any_number_of_threads(
+    out: int, width: int, dtype: torch.dtype
+) -> None:
+    draw = Draw(out)
+    weight, x = NATIVE.matrix(Matrix(draw.randn(out, width, dtype=dtype))), draw.randn(300, width, dtype=dtype)
+    with threads(1):
+        expected = NATIVE.linear(x, weight)
+    for count in (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 24, 25, 77, 299):
+        for start in (0, 1, 300 - count):
+            with threads(1 + start % 3):
+                found = NATIVE.linear(x[start : start + count], weight)
+            assert torch.equal(found, expected[start : start + count]), (count, start)
+
+
+@few
+@given(SEEDS, FLOATS, layouts(), SHAPES)
+def test_attention(seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[int, int, int]) -> None:
+    draw, (heads, kv_heads, head_dim) = Draw(seed), shape
+    laid = Laid(layout, draw, split=False)
+    caches = [draw.randn(laid.num_pages, kv_heads, laid.page_size, head_dim, dtype=dtype) for _ in range(2)]
+    plan = laid.on_device()
+    q = draw.randn(len(plan.first), heads, head_dim, dtype=dtype)
+    found = NATIVE.attention(q, *caches, plan)
+    close(found[: laid.num_rows], TORCH.attention(q, *caches, plan)[: laid.num_rows])
+    assert not found[laid.num_rows :].any(), "padding is zeros"
+    # Every row in a tile of its own, over the pages of the tile that it was in.
+    tiles = [
+        [row, 1, *tile[2:]] for tile in plan.tiles.tolist() for row in range(tile[0], tile[0] + tile[1]) if tile[4]
+    ]
+    alone = AttentionPlan(
+        plan.positions, plan.page, plan.offset, plan.first, plan.last, torch.tensor(tiles), plan.pages,
+        page_size=laid.page_size,
+    )  # fmt: skip
+    assert torch.equal(NATIVE.attention(q, *caches, alone)[: laid.num_rows], found[: laid.num_rows])
+
+
+@few
+@given(SEEDS, FLOATS, layouts(), SHAPES)
+def test_layer(seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[int, int, int]) -> None:
+    draw, (heads, kv_heads, head_dim) = Draw(seed), shape
+    laid, dim, ffn_dim = Laid(layout, draw, split=False), 24, 36
+    plan = laid.on_device()
+
+    def matrix(out: int, width: int) -> Matrix:
+        return Matrix(draw.randn(out, width, dtype=dtype) * width**-0.5)
+
+    qkv, o = matrix((heads + 2 * kv_heads) * head_dim, dim), matrix(dim, heads * head_dim)
+    gate_up, down = matrix(2 * ffn_dim, dim), matrix(dim, ffn_dim)
+    norms = [draw.randn(dim, dtype=dtype) for _ in range(2)]
+    rope = rope_table(head_dim, 100.0, 400, CPU)
+    x = draw.randn(len(plan.first), dim, dtype=dtype)
+    before = [draw.randn(laid.num_pages, kv_heads, laid.page_size, head_dim, dtype=dtype) for _ in range(2)]
+    results = []
+    for k in (TORCH, NATIVE):
+        packed = [k.matrix(m) for m in (qkv, o, gate_up, down)]
+        weights = LayerWeights(
+            norms[0], packed[0], packed[1], norms[1], packed[2], packed[3], rope, heads, kv_heads, head_dim, 1e-5
+        )
+        keys, values = (cache.clone() for cache in before)
+        y = k.layer(weights)(x, (keys, values), plan)
+        # Padding writes where nobody looks.
+        results.append([y[: laid.num_rows], keys[1:], values[1:]])
+    for expected, found in zip(*results, strict=True):
+        close(found, expected)
+
+
+@few
+@given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 4), SHAPES)
+def test_slots(seed: int, dtype: torch.dtype, rows: int, slots: int, shape: tuple[int, int, int]) -> None:
+    draw, (heads, kv_heads, head_dim), dim = Draw(seed), shape, 24
+    cache = tuple(draw.randn(5, kv_heads, 3 * slots, head_dim, dtype=dtype) for _ in range(2))
+    x, page, offset = draw.randn(rows, dim, dtype=dtype), draw.below(5, rows), draw.below(3, rows) * slots
+    norm = draw.randn(dim, dtype=dtype)
+    q = Matrix(draw.randn(heads * head_dim, dim, dtype=dtype) * dim**-0.5)
+    o = Matrix(draw.randn(dim, heads * head_dim, dtype=dtype) * (heads * head_dim) ** -0.5)
+    expected, found = (
+        k.slots(SlotsWeights(norm, k.matrix(q), k.matrix(o), heads, kv_heads, head_dim, 1e-5, slots))(
+            x, (cache[0], cache[1]), page, offset
+        )
+        for k in (TORCH, NATIVE)
+    )
+    close(found, expected)
+
+
+@few
+@given(SEEDS, FLOATS, st.integers(1, 9), st.sampled_from([(4, 8), (2, 20), (1, 2)]))
+def test_store(seed: int, dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> None:
+    draw, (kv_heads, head_dim) = Draw(seed), shape
+    places = torch.tensor(draw.shuffled(7 * 4)[:rows])
+    page, offset = places // 4, places % 4
+    kv = draw.randn(rows, 2 * kv_heads, head_dim, dtype=dtype)
+    results = []
+    for kernels in (TORCH, NATIVE):
+        keys, values = (torch.zeros(7, kv_heads, 4, head_dim, dtype=dtype) for _ in range(2))
+        states = torch.zeros(7, 4, 2 * kv_heads * head_dim, dtype=dtype)
+        kernels.store_kv(kv, page, offset, keys, values)
+        kernels.store_states(kv.flatten(1), page, offset, states)
+        results.append([keys, values, states])
+    assert all(torch.equal(found, expected) for expected, found in zip(*results, strict=True))
+
+
+@few
+@given(
+    SEEDS, FLOATS, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(1, 9),
+    st.integers(1, 70), st.integers(1, 3),
+)  # fmt: skip
+def test_hash_embed(
+    seed: int, dtype: torch.dtype, stored: torch.dtype, rows: int, dim: int, functions: int
+) -> None:  # fmt: skip
+    draw, sizes = Draw(seed), (3, 4, 8)
+    tables = HashTables([draw.randn(500, dim, dtype=stored) for _ in range(3 * functions)], sizes, functions, 500, CPU)
+    windows, embedding = draw.below(260, rows, 8), draw.randn(260, dim, dtype=dtype)
+    windows[0, :5] = 0
+    assert torch.equal(NATIVE.hash_embed(windows, embedding, tables), TORCH.hash_embed(windows, embedding, tables))
+
+
+@few
+@given(SEEDS, FLOATS, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 300))
+def test_patch_max(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) -> None:
+    draw = Draw(seed)
+    places = torch.tensor(draw.shuffled(60)[: sum(lengths)], dtype=torch.int64)
+    how = draw.randn(12, 5, dim, dtype=dtype), places // 5, places % 5, torch.tensor([0, *lengths]).cumsum(0)
+    assert torch.equal(NATIVE.patch_max(*how), TORCH.patch_max(*how))
+
+
+@few
+@given(SEEDS, FLOATS, st.integers(1, 6), st.integers(1, 300), st.sampled_from([0.1, 3.0, 40.0, 400.0]))
+def test_entropy(seed: int, dtype: torch.dtype, rows: int, vocab_size: int, spread: float) -> None:
+    logits = Draw(seed).randn(rows, vocab_size, dtype=dtype) * spread
+    close(NATIVE.entropy(logits), TORCH.entropy(logits))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_stays_none_in_its_row_alone(bad: float) -> None:
+    """The engine fails the request whose logits are no distribution, and nobody else's."""
+    x = Draw(0).randn(3, 40)
+    x[1, 7] = bad
+    weight = NATIVE.matrix(Matrix(Draw(1).randn(50, 40)))
+    y = NATIVE.linear(x, weight, norm=torch.ones(40), eps=1e-5, gated=True)
+    assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
+    assert NATIVE.entropy(x).isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exponentials_are_right_at_every_size(dtype: torch.dtype) -> None:
+    """Attention over one slot after another: a score of any size against one of zero."""
+    scores = torch.linspace(-200, 200, 4001, dtype=torch.float64)
+    keys, values = torch.zeros(4001, 1, 2, 1), torch.zeros(4001, 1, 2, 1)
+    keys[:, 0, 0, 0], values[:, 0, 0, 0] = scores.float(), 1.0
+    plan = AttentionPlan(
+        *(torch.zeros(4001, dtype=torch.int64) for _ in range(4)), torch.ones(4001, dtype=torch.int64),
+        torch.tensor([[row, 1, row, 0, 1] for row in range(4001)]), torch.arange(4001), page_size=2,
+    )  # fmt: skip
+    q = torch.ones(4001, 1, 1)
+    found = NATIVE.attention(q.to(dtype), keys.to(dtype), values.to(dtype), plan).flatten()
+    rounded = scores.float().to(dtype).double()
+    close(found, torch.sigmoid(rounded).to(dtype))
+
+
+def test_embeddings_of_single_bytes_are_copies() -> None:
+    """No table, no sum: what is left of `hash_embed` is the byte's own row."""
+    embedding = Draw(0).randn(10, 5)
+    tables = HashTables([torch.zeros(4, 5)], (1,), 1, 4, CPU)
+    windows: Tensor = torch.tensor([[3], [9]])
+    assert torch.equal(NATIVE.hash_embed(windows, embedding, tables), embedding[[3, 9]])
