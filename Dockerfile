@@ -9,10 +9,11 @@ ARG BASE=nvidia/cuda:13.0.3-base-ubuntu24.04
 
 FROM ${BASE} AS build
 
-# Not pinned: the archive keeps only the newest build of a package, and the base's tag fixes the release.
+# The compiler is for kernels/native. Not pinned: the archive keeps only the newest build of a package, and the base's tag
+# fixes the release.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && apt-get install --yes --no-install-recommends python3 python3-venv gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
 # Constraints, not requirements: a torch without CUDA's libraries then leaves them out. In the environment they also hold

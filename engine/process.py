@@ -5,6 +5,7 @@ LogSettings as JSON) and steps it as long as there is work. Exit codes: 0 asked 
 reading end of a pipe whose other end only the parent holds: when it closes, the parent is gone and so is this process.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -79,6 +80,9 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
             *(limits.name, time.monotonic() - began, f"{limits.parameters:,}", facts.weights, facts.device),
         )
         send(Started(limits, facts, engine.snapshot()))
+        # What was loaded stays; without this the collector walks through all of it again and again.
+        gc.collect()
+        gc.freeze()
         try:
             _serve(engine, socket)
         except Exception:

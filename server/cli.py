@@ -131,7 +131,7 @@ def generate(
     dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
     kernels: Annotated[
-        KernelName | None, typer.Option(help="Who computes.", show_default="triton on a CUDA device, else torch")
+        KernelName | None, typer.Option(help="Who computes.", show_default="triton on a CUDA device, native on a CPU")
     ] = None,
     weights: Annotated[
         WeightsName | None, typer.Option(help="Rounds the large matrices to float8.", show_default="as --dtype")

@@ -18,7 +18,7 @@ ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
     "model": ("Folder of the checkpoint.", None),
     "dtype": ("What weights are held and computed in.", None),
     "device": ("Where the model runs.", None),
-    "kernels": ("Who computes; by default triton on a CUDA device, torch elsewhere.", None),
+    "kernels": ("Who computes; by default triton on a CUDA device, native on a CPU.", None),
     "graphs": ("Whether kernels are launched as recorded graphs; by default on a CUDA device.", None),
     "weights": ("Rounds the large matrices to float8, which halves what a GPU reads; by default as --dtype.", None),
     "max_sequences": ("Most sequences in the running batch.", 1),

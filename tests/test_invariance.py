@@ -83,6 +83,12 @@ def test_torchs_kernels_keep_the_promise_too(model: Path, threads_of_torch: int)
         assert_same(alone(model, kernels="torch", max_step_rows=7), it)
 
 
+def test_nor_does_company_in_bfloat16(model: Path) -> None:
+    it = alone(model, dtype="bfloat16")
+    assert_same(run(make_engine(model, dtype="bfloat16"), [*others()[:9], the_request()])["it"], it)
+    assert_same(alone(model, dtype="bfloat16", max_step_rows=7), it)
+
+
 def test_company_changes_nothing(model: Path, wanted: Output) -> None:
     crowd = others()
     together = [*crowd[:9], the_request(), *crowd[9:]]

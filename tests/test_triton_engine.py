@@ -50,6 +50,16 @@ def test_so_do_our_own(model: Path) -> None:
     assert texts(model, requests(40), kernels="native") == texts(model, requests(40), kernels="torch")
 
 
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SamplingParams(temperature=0.9, seed=7)])
+def test_exact_decoders_write_blts_bytes_in_bfloat16_too(model: Path, sampling: SamplingParams) -> None:
+    """Rows are the same bits in any company whatever the dtype, so that near-ties of random weights decide alike."""
+    ways = {name: how for name, how in DECODERS.items() if how["decoder"] in ("blt", "blt-s", "blt-dv")}
+    asked = [request(name, text(20, 1), 60, **how | {"sampling": sampling}) for name, how in ways.items()]
+    found = texts(model, asked, kernels="native", dtype="bfloat16")
+    assert len(set(found["blt"])) > 5
+    assert all(ids == found["blt"] for ids in found.values())
+
+
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_padded_buffers_change_no_byte(model: Path, page_size: int) -> None:
     expected = texts(model, requests(40))
