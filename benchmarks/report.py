@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NANO = ROOT / "models" / "nano"
 
 
 def write(name: str, command: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
