@@ -59,6 +59,26 @@ def prompts(count: int, length: int) -> list[list[int]]:
     return [[BOS_ID, *(byte + BYTE_OFFSET for byte in source[b : b + length])] for b in begins]
 
 
+def begin(engine: Engine, requests: Sequence[Request], wrap: Wrap | None = None) -> None:
+    """Takes the requests and steps until all of them have written something."""
+    for request in requests:
+        engine.add(request, wrap(request) if wrap else None)
+    silent = {request.id for request in requests}
+    while silent:
+        for event in engine.step():
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            silent.discard(event.id)
+
+
+def abandon(engine: Engine, requests: Sequence[Request]) -> None:
+    """Ends them, and leaves the engine idle."""
+    for request in requests:
+        engine.abort(request.id)
+    while engine.has_work:
+        engine.step()
+
+
 def generate(
     engine: Engine, prompts: Sequence[Sequence[int]], count: int, how: dict[str, Any], wrap: Wrap | None = None
 ) -> Reading:
