@@ -26,6 +26,7 @@ from .turns import in_turn, shown, spread
 
 LEAST = 0.95
 PROMPT_BYTES = 100
+WARM_UP_BYTES = 16
 DECODERS = ("blt", "blt-s", "blt-d", "blt-dv", "auto")
 
 
@@ -52,7 +53,8 @@ def measure(engine: Engine, address: str, count: int, options: Any) -> dict[str,
     texts = prompts(count, PROMPT_BYTES)
     alone = partial(_alone, engine, texts, options.bytes, options.decoder)
     served = partial(_served, address, texts, options.bytes, options.decoder)
-    in_turn(alone, served, 1)
+    _alone(engine, texts, WARM_UP_BYTES, options.decoder)
+    _served(address, texts, WARM_UP_BYTES, options.decoder)
     pairs = in_turn(alone, served, options.turns)
     return {
         "concurrency": count,

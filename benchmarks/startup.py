@@ -29,8 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(model: Subject, turns: int, threads: int | None) -> dict[str, Any]:
     flags = [f"--dtype={model.dtype}", f"--device={model.device}"]
     flags += [f"--num-threads={threads}"] if threads else []
-    # The first of each reads files that no cache of the system holds yet.
-    in_turn(_torch, lambda: _first_byte(model, flags), 1)
     pairs = in_turn(_torch, lambda: _first_byte(model, flags), turns)
     return {
         "seconds": spread(first for _, (_, first) in pairs),
