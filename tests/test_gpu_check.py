@@ -1,9 +1,12 @@
 """The GPU check without a GPU: parts that run, break, find something wrong, are cut and go on; all at toy size."""
 
+import ast
 import json
 import random
 import re
+import sys
 from collections.abc import Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,6 +125,26 @@ def test_the_fingerprint_is_of_the_sources() -> None:
     assert check.fingerprint() == check.fingerprint()
     assert re.fullmatch("[0-9a-f]{12}", check.fingerprint())
     assert all((ROOT / source).exists() for source in check.SOURCES)
+
+
+def imported(path: Path) -> Iterator[list[str]]:
+    """The names that a file imports, each in its parts."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            yield from ([*base.split("."), alias.name] for alias in node.names)
+
+
+def test_it_needs_nothing_but_what_is_documented() -> None:
+    """Other benchmarks plot and serve; what they share with the check does not."""
+    shared = [ROOT / "benchmarks" / f"{name}.py" for name in check.SHARED]
+    for path in [*shared, *(ROOT / "benchmarks" / "gpu_check").glob("*.py")]:
+        for package, *rest in imported(path):
+            assert package in {"engine", "kernels", "benchmarks", "torch"} | sys.stdlib_module_names, path
+            assert package != "benchmarks" or rest[0] in {*check.SHARED, "gpu_check"}, path
 
 
 def test_without_a_cuda_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
