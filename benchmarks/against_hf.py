@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.engine import Engine
-from engine.types import Delta, Request
+from engine.types import Delta, Failed, Request
 
 from . import plot, report
 from .generate import GREEDY, prompts
@@ -73,6 +73,8 @@ def _ours(engine: Engine, prompt: list[int], count: int) -> Written:
     ids: list[int] = []
     while engine.has_work:
         for event in engine.step():
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
             if isinstance(event, Delta):
                 ids += event.ids
                 times += [time.perf_counter() - began] * len(event.ids)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from engine.accounting import STAGES
 from engine.config import BOS_ID, BYTE_OFFSET
 from engine.engine import Engine
-from engine.types import Delta, Request, Snapshot
+from engine.types import Delta, Failed, Request, Snapshot
 
 from . import plot, report
 from .generate import GREEDY
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with subject(options, form="hf") as model:
-        engine = model.engine(max_sequences=4, prefix_cache=False)
+        # As many as it takes for the caches to hold one sequence of the longest text: its open patch has no bound. The
+        # prefix cache leaves of a prompt what is longer than the one before.
+        engine = model.engine(max_sequences=1 + max(options.lengths) // 1024)
         theirs = BltForCausalLM.from_pretrained(model.path, dtype=getattr(torch, model.dtype))
         theirs.to(model.device)  # type: ignore[arg-type]
         rows = []
@@ -105,6 +107,8 @@ def _ours(
             before = engine.snapshot()
         generating, closed, began = bool(ids), engine.runner.counts.calls["global"], time.perf_counter()
         for event in engine.step():
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
             ids += event.ids if isinstance(event, Delta) else []
         if generating:
             steps.append((time.perf_counter() - began, engine.runner.counts.calls["global"] > closed))

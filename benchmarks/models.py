@@ -60,8 +60,12 @@ def shaped(shape: str, form: Form) -> ModelConfig:
     config = replace(config, hashes=hashes, patching=patching)
     if form == "fast":
         return replace(config, decoder_input="embedding", mask_id=config.vocab_size, block_size=8)
-    isolate = config.isolate_documents and form != "hf"
-    return replace(config, decoder_input="encoder", mask_id=None, block_size=None, isolate_documents=isolate)
+    config = replace(config, decoder_input="encoder", mask_id=None, block_size=None)
+    if form == "released":
+        return config
+    # However short the patches of a text are, it has no more of them than bytes.
+    global_ = replace(config.global_, max_positions=config.encoder.max_positions)
+    return replace(config, global_=global_, isolate_documents=False)
 
 
 def described(shape: str, form: Form) -> list[str]:

@@ -7,12 +7,12 @@ from copy import deepcopy
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from benchmarks import program, short, summary
-from benchmarks.models import described, shaped
+from benchmarks.models import Form, described, shaped
 from benchmarks.program import Verdict
 from benchmarks.turns import in_turn, shown, spread
 from engine.checkpoint import PRESETS
@@ -133,9 +133,9 @@ def test_commands_leave_folders_out() -> None:
 def test_what_is_shrunk_is_said() -> None:
     assert "hash tables of 10,007 rows instead of 500,002" in described("1b", "fast")
     assert not any("hash" in note for note in described("nano", "fast"))
-    for form in ("fast", "released", "hf"):
-        config = shaped("1b", form)  # type: ignore[arg-type]
-        assert config.global_ == PRESETS["1b"].global_ and config.hashes.rows == 10_007
+    for form in get_args(Form):
+        config = shaped("1b", form)
+        assert config.decoder == PRESETS["1b"].decoder and config.hashes.rows == 10_007
         assert (config.block_size == 8) == (form == "fast")
     assert shaped("nano", "hf").patching.max_patch_length is None
 
