@@ -7,10 +7,12 @@ those of before.
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -54,15 +56,27 @@ def run_all(runs: Sequence[str], out: Path) -> int:
             print(f"[{number}/{len(runs)}, {time.monotonic() - began:.0f} s] {run}", flush=True)
             name, *given = shlex.split(run)
             command = [sys.executable, "-m", f"benchmarks.{name}", *given, "--work", work, "--out", str(out)]
-            try:
-                subprocess.run(command, check=True, timeout=LIMIT_SECONDS, cwd=report.ROOT, env=environment)
-            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            if why := _run(command, environment):
                 broken.append(run)
-                print(f"broke: {error}", file=sys.stderr, flush=True)
+                print(f"broke: {why}", file=sys.stderr, flush=True)
     print(f"{summary.write(out)}, after {time.monotonic() - began:.0f} s")
     if broken:
         print("broke:", *broken, sep="\n  ", file=sys.stderr)
     return len(broken)
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> str | None:
+    """Why it did not end well."""
+    with subprocess.Popen(command, cwd=report.ROOT, env=environment) as process:
+        try:
+            code = process.wait(LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {LIMIT_SECONDS} s"
+        finally:
+            # Not killed: it may have a server to stop.
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGINT)
+    return f"ended with {code}" if code else None
 
 
 if __name__ == "__main__":

@@ -119,6 +119,14 @@ def test_one_that_breaks_does_not_stop_the_others(tmp_path: Path, capfd: pytest.
     assert "| 3 | 200 bytes |" in (tmp_path / "README.md").read_text()
 
 
+def test_one_that_takes_too_long_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(short, "LIMIT_SECONDS", 0.1)
+    assert short.run_all(["startup --shape tiny --turns 99"], tmp_path) == 1
+    assert "broke: stopped after 0.1 s" in capfd.readouterr().err
+
+
 def test_the_short_set_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert short.main(["--list", "--only", "batching"]) == 0
     lines = capsys.readouterr().out.splitlines()
