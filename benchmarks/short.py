@@ -20,15 +20,15 @@ from . import report, summary
 
 RUNS = (
     "startup",
-    "realisation --shape 1b --turns 2 --bytes 32",
+    "realisation --shape 1b --turns 2 --bytes 24 --ways 'blt-s k=8' 'blt-d B=8' 'blt-dv B=8'",
     "batching --shape 1b --turns 1 --concurrency 4",
     "against_hf --turns 2 --lengths 64 256 512",
     "growth --turns 2 --hf-most 2048",
-    "realisation --model models/nano --turns 3 --bytes 192",
-    "batching --turns 3 --seconds 1",
-    "serving --turns 3",
-    "prefix --turns 1",
-    "prefill_budget --turns 2",
+    "realisation --model models/nano --turns 2 --bytes 128",
+    "batching --turns 2 --seconds 1",
+    "serving --turns 2 --bytes 128",
+    "prefix --turns 1 --requests 16",
+    "prefill_budget --turns 2 --budgets 64 256 1024",
 )
 LIMIT_SECONDS = 600
 
