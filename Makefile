@@ -15,7 +15,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 # A test process per core. ARGS="-n 0" runs all in one, as -s and a debugger need.
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help serve test lint test-slow test-ops constraints install train bench-growth bench-decoders kernels-static clean
+.PHONY: help serve test lint test-slow test-ops constraints install train bench bench-growth bench-decoders kernels-static clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -52,6 +52,9 @@ install: .venv/.runtime  ## make .venv with what serving needs
 
 train: .venv/.dev  ## train models/nano anew; ARGS="--minutes 60", ARGS=--resume
 	$(PY) -m training.train --out models/nano $(ARGS)
+
+bench: .venv/.dev  ## measure the short set, ten minutes, into benchmarks/results/README.md; ARGS="--only batching"
+	$(PY) -m benchmarks.short $(ARGS)
 
 bench-growth: .venv/.dev  ## time per byte against context length, ours and Hugging Face's
 	$(PY) -m benchmarks.growth $(ARGS)

@@ -6,22 +6,22 @@ random bytes. What is written is compared too: exact decoders must write blt's b
 
 import argparse
 import random
-import shlex
 import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
+from engine.config import BOS_ID, BYTE_OFFSET
 from engine.decoders import EXACT
 from engine.engine import Engine
 from engine.types import Delta, Failed, Request, SamplingParams
 from training.corpus import standard_library
 
 from . import report
+from .program import Content, Verdict, finish, parser, subject
 
 WAYS: dict[str, dict[str, Any]] = {
     "auto": {"decoder": "auto"},
@@ -34,40 +34,31 @@ WAYS: dict[str, dict[str, Any]] = {
 KINDS = ("code", "prose", "random")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoders", description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path("models/nano"))
-    parser.add_argument("--prompts", type=int, default=8, help="of each kind")
-    parser.add_argument("--bytes", type=int, default=256, help="generated behind each prompt")
-    parser.add_argument("--concurrency", type=int, default=1, help="requests at a time")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON file")
-    options = parser.parse_args()
-
-    engine = Engine(EngineConfig(model=str(options.model), dtype=options.dtype))
+def main(arguments: Sequence[str] | None = None) -> None:
+    program = parser("decoders", __doc__)
+    program.add_argument("--prompts", type=int, default=8, help="of each kind")
+    program.add_argument("--bytes", type=int, default=256, help="generated behind each prompt")
+    program.add_argument("--concurrency", type=int, default=1, help="requests at a time")
+    program.add_argument("--temperature", type=float, default=0.0)
+    program.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    options = program.parse_args(arguments)
     texts = _texts(options.prompts)
     rows = []
-    _run(engine, texts["code"][:2], {"decoder": "blt"}, options)
-    with tqdm(total=len(KINDS) * len(options.ways) * options.turns, disable=None) as bar:
-        for kind in KINDS:
-            for way in options.ways:
-                rows.append(_compare(engine, kind, way, texts[kind], options, bar))
+    with subject(options) as model:
+        engine = model.engine(prefix_cache=False)
+        _run(engine, texts["code"][:2], {"decoder": "blt"}, options)
+        with tqdm(total=len(KINDS) * len(options.ways) * options.turns, disable=None) as bar:
+            for kind in KINDS:
+                for way in options.ways:
+                    rows.append(_compare(engine, kind, way, texts[kind], options, bar))
     if wrong := [row for row in rows if not row["same_text"] and WAYS[row["decoder"]]["decoder"] in EXACT]:
         print(f"not blt's text: {wrong}", file=sys.stderr)
-    path = report.write("decoders", _command(), {"concurrency": options.concurrency, "rows": rows}, options.out)
-    print(f"{render(rows)}\n\n{path}")
+    finish("decoders", model, {"concurrency": options.concurrency, "rows": rows}, options, arguments)
 
 
-def _command() -> str:
-    arguments = shlex.join(sys.argv[1:])
-    return f'make bench-decoders ARGS="{arguments}"' if arguments else "make bench-decoders"
-
-
-def render(rows: list[dict[str, Any]]) -> str:
+def render(content: Content) -> str:
     """Speed-up over blt, median and range, a column per kind of prompt."""
+    rows = content["rows"]
     lines = []
     for way in dict.fromkeys(row["decoder"] for row in rows):
         cells = [way]
@@ -76,6 +67,12 @@ def render(rows: list[dict[str, Any]]) -> str:
             cells.append(f"{row['ratio']:.2f} ({row['range'][0]:.2f} to {row['range'][1]:.2f})")
         lines.append(cells)
     return report.table(["speed-up over BLT", *KINDS], lines)
+
+
+def judge(content: Content) -> list[Verdict]:
+    code = [row for row in content["rows"] if row["kind"] == "code"]
+    best = max(code, key=lambda row: row["ratio"])
+    return [Verdict("decoders on code", "", f"{best['ratio']:.2f} times blt for {best['decoder']}, the most", None)]
 
 
 def _compare(
@@ -128,7 +125,7 @@ def _run(
 def _texts(count: int) -> dict[str, list[list[int]]]:
     draw = random.Random(0)
     code = [text for text in standard_library()[1].texts if len(text) > 1000]
-    prose = Path(__file__).parents[1].joinpath("LICENSE").read_bytes()
+    prose = report.ROOT.joinpath("LICENSE").read_bytes()
 
     def ids(data: bytes) -> list[int]:
         return [BOS_ID, *(byte + BYTE_OFFSET for byte in data)]

@@ -1,152 +1,169 @@
-"""Time per byte against the length of the context: ours and Hugging Face's, same weights, one run.
+"""Time per byte against the length of the context: ours and Hugging Face's, same weights, taking turns at every length.
 
-Random weights in the shape of models/nano, in the released form of BLT (its decoder reads the encoder's states), which
-is what Hugging Face can run; there without its cache, its only correct mode. Both take turns at every length.
+Random weights in the released form of BLT, whose decoder reads the encoder's states: what Hugging Face can run; there
+without its cache, its only correct mode, which is left out where it would take too long.
 """
 
 import argparse
 import statistics
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
-from transformers import BltForCausalLM
-from transformers.utils import logging
 
-from engine.checkpoint import PRESETS, calibrated, random_tensors, save
-from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
+from engine.accounting import STAGES
+from engine.config import BOS_ID, BYTE_OFFSET
 from engine.engine import Engine
-from engine.types import Delta, Request, SamplingParams
+from engine.types import Delta, Failed, Request, Snapshot
 
-from . import report
+from . import plot, report
+from .generate import GREEDY
+from .program import Content, Verdict, finish, parser, subject
+
+if TYPE_CHECKING:
+    from transformers import BltForCausalLM
 
 TEXT = b"def growth(n: int) -> list[int]:\n    return [i * i for i in range(n) if i % 3]\n\n"
+WINDOWED = ("patcher", "encoder", "decoder")
+MOST_GROWTH = 1.2
+"""Of the windowed stages' time per byte, over all lengths: what counts as flat on a noisy machine."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 8192], help="bytes of context")
-    parser.add_argument("--bytes", type=int, default=64, help="bytes that we generate per turn")
-    parser.add_argument("--hf-bytes", type=int, default=2, help="bytes that Hugging Face generates per turn")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON file and the picture")
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    program = parser("growth", __doc__, shape="nano")
+    program.add_argument("--lengths", type=int, nargs="+", default=[256, 2048, 8192, 24000], help="bytes of context")
+    program.add_argument("--bytes", type=int, default=64, help="that we generate per turn (%(default)s)")
+    program.add_argument("--hf-bytes", type=int, default=2, help="that Hugging Face generates per turn (%(default)s)")
+    program.add_argument("--hf-most", type=int, default=8192, help="longest context of Hugging Face (%(default)s)")
+    options = program.parse_args(arguments)
+    options.dtype = options.dtype or ("float32" if options.shape in (None, "nano", "tiny") else "bfloat16")
+    from transformers import BltForCausalLM
+    from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    with TemporaryDirectory() as folder:
-        _write_model(Path(folder))
-        engine = Engine(EngineConfig(model=folder))
-        theirs = BltForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with subject(options, form="hf") as model:
+        # As many as it takes for the caches to hold one sequence of the longest text: its open patch has no bound. The
+        # prefix cache leaves of a prompt what is longer than the one before.
+        engine = model.engine(max_sequences=1 + max(options.lengths) // 1024)
+        theirs = BltForCausalLM.from_pretrained(model.path, dtype=getattr(torch, model.dtype))
+        theirs.to(model.device)  # type: ignore[arg-type]
         rows = []
         with tqdm(total=len(options.lengths) * options.turns, disable=None) as bar:
             for length in options.lengths:
                 rows.append(_measure(engine, theirs, length, options, bar))
-    _check_same_text(rows)
-    path = report.write("growth", "make bench-growth", {"rows": rows}, options.out)
-    _draw(rows, options.out / "growth.png")
-    print(f"{render(rows)}\n\n{path}")
+    if model.dtype == "float32" and (wrong := [row["length"] for row in rows if not row["same_text"]]):
+        raise SystemExit(f"the texts differ at {wrong}: these times compare nothing")
+    finish("growth", model, {"rows": rows}, options, arguments)
 
 
-def render(rows: list[dict[str, Any]]) -> str:
+def _measure(
+    engine: Engine, theirs: "BltForCausalLM", length: int, options: argparse.Namespace, bar: "tqdm[Any]"
+) -> dict[str, Any]:
+    prompt = [BOS_ID, *(byte + BYTE_OFFSET for byte in (TEXT * (length // len(TEXT) + 1))[: length - 1])]
+    ours, opened, closing, hf = [], [], [], []
+    stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    texts: list[list[int]] = []
+    for _ in range(options.turns):
+        steps, ids, before, after = _ours(engine, prompt, options.bytes)
+        ours.append(1000 * statistics.mean(seconds for seconds, _ in steps))
+        opened += [1000 * seconds for seconds, closes in steps if not closes]
+        closing += [1000 * seconds for seconds, closes in steps if closes]
+        for stage, found in stages.items():
+            seconds = after.stage_seconds[stage] - before.stage_seconds[stage]
+            found.append(1000 * seconds / max(after.calls[stage] - before.calls[stage], 1))
+        texts.append(ids[: options.hf_bytes])
+        if length <= options.hf_most:
+            seconds, hf_ids = _theirs(theirs, prompt, options.hf_bytes)
+            hf.append(1000 * seconds)
+            texts.append(hf_ids)
+        bar.update()
+    return {
+        "length": length,
+        "ms": statistics.median(ours),
+        "ms_range": [min(ours), max(ours)],
+        "ms_open": statistics.median(opened) if opened else None,
+        "ms_closing": statistics.median(closing) if closing else None,
+        "hf_ms": statistics.median(hf) if hf else None,
+        "hf_ms_range": [min(hf), max(hf)] if hf else None,
+        "ratio": statistics.median(h / o for h, o in zip(hf, ours, strict=True)) if hf else None,
+        "ms_per_call": {stage: statistics.median(found) for stage, found in stages.items()},
+        "same_text": all(text == texts[0] for text in texts),
+    }
+
+
+def _ours(
+    engine: Engine, prompt: list[int], count: int
+) -> tuple[list[tuple[float, bool]], list[int], Snapshot, Snapshot]:
+    """Seconds of every generating step and whether it closed a patch; the ids generated; counts before and after."""
+    engine.add(Request(id="growth", prompt_ids=prompt, max_tokens=count + 1, sampling=GREEDY, ignore_eos=True))
+    steps: list[tuple[float, bool]] = []
+    ids: list[int] = []
+    before = engine.snapshot()
+    while engine.has_work:
+        if not ids:
+            before = engine.snapshot()
+        generating, closed, began = bool(ids), engine.runner.counts.calls["global"], time.perf_counter()
+        for event in engine.step():
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            ids += event.ids if isinstance(event, Delta) else []
+        if generating:
+            steps.append((time.perf_counter() - began, engine.runner.counts.calls["global"] > closed))
+    return steps, ids, before, engine.snapshot()
+
+
+@torch.inference_mode()
+def _theirs(model: "BltForCausalLM", prompt: list[int], count: int) -> tuple[float, list[int]]:
+    text = list(prompt)
+    began = time.perf_counter()
+    for _ in range(count):
+        ids = torch.tensor([text], device=model.device)
+        text.append(int(model(ids, use_cache=False).logits[0, -1].argmax()))
+    return (time.perf_counter() - began) / count, text[len(prompt) :]
+
+
+def render(content: Content) -> str:
     """The table that the README shows."""
     header = ["context, bytes", "ours, ms per byte", "a byte that closes no patch", "one that does", "transformers"]
     return report.table(
         [*header, "ratio"],
         [
             [f"{r['length']:,}"]
-            + [f"{r[key]:.1f}" for key in ("ms", "ms_open", "ms_closing")]
-            + [f"{r['hf_ms']:,.0f}", f"{r['ratio']:,.0f}x"]
-            for r in rows
+            + [_number(r[key], ".1f") for key in ("ms", "ms_open", "ms_closing")]
+            + [_number(r["hf_ms"], ",.0f"), _number(r["ratio"], ",.0f", "x")]
+            for r in content["rows"]
         ],
     )
 
 
-def _write_model(folder: Path) -> None:
-    config = replace(PRESETS["nano"], decoder_input="encoder", mask_id=None, block_size=None, isolate_documents=False)
-    # Hugging Face's rule for the longest patch is not consistent between a text and its beginning.
-    config = replace(config, patching=replace(config.patching, max_patch_length=None))
-    tensors = random_tensors(config, 0)
-    save(folder, calibrated(config, tensors), tensors)
+def judge(content: Content) -> list[Verdict]:
+    rows = content["rows"]
+    first, last = rows[0], rows[-1]
+    grown = [sum(row["ms_per_call"][stage] for stage in WINDOWED) for row in (first, last)]
+    factor = grown[1] / grown[0]
+    global_ = last["ms_per_call"]["global"] / first["ms_per_call"]["global"]
+    found = (
+        f"windowed stages {factor:.2f} times as long at {last['length']:,} bytes of context as at {first['length']:,}"
+    )
+    return [Verdict("growth", "windowed stages flat", f"{found}, the global one {global_:.2f}", factor <= MOST_GROWTH)]
 
 
-def _measure(
-    engine: Engine, theirs: BltForCausalLM, length: int, options: argparse.Namespace, bar: "tqdm[Any]"
-) -> dict[str, Any]:
-    prompt = [BOS_ID, *(byte + BYTE_OFFSET for byte in (TEXT * (length // len(TEXT) + 1))[: length - 1])]
-    ours, opened, closing, hf = [], [], [], []
-    texts: list[list[int]] = []
-    for _ in range(options.turns):
-        steps, ids = _ours(engine, prompt, options.bytes)
-        ours.append(1000 * statistics.mean(seconds for seconds, _ in steps))
-        opened += [1000 * seconds for seconds, closes in steps if not closes]
-        closing += [1000 * seconds for seconds, closes in steps if closes]
-        seconds, hf_ids = _theirs(theirs, prompt, options.hf_bytes)
-        hf.append(1000 * seconds)
-        texts += [ids[: options.hf_bytes], hf_ids]
-        bar.update()
-    return {
-        "length": length,
-        "ms": statistics.median(ours),
-        "ms_range": [min(ours), max(ours)],
-        "ms_open": statistics.median(opened),
-        "ms_closing": statistics.median(closing),
-        "hf_ms": statistics.median(hf),
-        "hf_ms_range": [min(hf), max(hf)],
-        "ratio": statistics.median(h / o for h, o in zip(hf, ours, strict=True)),
-        "same_text": all(text == texts[0] for text in texts),
-    }
-
-
-def _ours(engine: Engine, prompt: list[int], count: int) -> tuple[list[tuple[float, bool]], list[int]]:
-    """Seconds of every generating step and whether it closed a patch; the ids generated."""
-    greedy = SamplingParams(temperature=0)
-    engine.add(Request(id="growth", prompt_ids=prompt, max_tokens=count + 1, sampling=greedy, ignore_eos=True))
-    steps: list[tuple[float, bool]] = []
-    ids: list[int] = []
-    while engine.has_work:
-        generating, closed, began = bool(ids), engine.runner.counts.calls["global"], time.perf_counter()
-        for event in engine.step():
-            ids += event.ids if isinstance(event, Delta) else []
-        if generating:
-            steps.append((time.perf_counter() - began, engine.runner.counts.calls["global"] > closed))
-    return steps, ids
-
-
-@torch.inference_mode()
-def _theirs(model: BltForCausalLM, prompt: list[int], count: int) -> tuple[float, list[int]]:
-    text = list(prompt)
-    began = time.perf_counter()
-    for _ in range(count):
-        text.append(int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
-    return (time.perf_counter() - began) / count, text[len(prompt) :]
-
-
-def _check_same_text(rows: list[dict[str, Any]]) -> None:
-    if wrong := [row["length"] for row in rows if not row["same_text"]]:
-        raise SystemExit(f"the texts differ at {wrong}: these times compare nothing")
-
-
-def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+def draw(content: Content, path: Path) -> None:
+    rows = content["rows"]
     lengths = [row["length"] for row in rows]
-    for key, label in (("hf_ms", "transformers"), ("ms", "fastblt"), ("ms_open", "fastblt, byte that closes no patch")):
-        axes.plot(lengths, [row[key] for row in rows], marker="o", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="bytes of context", ylabel="ms per byte")
-    axes.minorticks_off()
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot.axes(path, "bytes of context", "ms per byte", ticks=lengths) as on:
+        lines = {"hf_ms": "transformers", "ms": "fastblt", "ms_open": "fastblt, byte that closes no patch"}
+        for key, label in lines.items():
+            known = [(row["length"], row[key]) for row in rows if row[key] is not None]
+            on.plot([length for length, _ in known], [value for _, value in known], label=label)
+        on.set_yscale("log")
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 if __name__ == "__main__":

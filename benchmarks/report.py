@@ -1,6 +1,7 @@
 """What every benchmark leaves behind: a JSON file that says where, when and with what it was measured."""
 
 import json
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NANO = ROOT / "models" / "nano"
 
 
 def write(name: str, command: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
@@ -37,6 +40,8 @@ def _circumstances() -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
         "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": device,
@@ -46,6 +51,16 @@ def _circumstances() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "transformers": _version("transformers"),
     }
+
+
+def _processor() -> str:
+    """What Linux calls the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _version(package: str) -> str | None:

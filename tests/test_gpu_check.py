@@ -1,9 +1,12 @@
 """The GPU check without a GPU: parts that run, break, find something wrong, are cut and go on; all at toy size."""
 
+import ast
 import json
 import random
 import re
+import sys
 from collections.abc import Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_check import check, exactness, kernel_tests, models, nano, probe, profiling, replay, shape_1b
+from benchmarks import replay, ways
+from benchmarks.generate import generate, prompts
+from benchmarks.gpu_check import check, exactness, kernel_tests, nano, probe, profiling, shape_1b
 from benchmarks.gpu_check.__main__ import main
 from benchmarks.gpu_check.check import FAILED, MISSING, PARTS, PASSED, Check, Part
-from benchmarks.gpu_check.generate import generate, prompts
 from benchmarks.gpu_check.piece import Piece
 from benchmarks.gpu_check.render import render
-from benchmarks.gpu_check.setting import ROOT, Setting
+from benchmarks.gpu_check.setting import Setting
+from benchmarks.models import random_model
+from benchmarks.report import ROOT
 from engine.decoders import Committed
 from engine.engine import Engine
 
@@ -121,6 +127,26 @@ def test_the_fingerprint_is_of_the_sources() -> None:
     assert all((ROOT / source).exists() for source in check.SOURCES)
 
 
+def imported(path: Path) -> Iterator[list[str]]:
+    """The names that a file imports, each in its parts."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            yield from ([*base.split("."), alias.name] for alias in node.names)
+
+
+def test_it_needs_nothing_but_what_is_documented() -> None:
+    """Other benchmarks plot and serve; what they share with the check does not."""
+    shared = [ROOT / "benchmarks" / f"{name}.py" for name in check.SHARED]
+    for path in [*shared, *(ROOT / "benchmarks" / "gpu_check").glob("*.py")]:
+        for package, *rest in imported(path):
+            assert package in {"engine", "kernels", "benchmarks", "torch"} | sys.stdlib_module_names, path
+            assert package != "benchmarks" or rest[0] in {*check.SHARED, "gpu_check"}, path
+
+
 def test_without_a_cuda_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["gpu_check"])
@@ -188,14 +214,14 @@ def test_nano(setting: Setting) -> None:
 def test_1b_with_replayed_acceptance(setting: Setting) -> None:
     figures = figures_of(shape_1b, setting)
     rows = {(row["form"], row["weights"], row["decoder"]): row for row in figures["speed"]}
-    assert len(rows) == 2 * sum(map(len, shape_1b.WAYS.values()))
+    assert len(rows) == 2 * sum(map(len, ways.RANDOM.values()))
     for (_, _, way), row in rows.items():
         assert row["realisation"] > 0 and row["acceptance"] == (
             "none needed" if way == "blt" else "replayed acceptance"
         )
     drafted = rows["fast", "bfloat16", "blt-s k=8"]
     assert drafted["bytes_per_round"] > 2, "more than random weights would accept"
-    assert "replayed acceptance" in told("1b", figures) and "hash tables of 257 rows" in told("1b", figures)
+    assert "replayed acceptance" in told("1b", figures) and "hash tables of 251 rows" in told("1b", figures)
 
 
 def test_profile(setting: Setting) -> None:
@@ -240,10 +266,10 @@ def test_replayed_drafts_stand_at_the_papers_rate(rate: float, length: int) -> N
 
 def test_replayed_text_leaves_a_sound_sequence(setting: Setting) -> None:
     """What follows a replayed text is what follows the same text as a prompt."""
-    engine = Engine(setting.engine(models.shape_1b(setting, "fast"), dtype="float32"))
+    engine = Engine(setting.engine(random_model(setting.work, "tiny", "fast"), dtype="float32"))
     prompt = prompts(1, 30)
     for way in ("blt-s k=8", "blt-dv B=8", "blt-d B=8"):
-        texts = generate(engine, prompt, 40, shape_1b.WAYS["fast"][way], shape_1b.replayed(engine)).texts
+        texts = generate(engine, prompt, 40, ways.RANDOM["fast"][way], replay.replayed(engine)).texts
         grown = [[*prompt[0], *texts[0]]]
         assert len(texts[0]) == 40
         assert generate(engine, grown, 6, {"decoder": "blt-s"}).texts == generate(engine, grown, 6, {}).texts

@@ -19,16 +19,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import report
+from benchmarks.report import ROOT
 
 from .render import render
-from .setting import ROOT
 
 LINES_KEPT = 40
 """Of what a part said, where it did not pass."""
 LEAST_SECONDS = 10
 """No part is begun with less left."""
 PASSED, FAILED, MISSING = 0, 1, 3
-SOURCES = ("kernels", "engine", "benchmarks/gpu_check", "tests/gpu", "tests/test_triton.py")
+SHARED = ("generate", "models", "replay", "report", "turns", "ways")
+SOURCES = (
+    *("kernels", "engine", "benchmarks/gpu_check", "tests/gpu", "tests/test_triton.py"),
+    *(f"benchmarks/{name}.py" for name in SHARED),
+)
 
 
 @dataclass(frozen=True, slots=True)

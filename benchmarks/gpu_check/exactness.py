@@ -7,14 +7,17 @@ and recorded graphs must equal single launches; how often other sums of the same
 
 from typing import Any
 
+import torch
+
+from benchmarks.generate import prompts
+from benchmarks.models import random_model
+from benchmarks.report import NANO
 from engine.decoders import EXACT
 from engine.engine import Engine
 from engine.types import Delta, Failed, Request, SamplingParams, Unmask
 
-from . import models
-from .generate import prompts
 from .piece import Piece
-from .setting import NANO, Setting
+from .setting import Setting
 
 WAYS: dict[str, dict[str, Any]] = {
     "blt": {"decoder": "blt"},
@@ -39,7 +42,8 @@ def variants(setting: Setting) -> dict[str, dict[str, Any]]:
 
 def measure(setting: Setting, piece: Piece) -> None:
     num_prompts, count = (2, 8) if setting.quick else (16, 96)
-    random, released = models.tiny(setting), models.tiny_released(setting)
+    random = random_model(setting.work, "tiny", "fast", dtype=torch.float32)
+    released = random_model(setting.work, "tiny", "released", dtype=torch.float32)
     for name, model in (("tiny, random", random), ("tiny, random, released form", released), ("nano", NANO)):
         for dtype in ("float32", "bfloat16"):
             found = {}

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from benchmarks.report import ROOT
+
 from .piece import Piece
-from .setting import ROOT, Setting
+from .setting import Setting
 
 TWINS = "tests/test_triton.py"
 FEW = ("signature", "segments_are_many")

@@ -4,11 +4,12 @@ import statistics
 import time
 from typing import Any, Literal
 
+from benchmarks.generate import generate, prompts
+from benchmarks.report import NANO
 from engine.engine import Engine
 
-from .generate import generate, prompts
 from .piece import Piece
-from .setting import NANO, Setting
+from .setting import Setting
 
 WAYS: dict[str, dict[str, Any]] = {
     "blt": {"decoder": "blt"},

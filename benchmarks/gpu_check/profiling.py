@@ -15,24 +15,27 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.generate import GREEDY, Wrap, prompts
+from benchmarks.models import random_model
+from benchmarks.replay import replayed
+from benchmarks.report import NANO
+from benchmarks.ways import RANDOM
 from engine.engine import Engine
 from engine.types import Delta, Request
 
-from . import models
-from .generate import GREEDY, Wrap, prompts
 from .piece import Piece
-from .setting import NANO, Setting
-from .shape_1b import WAYS as WAYS_1B
-from .shape_1b import replayed
+from .setting import Setting
 
 STEPS = 16
 TOP = 12
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
-WAYS = {name: how for name, how in WAYS_1B["fast"].items() if name != "blt-s k=16"}
+WAYS = {name: how for name, how in RANDOM["fast"].items() if name != "blt-s k=16"}
 
 
 def measure(setting: Setting, piece: Piece) -> None:
-    shapes = {"nano": NANO} if setting.quick else {"nano": NANO, "1b": models.shape_1b(setting, "fast")}
+    shapes = {"nano": NANO}
+    if not setting.quick:
+        shapes["1b"] = random_model(setting.work, "1b", "fast", device=setting.device)
     for name, model in shapes.items():
         engine = Engine(setting.engine(model, dtype="bfloat16", max_sequences=4))
         for way, how in list(WAYS.items())[: 2 if setting.quick else None]:

@@ -6,9 +6,6 @@ from typing import Any, Literal
 
 from engine.config import EngineConfig, WeightsName
 
-ROOT = Path(__file__).parents[2]
-NANO = ROOT / "models" / "nano"
-
 
 @dataclass(frozen=True, slots=True)
 class Setting:

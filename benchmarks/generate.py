@@ -9,9 +9,9 @@ from typing import Any
 from engine.config import BOS_ID, BYTE_OFFSET
 from engine.decoders import Decoder
 from engine.engine import Engine
-from engine.types import DecoderCounts, Delta, Failed, Request, SamplingParams
+from engine.types import Delta, Failed, Request, SamplingParams, Snapshot
 
-from .setting import ROOT
+from .report import ROOT
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -21,12 +21,14 @@ Wrap = Callable[[Request], Decoder]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """texts: the ids generated per prompt. The rest from when all of them had begun: seconds, steps, and what the
-    engine counted for their decoder."""
+    """texts: the ids generated per prompt. The rest from when all of them had begun: seconds, steps with the seconds in
+    them and in their stages, and what the engine counted for their decoder."""
 
     texts: list[list[int]]
     seconds: float
     steps: int
+    step_seconds: float
+    stage_seconds: float
     committed: int
     rounds: int
     decoder_calls: int
@@ -36,6 +38,11 @@ class Reading:
     @property
     def bytes_per_second(self) -> float:
         return self.committed / self.seconds
+
+    @property
+    def host_cost(self) -> float:
+        """The share of the steps outside the stages."""
+        return 1 - self.stage_seconds / self.step_seconds
 
     @property
     def read_per_byte(self) -> float:
@@ -52,6 +59,26 @@ def prompts(count: int, length: int) -> list[list[int]]:
     return [[BOS_ID, *(byte + BYTE_OFFSET for byte in source[b : b + length])] for b in begins]
 
 
+def begin(engine: Engine, requests: Sequence[Request], wrap: Wrap | None = None) -> None:
+    """Takes the requests and steps until all of them have written something."""
+    for request in requests:
+        engine.add(request, wrap(request) if wrap else None)
+    silent = {request.id for request in requests}
+    while silent:
+        for event in engine.step():
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            silent.discard(event.id)
+
+
+def abandon(engine: Engine, requests: Sequence[Request]) -> None:
+    """Ends them, and leaves the engine idle."""
+    for request in requests:
+        engine.abort(request.id)
+    while engine.has_work:
+        engine.step()
+
+
 def generate(
     engine: Engine, prompts: Sequence[Sequence[int]], count: int, how: dict[str, Any], wrap: Wrap | None = None
 ) -> Reading:
@@ -64,7 +91,7 @@ def generate(
         engine.add(request, wrap(request) if wrap else None)
     decoder = requests[0].decoder
     texts: list[list[int]] = [[] for _ in prompts]
-    began, steps, before = 0.0, 0, DecoderCounts()
+    began, start = 0.0, Snapshot()
     while engine.has_work:
         for event in engine.step():
             if isinstance(event, Failed):
@@ -72,14 +99,15 @@ def generate(
             if isinstance(event, Delta):
                 texts[int(event.id)] += event.ids
         if not began and all(texts):
-            snapshot = engine.snapshot()
-            steps, before, began = snapshot.steps, snapshot.decoders[decoder], time.perf_counter()
-    seconds, after = time.perf_counter() - began, engine.snapshot()
-    counts = after.decoders[decoder]
+            start, began = engine.snapshot(), time.perf_counter()
+    seconds, end = time.perf_counter() - began, engine.snapshot()
+    before, counts = start.decoders[decoder], end.decoders[decoder]
     return Reading(
         texts,
         seconds,
-        after.steps - steps,
+        end.steps - start.steps,
+        end.step_seconds - start.step_seconds,
+        sum(end.stage_seconds.values()) - sum(start.stage_seconds.values()),
         committed=counts.committed - before.committed,
         rounds=counts.rounds - before.rounds,
         decoder_calls=counts.calls["decoder"] - before.calls.get("decoder", 0),

@@ -8,7 +8,13 @@ acceptance".
 
 import random
 
-from engine.decoders import Committed, Decoder, Round, SequenceView
+from engine.decoders import Committed, Decoder, Round, SequenceView, make_decoder
+from engine.decoders.auto import Experience
+from engine.engine import Engine
+from engine.sizing import PAPER_ACCEPTANCE
+from engine.types import Request
+
+from .generate import Wrap
 
 CELL_ENTROPY = 5.06
 """Nats of a cell under logits of standard deviation 1 over 260 ids, as random weights give them."""
@@ -49,3 +55,16 @@ class Replayed:
             stand += 1
         own = outcome.ids[min(stand, len(outcome.ids) - 1)]
         return Committed([*outcome.drafts[:stand], own], [], outcome.drafts, stand, outcome.passes)
+
+
+def replayed(engine: Engine) -> Wrap:
+    """What decodes a request with replayed acceptance, from the paper's rate for its decoder and length."""
+
+    def wrap(request: Request) -> Decoder:
+        size = engine.model_config.block_size
+        decoder = make_decoder(request, size, engine.runner.costs, Experience())
+        length = request.draft_length if request.decoder == "blt-s" else size or 0
+        rate = PAPER_ACCEPTANCE.get((request.decoder, length))
+        return decoder if rate is None else Replayed(decoder, rate, length, seed=0)
+
+    return wrap

@@ -1,0 +1,77 @@
+"""Models with random weights, made where they are needed and kept in a folder that runs can share."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import PRESETS, RandomTensors, calibrated, save
+from engine.config import ModelConfig
+
+Form = Literal["fast", "released", "hf"]
+"""fast: as in Fast-BLT, with a [MASK] and a decoder that reads bytes. released: as the released BLT, whose decoder
+reads the encoder's states. hf: that, with nothing in which Hugging Face would differ."""
+HASH_ROWS = 10_007
+"""Rows of each hash table, 500,002 as released: a byte reads one row of each, however many there are."""
+LONGEST_PATCH = 8
+
+
+class Drawn(RandomTensors):
+    """The same laws, drawn on the device: a GPU draws a billion numbers in no time."""
+
+    def __init__(self, config: ModelConfig, seed: int, dtype: torch.dtype, device: str) -> None:
+        super().__init__(config, seed, dtype)
+        self._device = device
+        self._place = {name: place for place, name in enumerate(self._shapes)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=self._dtype)
+        generator = torch.Generator(self._device).manual_seed(self._seed * len(self._place) + self._place[name])
+        drawn = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return drawn.normal_(0, self._scale(name, shape), generator=generator).cpu()
+
+
+def random_model(
+    work: Path, shape: str, form: Form, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+) -> Path:
+    """A folder in `work` with a model of that shape, drawn there unless it is there."""
+    folder = work / f"{shape}-{form}-{dtype}".replace("torch.", "")
+    if not folder.exists():
+        config = shaped(shape, form)
+        tensors = Drawn(config, 0, dtype, device)
+        # Who is cut while writing must not leave half a model for the next one.
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        save(unfinished, calibrated(config, tensors), tensors, dtype)
+        unfinished.replace(folder)
+    return folder
+
+
+def shaped(shape: str, form: Form) -> ModelConfig:
+    """A preset in a form, with small hash tables."""
+    config = PRESETS[shape]
+    hashes = replace(config.hashes, rows=min(config.hashes.rows, HASH_ROWS))
+    # The random patcher may never open a patch in the text that random weights write; the released one has no limit.
+    # Hugging Face's rule for the longest patch is not consistent between a text and its beginning.
+    patching = replace(config.patching, max_patch_length=None if form == "hf" else LONGEST_PATCH)
+    config = replace(config, hashes=hashes, patching=patching)
+    if form == "fast":
+        return replace(config, decoder_input="embedding", mask_id=config.vocab_size, block_size=8)
+    config = replace(config, decoder_input="encoder", mask_id=None, block_size=None)
+    if form == "released":
+        return config
+    # However short the patches of a text are, it has no more of them than bytes.
+    global_ = replace(config.global_, max_positions=config.encoder.max_positions)
+    return replace(config, global_=global_, isolate_documents=False)
+
+
+def described(shape: str, form: Form) -> list[str]:
+    """In what such a model is not the released one of its size."""
+    said = ["random weights"]
+    rows, released = shaped(shape, form).hashes.rows, PRESETS[shape].hashes.rows
+    if rows < released:
+        said.append(f"hash tables of {rows:,} rows instead of {released:,}")
+    return [*said, *([] if form == "hf" else [f"patches of at most {LONGEST_PATCH} bytes"])]

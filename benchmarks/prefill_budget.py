@@ -1,0 +1,115 @@
+"""A long prompt comes while others stream: how long does it wait for its first byte, and how long do they stall?
+
+`max_step_rows` bounds the rows of a step, and with them both. Times are in units of an undisturbed step of the same
+streams in the same turn. The stall is the longest time between two bytes of any of them while the prompt is computed.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.engine import Engine
+from engine.types import Delta, Request
+
+from . import plot, report
+from .generate import GREEDY, abandon, begin, prompts
+from .program import Content, Verdict, finish, parser, subject
+from .turns import shown, spread
+
+STREAM_BYTES = 64
+"""Of the prompts of what streams already."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    program = parser("prefill_budget", __doc__)
+    program.add_argument(
+        "--budgets", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048], help="max_step_rows"
+    )
+    program.add_argument("--streams", type=int, default=16, help="under way (%(default)s)")
+    program.add_argument("--prompt-bytes", type=int, default=4096, help="of the one that comes (%(default)s)")
+    program.add_argument("--steps", type=int, default=32, help="undisturbed ones to measure before (%(default)s)")
+    options = program.parse_args(arguments)
+    with subject(options) as model:
+        rows = []
+        for budget in tqdm(options.budgets, disable=None):
+            sizes = {"max_sequences": options.streams + 1, "max_step_rows": budget, "cache_bytes": 1 << 30}
+            engine = model.engine(**sizes, prefix_cache=False)
+            _turn(engine, options)
+            turns = [_turn(engine, options) for _ in range(options.turns)]
+            rows.append({"budget": budget, **{name: spread(turn[name] for turn in turns) for name in turns[0]}})
+    figures = {"streams": options.streams, "prompt_bytes": options.prompt_bytes, "rows": rows}
+    finish("prefill_budget", model, figures, options, arguments)
+
+
+def _turn(engine: Engine, options: Any) -> dict[str, float]:
+    length = engine.limits.max_length - STREAM_BYTES - 1
+    asked: dict[str, Any] = {"sampling": GREEDY, "ignore_eos": True}
+    running = [
+        Request(id=str(i), prompt_ids=text, max_tokens=length, **asked)
+        for i, text in enumerate(prompts(options.streams, STREAM_BYTES))
+    ]
+    begin(engine, running)
+    steps = [_timed(engine) for _ in range(options.steps)]
+    unit = statistics.median(steps)
+    comes = Request(id="long", prompt_ids=prompts(1, options.prompt_bytes)[0], max_tokens=1, **asked)
+    began = time.perf_counter()
+    engine.add(comes)
+    last = dict.fromkeys((request.id for request in running), began)
+    stall, first = 0.0, None
+    while first is None:
+        events = [event for event in engine.step() if isinstance(event, Delta)]
+        now = time.perf_counter()
+        for event in events:
+            if event.id == comes.id:
+                first = now - began
+            else:
+                stall = max(stall, now - last[event.id])
+                last[event.id] = now
+    abandon(engine, running)
+    alone = time.perf_counter()
+    begin(engine, [comes])
+    alone = time.perf_counter() - alone
+    abandon(engine, [comes])
+    return {"first_byte": first / unit, "alone": alone / unit, "stall": stall / unit, "step_seconds": unit}
+
+
+def _timed(engine: Engine) -> float:
+    began = time.perf_counter()
+    engine.step()
+    return time.perf_counter() - began
+
+
+def render(content: Content) -> str:
+    header = ["max_step_rows", "first byte of the prompt, steps", "without the streams", "longest stall, steps"]
+    return report.table(
+        header,
+        [
+            [f"{row['budget']:,}", *(shown(row[key], ".1f") for key in ("first_byte", "alone", "stall"))]
+            for row in content["rows"]
+        ],
+    )
+
+
+def judge(content: Content) -> list[Verdict]:
+    rows = content["rows"]
+    least, most = (f"stall {shown(row['stall'], '.1f')} steps at {row['budget']:,}" for row in (rows[0], rows[-1]))
+    what = f"{content['prompt_bytes']:,} bytes come to {content['streams']} streams"
+    return [Verdict(f"prefill budget, {what}", "", f"{least}, {most}", None)]
+
+
+def draw(content: Content, path: Path) -> None:
+    rows = content["rows"]
+    budgets = [row["budget"] for row in rows]
+    label = "undisturbed steps"
+    with plot.axes(path, "max_step_rows", label, ticks=budgets) as on:
+        for key, name in (("first_byte", "first byte of the new prompt"), ("stall", "longest stall of a stream")):
+            on.plot(budgets, [row[key]["median"] for row in rows], label=name)
+        on.set_yscale("log")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A server in a process of its own, and the least client that can stream from it."""
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import urlsplit
+
+from .report import ROOT
+
+NAME = "benchmarked"
+START_SECONDS = 120
+USAGE_BYTES = 4096
+"""At the end of a stream, that surely hold its usage."""
+
+
+@contextmanager
+def server(model: Path, *flags: str) -> Iterator[str]:
+    """The address of `fastblt serve` on a free port; it is stopped behind."""
+    command = [sys.executable, "-m", "server", "serve", "--model", str(model.resolve()), "--port", "0"]
+    command += ["--served-model-name", NAME, *flags]
+    with TemporaryDirectory(prefix="benchmarks-") as folder:
+        log = Path(folder) / "log"
+        with (
+            log.open("w") as out,
+            subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT) as process,
+        ):
+            try:
+                yield _address(process, log)
+            finally:
+                process.terminate()
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def _address(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        if found := re.search(r" on (http://[\w.:\[\]]+).*\n", log.read_text()):
+            return found[1]
+        time.sleep(0.005)
+    raise RuntimeError(f"the server did not start:\n{log.read_text()}")
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Seconds from the request to its first event and to its end, and the bytes generated."""
+
+    first: float
+    last: float
+    tokens: int
+
+
+async def stream(address: str, body: dict[str, Any]) -> Stream:
+    """One streamed completion. Events are counted, not parsed: the client must not be what is measured."""
+    where = urlsplit(address)
+    content = json.dumps({"model": NAME, **body, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+    began = time.perf_counter()
+    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    try:
+        writer.write(head.encode() + content)
+        first, tail = 0.0, b""
+        while chunk := await reader.read(1 << 16):
+            tail = tail[-USAGE_BYTES:] + chunk
+            if not first and b"data:" in tail:
+                first = time.perf_counter()
+    finally:
+        writer.close()
+    usage = re.findall(rb'"completion_tokens":(\d+)', tail)
+    if not usage or b"[DONE]" not in tail:
+        raise RuntimeError(f"not a whole stream: {tail[-500:]!r}")
+    return Stream(first - began, time.perf_counter() - began, int(usage[-1]))
+
+
+async def streams(address: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
+    """All of them at the same time."""
+    return list(await asyncio.gather(*(stream(address, body) for body in bodies)))

@@ -1,0 +1,113 @@
+"""One page of everything that was measured: aims and what was found, then tables, pictures and commands.
+
+`python -m benchmarks.summary` makes `benchmarks/results/README.md` from the JSON files beside it.
+"""
+
+import argparse
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .program import Content, Verdict
+
+PROGRAMS = {
+    "against_hf": "Against Hugging Face transformers",
+    "realisation": "Realisation, bandwidth use, host cost",
+    "decoders": "The decoders on text of three kinds",
+    "batching": "Batching",
+    "serving": "Server cost",
+    "growth": "Growth with the context",
+    "startup": "Start-up",
+    "prefix": "Prefix cache",
+    "prefill_budget": "Prefill budget",
+}
+"""The programs' titles, in the order of the page."""
+INTRODUCTION = """\
+# What was measured
+
+Made by `make bench`, or by the command beside each figure; [how, and how to read it](../../docs/benchmarks.md). Ratios
+are medians of paired turns, with their range. Absolute figures hold for the machine named beside them alone.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.summary", description=__doc__)
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON files")
+    print(write(parser.parse_args().out))
+
+
+def write(folder: Path) -> Path:
+    """Makes the page of a folder's JSON files and returns its path."""
+    path = folder / "README.md"
+    path.write_text(page(folder))
+    return path
+
+
+def page(folder: Path) -> str:
+    paths = results(folder)
+    rows = []
+    for path in paths:
+        content = json.loads(path.read_text())
+        rows += [
+            [v.figure, content["subject"]["model"], v.aim, v.found, _met(v), f"`{content['command']}`"]
+            for v in verdicts(content)
+        ]
+    header = ["figure", "model", "aim", "found", "", "command"]
+    return "\n\n".join([INTRODUCTION.strip(), report.table(header, rows), *map(section, paths)]) + "\n"
+
+
+def results(folder: Path) -> list[Path]:
+    """The programs' JSON files, in the order of the page."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        program = json.loads(path.read_text()).get("program")
+        if program in PROGRAMS:
+            found.append((list(PROGRAMS).index(program), path))
+    return [path for _, path in sorted(found)]
+
+
+def section(path: Path) -> str:
+    """What there is to say of one JSON file, in Markdown."""
+    content = json.loads(path.read_text())
+    subject, picture = content["subject"], path.with_suffix(".png")
+    title = f"## {PROGRAMS[content['program']]}: {subject['model']}"
+    about = "; ".join([f"{subject['model']}, {subject['dtype']}", *subject["notes"], machine(content)])
+    parts = [title, f"{about}. `{content['command']}`", _module(content).render(content)]
+    if picture.exists():
+        parts.append(f"![{PROGRAMS[content['program']]}]({picture.name})")
+    return "\n\n".join(parts)
+
+
+def machine(content: Content) -> str:
+    """Where and when it was measured."""
+    taken = content["taken"]
+    device = taken["gpu"] if content["subject"]["device"] == "cuda" else f"{taken['processor']} ({taken['cpu']})"
+    threads = f"{taken['cores']} cores, {taken['threads']} threads"
+    return f"{device}, {threads}, torch {taken['torch']}, commit {taken['commit']}, {taken['date']}"
+
+
+def verdicts(content: Content) -> list[Verdict]:
+    found: list[Verdict] = _module(content).judge(content)
+    return found
+
+
+def draw(path: Path) -> None:
+    """The picture beside a JSON file, if its program draws one."""
+    content = json.loads(path.read_text())
+    module = _module(content)
+    if hasattr(module, "draw"):
+        module.draw(content, path.with_suffix(".png"))
+
+
+def _met(verdict: Verdict) -> str:
+    return {True: "met", False: "missed", None: ""}[verdict.met]
+
+
+def _module(content: Content) -> Any:
+    return import_module(f"benchmarks.{content['program']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The benchmark programs at toy size: they run, leave what they should, and the page shows it."""
+
+import json
+import shlex
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from benchmarks import program, short, summary
+from benchmarks.models import Form, described, shaped
+from benchmarks.program import Verdict
+from benchmarks.turns import in_turn, shown, spread
+from engine.checkpoint import PRESETS
+
+TOYS = {
+    "against_hf": "--lengths 4 8 --turns 1",
+    "realisation": "--bytes 12 --turns 1 --ways 'blt-s k=8' 'blt-dv B=8'",
+    "decoders": "--bytes 20 --turns 1 --prompts 1 --ways 'BLT-S k=4'",
+    "batching": "--concurrency 4 --seconds 0.05 --turns 1",
+    "serving": "--concurrency 2 --bytes 8 --turns 1 --num-threads 1",
+    "growth": "--lengths 60 120 --bytes 12 --hf-most 60 --turns 1",
+    "startup": "--turns 1",
+    "prefix": "--requests 3 --prefix-bytes 200 --bytes 4 --turns 1",
+    "prefill_budget": "--budgets 32 128 --prompt-bytes 200 --streams 2 --steps 4 --turns 1",
+}
+HEADERS = {
+    "against_hf": "| new bytes | as fast as transformers |",
+    "realisation": "| blt-dv B=8 | replayed acceptance |",
+    "decoders": "| speed-up over BLT | code | prose | random |",
+    "batching": "| at a time | times the bytes per second of one | of linear |",
+    "serving": "| streams at a time | HTTP of the engine's bytes per second |",
+    "growth": "| context, bytes | ours, ms per byte |",
+    "startup": "| to the first byte, s |",
+    "prefix": "| 3 | 200 bytes |",
+    "prefill_budget": "| max_step_rows | first byte of the prompt, steps |",
+}
+PICTURES = set(TOYS) - {"decoders", "startup"}
+
+
+Content = dict[str, Any]
+
+
+def run(name: str, arguments: str, work: Path, out: Path) -> Content:
+    given = ["--shape", "tiny", *shlex.split(arguments), "--work", str(work), "--out", str(out)]
+    import_module(f"benchmarks.{name}").main(given)
+    content: Content = json.loads((out / f"{name}-tiny-shape.json").read_text())
+    return content
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Content, Path]]:
+    """What a program leaves, and where; each is run once."""
+    out, work = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("work")
+    return cache(lambda name: (run(name, TOYS[name], work, out), out))
+
+
+def test_every_program_has_a_toy() -> None:
+    assert set(summary.PROGRAMS) == set(TOYS) == set(HEADERS)
+    assert {run.split()[0] for run in short.RUNS} <= set(TOYS)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_program_leaves_figures_a_table_and_a_picture(name: str, toys: Callable[[str], tuple[Content, Path]]) -> None:
+    content, out = toys(name)
+    assert content["program"] == name and content["subject"]["model"] == "tiny shape"
+    assert content["command"] == f"python -m benchmarks.{name} --shape tiny {TOYS[name]}"
+    assert content["taken"]["cores"] and content["taken"]["torch"]
+    assert "random weights" in content["subject"]["notes"]
+    picture = out / f"{name}-tiny-shape.png"
+    assert picture.exists() == (name in PICTURES)
+    assert not picture.exists() or picture.read_bytes().startswith(b"\x89PNG")
+    page = summary.write(out).read_text()
+    verdicts = summary.verdicts(content)
+    assert verdicts and all(f"| {verdict.figure} | tiny shape |" in page for verdict in verdicts)
+    assert HEADERS[name] in page and f"`{content['command']}`" in page
+    assert (f"({picture.name})" in page) == (name in PICTURES)
+
+
+def test_replayed_acceptance_is_labelled_and_can_be_left_out(tmp_path: Path) -> None:
+    arguments = "--bytes 24 --turns 1 --ways 'blt-s k=8'"
+    replayed = run("realisation", arguments, tmp_path, tmp_path)
+    page = summary.write(tmp_path).read_text()
+    assert "replayed acceptance" in replayed["subject"]["notes"] and "realisation (replayed acceptance)" in page
+    own = run("realisation", f"{arguments} --no-replay-acceptance", tmp_path, tmp_path)
+    assert "replayed" not in summary.write(tmp_path).read_text()
+    rounds = [content["rows"][1]["bytes_per_round"] for content in (replayed, own)]
+    assert rounds[0] != rounds[1]
+
+
+def test_aims_are_met_or_missed(toys: Callable[[str], tuple[Content, Path]]) -> None:
+    content = deepcopy(toys("serving")[0])
+    for median, met in ((0.96, True), (0.94, False)):
+        content["rows"][0]["of_engine"] = {"median": median, "least": median, "most": median}
+        assert [verdict.met for verdict in summary.verdicts(content)] == [met]
+    content = deepcopy(toys("realisation")[0])
+    assert {verdict.met for verdict in summary.verdicts(content)} == {None}, "the aims are the 1B shape's"
+    content["subject"]["model"] = "1b shape"
+    for row in content["rows"]:
+        row.update(realisation=0.95, bandwidth_use=0.7, host_cost=0.04)
+    assert [verdict.met for verdict in summary.verdicts(content)] == [True, False, True]
+    content = deepcopy(toys("against_hf")[0])
+    for (length, ratio), row in zip(((64, 9.0), (256, 21.0)), content["rows"], strict=True):
+        row.update(length=length, ratio={"median": ratio, "least": ratio, "most": ratio})
+    assert [verdict.met for verdict in summary.verdicts(content)] == [True]
+    content["rows"][0]["ratio"]["median"] = 22.0
+    assert [verdict.met for verdict in summary.verdicts(content)] == [False], "the ratio must grow"
+
+
+def test_one_that_breaks_does_not_stop_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    toy = f"prefix --shape tiny --num-threads 1 {TOYS['prefix']}"
+    assert short.run_all(["nothing", toy], tmp_path) == 1
+    said = capfd.readouterr()
+    assert "[2/2," in said.out and "broke:" in said.err and "No module named" in said.err
+    assert "| 3 | 200 bytes |" in (tmp_path / "README.md").read_text()
+
+
+def test_one_that_takes_too_long_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(short, "LIMIT_SECONDS", 0.1)
+    assert short.run_all(["startup --shape tiny --turns 99"], tmp_path) == 1
+    assert "broke: stopped after 0.1 s" in capfd.readouterr().err
+
+
+def test_the_short_set_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert short.main(["--list", "--only", "batching"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("python -m benchmarks.batching") for line in lines)
+
+
+def test_commands_leave_folders_out() -> None:
+    given = ["--shape", "1b", "--work", "w", "--ways", "blt-s k=8", "--out", "o"]
+    assert program.command("x", given) == "python -m benchmarks.x --shape 1b --ways 'blt-s k=8'"
+
+
+def test_what_is_shrunk_is_said() -> None:
+    assert "hash tables of 10,007 rows instead of 500,002" in described("1b", "fast")
+    assert not any("hash" in note for note in described("nano", "fast"))
+    for form in get_args(Form):
+        config = shaped("1b", form)
+        assert config.decoder == PRESETS["1b"].decoder and config.hashes.rows == 10_007
+        assert (config.block_size == 8) == (form == "fast")
+    assert shaped("nano", "hf").patching.max_patch_length is None
+
+
+def test_turns_alternate() -> None:
+    seen: list[str] = []
+    pairs = in_turn(lambda: seen.append("A"), lambda: seen.append("B"), 3)
+    assert seen == ["A", "B"] * 3 and len(pairs) == 3
+    assert shown(spread([3.0, 1.0, 2.0])) == "2.00 (1.00 to 3.00)"
+    assert Verdict("f", "", "x", None).met is None
