@@ -1,7 +1,8 @@
 /* Threads that share the parts of one operation.
 
-   Whoever calls does the first share himself. The others wait for theirs, at first by looking again and again, since the
-   next operation of a step follows at once, then asleep. What a part computes never depends on who computes it. */
+   Whoever calls takes parts himself, and never waits for a thread that has not begun: on a busy machine that may be long.
+   The others look for parts for a moment, since the next operation of a step follows at once, and then sleep. What a part
+   computes never depends on who computes it. */
 
 #ifndef FASTBLT_POOL_H
 #define FASTBLT_POOL_H
@@ -13,24 +14,29 @@
 #include <unistd.h>
 
 #define MOST_THREADS 256
-/* Looks before a thread sleeps, some tens of microseconds. */
-#define LOOKS 4000
-/* Multiplications that are worth a thread of their own: some ten microseconds. */
+/* Looks before a thread sleeps, some ten microseconds. */
+#define LOOKS 300
+/* Multiplications that are worth a thread of their own, some ten microseconds; and worth waking one that sleeps. */
 #define LEAST_WORK 200000
+#define LEAST_TO_WAKE 2000000
+#define PARTS_PER_THREAD 4
+#define NO_PART 0xffffffffu
 
 typedef void (*Task)(void *of, int64_t begin, int64_t end);
 
-typedef struct {
-    _Atomic unsigned asked, done;
-    _Atomic int asleep;
-    pthread_mutex_t lock;
-    pthread_cond_t wake;
-    Task task;
-    void *of;
-    int64_t begin, end;
-} Worker;
+/* What is to be done now. `turn` is the number of the operation in its upper half and the next part in its lower: who
+   moves it on has that part of that operation, and the operation is not over before he is done. */
+static struct {
+    _Atomic(Task) task;
+    _Atomic(void *) of;
+    _Atomic int64_t n, parts;
+    _Atomic uint64_t turn;
+    _Atomic int64_t done;
+} now;
 
-static Worker workers[MOST_THREADS];
+static pthread_mutex_t bed = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+static _Atomic int asleep;
 static int num_workers, num_threads = 1;
 static pid_t owner;
 static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
@@ -43,19 +49,32 @@ static inline void look_again(void) {
 #endif
 }
 
-static void *work(void *of) {
-    Worker *me = of;
-    for (unsigned seen = 0;; seen++) {
-        for (int look = 0; look < LOOKS && me->asked == seen; look++) look_again();
-        if (me->asked == seen) {
-            pthread_mutex_lock(&me->lock);
-            me->asleep = 1;
-            while (me->asked == seen) pthread_cond_wait(&me->wake, &me->lock);
-            me->asleep = 0;
-            pthread_mutex_unlock(&me->lock);
+/* Takes one part, if there is one. */
+static int take_part(void) {
+    uint64_t turn = now.turn;
+    int64_t part = turn & NO_PART, parts = now.parts, n = now.n;
+    Task task = now.task;
+    void *of = now.of;
+    if (part >= parts || !atomic_compare_exchange_strong(&now.turn, &turn, turn + 1)) return part < parts;
+    task(of, n * part / parts, n * (part + 1) / parts);
+    now.done++;
+    return 1;
+}
+
+static void *work(void *unused) {
+    (void)unused;
+    for (int look = 0;;) {
+        if (take_part()) look = 0;
+        else if (++look < LOOKS) look_again();
+        else {
+            uint64_t turn = now.turn;
+            pthread_mutex_lock(&bed);
+            asleep++;
+            while (now.turn == turn) pthread_cond_wait(&wake, &bed);
+            asleep--;
+            pthread_mutex_unlock(&bed);
+            look = 0;
         }
-        me->task(me->of, me->begin, me->end);
-        me->done = seen + 1;
     }
     return 0;
 }
@@ -64,18 +83,13 @@ static void *work(void *of) {
 static void set_threads(int threads) {
     if (owner != getpid()) {
         /* Threads do not survive a fork. */
-        num_workers = 0;
+        num_workers = asleep = 0;
         owner = getpid();
     }
     num_threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
     while (num_workers < num_threads - 1) {
-        Worker *w = &workers[num_workers];
         pthread_t thread;
-        w->asked = w->done = 0;
-        w->asleep = 0;
-        pthread_mutex_init(&w->lock, 0);
-        pthread_cond_init(&w->wake, 0);
-        if (pthread_create(&thread, 0, work, w)) {
+        if (pthread_create(&thread, 0, work, 0)) {
             num_threads = num_workers + 1;
             return;
         }
@@ -88,31 +102,29 @@ static void set_threads(int threads) {
 static void share(Task task, void *of, int64_t n, int64_t multiplications) {
     int64_t threads = multiplications / LEAST_WORK;
     if (threads > num_threads) threads = num_threads;
-    if (threads > n) threads = n;
-    if (threads <= 1) {
+    int64_t parts = threads * PARTS_PER_THREAD < n ? threads * PARTS_PER_THREAD : n;
+    if (threads <= 1 || parts <= 1) {
         task(of, 0, n);
         return;
     }
-    for (int64_t t = 1; t < threads; t++) {
-        Worker *w = &workers[t - 1];
-        w->task = task;
-        w->of = of;
-        w->begin = n * t / threads;
-        w->end = n * (t + 1) / threads;
-        w->asked++;
-        if (w->asleep) {
-            pthread_mutex_lock(&w->lock);
-            pthread_cond_signal(&w->wake);
-            pthread_mutex_unlock(&w->lock);
-        }
+    /* First nobody may take anything: not a part of the last operation by what this one says, either. */
+    uint64_t number = (now.turn >> 32) + 1;
+    now.turn = number << 32 | NO_PART;
+    now.task = task;
+    now.of = of;
+    now.n = n;
+    now.parts = parts;
+    now.done = 0;
+    now.turn = number << 32;
+    if (asleep && multiplications >= LEAST_TO_WAKE) {
+        pthread_mutex_lock(&bed);
+        pthread_cond_broadcast(&wake);
+        pthread_mutex_unlock(&bed);
     }
-    task(of, 0, n / threads);
-    for (int64_t t = 1; t < threads; t++) {
-        Worker *w = &workers[t - 1];
-        for (int look = 0; w->done != w->asked; look++) {
-            if (look < LOOKS) look_again();
-            else sched_yield();
-        }
+    while (take_part());
+    for (int look = 0; now.done != parts; look++) {
+        if (look < LOOKS) look_again();
+        else sched_yield();
     }
 }
 
