@@ -40,16 +40,16 @@ void fastblt_linear(
     int64_t rows, int bf16, int threads
 ) {
     int64_t in = weight->in, out = weight->out, left = gated ? out / 2 : out;
-    begin(threads, rows * (2 * in + out + 2 * left) + 64 * 5);
+    begin(threads, rows * (3 * in + out + 2 * left) + 64 * 6);
     float *wide = take(rows * in), *normed = take(rows * in), *full = take(rows * out);
-    float *gates = take(rows * left), *before = take(rows * left);
+    float *gates = take(rows * left), *before = take(rows * left), *turned = take(rows * in);
     widen(wide, x, rows * in, bf16);
     if (norm) {
         normalise(wide, norm, eps, normed, rows, in, bf16);
         wide = normed;
     }
     if (residual) widen(before, residual, rows * left, bf16);
-    product(weight, wide, residual && !gated ? before : 0, twice, full, rows, bf16);
+    product(weight, wide, turned, residual && !gated ? before : 0, twice, full, rows, bf16);
     if (gated) {
         gate(full, gates, rows, left, bf16);
         if (residual)
@@ -104,19 +104,22 @@ static void store_qkv(const Layer *l, const Plan *plan, const Cache *cache, cons
 void fastblt_layer(const Layer *l, const Plan *plan, const Cache *cache, const void *x, void *y, int threads) {
     int64_t rows = plan->rows, dim = l->dim, width = l->heads * l->head_dim, ffn = l->ffn_dim;
     int64_t all = width + 2 * l->kv_heads * l->head_dim;
-    begin(threads, rows * (3 * dim + all + 2 * width + 3 * ffn) + 64 * 8);
+    int64_t widest = dim > width ? dim : width;
+    if (ffn > widest) widest = ffn;
+    begin(threads, rows * (3 * dim + all + 2 * width + 3 * ffn + widest) + 64 * 9);
     float *in = take(rows * dim), *normed = take(rows * dim), *middle = take(rows * dim), *qkv = take(rows * all);
     float *q = take(rows * width), *seen = take(rows * width), *gate_up = take(rows * 2 * ffn), *gates = take(rows * ffn);
+    float *turned = take(rows * widest);
     widen(in, x, rows * dim, l->bf16);
     normalise(in, l->attention_norm, l->eps, normed, rows, dim, l->bf16);
-    product(&l->qkv, normed, 0, 0, qkv, rows, l->bf16);
+    product(&l->qkv, normed, turned, 0, 0, qkv, rows, l->bf16);
     store_qkv(l, plan, cache, qkv, q);
     attend(q, seen, plan, cache, l->heads, l->bf16);
-    product(&l->o, seen, in, 0, middle, rows, l->bf16);
+    product(&l->o, seen, turned, in, 0, middle, rows, l->bf16);
     normalise(middle, l->ffn_norm, l->eps, normed, rows, dim, l->bf16);
-    product(&l->gate_up, normed, 0, 0, gate_up, rows, l->bf16);
+    product(&l->gate_up, normed, turned, 0, 0, gate_up, rows, l->bf16);
     gate(gate_up, gates, rows, ffn, l->bf16);
-    product(&l->down, gates, middle, 0, in, rows, l->bf16);
+    product(&l->down, gates, turned, middle, 0, in, rows, l->bf16);
     narrow(y, in, rows * dim, l->bf16);
     finish();
 }
@@ -127,14 +130,15 @@ void fastblt_cross(
     void *y, int64_t rows, int threads
 ) {
     int64_t dim = c->dim, width = c->heads * c->head_dim;
-    begin(threads, rows * (3 * dim + 2 * width) + 64 * 5);
+    int64_t widest = dim > width ? dim : width;
+    begin(threads, rows * (3 * dim + 2 * width + widest) + 64 * 6);
     float *in = take(rows * dim), *normed = take(rows * dim), *out = take(rows * dim);
-    float *q = take(rows * width), *seen = take(rows * width);
+    float *q = take(rows * width), *seen = take(rows * width), *turned = take(rows * widest);
     widen(in, x, rows * dim, c->bf16);
     normalise(in, c->norm, c->eps, normed, rows, dim, c->bf16);
-    product(&c->q, normed, 0, 0, q, rows, c->bf16);
+    product(&c->q, normed, turned, 0, 0, q, rows, c->bf16);
     attend_slots(q, seen, page, offset, cache, page_size, c->slots, rows, c->heads, c->bf16);
-    product(&c->o, seen, in, 1, out, rows, c->bf16);
+    product(&c->o, seen, turned, in, 1, out, rows, c->bf16);
     narrow(y, out, rows * dim, c->bf16);
     finish();
 }

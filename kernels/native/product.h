@@ -9,6 +9,8 @@
 #include "vector.h"
 
 #define PANEL (2 * LANES)
+/* Of the inner dimension, at a time: 16 KiB of weights. */
+#define PIECE (4096 / PANEL)
 #if defined(__AVX512F__)
 #define MOST_ROWS 12
 #else
@@ -33,14 +35,17 @@ typedef struct {
 } Product;
 
 #define MICRO(ROWS, KIND, TYPE, LOAD)                                                                      \
-    static void micro_##KIND##_##ROWS(const float *x, int64_t in, const TYPE *w, float *tile) {            \
+    static void micro_##KIND##_##ROWS(const float *x, int64_t count, const TYPE *w, const char *ahead, int64_t step, float *tile) { \
         Vector low[ROWS], high[ROWS];                                                                      \
-        for (int r = 0; r < ROWS; r++) low[r] = high[r] = (Vector){0};                                     \
-        for (int64_t k = 0; k < in; k++) {                                                                 \
+        for (int r = 0; r < ROWS; r++) {                                                                   \
+            low[r] = load(tile + r * PANEL);                                                               \
+            high[r] = load(tile + r * PANEL + LANES);                                                      \
+        }                                                                                                  \
+        for (int64_t k = 0; k < count; k++) {                                                                 \
             Vector a = LOAD(w + k * PANEL), b = LOAD(w + k * PANEL + LANES);                               \
-            __builtin_prefetch(w + k * PANEL + 64 * PANEL);                                                \
+            __builtin_prefetch(ahead + k * step);                                               \
             for (int r = 0; r < ROWS; r++) {                                                               \
-                float factor = x[r * in + k];                                                              \
+                float factor = x[k * ROWS + r];                                                             \
                 low[r] += factor * a;                                                                      \
                 high[r] += factor * b;                                                                     \
             }                                                                                              \
@@ -61,54 +66,81 @@ typedef struct {
 #define MICROS(ROWS) MICRO(ROWS, f32, float, load) MICRO(ROWS, bf16, uint16_t, load_bf16)
 EACH(MICROS)
 
-static inline void micro(int rows, const float *x, int64_t in, const void *panel, int bf16, float *tile) {
-#define CASE(ROWS)                                            \
-    case ROWS:                                                \
-        if (bf16) micro_bf16_##ROWS(x, in, panel, tile);      \
-        else micro_f32_##ROWS(x, in, panel, tile);            \
+/* Adds `count` products to every output of `rows` rows' tiles. */
+static inline void micro(
+    int rows, const float *x, int64_t count, const void *weights, int bf16, const char *ahead, int64_t step, float *tile
+) {
+#define CASE(ROWS)                                                  \
+    case ROWS:                                                      \
+        if (bf16) micro_bf16_##ROWS(x, count, weights, ahead, step, tile); \
+        else micro_f32_##ROWS(x, count, weights, ahead, step, tile);       \
         break;
     switch (rows) { EACH(CASE) }
+}
+
+/* All rows by one panel: tiles (rows, PANEL). Where the panel is read several times, it goes by in pieces that stay in the
+   nearest cache, widened once. */
+static void panel_tiles(const Product *p, int64_t panel, float *tiles) {
+    const Matrix *m = p->weight;
+    int64_t turns = (p->rows + MOST_ROWS - 1) / MOST_ROWS, itemsize = m->bf16 ? 2 : 4;
+    int64_t piece = turns > 1 ? PIECE : m->in;
+    float wide[PIECE * PANEL];
+    memset(tiles, 0, p->rows * PANEL * sizeof *tiles);
+    for (int64_t k = 0; k < m->in; k += piece) {
+        int64_t count = m->in - k < piece ? m->in - k : piece;
+        const void *weights = (const char *)m->panels + (panel * m->in + k) * PANEL * itemsize;
+        /* The memory brings the next piece meanwhile. */
+        const char *ahead = (const char *)weights + PIECE * PANEL * itemsize;
+        int bf16 = (int)m->bf16;
+        if (bf16 && turns > 1) {
+            widen(wide, weights, count * PANEL, 1);
+            weights = wide, bf16 = 0;
+        }
+        for (int64_t turn = 0; turn < turns; turn++) {
+            /* Turns of about as many rows each. */
+            int64_t row = p->rows * turn / turns, rows = p->rows * (turn + 1) / turns - row;
+            micro((int)rows, p->x + row * m->in + k * rows, count, weights, bf16, ahead, PANEL * itemsize, tiles + row * PANEL);
+        }
+    }
 }
 
 static void product_panels(void *of, int64_t begin, int64_t end) {
     const Product *p = of;
     const Matrix *m = p->weight;
-    float tile[MOST_ROWS * PANEL];
-    int64_t turns = (p->rows + MOST_ROWS - 1) / MOST_ROWS, size = m->in * PANEL;
-    /* Where a panel is read several times it is widened once. */
-    int widens = m->bf16 && turns > 1;
-    float wide[widens ? size : 1];
+    float tiles[p->rows * PANEL];
     for (int64_t panel = begin; panel < end; panel++) {
-        const void *weights = (const char *)m->panels + panel * size * (m->bf16 ? 2 : 4);
-        if (widens) {
-            widen(wide, weights, size, 1);
-            weights = wide;
-        }
         int64_t first = panel * PANEL, columns = m->out - first < PANEL ? m->out - first : PANEL;
-        for (int64_t turn = 0; turn < turns; turn++) {
-            /* Turns of about as many rows each. */
-            int64_t row = p->rows * turn / turns, rows = p->rows * (turn + 1) / turns - row;
-            micro((int)rows, p->x + row * m->in, m->in, weights, m->bf16 && !widens, tile);
-            for (int64_t r = 0; r < rows; r++) {
-                float *y = p->y + (row + r) * m->out + first, *t = tile + r * PANEL;
-                if (m->scale)
-                    for (int64_t c = 0; c < columns; c++) t[c] = rounded(t[c], p->bf16) * m->scale[first + c];
-                if (p->bf16)
-                    for (int64_t c = 0; c < columns; c++) t[c] = rounded(t[c], 1);
-                if (p->residual) {
-                    const float *residual = p->residual + (row + r) * m->out + first;
-                    for (int again = 0; again <= p->twice; again++)
-                        for (int64_t c = 0; c < columns; c++) t[c] = rounded(residual[c] + t[c], p->bf16);
-                }
-                memcpy(y, t, columns * sizeof *y);
+        panel_tiles(p, panel, tiles);
+        for (int64_t r = 0; r < p->rows; r++) {
+            float *y = p->y + r * m->out + first, *t = tiles + r * PANEL;
+            if (m->scale)
+                for (int64_t c = 0; c < columns; c++) t[c] = rounded(t[c], p->bf16) * m->scale[first + c];
+            if (p->bf16)
+                for (int64_t c = 0; c < columns; c++) t[c] = rounded(t[c], 1);
+            if (p->residual) {
+                const float *residual = p->residual + r * m->out + first;
+                for (int again = 0; again <= p->twice; again++)
+                    for (int64_t c = 0; c < columns; c++) t[c] = rounded(residual[c] + t[c], p->bf16);
             }
+            memcpy(y, t, columns * sizeof *y);
         }
     }
 }
 
-static void product(const Matrix *weight, const float *x, const float *residual, int twice, float *y, int64_t rows, int bf16) {
-    Product p = {weight, x, residual, y, rows, twice, bf16};
-    share(product_panels, &p, (weight->out + PANEL - 1) / PANEL, rows * weight->out * weight->in);
+/* x (rows, in) to y (rows, out). `turned` has room for rows * in numbers. */
+static void product(
+    const Matrix *weight, const float *x, float *turned, const float *residual, int twice, float *y, int64_t rows, int bf16
+) {
+    int64_t turns = (rows + MOST_ROWS - 1) / MOST_ROWS, in = weight->in;
+    /* The rows of a turn side by side: read apart they would push each other out of the nearest cache. */
+    for (int64_t turn = 0; turn < turns; turn++) {
+        int64_t row = rows * turn / turns, count = rows * (turn + 1) / turns - row;
+        float *to = turned + row * in;
+        for (int64_t r = 0; r < count; r++)
+            for (int64_t k = 0; k < in; k++) to[k * count + r] = x[(row + r) * in + k];
+    }
+    Product p = {weight, turned, residual, y, rows, twice, bf16};
+    share(product_panels, &p, (weight->out + PANEL - 1) / PANEL, rows * weight->out * in);
 }
 
 /* RMS normalisation of rows of `width` numbers. */
