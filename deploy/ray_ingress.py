@@ -19,8 +19,9 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import logs
+from server.admission import Gate
 from server.body import ClientLeft, read_body
-from server.errors import ApiError, Code
+from server.errors import ApiError
 from server.responses import JsonResponse, to_json
 from server.settings import ServerSettings
 
@@ -40,12 +41,23 @@ class Ingress:
     """The whole application's face. `/health`, `/replicas` and `/metrics` are about all replicas; all else goes to one
     and is answered by it, keys and errors included."""
 
-    def __init__(self, replicas: DeploymentHandle, settings: ServerSettings, ray: RaySettings) -> None:
+    def __init__(self, replicas: DeploymentHandle, settings: ServerSettings, options: RaySettings) -> None:
         logs.configure(settings.logs, "ingress")
         self._replicas = replicas
         self._answer = replicas.options(method_name="answer", stream=True)
         self._settings = settings
-        self._ray = ray
+        self._options = options
+        self._gate = Gate(settings)
+
+    async def drain(self) -> None:
+        """Lets nobody in any more, and waits for those who are: as `fastblt serve` does on SIGTERM."""
+        self._gate.drain()
+        try:
+            async with asyncio.timeout(self._settings.drain_seconds):
+                await self._gate.wait_idle()
+        except TimeoutError:
+            log.warning("requests are cut off")
+            await self._replicas.broadcast("stop").results_async(return_exceptions=True)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return Starlette(
@@ -66,9 +78,9 @@ class Ingress:
 
     async def _ready(self, request: Request) -> Response:
         """503 unless some replica's engine runs."""
-        states = await self._states()
-        if not any(state["engine"] == "ready" for state in states):
-            raise self._unavailable("no replica is ready", "no_replica")
+        self._gate.check_open()
+        if not any(state["engine"] == "ready" for state in await self._states()):
+            raise self._gate.unavailable("no replica is ready", "no_replica")
         return JsonResponse({"status": "ready"})
 
     async def _list(self, request: Request) -> Response:
@@ -93,16 +105,21 @@ class Ingress:
         return []
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientLeft):
+        ticket = self._gate.enter(0)
+        try:
             body = await read_body(Request(scope, receive), self._settings)
-            await self._relay(Call(_sent(scope), body, prefix_of(body, self._ray.prefix_bytes)), send)
+            await self._relay(Call(_sent(scope), body, prefix_of(body, self._options.prefix_bytes)), send)
+        except ClientLeft:
+            pass
+        finally:
+            ticket.close()
 
     async def _relay(self, call: Call, send: Send) -> None:
         """Raises ApiError as long as nothing was sent."""
         began: Message | None = None
         answer = self._answer.remote(call)
         try:
-            async with asyncio.timeout(self._ray.replica_wait):
+            async with asyncio.timeout(self._options.replica_wait):
                 await anext(answer)
             async for messages in answer:
                 for message in messages:
@@ -114,12 +131,12 @@ class Ingress:
             if not began:
                 raise ApiError(404, f"there is no replica {call.replica}", code="unknown_url")
         except (TimeoutError, BackPressureError, DeploymentUnavailableError):
-            raise self._unavailable("no replica has room for this request", "no_replica") from None
+            raise self._gate.unavailable("no replica has room for this request", "no_replica") from None
         except RayTaskError:
             raise
         except RayError as error:
             log.warning("a replica was lost: %s", type(error).__name__)
-            lost = self._unavailable("the replica that ran this request is gone; send it again", "replica_lost")
+            lost = self._gate.unavailable("the replica that ran this request is gone; send it again", "replica_lost")
             if not began:
                 raise lost from None
             if (b"content-type", b"text/event-stream; charset=utf-8") not in map(tuple, began["headers"]):
@@ -128,10 +145,6 @@ class Ingress:
             await send({"type": "http.response.body", "body": last})
         finally:
             answer.cancel()
-
-    def _unavailable(self, message: str, code: Code) -> ApiError:
-        headers = {"retry-after": str(self._settings.retry_after)}
-        return ApiError(503, message, code=code, headers=headers)
 
 
 class _Relayed(Response):

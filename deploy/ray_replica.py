@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
@@ -19,6 +20,10 @@ from server.settings import ServerSettings
 
 from .ray_router import Call
 
+GATHER_SECONDS = 0.01
+"""What comes sooner than this after the last goes with what follows: to send something costs three processes the same,
+however much it is."""
+
 
 class Replica:
     """Ray makes it, asks after its health, and lets it finish what it has begun before it ends it.
@@ -26,7 +31,8 @@ class Replica:
     Killed without that, it takes its engine along: that ends when its parent's end of a pipe closes.
     """
 
-    async def __init__(self, settings: ServerSettings, config: EngineConfig) -> None:
+    async def __init__(self, settings: ServerSettings, config: EngineConfig) -> None:  # type: ignore[misc]
+        """Ray awaits it."""
         logs.configure(settings.logs, "server")
         # As in `server.cli`; the engine's process inherits it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -60,13 +66,15 @@ class Replica:
                 messages.put_nowait(None)
 
         running = asyncio.create_task(run())
+        yielded = 0.0
         try:
             while (message := await messages.get()) is not None:
                 batch = [message]
-                # A slow reader gets what has come since in one.
+                await asyncio.sleep(yielded + GATHER_SECONDS - time.monotonic())
                 with suppress(asyncio.QueueEmpty):
                     while message := messages.get_nowait():
                         batch.append(message)
+                yielded = time.monotonic()
                 yield batch
                 if message is None:
                     break
@@ -90,7 +98,12 @@ class Replica:
         if self._client.state == "dead":
             raise RuntimeError("the engine is gone and will not come back")
 
-    async def __del__(self) -> None:
+    async def stop(self) -> None:
+        """Whoever still waits for an answer gets an error."""
         await self._client.stop()
+
+    async def __del__(self) -> None:
+        """Ray awaits this, too."""
+        await self.stop()
         if self._traces:
             await self._traces.close()

@@ -35,8 +35,9 @@ class PrefixRouter(RequestRouter):
     """Sends a call to the first replica in its prefix's ranking that has at most `imbalance` requests more than the
     idlest one. So what is too much for one replica always spills over to the same next ones."""
 
-    def initialize_state(self, imbalance: int) -> None:
-        self._imbalance = imbalance
+    def initialize_state(self, **kwargs: int) -> None:
+        """Ray's way of handing over `imbalance`."""
+        self._imbalance = kwargs["imbalance"]
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -14,6 +14,7 @@ import ray
 import typer
 from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from engine import logs
 from engine.config import EngineConfig
@@ -30,6 +31,8 @@ log = logging.getLogger("fastblt.ray")
 NAME = "fastblt"
 SPARE_REQUESTS = 64
 """Room in a replica for what is no completion, and for sequences that were put back."""
+LEAST_LOOK_BACK_SECONDS = 11.0
+"""Of the average that autoscaling goes by. Replicas report every ten seconds."""
 STOP_SECONDS = 10.0
 """For a replica to end its engine, when its requests are done."""
 
@@ -50,6 +53,10 @@ def application(settings: ServerSettings, config: EngineConfig, options: RaySett
         settings = settings.model_copy(update={"api_key_file": settings.api_key_file.absolute()})
     gpus = options.replica_gpus if options.replica_gpus is not None else float(config.device == "cuda")
     patience = settings.drain_seconds + STOP_SECONDS
+    # The replicas' own log has every request.
+    ray_logs = LoggingConfig(
+        encoding="JSON" if settings.log_format == "json" else "TEXT", log_level="WARNING", enable_access_log=False
+    )
     replicas = serve.deployment(
         name="Replica",
         ray_actor_options={"num_cpus": options.replica_cpus, "num_gpus": gpus},
@@ -61,14 +68,15 @@ def application(settings: ServerSettings, config: EngineConfig, options: RaySett
             target_ongoing_requests=options.target_requests or config.max_sequences,
             upscale_delay_s=options.upscale_delay,
             downscale_delay_s=options.downscale_delay,
-            metrics_interval_s=min(10.0, max(options.upscale_delay, 1.0)),
-            look_back_period_s=max(options.upscale_delay, 1.0),
+            look_back_period_s=max(options.upscale_delay, LEAST_LOOK_BACK_SECONDS),
         ),
         request_router_config=RequestRouterConfig(
-            request_router_class=PrefixRouter, request_router_kwargs={"imbalance": options.imbalance}
+            request_router_class=f"{PrefixRouter.__module__}.{PrefixRouter.__name__}",
+            request_router_kwargs={"imbalance": options.imbalance},
         ),
         graceful_shutdown_timeout_s=patience,
         health_check_period_s=options.health_check_period,
+        logging_config=ray_logs,
     )(Replica)
     ingress = serve.deployment(
         name="Ingress",
@@ -77,6 +85,7 @@ def application(settings: ServerSettings, config: EngineConfig, options: RaySett
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=patience,
         health_check_period_s=options.health_check_period,
+        logging_config=ray_logs,
     )(Ingress)
     return ingress.bind(replicas.bind(settings, config), settings, options)
 
@@ -84,20 +93,21 @@ def application(settings: ServerSettings, config: EngineConfig, options: RaySett
 def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) -> None:
     """Serve a checkpoint over HTTP from several replicas, on a Ray cluster. SIGTERM or Ctrl-C ends all of them, when
     they are done with what they run."""
-    stop = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     ray.init(options.ray_address, logging_level=logging.WARNING)
     logs.configure(settings.logs, "ray")
+    stop = Event()
+    # Behind Ray's own handlers, which end the process.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
     try:
         serve.run(application(settings, config, options), name=NAME)
         log.info("serving %s on http://%s:%d", config.model, settings.host, settings.port)
         stop.wait()
         log.info("draining for up to %g s", settings.drain_seconds)
-        serve.delete(NAME)
+        serve.get_app_handle(NAME).broadcast("drain").results()
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()
         ray.shutdown()
 
 

@@ -32,7 +32,7 @@ class RaySettings(BaseSettings):
         256, ge=0, description="Prompts that agree in this many bytes go to the same replica; 0 goes by load alone."
     )
     imbalance: int = Field(
-        8, ge=0, description="How many more requests than the idlest a replica may have and still get those of its own."
+        4, ge=0, description="How many more requests than the idlest a replica may have and still get those of its own."
     )
     replica_wait: float = Field(
         30.0, gt=0, description="Seconds that a request waits for a replica to take it; then 503."

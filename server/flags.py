@@ -38,7 +38,7 @@ def with_settings(command: Callable[..., None], *further: type[BaseSettings]) ->
     """The command, which takes ServerSettings, EngineConfig and one of each of `further`, with one flag per field of
     all. A flag that is not given leaves the environment (FASTBLT_ and the field's name), and else the field's default,
     in force."""
-    kinds = (ServerSettings, *further)
+    kinds: list[type[BaseSettings]] = [ServerSettings, *further]
     parameters = [_engine_parameter(name) for name in ENGINE_FLAGS]
     parameters += [_setting_parameter(name, info) for kind in kinds for name, info in kind.model_fields.items()]
 
@@ -48,12 +48,10 @@ def with_settings(command: Callable[..., None], *further: type[BaseSettings]) ->
         given = {name: ",".join(value) if isinstance(value, list) else value for name, value in given.items()}
         config = EngineConfig(**{name: given.pop(name) for name in ENGINE_FLAGS if name in given})
         try:
-            settings, *others = (
-                kind(**{name: given[name] for name in kind.model_fields if name in given}) for kind in kinds
-            )
+            settings = [kind(**{name: given[name] for name in kind.model_fields if name in given}) for kind in kinds]
         except ValidationError as error:
             raise _bad_setting(error) from None
-        command(settings, config, *others)
+        command(settings[0], config, *settings[1:])
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__doc__ = command.__doc__
