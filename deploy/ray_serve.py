@@ -39,7 +39,7 @@ STOP_SECONDS = 10.0
 
 def build(arguments: dict[str, Any]) -> serve.Application:
     """The application with settings by their names, the server's, the engine's and Ray's: `{"model": "models/nano",
-    "replicas": 2}`. What is not given is as the environment says, else as by default."""
+    "replicas": 2}`. What is not given is as by default."""
     engine = {field.name: arguments[field.name] for field in fields(EngineConfig) if field.name in arguments}
     of_ray = {name: arguments[name] for name in RaySettings.model_fields if name in arguments}
     of_server = {name: value for name, value in arguments.items() if name not in engine | of_ray}
