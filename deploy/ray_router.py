@@ -8,12 +8,13 @@ more actor and comes with vLLM; its ring of hashes is blind to load.
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from engine.config import BYTE_OFFSET
 
@@ -38,6 +39,8 @@ class PrefixRouter(RequestRouter):
     def initialize_state(self, **kwargs: int) -> None:
         """Ray's way of handing over `imbalance`."""
         self._imbalance = kwargs["imbalance"]
+        self._running = Counter[ReplicaID]()
+        """What was sent from here and is not done."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -51,9 +54,21 @@ class PrefixRouter(RequestRouter):
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         if call.replica in replicas:
             return [[replicas[call.replica]]]
-        # Of a replica that nothing was sent to for ten seconds the load is unknown, and taken for none.
-        loads = {key: self.replica_queue_len_cache.get(r.replica_id) or 0 for key, r in replicas.items()}
+        loads = {key: self._load(replica.replica_id) for key, replica in replicas.items()}
         return [[replicas[key]] for key in order(loads, call.prefix, self._imbalance)]
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
+        self._running[replica_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._running[replica_id] -= 1
+        if self._running[replica_id] <= 0:
+            del self._running[replica_id]
+
+    def _load(self, replica_id: ReplicaID) -> int:
+        """What a replica said last counts the requests of all ingresses, but not those that are on their way to it."""
+        return max(self._running[replica_id], self.replica_queue_len_cache.get(replica_id) or 0)
 
 
 def order(loads: dict[str, int], prefix: bytes | None, imbalance: int) -> list[str]:

@@ -226,7 +226,7 @@ def test_a_full_queue_refuses(application: Application) -> None:
 
     def burst() -> None:
         threads = [
-            threading.Thread(target=lambda: answers.append(application.complete(prompt="x" * 3000, n=8, max_tokens=1)))
+            threading.Thread(target=lambda: answers.append(application.complete(prompt="x" * 1000, n=8, max_tokens=1)))
             for _ in range(4)
         ]
         for thread in threads:
@@ -249,7 +249,8 @@ def test_a_client_that_leaves_stops_the_work(application: Application) -> None:
 
     body = {"model": "nano", "prompt": "x", "max_tokens": 3000, "stream": True, "ignore_eos": True}
     with application.http() as http, http.stream("POST", "/v1/completions", json=body) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         assert until(running) == 1
     until(lambda: not running(), "no running sequence")
 
@@ -285,7 +286,7 @@ def test_a_busy_replica_leaves_its_prefix_to_others(pair: Application) -> None:
     streams = [Stream(pair, prompt=prompt, **LONG) for _ in range(9)]
     texts = {stream.join().text for stream in streams}
     assert len(texts) == 1
-    assert 1 <= pair.metric(second.id, "fastblt_sequences_total") - served <= 4
+    assert 1 <= pair.metric(second.id, "fastblt_sequences_total") - served <= 5
 
 
 def test_prometheus_finds_every_replica(pair: Application, tmp_path: Path) -> None:
