@@ -89,7 +89,7 @@ class Replica:
             "replica": self._id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "engine_pid": self._client.pid,
+            "engine_pid": self._client.pid or 0,
             "engine": self._client.state,
         }
 

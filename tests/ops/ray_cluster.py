@@ -96,6 +96,7 @@ class Replica(NamedTuple):
     id: str
     pid: int
     engine_pid: int
+    """0 while there is none."""
     engine: str
 
 
@@ -119,11 +120,7 @@ class Application(NamedTuple):
     def replicas(self) -> list[Replica]:
         found = [target["labels"] for target in self.get("/replicas").json()]
         fields = [{name.removeprefix("__meta_fastblt_"): value for name, value in labels.items()} for labels in found]
-        return sorted(
-            Replica(f["replica"], int(f["pid"]), int(f["engine_pid"]), f["engine"])
-            for f in fields
-            if f["engine_pid"] != "None"
-        )
+        return sorted(Replica(f["replica"], int(f["pid"]), int(f["engine_pid"]), f["engine"]) for f in fields)
 
     def ready(self, number: int) -> list[Replica]:
         """The replicas, once there are that many and their engines run."""
