@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,15 @@ import httpx
 
 from tests.serving import ROOT
 
+with warnings.catch_warnings():
+    # Ray's own, of which there are some.
+    warnings.simplefilter("ignore")
+    from deploy.ray_router import rank
+
+NANO = ROOT / "models" / "nano"
+PREFIXES = [f"{number:03} = ".encode() for number in range(1000)]
+LONG = {"max_tokens": 100, "temperature": 0, "ignore_eos": True}
+"""Takes long enough to be in the middle of it."""
 SECONDS = 120
 """Within which everything that is waited for must have come, on a busy machine too."""
 ENVIRONMENT = os.environ | {
@@ -130,6 +140,16 @@ class Application(NamedTuple):
             return replicas if len(replicas) == number == sum(r.engine == "ready" for r in replicas) else []
 
         return until(found, f"{number} replicas")
+
+    def prompts_for(self, replica: Replica, number: int) -> list[str]:
+        """Prompts that this one of the replicas is first for."""
+        ids = [one.id for one in self.replicas()]
+        return [prefix.decode() for prefix in PREFIXES if rank(prefix, ids)[0] == replica.id][:number]
+
+    def not_ready(self) -> httpx.Response | None:
+        """What says so, if it is not."""
+        answer = self.get("/health/ready")
+        return None if answer.is_success else answer
 
     def metric(self, replica: str, name: str) -> float:
         """The sum over its labels."""

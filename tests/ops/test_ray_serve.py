@@ -19,7 +19,17 @@ import yaml
 
 from deploy.ray_settings import RaySettings
 from tests.ops.prometheus import running_prometheus
-from tests.ops.ray_cluster import Application, Replica, Stream, alive, running_application, running_cluster, until
+from tests.ops.ray_cluster import (
+    LONG,
+    NANO,
+    PREFIXES,
+    Application,
+    Stream,
+    alive,
+    running_application,
+    running_cluster,
+    until,
+)
 from tests.serving import ROOT, RunningServer, running_server
 
 with warnings.catch_warnings():
@@ -30,11 +40,7 @@ with warnings.catch_warnings():
     from deploy.ray_router import order, prefix_of, rank
     from deploy.ray_serve import build
 
-NANO = ROOT / "models" / "nano"
 DOC = (ROOT / "docs" / "ray.md").read_text()
-LONG = {"max_tokens": 100, "temperature": 0, "ignore_eos": True}
-"""Takes long enough to be in the middle of it."""
-PREFIXES = [f"{number:03} = ".encode() for number in range(1000)]
 
 
 # Routing, without a cluster.
@@ -260,13 +266,6 @@ def test_requests_that_wait_bring_a_second_replica(pair: Application) -> None:
     assert len(pair.ready(2)) == 2
 
 
-def prompts_for(replica: Replica, pair: Application, number: int) -> list[str]:
-    """Prompts that this one of the replicas is first for."""
-    ids = [r.id for r in pair.replicas()]
-    assert len(ids) == 2
-    return [p.decode() for p in PREFIXES if rank(p, ids)[0] == replica.id][:number]
-
-
 def test_a_prefix_sticks_to_a_replica_which_knows_it(pair: Application) -> None:
     served = {replica.id: pair.metric(replica.id, "fastblt_sequences_total") for replica in pair.ready(2)}
     for number in range(6):
@@ -275,7 +274,7 @@ def test_a_prefix_sticks_to_a_replica_which_knows_it(pair: Application) -> None:
     grown = {replica: pair.metric(replica, "fastblt_sequences_total") - before for replica, before in served.items()}
     assert sorted(grown.values()) == [0, 6]
     for replica in pair.replicas():
-        for prompt in prompts_for(replica, pair, 2):
+        for prompt in pair.prompts_for(replica, 2):
             pair.complete(prompt=prompt, max_tokens=1)
     assert all(pair.metric(r, "fastblt_sequences_total") - served[r] - grown[r] == 2 for r in served)
 
@@ -283,7 +282,7 @@ def test_a_prefix_sticks_to_a_replica_which_knows_it(pair: Application) -> None:
 def test_a_busy_replica_leaves_its_prefix_to_others(pair: Application) -> None:
     first, second = pair.ready(2)
     served = pair.metric(second.id, "fastblt_sequences_total")
-    (prompt,) = prompts_for(first, pair, 1)
+    (prompt,) = pair.prompts_for(first, 1)
     streams = [Stream(pair, prompt=prompt, **LONG) for _ in range(9)]
     texts = {stream.join().text for stream in streams}
     assert len(texts) == 1
@@ -310,7 +309,7 @@ def test_prometheus_finds_every_replica(pair: Application, tmp_path: Path) -> No
 
 def test_an_engine_that_is_killed_is_restarted_and_its_requests_go_on(pair: Application) -> None:
     first, second = pair.ready(2)
-    streams = [Stream(pair, prompt=prompt, **LONG) for r in (first, second) for prompt in prompts_for(r, pair, 2)]
+    streams = [Stream(pair, prompt=prompt, **LONG) for r in (first, second) for prompt in pair.prompts_for(r, 2)]
     for stream in streams:
         stream.begun()
     os.kill(first.engine_pid, signal.SIGKILL)
@@ -323,9 +322,9 @@ def test_an_engine_that_is_killed_is_restarted_and_its_requests_go_on(pair: Appl
 
 def test_a_replica_that_is_killed_loses_nothing_that_a_retry_does_not_bring(pair: Application) -> None:
     first, second = pair.ready(2)
-    lost, kept = ([Stream(pair, prompt=p, **LONG) for p in prompts_for(r, pair, 3)] for r in (first, second))
+    lost, kept = ([Stream(pair, prompt=p, **LONG) for p in pair.prompts_for(r, 3)] for r in (first, second))
     whole: list[httpx.Response] = []
-    asked = {"prompt": prompts_for(first, pair, 1)[0], **LONG}
+    asked = {"prompt": pair.prompts_for(first, 1)[0], **LONG}
     waiting = threading.Thread(target=lambda: whole.append(pair.complete(**asked)))
     waiting.start()
     for stream in [*lost, *kept]:
@@ -365,41 +364,7 @@ def test_a_replica_whose_engine_will_not_come_back_is_replaced(pair: Application
 def test_without_any_replica_requests_are_refused(pair: Application) -> None:
     for replica in pair.ready(2):
         os.kill(replica.pid, signal.SIGKILL)
-    for answer in (pair.complete(prompt="x", max_tokens=1), until(lambda: not_ready(pair), "not ready")):
+    for answer in (pair.complete(prompt="x", max_tokens=1), until(lambda: pair.not_ready(), "not ready")):
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_replica")
         assert answer.headers["retry-after"] == "1"
     assert pair.get("/health/live").is_success
-
-
-def not_ready(application: Application) -> httpx.Response | None:
-    answer = application.get("/health/ready")
-    return None if answer.is_success else answer
-
-
-def test_a_replica_that_is_taken_away_finishes_what_it_runs_and_so_does_a_shutdown(
-    cluster: str, tmp_path: Path
-) -> None:
-    log = tmp_path / "application.log"
-    flags = "--max-replicas 2 --target-requests 2 --upscale-delay 0 --downscale-delay 1 --drain-seconds 60"
-    with running_application(cluster, NANO, log, *flags.split()) as application:
-        load = [Stream(application, prompt=f"{number} ", **LONG) for number in range(8)]
-        both = application.ready(2)
-        slow = {"temperature": 0, "ignore_eos": True, "max_tokens": 600}
-        streams = [Stream(application, prompt=prompts_for(r, application, 1)[0], **slow) for r in both]
-        for stream in load:
-            stream.join()
-        (left,) = application.ready(1)
-        assert not all(stream.done for stream in streams)
-        assert [stream.join().finish_reason for stream in streams] == ["length"] * 2
-        (gone,) = set(both) - {left}
-        until(lambda: not alive(gone.pid) and not alive(gone.engine_pid), "the end of its processes")
-
-        stream = Stream(application, prompt="x", **LONG)
-        stream.begun()
-        application.process.terminate()
-        refused = until(lambda: not_ready(application), "a drain")
-        for answer in (refused, application.complete(prompt="x", max_tokens=1)):
-            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
-        assert not stream.done and application.get("/health/live").is_success
-        assert stream.join().finish_reason == "length"
-    assert not alive(left.pid) and not alive(left.engine_pid)
