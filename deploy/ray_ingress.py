@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine import logs
 from server.admission import Gate
 from server.body import ClientLeft, read_body
-from server.errors import ApiError
+from server.errors import ApiError, internal_error
 from server.responses import JsonResponse, to_json
 from server.settings import ServerSettings
 
@@ -79,13 +79,18 @@ class Ingress:
     async def _ready(self, request: Request) -> Response:
         """503 unless some replica's engine runs."""
         self._gate.check_open()
-        if not any(state["engine"] == "ready" for state in await self._states()):
-            raise self._gate.unavailable("no replica is ready", "no_replica")
+        # One that hangs keeps the others' answers back; that is no reason to send nobody to these.
+        with suppress(TimeoutError):
+            if not any(state["engine"] == "ready" for state in await self._states()):
+                raise self._gate.unavailable("no replica is ready", "no_replica")
         return JsonResponse({"status": "ready"})
 
     async def _list(self, request: Request) -> Response:
-        """The replicas, as Prometheus' HTTP service discovery reads it."""
-        return JsonResponse([_target(state, request.url.netloc) for state in await self._states()])
+        """The replicas, as Prometheus' HTTP service discovery reads it; at an error it keeps what it knows."""
+        try:
+            return JsonResponse([_target(state, request.url.netloc) for state in await self._states()])
+        except TimeoutError:
+            raise self._gate.unavailable("a replica does not answer", "no_replica") from None
 
     async def _replica_metrics(self, request: Request) -> Response:
         """`/metrics` of one replica."""
@@ -97,12 +102,13 @@ class Ingress:
         raise ApiError(404, "every replica has its own metrics: see GET /replicas", code="unknown_url")
 
     async def _states(self) -> list[dict[str, Any]]:
-        """Of the replicas that answer."""
-        with suppress(DeploymentUnavailableError, TimeoutError):
+        """Of all replicas. Raises TimeoutError if one does not say."""
+        try:
             async with asyncio.timeout(STATE_SECONDS):
                 states = await self._replicas.broadcast("state").results_async(return_exceptions=True)
-            return [state for state in states if isinstance(state, dict)]
-        return []
+        except DeploymentUnavailableError:
+            return []
+        return [state for state in states if isinstance(state, dict)]
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         ticket = self._gate.enter(0)
@@ -133,7 +139,10 @@ class Ingress:
         except (TimeoutError, BackPressureError, DeploymentUnavailableError):
             raise self._gate.unavailable("no replica has room for this request", "no_replica") from None
         except RayTaskError:
-            raise
+            log.exception("the request failed")
+            if began:
+                raise
+            raise internal_error(dict(call.scope["headers"])[b"x-request-id"].decode()) from None
         except RayError as error:
             log.warning("a replica was lost: %s", type(error).__name__)
             lost = self._gate.unavailable("the replica that ran this request is gone; send it again", "replica_lost")

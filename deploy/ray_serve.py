@@ -6,8 +6,10 @@
 import logging
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import fields, replace
 from threading import Event
+from types import FrameType
 from typing import Any
 
 import ray
@@ -33,6 +35,7 @@ SPARE_REQUESTS = 64
 """Room in a replica for what is no completion, and for sequences that were put back."""
 LEAST_LOOK_BACK_SECONDS = 11.0
 """Of the average that autoscaling goes by. Replicas report every ten seconds."""
+HEALTH_CHECK_SECONDS = 10.0
 STOP_SECONDS = 10.0
 """For a replica to end its engine, when its requests are done."""
 
@@ -76,6 +79,7 @@ def application(settings: ServerSettings, config: EngineConfig, options: RaySett
         ),
         graceful_shutdown_timeout_s=patience,
         health_check_period_s=options.health_check_period,
+        health_check_timeout_s=HEALTH_CHECK_SECONDS,
         logging_config=ray_logs,
     )(Replica)
     ingress = serve.deployment(
@@ -85,6 +89,7 @@ def application(settings: ServerSettings, config: EngineConfig, options: RaySett
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=patience,
         health_check_period_s=options.health_check_period,
+        health_check_timeout_s=HEALTH_CHECK_SECONDS,
         logging_config=ray_logs,
     )(Ingress)
     return ingress.bind(replicas.bind(settings, config), settings, options)
@@ -95,20 +100,39 @@ def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) ->
     they are done with what they run."""
     ray.init(options.ray_address, logging_level=logging.WARNING)
     logs.configure(settings.logs, "ray")
-    stop = Event()
-    # Behind Ray's own handlers, which end the process.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
+    # Ray's own handlers would end the process at once.
+    _on_signal(signal.default_int_handler)
     try:
-        serve.run(application(settings, config, options), name=NAME)
+        serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
+        try:
+            serve.run(application(settings, config, options), name=NAME)
+        except RuntimeError as error:
+            log.critical("%s", " ".join([str(error), *_complaints()]))
+            raise SystemExit(1) from None
         log.info("serving %s on http://%s:%d", config.model, settings.host, settings.port)
+        stop = Event()
+        _on_signal(lambda *_: stop.set())
         stop.wait()
+        _on_signal(signal.default_int_handler)
         log.info("draining for up to %g s", settings.drain_seconds)
         serve.get_app_handle(NAME).broadcast("drain").results()
     finally:
-        serve.shutdown()
+        serve.delete(NAME)
+        if not serve.status().applications:
+            serve.shutdown()
         ray.shutdown()
+    log.info("stopped")
+
+
+def _complaints() -> list[str]:
+    """What came to the deployments that did not start: the last line of each traceback."""
+    status = serve.status().applications.get(NAME)
+    return [deployment.message.rpartition("\n")[2] for deployment in status.deployments.values()] if status else []
+
+
+def _on_signal(handler: Callable[[int, FrameType | None], Any]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def main() -> None:

@@ -1,14 +1,33 @@
 """Replicas on Ray Serve go without harm: when there are more than the load needs, and when all is to end."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.ops.ray_cluster import LONG, NANO, Stream, alive, running_application, running_cluster, until
+import pytest
+
+from tests.ops.ray_cluster import LONG, NANO, SECONDS, Stream, alive, running_application, running_cluster, until
 
 
-def test_a_replica_that_is_taken_away_finishes_what_it_runs_and_so_does_a_shutdown(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    with running_cluster() as address:
+        yield address
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_command_and_it_says_why(cluster: str, tmp_path: Path) -> None:
+    log = tmp_path / "application.log"
+    with pytest.raises(AssertionError), running_application(cluster, tmp_path / "none", log):
+        pass
+    (line,) = [line for line in log.read_text().splitlines() if "CRITICAL" in line]
+    assert f"{tmp_path}/none: no such directory" in line and "Traceback" not in line
+
+
+def test_a_replica_that_is_taken_away_finishes_what_it_runs_and_so_does_a_shutdown(
+    cluster: str, tmp_path: Path
+) -> None:
     log = tmp_path / "application.log"
     flags = "--max-replicas 2 --target-requests 2 --upscale-delay 0 --downscale-delay 1 --drain-seconds 60"
-    with running_cluster() as cluster, running_application(cluster, NANO, log, *flags.split()) as application:
+    with running_application(cluster, NANO, log, *flags.split()) as application:
         load = [Stream(application, prompt=f"{number} ", **LONG) for number in range(8)]
         both = application.ready(2)
         slow = {"temperature": 0, "ignore_eos": True, "max_tokens": 600}
@@ -29,4 +48,5 @@ def test_a_replica_that_is_taken_away_finishes_what_it_runs_and_so_does_a_shutdo
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
         assert not stream.done and application.get("/health/live").is_success
         assert stream.join().finish_reason == "length"
+        assert application.process.wait(SECONDS) == 0
     assert not alive(left.pid) and not alive(left.engine_pid)
