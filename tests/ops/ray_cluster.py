@@ -183,6 +183,30 @@ def running_application(cluster: str, model: Path, log: Path, *flags: str) -> It
     assert process.returncode == 0, log.read_text()
 
 
+@contextmanager
+def load(application: Application, number: int) -> Iterator[None]:
+    """That many requests at a time."""
+    enough = threading.Event()
+    failed: list[httpx.Response] = []
+
+    def repeat(prompt: str) -> None:
+        while not enough.is_set():
+            answer = application.complete(prompt=prompt, max_tokens=20, ignore_eos=True)
+            if not answer.is_success:
+                failed.append(answer)
+
+    threads = [threading.Thread(target=repeat, args=(f"{one} ",)) for one in range(number)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join()
+    assert not failed
+
+
 class Stream:
     """A streamed completion, read by a thread of its own from now on."""
 

@@ -26,6 +26,7 @@ from tests.ops.ray_cluster import (
     Application,
     Stream,
     alive,
+    load,
     running_application,
     running_cluster,
     until,
@@ -137,9 +138,8 @@ def application(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture(scope="module")
 def pair(application: Application) -> Application:
     """Scaled up by load, for good."""
-    streams = [Stream(application, prompt=f"{number} ", **LONG) for number in range(6)]
-    application.ready(2)
-    assert [stream.join().finish_reason for stream in streams] == ["length"] * 6
+    with load(application, 6):
+        application.ready(2)
     return application
 
 
