@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings
 
 from engine.config import EngineConfig
 
@@ -33,11 +34,13 @@ ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
 """Help and least value per field of EngineConfig."""
 
 
-def with_settings(command: Callable[[ServerSettings, EngineConfig], None]) -> Callable[..., None]:
-    """The command with one flag per field of both. A flag that is not given leaves the environment (FASTBLT_ and the
-    field's name), and else the field's default, in force."""
+def with_settings(command: Callable[..., None], *further: type[BaseSettings]) -> Callable[..., None]:
+    """The command, which takes ServerSettings, EngineConfig and one of each of `further`, with one flag per field of
+    all. A flag that is not given leaves the environment (FASTBLT_ and the field's name), and else the field's default,
+    in force."""
+    kinds: list[type[BaseSettings]] = [ServerSettings, *further]
     parameters = [_engine_parameter(name) for name in ENGINE_FLAGS]
-    parameters += [_server_parameter(name, info) for name, info in ServerSettings.model_fields.items()]
+    parameters += [_setting_parameter(name, info) for kind in kinds for name, info in kind.model_fields.items()]
 
     def run(**given: Any) -> None:
         given = {name: value for name, value in given.items() if value not in (None, [])}
@@ -45,10 +48,10 @@ def with_settings(command: Callable[[ServerSettings, EngineConfig], None]) -> Ca
         given = {name: ",".join(value) if isinstance(value, list) else value for name, value in given.items()}
         config = EngineConfig(**{name: given.pop(name) for name in ENGINE_FLAGS if name in given})
         try:
-            settings = ServerSettings(**given)
+            settings = [kind(**{name: given[name] for name in kind.model_fields if name in given}) for kind in kinds]
         except ValidationError as error:
             raise _bad_setting(error) from None
-        command(settings, config)
+        command(settings[0], config, *settings[1:])
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__doc__ = command.__doc__
@@ -64,12 +67,12 @@ def _engine_parameter(name: str) -> inspect.Parameter:
     return _parameter(name, kind, help_text, default, envvar=variable, required=required, least=least)
 
 
-def _server_parameter(name: str, info: FieldInfo) -> inspect.Parameter:
+def _setting_parameter(name: str, info: FieldInfo) -> inspect.Parameter:
     assert info.description is not None
     default = None if info.default in (None, []) else str(info.default)
     kind = _plain(info.annotation)
     several = " May be repeated." if get_origin(kind) is list else ""
-    # Only named here: ServerSettings reads the environment itself.
+    # Only named here: settings read the environment themselves.
     help_text = f"{info.description}{several} [env var: {_variable(name)}]"
     return _parameter(name, kind, help_text, default)
 

@@ -58,7 +58,7 @@ async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
-    traces = _make_traces(settings)
+    traces = make_traces(settings)
     # Taken before the model is loaded, so that a wrong port shows at once; nobody can connect yet.
     with closing(_bind(settings.host, settings.port)) as port:
         client = EngineClient(engine_config, logs=settings.logs)
@@ -146,7 +146,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _make_traces(settings: ServerSettings) -> "Traces | None":
+def make_traces(settings: ServerSettings) -> "Traces | None":
     """None unless they are asked for. Raises ServeError."""
     named = [name for name in OTLP_ENDPOINTS if os.environ.get(name)]
     asked = [f"--otlp-endpoint {settings.otlp_endpoint}"] if settings.otlp_endpoint else named

@@ -36,11 +36,15 @@ class Prometheus(NamedTuple):
 
 
 @contextmanager
-def running_prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
-    """Scrapes `target`, a host and port, as deploy/prometheus/prometheus.yml says, every second."""
+def running_prometheus(folder: Path, target: str | dict[str, Any]) -> Iterator[Prometheus]:
+    """Scrapes `target`, a host and port, as deploy/prometheus/prometheus.yml says, every second; or as `target` says,
+    one of its `scrape_configs`."""
     config = yaml.safe_load((SHIPPED / "prometheus.yml").read_text())
     config["global"] = dict.fromkeys(config["global"], f"{INTERVAL_SECONDS}s")
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
+    if isinstance(target, str):
+        config["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
+    else:
+        config["scrape_configs"] = [target]
     for name in config["rule_files"]:
         shutil.copy(SHIPPED / name, folder)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))

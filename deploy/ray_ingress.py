@@ -1,0 +1,182 @@
+"""What stands between Ray's HTTP proxies and the replicas: it reads a request, has a replica chosen by the beginning of
+its prompt, and hands the answer on as it comes. A replica that is lost becomes an error that clients understand.
+"""
+
+import asyncio
+import logging
+from contextlib import suppress
+from typing import Any
+
+from fastapi.sse import format_sse_event
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine import logs
+from server.admission import Gate
+from server.body import ClientLeft, read_body
+from server.errors import ApiError, internal_error
+from server.responses import JsonResponse, to_json
+from server.settings import ServerSettings
+
+from .ray_router import Call, prefix_of
+from .ray_settings import RaySettings
+
+log = logging.getLogger("fastblt.ingress")
+
+SENT = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client", "server")
+"""What a replica gets to know of a request, beside its body."""
+STATE_SECONDS = 5.0
+"""How long replicas may take to say how they are."""
+
+
+@serve.ingress()
+class Ingress:
+    """The whole application's face. `/health`, `/replicas` and `/metrics` are about all replicas; all else goes to one
+    and is answered by it, keys and errors included."""
+
+    def __init__(self, replicas: DeploymentHandle, settings: ServerSettings, options: RaySettings) -> None:
+        logs.configure(settings.logs, "ingress")
+        self._replicas = replicas
+        self._answer = replicas.options(method_name="answer", stream=True)
+        self._settings = settings
+        self._options = options
+        self._gate = Gate(settings)
+
+    async def drain(self) -> None:
+        """Lets nobody in any more, and waits for those who are: as `fastblt serve` does on SIGTERM."""
+        self._gate.drain()
+        try:
+            async with asyncio.timeout(self._settings.drain_seconds):
+                await self._gate.wait_idle()
+        except TimeoutError:
+            log.warning("requests are cut off")
+            await self._replicas.broadcast("stop").results_async(return_exceptions=True)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return Starlette(
+            routes=[
+                Route("/health/live", self._live),
+                Route("/health/ready", self._ready),
+                Route("/replicas", self._list),
+                Route("/replicas/{replica}/metrics", self._replica_metrics),
+                Route("/metrics", self._metrics),
+                Mount("", self._forward),
+            ],
+            exception_handlers={ApiError: _on_api_error},
+        )
+
+    async def _live(self, request: Request) -> Response:
+        """Ray restarts replicas and ingresses by itself; what answers is alive."""
+        return JsonResponse({"status": "live"})
+
+    async def _ready(self, request: Request) -> Response:
+        """503 unless some replica's engine runs."""
+        self._gate.check_open()
+        # One that hangs keeps the others' answers back; that is no reason to send nobody to these.
+        with suppress(TimeoutError):
+            if not any(state["engine"] == "ready" for state in await self._states()):
+                raise self._gate.unavailable("no replica is ready", "no_replica")
+        return JsonResponse({"status": "ready"})
+
+    async def _list(self, request: Request) -> Response:
+        """The replicas, as Prometheus' HTTP service discovery reads it; at an error it keeps what it knows."""
+        try:
+            return JsonResponse([_target(state, request.url.netloc) for state in await self._states()])
+        except TimeoutError:
+            raise self._gate.unavailable("a replica does not answer", "no_replica") from None
+
+    async def _replica_metrics(self, request: Request) -> Response:
+        """`/metrics` of one replica."""
+        replica = request.path_params["replica"]
+        call = Call(_sent(request.scope) | {"path": "/metrics", "raw_path": b"/metrics"}, b"", replica=replica)
+        return _Relayed(self, call)
+
+    async def _metrics(self, request: Request) -> Response:
+        raise ApiError(404, "every replica has its own metrics: see GET /replicas", code="unknown_url")
+
+    async def _states(self) -> list[dict[str, Any]]:
+        """Of all replicas. Raises TimeoutError if one does not say."""
+        try:
+            async with asyncio.timeout(STATE_SECONDS):
+                states = await self._replicas.broadcast("state").results_async(return_exceptions=True)
+        except DeploymentUnavailableError:
+            return []
+        return [state for state in states if isinstance(state, dict)]
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ticket = self._gate.enter(0)
+        try:
+            body = await read_body(Request(scope, receive), self._settings)
+            await self._relay(Call(_sent(scope), body, prefix_of(body, self._options.prefix_bytes)), send)
+        except ClientLeft:
+            pass
+        finally:
+            ticket.close()
+
+    async def _relay(self, call: Call, send: Send) -> None:
+        """Raises ApiError as long as nothing was sent."""
+        began: Message | None = None
+        answer = self._answer.remote(call)
+        try:
+            async with asyncio.timeout(self._options.replica_wait):
+                await anext(answer)
+            async for messages in answer:
+                for message in messages:
+                    if message["type"] == "http.response.start":
+                        began = message
+                        # Ray's proxy says it, too.
+                        message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+                    await send(message)
+            if not began:
+                raise ApiError(404, f"there is no replica {call.replica}", code="unknown_url")
+        except (TimeoutError, BackPressureError, DeploymentUnavailableError):
+            raise self._gate.unavailable("no replica has room for this request", "no_replica") from None
+        except RayTaskError:
+            log.exception("the request failed")
+            if began:
+                raise
+            raise internal_error(dict(call.scope["headers"])[b"x-request-id"].decode()) from None
+        except RayError as error:
+            log.warning("a replica was lost: %s", type(error).__name__)
+            lost = self._gate.unavailable("the replica that ran this request is gone; send it again", "replica_lost")
+            if not began:
+                raise lost from None
+            if (b"content-type", b"text/event-stream; charset=utf-8") not in map(tuple, began["headers"]):
+                raise
+            last = format_sse_event(data_str=to_json(lost.body).decode()) + format_sse_event(data_str="[DONE]")
+            await send({"type": "http.response.body", "body": last})
+        finally:
+            answer.cancel()
+
+
+class _Relayed(Response):
+    """A route's answer that comes from a replica."""
+
+    def __init__(self, ingress: Ingress, call: Call) -> None:
+        self._ingress = ingress
+        self._call = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._ingress._relay(self._call, send)
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+def _sent(scope: Scope) -> dict[str, Any]:
+    return {name: scope[name] for name in SENT} | {"asgi": {"version": "3.0", "spec_version": "2.3"}, "root_path": ""}
+
+
+def _target(state: dict[str, Any], address: str) -> dict[str, Any]:
+    """What begins with `__meta` Prometheus drops, unless it is told to relabel."""
+    labels = {"instance": state["replica"], "__metrics_path__": f"/replicas/{state['replica']}/metrics"}
+    return {"targets": [address], "labels": labels | {f"__meta_fastblt_{name}": str(v) for name, v in state.items()}}

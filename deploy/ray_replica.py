@@ -1,0 +1,109 @@
+"""A replica: the application of `fastblt serve` over an engine process of its own, reached through Ray."""
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+from ray import serve
+from starlette.types import Message
+
+from engine import logs
+from engine.client import EngineClient
+from engine.config import EngineConfig
+from server.app import create_app
+from server.run import make_traces
+from server.settings import ServerSettings
+
+from .ray_router import Call
+
+GATHER_SECONDS = 0.01
+"""What comes sooner than this after the last goes with what follows: to send something costs three processes the same,
+however much it is."""
+
+
+class Replica:
+    """Ray makes it, asks after its health, and lets it finish what it has begun before it ends it.
+
+    Killed without that, it takes its engine along: that ends when its parent's end of a pipe closes.
+    """
+
+    async def __init__(self, settings: ServerSettings, config: EngineConfig) -> None:  # type: ignore[misc]
+        """Ray awaits it."""
+        logs.configure(settings.logs, "server")
+        # As in `server.cli`; the engine's process inherits it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._traces = make_traces(settings)
+        self._client = EngineClient(config, logs=settings.logs)
+        await self._client.start()
+        self._app = create_app(settings, self._client, self._traces)
+
+    async def answer(self, call: Call) -> AsyncGenerator[list[Message], None]:
+        """What the application sends, as it comes. An empty list goes ahead: it says that the call has a replica.
+        Closed early, the application sees its client leave."""
+        yield []
+        if call.replica not in (None, self._id):
+            # It went between the question and the answer.
+            return
+        messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        bodies = [{"type": "http.request", "body": call.body, "more_body": False}]
+        left = asyncio.Event()
+
+        async def receive() -> Message:
+            if bodies:
+                return bodies.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def run() -> None:
+            try:
+                await self._app(call.scope, receive, messages.put)
+            finally:
+                messages.put_nowait(None)
+
+        running = asyncio.create_task(run())
+        yielded = 0.0
+        try:
+            while (message := await messages.get()) is not None:
+                batch = [message]
+                await asyncio.sleep(yielded + GATHER_SECONDS - time.monotonic())
+                with suppress(asyncio.QueueEmpty):
+                    while message := messages.get_nowait():
+                        batch.append(message)
+                yielded = time.monotonic()
+                yield batch
+                if message is None:
+                    break
+            await running
+        finally:
+            left.set()
+            await asyncio.wait({running})
+
+    async def state(self) -> dict[str, Any]:
+        """Who and where it is, and its engine's state."""
+        return {
+            "replica": self._id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "engine_pid": self._client.pid or 0,
+            "engine": self._client.state,
+        }
+
+    async def check_health(self) -> None:
+        """As `/health/live`: an engine that restarts is well, one that is gone for good needs a new replica."""
+        if self._client.state == "dead":
+            raise RuntimeError("the engine is gone and will not come back")
+
+    async def stop(self) -> None:
+        """Whoever still waits for an answer gets an error."""
+        await self._client.stop()
+
+    async def __del__(self) -> None:
+        """Ray awaits this, too."""
+        await self.stop()
+        if self._traces:
+            await self._traces.close()

@@ -1,0 +1,100 @@
+"""Which replica gets a request: the one that knows how its prompt begins, unless that one is busier than others.
+
+Ray asks this for every request, in the process that sends it. There may be several of those (`--ingresses`), and they
+agree without talking: a prefix ranks the replicas by hashes, so that each is first for its share of all prefixes, and
+when one goes, or one comes, only its share moves. Ray's own router for language models keeps a tree of prompts in one
+more actor and comes with vLLM; its ring of hashes is blind to load.
+"""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from engine.config import BYTE_OFFSET
+
+
+@dataclass(frozen=True)
+class Call:
+    """An HTTP request on its way to a replica, in whole."""
+
+    scope: dict[str, Any]
+    """ASGI's, as far as it can be sent."""
+    body: bytes
+    prefix: bytes | None = None
+    """What the request is to stick by; None goes by load alone."""
+    replica: str | None = None
+    """The id of the only replica that can answer."""
+
+
+class PrefixRouter(RequestRouter):
+    """Sends a call to the first replica in its prefix's ranking that has at most `imbalance` requests more than the
+    idlest one. So what is too much for one replica always spills over to the same next ones."""
+
+    def initialize_state(self, **kwargs: int) -> None:
+        """Ray's way of handing over `imbalance`."""
+        self._imbalance = kwargs["imbalance"]
+        self._running = Counter[ReplicaID]()
+        """What was sent from here and is not done."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """From best to worst: Ray goes on to the next where one has no place."""
+        if pending_request is None:
+            return [candidate_replicas]
+        # Else Ray would ask again and again without a pause when no replica has a place.
+        pending_request.routing_context.should_backoff = True
+        call: Call = pending_request.args[0]
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        if call.replica in replicas:
+            return [[replicas[call.replica]]]
+        loads = {key: self._load(replica.replica_id) for key, replica in replicas.items()}
+        return [[replicas[key]] for key in order(loads, call.prefix, self._imbalance)]
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
+        self._running[replica_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._running[replica_id] -= 1
+        if self._running[replica_id] <= 0:
+            del self._running[replica_id]
+
+    def _load(self, replica_id: ReplicaID) -> int:
+        """What a replica said last counts the requests of all ingresses, but not those that are on their way to it."""
+        return max(self._running[replica_id], self.replica_queue_len_cache.get(replica_id) or 0)
+
+
+def order(loads: dict[str, int], prefix: bytes | None, imbalance: int) -> list[str]:
+    """The replicas, given how many requests each has, from best to worst."""
+    if prefix is None:
+        return sorted(random.sample(list(loads), len(loads)), key=loads.__getitem__)
+    bound = min(loads.values(), default=0) + imbalance
+    ranking = rank(prefix, loads)
+    return sorted(ranking, key=lambda replica: max(loads[replica] - bound, 0))
+
+
+def rank(prefix: bytes, replicas: Iterable[str]) -> list[str]:
+    """Rendezvous hashing."""
+    return sorted(replicas, key=lambda replica: hashlib.blake2b(prefix, key=replica.encode()).digest())
+
+
+def prefix_of(body: bytes, length: int) -> bytes | None:
+    """The first `length` bytes of a completion request's first prompt; None if there are none."""
+    try:
+        prompt = orjson.loads(body)["prompt"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, list):
+        # Ids: those of bytes agree with the text's, so that either way of saying it sticks to the same replica.
+        ids = [item - BYTE_OFFSET for item in prompt[:length] if isinstance(item, int)]
+        return bytes(item for item in ids if 0 <= item < 256) or None
+    return (prompt.encode()[:length] or None) if isinstance(prompt, str) else None

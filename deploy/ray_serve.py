@@ -1,0 +1,145 @@
+"""Many replicas behind one address, on Ray Serve: `python -m deploy.ray_serve --model FOLDER --replicas 2`.
+
+`build` makes the application, for this command and for Ray's own (`serve deploy`, KubeRay; see ray_serve.yaml).
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import fields, replace
+from threading import Event
+from types import FrameType
+from typing import Any
+
+import ray
+import typer
+from ray import serve
+from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
+
+from engine import logs
+from engine.config import EngineConfig
+from server.flags import with_settings
+from server.settings import ServerSettings
+
+from .ray_ingress import Ingress
+from .ray_replica import Replica
+from .ray_router import PrefixRouter
+from .ray_settings import RaySettings
+
+log = logging.getLogger("fastblt.ray")
+
+NAME = "fastblt"
+SPARE_REQUESTS = 64
+"""Room in a replica for what is no completion, and for sequences that were put back."""
+LEAST_LOOK_BACK_SECONDS = 11.0
+"""Of the average that autoscaling goes by. Replicas report every ten seconds."""
+HEALTH_CHECK_SECONDS = 10.0
+STOP_SECONDS = 10.0
+"""For a replica to end its engine, when its requests are done."""
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """The application with settings by their names, the server's, the engine's and Ray's: `{"model": "models/nano",
+    "replicas": 2}`. What is not given is as by default."""
+    engine = {field.name: arguments[field.name] for field in fields(EngineConfig) if field.name in arguments}
+    of_ray = {name: arguments[name] for name in RaySettings.model_fields if name in arguments}
+    of_server = {name: value for name, value in arguments.items() if name not in engine | of_ray}
+    return application(ServerSettings(**of_server), EngineConfig(**engine), RaySettings(**of_ray))
+
+
+def application(settings: ServerSettings, config: EngineConfig, options: RaySettings) -> serve.Application:
+    # Replicas may have another working directory.
+    config = replace(config, model=os.path.abspath(config.model))
+    if settings.api_key_file:
+        settings = settings.model_copy(update={"api_key_file": settings.api_key_file.absolute()})
+    gpus = options.replica_gpus if options.replica_gpus is not None else float(config.device == "cuda")
+    patience = settings.drain_seconds + STOP_SECONDS
+    # The replicas' own log has every request.
+    ray_logs = LoggingConfig(
+        encoding="JSON" if settings.log_format == "json" else "TEXT", log_level="WARNING", enable_access_log=False
+    )
+    replicas = serve.deployment(
+        name="Replica",
+        ray_actor_options={"num_cpus": options.replica_cpus, "num_gpus": gpus},
+        # As many as its own gate lets in; it is to refuse the others, with the error that says why.
+        max_ongoing_requests=settings.max_queue + config.max_sequences + SPARE_REQUESTS,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=options.replicas,
+            max_replicas=options.max_replicas or options.replicas,
+            target_ongoing_requests=options.target_requests or config.max_sequences,
+            upscale_delay_s=options.upscale_delay,
+            downscale_delay_s=options.downscale_delay,
+            look_back_period_s=max(options.upscale_delay, LEAST_LOOK_BACK_SECONDS),
+        ),
+        request_router_config=RequestRouterConfig(
+            request_router_class=f"{PrefixRouter.__module__}.{PrefixRouter.__name__}",
+            request_router_kwargs={"imbalance": options.imbalance},
+        ),
+        graceful_shutdown_timeout_s=patience,
+        health_check_period_s=options.health_check_period,
+        health_check_timeout_s=HEALTH_CHECK_SECONDS,
+        logging_config=ray_logs,
+    )(Replica)
+    ingress = serve.deployment(
+        name="Ingress",
+        num_replicas=options.ingresses,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=100_000,
+        graceful_shutdown_timeout_s=patience,
+        health_check_period_s=options.health_check_period,
+        health_check_timeout_s=HEALTH_CHECK_SECONDS,
+        logging_config=ray_logs,
+    )(Ingress)
+    return ingress.bind(replicas.bind(settings, config), settings, options)
+
+
+def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) -> None:
+    """Serve a checkpoint over HTTP from several replicas, on a Ray cluster. SIGTERM or Ctrl-C ends all of them, when
+    they are done with what they run."""
+    ray.init(options.ray_address, logging_level=logging.WARNING)
+    logs.configure(settings.logs, "ray")
+    # Ray's own handlers would end the process at once.
+    _on_signal(signal.default_int_handler)
+    try:
+        serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
+        try:
+            serve.run(application(settings, config, options), name=NAME)
+        except RuntimeError as error:
+            log.critical("%s", " ".join([str(error), *_complaints()]))
+            raise SystemExit(1) from None
+        log.info("serving %s on http://%s:%d", config.model, settings.host, settings.port)
+        stop = Event()
+        _on_signal(lambda *_: stop.set())
+        stop.wait()
+        _on_signal(signal.default_int_handler)
+        log.info("draining for up to %g s", settings.drain_seconds)
+        serve.get_app_handle(NAME).broadcast("drain").results()
+    finally:
+        serve.delete(NAME)
+        if not serve.status().applications:
+            serve.shutdown()
+        ray.shutdown()
+    log.info("stopped")
+
+
+def _complaints() -> list[str]:
+    """What came to the deployments that did not start: the last line of each traceback."""
+    status = serve.status().applications.get(NAME)
+    return [deployment.message.rpartition("\n")[2] for deployment in status.deployments.values()] if status else []
+
+
+def _on_signal(handler: Callable[[int, FrameType | None], Any]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def main() -> None:
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(with_settings(run, RaySettings))
+    app(prog_name="python -m deploy.ray_serve")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What `deploy.ray_serve` may be told beside the server's and the engine's own settings."""
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class RaySettings(BaseSettings):
+    """From arguments, else from the environment (`FASTBLT_REPLICAS=4`), else the default."""
+
+    model_config = SettingsConfigDict(env_prefix="FASTBLT_", frozen=True, extra="forbid")
+
+    replicas: int = Field(1, ge=1, description="Replicas to begin with, and the fewest that there are.")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Most replicas; by default as many as --replicas, so that their number is fixed."
+    )
+    target_requests: float | None = Field(
+        None,
+        gt=0,
+        description="Requests per replica, running and waiting together, beyond which there is to be one more; "
+        "by default --max-sequences.",
+    )
+    upscale_delay: float = Field(30.0, ge=0, description="Seconds of more requests than that before one is added.")
+    downscale_delay: float = Field(600.0, ge=0, description="Seconds of fewer before one is taken away.")
+    replica_cpus: float = Field(1.0, ge=0, description="CPU cores that a replica reserves in the cluster.")
+    replica_gpus: float | None = Field(
+        None, ge=0, description="GPUs that a replica reserves; by default 1 with --device cuda, else none."
+    )
+    ingresses: int = Field(
+        1, ge=1, description="Processes that choose a replica for each request, and hand its answer on."
+    )
+    prefix_bytes: int = Field(
+        256, ge=0, description="Prompts that agree in this many bytes go to the same replica; 0 goes by load alone."
+    )
+    imbalance: int = Field(
+        4, ge=0, description="How many more requests than the idlest a replica may have and still get those of its own."
+    )
+    replica_wait: float = Field(
+        30.0, gt=0, description="Seconds that a request waits for a replica to take it; then 503."
+    )
+    health_check_period: float = Field(
+        2.0, gt=0, description="Seconds between two checks of a replica; after three that fail it is replaced."
+    )
+    ray_address: str | None = Field(
+        None, description="Cluster to join; by default the one on this machine, and a new one if there is none."
+    )
+
+    @model_validator(mode="after")
+    def _most_is_not_less_than_fewest(self) -> "RaySettings":
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} must not be less than replicas {self.replicas}")
+        return self

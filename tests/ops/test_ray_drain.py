@@ -1,0 +1,52 @@
+"""Replicas on Ray Serve go without harm: when there are more than the load needs, and when all is to end."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ops.ray_cluster import LONG, NANO, SECONDS, Stream, alive, load, running_application, running_cluster, until
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    with running_cluster() as address:
+        yield address
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_command_and_it_says_why(cluster: str, tmp_path: Path) -> None:
+    log = tmp_path / "application.log"
+    with pytest.raises(AssertionError), running_application(cluster, tmp_path / "none", log):
+        pass
+    (line,) = [line for line in log.read_text().splitlines() if "CRITICAL" in line]
+    assert f"{tmp_path}/none: no such directory" in line and "Traceback" not in line
+
+
+def test_a_replica_that_is_taken_away_finishes_what_it_runs_and_so_does_a_shutdown(
+    cluster: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "application.log"
+    flags = "--max-replicas 2 --target-requests 2 --upscale-delay 0 --downscale-delay 1 --drain-seconds 60"
+    with running_application(cluster, NANO, log, *flags.split()) as application:
+        slow = {"temperature": 0, "ignore_eos": True, "max_tokens": 12000, "timeout": 30}
+        with load(application, 6):
+            both = application.ready(2)
+            streams = [Stream(application, prompt=application.prompts_for(r, 1)[0], **slow) for r in both]
+            for stream in streams:
+                stream.begun()
+        (left,) = application.ready(1)
+        assert not all(stream.done for stream in streams)
+        assert {stream.join().finish_reason for stream in streams} <= {"timeout", "length"}
+        (gone,) = set(both) - {left}
+        until(lambda: not alive(gone.pid) and not alive(gone.engine_pid), "the end of its processes")
+
+        stream = Stream(application, prompt="x", **LONG)
+        stream.begun()
+        application.process.terminate()
+        refused = until(lambda: application.not_ready(), "a drain")
+        for answer in (refused, application.complete(prompt="x", max_tokens=1)):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+        assert not stream.done and application.get("/health/live").is_success
+        assert stream.join().finish_reason == "length"
+        assert application.process.wait(SECONDS) == 0
+    assert not alive(left.pid) and not alive(left.engine_pid)
