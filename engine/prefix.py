@@ -4,12 +4,14 @@ A tree over ids, in blocks of `BLOCK`. A node keeps what a sequence needs to go 
 caches as far as they are live there, where patches start, the last entropy. Pages are shared, not copied, but for those
 that are not full: who goes on behind a node writes into them, and gets a copy of its own (`BlockTable.own`).
 
-Nothing is set aside for it. When a sequence needs pages, those that only this cache keeps are taken back, the prefix
-that was used longest ago first.
+Nothing is set aside for it. When a sequence needs pages, those that only this cache keeps are taken back, from the prefix
+that was used longest ago first. A use is that a sequence began there: of a long prompt that many share, the end is used
+and what lies before it is only passed through. So a node with others behind it becomes hollow first: it keeps what they
+need, the rows that stay live, and no longer the windows that end at itself, where nobody begins.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from .caches import Caches
@@ -34,7 +36,7 @@ class Node:
     """Behind the last byte but one, as `Patching.last_entropy`."""
     pages: dict[str, tuple[int, list[int]]]
     """Per cache the index of the first page and the pages: all live ones, or, where all rows stay live, those of the
-    rows behind the parent's end."""
+    rows behind the parent's end. A hollow node has the latter alone."""
     children: dict[tuple[int, ...], "Node"] = field(default_factory=dict)
     alive: bool = True
 
@@ -46,7 +48,8 @@ class PrefixCache:
         self._caches = caches
         self.root = Node(None, (), 0, [], 0, 0.0, {})
         self._by_use: OrderedDict[Node, None] = OrderedDict()
-        """The one used longest ago first. Parents come behind their children, so the first has none."""
+        """All nodes but hollow ones, the one used longest ago first. Who has no children is never hollow."""
+        self._lasting = {name for name, spec in caches.specs.items() if name != "open" and spec.window is None}
 
     def attach(self, sequence: Sequence) -> None:
         """Lets a sequence without rows begin behind the longest prefix that is known; one id is left to compute."""
@@ -55,7 +58,7 @@ class PrefixCache:
             return
         path = list(_path(node))
         for name, table in sequence.tables.items():
-            if self._keeps_all(name):
+            if name in self._lasting:
                 # Where the pages of two nodes meet, the later one has what stands in the earlier one's too.
                 found = {
                     index + i: page for n in path for index, pages in [n.pages[name]] for i, page in enumerate(pages)
@@ -66,7 +69,7 @@ class PrefixCache:
         sequence.num_computed = node.end
         sequence.patching.resume(node.end, (start for n in path for start in n.starts), node.entropy)
         sequence.note_patch_documents(0, node.num_closed)
-        self._used(node)
+        self._by_use.move_to_end(node)
 
     def remember(self, sequence: Sequence) -> None:
         """Keeps what the sequence has computed, up to the last whole block. Must come before pages are given back that
@@ -76,56 +79,73 @@ class PrefixCache:
         end = min(sequence.num_computed, len(sequence.ids))
         while node and node.alive and node.end + BLOCK <= end:
             block = tuple(sequence.ids[node.end : node.end + BLOCK])
-            node = sequence.prefix = node.children.get(block) or self._add(node, block, sequence)
+            node = sequence.prefix = self._child(node, block, sequence)
             if node:
-                self._used(node)
+                self._by_use.move_to_end(node)
 
     def forget(self) -> bool:
-        """Gives back the prefix used longest ago; False if there is none."""
+        """Gives back pages of the node used longest ago: all, or those that end at it. False if there is none."""
         if not self._by_use:
             return False
-        node, _ = self._by_use.popitem(last=False)
-        assert node.parent and not node.children
-        del node.parent.children[node.block]
-        node.alive = False
-        for name, (_, pages) in node.pages.items():
-            self._caches.pools[name].forget(pages)
+        node = next(iter(self._by_use))
+        if node.children:
+            del self._by_use[node]
+            self._give_back(node, [name for name in node.pages if name not in self._lasting])
+        else:
+            self._remove(node)
         return True
 
+    def _remove(self, node: Node) -> None:
+        """And those before it that only led here."""
+        while node.parent and not node.children:
+            self._give_back(node, list(node.pages))
+            self._by_use.pop(node, None)
+            del node.parent.children[node.block]
+            node.alive = False
+            node = node.parent
+            if node in self._by_use:
+                return
+
+    def _give_back(self, node: Node, names: Iterable[str]) -> None:
+        for name in names:
+            self._caches.pools[name].forget(node.pages.pop(name)[1])
+
     def _find(self, ids: list[int]) -> Node:
-        node = self.root
+        node = found = self.root
         while node.end + BLOCK < len(ids):
             child = node.children.get(tuple(ids[node.end : node.end + BLOCK]))
             if child is None:
                 break
             node = child
+            if node in self._by_use:
+                found = node
+        return found
+
+    def _child(self, parent: Node, block: tuple[int, ...], sequence: Sequence) -> Node | None:
+        """The node behind the parent, with all that the sequence has for it."""
+        node = parent.children.get(block)
+        if node is None:
+            end = parent.end + BLOCK
+            entropy = sequence.patching.entropy_behind(end - 1)
+            if entropy is None:
+                # Decided by a node that is gone since.
+                return None
+            starts, num_closed = sequence.patching.starts, sequence.patch_of(end)
+            behind = starts[sequence.patch_of(parent.end) + 1 : num_closed + 1]
+            node = Node(parent, block, end, behind, num_closed, entropy, {})
+            parent.children[block] = node
+        if node not in self._by_use:
+            start = sequence.patching.starts[node.num_closed]
+            for name, table in sequence.tables.items():
+                if name in node.pages:
+                    continue
+                first = self._caches.first_live(name, node.end, node.num_closed, start)
+                if name in self._lasting:
+                    first = self._rows(name, parent)
+                node.pages[name] = _, pages = table.covering(first, self._rows(name, node))
+                self._caches.pools[name].keep(pages)
+            self._by_use[node] = None
         return node
-
-    def _add(self, parent: Node, block: tuple[int, ...], sequence: Sequence) -> Node | None:
-        end = parent.end + BLOCK
-        entropy = sequence.patching.entropy_behind(end - 1)
-        if entropy is None:
-            # Decided by a node that is gone since.
-            return None
-        starts, num_closed = sequence.patching.starts, sequence.patch_of(end)
-        behind = starts[sequence.patch_of(parent.end) + 1 : num_closed + 1]
-        node = Node(parent, block, end, behind, num_closed, entropy, {})
-        for name, table in sequence.tables.items():
-            first = self._caches.first_live(name, end, num_closed, starts[num_closed])
-            if self._keeps_all(name):
-                first = self._rows(name, parent)
-            node.pages[name] = index, pages = table.covering(first, self._rows(name, node))
-            self._caches.pools[name].keep(pages)
-        parent.children[block] = node
-        self._by_use[node] = None
-        return node
-
-    def _used(self, node: Node) -> None:
-        for n in reversed(list(_path(node))):
-            self._by_use.move_to_end(n)
-
-    def _keeps_all(self, name: str) -> bool:
-        return name != "open" and self._caches.specs[name].window is None
 
     def _rows(self, name: str, node: Node) -> int:
         """Rows of a cache behind a prefix."""

@@ -167,6 +167,32 @@ def test_the_prefix_used_longest_ago_goes_first(tmp_path: Path) -> None:
     for name, prompt in (("old", old), ("new", new), ("old again", old)):
         run(engine, [request(name, prompt, 1)])
     assert engine._prefixes
-    assert engine._prefixes.forget() and engine._prefixes.forget()
+    # The first halves are only passed through; "new" goes whole before the end of "old" does.
+    assert all(engine._prefixes.forget() for _ in range(3))
     assert cached(run(engine, [request("old", old, 1)])["old"]) == 2 * BLOCK
     assert cached(run(engine, [request("new", new, 1)])["new"]) == 0
+
+
+def test_of_what_many_share_the_end_stays(tmp_path: Path) -> None:
+    """Windows that end inside a long prompt go first; its end, and all that it needs, serves on."""
+    folder = save_ours(tmp_path / "model", our_model(our_config(), 33))
+    engine, plain = make_engine(folder), make_engine(folder, prefix_cache=False)
+    shared = text(6 * BLOCK, 9)
+    for i in range(3):
+        run(engine, [request("it", [*shared, *text(2 * BLOCK, 20 + i)], 1)])
+    assert engine._prefixes
+    # Five inner nodes of the shared part, then two of each of the first two endings.
+    for _ in range(5 + 4):
+        assert engine._prefixes.forget()
+        engine.caches.check_integrity()
+    again = request("it", [*shared, *text(30, 30)], 20)
+    found = run(engine, [again])["it"]
+    assert cached(found) == 6 * BLOCK
+    assert_same(found, run(plain, [again])["it"])
+    # Where a text leaves the shared part inside, what it computes anew fills the hollow nodes.
+    early = request("it", [*shared[: 3 * BLOCK + 5], *text(30, 31)], 20)
+    assert cached(run(engine, [early])["it"]) == 0
+    found = run(engine, [early])["it"]
+    assert cached(found) == 3 * BLOCK
+    assert_same(found, run(plain, [early])["it"])
+    assert_all_can_be_forgotten(engine)
