@@ -112,9 +112,10 @@ def _product(engine: Engine, rows: float) -> float:
     stack, device, dtype = engine.model_config.global_, engine.runner.device, getattr(torch, engine.config.dtype)
     size = 2 * stack.ffn_dim * stack.dim * dtype.itemsize
     copies = max(1, min(stack.num_layers, PRODUCT_BYTES // size))
-    matrices = [Matrix(torch.zeros(2 * stack.ffn_dim, stack.dim, dtype=dtype, device=device)) for _ in range(copies)]
     x = torch.ones(max(1, round(rows)), stack.dim, dtype=dtype, device=device)
     kernels = choose_kernels(None, device)
+    empty = torch.zeros(2 * stack.ffn_dim, stack.dim, dtype=dtype, device=device)
+    matrices = [kernels.matrix(Matrix(empty.clone())) for _ in range(copies)]
     return 1 / bandwidth.stream_rate(lambda matrix: kernels.linear(x, matrix), matrices, device, times=1)
 
 

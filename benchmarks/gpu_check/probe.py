@@ -102,4 +102,5 @@ def _matrices(out: int, width: int, setting: Setting) -> list[Matrix]:
 
 def _rate(kernels: Kernels, x: Tensor, matrices: list[Matrix], device: torch.device) -> float:
     """GB of matrices per second."""
-    return bandwidth.stream_rate(lambda matrix: kernels.linear(x, matrix), matrices, device) / 1e9
+    laid_out = [kernels.matrix(matrix) for matrix in matrices]
+    return bandwidth.stream_rate(lambda matrix: kernels.linear(x, matrix), laid_out, device) / 1e9
