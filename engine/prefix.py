@@ -5,9 +5,9 @@ caches as far as they are live there, where patches start, the last entropy. Pag
 that are not full: who goes on behind a node writes into them, and gets a copy of its own (`BlockTable.own`).
 
 Nothing is set aside for it. When a sequence needs pages, those that only this cache keeps are taken back, from the
-prefix that was used longest ago first. A use is that a sequence began there: of a long prompt that many share, the end is used
-and what lies before it is only passed through. So a node with others behind it becomes hollow first: it keeps what they
-need, the rows that stay live, and no longer the windows that end at itself, where nobody begins.
+prefix that was used longest ago first. A use is that a sequence began there: of a long prompt that many share, the end
+is used, and what lies before it is only passed through. So a node with others behind it becomes hollow first: it keeps
+what they need, the rows that stay live, and no longer the windows that end at itself, where nobody begins.
 """
 
 from collections import OrderedDict

@@ -228,7 +228,7 @@ def test_profile(setting: Setting) -> None:
     rows = figures_of(profiling, setting)["steps"]
     assert [row["decoder"] for row in rows] == list(profiling.WAYS)[:2]
     assert all(row["top"] and row["launches_per_step"]["operations"] > 10 for row in rows)
-    assert "| aten::mm |" in told("profile", {"steps": rows})
+    assert "| aten::" in told("profile", {"steps": rows})
 
 
 def test_a_devices_time_is_what_any_kernel_covers() -> None:
