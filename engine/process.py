@@ -88,6 +88,9 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
         except Exception:
             log.exception("the engine failed; its process ends")
             return 1
+        finally:
+            # Else libraries complain on the way out about what was never collected.
+            gc.unfreeze()
     return 0
 
 

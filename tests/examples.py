@@ -90,6 +90,21 @@ def matches(shown: Any, found: Any) -> bool:
 
 
 def _lines(text: str) -> list[Any]:
-    """Lines that say something; of server-sent events what they hold."""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    return [json.loads(line.removeprefix("data: ")) if line.startswith("data: {") else line for line in lines]
+    """Lines that say something; of server-sent events what they hold. Bytes that come while the server is busy go
+    together: how many events they are shared out to means nothing."""
+    lines: list[Any] = []
+    for line in filter(str.strip, map(str.rstrip, text.splitlines())):
+        event = json.loads(line.removeprefix("data: ")) if line.startswith("data: {") else line
+        if lines and _is_delta(event) and _is_delta(lines[-1]):
+            lines[-1]["choices"][0]["text"] += event["choices"][0]["text"]
+        else:
+            lines.append(event)
+    return lines
+
+
+def _is_delta(event: Any) -> bool:
+    """Text of a choice that goes on, and nothing else."""
+    if not isinstance(event, dict) or len(event.get("choices") or ()) != 1:
+        return False
+    choice = event["choices"][0]
+    return bool(choice["text"]) and choice["finish_reason"] is None and choice["logprobs"] is None

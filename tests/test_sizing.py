@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from engine.config import EngineConfig, PatchingRule
 from engine.engine import Engine
 from engine.sizing import Drafting, Load, Sizing, WeightBytes, caches_held, engine_for, readings, size
 from engine.types import Finished, Usage
+from kernels.layer import LayerWeights
 from server.cli import app
 from tests.engines import Output, make_engine, request, run
 from tests.models import text
@@ -37,6 +39,13 @@ def tensors(held: object, seen: set[int]) -> Iterator[Tensor]:
     elif isinstance(held, (list, tuple)):
         for part in held:
             yield from tensors(part, seen)
+    elif isinstance(held, FunctionType):
+        # A layer is a function over its weights.
+        for cell in held.__closure__ or ():
+            yield from tensors(cell.cell_contents, seen)
+    elif is_dataclass(held):
+        for part in fields(held):
+            yield from tensors(getattr(held, part.name), seen)
     elif type(held).__module__.startswith(("engine.", "kernels.")) and hasattr(held, "__dict__"):
         for part in vars(held).values():
             yield from tensors(part, seen)
@@ -59,13 +68,19 @@ def hash_itemsize(folder: Path) -> int:
     "choices", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "weights": "float8"}], ids=["f32", "bf16", "f8"]
 )
 def test_weights_take_what_the_tensors_of_an_engine_take(model: Path, choices: dict[str, Any]) -> None:
-    engine = make_engine(model, **choices)
+    engine = make_engine(model, kernels="torch", **choices)
     itemsize, fp8 = (4 if not choices else 2), "weights" in choices
     expected = WeightBytes.of(engine.model_config, itemsize, hash_itemsize(model), fp8=fp8)
     held = engine.runner._model
     assert num_bytes(held) == expected.total
     assert num_bytes(held.encoder._hashes) == expected.hash_tables
-    ropes = [part._stack.rope for part in (held.patcher, held.encoder, held.global_transformer, held.decoder)]
+    stacks = [part._stack for part in (held.patcher, held.encoder, held.global_transformer, held.decoder)]
+    ropes = [
+        cell.cell_contents.rope
+        for stack in stacks
+        for cell in stack.layers[0].__closure__ or ()
+        if isinstance(cell.cell_contents, LayerWeights)
+    ]
     assert num_bytes(ropes) == expected.rotary_tables
     embeddings = [held.encoder._embedding, held.patcher._embedding, held.decoder._embedding]
     assert num_bytes(embeddings) == expected.byte_tables
@@ -170,7 +185,7 @@ def test_readings_are_what_the_accounting_of_real_generation_finds(how: dict[str
     source = Path(__file__).with_name("test_decoders.py").read_bytes()
     length, output = 1200, 160
     prompts = [[1, *(byte + 4 for byte in source[i * 3000 :][: length - 1])] for i in range(count)]
-    engine = Engine(EngineConfig(str(NANO), max_step_rows=count * length, cache_bytes=2 << 30))
+    engine = Engine(EngineConfig(str(NANO), kernels="torch", max_step_rows=count * length, cache_bytes=2 << 30))
     found = usages(run(engine, [request(str(i), prompt, output, **how) for i, prompt in enumerate(prompts)]))
     counts, decoder = engine.snapshot().decoders[how["decoder"]], how["decoder"]
     # As an operator reads them off the metrics.

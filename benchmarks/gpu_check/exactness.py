@@ -32,7 +32,7 @@ Texts = dict[str, list[list[int]]]
 def variants(setting: Setting) -> dict[str, dict[str, Any]]:
     """Ways of running the same model; the first is what the device does by itself."""
     if not setting.on_gpu:
-        return {"torch, at once": {}, "torch, padded": {"graphs": True}}
+        return {"torch, at once": {"kernels": "torch"}, "torch, padded": {"kernels": "torch", "graphs": True}}
     return {
         "triton, graphs": {"kernels": "triton", "graphs": True},
         "triton, at once": {"kernels": "triton", "graphs": False},

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_check import exactness, models
-from benchmarks.gpu_check.setting import NANO, Setting
+from benchmarks.gpu_check import exactness
+from benchmarks.gpu_check.setting import Setting
+from benchmarks.models import Form, random_model
+from benchmarks.report import NANO
 from engine.decoders import EXACT
 from engine.engine import Engine
 from engine.graphs import Graphs
@@ -15,10 +17,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", ["tiny", "tiny_released", "nano"])
-def test_graphs_write_the_bytes_of_single_launches_in_a_mixed_batch(model: str, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["fast", "released", None])
+def test_graphs_write_the_bytes_of_single_launches_in_a_mixed_batch(
+    form: Form | None, dtype: str, tmp_path: Path
+) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
-    folder = NANO if model == "nano" else getattr(models, model)(setting)
+    folder = random_model(tmp_path, "tiny", form, dtype=torch.float32) if form else NANO
     recorded, launched = (
         exactness.texts_of(Engine(setting.engine(folder, dtype=dtype, kernels="triton", graphs=graphs)), 8, 64)
         for graphs in (True, False)
@@ -42,7 +46,7 @@ def test_float8_weights_run_recorded(tmp_path: Path) -> None:
 
 def test_the_same_batch_records_nothing_the_second_time(tmp_path: Path) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
-    engine = Engine(setting.engine(models.tiny(setting), graphs=True))
+    engine = Engine(setting.engine(random_model(tmp_path, "tiny", "fast", dtype=torch.float32), graphs=True))
     executor = engine.runner.executor
     assert isinstance(executor, Graphs)
     first = exactness.texts_of(engine, 4, 48)
