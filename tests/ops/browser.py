@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -28,7 +29,9 @@ class Page:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
     def wait(self, condition: Any) -> None:
-        WebDriverWait(self.driver, SECONDS, poll_frequency=0.05).until(lambda _: condition())
+        """Until the condition holds. What the page has replaced while it was looked at is looked at again."""
+        wait = WebDriverWait(self.driver, SECONDS, 0.05, ignored_exceptions=[StaleElementReferenceException])
+        wait.until(lambda _: condition())
 
     def set(self, selector: str, value: str | int | float) -> None:
         """Gives a control a value, as a person's typing or choosing would."""

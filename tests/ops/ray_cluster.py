@@ -26,7 +26,7 @@ with warnings.catch_warnings():
 
 NANO = ROOT / "models" / "nano"
 PREFIXES = [f"{number:03} = ".encode() for number in range(1000)]
-LONG = {"max_tokens": 100, "temperature": 0, "ignore_eos": True}
+LONG = {"max_tokens": 600, "temperature": 0, "ignore_eos": True}
 """Takes long enough to be in the middle of it."""
 SECONDS = 120
 """Within which everything that is waited for must have come, on a busy machine too."""
