@@ -95,6 +95,14 @@ def test_rows_are_the_same_bits_alone_in_company_and_by_any_number_of_threads(
             assert torch.equal(found, expected[start : start + count]), (count, start)
 
 
+def test_thousands_of_rows_need_no_stack() -> None:
+    """As `--max-step-rows` may ask for; a thread's stack is a few megabytes, or less."""
+    draw = Draw(0)
+    weight, x = Matrix(draw.randn(40, 8)), draw.randn(200_000, 8)
+    with threads(3):
+        close(NATIVE.linear(x, NATIVE.matrix(weight)), TORCH.linear(x, weight))
+
+
 @few
 @given(SEEDS, FLOATS, layouts(), SHAPES)
 def test_attention(seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[int, int, int]) -> None:

@@ -83,12 +83,14 @@ static void add_weighted(float *out, const float *weights, const float *values, 
 }
 
 /* One tile and one K/V head. */
-static void attend_tile(const Attention *a, const int64_t *tile, int64_t kv_head, float *keys, float *values) {
+static void attend_tile(
+    const Attention *a, const int64_t *tile, int64_t kv_head, float *scores, float *keys, float *values
+) {
     const Plan *plan = a->plan;
     int64_t begin = tile[0], count = tile[1], pages_at = tile[2], first_page = tile[3], num_pages = tile[4];
     int64_t width = a->cache->head_dim, size = plan->page_size, shared = a->heads / a->cache->kv_heads;
     int64_t streams = count * shared;
-    float highest[streams], total[streams], scores[size];
+    float highest[streams], total[streams];
     for (int64_t s = 0; s < streams; s++) highest[s] = -INFINITY, total[s] = 0.0f;
     for (int64_t p = 0; p < num_pages; p++) {
         int64_t base = (first_page + p) * size;
@@ -127,10 +129,11 @@ static void attend_tile(const Attention *a, const int64_t *tile, int64_t kv_head
 
 static void attend_tiles(void *of, int64_t begin, int64_t end) {
     const Attention *a = of;
-    int64_t numbers = a->bf16 ? a->plan->page_size * a->cache->head_dim : 1;
-    float keys[numbers], values[numbers];
+    /* Of one page: the scores of a row, and keys and values if they must be widened. */
+    int64_t size = a->plan->page_size, numbers = a->bf16 ? size * a->cache->head_dim : 0;
+    float *scores = scratch(size + 2 * numbers), *keys = scores + size, *values = keys + numbers;
     for (int64_t i = begin; i < end; i++)
-        attend_tile(a, a->plan->tiles + i / a->cache->kv_heads * 5, i % a->cache->kv_heads, keys, values);
+        attend_tile(a, a->plan->tiles + i / a->cache->kv_heads * 5, i % a->cache->kv_heads, scores, keys, values);
 }
 
 /* q (queries, heads, head_dim), scaled, to out of the same shape. Rows of no tile come out as zeros. */

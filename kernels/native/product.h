@@ -107,7 +107,7 @@ static void panel_tiles(const Product *p, int64_t panel, float *tiles) {
 static void product_panels(void *of, int64_t begin, int64_t end) {
     const Product *p = of;
     const Matrix *m = p->weight;
-    float tiles[p->rows * PANEL];
+    float *tiles = scratch(p->rows * PANEL);
     for (int64_t panel = begin; panel < end; panel++) {
         int64_t first = panel * PANEL, columns = m->out - first < PANEL ? m->out - first : PANEL;
         panel_tiles(p, panel, tiles);

@@ -167,4 +167,17 @@ static float *take(size_t floats) {
     return found;
 }
 
+/* Room of one thread for one part of an operation; what was in it before is lost. */
+static float *scratch(size_t floats) {
+    static _Thread_local float *room;
+    static _Thread_local size_t size;
+    if (floats > size) {
+        free(room);
+        room = malloc(floats * sizeof(float));
+        if (!room) abort();
+        size = floats;
+    }
+    return room;
+}
+
 #endif
