@@ -64,7 +64,8 @@ def test_stage_weights_are_all_parameters_but_the_tables(preset: str) -> None:
 def test_a_request_alone_pays_for_every_call() -> None:
     engine = make_engine(NANO)
     config = engine.model_config
-    weights = StageBytes.of(config, 4, 2).weights
+    # Its matrices are stored in bfloat16, and read so.
+    weights = StageBytes.of(config, 4, 2, matrix_itemsize=2).weights
     for fields in ({}, {"decoder": "blt-s"}, {"decoder": "blt-dv", "unmask": Unmask(rule="confidence", alpha=0.5)}):
         calls, read = dict(engine.runner.counts.calls), dict(engine.runner.counts.bytes_read)
         # A prompt of one id: all of its pass belongs to the first byte.

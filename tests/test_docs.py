@@ -12,7 +12,7 @@ import pytest
 import typer.main
 from pydantic import BaseModel
 
-from benchmarks import decoders, growth
+from benchmarks import against_hf, decoders, growth, realisation
 from engine.config import EngineConfig
 from server.cli import app
 from server.errors import Code, ErrorDetail
@@ -231,7 +231,15 @@ def test_every_link_leads_somewhere() -> None:
             assert (folder / target).exists() or target == "models/nano/README.md", (name, target)
 
 
-@pytest.mark.parametrize(("name", "render"), [("growth-nano-shape", growth.render), ("decoders-nano", decoders.render)])
+@pytest.mark.parametrize(
+    ("name", "render"),
+    [
+        ("against_hf-nano-shape", against_hf.render),
+        ("realisation-1b-shape", realisation.render),
+        ("growth-nano-shape", growth.render),
+        ("decoders-nano", decoders.render),
+    ],
+)
 def test_the_tables_of_benchmarks_are_the_measured_ones(name: str, render: Callable[..., str]) -> None:
     content = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     assert render(content) in DOCS["README.md"]

@@ -84,4 +84,4 @@ def test_both_processes_and_the_machine(values: dict[tuple[str, ...], float]) ->
     for operation in ("copy", "gemv"):
         assert 1e8 < values["fastblt_peak_bandwidth_bytes_per_second", operation] < 1e13
     info = [labels for name, *labels in values if name == "fastblt_build_info"]
-    assert [labels[:4] + labels[5:] for labels in info] == [["cpu", "float32", "torch", "tiny", "float32"]]
+    assert [labels[:4] + labels[5:] for labels in info] == [["cpu", "float32", "native", "tiny", "float32"]]
