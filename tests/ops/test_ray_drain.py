@@ -28,7 +28,7 @@ def test_a_replica_that_is_taken_away_finishes_what_it_runs_and_so_does_a_shutdo
     log = tmp_path / "application.log"
     flags = "--max-replicas 2 --target-requests 2 --upscale-delay 0 --downscale-delay 1 --drain-seconds 60"
     with running_application(cluster, NANO, log, *flags.split()) as application:
-        slow = {"temperature": 0, "ignore_eos": True, "max_tokens": 12000, "timeout": 30}
+        slow = {"n": 3, "ignore_eos": True, "max_tokens": 20000, "timeout": 50}
         with load(application, 6):
             both = application.ready(2)
             streams = [Stream(application, prompt=application.prompts_for(r, 1)[0], **slow) for r in both]
