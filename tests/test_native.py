@@ -1,6 +1,9 @@
 """Our own CPU kernels against their torch twins, and their promise: a row's bits depend on nothing but the row."""
 
 import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +104,31 @@ def test_thousands_of_rows_need_no_stack() -> None:
     weight, x = Matrix(draw.randn(40, 8)), draw.randn(200_000, 8)
     with threads(3):
         close(NATIVE.linear(x, NATIVE.matrix(weight)), TORCH.linear(x, weight))
+
+
+def test_threads_of_one_process_may_all_compute() -> None:
+    weight, x = NATIVE.matrix(Matrix(Draw(0).randn(3000, 700))), Draw(1).randn(9, 700)
+    expected = NATIVE.linear(x, weight)
+    with threads(3), ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(lambda _: torch.equal(NATIVE.linear(x, weight), expected), range(300)))
+
+
+def test_so_may_a_forked_process() -> None:
+    """In a process of its own: forking one that has threads is what Python warns of."""
+    code = """
+import os, signal, torch
+from kernels import native
+from kernels.linear import Matrix
+torch.set_num_threads(3)
+weight, x = native.pack(Matrix(torch.ones(3000, 700))), torch.ones(9, 700)
+expected = native.linear(x, weight).numpy().tobytes()
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    signal.alarm(60)
+    os._exit(native.linear(x, weight).numpy().tobytes() != expected)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120, cwd=NANO.parents[1])
 
 
 @few

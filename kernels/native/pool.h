@@ -82,8 +82,10 @@ static void *work(void *unused) {
 /* How many threads there are to be; 1 computes alone. */
 static void set_threads(int threads) {
     if (owner != getpid()) {
-        /* Threads do not survive a fork. */
+        /* Threads do not survive a fork, and nobody knows what they held. */
         num_workers = asleep = 0;
+        pthread_mutex_init(&bed, 0);
+        pthread_cond_init(&wake, 0);
         owner = getpid();
     }
     num_threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
@@ -118,7 +120,7 @@ static void share(Task task, void *of, int64_t n, int64_t multiplications) {
     now.turn = number << 32;
     if (asleep && multiplications >= LEAST_TO_WAKE) {
         pthread_mutex_lock(&bed);
-        pthread_cond_broadcast(&wake);
+        for (int64_t t = 1; t < threads; t++) pthread_cond_signal(&wake);
         pthread_mutex_unlock(&bed);
     }
     while (take_part());
