@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,6 @@ class CustomBuildHook(BuildHookInterface[Any]):
 
 
 def _platform_tag() -> str:
-    import sysconfig
-
     return sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 

@@ -42,6 +42,9 @@ class HashTables:
         self, tables: Sequence[Tensor], group_sizes: Sequence[int], num_functions: int, rows: int, device: torch.device
     ) -> None:
         self.tables = list(tables)
+        dtypes = {table.dtype for table in self.tables}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
+        """Of all tables; None if they differ."""
         self.group_sizes = list(group_sizes)
         self.num_functions = num_functions
         self.rows = rows

@@ -38,6 +38,10 @@ class RunningServer(NamedTuple):
             lines = http.get("/metrics").text.splitlines()
         return {key: float(value) for key, value in (line.rsplit(" ", 1) for line in lines if line.startswith(name))}
 
+    def aborted(self) -> float:
+        """Sequences that ended because their client left."""
+        return sum(n for key, n in self.metrics("fastblt_sequences_total").items() if 'finish_reason="abort"' in key)
+
 
 StartServer = Callable[..., RunningServer]
 

@@ -276,6 +276,13 @@ def test_exponentials_are_right_at_every_size(dtype: torch.dtype) -> None:
     close(found, torch.sigmoid(rounded).to(dtype))
 
 
+def test_tables_may_differ_in_dtype() -> None:
+    draw = Draw(3)
+    tables = HashTables([draw.randn(50, 5), draw.randn(50, 5, dtype=torch.bfloat16)], (2, 3), 1, 50, CPU)
+    windows, embedding = draw.below(10, 4, 3), draw.randn(10, 5)
+    assert torch.equal(NATIVE.hash_embed(windows, embedding, tables), TORCH.hash_embed(windows, embedding, tables))
+
+
 def test_embeddings_of_single_bytes_are_copies() -> None:
     """No table, no sum: what is left of `hash_embed` is the byte's own row."""
     embedding = Draw(0).randn(10, 5)

@@ -176,12 +176,12 @@ def store_states(states: Tensor, page: Tensor, offset: Tensor, cache: Tensor) ->
 def hash_embed(windows: Tensor, embedding: Tensor, hashing: HashTables) -> Tensor:
     """`kernels.hash_embed.hash_embed`."""
     assert LIBRARY
-    table, (rows, width), dim = hashing.tables[0], windows.shape, embedding.shape[1]
-    if table.dtype not in (torch.float32, torch.bfloat16):
+    (rows, width), dim = windows.shape, embedding.shape[1]
+    if hashing.dtype not in (torch.float32, torch.bfloat16):
         return hash_embed_torch(windows, embedding, hashing)
     struct = _Hashes(
         hashing.addresses.data_ptr(), hashing.sizes.data_ptr(), hashing.powers.data_ptr(), len(hashing.group_sizes),
-        len(hashing.tables), hashing.powers.shape[1], hashing.rows, dim, _is_bf16(table),
+        len(hashing.tables), hashing.powers.shape[1], hashing.rows, dim, hashing.dtype == torch.bfloat16,
     )  # fmt: skip
     x = embedding.new_empty(rows, dim)
     LIBRARY.fastblt_hash_embed(

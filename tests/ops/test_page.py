@@ -130,11 +130,13 @@ def test_by_keyboard_alone(page: Page) -> None:
 
 
 def test_a_server_that_stops_hears_of_it(server: RunningServer, page: Page) -> None:
+    before = server.aborted()
     page.set("#max-tokens", 3000)
     page["run"].click()
     page.wait(lambda: len(page.cells(0)) > 5)
     page["stop"].click()
-    page.wait(lambda: server.metrics("fastblt_running_sequences") == {"fastblt_running_sequences": 0})
+    page.wait(lambda: server.aborted() == before + 1)
+    assert server.metrics("fastblt_running_sequences") == {"fastblt_running_sequences": 0}
 
 
 def test_refusals_are_told_in_words(page: Page) -> None:

@@ -42,16 +42,13 @@ def test_no_page_is_in_use_after_200_requests_half_of_them_left_in_mid_stream(se
         async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
             return await asyncio.gather(*(one(http, number) for number in range(200)))
 
-    before = server.metrics("fastblt_sequences_total").get(
-        'fastblt_sequences_total{decoder="blt",finish_reason="abort"}', 0
-    )
+    before = server.aborted()
     done = asyncio.run(everyone())
     assert done == [number % 2 == 1 for number in range(200)]
     until(lambda: server.pages_in_use() == 0)
     assert server.metrics("fastblt_running_sequences") == {"fastblt_running_sequences": 0}
     assert server.metrics("fastblt_queued_sequences") == {"fastblt_queued_sequences": 0}
-    after = server.metrics("fastblt_sequences_total")['fastblt_sequences_total{decoder="blt",finish_reason="abort"}']
-    assert after - before == 100
+    assert server.aborted() - before == 100
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -61,6 +58,7 @@ def test_whoever_hangs_up_frees_the_pages_at_once(server: RunningServer, stream:
     )
     address = urlsplit(server.url)
     until(lambda: server.pages_in_use() == 0)
+    before = server.aborted()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall((head + body).encode())
@@ -70,6 +68,7 @@ def test_whoever_hangs_up_frees_the_pages_at_once(server: RunningServer, stream:
     until(lambda: server.pages_in_use() == 0)
     # Far less than 4000 bytes take.
     assert time.monotonic() - left < 2
+    assert server.aborted() - before == 2
 
 
 def test_a_body_that_breaks_off_leaves_nothing(server: RunningServer) -> None:
