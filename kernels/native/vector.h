@@ -71,23 +71,21 @@ static inline uint16_t to_bf16(float x) {
 
 static inline float rounded(float x, int bf16) { return bf16 ? from_bf16(to_bf16(x)) : x; }
 
+/* e^r near 0, of numbers and vectors alike. */
+#define POLYNOMIAL(r)                                                                                                  \
+    ((((((1.9875691500e-4f * (r) + 1.3981999507e-3f) * (r) + 8.3334519073e-3f) * (r) + 4.1665795894e-2f) * (r) +       \
+       1.6666665459e-1f) * (r) + 5.0000001201e-1f) * (r) * (r) + (r) + 1.0f)
+
 /* e^x to about one unit in the last place, for x that is not NaN (Cody and Waite's reduction, Cephes' polynomial). */
 static inline float exponential(float x) {
     x = x < -87.3f ? -87.3f : x > 88.7f ? 88.7f : x;
     float n = x * 1.44269504f + 12582912.0f;
     n -= 12582912.0f;
     float r = x - n * 0.693359375f - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
     uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
-    return p * power;
+    return POLYNOMIAL(r) * power;
 }
 
 static inline Vector chosen(Ints where, Vector yes, Vector no) { return (Vector)(((Ints)yes & where) | ((Ints)no & ~where)); }
@@ -99,14 +97,7 @@ static inline Vector exponential_of(Vector x) {
     Vector n = x * 1.44269504f + 12582912.0f;
     n -= 12582912.0f;
     Vector r = x - n * 0.693359375f - n * -2.12194440e-4f;
-    Vector p = zero + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (Vector)((__builtin_convertvector(n, Ints) + 127) << 23);
+    return POLYNOMIAL(r) * (Vector)((__builtin_convertvector(n, Ints) + 127) << 23);
 }
 
 /* The largest of x and `most`. */
