@@ -1,4 +1,4 @@
-"""How long the stages take, learnt from the steps themselves."""
+"""How long the stages take, measured at the start (`engine.trial`) and learnt from the steps since."""
 
 from dataclasses import dataclass
 
@@ -6,32 +6,39 @@ FORGET = 0.98
 """What an observation counts one call later: the machine's load changes."""
 
 
+Sums = tuple[float, float, float, float, float]
+"""Of 1, rows, seconds, rows², rows × seconds."""
+
+
 @dataclass(slots=True)
 class Line:
-    """Seconds of a call as a + b * rows, by least squares over what was seen, the recent counting more."""
+    """Seconds of a call as a + b * rows, by least squares: over what was measured at the start, and over what was seen
+    since, the recent counting more. The former keeps the slope known while all calls are alike."""
 
-    n: float = 0.0
-    rows: float = 0.0
-    seconds: float = 0.0
-    rows_rows: float = 0.0
-    rows_seconds: float = 0.0
+    measured: Sums = (0.0,) * 5
+    seen: Sums = (0.0,) * 5
+
+    def starts_at(self, rows: int, seconds: float) -> None:
+        self.measured = _add(self.measured, rows, seconds, 1.0)
 
     def saw(self, rows: int, seconds: float) -> None:
-        values = (1.0, rows, seconds, rows * rows, rows * seconds)
-        sums = (self.n, self.rows, self.seconds, self.rows_rows, self.rows_seconds)
-        self.n, self.rows, self.seconds, self.rows_rows, self.rows_seconds = (
-            FORGET * old + new for old, new in zip(sums, values, strict=True)
-        )
+        self.seen = _add(self.seen, rows, seconds, FORGET)
 
     def share(self, rows: float, company: int) -> float:
         """Expected seconds for `rows` rows in a call that `company` sequences share; 0 before any was seen."""
-        if not self.n:
+        n, sum_rows, sum_seconds, rows_rows, rows_seconds = map(sum, zip(self.measured, self.seen, strict=True))
+        if not n:
             return 0.0
-        mean_rows, mean = self.rows / self.n, self.seconds / self.n
-        spread = self.rows_rows / self.n - mean_rows**2
-        slope = (self.rows_seconds / self.n - mean_rows * mean) / spread if spread > 1e-6 else 0.0
+        mean_rows, mean = sum_rows / n, sum_seconds / n
+        spread = rows_rows / n - mean_rows**2
+        slope = (rows_seconds / n - mean_rows * mean) / spread if spread > 1e-6 else 0.0
         slope = min(max(slope, 0.0), mean / mean_rows)
         return (mean - slope * mean_rows) / company + slope * rows
+
+
+def _add(sums: Sums, rows: int, seconds: float, weight: float) -> Sums:
+    n, sum_rows, sum_seconds, rows_rows, rows_seconds = (weight * old for old in sums)
+    return n + 1, sum_rows + rows, sum_seconds + seconds, rows_rows + rows * rows, rows_seconds + rows * seconds
 
 
 class StageCosts:
@@ -42,6 +49,8 @@ class StageCosts:
 
     MOST_ROWS = 512
     """Calls over more rows, those of long prompts, say nothing of rounds."""
+    ROUND_ROWS = 64
+    """What was measured beyond this, where rows cost more and more, would bend the lines where rounds are."""
 
     def __init__(self, drafts_encode: bool) -> None:
         """drafts_encode: whether a drafted row goes through the encoder too."""
@@ -49,6 +58,11 @@ class StageCosts:
         """Sequences that run now."""
         self._drafts_encode = drafts_encode
         self._stages: dict[str, Line] = {}
+
+    def starts_at(self, stage: str, rows: int, seconds: float) -> None:
+        """Takes what was measured at the start."""
+        if 0 < rows <= self.ROUND_ROWS:
+            self._stages.setdefault(stage, Line()).starts_at(rows, seconds)
 
     def saw(self, stage: str, rows: int, seconds: float) -> None:
         """`stage` may also be "step": the seconds of a step outside its stages."""

@@ -5,13 +5,14 @@ import time
 from bisect import bisect_left
 from collections.abc import Sequence as Seq
 from itertools import count
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import choose_kernels
 
-from . import bandwidth, checkpoint
+from . import bandwidth, checkpoint, trial
 from .accounting import Cost, PaperFormula, StageBytes
 from .caches import Caches
 from .choosing import results_of
@@ -22,7 +23,7 @@ from .graphs import Eager, Graphs
 from .model import Model, find_row_floors
 from .passes import run_passes
 from .prefix import PrefixCache
-from .runner import Runner, Work
+from .runner import Runner, StageCounts, Work
 from .sampling import logprobs_of
 from .scheduler import Part, Scheduler
 from .sequence import Sequence
@@ -96,14 +97,8 @@ class Engine:
         self._formula = PaperFormula.of(loaded.config, itemsize)
         self._experience = Experience()
         self._decoders = _decoders(loaded.config)
-        self._scheduler = Scheduler(self, max_sequences=config.max_sequences, max_step_rows=config.max_step_rows)
         self.model_config = loaded.config
-        self._sequences: dict[str, Sequence] = {}
-        self._arrivals = count()
-        self._events: list[Event] = []
-        self._steps = self._prompt_rows = self._cached_rows = 0
-        self._step_seconds = 0.0
-        self._costs = {decoder: Cost() for decoder in self._decoders}
+        self._begin()
         self.limits = ModelLimits(
             name=loaded.config.name,
             max_length=self.caches.max_length,
@@ -113,6 +108,73 @@ class Engine:
             parameters=model.parameters,
             pages={name: pool.num_total for name, pool in self.caches.pools.items()},
         )
+
+    def _begin(self) -> None:
+        """Nothing has been asked for, done or counted yet."""
+        config = self.config
+        self._scheduler = Scheduler(self, max_sequences=config.max_sequences, max_step_rows=config.most_step_rows)
+        self.runner.counts = StageCounts()
+        self._sequences: dict[str, Sequence] = {}
+        self._arrivals = count()
+        self._events: list[Event] = []
+        self._steps = self._prompt_rows = self._cached_rows = 0
+        self._step_seconds = 0.0
+        self._costs = {decoder: Cost() for decoder in self._decoders}
+
+    def calibrate(self) -> None:
+        """Learns how long steps take, from the file if there is one, else from some that it tries; so it knows how many
+        rows of prompts a step can have. Takes up to two seconds. Must come before the first request, and need not come.
+
+        Raises ValueError for a file that holds something else, OSError for one that cannot be read or written.
+        """
+        config, facts = self.config, self._identity()
+        path = Path(config.stage_costs) if config.stage_costs else None
+        steps = trial.read(path, facts) if path else None
+        if steps is None:
+            steps = self._try_steps()
+            if path:
+                trial.write(path, facts, steps)
+        for tried in steps:
+            for stage, (rows, seconds) in tried.stages.items():
+                self.runner.costs.starts_at(stage, rows, seconds)
+        if config.max_step_rows is None:
+            rows = trial.prompt_rows(steps, config.max_stall_ms / 1000, config.most_step_rows)
+            self._scheduler.max_prompt_rows = rows
+            log.info("the shortest step takes %.3g ms; one may have %d rows of prompts", 1000 * steps[0].seconds, rows)
+
+    def _identity(self) -> dict[str, str | int]:
+        """What the cost of a step depends on."""
+        config, device = self.config, self.runner.device
+        return {
+            "model": config.model,
+            "parameters": self.limits.parameters,
+            "dtype": config.dtype,
+            "weights": config.weights or config.dtype,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "kernels": self._kernels.name,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _try_steps(self) -> list[trial.TriedStep]:
+        """Leaves no trace but in the time that has passed."""
+        heard = trial.Heard()
+        costs, self.runner.costs = self.runner.costs, heard
+        prefixes, self._prefixes = self._prefixes, None
+
+        def step(rows: int) -> trial.TriedStep:
+            self.add(Request(id="trial", prompt_ids=trial.PROMPT[:rows], max_tokens=1, ignore_eos=True))
+            began = time.perf_counter()
+            while self.has_work:
+                self.step()
+            seconds = time.perf_counter() - began
+            self.runner.hear()
+            return heard.step(rows, seconds)
+
+        try:
+            return trial.try_steps(step, min(self.config.most_step_rows, self.caches.max_length - 1))
+        finally:
+            self.runner.costs, self._prefixes = costs, prefixes
+            self._begin()
 
     @property
     def has_work(self) -> bool:
@@ -177,6 +239,7 @@ class Engine:
             weight_bytes=dict(self._stage_bytes.weights),
             page_bytes=dict(self.caches.page_bytes),
             peak_bandwidth=bandwidth.probe(self._kernels, dtype, device),
+            prompt_rows=self._scheduler.max_prompt_rows,
         )
 
     def snapshot(self) -> Snapshot:

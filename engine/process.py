@@ -40,6 +40,8 @@ class EngineLike(Protocol):
     @property
     def has_work(self) -> bool: ...
 
+    def calibrate(self) -> None: ...
+
     def facts(self) -> Facts: ...
 
     def add(self, request: Request) -> None: ...
@@ -70,6 +72,7 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
         try:
             module, name = factory.split(":")
             engine: EngineLike = getattr(import_module(module), name)(msgspec.json.decode(config, type=EngineConfig))
+            engine.calibrate()
         except Exception as error:
             log.debug("loading failed", exc_info=True)
             send(StartFailed(_describe(error)))

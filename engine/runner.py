@@ -548,6 +548,10 @@ class Runner:
         if call.rows:
             self.counts.calls[stage] += 1
             self.counts.rows[stage] += call.rows
+        self.hear()
+
+    def hear(self) -> None:
+        """Takes note of the stages on a CUDA device that are done since."""
         while self._running and self._running[0][2].query():
             earlier, begin, end = self._running.popleft()
             self._took(earlier, begin.elapsed_time(end) / 1000)

@@ -2,7 +2,6 @@
 
 import logging
 from bisect import insort
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,25 +51,46 @@ class Pages(Protocol):
         ...
 
 
-class Scheduler:
-    """Queues, row budget, admission and preemption.
+STEPS_PER_PRIORITY = 256
+"""Whoever has waited so many steps longer goes before one whose priority is one better."""
+MOST_PRIORITY = 64
+"""Priorities beyond this, to either side, count as this: so waiting makes up for any."""
 
-    A step runs the calls of sequences that have few rows to go, as all do that generate, then prompt chunks of running
-    sequences, then of waiting ones that it admits, until `max_step_rows` are spent. Order within each: priority, then
-    arrival. A call is not cut once the ids before it are computed, so the last one in a step may go beyond the budget.
-    When pages run out the last in that order is preempted: it gives all its pages back, waits at its old place, and is
+
+class Scheduler:
+    """Queues, row budgets, admission, order and preemption.
+
+    A step runs the calls of sequences that have few rows to go, as all do that generate, then chunks of prompts, of
+    running sequences or of waiting ones that it admits, until `max_step_rows` are spent, or `max_prompt_rows` on
+    prompts. A call is not cut once the ids before it are computed, so the last one may go beyond either.
+
+    The order is fixed when a sequence comes: by the step of its arrival, later or earlier by `STEPS_PER_PRIORITY` for
+    each unit of priority. So only those that come within a known number of steps can overtake, and nobody starves.
+    Every other time prompts take their turns in this order, so that the first always gets on; in between, those of a
+    better priority and then the shortest go first, so that short ones do not wait for long ones.
+
+    When pages run out the last in the order is preempted: it gives all its pages back, waits at its old place, and is
     recomputed later. The first in the order is never preempted by another, so there is always progress.
     """
 
-    def __init__(self, pages: Pages, *, max_sequences: int, max_step_rows: int) -> None:
+    def __init__(
+        self, pages: Pages, *, max_sequences: int, max_step_rows: int, max_prompt_rows: int | None = None
+    ) -> None:
         self._pages = pages
         self._max_sequences = max_sequences
         self._max_step_rows = max_step_rows
+        self.max_prompt_rows = max_prompt_rows or max_step_rows
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._steps = 0
+        self._prefers_short = False
+        self._lacked_pages: Sequence | None = None
+        """The first in line, if that is why it still waits."""
 
     def add(self, sequence: Sequence) -> None:
+        priority = min(max(sequence.request.priority, -MOST_PRIORITY), MOST_PRIORITY)
+        sequence.due = self._steps + STEPS_PER_PRIORITY * priority
         insort(self.waiting, sequence, key=_order)
 
     def remove(self, sequence: Sequence) -> None:
@@ -80,30 +100,59 @@ class Scheduler:
 
     def schedule(self) -> list[Part]:
         """The parts of the next step; their pages are reserved."""
-        budget = self._max_step_rows
-        step: dict[int, Part] = {}
-        for sequence in sorted(self.running, key=lambda s: (s.remaining > MAX_DRAFT, s.order)):
-            if budget > 0 and sequence in self.running:
-                part = self._part(sequence, budget)
-                preempted = self.preemptions
-                if self._make_room(part, step):
-                    step[sequence.arrival] = part
-                    budget -= part.num_rows
-                if self.preemptions > preempted:
-                    budget = self._max_step_rows - sum(part.num_rows for part in step.values())
-        while budget > 0 and self.waiting and len(self.running) < self._max_sequences:
-            sequence = self.waiting[0]
-            self._pages.attach(sequence)
-            part = self._part(sequence, budget)
-            if not self._pages.can_reserve(part):
-                self._send_back(sequence)
+        self._steps += 1
+        step = _Step(self._max_step_rows, self.max_prompt_rows)
+        preempted = self.preemptions
+        for sequence in [s for s in self.running if s.remaining <= MAX_DRAFT]:
+            if step.rows_left > 0 and sequence in self.running:
+                self._run(sequence, step, step.rows_left, is_prompt=False)
+        self._add_prompts(step, may_admit=self.preemptions == preempted)
+        return step.parts
+
+    def _add_prompts(self, step: "_Step", may_admit: bool) -> None:
+        """may_admit: whether memory was not short so far."""
+        prompts = [s for s in self.running if s.remaining > MAX_DRAFT]
+        if len(self.running) < self._max_sequences:
+            prompts += self.waiting
+        waiting = {s.arrival for s in self.waiting}
+        prompts.sort(key=_shortest_first if self._prefers_short else _order)
+        for sequence in prompts:
+            if step.prompt_rows_left <= 0:
                 break
-            self.waiting.pop(0)
-            insort(self.running, sequence, key=_order)
-            self._pages.reserve(part)
-            step[sequence.arrival] = part
-            budget -= part.num_rows
-        return list(step.values())
+            if sequence.arrival in waiting:
+                may_admit = may_admit and self._admit(sequence, step)
+            elif sequence in self.running and not self._run(sequence, step, step.prompt_rows_left, is_prompt=True):
+                may_admit = False
+        self._prefers_short = step.has_prompts and not self._prefers_short
+
+    def _admit(self, sequence: Sequence, step: "_Step") -> bool:
+        """Lets a waiting sequence run, if it may already; False if it lacks pages.
+
+        Others than the first in line leave a slot for it, and come only while it does not wait for pages.
+        """
+        first = self.waiting[0]
+        slots = self._max_sequences - len(self.running)
+        if slots < 1 or (sequence is not first and (slots < 2 or first is self._lacked_pages)):
+            return True
+        self._pages.attach(sequence)
+        part = self._part(sequence, step.prompt_rows_left)
+        if not self._pages.can_reserve(part):
+            self._send_back(sequence)
+            self._lacked_pages = first if sequence is first else self._lacked_pages
+            return False
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_order)
+        self._pages.reserve(part)
+        step.add(part, is_prompt=True)
+        return True
+
+    def _run(self, sequence: Sequence, step: "_Step", rows: int, *, is_prompt: bool) -> bool:
+        """Adds a running sequence's part, for which others may be preempted; False if somebody was."""
+        part = self._part(sequence, rows)
+        preempted = self.preemptions
+        if self._make_room(part, step):
+            step.add(part, is_prompt=is_prompt)
+        return self.preemptions == preempted
 
     def _part(self, sequence: Sequence, budget: int) -> Part:
         room = self._pages.room(sequence)
@@ -123,18 +172,18 @@ class Scheduler:
         self._send_back(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
-        self.add(sequence)
+        insort(self.waiting, sequence, key=_order)
 
     def _send_back(self, sequence: Sequence) -> None:
         self._pages.release(sequence)
         sequence.num_computed = 0
         sequence.drop_round()
 
-    def _make_room(self, part: Part, step: dict[int, Part]) -> bool:
+    def _make_room(self, part: Part, step: "_Step") -> bool:
         """Reserves pages, preempting from the back; False if the sequence itself had to go."""
         while not self._pages.can_reserve(part):
             victim = self.running[-1]
-            step.pop(victim.arrival, None)
+            step.drop(victim)
             self.preempt(victim)
             if victim is part.sequence:
                 return False
@@ -142,4 +191,44 @@ class Scheduler:
         return True
 
 
-_order: Callable[[Sequence], tuple[int, int]] = lambda s: s.order  # noqa: E731
+class _Step:
+    """The parts so far, and the rows that are left."""
+
+    def __init__(self, rows: int, prompt_rows: int) -> None:
+        self.rows_left = rows
+        self._prompt_rows_left = prompt_rows
+        self._calls: dict[int, Part] = {}
+        self._prompts: dict[int, Part] = {}
+
+    @property
+    def parts(self) -> list[Part]:
+        return [*self._calls.values(), *self._prompts.values()]
+
+    @property
+    def has_prompts(self) -> bool:
+        return bool(self._prompts)
+
+    @property
+    def prompt_rows_left(self) -> int:
+        return min(self._prompt_rows_left, self.rows_left)
+
+    def add(self, part: Part, *, is_prompt: bool) -> None:
+        (self._prompts if is_prompt else self._calls)[part.sequence.arrival] = part
+        self.rows_left -= part.num_rows
+        self._prompt_rows_left -= part.num_rows if is_prompt else 0
+
+    def drop(self, sequence: Sequence) -> None:
+        """Takes back what the sequence was to run; must come before it loses its computed rows."""
+        if part := self._calls.pop(sequence.arrival, None):
+            self.rows_left += part.num_rows
+        elif part := self._prompts.pop(sequence.arrival, None):
+            self.rows_left += part.num_rows
+            self._prompt_rows_left += part.num_rows
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order
+
+
+def _shortest_first(sequence: Sequence) -> tuple[int, int, tuple[int, int]]:
+    return sequence.request.priority, sequence.remaining, sequence.order

@@ -36,6 +36,8 @@ class Sequence:
     ) -> None:
         self.request = request
         self.arrival = arrival
+        self.due = 0
+        """Place in the order of all, given by the scheduler."""
         self.deadline = None if request.timeout is None else time.monotonic() + request.timeout
         self.ids = [*request.prompt_ids, *request.output_ids]
         self.num_prompt = len(request.prompt_ids)
@@ -76,8 +78,8 @@ class Sequence:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Who goes first: lower priority value, then earlier arrival."""
-        return self.request.priority, self.arrival
+        """Who goes first; see `Scheduler`."""
+        return self.due, self.arrival
 
     @property
     def num_output(self) -> int:

@@ -26,7 +26,7 @@ PAPER_PASSES = {8: 3}
 OPEN_PATCHES = 8
 """Mean patches that an open patch is taken to hold at most, in a model that does not bound it."""
 LEAST_STEP_ROWS = 256
-"""Less than the default of --max-step-rows is not advised: prompts would take many steps."""
+"""Less for --max-step-rows is not advised: prompts would take many steps."""
 ROUND_ROWS_TO = 64
 MOST_SEQUENCES = 1 << 16
 """Where the search for what fits ends."""
@@ -197,7 +197,7 @@ def size(
         caches=held,
         sequence_bytes=sum(cache.num_bytes for cache in held.values()),
         max_sequences=chosen.max_sequences,
-        max_step_rows=chosen.max_step_rows,
+        max_step_rows=chosen.most_step_rows,
         cache_bytes=chosen.cache_bytes,
         max_length=plan.max_length,
         max_patches=plan.max_patches,

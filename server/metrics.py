@@ -164,6 +164,7 @@ class EngineCollector(Collector):
         yield _gauge("fastblt_waiting_sequences", "Sequences that wait in the engine.", snapshot.waiting)
         yield _gauge("fastblt_queued_sequences", "Admitted sequences without a first byte.", self._gate.waiting)
         yield _gauge("fastblt_queue_capacity_sequences", "What --max-queue allows of these.", self._gate.capacity)
+        yield _gauge("fastblt_step_prompt_rows", "Most rows of prompts in a step.", facts.prompt_rows)
         yield _gauge("fastblt_engine_up", "1 if the engine is ready.", client.state == "ready")
         yield _gauge("fastblt_draining", "1 once the server shuts down.", self._gate.draining)
         pools = snapshot.pools

@@ -66,6 +66,9 @@ class ScriptedEngine:
         events, self._events = self._events, []
         return events
 
+    def calibrate(self) -> None:
+        """All steps take the same time."""
+
     def facts(self) -> Facts:
         return Facts(device="script")
 

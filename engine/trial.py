@@ -1,0 +1,133 @@
+"""What a step costs, tried on the engine itself before it serves, or read from a file; and how many rows of prompts a
+step can take for that."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import msgspec
+
+from .config import BOS_ID, BYTE_OFFSET
+from .costs import StageCosts
+
+TRIED_ROWS = (1, 4, 16, 64, 256)
+"""One row as while a sequence is alone, a few as drafts and crowds have, many as of prompts."""
+SECONDS = 0.25
+"""For how long they are tried again and again; the fastest counts, as the first may come with what is done once."""
+MOST_SECONDS = 1.5
+"""No step begins that would end later, as far as is known by then."""
+LEAST_PROMPT_ROWS = 16
+"""However long they stall others: prompts must get on."""
+PATCH = 4.0
+"""Bytes to a patch, where steps are foreseen."""
+TEXT = """\
+The port was quiet before six, and nobody on the pier could have said which of the two ships had come in first. Mrs
+Okafor counted 37 crates, then 38; the last one, she wrote, "smells of oranges". By noon they were all gone, and so was
+the rain. What remained was a rope, a lamp and an argument about the tide."""
+PROMPT = [BOS_ID, *(byte + BYTE_OFFSET for byte in TEXT.encode())]
+"""Its bytes make patches as text does."""
+
+
+class TriedStep(msgspec.Struct, frozen=True):
+    """A step of `rows` rows of one prompt: rows and seconds per stage that it called, and of the host as "step"."""
+
+    rows: int
+    stages: dict[str, tuple[int, float]]
+
+    @property
+    def seconds(self) -> float:
+        return sum(seconds for _, seconds in self.stages.values())
+
+
+class Heard(StageCosts):
+    """Keeps what it hears of steps, instead of learning from it."""
+
+    def __init__(self) -> None:
+        super().__init__(drafts_encode=False)
+        self._calls: list[tuple[str, int, float]] = []
+
+    def saw(self, stage: str, rows: int, seconds: float) -> None:
+        self._calls.append((stage, rows, seconds))
+
+    def step(self, rows: int, seconds: float) -> TriedStep:
+        """What was heard since the last time, of a step that took so long."""
+        stages: dict[str, tuple[int, float]] = {}
+        for stage, count, took in self._calls:
+            if stage != "step":
+                before = stages.get(stage, (0, 0.0))
+                stages[stage] = before[0] + count, before[1] + took
+        self._calls.clear()
+        # What stages do on a GPU beside the host is theirs.
+        host = max(seconds - sum(took for _, took in stages.values()), 0.0)
+        return TriedStep(rows, stages | {"step": (rows, host)})
+
+
+class _File(msgspec.Struct, frozen=True):
+    of: dict[str, str | int]
+    steps: list[TriedStep]
+
+
+def try_steps(step: Callable[[int], TriedStep], most_rows: int) -> list[TriedStep]:
+    """The fastest step of each number of rows up to `most_rows`, in ascending order; fewer numbers if steps take long.
+
+    step: runs one of so many rows.
+    """
+    began = time.perf_counter()
+    found: dict[int, TriedStep] = {}
+    while time.perf_counter() - began < SECONDS or not found:
+        for rows in sorted({min(rows, most_rows) for rows in TRIED_ROWS}):
+            if found and time.perf_counter() - began + _foreseen(list(found.values()), rows) > MOST_SECONDS:
+                break
+            tried = step(rows)
+            if rows not in found or tried.seconds < found[rows].seconds:
+                found[rows] = tried
+    return list(found.values())
+
+
+def _foreseen(found: Sequence[TriedStep], rows: int) -> float:
+    costs = StageCosts(drafts_encode=False)
+    for tried in found:
+        for stage, (count, seconds) in tried.stages.items():
+            costs.saw(stage, count, seconds)
+    return costs.verify(rows, rows, PATCH)
+
+
+def prompt_rows(steps: Sequence[TriedStep], stall: float, most: int) -> int:
+    """Most rows of prompts, from `LEAST_PROMPT_ROWS` to `most`, that make a step longer by no more than `stall`
+    seconds, or by as much again as the shortest step takes, if that is more."""
+    seconds = list(accumulate((tried.seconds for tried in steps), max))
+    points = list(zip((tried.rows for tried in steps), seconds, strict=True))
+    shortest = seconds[0]
+    longest = shortest + max(stall, shortest)
+    rows: float = LEAST_PROMPT_ROWS
+    for (before, least), (behind, longer) in pairwise(points):
+        # Between two steps that were tried, and behind the last two, on a straight line.
+        rows = before + (behind - before) * (longest - least) / (longer - least) if longer > least else most
+        if longer > longest:
+            break
+    return max(min(int(rows) - steps[0].rows, most), min(LEAST_PROMPT_ROWS, most))
+
+
+def read(path: Path, of: dict[str, str | int]) -> list[TriedStep] | None:
+    """The steps in a file; None if there is none, or if it is of something else than `of`. Raises ValueError for a file
+    that holds no such thing, OSError for one that cannot be read."""
+    try:
+        file = msgspec.json.decode(path.read_bytes(), type=_File)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path} holds no stage costs: {error}") from error
+    if not file.steps or [tried.rows for tried in file.steps] != sorted({tried.rows for tried in file.steps}):
+        raise ValueError(f"{path} holds no stage costs: steps must be there, with ascending rows")
+    return file.steps if file.of == of else None
+
+
+def write(path: Path, of: dict[str, str | int], steps: list[TriedStep]) -> None:
+    """Raises OSError."""
+    content = msgspec.json.format(msgspec.json.encode(_File(of, steps)), indent=2)
+    # Whoever reads it meanwhile gets the old one whole.
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_bytes(content + b"\n")
+    unfinished.replace(path)
