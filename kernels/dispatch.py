@@ -14,6 +14,7 @@ from . import (
     lang,
     linear,
     native,
+    planning,
     pooling,
     sampling,
     store,
@@ -23,6 +24,9 @@ from .layer import LayerFunction, LayerWeights, SlotsFunction, SlotsWeights, com
 from .linear import Matrix
 
 KernelName = Literal["torch", "triton", "native"]
+
+plan = native.plan if native.LIBRARY else planning.plan
+"""See `kernels.planning`: on the host, whatever device computes."""
 
 
 class Kernels:
