@@ -6,10 +6,10 @@ verifies it agree whenever their laws put that number on the same byte, and the 
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import msgspec
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from kernels.dispatch import Kernels
@@ -26,8 +26,7 @@ BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
 """Ids that a block's cell never becomes."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Draws:
+class _Draws(msgspec.Struct, frozen=True):
     """The rows of one work that are chosen for: `begin`..`end`-1 of the step's logits, the last `num_block` of them a
     block's cells. `first`: position of the first clean row among them."""
 
@@ -59,13 +58,19 @@ class _Draws:
         block = call.start + len(call.causal)
         return [*(row + 1 for row in rows), *range(block, block + self.num_block)]
 
+    def law(self) -> tuple[list[SamplingParams], list[Mapping[int, int]], list[float]]:
+        """Of each row: its parameters, the generated ids before its place, its random number."""
+        sequence = self.work.sequence
+        sampling, num_rows = sequence.request.sampling, self.end - self.begin
+        if not (sampling.temperature or sampling.presence_penalty or sampling.frequency_penalty):
+            return self.params(), [sequence.counts] * num_rows, [0.0] * num_rows
+        places = self.places()
+        return self.params(), self.counts(places), [uniform(sequence, place) for place in places]
+
     def params(self) -> list[SamplingParams]:
         request = self.work.sequence.request
         own = [request.sampling] * (self.end - self.begin - self.num_block)
-        return own + [cell_params(request)] * self.num_block
-
-    def uniforms(self, places: Sequence[int]) -> list[float]:
-        return [uniform(self.work.sequence, place) for place in places]
+        return own + [cell_params(request)] * self.num_block if self.num_block else own
 
     def counts(self, places: Sequence[int]) -> list[Mapping[int, int]]:
         """Generated ids before each place: the committed ones, and those drafted so far, as far as they are known."""
@@ -93,7 +98,7 @@ def uniform(sequence: SequenceState, place: int) -> float:
 def cell_params(request: Request) -> SamplingParams:
     """How a block's cells are chosen: as all bytes, but for a top-p of their own."""
     top_p = request.unmask.top_p if request.unmask else None
-    return request.sampling if top_p is None else msgspec.structs.replace(request.sampling, top_p=top_p)
+    return request.sampling if top_p is None else replace(request.sampling, top_p=top_p)
 
 
 def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[Result | None]:
@@ -104,12 +109,14 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         all_draws.append(_Draws.of(w, at))
         at += w.num_wanted
     draws = [d for d in all_draws if d is not None]
-    rows = [row for d in draws for row in range(d.begin, d.end)]
-    if not rows:
+    num_rows = sum(d.end - d.begin for d in draws)
+    if not num_rows:
         return [None if d is None else Result() for d in all_draws]
-    wanted = logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)]
+    wanted = logits
+    if num_rows < at:
+        rows = [row for d in draws for row in range(d.begin, d.end)]
+        wanted = logits[torch.tensor(rows, device=logits.device)]
 
-    places = [d.places() for d in draws]
     block_rows: list[int] = []
     end = 0
     for d in draws:
@@ -119,13 +126,15 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         index = torch.tensor(block_rows, device=logits.device)
         cells = bar_specials(wanted[index])
         wanted = wanted.index_copy(0, index, cells)
-    drawn = choose(
-        wanted,
-        [p for d in draws for p in d.params()],
-        [c for d, at in zip(draws, places, strict=True) for c in d.counts(at)],
-        [u for d, at in zip(draws, places, strict=True) for u in d.uniforms(at)],
-        kernels,
-    )
+    params: list[SamplingParams] = []
+    counts: list[Mapping[int, int]] = []
+    uniforms: list[float] = []
+    for d in draws:
+        own_params, own_counts, own_uniforms = d.law()
+        params += own_params
+        counts += own_counts
+        uniforms += own_uniforms
+    drawn = choose(wanted, params, counts, uniforms, kernels)
     settled: Iterator[Result] = iter(())
     if block_rows:
         blocks = Blocks([d.work for d in draws if d.num_block], logits.device, kernels)
@@ -157,6 +166,8 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
 
 def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> Iterator[int]:
     """For each, how many of the drafts that its rows verify are what was drawn behind them (Fast BLT, Verify)."""
+    if not any(d.call.drafts for d in draws):
+        return iter([0] * len(draws))
     at, rows, drafts = 0, [], []
     for d in draws:
         known = len(d.work.sequence.ids) - len(d.call.drafts)

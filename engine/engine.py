@@ -237,7 +237,7 @@ class Engine:
 
     def can_reserve(self, part: Part) -> bool:
         missing = self.runner.missing_pages(part.sequence, part.end, part.reach)
-        while not all(self.caches.pools[name].can_take(pages) for name, pages in missing.items()):
+        while missing and not all(self.caches.pools[name].can_take(pages) for name, pages in missing.items()):
             if not (self._prefixes and self._prefixes.forget()):
                 return False
         return True

@@ -108,7 +108,10 @@ class BlockTable:
         """Absolute index of the first live page; where the next page will stand if there is none."""
         self.capacity = 0
         """No page is missing for rows before this one."""
+        self._settled = (1, 0)
+        """`settle` changes nothing for a first row below the former and an end above the latter."""
         self._tail_is_borrowed = False
+        self._count()
 
     def missing(self, end: int) -> int:
         """Pages that `own()` and `extend(end)` would take."""
@@ -119,9 +122,9 @@ class BlockTable:
     def covering(self, first: int, end: int) -> tuple[int, list[int]]:
         """The index of the page that holds row `first`, and the pages of rows first..end-1."""
         index = first // self._page_size
-        return index, self.pages[
-            index - self.first : self._pages_up_to(end) - self.first
-        ].tolist() if first < end else []
+        if first >= end:
+            return index, []
+        return index, self.pages[index - self.first : self._pages_up_to(end) - self.first].tolist()
 
     def borrow(self, first: int, pages: list[int], end: int) -> None:
         """Begins an empty table with pages of others, from that index on; they hold rows up to `end`. `own` must come
@@ -149,11 +152,16 @@ class BlockTable:
             self.pages.extend(self._pool.take(self.missing(end)))
             self._count()
 
+    def settle(self, first: int, end: int) -> None:
+        """`trim_before` and `cut`: rows first..end-1 stay."""
+        if first >= self._settled[0]:
+            self.trim_before(first)
+        if end <= self._settled[1]:
+            self.cut(end)
+
     def trim_before(self, row: int) -> None:
         """Declares rows before `row` dead and gives back the pages that hold no other rows."""
-        first = row // self._page_size
-        if first <= self.first:
-            return
+        first = max(self.first, row // self._page_size)
         dead, self.pages = self.pages[: first - self.first], self.pages[first - self.first :]
         self.first = first
         self._pool.give_back(dead)
@@ -162,8 +170,6 @@ class BlockTable:
     def cut(self, end: int) -> None:
         """Gives back the pages that only hold rows at or behind `end`."""
         keep = max(self._pages_up_to(end) - self.first, 0)
-        if keep >= len(self.pages):
-            return
         tail, self.pages = self.pages[keep:], self.pages[:keep]
         self._pool.give_back(tail)
         self._count()
@@ -182,7 +188,9 @@ class BlockTable:
         self._count()
 
     def _count(self) -> None:
-        self.capacity = 0 if self._tail_is_borrowed else (self.first + len(self.pages)) * self._page_size
+        end = (self.first + len(self.pages)) * self._page_size
+        self.capacity = 0 if self._tail_is_borrowed else end
+        self._settled = (self.first + 1) * self._page_size, end - self._page_size
 
     def _pages_up_to(self, end: int) -> int:
         return -(-end // self._page_size)

@@ -7,9 +7,9 @@ which all share.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from kernels.dispatch import Kernels

@@ -18,6 +18,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -44,8 +45,7 @@ NO_DOCUMENTS = [0]
 """Where documents begin if they are not told apart."""
 
 
-@dataclass(slots=True)
-class Work:
+class Work(msgspec.Struct):
     """What a step runs of one sequence: clean rows start..end-1, whose ids `sequence.ids` holds, then the cells of
     `call`. Pages for them (see `Runner.reserve`) are taken already.
 
@@ -63,17 +63,19 @@ class Work:
     """Rows from here on belong to generation: they are not a prompt's, nor computed for a second time."""
     decode_from: int = 0
 
-    @property
-    def num_clean(self) -> int:
-        return self.end - self.start
+    num_clean: int = 0
+    num_cells: int = 0
+    num_block: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_clean = self.end - self.start
+        if self.call:
+            self.num_block = len(self.call.block)
+            self.num_cells = len(self.call.causal) + self.num_block
 
     @property
     def num_wanted(self) -> int:
         return self.end - self.logits_from + self.num_cells
-
-    @property
-    def num_cells(self) -> int:
-        return self.call.num_cells if self.call else 0
 
     @property
     def cells(self) -> list[int]:
@@ -82,10 +84,6 @@ class Work:
     @property
     def cells_start(self) -> int:
         return self.call.start if self.call else self.end
-
-    @property
-    def num_block(self) -> int:
-        return len(self.call.block) if self.call else 0
 
     @property
     def closes(self) -> bool:
@@ -106,8 +104,7 @@ class StageCounts:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class DecoderRows:
+class DecoderRows(msgspec.Struct, frozen=True):
     """Rows of the decoder stage, planned: whose they are, how many each has, and of how many logits are wanted."""
 
     padded: int
@@ -203,9 +200,9 @@ class Runner:
         """Gives back pages behind every window, and those of rows and patches that did not come to be."""
         n = sequence.num_computed
         patch = sequence.patch_of(n)
+        start = sequence.patching.starts[patch]
         for name, table in sequence.tables.items():
-            table.trim_before(self._caches.first_live(name, n, patch, sequence.patching.starts[patch]))
-            table.cut(patch if name in self._of_patches else n)
+            table.settle(self._caches.first_live(name, n, patch, start), patch if name in self._of_patches else n)
 
     def _run_patcher(self, clean: Seq[Work]) -> Callable[[], None]:
         """Returns what waits for the decisions and gives them to the sequences."""
@@ -247,7 +244,7 @@ class Runner:
         if not rows:
             return None
         call = self._begin("encoder")
-        windows: list[list[int]] = []
+        windows: list[int] = []
         spans, writes = Spans(), Spans()
         works = []
         for w in rows:
@@ -261,9 +258,8 @@ class Runner:
             works.append(self._add_rows(spans, "encoder", w, start, end))
             opened = w.sequence.tables["open"]
             writes.add(opened.pages, opened.first, start, end - start, 0)
-        num_rows = call.rows = len(windows)
+        num_rows = call.rows = spans.num_rows
         padded = self.executor.rows(num_rows)
-        windows += [[0] * self._ngram_width] * (padded - num_rows)
         plan, written = self._plan("encoder", spans, spans, padded), self._plan("open", writes, Spans(), 0)
 
         def stage(t: Mapping[str, Tensor]) -> Tensor:
@@ -276,7 +272,11 @@ class Runner:
                 written.on_device(t, "open"),
             )
 
-        arrays = {"windows": np.array(windows, dtype=np.int64), "plan": plan.data, "open": written.data}
+        arrays = {
+            "windows": padded_array(windows, padded * self._ngram_width).reshape(padded, -1),
+            "plan": plan.data,
+            "open": written.data,
+        }
         states = self._run("encoder", stage, padded, arrays, plan)
         self._account(call, works)
         self._end(call)
@@ -302,9 +302,9 @@ class Runner:
         encoded = 0
         for w in batch:
             begin = w.decode_from if w.num_clean else w.end
-            cells = w.cells
-            count = w.end - begin + len(cells)
-            encoded += w.num_clean or len(cells)
+            cells = w.cells if w.num_cells else []
+            count = w.end - begin + w.num_cells
+            encoded += w.num_clean or w.num_cells
             state_rows += range(encoded - count, encoded)
             if not count:
                 continue
@@ -372,15 +372,17 @@ class Runner:
         """The rows behind which a patch may start, as `kernels.boundary` takes them, and the entropies before them, in
         float64 bits. A recomputed byte was decided before: frozen."""
         length = self.executor.parts(len(clean), padded)
-        spans, previous = np.zeros((length, 4), dtype=np.int64), np.zeros(length)
+        spans: list[int] = []
+        previous: list[float] = []
         row = 0
-        for i, w in enumerate(clean):
-            patching = w.sequence.patching
-            known = min(max(patching.decided - w.start, 0), w.num_clean)
-            spans[i] = row + known, w.num_clean - known, patching.decided, patching.starts[-1]
-            previous[i] = patching.last_entropy
-            row += w.num_clean
-        return spans, previous.view(np.int64)
+        for w in clean:
+            patching, count = w.sequence.patching, w.end - w.start
+            known = min(max(patching.decided - w.start, 0), count)
+            spans += (row + known, count - known, patching.decided, patching.starts[-1])
+            previous.append(patching.last_entropy)
+            row += count
+        padding = length - len(clean)
+        return padded_array(spans, 4 * length).reshape(length, 4), np.array(previous + [0.0] * padding).view(np.int64)
 
     def _first_to_decode(self, w: Work) -> int:
         """Drafted rows are exact up to the first that closes a patch: it reads a latent that was not there."""
@@ -396,11 +398,11 @@ class Runner:
         sequence, window = w.sequence, self._tilings[cache].window
         table = sequence.tables[cache]
         documents = sequence.documents if self._isolate else NO_DOCUMENTS
-        lowest = start_of(documents, start)
         for begin, behind, floor in pieces(documents, start, end):
             spans.add(table.pages, table.first, begin, behind - begin, floor, mutual if behind == end else 0, end - 1)
+        lowest, count = start_of(documents, start), end - start
         seen_from = max(start - window + 1, lowest) if window else lowest
-        return _Rows(w, end - start, min(end - start, max(end - w.counted_from, 0)), end - seen_from)
+        return _Rows(w, count, min(max(end - w.counted_from, 0), count), end - seen_from)
 
     def _plan(self, cache: str, writes: Spans, queries: Spans, padded_queries: int) -> Plan:
         return plan_attention(writes, queries, self._tilings[cache], self.executor, padded_queries)

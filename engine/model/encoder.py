@@ -76,7 +76,9 @@ class Encoder:
         return slots.view(len(pooled), -1)
 
 
-def ngram_windows(ids: list[int], start: int, end: int, width: int) -> list[list[int]]:
-    """The last `width` ids up to each of the bytes start..end-1, 0 before the text."""
+def ngram_windows(ids: list[int], start: int, end: int, width: int) -> list[int]:
+    """The last `width` ids up to each of the bytes start..end-1, 0 before the text, end to end."""
+    if end - start == 1 and end >= width:
+        return ids[end - width : end]
     padded = [0] * max(width - 1 - start, 0) + ids[max(start - width + 1, 0) : end]
-    return [padded[i : i + width] for i in range(end - start)]
+    return [token for i in range(end - start) for token in padded[i : i + width]]
