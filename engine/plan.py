@@ -1,9 +1,9 @@
 """What a stage reads of a step: index arrays, made on the host once per step and cache."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,8 +29,7 @@ class Padding(Protocol):
     def segments(self, n: int) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """An `AttentionPlan` before it is on the device."""
 
     data: NDArray[np.int64]
@@ -47,7 +46,9 @@ def plan_attention(writes: Spans, queries: Spans, tiling: Tiling, padding: Paddi
     rows = padding.rows(writes.num_rows) if writes.num_rows else 0
     lengths = Lengths(rows, padded_queries, padding.parts(0, padded_queries), padding.least_pages)
     data, shape = plan(writes, queries, tiling, lengths)
-    return Plan(data, shape._replace(most_segments=padding.segments(shape.most_segments)), tiling)
+    if shape.most_segments > 1:
+        shape = shape._replace(most_segments=padding.segments(shape.most_segments))
+    return Plan(data, shape, tiling)
 
 
 def padded_array(values: list[int], length: int) -> NDArray[np.int64]:
