@@ -344,14 +344,16 @@ class Runner:
             decoder, reads_states = self._model.decoder, self.cells_are_encoded
 
             def stage(t: Mapping[str, Tensor]) -> Tensor:
-                if reads_states:
-                    x = t["states"].index_select(0, t["rows"])
-                else:
-                    x = decoder.embed(t["ids"] if "ids" in t else t["rows"])
-                hidden = decoder(
-                    x, self._caches.latent, t["page"], t["offset"], self._caches.decoder, plan.on_device(t, "plan")
+                x = t["states"].index_select(0, t["rows"]) if reads_states else t["ids"] if "ids" in t else t["rows"]
+                return decoder(
+                    x,
+                    self._caches.latent,
+                    t["page"],
+                    t["offset"],
+                    self._caches.decoder,
+                    plan.on_device(t, "plan"),
+                    t["wanted"],
                 )
-                return decoder.logits(hidden.index_select(0, t["wanted"])) if wanted else hidden
 
             tensors = {}
             if reads_states:

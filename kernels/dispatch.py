@@ -1,6 +1,7 @@
 """The one place where it is decided who computes: torch, Triton or our own C. All else calls `Kernels`, and does not
 know."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -19,8 +20,8 @@ from . import (
     store,
     unmasking,
 )
-from .layer import LayerFunction, LayerWeights, SlotsFunction, SlotsWeights, composed_layer, composed_slots
 from .linear import Matrix
+from .stack import KeysFunction, KeysWeights, StackFunction, StackWeights, composed_keys, composed_stack
 
 KernelName = Literal["torch", "triton", "native"]
 
@@ -53,13 +54,13 @@ class Kernels:
         """As `linear` and the pieces below take it."""
         return matrix
 
-    def layer(self, weights: LayerWeights) -> LayerFunction:
-        """A transformer layer."""
-        return composed_layer(self, weights)
+    def stack(self, weights: StackWeights) -> StackFunction:
+        """Transformer layers in a row, with what belongs to them."""
+        return composed_stack(self, weights)
 
-    def slots(self, weights: SlotsWeights) -> SlotsFunction:
-        """The decoder's cross-attention."""
-        return composed_slots(self, weights)
+    def keys(self, weights: Sequence[KeysWeights]) -> KeysFunction:
+        """What stores rows as keys and values of several cross-attentions."""
+        return composed_keys(self, weights)
 
 
 class TritonKernels(Kernels):
@@ -93,7 +94,6 @@ class NativeKernels(Kernels):
 
     linear = staticmethod(native.linear)
     attention = staticmethod(native.attention)
-    store_kv = staticmethod(native.store_kv)
     store_states = staticmethod(native.store_states)
     hash_embed = staticmethod(native.hash_embed)
     entropy = staticmethod(native.entropy)
@@ -102,11 +102,11 @@ class NativeKernels(Kernels):
     def matrix(self, matrix: Matrix) -> Matrix:
         return native.pack(matrix)
 
-    def layer(self, weights: LayerWeights) -> LayerFunction:
-        return native.layer(weights)
+    def stack(self, weights: StackWeights) -> StackFunction:
+        return native.stack(weights)
 
-    def slots(self, weights: SlotsWeights) -> SlotsFunction:
-        return native.slots(weights)
+    def keys(self, weights: Sequence[KeysWeights]) -> KeysFunction:
+        return native.keys(weights)
 
 
 def choose_kernels(name: KernelName | None, device: torch.device) -> Kernels:

@@ -1,14 +1,14 @@
-"""The CPU's own kernels: a whole layer is one call into C, made for few rows.
+"""The CPU's own kernels: a whole stack of layers is one call into C, made for few rows.
 
 torch's operations cost several microseconds each before they begin, and a step of a small model is hundreds of them;
-its products of few rows read a matrix once per row, or nearly so. Here a layer is one call, weights are laid out once
+its products of few rows read a matrix once per row, or nearly so. Here a stack is one call, weights are laid out once
 for the one product that there is, and a row's bits are the same in any company, without padding. `hatch_build.py`
 compiles the C when the package is installed; where that was not possible, torch computes.
 """
 
 import ctypes
 import platform
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from ..attention import AttentionPlan
 from ..hash_embed import HashTables
 from ..hash_embed import hash_embed as hash_embed_torch
-from ..layer import KvPages, LayerFunction, LayerWeights, SlotsFunction, SlotsWeights
 from ..linear import Matrix
+from ..stack import Beside, KeysFunction, KeysWeights, KvCache, LayerWeights, SlotsWeights, StackFunction, StackWeights
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
@@ -41,9 +41,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, types in {
         "fastblt_linear": "ppp f i p i p q ii",
         "fastblt_attention": "pppp q ii",
-        "fastblt_layer": "ppppp i",
-        "fastblt_cross": "pppp q pp q i",
-        "fastblt_store_kv": "pppp qq i",
+        "fastblt_stack": "ppppppppp q p i",
+        "fastblt_keys": "p q pppp q i",
         "fastblt_hash_embed": "pp q pp q i",
         "fastblt_entropy": "pp qq i",
         "fastblt_patch_max": "ppppp qqq i",
@@ -58,6 +57,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 LIBRARY = _library()
+_NOTHING = (None, None, None, None)
 
 
 class _Matrix(ctypes.Structure):
@@ -74,11 +74,28 @@ class _Layer(ctypes.Structure):
     ]
 
 
-class _Cross(ctypes.Structure):
+class _Slots(ctypes.Structure):
     _fields_ = [
         ("norm", _POINTER),
         *((name, _Matrix) for name in ("q", "o")),
-        *((name, _INT) for name in ("dim", "heads", "kv_heads", "head_dim", "slots")),
+        *((name, _INT) for name in ("dim", "heads", "head_dim", "slots")),
+        ("eps", ctypes.c_float),
+        ("bf16", ctypes.c_int32),
+    ]
+
+
+class _Keys(ctypes.Structure):
+    _fields_ = [("norm", _POINTER), ("kv", _Matrix), ("eps", ctypes.c_float), ("bf16", ctypes.c_int32)]
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.POINTER(_Layer)),
+        ("slots", ctypes.POINTER(_Slots)),
+        ("keys", ctypes.POINTER(_Keys)),
+        *((name, _POINTER) for name in ("embedding", "norm")),
+        ("head", _Matrix),
+        *((name, _INT) for name in ("num_layers", "num_slots", "num_keys", "dim")),
         ("eps", ctypes.c_float),
         ("bf16", ctypes.c_int32),
     ]
@@ -147,20 +164,10 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) 
     q = q.contiguous()
     out = torch.empty_like(q)
     LIBRARY.fastblt_attention(
-        q.data_ptr(), out.data_ptr(), plan.addresses, _cache(k_cache, v_cache), q.shape[1], _is_bf16(q),
+        q.data_ptr(), out.data_ptr(), plan.addresses, KvCache([(k_cache, v_cache)]).addresses, q.shape[1], _is_bf16(q),
         torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def store_kv(kv: Tensor, page: Tensor, offset: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """`kernels.store.store_kv`."""
-    assert LIBRARY
-    kv = kv.contiguous()
-    LIBRARY.fastblt_store_kv(
-        kv.data_ptr(), page.data_ptr(), offset.data_ptr(), _cache(k_cache, v_cache), k_cache.shape[2], kv.shape[0],
-        _is_bf16(kv),
-    )  # fmt: skip
 
 
 def store_states(states: Tensor, page: Tensor, offset: Tensor, cache: Tensor) -> None:
@@ -211,60 +218,86 @@ def patch_max(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor) -> Te
     return out
 
 
-def layer(w: LayerWeights) -> LayerFunction:
-    """`kernels.layer.composed_layer` as one call."""
+def stack(w: StackWeights) -> StackFunction:
+    """`kernels.stack.composed_stack` as one call."""
     assert LIBRARY
-    call: Callable[..., None] = LIBRARY.fastblt_layer
-    norms = w.attention_norm.float(), w.ffn_norm.float()
-    matrices = [_struct(m) for m in (w.qkv, w.o, w.gate_up, w.down)]
-    dim, ffn_dim = len(w.attention_norm), matrices[3].width
-    struct = _Layer(
-        norms[0].data_ptr(), norms[1].data_ptr(), w.rope.data_ptr(), *matrices, dim, w.heads, w.kv_heads, w.head_dim,
-        ffn_dim, w.eps, _is_bf16(w.attention_norm),
+    call, norms = LIBRARY.fastblt_stack, _Norms()
+    layers = [_layer(layer, norms) for layer in w.layers]
+    slots = [_slots(slots, norms) for slots in w.slots]
+    keys = [_keys(keys, norms) for keys in w.keys]
+    like, width = w.layers[0].attention_norm, layers[0].dim
+    struct = _Stack(
+        (_Layer * len(layers))(*layers), (_Slots * len(slots))(*slots), (_Keys * len(keys))(*keys),
+        _address(w.embedding), None, _Matrix(), len(layers), len(slots), len(keys), width, 0.0, _is_bf16(like),
     )  # fmt: skip
+    if w.head is not None:
+        struct.norm, struct.head, struct.eps = norms(w.head.norm), _struct(w.head.matrix), w.head.eps
+        width = struct.head.out
+
+    address = ctypes.byref(struct)
+
     # What the addresses point to lives as long as the function.
-    alive = (w, norms, struct)
-    address = ctypes.byref(struct)
-
-    def run(x: Tensor, cache: KvPages, plan: AttentionPlan, alive: Any = alive) -> Tensor:
-        y = torch.empty_like(x)
-        call(address, plan.addresses, _cache(*cache), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-        return y
-
-    return run
-
-
-def slots(w: SlotsWeights) -> SlotsFunction:
-    """`kernels.layer.composed_slots` as one call."""
-    assert LIBRARY
-    call: Callable[..., None] = LIBRARY.fastblt_cross
-    norm = w.norm.float()
-    struct = _Cross(
-        norm.data_ptr(), _struct(w.q), _struct(w.o), len(norm), w.heads, w.kv_heads, w.head_dim, w.slots, w.eps,
-        _is_bf16(w.norm),
-    )  # fmt: skip
-    alive = (w, norm, struct)
-    address = ctypes.byref(struct)
-
-    def run(x: Tensor, cache: KvPages, page: Tensor, offset: Tensor, alive: Any = alive) -> Tensor:
-        y = torch.empty_like(x)
+    def run(
+        x: Tensor, cache: KvCache, plan: AttentionPlan, beside: Beside | None = None, wanted: Tensor | None = None,
+        alive: Any = (w, norms),
+    ) -> Tensor:  # fmt: skip
+        y = torch.empty(len(x) if wanted is None else len(wanted), width, dtype=like.dtype)
+        besides = _NOTHING if beside is None else (
+            beside.cache.addresses, _address(beside.states), beside.page.data_ptr(), beside.offset.data_ptr()
+        )  # fmt: skip
         call(
-            address, page.data_ptr(), offset.data_ptr(), _cache(*cache), cache[0].shape[2], x.data_ptr(), y.data_ptr(),
-            x.shape[0], torch.get_num_threads(),
+            address, plan.addresses, cache.addresses, *besides, x.data_ptr(), _address(wanted), len(y), y.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return y
 
     return run
 
 
+def keys(ws: Sequence[KeysWeights]) -> KeysFunction:
+    """`kernels.stack.composed_keys` as one call."""
+    assert LIBRARY
+    call, norms = LIBRARY.fastblt_keys, _Norms()
+    structs = (_Keys * len(ws))(*(_keys(w, norms) for w in ws))
+
+    def run(x: Tensor, cache: KvCache, page: Tensor, offset: Tensor, alive: Any = (ws, norms)) -> None:
+        call(
+            structs, len(structs), page.data_ptr(), offset.data_ptr(), cache.addresses, x.data_ptr(), len(x),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    return run
+
+
+class _Norms(list[Tensor]):
+    """float32 copies of norms, kept."""
+
+    def __call__(self, norm: Tensor) -> int:
+        self.append(norm.float())
+        return self[-1].data_ptr()
+
+
+def _layer(w: LayerWeights, norms: _Norms) -> _Layer:
+    matrices = [_struct(m) for m in (w.qkv, w.o, w.gate_up, w.down)]
+    return _Layer(
+        norms(w.attention_norm), norms(w.ffn_norm), w.rope.data_ptr(), *matrices, len(w.attention_norm), w.heads,
+        w.kv_heads, w.head_dim, matrices[3].width, w.eps, _is_bf16(w.attention_norm),
+    )  # fmt: skip
+
+
+def _slots(w: SlotsWeights, norms: _Norms) -> _Slots:
+    return _Slots(
+        norms(w.norm), _struct(w.q), _struct(w.o), len(w.norm), w.heads, w.head_dim, w.slots, w.eps, _is_bf16(w.norm)
+    )
+
+
+def _keys(w: KeysWeights, norms: _Norms) -> _Keys:
+    return _Keys(norms(w.norm), _struct(w.kv), w.eps, _is_bf16(w.norm))
+
+
 def _struct(matrix: Matrix) -> _Matrix:
     assert isinstance(matrix, Packed)
     return matrix.struct
-
-
-def _cache(keys: Tensor, values: Tensor) -> "ctypes.Array[ctypes.c_int64]":
-    """`Cache` of attention.h."""
-    return (_INT * 4)(keys.data_ptr(), values.data_ptr(), keys.shape[1], keys.shape[3])
 
 
 def _address(tensor: Tensor | None) -> int | None:
