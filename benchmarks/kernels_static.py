@@ -194,7 +194,7 @@ def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[in
 
     def plan(queries: int, segments: int = 1) -> AttentionPlan:
         where = ints(queries), ints(queries), ints(queries)
-        return AttentionPlan(*where, ints(queries), ints(queries), ints(queries, 5), ints(10 * queries), segments)
+        return AttentionPlan.of(*where, ints(queries), ints(queries), ints(queries, 5), ints(10 * queries), segments)
 
     with recorder.recording():
         for n in rows:
@@ -234,14 +234,14 @@ def record_ones(recorder: Recorder) -> None:
 
     kernels, cache = TritonKernels(), ones(1, 1, 1, 2)
     rows = one(), one(), one()
-    plan = AttentionPlan(*rows, one(), one(), ones(1, 5, dtype=torch.int64), one(), 1)
+    plan = AttentionPlan.of(*rows, one(), one(), ones(1, 5, dtype=torch.int64), one(), 1)
     doubles, singles = ones(1, dtype=torch.float64), ones(1, 1, dtype=torch.float32)
     with recorder.recording():
         for gated in (False, True):
             weight = linear.Matrix(ones(1 + gated, 1))
             kernels.linear(ones(1, 1), weight, norm=ones(1), eps=1e-5, gated=gated, residual=ones(1, 1), twice=True)
         for most in (1, 2):
-            kernels.attention(ones(1, 1, 2), cache, cache, replace(plan, most_segments=most))
+            kernels.attention(ones(1, 1, 2), cache, cache, replace(plan, shape=plan.shape._replace(most_segments=most)))
         kernels.store_qkv(ones(1, 3, 2), ones(1, 2, 1, dtype=torch.float32), *rows, cache, cache)
         kernels.store_kv(ones(1, 2, 2), one(), one(), cache, cache)
         kernels.store_states(ones(1, 1), one(), one(), ones(1, 1, 1))

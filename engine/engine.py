@@ -104,6 +104,7 @@ class Engine:
         self._steps = self._prompt_rows = self._cached_rows = 0
         self._step_seconds = 0.0
         self._costs = {decoder: Cost() for decoder in self._decoders}
+        """Of requests that have ended."""
         self.limits = ModelLimits(
             name=loaded.config.name,
             max_length=self.caches.max_length,
@@ -181,6 +182,11 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         counts = self.runner.counts
+        costs = {decoder: Cost() for decoder in self._decoders}
+        for decoder, cost in self._costs.items():
+            costs[decoder].add(cost)
+        for sequence in self._sequences.values():
+            costs[sequence.request.decoder].add(sequence.cost)
         return Snapshot(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -193,7 +199,7 @@ class Engine:
             rows=dict(counts.rows),
             read_bytes={stage: round(read) for stage, read in counts.bytes_read.items()},
             stage_seconds=dict(counts.seconds),
-            decoders={decoder: self._summary(decoder, cost) for decoder, cost in self._costs.items()},
+            decoders={decoder: self._summary(decoder, cost) for decoder, cost in costs.items()},
             pools={
                 name: PoolStats(pool.num_total, pool.num_used, pool.num_idle)
                 for name, pool in self.caches.pools.items()
@@ -260,6 +266,7 @@ class Engine:
 
     # One step.
 
+    @torch.inference_mode()
     def _run(self, parts: list[Part]) -> None:
         self.runner.costs.company = len(self._scheduler.running)
         now = time.monotonic()
@@ -362,11 +369,8 @@ class Engine:
         scores = outcome.scores[: len(ids)]
         for entry in scores:
             sequence.cumulative_logprob += entry.logprob or 0.0
-        cost, sequence.cost = sequence.cost, Cost()
-        cost.committed = len(ids)
-        cost.patches = self._count_patches(sequence, len(ids))
-        sequence.spent.add(cost)
-        self._costs[request.decoder].add(cost)
+        sequence.cost.committed += len(ids)
+        sequence.cost.patches += self._count_patches(sequence, len(ids))
         traces = [self._trace(sequence, outcome, len(ids))] if request.trace else []
         self._events.append(Delta(id=request.id, ids=ids, text=text, logprobs=scores, traces=traces))
         if reason:
@@ -413,6 +417,7 @@ class Engine:
             return
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request.id]
+        self._costs[sequence.request.decoder].add(sequence.cost)
         limit = self.caches.max_patches
         message = f"the prompt makes more than {limit} patches, which is what this model and its caches hold"
         self._events.append(Failed(id=sequence.request.id, code="too_long", message=message, param="prompt"))
@@ -423,7 +428,6 @@ class Engine:
             self._prefixes.remember(sequence)
         self._scheduler.remove(sequence)
         del self._sequences[request.id]
-        # Of a round that was not to end.
         self._costs[request.decoder].add(sequence.cost)
         self._events.append(
             Finished(

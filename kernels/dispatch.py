@@ -15,6 +15,7 @@ from . import (
     lang,
     linear,
     native,
+    planning,
     pooling,
     sampling,
     store,
@@ -24,6 +25,9 @@ from .linear import Matrix
 from .stack import KeysFunction, KeysWeights, StackFunction, StackWeights, composed_keys, composed_stack
 
 KernelName = Literal["torch", "triton", "native"]
+
+plan = native.plan if native.LIBRARY else planning.plan
+"""See `kernels.planning`: on the host, whatever device computes."""
 
 
 class Kernels:

@@ -146,7 +146,7 @@ def test_attention(seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[i
     tiles = [
         [row, 1, *tile[2:]] for tile in plan.tiles.tolist() for row in range(tile[0], tile[0] + tile[1]) if tile[4]
     ]
-    alone = AttentionPlan(
+    alone = AttentionPlan.of(
         plan.positions, plan.page, plan.offset, plan.first, plan.last, torch.tensor(tiles), plan.pages,
         page_size=laid.page_size,
     )  # fmt: skip
@@ -293,7 +293,7 @@ def test_exponentials_are_right_at_every_size(dtype: torch.dtype) -> None:
     scores = torch.linspace(-200, 200, 4001, dtype=torch.float64)
     keys, values = torch.zeros(4001, 1, 2, 1), torch.zeros(4001, 1, 2, 1)
     keys[:, 0, 0, 0], values[:, 0, 0, 0] = scores.float(), 1.0
-    plan = AttentionPlan(
+    plan = AttentionPlan.of(
         *(torch.zeros(4001, dtype=torch.int64) for _ in range(4)), torch.ones(4001, dtype=torch.int64),
         torch.tensor([[row, 1, row, 0, 1] for row in range(4001)]), torch.arange(4001), page_size=2,
     )  # fmt: skip

@@ -126,7 +126,7 @@ def test_attention_does_not_depend_on_the_batch(seed: int, dtype: torch.dtype, l
     tiles = [
         [row, 1, *tile[2:]] for tile in plan.tiles.tolist() for row in range(tile[0], tile[0] + tile[1]) if tile[4]
     ]
-    alone = AttentionPlan(
+    alone = AttentionPlan.of(
         plan.positions, plan.page, plan.offset, plan.first, plan.last,
         torch.tensor(tiles, device=DEVICE), plan.pages, page_size=laid.page_size,
     )  # fmt: skip
@@ -135,8 +135,8 @@ def test_attention_does_not_depend_on_the_batch(seed: int, dtype: torch.dtype, l
 
 def test_segments_are_many_enough_to_be_split() -> None:
     """What the tests above rely on: their longest context spans several segments."""
-    laid = Laid((4, [(300, 1, None, 0)]), Draw(0, DEVICE), split=True)
-    assert laid.plan.most_segments == 300 // 4 // attention_file.SEGMENT + 1 > 3
+    laid = Laid((4, 0, [(300, 1, 0, 0)]), Draw(0, DEVICE), split=True)
+    assert laid.plan.shape.most_segments == 300 // 4 // attention_file.SEGMENT + 1 > 3
 
 
 @few

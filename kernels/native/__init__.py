@@ -8,17 +8,22 @@ compiles the C when the package is installed; where that was not possible, torch
 
 import ctypes
 import platform
+import threading
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..attention import AttentionPlan
+from ..attention import AttentionPlan, PlanShape
 from ..hash_embed import HashTables
 from ..hash_embed import hash_embed as hash_embed_torch
 from ..linear import Matrix
+from ..planning import SPAN, Lengths, Spans, Tiling
 from ..stack import Beside, KeysFunction, KeysWeights, KvCache, LayerWeights, SlotsWeights, StackFunction, StackWeights
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -47,12 +52,13 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "fastblt_entropy": "pp qq i",
         "fastblt_patch_max": "ppppp qqq i",
         "fastblt_store_states": "pppp qqq",
+        "fastblt_plan": "pqp pqp p qqqq ppq",
     }.items():
         kinds = {"p": _POINTER, "q": _INT, "i": ctypes.c_int, "f": ctypes.c_float}
         function = getattr(library, name)
         function.argtypes = [kinds[letter] for letter in types.replace(" ", "")]
         function.restype = None
-    library.fastblt_panel.restype = _INT
+    library.fastblt_panel.restype = library.fastblt_plan.restype = _INT
     return library
 
 
@@ -216,6 +222,44 @@ def patch_max(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor) -> Te
         cache.shape[1], dim, _is_bf16(cache),
     )  # fmt: skip
     return out
+
+
+class _Planner(threading.local):
+    """Room for a plan's numbers, until they are copied to where they are wanted."""
+
+    def __init__(self) -> None:
+        self.found = (_INT * 3)()
+        self.grow(1 << 12)
+
+    def grow(self, numbers: int) -> None:
+        self.out = np.empty(numbers, dtype=np.int64)
+        self.address = self.out.ctypes.data
+
+
+_planner = _Planner()
+
+
+@cache
+def _tiling(tiling: Tiling) -> "ctypes.Array[ctypes.c_int64]":
+    return (_INT * 5)(*tiling)
+
+
+def plan(
+    writes: Spans, queries: Spans, tiling: Tiling, lengths: Lengths
+) -> tuple[NDArray[np.int64], PlanShape]:  # fmt: skip
+    """`kernels.planning.plan`."""
+    assert LIBRARY
+    w, wp, q, qp = writes.spans, writes.pages, queries.spans, queries.pages
+    planner = _planner
+    while True:
+        numbers = LIBRARY.fastblt_plan(
+            w.buffer_info()[0], len(w) // SPAN, wp.buffer_info()[0], q.buffer_info()[0], len(q) // SPAN,
+            qp.buffer_info()[0], _tiling(tiling), *lengths, planner.found, planner.address, len(planner.out),
+        )  # fmt: skip
+        if numbers <= len(planner.out):
+            break
+        planner.grow(2 * numbers)
+    return planner.out[:numbers].copy(), PlanShape(lengths.rows, lengths.queries, *planner.found)
 
 
 def stack(w: StackWeights) -> StackFunction:

@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "bytes.h"
+#include "planning.h"
 #include "product.h"
 
 /* The weights of kernels/stack.py. */
@@ -284,4 +285,29 @@ void fastblt_patch_max(
 void fastblt_store_states(const void *states, const int64_t *page, const int64_t *offset, void *cache, int64_t page_size, int64_t rows, int64_t size) {
     for (int64_t r = 0; r < rows; r++)
         memcpy((char *)cache + (page[r] * page_size + offset[r]) * size, (const char *)states + r * size, size);
+}
+
+/* An attention plan: found becomes its tiles, its pages and the most segments of a tile; out its numbers, if there is room
+   for them. Returns how many these are. tiles, pages: as in `Lengths`. */
+int64_t fastblt_plan(
+    const Span *writes, int64_t num_writes, const int64_t *written, const Span *spans, int64_t num_spans,
+    const int64_t *seen, const Tiling *tiling, int64_t rows, int64_t queries, int64_t tiles, int64_t pages, int64_t *found,
+    int64_t *out, int64_t room
+) {
+    int64_t num_queries = 0;
+    count_tiles(spans, num_spans, tiling, found, found + 1, found + 2);
+    for (int64_t i = 0; i < num_spans; i++) num_queries += spans[i].count;
+    found[0] += (queries - num_queries + tiling->large - 1) / tiling->large;
+    if (tiles) found[0] = tiles;
+    if (pages) {
+        int64_t power = 1;
+        while (power < found[1] || power < pages) power *= 2;
+        found[1] = power;
+    }
+    int64_t numbers = 3 * rows + 2 * queries + 5 * found[0] + found[1];
+    if (numbers > room) return numbers;
+    memset(out, 0, numbers * sizeof *out);
+    int64_t *first = fill_writes(out, rows, writes, num_writes, written, tiling);
+    fill_queries(first, queries, found[0], spans, num_spans, seen, tiling);
+    return numbers;
 }
