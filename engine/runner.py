@@ -220,9 +220,8 @@ class Runner:
 
         def stage(t: Mapping[str, Tensor]) -> Tensor:
             entropies = self._model.patcher(t["ids"], self._caches.patcher, plan.on_device(t, "plan"))
-            before = t["previous"].view(torch.float64).float()
-            opens = self._model.kernels.boundaries(entropies, before, t["undecided"], self._rule)
-            return torch.stack((entropies, opens.to(entropies.dtype)))
+            previous = t["previous"].view(torch.float64)
+            return self._model.kernels.boundaries(entropies, previous, t["undecided"], self._rule)
 
         arrays = {
             "ids": padded_array(ids, padded),

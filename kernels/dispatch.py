@@ -51,6 +51,7 @@ class Kernels:
     boundaries = staticmethod(boundary.boundaries)
     certainty = staticmethod(unmasking.certainty)
     unmask = staticmethod(unmasking.unmask)
+    likeliest = staticmethod(sampling.likeliest)
     sample = staticmethod(sampling.sample)
     accepted = staticmethod(sampling.accepted)
 
@@ -85,12 +86,13 @@ class TritonKernels(Kernels):
     boundaries = staticmethod(boundary.boundaries_triton)
     certainty = staticmethod(unmasking.certainty_triton)
     unmask = staticmethod(unmasking.unmask_triton)
+    likeliest = staticmethod(sampling.likeliest_triton)
     sample = staticmethod(sampling.sample_triton)
     accepted = staticmethod(sampling.accepted_triton)
 
 
 class NativeKernels(Kernels):
-    """Our own C on a CPU; what is small is torch's."""
+    """Our own C on a CPU."""
 
     name: KernelName = "native"
     tile: int | None = attention.TILE
@@ -102,6 +104,12 @@ class NativeKernels(Kernels):
     hash_embed = staticmethod(native.hash_embed)
     entropy = staticmethod(native.entropy)
     patch_max = staticmethod(native.patch_max)
+    boundaries = staticmethod(native.boundaries)
+    certainty = staticmethod(native.certainty)
+    unmask = staticmethod(native.unmask)
+    likeliest = staticmethod(native.likeliest)
+    sample = staticmethod(native.sample)
+    accepted = staticmethod(native.accepted)
 
     def matrix(self, matrix: Matrix) -> Matrix:
         return native.pack(matrix)

@@ -17,13 +17,14 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from kernels import native
 from kernels.attention import AttentionPlan
+from kernels.boundary import Rule
 from kernels.dispatch import Kernels, NativeKernels, choose_kernels
 from kernels.hash_embed import HashTables
 from kernels.linear import Matrix, quantize
 from kernels.rope import rope_table
 from kernels.stack import Beside, HeadWeights, KeysWeights, KvCache, LayerWeights, SlotsWeights, StackWeights
 from tests.engines import threads
-from tests.operands import CPU, FLOATS, SEEDS, Draw, Laid, Layout, close, layouts
+from tests.operands import CPU, FLOATS, RULES, SEEDS, Draw, Laid, Layout, close, layouts
 from tests.operands import few as quick
 
 TORCH, NATIVE = Kernels(), NativeKernels()
@@ -274,6 +275,75 @@ def test_patch_max(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) 
 def test_entropy(seed: int, dtype: torch.dtype, rows: int, vocab_size: int, spread: float) -> None:
     logits = Draw(seed).randn(rows, vocab_size, dtype=dtype) * spread
     close(NATIVE.entropy(logits), TORCH.entropy(logits))
+
+
+@few
+@given(SEEDS, st.sampled_from(RULES), st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5)), max_size=4))
+def test_boundaries(seed: int, rule: Rule, sequences: list[tuple[int, int]]) -> None:
+    how = (*Draw(seed).patches(sequences), rule)
+    assert torch.equal(NATIVE.boundaries(*how), TORCH.boundaries(*how))
+
+
+@few
+@given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]), st.sampled_from([-math.inf, math.inf, math.nan]))
+def test_likeliest(seed: int, rows: int, vocab_size: int, bad: float) -> None:
+    draw = Draw(seed)
+    logits = draw.below(5, rows, vocab_size).float()
+    logits[0, draw.below(vocab_size, 2)] = bad
+    for found, expected in zip(NATIVE.likeliest(logits), TORCH.likeliest(logits), strict=True):
+        assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+
+
+@few
+@given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]), st.booleans())
+def test_sample(seed: int, rows: int, vocab_size: int, double: bool) -> None:
+    draw = Draw(seed)
+    logits, laws, uniforms = draw.randn(rows, vocab_size) * 3, draw.laws(rows, vocab_size), draw.uniform(rows)
+    logits[:, -1] = logits[:, 0]
+    logits = logits.double() if double else logits
+    found = NATIVE.sample(logits, laws, uniforms)
+    assert torch.equal(found, TORCH.sample(logits, laws, uniforms))
+    for row in range(rows):
+        at = slice(row, row + 1)
+        assert torch.equal(NATIVE.sample(logits[at], laws[at], uniforms[at]), found[at])
+
+
+def test_what_is_drawn_from_no_distribution_is_an_id() -> None:
+    """It is drawn before the host hears that its logits were none, and may be fed meanwhile."""
+    logits = torch.tensor([[math.nan, 0.0], [math.inf, 0.0], [0.0, math.nan], [-math.inf, -math.inf]])
+    law = torch.tensor([1.0, 2.0, 0.9, 0.1]).double()
+    found = NATIVE.sample(logits, law.repeat(4, 1), torch.full((4,), 0.999, dtype=torch.float64))
+    assert set(found.tolist()) <= {0, 1}
+
+
+@few
+@given(SEEDS, st.integers(1, 5), st.integers(1, 17))
+def test_accepted(seed: int, num: int, width: int) -> None:
+    draw = Draw(seed)
+    drafts, drawn, lengths = draw.below(2, num, width), draw.below(2, num, width), draw.below(width + 1, num)
+    drawn[0] = drafts[0]
+    assert torch.equal(NATIVE.accepted(drafts, drawn, lengths), TORCH.accepted(drafts, drawn, lengths))
+
+
+@few
+@given(SEEDS, st.integers(1, 5), st.integers(1, 12), st.sampled_from([0.1, 3.0, 20.0]))
+def test_unmasking(seed: int, num_blocks: int, size: int, spread: float) -> None:
+    draw = Draw(seed)
+    logits = draw.randn(num_blocks * size, 260) * spread
+    logits[:, :3] = -math.inf
+    found, expected = NATIVE.certainty(logits), TORCH.certainty(logits)
+    for ours, theirs, alone in zip(found, expected, NATIVE.certainty(logits[1:]), strict=True):
+        close(ours, theirs)
+        assert torch.equal(ours[1:], alone)
+    # Some of them equal.
+    confidence, entropy = (t.view(num_blocks, size) for t in found)
+    entropy[:, ::2] = entropy[:, :1].clone()
+    confidence[:, 1::3] = confidence[:, :1].clone()
+    how = (
+        draw.below(3, num_blocks, size) > 0, confidence, entropy, draw.below(4, num_blocks),
+        draw.uniform(num_blocks) * 3,
+    )  # fmt: skip
+    assert torch.equal(NATIVE.unmask(*how), TORCH.unmask(*how))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

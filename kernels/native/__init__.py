@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..attention import AttentionPlan, PlanShape
+from ..boundary import Rule
 from ..hash_embed import HashTables
 from ..hash_embed import hash_embed as hash_embed_torch
 from ..linear import Matrix
@@ -52,6 +53,12 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "fastblt_entropy": "pp qq i",
         "fastblt_patch_max": "ppppp qqq i",
         "fastblt_store_states": "pppp qqq",
+        "fastblt_boundaries": "ppp qq i ff p q",
+        "fastblt_likeliest": "ppp qq",
+        "fastblt_sample": "p i ppp qq",
+        "fastblt_accepted": "pppp qq",
+        "fastblt_certainty": "ppp qq",
+        "fastblt_unmask": "pppppp qq",
         "fastblt_plan": "pqp pqp p qqqq ppq",
     }.items():
         kinds = {"p": _POINTER, "q": _INT, "i": ctypes.c_int, "f": ctypes.c_float}
@@ -260,6 +267,68 @@ def plan(
             break
         planner.grow(2 * numbers)
     return planner.out[:numbers].copy(), PlanShape(lengths.rows, lengths.queries, *planner.found)
+
+
+def boundaries(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -> Tensor:
+    """`kernels.boundary.boundaries`."""
+    assert LIBRARY
+    rows = len(entropies)
+    found = torch.empty(2, rows)
+    judge = 3 if rule.every_byte else 2 if rule.monotonic else 0 if rule.rise is None else 1
+    LIBRARY.fastblt_boundaries(
+        entropies.data_ptr(), previous.data_ptr(), spans.data_ptr(), len(spans), rule.longest, judge, rule.threshold,
+        rule.rise or 0.0, found.data_ptr(), rows,
+    )  # fmt: skip
+    return found
+
+
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.sampling.likeliest`."""
+    assert LIBRARY
+    logits, (rows, vocabulary) = logits.contiguous(), logits.shape
+    ids, highest = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    LIBRARY.fastblt_likeliest(logits.data_ptr(), ids.data_ptr(), highest.data_ptr(), rows, vocabulary)
+    return ids, highest
+
+
+def sample(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
+    """`kernels.sampling.sample`."""
+    assert LIBRARY
+    logits, (rows, vocabulary) = logits.contiguous(), logits.shape
+    ids = torch.empty(rows, dtype=torch.int64)
+    LIBRARY.fastblt_sample(
+        logits.data_ptr(), logits.dtype == torch.float64, laws.data_ptr(), uniforms.data_ptr(), ids.data_ptr(), rows,
+        vocabulary,
+    )  # fmt: skip
+    return ids
+
+
+def accepted(drafts: Tensor, drawn: Tensor, lengths: Tensor) -> Tensor:
+    """`kernels.sampling.accepted`."""
+    assert LIBRARY
+    right = torch.empty_like(lengths)
+    LIBRARY.fastblt_accepted(drafts.data_ptr(), drawn.data_ptr(), lengths.data_ptr(), right.data_ptr(), *drafts.shape)
+    return right
+
+
+def certainty(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.unmasking.certainty`."""
+    assert LIBRARY
+    logits, (rows, vocabulary) = logits.contiguous(), logits.shape
+    confidence, entropies = torch.empty(rows), torch.empty(rows)
+    LIBRARY.fastblt_certainty(logits.data_ptr(), confidence.data_ptr(), entropies.data_ptr(), rows, vocabulary)
+    return confidence, entropies
+
+
+def unmask(masked: Tensor, confidence: Tensor, entropy: Tensor, rules: Tensor, bounds: Tensor) -> Tensor:
+    """`kernels.unmasking.unmask`."""
+    assert LIBRARY
+    settled = torch.empty_like(masked)
+    LIBRARY.fastblt_unmask(
+        masked.data_ptr(), confidence.data_ptr(), entropy.data_ptr(), rules.data_ptr(), bounds.data_ptr(),
+        settled.data_ptr(), *masked.shape,
+    )  # fmt: skip
+    return settled
 
 
 def stack(w: StackWeights) -> StackFunction:

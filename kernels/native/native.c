@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "bytes.h"
+#include "choosing.h"
 #include "planning.h"
 #include "product.h"
 
@@ -310,4 +311,70 @@ int64_t fastblt_plan(
     int64_t *first = fill_writes(out, rows, writes, num_writes, written, tiling);
     fill_queries(first, queries, found[0], spans, num_spans, seen, tiling);
     return numbers;
+}
+
+/* Where patches start: entropies (rows,), spans (num_spans, 4) to found (2, rows). rule: longest, then how bytes are judged. */
+void fastblt_boundaries(
+    const float *entropies, const double *previous, const int64_t *spans, int64_t num_spans, int64_t longest, int judge,
+    float threshold, float rise, float *found, int64_t rows
+) {
+    memset(found, 0, 2 * rows * sizeof *found);
+    for (int64_t s = 0; s < num_spans; s++, spans += 4) {
+        int64_t row = spans[0], behind = row + spans[1], byte = spans[2], start = spans[3];
+        float before = (float)previous[s];
+        for (; row < behind; row++) {
+            float now = entropies[row];
+            byte++;
+            int opens = starts_patch(now, before, byte, judge, threshold, rise) || (longest && byte - start >= longest);
+            found[row] = now, found[rows + row] = opens;
+            start = opens ? byte : start;
+            before = now;
+        }
+    }
+}
+
+void fastblt_likeliest(const float *logits, int64_t *ids, float *highest, int64_t rows, int64_t vocabulary) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float *x = logits + r * vocabulary;
+        ids[r] = likeliest(x, vocabulary);
+        highest[r] = x[ids[r]];
+    }
+}
+
+/* logits: doubles if `is_double`. laws (rows, 4). */
+void fastblt_sample(
+    const void *logits, int is_double, const double *laws, const double *uniforms, int64_t *ids, int64_t rows,
+    int64_t vocabulary
+) {
+    double x[vocabulary];
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t i = 0; i < vocabulary; i++) {
+            int64_t at = r * vocabulary + i;
+            x[i] = is_double ? ((const double *)logits)[at] : (double)((const float *)logits)[at];
+        }
+        ids[r] = sample(x, vocabulary, laws + 4 * r, uniforms[r]);
+    }
+}
+
+/* drafts, drawn (count, width). */
+void fastblt_accepted(
+    const int64_t *drafts, const int64_t *drawn, const int64_t *lengths, int64_t *right, int64_t count, int64_t width
+) {
+    for (int64_t s = 0; s < count; s++, drafts += width, drawn += width)
+        for (right[s] = 0; right[s] < lengths[s] && drafts[right[s]] == drawn[right[s]];) right[s]++;
+}
+
+void fastblt_certainty(const float *logits, float *confidence, float *entropy, int64_t rows, int64_t vocabulary) {
+    for (int64_t r = 0; r < rows; r++) certainty(logits + r * vocabulary, vocabulary, confidence + r, entropy + r);
+}
+
+/* Blocks of `size` cells. */
+void fastblt_unmask(
+    const uint8_t *masked, const float *confidence, const float *entropy, const int64_t *rules, const double *bounds,
+    uint8_t *settled, int64_t count, int64_t size
+) {
+    for (int64_t s = 0; s < count; s++) {
+        int64_t at = s * size;
+        unmask(masked + at, confidence + at, entropy + at, rules[s], bounds[s], settled + at, size);
+    }
 }
