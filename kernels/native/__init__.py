@@ -114,13 +114,6 @@ class _Stack(ctypes.Structure):
     ]
 
 
-class _Hashes(ctypes.Structure):
-    _fields_ = [
-        *((name, _POINTER) for name in ("tables", "sizes", "powers")),
-        *((name, _INT) for name in ("num_sizes", "num_tables", "longest", "rows", "dim", "bf16")),
-    ]
-
-
 class Packed(Matrix):
     """A matrix as `product.h` reads it: data (panels, in, outputs) float32 or bfloat16, scale (out,) float32."""
 
@@ -199,13 +192,9 @@ def hash_embed(windows: Tensor, embedding: Tensor, hashing: HashTables) -> Tenso
     (rows, width), dim = windows.shape, embedding.shape[1]
     if hashing.dtype not in (torch.float32, torch.bfloat16):
         return hash_embed_torch(windows, embedding, hashing)
-    struct = _Hashes(
-        hashing.addresses.data_ptr(), hashing.sizes.data_ptr(), hashing.powers.data_ptr(), len(hashing.group_sizes),
-        len(hashing.tables), hashing.powers.shape[1], hashing.rows, dim, hashing.dtype == torch.bfloat16,
-    )  # fmt: skip
     x = embedding.new_empty(rows, dim)
     LIBRARY.fastblt_hash_embed(
-        ctypes.byref(struct), windows.data_ptr(), width, embedding.data_ptr(), x.data_ptr(), rows, _is_bf16(x)
+        hashing.description, windows.data_ptr(), width, embedding.data_ptr(), x.data_ptr(), rows, _is_bf16(x)
     )
     return x
 
@@ -272,12 +261,12 @@ def plan(
 def boundaries(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -> Tensor:
     """`kernels.boundary.boundaries`."""
     assert LIBRARY
-    rows = len(entropies)
+    rows = entropies.shape[0]
     found = torch.empty(2, rows)
     judge = 3 if rule.every_byte else 2 if rule.monotonic else 0 if rule.rise is None else 1
     LIBRARY.fastblt_boundaries(
-        entropies.data_ptr(), previous.data_ptr(), spans.data_ptr(), len(spans), rule.longest, judge, rule.threshold,
-        rule.rise or 0.0, found.data_ptr(), rows,
+        entropies.data_ptr(), previous.data_ptr(), spans.data_ptr(), spans.shape[0], rule.longest, judge,
+        rule.threshold, rule.rise or 0.0, found.data_ptr(), rows,
     )  # fmt: skip
     return found
 
@@ -354,12 +343,13 @@ def stack(w: StackWeights) -> StackFunction:
         x: Tensor, cache: KvCache, plan: AttentionPlan, beside: Beside | None = None, wanted: Tensor | None = None,
         alive: Any = (w, norms),
     ) -> Tensor:  # fmt: skip
-        y = torch.empty(len(x) if wanted is None else len(wanted), width, dtype=like.dtype)
+        rows = (x if wanted is None else wanted).shape[0]
+        y = torch.empty(rows, width, dtype=like.dtype)
         besides = _NOTHING if beside is None else (
             beside.cache.addresses, _address(beside.states), beside.page.data_ptr(), beside.offset.data_ptr()
         )  # fmt: skip
         call(
-            address, plan.addresses, cache.addresses, *besides, x.data_ptr(), _address(wanted), len(y), y.data_ptr(),
+            address, plan.addresses, cache.addresses, *besides, x.data_ptr(), _address(wanted), rows, y.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         return y
@@ -375,7 +365,7 @@ def keys(ws: Sequence[KeysWeights]) -> KeysFunction:
 
     def run(x: Tensor, cache: KvCache, page: Tensor, offset: Tensor, alive: Any = (ws, norms)) -> None:
         call(
-            structs, len(structs), page.data_ptr(), offset.data_ptr(), cache.addresses, x.data_ptr(), len(x),
+            structs, len(structs), page.data_ptr(), offset.data_ptr(), cache.addresses, x.data_ptr(), x.shape[0],
             torch.get_num_threads(),
         )  # fmt: skip
 

@@ -5,12 +5,14 @@
 
 #include "vector.h"
 
-/* The first of the largest; of a NaN, if there is one. */
+/* The first of the largest; of what is no number, if there is any. */
 static int64_t likeliest(const float *x, int64_t n) {
-    int64_t best = 0;
-    for (int64_t i = 0; i < n && x[best] == x[best]; i++)
-        if (x[i] > x[best] || x[i] != x[i]) best = i;
-    return best;
+    float most = most_of(x, n, -INFINITY);
+    int bad = 0;
+    int64_t i = 0;
+    for (int64_t j = 0; j < n; j++) bad |= x[j] != x[j];
+    while (bad ? x[i] == x[i] : x[i] != most) i++;
+    return i;
 }
 
 typedef struct {
