@@ -17,7 +17,7 @@ from kernels.dispatch import Kernels
 from .choosing import Blocks, bar_specials, cell_params, uniform
 from .decoders import Call, Result
 from .runner import Runner, Work
-from .sampling import Chooser, check
+from .sampling import Chooser, check, on_device
 
 
 def run_passes(runner: Runner, batch: Sequence[Work], kernels: Kernels) -> list[Result] | None:
@@ -46,18 +46,15 @@ def _draft(runner: Runner, batch: Sequence[Work], calls: Sequence[Call], kernels
     sequences = [w.sequence for w in batch]
     params = [s.request.sampling for s in sequences]
     chooser = Chooser(params, [{}] * len(batch), runner.vocab_size, device, kernels)
-    uniforms = torch.tensor(
-        [[uniform(s, call.start + 1 + n) for s, call in zip(sequences, calls, strict=True)] for n in range(passes)],
-        dtype=torch.float64,
-        device=device,
-    )
+    places = [[uniform(s, call.start + 1 + n) for s, call in zip(sequences, calls, strict=True)] for n in range(passes)]
+    uniforms = on_device(places, device)
     ids = torch.tensor([call.causal[0] for call in calls], device=device)
     drawn: list[Tensor] = []
     highest: list[Tensor] = []
     for number in range(passes):
         at = [replace(w, call=replace(call, start=call.start + number)) for w, call in zip(batch, calls, strict=True)]
         logits = runner.decode(runner.plan_decoder(at), ids)
-        highest.append(logits.amax(-1, keepdim=True))
+        highest.append(logits.amax(-1))
         ids = chooser(logits, uniforms[number])
         drawn.append(ids)
     check(torch.cat(highest))
@@ -75,10 +72,10 @@ def _unmask(runner: Runner, batch: Sequence[Work], calls: Sequence[Call], kernel
     ]
     params = [cell_params(sequence.request) for sequence, _ in cells]
     chooser = Chooser(params, [{}] * len(cells), runner.vocab_size, device, kernels)
-    uniforms = torch.tensor([uniform(*cell) for cell in cells], dtype=torch.float64, device=device)
+    uniforms = on_device([uniform(*cell) for cell in cells], device)
     while True:
         logits = runner.decode(plan, blocks.cells)
-        check(logits)
+        check(logits.amax(-1))
         logits = bar_specials(logits.clone())
         blocks.settle(logits, chooser(logits, uniforms))
         if blocks.any_done:

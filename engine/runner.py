@@ -217,9 +217,8 @@ class Runner:
 
         def stage(t: Mapping[str, Tensor]) -> Tensor:
             entropies = self._model.patcher(t["ids"], self._caches.patcher, plan.on_device(t, "plan"))
-            before = t["previous"].view(torch.float64).float()
-            opens = self._model.kernels.boundaries(entropies, before, t["undecided"], self._rule)
-            return torch.stack((entropies, opens.to(entropies.dtype)))
+            previous = t["previous"].view(torch.float64)
+            return self._model.kernels.boundaries(entropies, previous, t["undecided"], self._rule)
 
         arrays = {
             "ids": padded_array(ids, padded),
@@ -348,14 +347,9 @@ class Runner:
         decoder, reads_states = self._model.decoder, self.cells_are_encoded
 
         def stage(t: Mapping[str, Tensor]) -> Tensor:
-            if reads_states:
-                x = t["states"].index_select(0, t["rows"])
-            else:
-                x = decoder.embed(t["ids"] if "ids" in t else t["rows"])
-            hidden = decoder(
-                x, self._caches.latent, t["page"], t["offset"], self._caches.decoder, plan.on_device(t, "plan")
-            )
-            return decoder.logits(hidden.index_select(0, t["wanted"])) if wanted else hidden
+            x = t["states"].index_select(0, t["rows"]) if reads_states else t["ids"] if "ids" in t else t["rows"]
+            latents, cache = self._caches.latent, self._caches.decoder
+            return decoder(x, latents, t["page"], t["offset"], cache, plan.on_device(t, "plan"), t["wanted"])
 
         tensors = {}
         if reads_states:

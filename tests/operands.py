@@ -1,6 +1,7 @@
 """Random operands for kernels, and ragged layouts of sequences: one row, many, lengths at the edges of pages."""
 
 import os
+from itertools import accumulate, pairwise
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -11,11 +12,15 @@ from engine.graphs import Eager
 from engine.pages import BlockTable, PagePool
 from engine.plan import Plan, plan_attention
 from kernels.attention import TILE, AttentionPlan
+from kernels.boundary import Rule
 from kernels.planning import Spans, Tiling
 
 CPU = torch.device("cpu")
 TRITONS = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 """Where Triton's kernels run: on a CUDA device where there is one, else in the interpreter."""
+RULES = [
+    Rule(1.0), Rule(1.0, longest=3), Rule(0.3, monotonic=True), Rule(1.0, rise=0.2, longest=8), Rule(0, every_byte=True)
+]  # fmt: skip
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
 SEEDS = st.integers(0, 2**20)
 few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -40,6 +45,22 @@ class Draw:
 
     def below(self, bound: int, *shape: int) -> Tensor:
         return torch.randint(bound, shape, generator=self._generator).to(self.device)
+
+    def patches(self, sequences: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """For `kernels.boundary.boundaries`, of sequences with so many rows, from such a byte on."""
+        ends = [0, *accumulate(count for count, _ in sequences)]
+        spans = [
+            (begin, end - begin, byte, byte // 2)
+            for (begin, end), (_, byte) in zip(pairwise(ends), sequences, strict=True)
+        ]
+        entropies, previous = self.uniform(ends[-1] + 2).float() * 2, self.uniform(len(spans)) * 2
+        return entropies, previous, torch.tensor(spans, dtype=torch.int64, device=self.device).view(-1, 4)
+
+    def laws(self, rows: int, vocab_size: int) -> Tensor:
+        """For `kernels.sampling.sample`."""
+        choices = (0.0, 0.3, 1.0, 2.0), (1.0, min(3.0, vocab_size), vocab_size), (0.0, 0.5, 0.9, 1.0), (0.0, 0.05, 1.0)
+        picked = [torch.tensor(values).double()[self.below(len(values), rows).cpu()] for values in choices]
+        return torch.stack(picked, 1).to(self.device)
 
     def shuffled(self, n: int) -> list[int]:
         order: list[int] = torch.randperm(n, generator=self._generator).tolist()
