@@ -13,17 +13,13 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from kernels.dispatch import Kernels
-from kernels.unmasking import CONFIDENCE, ENTROPY, ENTROPY_MINUS_MAX, ONE_STEP
 
-from .config import BOE_ID, BOS_ID, PAD_ID
+from .blocks import Blocks, Unmasking
 from .decoders import Call, Result
 from .runner import Work
 from .sampling import choose, draw, logprobs_of
 from .sequence import Sequence as SequenceState
-from .types import Request, SamplingParams, Unmask
-
-BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
-"""Ids that a block's cell never becomes."""
+from .types import Request, SamplingParams
 
 
 class _Draws(msgspec.Struct, frozen=True):
@@ -123,8 +119,13 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         end += d.end - d.begin
         block_rows += range(end - d.num_block, end)
     if block_rows:
+        calls = [d.call for d in draws if d.num_block]
         index = torch.tensor(block_rows, device=logits.device)
-        cells = bar_specials(wanted[index])
+        blocks = Blocks([(call.block, call.rule) for call in calls if call.rule], logits.device)
+        unmasking = Unmasking(
+            kernels, blocks.padded(len(calls), len(block_rows)), mask_id=draws[0].work.sequence.mask_id
+        )
+        cells = unmasking.law(wanted[index])
         wanted = wanted.index_copy(0, index, cells)
     params: list[SamplingParams] = []
     counts: list[Mapping[int, int]] = []
@@ -135,11 +136,10 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         counts += own_counts
         uniforms += own_uniforms
     drawn = choose(wanted, params, counts, uniforms, kernels)
-    settled: Iterator[Result] = iter(())
+    settled: Iterator[tuple[list[int], list[int]]] = iter(())
     if block_rows:
-        blocks = Blocks([d.work for d in draws if d.num_block], logits.device, kernels)
-        blocks.settle(cells, drawn[index])
-        settled = iter(blocks.results())
+        unmasking.settle(cells, drawn[index], cells.amax(-1))
+        settled = zip(unmasking.ids.tolist(), unmasking.when.tolist(), strict=True)
     right = _right(draws, drawn, kernels)
     chosen = drawn.tolist()
 
@@ -155,10 +155,10 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         scores = [] if num_top is None else logprobs_of(wanted[at:end], chosen[at:end], num_top)
         result = Result(some.first, chosen[at:behind], next(right), after_scores=scores[: behind - at])
         if some.num_block:
-            block = next(settled)
+            ids, when = (values[: some.num_block] for values in next(settled))
             if some.call.causal:
-                block.cells[0], block.settled[0] = result.after[-1], 0
-            result = replace(result, cells=block.cells, settled=block.settled, cell_scores=scores[behind - at :])
+                ids[0], when[0] = result.after[-1], 0
+            result = replace(result, cells=ids, settled=when, cell_scores=scores[behind - at :])
         results.append(result)
         at = end
     return results
@@ -185,64 +185,3 @@ def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> Iterator
     lengths = torch.tensor([len(line) for line in drafts], device=drawn.device)
     right: list[int] = kernels.accepted(grid(drafts), drawn[grid(rows)], lengths).tolist()
     return iter(right)
-
-
-def bar_specials(cells: Tensor) -> Tensor:
-    """Bars the ids that cells never become from their logits (R, V), in place."""
-    cells[:, BLOCK_SPECIALS] = -torch.inf
-    return cells
-
-
-class Blocks:
-    """The blocks of some works on the device, pass after pass: ids, and which cells are still masked."""
-
-    def __init__(self, works: Sequence[Work], device: torch.device, kernels: Kernels) -> None:
-        self._kernels = kernels
-        calls = [w.call for w in works if w.call]
-        self._sizes = [len(call.block) for call in calls]
-        self.passes = 0
-        size, mask = max(self._sizes), works[0].sequence.mask_id
-        grid = [[*call.block, *[-1] * (size - len(call.block))] for call in calls]
-        self._ids = torch.tensor(grid, device=device)
-        self._masked = self._ids == mask
-        self._when = torch.full_like(self._ids, -1)
-        self._flat = (self._ids != -1).flatten().nonzero()[:, 0]
-        """Of all cells laid end to end, the place in the grid."""
-        rules, bounds = zip(*(rule_and_bound(call.rule) for call in calls if call.rule), strict=True)
-        self._rules = torch.tensor(rules, device=device)
-        self._bounds = torch.tensor(bounds, dtype=torch.float64, device=device)
-
-    @property
-    def cells(self) -> Tensor:
-        """The ids of all cells laid end to end."""
-        return self._ids.flatten()[self._flat]
-
-    @property
-    def any_done(self) -> bool:
-        return not bool(self._masked.any(1).all())
-
-    def settle(self, logits: Tensor, drawn: Tensor) -> None:
-        """One pass: the cells' logits (R, V), what was drawn from them (R,)."""
-        confidence, entropy = (self._in_grid(t) for t in self._kernels.certainty(logits))
-        settled = self._kernels.unmask(self._masked, confidence, entropy, self._rules, self._bounds)
-        self._ids = self._ids.where(~settled, self._in_grid(drawn))
-        self._when.masked_fill_(settled, self.passes)
-        self._masked &= ~settled
-        self.passes += 1
-
-    def results(self) -> list[Result]:
-        """What became of each block."""
-        rows = zip(self._ids.tolist(), self._when.tolist(), self._sizes, strict=True)
-        return [Result(cells=ids[:size], settled=when[:size], passes=self.passes) for ids, when, size in rows]
-
-    def _in_grid(self, cells: Tensor) -> Tensor:
-        return cells.new_zeros(self._ids.numel()).index_copy(0, self._flat, cells).view(self._ids.shape)
-
-
-def rule_and_bound(rule: Unmask) -> tuple[int, float]:
-    """The rule's number in `kernels.unmasking`, and what it compares with."""
-    if rule.rule == "confidence":
-        return CONFIDENCE, rule.alpha
-    if rule.rule == "entropy":
-        return (ENTROPY_MINUS_MAX if rule.minus_max else ENTROPY), rule.gamma
-    return ONE_STEP, 0.0

@@ -20,7 +20,7 @@ from .costs import StageCosts
 from .decoders import Committed, Decoder, Experience, Result, make_decoder
 from .graphs import Eager, Graphs
 from .model import Model, find_row_floors
-from .passes import run_passes
+from .passes import Passes
 from .prefix import PrefixCache
 from .runner import Runner, Work
 from .sampling import logprobs_of
@@ -93,6 +93,7 @@ class Engine:
             stage_bytes=self._stage_bytes,
             costs=StageCosts(drafts_encode=loaded.config.decoder_input == "encoder"),
         )
+        self._passes = Passes(self.runner, kernels)
         self._formula = PaperFormula.of(loaded.config, itemsize)
         self._experience = Experience()
         self._decoders = _decoders(loaded.config)
@@ -278,7 +279,7 @@ class Engine:
         began, stages_before = time.perf_counter(), sum(self.runner.counts.seconds.values())
         batch = [self._work(part) for part in parts]
         calls_before = self.runner.counts.calls["decoder"]
-        results = run_passes(self.runner, batch, self._kernels) or self._run_once(batch)
+        results = self._passes.run(batch) or self._run_once(batch)
         for part, w, result in zip(parts, batch, results, strict=True):
             self._advance(part, w, result)
         stages = sum(self.runner.counts.seconds.values()) - stages_before

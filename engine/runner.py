@@ -16,7 +16,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -146,7 +146,7 @@ class Runner:
         self._ngram_width = max(model.config.hashes.group_sizes)
         self._bytes = stage_bytes
         self.counts = StageCounts()
-        self._running: deque[tuple[_Call, torch.cuda.Event]] = deque()
+        self._running: deque[StageCall] = deque()
         """Stages on a CUDA device whose time is not known yet."""
         self.costs = costs
 
@@ -193,7 +193,7 @@ class Runner:
             w.logits_from = max(w.logits_from, w.decode_from)
         call = self._begin("global")
         self._close_patches(clean, call)
-        self._end(call)
+        self.finish(call)
         return self.decode(self.plan_decoder(batch), states=states)
 
     def settle(self, sequence: Sequence) -> None:
@@ -227,8 +227,8 @@ class Runner:
             "plan": plan.data,
         }
         decisions = Readback(self._run("patcher", stage, padded, arrays, plan))
-        self._account(call, works)
-        self._end(call)
+        self.charge(call, works)
+        self.finish(call)
 
         def decide() -> None:
             entropies, opens = decisions.wait().tolist()
@@ -277,8 +277,8 @@ class Runner:
             "open": written.data,
         }
         states = self._run("encoder", stage, padded, arrays, plan)
-        self._account(call, works)
-        self._end(call)
+        self.charge(call, works)
+        self.finish(call)
         return states
 
     def _text_of_cells(self, w: Work) -> list[int]:
@@ -358,9 +358,41 @@ class Runner:
         elif ids is not None:
             tensors["ids"] = pad(ids, (0, len(rows.arrays["rows"]) - len(ids)))
         out = self._run("decoder", stage, rows.padded, rows.arrays, plan, tensors=tensors)
-        self._account(call, rows.works)
-        self._end(call)
+        self.charge(call, rows.works)
+        self.finish(call)
         return out[:wanted] if wanted else out.new_empty((0, self._config.vocab_size), dtype=torch.float32)
+
+    def decode_passes(
+        self,
+        name: str,
+        plans: "Seq[DecoderRows]",
+        times: int,
+        tensors: Mapping[str, Tensor],
+        begin: "Callable[[Mapping[str, Tensor]], PassState]",
+    ) -> "tuple[StageCall, Tensor]":
+        """Passes of the decoder over cells, so many times with each plan, in one launch; what the last state gives out.
+
+        The caller must `charge` the passes to their works, and `finish` the call. Plans differ in positions alone.
+        begin: makes the state from the stage's inputs, which hold `tensors`; name: that of its kind.
+        """
+        call = self._begin("decoder")
+        call.rows, call.passes = plans[0].num_rows, len(plans) * times
+        decoder, latents, cache = self._model.decoder, self._caches.latent, self._caches.decoder
+
+        def stage(t: Mapping[str, Tensor]) -> Tensor:
+            state = begin(t)
+            for number, rows in enumerate(plans):
+                plan = rows.plan.on_device(t, f"plan{number}")
+                for _ in range(times):
+                    state.take(decoder(state.cells, latents, t["page"], t["offset"], cache, plan, t["wanted"]))
+            return state.out()
+
+        arrays = {name: plans[0].arrays[name] for name in ("page", "offset", "wanted")}
+        arrays |= {f"plan{number}": rows.plan.data for number, rows in enumerate(plans)}
+        key = times, *(rows.plan.shape for rows in plans)
+        out = self.executor.run(name, stage, plans[0].padded, arrays, tensors, key)
+        call.ended = self._mark()
+        return call, out
 
     def _undecided(self, clean: Seq[Work], padded: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The rows behind which a patch may start, as `kernels.boundary` takes them, and the entropies before them, in
@@ -412,7 +444,7 @@ class Runner:
     ) -> Tensor:
         return self.executor.run(name, stage, rows, arrays, tensors, tuple(plan.shape for plan in plans))
 
-    def _close_patches(self, clean: Seq[Work], call: "_Call") -> None:
+    def _close_patches(self, clean: Seq[Work], call: "StageCall") -> None:
         """Encoder cross-attention and global stage for every patch whose last byte is among the rows, and for open
         ones that a block is to read as if they ended here."""
         slots = self._config.slots
@@ -482,7 +514,7 @@ class Runner:
             "plan": plan.data,
         }
         self._run("global", stage, padded * slots, arrays, pooling, plan)
-        self._account(call, works)
+        self.charge(call, works)
 
     def _add_latents(self, w: Work, begin: int, page: list[int], offset: list[int]) -> None:
         """Which latent each row reads.
@@ -501,9 +533,9 @@ class Runner:
         page += [table.pages[patch // size - table.first] for patch in patches]
         offset += [patch % size * self._config.slots for patch in patches]
 
-    def _account(self, call: "_Call", works: "Seq[_Rows]") -> None:
+    def charge(self, call: "StageCall", works: "Seq[_Rows]") -> None:
         """Charges a call to its sequences: a share of the weights by rows, and what each looks up itself."""
-        stage, total = call.stage, call.rows
+        stage, total = call.stage, max(sum(rows.num_rows for rows in works), 1)
         weights, kv_row, per_row = (part[stage] for part in (self._bytes.weights, self._bytes.kv_row, self._bytes.row))
         each = weights / total + per_row
         whole = 0.0
@@ -518,36 +550,55 @@ class Runner:
                 call.shares[w.sequence.request.decoder] += counted / total
         self.counts.bytes_read[stage] += whole
 
-    def _begin(self, stage: str) -> "_Call":
-        return _Call(stage, self._mark())
+    def _begin(self, stage: str) -> "StageCall":
+        return StageCall(stage, self._mark())
 
-    def _end(self, call: "_Call") -> None:
-        if self.device.type == "cuda":
-            # The host is ahead of the device: two marks in its queue tell the time, once they have been passed.
-            self._running.append((call, self._mark()))
-        else:
-            self._took(call, time.perf_counter() - call.began)
+    def finish(self, call: "StageCall") -> None:
+        """Counts a call whose works have been charged."""
+        call.ended = call.ended or self._mark()
         if call.rows:
-            self.counts.calls[call.stage] += 1
-            self.counts.rows[call.stage] += call.rows
-        while self._running and self._running[0][1].query():
-            earlier, end = self._running.popleft()
-            self._took(earlier, earlier.began.elapsed_time(end) / 1000)
+            self.counts.calls[call.stage] += call.passes
+            self.counts.rows[call.stage] += call.rows * call.passes
+        if self.device.type == "cpu":
+            self._took(call, call.ended - call.began)
+            return
+        # The host is ahead of the device: two marks in its queue tell the time, once they have been passed.
+        self._running.append(call)
+        while self._running and self._running[0].ended.query():
+            earlier = self._running.popleft()
+            self._took(earlier, earlier.began.elapsed_time(earlier.ended) / 1000)
 
     def _mark(self) -> Any:
         """Now, on the device's clock."""
-        if self.device.type != "cuda":
+        if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _took(self, call: "_Call", seconds: float) -> None:
+    def _took(self, call: "StageCall", seconds: float) -> None:
         if call.rows:
             self.counts.seconds[call.stage] += seconds
             for decoder, share in call.shares.items():
-                self.counts.decoder_seconds[decoder][call.stage] += seconds * share
-            self.costs.saw(call.stage, call.rows, seconds)
+                self.counts.decoder_seconds[decoder][call.stage] += seconds * share / call.passes
+            self.costs.saw(call.stage, call.rows, seconds / call.passes)
+
+
+class PassState(Protocol):
+    """What goes from one pass of the decoder to the next, in tensors alone, so that it can be recorded."""
+
+    @property
+    def cells(self) -> Tensor:
+        """The ids that the next pass is fed, (R,)."""
+        ...
+
+    def take(self, logits: Tensor) -> None:
+        """The end of a pass: logits (R, V)."""
+        ...
+
+    def out(self) -> Tensor:
+        """What the host wants to know of all passes."""
+        ...
 
 
 class _Rows(NamedTuple):
@@ -560,10 +611,13 @@ class _Rows(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Call:
-    """A pass of a stage: its rows, and which share of them generates for which decoder."""
+class StageCall:
+    """A launch of a stage: its rows, how many passes it makes over them, and, added up over the passes, which share of
+    the rows generates for which decoder."""
 
     stage: str
     began: Any
+    ended: Any = None
     rows: int = 0
+    passes: int = 1
     shares: dict[str, float] = field(default_factory=lambda: defaultdict(float))

@@ -14,10 +14,11 @@ from .types import SamplingParams, TokenLogprob
 _MASK_64 = 2**64 - 1
 
 
-class Chooser:
-    """How some rows become ids. Made once where the same rows are chosen for in several passes.
+class Laws:
+    """How some rows become ids.
 
-    counts: how often each id was generated, per row. Everything is on `device` once it is made.
+    tensors: of `changes` (R, V) float64, what is added to the logits, and `laws` (R, 4) float64, as `kernels.sampling`
+    has them, those that any row needs; on `device`. counts: how often each id was generated, per row.
     """
 
     def __init__(
@@ -26,34 +27,33 @@ class Chooser:
         counts: Sequence[Mapping[int, int]],
         vocab_size: int,
         device: torch.device,
-        kernels: Kernels,
     ) -> None:
-        self._kernels = kernels
+        self.tensors: dict[str, Tensor] = {}
         changes = [_logit_changes(p, c, vocab_size) for p, c in zip(params, counts, strict=True)]
-        self._changes = None
         if any(changes):
-            self._changes = torch.zeros(len(params), vocab_size, dtype=torch.float64)
-            for row, change in zip(self._changes, changes, strict=True):
+            added = torch.zeros(len(params), vocab_size, dtype=torch.float64)
+            for row, change in zip(added, changes, strict=True):
                 row[list(change)] = torch.tensor(list(change.values()), dtype=torch.float64)
-            self._changes = self._changes.to(device)
-        self._laws = None
+            self.tensors["changes"] = added.to(device)
         if any(p.temperature > 0 for p in params):
             laws = [(p.temperature, p.top_k or vocab_size, p.top_p, p.min_p) for p in params]
-            self._laws = on_device(laws, device)
-        self.takes_likeliest = self._changes is None and self._laws is None
-        """Whether every row becomes what is likeliest as it is."""
+            self.tensors["laws"] = on_device(laws, device)
 
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """One id per row, (R,) int64, from logits (R, V) float32. Equal logits rank by id, lower first.
 
-        uniforms (R,) float64: a draw in [0, 1) per row, which only rows with temperature > 0 use.
-        """
-        if self.takes_likeliest:
-            return self._kernels.likeliest(logits)[0]
-        adjusted = logits if self._changes is None else logits.double() + self._changes
-        if self._laws is None:
-            return adjusted.argmax(-1)
-        return self._kernels.sample(adjusted, self._laws, uniforms)
+def draw_ids(
+    logits: Tensor, tensors: Mapping[str, Tensor], uniforms: Tensor, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
+    """One id per row, (R,) int64, from logits (R, V) float32, and the largest logit, NaN if any is, (R,). Equal logits
+    rank by id, lower first.
+
+    tensors: of `Laws`. uniforms (R,) float64: a draw in [0, 1) per row, which only rows with temperature > 0 use.
+    """
+    ids, highest = kernels.likeliest(logits)
+    laws, changes = tensors.get("laws"), tensors.get("changes")
+    if changes is not None:
+        logits = logits.double() + changes
+        ids = logits.argmax(-1)
+    return ids if laws is None else kernels.sample(logits, laws, uniforms), highest
 
 
 def choose(
@@ -63,14 +63,14 @@ def choose(
     uniforms: Sequence[float],
     kernels: Kernels,
 ) -> Tensor:
-    """One id per row, as `Chooser` chooses.
+    """One id per row, as `draw_ids` draws them.
 
     Raises FloatingPointError for a row that is no distribution (NaN, +inf, or nothing above -inf).
     """
-    likeliest, highest = kernels.likeliest(logits)
+    laws = Laws(params, counts, logits.shape[1], logits.device).tensors
+    ids, highest = draw_ids(logits, laws, on_device(uniforms, logits.device), kernels)
     check(highest)
-    chooser = Chooser(params, counts, logits.shape[1], logits.device, kernels)
-    return likeliest if chooser.takes_likeliest else chooser(logits, on_device(uniforms, logits.device))
+    return ids
 
 
 def on_device(numbers: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
