@@ -91,8 +91,9 @@ class Passes:
             call, out = runner.decode_passes("unmask", [plan], times, tensors, begin)
             states = zip(results, *out.tolist(), strict=False)
             results = [_after(r, ids, when, bad, times, mask) for r, ids, when, bad in states]
-            for n in range(before, before + times):
-                # Nobody is charged for passes over a block that was done.
+            # Passes over blocks that were done are padding, and nobody's.
+            call.passes = max(r.passes for r in results) - before
+            for n in range(before, before + call.passes):
                 runner.charge(call, [rows for rows, r in zip(plan.works, results, strict=True) if r.passes > n])
             runner.finish(call)
         self._needed += [r.passes for r in results if mask not in r.cells]

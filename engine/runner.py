@@ -535,7 +535,7 @@ class Runner:
 
     def charge(self, call: "StageCall", works: "Seq[_Rows]") -> None:
         """Charges a call to its sequences: a share of the weights by rows, and what each looks up itself."""
-        stage, total = call.stage, max(sum(rows.num_rows for rows in works), 1)
+        stage, total = call.stage, sum(rows.num_rows for rows in works)
         weights, kv_row, per_row = (part[stage] for part in (self._bytes.weights, self._bytes.kv_row, self._bytes.row))
         each = weights / total + per_row
         whole = 0.0

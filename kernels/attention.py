@@ -77,13 +77,13 @@ class AttentionPlan:
         """(R,): rows that are written, `page` and `offset` where."""
         return self._arrays[0]
 
-    @property
+    @cached_property
     def page(self) -> Tensor:
-        return self._arrays[1]
+        return self.data[self.shape.rows : 2 * self.shape.rows]
 
-    @property
+    @cached_property
     def offset(self) -> Tensor:
-        return self._arrays[2]
+        return self.data[2 * self.shape.rows : 3 * self.shape.rows]
 
     @property
     def first(self) -> Tensor:
