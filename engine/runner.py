@@ -68,6 +68,7 @@ class Work(msgspec.Struct):
     num_block: int = 0
 
     def __post_init__(self) -> None:
+        self.decode_from = self.start
         self.num_clean = self.end - self.start
         if self.call:
             self.num_block = len(self.call.block)
@@ -183,18 +184,22 @@ class Runner:
         rows stay.
         """
         clean = [w for w in batch if w.num_clean]
-        # The encoder does not ask where patches start: the device runs it while the host hears of that.
+        # The encoder does not ask where patches start: the device runs it while the host plans and hears of that.
         decide = self._run_patcher(clean) if clean else None
         states = self._run_encoder(batch)
+        skipping = [w for w in batch if w.call and w.call.decoded > w.start]
+        rows = None if skipping else self._decoder_rows(batch)
         if decide:
             decide()
-        for w in batch:
-            w.decode_from = self._first_to_decode(w)
-            w.logits_from = max(w.logits_from, w.decode_from)
         call = self._begin("global")
         self._close_patches(clean, call)
         self.finish(call)
-        return self.decode(self.plan_decoder(batch), states=states)
+        for w in skipping:
+            w.decode_from = self._first_to_decode(w, w.call.decoded if w.call else 0)
+            w.logits_from = max(w.logits_from, w.decode_from)
+        rows = rows or self._decoder_rows(batch)
+        self._add_latents(rows)
+        return self.decode(rows, states=states)
 
     def settle(self, sequence: Sequence) -> None:
         """Gives back pages behind every window, and those of rows and patches that did not come to be."""
@@ -291,16 +296,20 @@ class Runner:
 
     def plan_decoder(self, batch: Seq[Work]) -> "DecoderRows":
         """The batch's rows of the decoder stage."""
+        rows = self._decoder_rows(batch)
+        self._add_latents(rows)
+        return rows
+
+    def _decoder_rows(self, batch: Seq[Work]) -> "DecoderRows":
+        """All but the latents that they read: those may not be known yet."""
         ids: list[int] = []
         state_rows: list[int] = []
         spans = Spans()
-        latent_page: list[int] = []
-        latent_offset: list[int] = []
         wanted: list[int] = []
         works: list[_Rows] = []
         encoded = 0
         for w in batch:
-            begin = w.decode_from if w.num_clean else w.end
+            begin = w.decode_from
             cells = w.cells if w.num_cells else []
             count = w.end - begin + w.num_cells
             encoded += w.num_clean or w.num_cells
@@ -312,14 +321,11 @@ class Runner:
             start = begin if begin < w.end else w.cells_start
             # Clean rows and causal cells see what is before them; a block's cells see the whole block too.
             works.append(self._add_rows(spans, "decoder", w, start, start + count, w.num_block))
-            self._add_latents(w, begin, latent_page, latent_offset)
         padded = self.executor.rows(len(ids)) if ids else 0
         padded_wanted = self.executor.parts(self.executor.rows(len(wanted)), padded) if wanted else 0
         plan = self._plan("decoder", spans, spans, padded)
         arrays = {
             "rows": padded_array(state_rows if self.cells_are_encoded else ids, padded),
-            "page": padded_array(latent_page, padded),
-            "offset": padded_array(latent_offset, padded),
             "wanted": padded_array(wanted, padded_wanted),
             "plan": plan.data,
         }
@@ -410,14 +416,12 @@ class Runner:
         padding = length - len(clean)
         return padded_array(spans, 4 * length).reshape(length, 4), np.array(previous + [0.0] * padding).view(np.int64)
 
-    def _first_to_decode(self, w: Work) -> int:
-        """Drafted rows are exact up to the first that closes a patch: it reads a latent that was not there."""
-        if w.call is None or w.call.decoded <= w.start:
-            return w.start
+    def _first_to_decode(self, w: Work, decoded: int) -> int:
+        """Rows before `decoded` are exact up to the first that closes a patch: it read a latent that was not there."""
         starts = w.sequence.patching.starts
         closing = bisect_right(starts, w.start)
         first = starts[closing] - 1 if closing < len(starts) else w.end
-        return min(first, w.call.decoded)
+        return min(first, decoded)
 
     def _add_rows(self, spans: Spans, cache: str, w: Work, start: int, end: int, mutual: int = 0) -> "_Rows":
         """Adds rows start..end-1 of a cache of bytes, the last `mutual` of which see each other."""
@@ -516,22 +520,26 @@ class Runner:
         self._run("global", stage, padded * slots, arrays, pooling, plan)
         self.charge(call, works)
 
-    def _add_latents(self, w: Work, begin: int, page: list[int], offset: list[int]) -> None:
+    def _add_latents(self, rows: "DecoderRows") -> None:
         """Which latent each row reads.
 
         Byte j, which predicts byte j + 1, reads the latent of the patch before the one that holds byte j + 1. Cells
         read the newest latent there is, or that of the open patch if it was closed for them.
         """
-        sequence = w.sequence
-        table, size = sequence.tables["latent"], self._caches.specs["latent"].page_size
-        patches = [sequence.patch_of(byte + 1) - 1 for byte in range(begin, w.end)]
-        if w.num_cells:
-            newest = sequence.patch_of(w.end) - 1
-            if w.closes and sequence.patching.starts[-1] < w.end:
-                newest += 1
-            patches += [newest] * w.num_cells
-        page += [table.pages[patch // size - table.first] for patch in patches]
-        offset += [patch % size * self._config.slots for patch in patches]
+        size, slots = self._caches.specs["latent"].page_size, self._config.slots
+        page: list[int] = []
+        offset: list[int] = []
+        for w, count, _, _ in rows.works:
+            sequence, table = w.sequence, w.sequence.tables["latent"]
+            patches = [sequence.patch_of(byte + 1) - 1 for byte in range(w.end - count + w.num_cells, w.end)]
+            if w.num_cells:
+                newest = sequence.patch_of(w.end) - 1
+                if w.closes and sequence.patching.starts[-1] < w.end:
+                    newest += 1
+                patches += [newest] * w.num_cells
+            page += [table.pages[patch // size - table.first] for patch in patches]
+            offset += [patch % size * slots for patch in patches]
+        rows.arrays["page"], rows.arrays["offset"] = padded_array(page, rows.padded), padded_array(offset, rows.padded)
 
     def charge(self, call: "StageCall", works: "Seq[_Rows]") -> None:
         """Charges a call to its sequences: a share of the weights by rows, and what each looks up itself."""
