@@ -5,7 +5,7 @@ verifies it agree whenever their laws put that number on the same byte, and the 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import torch
@@ -16,8 +16,9 @@ from kernels.dispatch import Kernels
 
 from .blocks import Blocks, Unmasking
 from .decoders import Call, Result
+from .readback import read
 from .runner import Work
-from .sampling import choose, draw, logprobs_of
+from .sampling import check, choose, draw, logprobs_of
 from .sequence import Sequence as SequenceState
 from .types import Request, SamplingParams
 
@@ -135,13 +136,14 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         params += own_params
         counts += own_counts
         uniforms += own_uniforms
-    drawn = choose(wanted, params, counts, uniforms, kernels)
-    settled: Iterator[tuple[list[int], list[int]]] = iter(())
+    drawn, highest = choose(wanted, params, counts, uniforms, kernels)
+    wants = [drawn, highest, _right(draws, drawn, kernels)]
     if block_rows:
         unmasking.settle(cells, drawn[index], cells.amax(-1))
-        settled = zip(unmasking.ids.tolist(), unmasking.when.tolist(), strict=True)
-    right = _right(draws, drawn, kernels)
-    chosen = drawn.tolist()
+        wants += [unmasking.ids, unmasking.when]
+    chosen, bests, right, *blocks_now = read(*wants)
+    check(bests)
+    accepted, settled = iter(right), zip(*blocks_now, strict=True)
 
     results: list[Result | None] = []
     at = 0
@@ -153,7 +155,7 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         behind = end - some.num_block
         num_top = some.work.sequence.request.logprobs
         scores = [] if num_top is None else logprobs_of(wanted[at:end], chosen[at:end], num_top)
-        result = Result(some.first, chosen[at:behind], next(right), after_scores=scores[: behind - at])
+        result = Result(some.first, chosen[at:behind], next(accepted), after_scores=scores[: behind - at])
         if some.num_block:
             ids, when = (values[: some.num_block] for values in next(settled))
             if some.call.causal:
@@ -164,10 +166,11 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
     return results
 
 
-def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> Iterator[int]:
-    """For each, how many of the drafts that its rows verify are what was drawn behind them (Fast BLT, Verify)."""
+def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> Tensor:
+    """For each, how many of the drafts that its rows verify are what was drawn behind them (Fast BLT, Verify): (D,)
+    int64."""
     if not any(d.call.drafts for d in draws):
-        return iter([0] * len(draws))
+        return drawn.new_zeros(len(draws))
     at, rows, drafts = 0, [], []
     for d in draws:
         known = len(d.work.sequence.ids) - len(d.call.drafts)
@@ -177,11 +180,10 @@ def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> Iterator
         at += d.end - d.begin
     width = max(map(len, drafts))
     if not width:
-        return iter([0] * len(draws))
+        return drawn.new_zeros(len(draws))
 
     def grid(lines: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor([[*line, *[0] * (width - len(line))] for line in lines], device=drawn.device)
 
     lengths = torch.tensor([len(line) for line in drafts], device=drawn.device)
-    right: list[int] = kernels.accepted(grid(drafts), drawn[grid(rows)], lengths).tolist()
-    return iter(right)
+    return kernels.accepted(grid(drafts), drawn[grid(rows)], lengths)

@@ -19,6 +19,7 @@ from kernels.dispatch import Kernels
 from .blocks import Blocks, Unmasking
 from .choosing import cell_params, uniform
 from .decoders import Call, Result
+from .readback import read
 from .runner import Runner, Work
 from .sampling import Laws, check, draw_ids, on_device
 from .types import SamplingParams
@@ -66,8 +67,9 @@ class Passes:
             runner.charge(call, plan.works)
         runner.finish(call)
         drawn, highest = out[:, :, : len(batch)].unbind(1)
-        check(highest)
-        return [Result(w.end, after) for w, after in zip(batch, drawn.T.long().tolist(), strict=True)]
+        after, best = read(drawn.T.long(), highest.flatten())
+        check(best)
+        return [Result(w.end, ids) for w, ids in zip(batch, after, strict=True)]
 
     def _unmask(self, batch: Sequence[Work], calls: Sequence[Call]) -> list[Result]:
         runner, device, mask = self._runner, self._runner.device, batch[0].sequence.mask_id

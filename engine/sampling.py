@@ -1,6 +1,6 @@
 """From logits to ids: what a request's parameters do to its rows before `kernels.sampling` draws."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 
 import numpy as np
@@ -62,15 +62,10 @@ def choose(
     counts: Sequence[Mapping[int, int]],
     uniforms: Sequence[float],
     kernels: Kernels,
-) -> Tensor:
-    """One id per row, as `draw_ids` draws them.
-
-    Raises FloatingPointError for a row that is no distribution (NaN, +inf, or nothing above -inf).
-    """
+) -> tuple[Tensor, Tensor]:
+    """One id per row and its largest logit, as `draw_ids` gives them."""
     laws = Laws(params, counts, logits.shape[1], logits.device).tensors
-    ids, highest = draw_ids(logits, laws, on_device(uniforms, logits.device), kernels)
-    check(highest)
-    return ids
+    return draw_ids(logits, laws, on_device(uniforms, logits.device), kernels)
 
 
 def on_device(numbers: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
@@ -108,9 +103,10 @@ def logprobs_of(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[Tok
     ]
 
 
-def check(highest: Tensor) -> None:
-    """Raises FloatingPointError for a row that is no distribution. highest: its largest logit, NaN if any is."""
-    for row, logit in enumerate(highest.flatten().tolist()):
+def check(highest: Iterable[float]) -> None:
+    """Raises FloatingPointError for a row that is no distribution (NaN, +inf, or nothing above -inf). highest: the
+    largest logit of each, NaN if any is."""
+    for row, logit in enumerate(highest):
         if not isfinite(logit):
             raise FloatingPointError(f"the logits of row {row} are no distribution: NaN, +inf or all -inf")
 

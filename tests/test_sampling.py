@@ -47,7 +47,7 @@ def choose(
     logits: Tensor, params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]], uniforms: Sequence[float]
 ) -> Tensor:  # fmt: skip
     """By torch and by our own C, which must agree."""
-    chosen, also = (sampling.choose(logits, params, counts, uniforms, kernels) for kernels in KERNELS)
+    chosen, also = (sampling.choose(logits, params, counts, uniforms, kernels)[0] for kernels in KERNELS)
     assert torch.equal(chosen, also)
     return chosen
 
@@ -183,7 +183,8 @@ def test_the_stream_of_a_seed_is_pinned() -> None:
 def test_a_row_that_is_no_distribution_is_named(params: SamplingParams, bad: list[float]) -> None:
     for kernels in KERNELS:
         with pytest.raises(FloatingPointError, match="row 1"):
-            sampling.choose(torch.tensor([[1.0, 2.0], bad]), [params] * 2, [{}] * 2, [0.5] * 2, kernels)
+            _, highest = sampling.choose(torch.tensor([[1.0, 2.0], bad]), [params] * 2, [{}] * 2, [0.5] * 2, kernels)
+            sampling.check(highest.tolist())
 
 
 def test_an_impossible_id_is_never_drawn() -> None:
