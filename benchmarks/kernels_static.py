@@ -175,6 +175,7 @@ TRAFFIC: dict[str, Any] = {
     "boundaries": lambda entropies, previous, spans, rule: boundary.traffic(len(entropies), len(spans)),
     "certainty": lambda logits: unmask_file.traffic(1, logits.shape[0], logits.shape[1]),
     "unmask": lambda masked, *_: Traffic(masked.numel() * 9 + 16 * len(masked), masked.numel()),
+    "likeliest": lambda logits: Traffic(logits.nbytes, 12 * logits.shape[0]),
     "sample": lambda logits, *_: sampling.traffic(logits.shape[0], logits.shape[1]),
     "accepted": lambda drafts, *_: Traffic(drafts.nbytes * 2 + 8 * len(drafts), 8 * len(drafts)),
 }  # fmt: skip
@@ -194,14 +195,14 @@ def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[in
 
     def plan(queries: int, segments: int = 1) -> AttentionPlan:
         where = ints(queries), ints(queries), ints(queries)
-        return AttentionPlan(*where, ints(queries), ints(queries), ints(queries, 5), ints(10 * queries), segments)
+        return AttentionPlan.of(*where, ints(queries), ints(queries), ints(queries, 5), ints(10 * queries), segments)
 
     with recorder.recording():
         for n in rows:
             recorder.rows = n
             entropies = model.patcher(ints(n), caches.patcher, plan(n))
             for rule in (Rule(1.0, longest=8), Rule(1.0, monotonic=True), Rule(1.0, rise=0.1), Rule(1.0, None, True)):
-                kernels.boundaries(entropies, entropies, ints(n, 4), rule)
+                kernels.boundaries(entropies, entropies.double(), ints(n, 4), rule)
             windows = ints(n, max(config.hashes.group_sizes))
             states = model.encoder(windows, caches.encoder, plan(n), caches.open_states, caches.open_kv, plan(n))
             for segments in (1, 8):
@@ -211,13 +212,14 @@ def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[in
                 latents = model.global_transformer(pooled, caches.global_, plan(n, segments))
             slots = ints(n * config.slots)
             model.decoder.write_latents(latents, caches.latent, slots, slots)
-            hidden = model.decoder(states, caches.latent, ints(n), ints(n), caches.decoder, plan(n))
-            logits = model.decoder.logits(hidden)
+            read = states if config.decoder_input == "encoder" else ints(n)
+            logits = model.decoder(read, caches.latent, ints(n), ints(n), caches.decoder, plan(n), ints(n))
             kernels.certainty(logits)
             masked, figures = ints(n, 8) > 0, torch.empty(n, 8, device=meta)
             doubles = torch.empty(n, dtype=torch.float64, device=meta)
             kernels.unmask(masked, figures, figures, ints(n), doubles)
-            kernels.sample(logits.double(), doubles, ints(n), doubles, doubles, doubles)
+            kernels.likeliest(logits)
+            kernels.sample(logits, torch.empty(n, 4, dtype=torch.float64, device=meta), doubles)
             kernels.accepted(ints(n, 8), ints(n, 8), ints(n))
 
 
@@ -234,14 +236,14 @@ def record_ones(recorder: Recorder) -> None:
 
     kernels, cache = TritonKernels(), ones(1, 1, 1, 2)
     rows = one(), one(), one()
-    plan = AttentionPlan(*rows, one(), one(), ones(1, 5, dtype=torch.int64), one(), 1)
+    plan = AttentionPlan.of(*rows, one(), one(), ones(1, 5, dtype=torch.int64), one(), 1)
     doubles, singles = ones(1, dtype=torch.float64), ones(1, 1, dtype=torch.float32)
     with recorder.recording():
         for gated in (False, True):
             weight = linear.Matrix(ones(1 + gated, 1))
             kernels.linear(ones(1, 1), weight, norm=ones(1), eps=1e-5, gated=gated, residual=ones(1, 1), twice=True)
         for most in (1, 2):
-            kernels.attention(ones(1, 1, 2), cache, cache, replace(plan, most_segments=most))
+            kernels.attention(ones(1, 1, 2), cache, cache, replace(plan, shape=plan.shape._replace(most_segments=most)))
         kernels.store_qkv(ones(1, 3, 2), ones(1, 2, 1, dtype=torch.float32), *rows, cache, cache)
         kernels.store_kv(ones(1, 2, 2), one(), one(), cache, cache)
         kernels.store_states(ones(1, 1), one(), one(), ones(1, 1, 1))
@@ -249,10 +251,12 @@ def record_ones(recorder: Recorder) -> None:
         tables = hash_embed.HashTables([ones(1, 1)], [1], 1, 1, meta)
         kernels.hash_embed(ones(1, 1, dtype=torch.int64), ones(1, 1), tables)
         kernels.patch_max(ones(1, 1, 1), one(), one(), ones(2, dtype=torch.int64))
-        kernels.boundaries(kernels.entropy(ones(1, 1)), singles[0], ones(1, 4, dtype=torch.int64), Rule(1.0, longest=1))
+        kernels.boundaries(kernels.entropy(ones(1, 1)), doubles, ones(1, 4, dtype=torch.int64), Rule(1.0, longest=1))
         kernels.certainty(singles)
         kernels.unmask(ones(1, 1, dtype=torch.bool), singles, singles, one(), doubles)
-        kernels.sample(ones(1, 1, dtype=torch.float64), doubles, one(), doubles, doubles, doubles)
+        kernels.likeliest(singles)
+        for dtype in (torch.float32, torch.float64):
+            kernels.sample(ones(1, 1, dtype=dtype), ones(1, 4, dtype=torch.float64), doubles)
         kernels.accepted(ones(1, 1, dtype=torch.int64), ones(1, 1, dtype=torch.int64), one())
 
 

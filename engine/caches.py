@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.stack import KvCache
+
 from .config import EngineConfig, ModelConfig, StackConfig
 from .pages import BlockTable, PagePool
 from .types import MAX_DRAFT
@@ -177,24 +179,17 @@ class Caches:
         def paged(name: str, *row: int) -> Tensor:
             return _zeros((self.pools[name].num_total + 1, *row), dtype, device)
 
-        def kv(name: str, stack: StackConfig) -> list[tuple[Tensor, Tensor]]:
-            row = (stack.num_kv_heads, self.specs[name].page_size, stack.head_dim)
-            return [(paged(name, *row), paged(name, *row)) for _ in range(stack.num_layers)]
+        def kv(name: str, stack: StackConfig, layers: int, slots: int = 1) -> KvCache:
+            row = (stack.num_kv_heads, self.specs[name].page_size * slots, stack.head_dim)
+            return KvCache((paged(name, *row), paged(name, *row)) for _ in range(layers))
 
-        open_row = (config.encoder.num_kv_heads, self.specs["open"].page_size, config.encoder.head_dim)
-        slot_rows = self.specs["latent"].page_size * config.slots
-        latent_row = (config.decoder.num_kv_heads, slot_rows, config.decoder.head_dim)
-        self.patcher = kv("patcher", config.patcher)
-        self.encoder = kv("encoder", config.encoder)
+        self.patcher = kv("patcher", config.patcher, config.patcher.num_layers)
+        self.encoder = kv("encoder", config.encoder, config.encoder.num_layers)
         self.open_states = paged("open", self.specs["open"].page_size, config.encoder.dim)
-        self.open_kv = [
-            (paged("open", *open_row), paged("open", *open_row)) for _ in range(encoder_cross_layers(config))
-        ]
-        self.global_ = kv("global", config.global_)
-        self.latent = [
-            (paged("latent", *latent_row), paged("latent", *latent_row)) for _ in range(decoder_cross_layers(config))
-        ]
-        self.decoder = kv("decoder", config.decoder)
+        self.open_kv = kv("open", config.encoder, encoder_cross_layers(config))
+        self.global_ = kv("global", config.global_, config.global_.num_layers)
+        self.latent = kv("latent", config.decoder, decoder_cross_layers(config), config.slots)
+        self.decoder = kv("decoder", config.decoder, config.decoder.num_layers)
         pairs = {"patcher": self.patcher, "encoder": self.encoder, "open": self.open_kv}
         pairs |= {"global": self.global_, "latent": self.latent, "decoder": self.decoder}
         self._tensors = {name: [tensor for pair in layers for tensor in pair] for name, layers in pairs.items()}

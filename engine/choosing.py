@@ -5,29 +5,25 @@ verifies it agree whenever their laws put that number on the same byte, and the 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from kernels.dispatch import Kernels
-from kernels.unmasking import CONFIDENCE, ENTROPY, ENTROPY_MINUS_MAX, ONE_STEP
 
-from .config import BOE_ID, BOS_ID, PAD_ID
+from .blocks import Blocks, Unmasking
 from .decoders import Call, Result
+from .readback import read
 from .runner import Work
-from .sampling import choose, draw, logprobs_of
+from .sampling import check, choose, draw, logprobs_of
 from .sequence import Sequence as SequenceState
-from .types import Request, SamplingParams, Unmask
-
-BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
-"""Ids that a block's cell never becomes."""
+from .types import Request, SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class _Draws:
+class _Draws(msgspec.Struct, frozen=True):
     """The rows of one work that are chosen for: `begin`..`end`-1 of the step's logits, the last `num_block` of them a
     block's cells. `first`: position of the first clean row among them."""
 
@@ -59,13 +55,19 @@ class _Draws:
         block = call.start + len(call.causal)
         return [*(row + 1 for row in rows), *range(block, block + self.num_block)]
 
+    def law(self) -> tuple[list[SamplingParams], list[Mapping[int, int]], list[float]]:
+        """Of each row: its parameters, the generated ids before its place, its random number."""
+        sequence = self.work.sequence
+        sampling, num_rows = sequence.request.sampling, self.end - self.begin
+        if not (sampling.temperature or sampling.presence_penalty or sampling.frequency_penalty):
+            return self.params(), [sequence.counts] * num_rows, [0.0] * num_rows
+        places = self.places()
+        return self.params(), self.counts(places), [uniform(sequence, place) for place in places]
+
     def params(self) -> list[SamplingParams]:
         request = self.work.sequence.request
         own = [request.sampling] * (self.end - self.begin - self.num_block)
-        return own + [cell_params(request)] * self.num_block
-
-    def uniforms(self, places: Sequence[int]) -> list[float]:
-        return [uniform(self.work.sequence, place) for place in places]
+        return own + [cell_params(request)] * self.num_block if self.num_block else own
 
     def counts(self, places: Sequence[int]) -> list[Mapping[int, int]]:
         """Generated ids before each place: the committed ones, and those drafted so far, as far as they are known."""
@@ -93,7 +95,7 @@ def uniform(sequence: SequenceState, place: int) -> float:
 def cell_params(request: Request) -> SamplingParams:
     """How a block's cells are chosen: as all bytes, but for a top-p of their own."""
     top_p = request.unmask.top_p if request.unmask else None
-    return request.sampling if top_p is None else msgspec.structs.replace(request.sampling, top_p=top_p)
+    return request.sampling if top_p is None else replace(request.sampling, top_p=top_p)
 
 
 def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[Result | None]:
@@ -104,35 +106,44 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         all_draws.append(_Draws.of(w, at))
         at += w.num_wanted
     draws = [d for d in all_draws if d is not None]
-    rows = [row for d in draws for row in range(d.begin, d.end)]
-    if not rows:
+    num_rows = sum(d.end - d.begin for d in draws)
+    if not num_rows:
         return [None if d is None else Result() for d in all_draws]
-    wanted = logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)]
+    wanted = logits
+    if num_rows < at:
+        rows = [row for d in draws for row in range(d.begin, d.end)]
+        wanted = logits[torch.tensor(rows, device=logits.device)]
 
-    places = [d.places() for d in draws]
     block_rows: list[int] = []
     end = 0
     for d in draws:
         end += d.end - d.begin
         block_rows += range(end - d.num_block, end)
     if block_rows:
+        calls = [d.call for d in draws if d.num_block]
         index = torch.tensor(block_rows, device=logits.device)
-        cells = bar_specials(wanted[index])
+        blocks = Blocks([(call.block, call.rule) for call in calls if call.rule], logits.device)
+        unmasking = Unmasking(
+            kernels, blocks.padded(len(calls), len(block_rows)), mask_id=draws[0].work.sequence.mask_id
+        )
+        cells = unmasking.law(wanted[index])
         wanted = wanted.index_copy(0, index, cells)
-    drawn = choose(
-        wanted,
-        [p for d in draws for p in d.params()],
-        [c for d, at in zip(draws, places, strict=True) for c in d.counts(at)],
-        [u for d, at in zip(draws, places, strict=True) for u in d.uniforms(at)],
-        kernels,
-    )
-    settled: Iterator[Result] = iter(())
+    params: list[SamplingParams] = []
+    counts: list[Mapping[int, int]] = []
+    uniforms: list[float] = []
+    for d in draws:
+        own_params, own_counts, own_uniforms = d.law()
+        params += own_params
+        counts += own_counts
+        uniforms += own_uniforms
+    drawn, highest = choose(wanted, params, counts, uniforms, kernels)
+    wants = [drawn, highest, _right(draws, drawn, kernels)]
     if block_rows:
-        blocks = Blocks([d.work for d in draws if d.num_block], logits.device, kernels)
-        blocks.settle(cells, drawn[index])
-        settled = iter(blocks.results())
-    right = _right(draws, drawn, kernels)
-    chosen = drawn.tolist()
+        unmasking.settle(cells, drawn[index], cells.amax(-1))
+        wants += [unmasking.ids, unmasking.when]
+    chosen, bests, right, *blocks_now = read(*wants)
+    check(bests)
+    accepted, settled = iter(right), zip(*blocks_now, strict=True)
 
     results: list[Result | None] = []
     at = 0
@@ -144,19 +155,22 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         behind = end - some.num_block
         num_top = some.work.sequence.request.logprobs
         scores = [] if num_top is None else logprobs_of(wanted[at:end], chosen[at:end], num_top)
-        result = Result(some.first, chosen[at:behind], next(right), after_scores=scores[: behind - at])
+        result = Result(some.first, chosen[at:behind], next(accepted), after_scores=scores[: behind - at])
         if some.num_block:
-            block = next(settled)
+            ids, when = (values[: some.num_block] for values in next(settled))
             if some.call.causal:
-                block.cells[0], block.settled[0] = result.after[-1], 0
-            result = replace(result, cells=block.cells, settled=block.settled, cell_scores=scores[behind - at :])
+                ids[0], when[0] = result.after[-1], 0
+            result = replace(result, cells=ids, settled=when, cell_scores=scores[behind - at :])
         results.append(result)
         at = end
     return results
 
 
-def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> Iterator[int]:
-    """For each, how many of the drafts that its rows verify are what was drawn behind them (Fast BLT, Verify)."""
+def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> Tensor:
+    """For each, how many of the drafts that its rows verify are what was drawn behind them (Fast BLT, Verify): (D,)
+    int64."""
+    if not any(d.call.drafts for d in draws):
+        return drawn.new_zeros(len(draws))
     at, rows, drafts = 0, [], []
     for d in draws:
         known = len(d.work.sequence.ids) - len(d.call.drafts)
@@ -166,72 +180,10 @@ def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> Iterator
         at += d.end - d.begin
     width = max(map(len, drafts))
     if not width:
-        return iter([0] * len(draws))
+        return drawn.new_zeros(len(draws))
 
     def grid(lines: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor([[*line, *[0] * (width - len(line))] for line in lines], device=drawn.device)
 
     lengths = torch.tensor([len(line) for line in drafts], device=drawn.device)
-    right: list[int] = kernels.accepted(grid(drafts), drawn[grid(rows)], lengths).tolist()
-    return iter(right)
-
-
-def bar_specials(cells: Tensor) -> Tensor:
-    """Bars the ids that cells never become from their logits (R, V), in place."""
-    cells[:, BLOCK_SPECIALS] = -torch.inf
-    return cells
-
-
-class Blocks:
-    """The blocks of some works on the device, pass after pass: ids, and which cells are still masked."""
-
-    def __init__(self, works: Sequence[Work], device: torch.device, kernels: Kernels) -> None:
-        self._kernels = kernels
-        calls = [w.call for w in works if w.call]
-        self._sizes = [len(call.block) for call in calls]
-        self.passes = 0
-        size, mask = max(self._sizes), works[0].sequence.mask_id
-        grid = [[*call.block, *[-1] * (size - len(call.block))] for call in calls]
-        self._ids = torch.tensor(grid, device=device)
-        self._masked = self._ids == mask
-        self._when = torch.full_like(self._ids, -1)
-        self._flat = (self._ids != -1).flatten().nonzero()[:, 0]
-        """Of all cells laid end to end, the place in the grid."""
-        rules, bounds = zip(*(rule_and_bound(call.rule) for call in calls if call.rule), strict=True)
-        self._rules = torch.tensor(rules, device=device)
-        self._bounds = torch.tensor(bounds, dtype=torch.float64, device=device)
-
-    @property
-    def cells(self) -> Tensor:
-        """The ids of all cells laid end to end."""
-        return self._ids.flatten()[self._flat]
-
-    @property
-    def any_done(self) -> bool:
-        return not bool(self._masked.any(1).all())
-
-    def settle(self, logits: Tensor, drawn: Tensor) -> None:
-        """One pass: the cells' logits (R, V), what was drawn from them (R,)."""
-        confidence, entropy = (self._in_grid(t) for t in self._kernels.certainty(logits))
-        settled = self._kernels.unmask(self._masked, confidence, entropy, self._rules, self._bounds)
-        self._ids = self._ids.where(~settled, self._in_grid(drawn))
-        self._when.masked_fill_(settled, self.passes)
-        self._masked &= ~settled
-        self.passes += 1
-
-    def results(self) -> list[Result]:
-        """What became of each block."""
-        rows = zip(self._ids.tolist(), self._when.tolist(), self._sizes, strict=True)
-        return [Result(cells=ids[:size], settled=when[:size], passes=self.passes) for ids, when, size in rows]
-
-    def _in_grid(self, cells: Tensor) -> Tensor:
-        return cells.new_zeros(self._ids.numel()).index_copy(0, self._flat, cells).view(self._ids.shape)
-
-
-def rule_and_bound(rule: Unmask) -> tuple[int, float]:
-    """The rule's number in `kernels.unmasking`, and what it compares with."""
-    if rule.rule == "confidence":
-        return CONFIDENCE, rule.alpha
-    if rule.rule == "entropy":
-        return (ENTROPY_MINUS_MAX if rule.minus_max else ENTROPY), rule.gamma
-    return ONE_STEP, 0.0
+    return kernels.accepted(grid(drafts), drawn[grid(rows)], lengths)

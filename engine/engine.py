@@ -21,7 +21,7 @@ from .costs import StageCosts
 from .decoders import Committed, Decoder, Experience, Result, make_decoder
 from .graphs import Eager, Graphs
 from .model import Model, find_row_floors
-from .passes import run_passes
+from .passes import Passes
 from .prefix import PrefixCache
 from .runner import Runner, StageCounts, Work
 from .sampling import logprobs_of
@@ -94,6 +94,7 @@ class Engine:
             stage_bytes=self._stage_bytes,
             costs=StageCosts(drafts_encode=loaded.config.decoder_input == "encoder"),
         )
+        self._passes = Passes(self.runner, kernels)
         self._formula = PaperFormula.of(loaded.config, itemsize)
         self._experience = Experience()
         self._decoders = _decoders(loaded.config)
@@ -120,6 +121,7 @@ class Engine:
         self._steps = self._prompt_rows = self._cached_rows = 0
         self._step_seconds = 0.0
         self._costs = {decoder: Cost() for decoder in self._decoders}
+        """Of requests that have ended."""
 
     def calibrate(self) -> None:
         """Learns how long steps take, from the file if there is one, else from some that it tries; so it knows how many
@@ -244,6 +246,11 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         counts = self.runner.counts
+        costs = {decoder: Cost() for decoder in self._decoders}
+        for decoder, cost in self._costs.items():
+            costs[decoder].add(cost)
+        for sequence in self._sequences.values():
+            costs[sequence.request.decoder].add(sequence.cost)
         return Snapshot(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -256,7 +263,7 @@ class Engine:
             rows=dict(counts.rows),
             read_bytes={stage: round(read) for stage, read in counts.bytes_read.items()},
             stage_seconds=dict(counts.seconds),
-            decoders={decoder: self._summary(decoder, cost) for decoder, cost in self._costs.items()},
+            decoders={decoder: self._summary(decoder, cost) for decoder, cost in costs.items()},
             pools={
                 name: PoolStats(pool.num_total, pool.num_used, pool.num_idle)
                 for name, pool in self.caches.pools.items()
@@ -294,7 +301,7 @@ class Engine:
 
     def can_reserve(self, part: Part) -> bool:
         missing = self.runner.missing_pages(part.sequence, part.end, part.reach)
-        while not all(self.caches.pools[name].can_take(pages) for name, pages in missing.items()):
+        while missing and not all(self.caches.pools[name].can_take(pages) for name, pages in missing.items()):
             if not (self._prefixes and self._prefixes.forget()):
                 return False
         return True
@@ -323,6 +330,7 @@ class Engine:
 
     # One step.
 
+    @torch.inference_mode()
     def _run(self, parts: list[Part]) -> None:
         self.runner.costs.company = len(self._scheduler.running)
         now = time.monotonic()
@@ -334,7 +342,7 @@ class Engine:
         began, stages_before = time.perf_counter(), sum(self.runner.counts.seconds.values())
         batch = [self._work(part) for part in parts]
         calls_before = self.runner.counts.calls["decoder"]
-        results = run_passes(self.runner, batch, self._kernels) or self._run_once(batch)
+        results = self._passes.run(batch) or self._run_once(batch)
         for part, w, result in zip(parts, batch, results, strict=True):
             self._advance(part, w, result)
         stages = sum(self.runner.counts.seconds.values()) - stages_before
@@ -425,11 +433,8 @@ class Engine:
         scores = outcome.scores[: len(ids)]
         for entry in scores:
             sequence.cumulative_logprob += entry.logprob or 0.0
-        cost, sequence.cost = sequence.cost, Cost()
-        cost.committed = len(ids)
-        cost.patches = self._count_patches(sequence, len(ids))
-        sequence.spent.add(cost)
-        self._costs[request.decoder].add(cost)
+        sequence.cost.committed += len(ids)
+        sequence.cost.patches += self._count_patches(sequence, len(ids))
         traces = [self._trace(sequence, outcome, len(ids))] if request.trace else []
         self._events.append(Delta(id=request.id, ids=ids, text=text, logprobs=scores, traces=traces))
         if reason:
@@ -476,6 +481,7 @@ class Engine:
             return
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request.id]
+        self._costs[sequence.request.decoder].add(sequence.cost)
         limit = self.caches.max_patches
         message = f"the prompt makes more than {limit} patches, which is what this model and its caches hold"
         self._events.append(Failed(id=sequence.request.id, code="too_long", message=message, param="prompt"))
@@ -486,7 +492,6 @@ class Engine:
             self._prefixes.remember(sequence)
         self._scheduler.remove(sequence)
         del self._sequences[request.id]
-        # Of a round that was not to end.
         self._costs[request.decoder].add(sequence.cost)
         self._events.append(
             Finished(

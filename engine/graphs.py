@@ -42,6 +42,8 @@ class Eager:
     def parts(self, n: int, rows: int) -> int:
         return n
 
+    least_pages = 0
+
     def pages(self, n: int) -> int:
         return n
 
@@ -78,6 +80,8 @@ class Graphs(Eager):
 
     def parts(self, n: int, rows: int) -> int:
         return n if rows > MOST_GRAPH_ROWS else rows
+
+    least_pages = LEAST_PAGES
 
     def pages(self, n: int) -> int:
         return max(_power_of_two(n), LEAST_PAGES)

@@ -1,5 +1,6 @@
 """Page accounting: who holds which page. Integers only; the tensors behind the pages are `engine.caches`."""
 
+from array import array
 from collections.abc import Iterable
 
 
@@ -102,26 +103,36 @@ class BlockTable:
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self._pool = pool
         self._page_size = page_size
-        self.pages: list[int] = []
+        self.pages = array("q")
         self.first = 0
         """Absolute index of the first live page; where the next page will stand if there is none."""
+        self.capacity = 0
+        """No page is missing for rows before this one."""
+        self._settled = (1, 0)
+        """`settle` changes nothing for a first row below the former and an end above the latter."""
         self._tail_is_borrowed = False
+        self._count()
 
     def missing(self, end: int) -> int:
         """Pages that `own()` and `extend(end)` would take."""
+        if end <= self.capacity:
+            return 0
         return max(self._pages_up_to(end) - self.first - len(self.pages), 0) + self._tail_is_borrowed
 
     def covering(self, first: int, end: int) -> tuple[int, list[int]]:
         """The index of the page that holds row `first`, and the pages of rows first..end-1."""
         index = first // self._page_size
-        return index, self.pages[index - self.first : self._pages_up_to(end) - self.first] if first < end else []
+        if first >= end:
+            return index, []
+        return index, self.pages[index - self.first : self._pages_up_to(end) - self.first].tolist()
 
     def borrow(self, first: int, pages: list[int], end: int) -> None:
         """Begins an empty table with pages of others, from that index on; they hold rows up to `end`. `own` must come
         before a row is written."""
         self._pool.share(pages)
-        self.first, self.pages = first, list(pages)
+        self.first, self.pages = first, array("q", pages)
         self._tail_is_borrowed = bool(pages) and end % self._page_size > 0
+        self._count()
 
     def own(self) -> tuple[int, int] | None:
         """Takes a page in place of a borrowed one into which rows will be written. Returns (old, new) for the caller
@@ -132,11 +143,21 @@ class BlockTable:
         old, self.pages[-1] = self.pages[-1], page
         self._pool.give_back((old,))
         self._tail_is_borrowed = False
+        self._count()
         return old, page
 
     def extend(self, end: int) -> None:
         """Takes pages until every live row before `end` has a place. Raises OutOfPages, with nothing taken."""
-        self.pages += self._pool.take(self.missing(end))
+        if end > self.capacity:
+            self.pages.extend(self._pool.take(self.missing(end)))
+            self._count()
+
+    def settle(self, first: int, end: int) -> None:
+        """`trim_before` and `cut`: rows first..end-1 stay."""
+        if first >= self._settled[0]:
+            self.trim_before(first)
+        if end <= self._settled[1]:
+            self.cut(end)
 
     def trim_before(self, row: int) -> None:
         """Declares rows before `row` dead and gives back the pages that hold no other rows."""
@@ -144,12 +165,14 @@ class BlockTable:
         dead, self.pages = self.pages[: first - self.first], self.pages[first - self.first :]
         self.first = first
         self._pool.give_back(dead)
+        self._count()
 
     def cut(self, end: int) -> None:
         """Gives back the pages that only hold rows at or behind `end`."""
         keep = max(self._pages_up_to(end) - self.first, 0)
         tail, self.pages = self.pages[keep:], self.pages[:keep]
         self._pool.give_back(tail)
+        self._count()
 
     def slot(self, row: int) -> int:
         """Where a row lies in the cache: page * page_size + offset. Raises IndexError for a row without a place."""
@@ -161,7 +184,13 @@ class BlockTable:
     def release(self) -> None:
         """Gives everything back; the table starts anew at row 0."""
         self._pool.give_back(self.pages)
-        self.pages, self.first, self._tail_is_borrowed = [], 0, False
+        self.pages, self.first, self._tail_is_borrowed = array("q"), 0, False
+        self._count()
+
+    def _count(self) -> None:
+        end = (self.first + len(self.pages)) * self._page_size
+        self.capacity = 0 if self._tail_is_borrowed else end
+        self._settled = (self.first + 1) * self._page_size, end - self._page_size
 
     def _pages_up_to(self, end: int) -> int:
         return -(-end // self._page_size)

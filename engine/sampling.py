@@ -1,6 +1,6 @@
 """From logits to ids: what a request's parameters do to its rows before `kernels.sampling` draws."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 
 import numpy as np
@@ -14,10 +14,11 @@ from .types import SamplingParams, TokenLogprob
 _MASK_64 = 2**64 - 1
 
 
-class Chooser:
-    """How some rows become ids. Made once where the same rows are chosen for in several passes.
+class Laws:
+    """How some rows become ids.
 
-    counts: how often each id was generated, per row. Everything is on `device` once it is made.
+    tensors: of `changes` (R, V) float64, what is added to the logits, and `laws` (R, 4) float64, as `kernels.sampling`
+    has them, those that any row needs; on `device`. counts: how often each id was generated, per row.
     """
 
     def __init__(
@@ -26,35 +27,33 @@ class Chooser:
         counts: Sequence[Mapping[int, int]],
         vocab_size: int,
         device: torch.device,
-        kernels: Kernels,
     ) -> None:
-        self._kernels = kernels
+        self.tensors: dict[str, Tensor] = {}
         changes = [_logit_changes(p, c, vocab_size) for p, c in zip(params, counts, strict=True)]
-        self._changes = None
         if any(changes):
-            self._changes = torch.zeros(len(params), vocab_size, dtype=torch.float64)
-            for row, change in zip(self._changes, changes, strict=True):
+            added = torch.zeros(len(params), vocab_size, dtype=torch.float64)
+            for row, change in zip(added, changes, strict=True):
                 row[list(change)] = torch.tensor(list(change.values()), dtype=torch.float64)
-            self._changes = self._changes.to(device)
-        self._laws = None
+            self.tensors["changes"] = added.to(device)
         if any(p.temperature > 0 for p in params):
-            laws = [[p.temperature, p.top_k or vocab_size, p.top_p, p.min_p] for p in params]
-            temperature, top_k, top_p, min_p = torch.tensor(laws, dtype=torch.float64, device=device).T.contiguous()
-            self._laws = temperature, top_k.long(), top_p, min_p
+            laws = [(p.temperature, p.top_k or vocab_size, p.top_p, p.min_p) for p in params]
+            self.tensors["laws"] = on_device(laws, device)
 
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """One id per row, (R,) int64, from logits (R, V) float32. Equal logits rank by id, lower first.
 
-        uniforms (R,) float64: a draw in [0, 1) per row, which only rows with temperature > 0 use.
-        """
-        if self._changes is None and self._laws is None:
-            return logits.argmax(-1)
-        adjusted = logits.double()
-        if self._changes is not None:
-            adjusted += self._changes
-        if self._laws is None:
-            return adjusted.argmax(-1)
-        return self._kernels.sample(adjusted, *self._laws, uniforms)
+def draw_ids(
+    logits: Tensor, tensors: Mapping[str, Tensor], uniforms: Tensor, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
+    """One id per row, (R,) int64, from logits (R, V) float32, and the largest logit, NaN if any is, (R,). Equal logits
+    rank by id, lower first.
+
+    tensors: of `Laws`. uniforms (R,) float64: a draw in [0, 1) per row, which only rows with temperature > 0 use.
+    """
+    ids, highest = kernels.likeliest(logits)
+    laws, changes = tensors.get("laws"), tensors.get("changes")
+    if changes is not None:
+        logits = logits.double() + changes
+        ids = logits.argmax(-1)
+    return ids if laws is None else kernels.sample(logits, laws, uniforms), highest
 
 
 def choose(
@@ -63,26 +62,30 @@ def choose(
     counts: Sequence[Mapping[int, int]],
     uniforms: Sequence[float],
     kernels: Kernels,
-) -> Tensor:
-    """One id per row, as `Chooser` chooses.
+) -> tuple[Tensor, Tensor]:
+    """One id per row and its largest logit, as `draw_ids` gives them."""
+    laws = Laws(params, counts, logits.shape[1], logits.device).tensors
+    return draw_ids(logits, laws, on_device(uniforms, logits.device), kernels)
 
-    Raises FloatingPointError for a row that is no distribution (NaN, +inf, or nothing above -inf).
-    """
-    check(logits)
-    chooser = Chooser(params, counts, logits.shape[1], logits.device, kernels)
-    return chooser(logits, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
+
+def on_device(numbers: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """As float64. `torch.tensor` takes three times as long."""
+    return torch.from_numpy(np.array(numbers, dtype=np.float64)).to(device)
 
 
 def draw(seed: int, sample_index: int, position: int) -> float:
     """A uniform number in [0, 1) for one position of one sample.
 
-    Counter-based (Philox; Salmon et al. 2011): it depends on nothing but its arguments, so that a preempted or
-    restarted request goes on with its own stream.
+    Counter-based (Philox 4x64-10; Salmon et al. 2011): it depends on nothing but its arguments, so that a preempted or
+    restarted request goes on with its own stream. numpy has the same numbers, at twice the time for a single one.
     """
-    # One 128-bit integer: numpy would round a list of large ones to floats.
-    key = (sample_index & _MASK_64) << 64 | seed & _MASK_64
-    stream = np.random.Philox(key=key, counter=position)
-    return (int(stream.random_raw()) >> 11) * 2.0**-53
+    key, other_key = seed & _MASK_64, sample_index & _MASK_64
+    a, b, c, d = position + 1, 0, 0, 0
+    for _ in range(10):
+        first, second = a * 0xD2E7470EE14C6C93, c * 0xCA5A826395121157
+        a, b, c, d = second >> 64 ^ b ^ key, second & _MASK_64, first >> 64 ^ d ^ other_key, first & _MASK_64
+        key, other_key = key + 0x9E3779B97F4A7C15 & _MASK_64, other_key + 0xBB67AE8584CAA73B & _MASK_64
+    return (a >> 11) * 2.0**-53
 
 
 def logprobs_of(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[TokenLogprob]:
@@ -100,11 +103,11 @@ def logprobs_of(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[Tok
     ]
 
 
-def check(logits: Tensor) -> None:
-    """Raises FloatingPointError for a row that is no distribution."""
-    # The maximum is NaN if any logit is.
-    for row, highest in enumerate(logits.amax(-1).tolist()):
-        if not isfinite(highest):
+def check(highest: Iterable[float]) -> None:
+    """Raises FloatingPointError for a row that is no distribution (NaN, +inf, or nothing above -inf). highest: the
+    largest logit of each, NaN if any is."""
+    for row, logit in enumerate(highest):
+        if not isfinite(logit):
             raise FloatingPointError(f"the logits of row {row} are no distribution: NaN, +inf or all -inf")
 
 

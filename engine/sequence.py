@@ -3,6 +3,7 @@
 import time
 from bisect import bisect_right
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .accounting import Cost, PaperFormula
@@ -16,6 +17,19 @@ from .types import Request, TokenLogprob, Usage
 
 if TYPE_CHECKING:
     from .prefix import Node
+
+
+def start_of(documents: list[int], place: int) -> int:
+    """Where the document begins that holds a byte or a patch. An EOS belongs to the document that it ends."""
+    return documents[bisect_right(documents, place) - 1]
+
+
+def pieces(documents: list[int], start: int, end: int) -> list[tuple[int, int, int]]:
+    """start..end-1, cut where documents begin: first, behind the last, and where its document begins."""
+    if documents[-1] <= start:
+        return [(start, end, documents[-1])]
+    cuts = [start, *(cut for cut in documents if start < cut < end), end]
+    return [(begin, behind, start_of(documents, begin)) for begin, behind in pairwise(cuts)]
 
 
 class Sequence:
@@ -54,9 +68,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.cumulative_logprob = 0.0
         self.cost = Cost()
-        """Of the round under way."""
-        self.spent = Cost()
-        """Of the rounds before it."""
+        """Of all rounds, the one under way included."""
         self.preemptions = 0
         self.num_traced = 0
         """Patch starts that a trace has told."""
@@ -158,10 +170,6 @@ class Sequence:
     def _note_documents(self, start: int) -> None:
         self.documents += [i + 1 for i in range(start, len(self.ids)) if self.ids[i] == EOS_ID]
 
-    def document_start(self, byte: int) -> int:
-        """First byte of the document that holds `byte`; an EOS belongs to the document that it ends."""
-        return self.documents[bisect_right(self.documents, byte) - 1]
-
     # Patches.
 
     def note_patch_documents(self, begin: int, end: int) -> None:
@@ -171,9 +179,6 @@ class Sequence:
             behind = patch + 1
             if self.patch_documents[-1] < behind and EOS_ID in self.ids[starts[patch] : starts[behind]]:
                 self.patch_documents.append(behind)
-
-    def patch_document_start(self, patch: int) -> int:
-        return self.patch_documents[bisect_right(self.patch_documents, patch) - 1]
 
     def patch_of(self, byte: int) -> int:
         """Index of the patch that holds `byte`."""
@@ -186,9 +191,7 @@ class Sequence:
 
     def usage(self, formula: PaperFormula) -> Usage:
         closing_eos = self.num_output > 0 and self.ids[-1] == EOS_ID and not self.request.ignore_eos
-        cost = Cost()
-        cost.add(self.spent)
-        cost.add(self.cost)
+        cost = self.cost
         return Usage(
             prompt_tokens=self.num_prompt,
             completion_tokens=self.num_output - closing_eos,

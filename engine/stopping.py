@@ -21,6 +21,8 @@ class StopMatcher:
         Returns the bytes that are now certain not to belong to a stop string, and whether one was completed. After a
         completion the generation is over: the stop string is gone, and `flush` has nothing left.
         """
+        if not self._stops:
+            return bytes((byte,)), False
         text = self._held + bytes((byte,))
         for stop in self._stops:
             # What is held always reaches back to where any stop string under way began.

@@ -14,6 +14,8 @@ long context is spread over the device, one program per segment, and gives the s
 import ctypes
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,33 +35,87 @@ BEGIN, COUNT, PAGES_AT, FIRST_PAGE, NUM_PAGES = range(5)
 """Columns of `AttentionPlan.tiles`."""
 
 
+class PlanShape(NamedTuple):
+    """How long the arrays of an `AttentionPlan` are, and how many segments a tile can reach into."""
+
+    rows: int
+    queries: int
+    tiles: int
+    pages: int
+    most_segments: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers in each array."""
+        return self.rows, self.rows, self.rows, self.queries, self.queries, 5 * self.tiles, self.pages
+
+
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Where the rows of one ragged batch live in one cache, and what each sees. All tensors int64.
+    """Where the rows of one ragged batch live in one cache, and what each sees.
 
-    positions, page, offset (R,): rows that are written, and where. first, last (Q,): the cache rows that each query
-    sees. tiles (S, 5): a tile's first query and how many, where its pages begin in `pages`, which page of the sequence
-    that is, and how many pages it reads (0 for padding). pages (N,): cache pages. Every query is in exactly one tile.
-    most_segments: segments that a tile can reach into. small_tile: rows to which the torch twin pads small tiles.
+    data (N,) int64: the arrays below, end to end. small_tile: rows to which the torch twin pads small tiles.
     """
 
-    positions: Tensor
-    page: Tensor
-    offset: Tensor
-    first: Tensor
-    last: Tensor
-    tiles: Tensor
-    pages: Tensor
-    most_segments: int = 1
+    data: Tensor
+    shape: PlanShape
     small_tile: int = 4
     page_size: int = 64
+
+    @classmethod
+    def of(
+        cls, positions: Tensor, page: Tensor, offset: Tensor, first: Tensor, last: Tensor, tiles: Tensor, pages: Tensor,
+        most_segments: int = 1, page_size: int = 64,
+    ) -> "AttentionPlan":  # fmt: skip
+        """From its arrays."""
+        parts = positions, page, offset, first, last, tiles.flatten(), pages
+        shape = PlanShape(len(positions), len(first), len(tiles), len(pages), most_segments)
+        return cls(torch.cat(parts), shape, page_size=page_size)
+
+    @property
+    def positions(self) -> Tensor:
+        """(R,): rows that are written, `page` and `offset` where."""
+        return self._arrays[0]
+
+    @cached_property
+    def page(self) -> Tensor:
+        return self.data[self.shape.rows : 2 * self.shape.rows]
+
+    @cached_property
+    def offset(self) -> Tensor:
+        return self.data[2 * self.shape.rows : 3 * self.shape.rows]
+
+    @property
+    def first(self) -> Tensor:
+        """(Q,): each query sees the cache rows from here to `last`."""
+        return self._arrays[3]
+
+    @property
+    def last(self) -> Tensor:
+        return self._arrays[4]
+
+    @property
+    def tiles(self) -> Tensor:
+        """(S, 5): a tile's first query and how many, where its pages begin in `pages`, which page of the sequence that
+        is, and how many pages it reads (0 for padding). Every query is in exactly one."""
+        return self._arrays[5].view(-1, 5)
+
+    @property
+    def pages(self) -> Tensor:
+        """(N,): cache pages."""
+        return self._arrays[6]
+
+    @cached_property
+    def _arrays(self) -> tuple[Tensor, ...]:
+        return self.data.split(self.shape.sizes)
 
     @cached_property
     def addresses(self) -> "ctypes.Array[ctypes.c_int64]":
         """`Plan` of kernels/native/attention.h."""
-        tensors = self.positions, self.page, self.offset, self.first, self.last, self.tiles, self.pages
-        counts = self.positions.shape[0], self.first.shape[0], self.tiles.shape[0], self.page_size
-        return (ctypes.c_int64 * 11)(*counts, *(t.data_ptr() for t in tensors))
+        rows, queries, tiles, _, _ = self.shape
+        at = self.data.data_ptr()
+        starts = (at + 8 * before for before in accumulate(self.shape.sizes[:-1], initial=0))
+        return (ctypes.c_int64 * 11)(rows, queries, tiles, self.page_size, *starts)
 
     @cached_property
     def groups(self) -> "tuple[tuple[_TileGroup, ...], Tensor]":
@@ -303,15 +359,15 @@ def merge_kernel(
 
 def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> Tensor:
     """The same, for tiles of at most TILE rows. Padding rows come out as zeros."""
-    num_tiles = plan.tiles.shape[0]
+    num_tiles, segments = plan.shape.tiles, plan.shape.most_segments
     heads, head_dim = q.shape[1:]
     kv_heads, page_size = k_cache.shape[1:3]
     block = attention_blocks(heads // kv_heads, head_dim)
     out = torch.empty_like(q)
-    split = plan.most_segments > 1
-    grid = (num_tiles, kv_heads, plan.most_segments if split else 1)
+    split = segments > 1
+    grid = (num_tiles, kv_heads, segments if split else 1)
     width = block["BLOCK"] * (block["BLOCK_DIM"] + 2)
-    partial = q.new_empty(num_tiles * kv_heads * plan.most_segments * width, dtype=torch.float32) if split else out
+    partial = q.new_empty(num_tiles * kv_heads * segments * width, dtype=torch.float32) if split else out
     attention_kernel[grid](
         q, k_cache, v_cache, plan.first, plan.last, plan.tiles, plan.pages, out, partial,
         heads, kv_heads, head_dim**-0.5, PAGE_SIZE=page_size, BLOCK_KEYS=key_block(page_size), SPLIT=split, **block,
@@ -319,7 +375,15 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
     )  # fmt: skip
     if split:
         merge_kernel[grid[:2]](
-            plan.tiles, out, partial, heads, kv_heads, plan.most_segments, **block, num_warps=4, enable_fp_fusion=False
+            plan.tiles,
+            out,
+            partial,
+            heads,
+            kv_heads,
+            plan.shape.most_segments,
+            **block,
+            num_warps=4,
+            enable_fp_fusion=False,
         )
     return out
 

@@ -29,20 +29,22 @@ class Rule(NamedTuple):
 
 
 def boundaries(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -> Tensor:
-    """Whether the byte behind each row starts a patch: (R,) bool. Rows in no span are False.
+    """The entropies once more, and whether the byte behind each row starts a patch: (2, R) float32, which one copy
+    brings to the host. Rows in no span are zeros.
 
     entropies (R,) float32. spans (S, 4) int64: a sequence's first row, how many rows, the byte that the first one is,
-    and the byte that its open patch starts with. previous (S,) float32: the entropy behind the byte before.
+    and the byte that its open patch starts with. previous (S,) float64: the entropy behind the byte before.
     """
-    values, before = entropies.cpu().numpy(), previous.cpu().numpy()
-    opens = np.zeros(len(values), dtype=np.bool_)
+    values, before = entropies.cpu().numpy(), previous.cpu().numpy().astype(np.float32)
+    found = np.zeros((2, len(values)), dtype=np.float32)
     for (row, count, byte, start), last in zip(spans.tolist(), before, strict=True):
         for r in range(row, row + count):
             byte += 1
-            opens[r] = starts_patch(values[r], last, byte, byte - start, rule)
-            start = byte if opens[r] else start
+            opens = starts_patch(values[r], last, byte, byte - start, rule)
+            found[:, r] = values[r], opens
+            start = byte if opens else start
             last = values[r]
-    return torch.from_numpy(opens).to(entropies.device)
+    return torch.from_numpy(found).to(entropies.device)
 
 
 def starts_patch(now: np.float32, before: np.float32, byte: int, length: int, rule: Rule) -> bool:
@@ -59,12 +61,12 @@ def starts_patch(now: np.float32, before: np.float32, byte: int, length: int, ru
 
 
 def traffic(rows: int, spans: int) -> Traffic:
-    return Traffic(4 * rows + 4 * spans, rows)
+    return Traffic(4 * rows + 8 * spans, 8 * rows)
 
 
 @jit
 def boundaries_kernel(
-    entropies_ptr, previous_ptr, spans_ptr, opens_ptr, threshold, rise, longest,
+    entropies_ptr, previous_ptr, spans_ptr, found_ptr, rows, threshold, rise, longest,
     EVERY_BYTE: tl.constexpr, MONOTONIC: tl.constexpr, RISE: tl.constexpr,
 ):  # fmt: skip
     """One sequence, row after row: the length of the open patch depends on every decision before."""
@@ -73,7 +75,7 @@ def boundaries_kernel(
     count = tl.load(spans_ptr + span * 4 + 1)
     byte = tl.load(spans_ptr + span * 4 + 2)
     start = tl.load(spans_ptr + span * 4 + 3)
-    before = tl.load(previous_ptr + span)
+    before = tl.load(previous_ptr + span).to(tl.float32)
     for r in range(row, row + count):
         now = tl.load(entropies_ptr + r)
         byte += 1
@@ -86,16 +88,18 @@ def boundaries_kernel(
         else:
             opens = (byte == 1) | (now > threshold)
         opens = opens | (byte - start >= longest)
-        tl.store(opens_ptr + r, opens)
+        tl.store(found_ptr + r, now)
+        tl.store(found_ptr + rows + r, opens.to(tl.float32))
         start = tl.where(opens, byte, start)
         before = now
 
 
 def boundaries_triton(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -> Tensor:
     """The same."""
-    opens = torch.zeros(len(entropies), dtype=torch.bool, device=entropies.device)
+    rows = len(entropies)
+    found = torch.zeros(2, rows, device=entropies.device)
     boundaries_kernel[(len(spans),)](
-        entropies, previous, spans, opens, rule.threshold, rule.rise or 0.0, rule.longest or _NO_LIMIT,
+        entropies, previous, spans, found, rows, rule.threshold, rule.rise or 0.0, rule.longest or _NO_LIMIT,
         EVERY_BYTE=rule.every_byte, MONOTONIC=rule.monotonic, RISE=rule.rise is not None, num_warps=1,
     )  # fmt: skip
-    return opens
+    return found

@@ -1,6 +1,7 @@
 """The one place where it is decided who computes: torch, Triton or our own C. All else calls `Kernels`, and does not
 know."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -14,15 +15,19 @@ from . import (
     lang,
     linear,
     native,
+    planning,
     pooling,
     sampling,
     store,
     unmasking,
 )
-from .layer import LayerFunction, LayerWeights, SlotsFunction, SlotsWeights, composed_layer, composed_slots
 from .linear import Matrix
+from .stack import KeysFunction, KeysWeights, StackFunction, StackWeights, composed_keys, composed_stack
 
 KernelName = Literal["torch", "triton", "native"]
+
+plan = native.plan if native.LIBRARY else planning.plan
+"""See `kernels.planning`: on the host, whatever device computes."""
 
 
 class Kernels:
@@ -46,6 +51,7 @@ class Kernels:
     boundaries = staticmethod(boundary.boundaries)
     certainty = staticmethod(unmasking.certainty)
     unmask = staticmethod(unmasking.unmask)
+    likeliest = staticmethod(sampling.likeliest)
     sample = staticmethod(sampling.sample)
     accepted = staticmethod(sampling.accepted)
 
@@ -53,13 +59,13 @@ class Kernels:
         """As `linear` and the pieces below take it."""
         return matrix
 
-    def layer(self, weights: LayerWeights) -> LayerFunction:
-        """A transformer layer."""
-        return composed_layer(self, weights)
+    def stack(self, weights: StackWeights) -> StackFunction:
+        """Transformer layers in a row, with what belongs to them."""
+        return composed_stack(self, weights)
 
-    def slots(self, weights: SlotsWeights) -> SlotsFunction:
-        """The decoder's cross-attention."""
-        return composed_slots(self, weights)
+    def keys(self, weights: Sequence[KeysWeights]) -> KeysFunction:
+        """What stores rows as keys and values of several cross-attentions."""
+        return composed_keys(self, weights)
 
 
 class TritonKernels(Kernels):
@@ -80,12 +86,13 @@ class TritonKernels(Kernels):
     boundaries = staticmethod(boundary.boundaries_triton)
     certainty = staticmethod(unmasking.certainty_triton)
     unmask = staticmethod(unmasking.unmask_triton)
+    likeliest = staticmethod(sampling.likeliest_triton)
     sample = staticmethod(sampling.sample_triton)
     accepted = staticmethod(sampling.accepted_triton)
 
 
 class NativeKernels(Kernels):
-    """Our own C on a CPU; what is small is torch's."""
+    """Our own C on a CPU."""
 
     name: KernelName = "native"
     tile: int | None = attention.TILE
@@ -93,20 +100,25 @@ class NativeKernels(Kernels):
 
     linear = staticmethod(native.linear)
     attention = staticmethod(native.attention)
-    store_kv = staticmethod(native.store_kv)
     store_states = staticmethod(native.store_states)
     hash_embed = staticmethod(native.hash_embed)
     entropy = staticmethod(native.entropy)
     patch_max = staticmethod(native.patch_max)
+    boundaries = staticmethod(native.boundaries)
+    certainty = staticmethod(native.certainty)
+    unmask = staticmethod(native.unmask)
+    likeliest = staticmethod(native.likeliest)
+    sample = staticmethod(native.sample)
+    accepted = staticmethod(native.accepted)
 
     def matrix(self, matrix: Matrix) -> Matrix:
         return native.pack(matrix)
 
-    def layer(self, weights: LayerWeights) -> LayerFunction:
-        return native.layer(weights)
+    def stack(self, weights: StackWeights) -> StackFunction:
+        return native.stack(weights)
 
-    def slots(self, weights: SlotsWeights) -> SlotsFunction:
-        return native.slots(weights)
+    def keys(self, weights: Sequence[KeysWeights]) -> KeysFunction:
+        return native.keys(weights)
 
 
 def choose_kernels(name: KernelName | None, device: torch.device) -> Kernels:

@@ -1,6 +1,8 @@
 """Hash n-gram embeddings: the byte's own row plus one row of every n-gram table, a plain sum (BLT 3.2.1)."""
 
+import ctypes
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,13 @@ class HashTables:
         most = max(self.group_sizes)
         self.powers = torch.tensor([_powers(PRIMES[f], most) for f in range(num_functions)], device=device)
         """(functions, longest group)"""
+
+    @cached_property
+    def description(self) -> "ctypes.Array[ctypes.c_int64]":
+        """`Hashes` of kernels/native/bytes.h."""
+        tensors, is_bf16 = (self.addresses, self.sizes, self.powers), self.dtype == torch.bfloat16
+        counts = len(self.group_sizes), len(self.tables), self.powers.shape[1], self.rows, self.tables[0].shape[1]
+        return (ctypes.c_int64 * 9)(*(t.data_ptr() for t in tensors), *counts, is_bf16)
 
 
 def ngram_hashes(windows: Tensor, group_sizes: Sequence[int], num_functions: int, rows: int) -> Tensor:

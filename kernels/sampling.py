@@ -20,14 +20,24 @@ MASS_SCALE = 2.0**52
 _SCALE = tl.constexpr(MASS_SCALE)
 
 
-def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
-) -> Tensor:  # fmt: skip
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The id of each row's largest logit, the lowest of equal ones, (R,) int64, and that logit, NaN if any is, (R,).
+
+    logits (R, V) float32.
+    """
+    highest, ids = logits.max(-1)
+    return ids, highest
+
+
+def sample(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
     """One id per row, (R,) int64: temperature, top_k, top_p, min_p, then the inverse of the distribution function in id
     order at `uniforms`. Temperature 0 takes the largest logit. Equal logits rank by id, lower first.
 
-    logits (R, V) float64; temperature, top_p, min_p, uniforms (R,) float64; top_k (R,) int64, V for none.
+    logits (R, V) float32 or float64; laws (R, 4) float64: the four in that order, top_k V for none; uniforms (R,)
+    float64.
     """
+    logits = logits.double()
+    temperature, top_k, top_p, min_p = laws.unbind(1)
     highest = logits.amax(-1, keepdim=True)
     best = (logits == highest).to(torch.int8).argmax(-1)
     # The maximum goes first, so that no temperature, however small, overflows.
@@ -59,26 +69,46 @@ def accepted(drafts: Tensor, drawn: Tensor, lengths: Tensor) -> Tensor:
 
 
 def traffic(rows: int, vocab_size: int) -> Traffic:
-    """Bytes of `sample`."""
-    return Traffic(rows * (8 * vocab_size + 40), rows * 8)
+    """Bytes of `sample`, in float32."""
+    return Traffic(rows * (4 * vocab_size + 40), rows * 8)
 
 
 # Triton.
 
 
 @jit
+def likeliest_kernel(logits_ptr, ids_ptr, highest_ptr, vocab_size, BLOCK: tl.constexpr):
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + row * vocab_size + i, mask=i < vocab_size, other=float("-inf"))
+    bad = tl.max((x != x).to(tl.int32), 0) > 0
+    highest = tl.max(tl.where(x != x, float("-inf"), x), 0)
+    tl.store(ids_ptr + row, tl.min(tl.where(x == highest, i, BLOCK), 0).to(tl.int64))
+    tl.store(highest_ptr + row, tl.where(bad, float("nan"), highest))
+
+
+def likeliest_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, but for the id of a row that has a NaN."""
+    rows, vocab_size = logits.shape
+    ids, highest = torch.empty(rows, dtype=torch.int64, device=logits.device), logits.new_empty(rows)
+    likeliest_kernel[(rows,)](logits, ids, highest, vocab_size, BLOCK=power_of_two(vocab_size), num_warps=4)
+    return ids, highest
+
+
+@jit
 def sample_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, uniforms_ptr, out_ptr, vocab_size,
+    logits_ptr, laws_ptr, uniforms_ptr, out_ptr, vocab_size,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One row. Ranks come from comparing every pair of ids, CHUNK of them at a time: a vocabulary of bytes is small."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     m = i < vocab_size
-    x = tl.load(logits_ptr + row * vocab_size + i, mask=m, other=float("-inf"))
-    temperature = tl.load(temperature_ptr + row)
-    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-    min_p, uniform = tl.load(min_p_ptr + row), tl.load(uniforms_ptr + row)
+    x = tl.load(logits_ptr + row * vocab_size + i, mask=m, other=float("-inf")).to(tl.float64)
+    temperature, top_k = tl.load(laws_ptr + row * 4), tl.load(laws_ptr + row * 4 + 1)
+    top_p, min_p = tl.load(laws_ptr + row * 4 + 2), tl.load(laws_ptr + row * 4 + 3)
+    uniform = tl.load(uniforms_ptr + row)
     highest = tl.max(x, 0)
     best = tl.min(tl.where((x == highest) & m, i, BLOCK), 0)
     e = tl.exp((x - highest) / tl.where(temperature > 0.0, temperature, 1.0))
@@ -87,7 +117,7 @@ def sample_kernel(
     rank = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, BLOCK, CHUNK):
         j = start + tl.arange(0, CHUNK)
-        other = tl.load(logits_ptr + row * vocab_size + j, mask=j < vocab_size, other=float("-inf"))
+        other = tl.load(logits_ptr + row * vocab_size + j, mask=j < vocab_size, other=float("-inf")).to(tl.float64)
         ahead = (other[None, :] > x[:, None]) | ((other[None, :] == x[:, None]) & (j[None, :] < i[:, None]))
         rank += tl.sum(ahead.to(tl.int32), 1)
     kept = tl.where(rank < top_k, mass, 0)
@@ -95,7 +125,7 @@ def sample_kernel(
     before = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, BLOCK, CHUNK):
         j = start + tl.arange(0, CHUNK)
-        other = tl.load(logits_ptr + row * vocab_size + j, mask=j < vocab_size, other=float("-inf"))
+        other = tl.load(logits_ptr + row * vocab_size + j, mask=j < vocab_size, other=float("-inf")).to(tl.float64)
         e_other = tl.exp((other - highest) / tl.where(temperature > 0.0, temperature, 1.0))
         mass_other = (e_other / tl.sum(e, 0) * _SCALE).to(tl.int64)
         ahead = (other[None, :] > x[:, None]) | ((other[None, :] == x[:, None]) & (j[None, :] < i[:, None]))
@@ -110,15 +140,13 @@ def sample_kernel(
     tl.store(out_ptr + row, tl.where(temperature > 0.0, drawn, best.to(tl.int64)))
 
 
-def sample_triton(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
-) -> Tensor:  # fmt: skip
+def sample_triton(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
     """The same."""
     rows, vocab_size = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     block = power_of_two(vocab_size)
     sample_kernel[(rows,)](
-        logits, temperature, top_k, top_p, min_p, uniforms, out, vocab_size,
+        logits, laws, uniforms, out, vocab_size,
         BLOCK=block, CHUNK=min(block, 16), num_warps=8,
     )  # fmt: skip
     return out

@@ -20,7 +20,7 @@ KNOWN = {
 
 
 def kernel_rows(ids: list[int], sizes: tuple[int, ...], functions: int, rows: int) -> list[list[int]]:
-    windows = torch.tensor(ngram_windows(ids, 0, len(ids), max(sizes)))
+    windows = torch.tensor(ngram_windows(ids, 0, len(ids), max(sizes))).view(len(ids), -1)
     return ngram_hashes(windows, sizes, functions, rows).T.tolist()
 
 
@@ -61,13 +61,13 @@ def test_windows_do_not_depend_on_where_a_chunk_starts(ids: list[int], cut: int,
     whole = ngram_windows(ids, 0, len(ids), width)
     assert ngram_windows(ids, 0, cut, width) + ngram_windows(ids, cut, len(ids), width) == whole
     padded = [0] * (width - 1) + ids
-    assert whole == [padded[j : j + width] for j in range(len(ids))]
+    assert whole == [token for j in range(len(ids)) for token in padded[j : j + width]]
 
 
 def test_embedding_is_a_plain_sum_and_takes_tables_of_another_dtype() -> None:
     torch.manual_seed(0)
     embedding, tables = torch.randn(260, 8), [torch.randn(50, 8).bfloat16() for _ in range(3)]
-    windows = torch.tensor(ngram_windows(IDS, 0, len(IDS), 5))
+    windows = torch.tensor(ngram_windows(IDS, 0, len(IDS), 5)).view(-1, 5)
     hashes = ngram_hashes(windows, (2, 3, 5), 1, 50)
     found = hash_embed(windows, embedding, HashTables(tables, (2, 3, 5), 1, 50, torch.device("cpu")))
     for j, token in enumerate(IDS):

@@ -17,13 +17,14 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from kernels import native
 from kernels.attention import AttentionPlan
+from kernels.boundary import Rule
 from kernels.dispatch import Kernels, NativeKernels, choose_kernels
 from kernels.hash_embed import HashTables
-from kernels.layer import LayerWeights, SlotsWeights
 from kernels.linear import Matrix, quantize
 from kernels.rope import rope_table
+from kernels.stack import Beside, HeadWeights, KeysWeights, KvCache, LayerWeights, SlotsWeights, StackWeights
 from tests.engines import threads
-from tests.operands import CPU, FLOATS, SEEDS, Draw, Laid, Layout, close, layouts
+from tests.operands import CPU, FLOATS, RULES, SEEDS, Draw, Laid, Layout, close, layouts
 from tests.operands import few as quick
 
 TORCH, NATIVE = Kernels(), NativeKernels()
@@ -146,7 +147,7 @@ def test_attention(seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[i
     tiles = [
         [row, 1, *tile[2:]] for tile in plan.tiles.tolist() for row in range(tile[0], tile[0] + tile[1]) if tile[4]
     ]
-    alone = AttentionPlan(
+    alone = AttentionPlan.of(
         plan.positions, plan.page, plan.offset, plan.first, plan.last, torch.tensor(tiles), plan.pages,
         page_size=laid.page_size,
     )  # fmt: skip
@@ -154,68 +155,95 @@ def test_attention(seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[i
 
 
 @few
-@given(SEEDS, FLOATS, layouts(), SHAPES)
-def test_layer(seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[int, int, int]) -> None:
+@given(
+    SEEDS, FLOATS, layouts(), SHAPES, st.integers(1, 2), st.sampled_from(["layers", "slots", "keys"]),
+    st.integers(1, 2), st.booleans(), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_stack(
+    seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[int, int, int], layers: int, kind: str, of_them: int,
+    embeds: bool, has_head: bool, some: bool,
+) -> None:  # fmt: skip
     draw, (heads, kv_heads, head_dim) = Draw(seed), shape
-    laid, dim, ffn_dim = Laid(layout, draw, split=False), 24, 36
-    plan = laid.on_device()
+    laid, dim, ffn_dim, slots = Laid(layout, draw, split=False), 24, 36, 2
+    plan, of_them = laid.on_device(), min(of_them, layers)
+    rows = len(plan.first)
 
-    def matrix(out: int, width: int) -> Matrix:
-        return Matrix(draw.randn(out, width, dtype=dtype) * width**-0.5)
+    def matrix(out: int, width: int) -> Tensor:
+        return draw.randn(out, width, dtype=dtype) * width**-0.5
 
-    qkv, o = matrix((heads + 2 * kv_heads) * head_dim, dim), matrix(dim, heads * head_dim)
-    gate_up, down = matrix(2 * ffn_dim, dim), matrix(dim, ffn_dim)
-    norms = [draw.randn(dim, dtype=dtype) for _ in range(2)]
+    def norm() -> Tensor:
+        return draw.randn(dim, dtype=dtype)
+
     rope = rope_table(head_dim, 100.0, 400, CPU)
-    x = draw.randn(len(plan.first), dim, dtype=dtype)
-    before = [draw.randn(laid.num_pages, kv_heads, laid.page_size, head_dim, dtype=dtype) for _ in range(2)]
-    results = []
-    for k in (TORCH, NATIVE):
-        packed = [k.matrix(m) for m in (qkv, o, gate_up, down)]
-        weights = LayerWeights(
-            norms[0], packed[0], packed[1], norms[1], packed[2], packed[3], rope, heads, kv_heads, head_dim, 1e-5
+    qkv, kv, inner = (heads + 2 * kv_heads) * head_dim, 2 * kv_heads * head_dim, heads * head_dim
+    of_layers = [
+        (norm(), matrix(qkv, dim), matrix(dim, inner), norm(), matrix(2 * ffn_dim, dim), matrix(dim, ffn_dim))
+        for _ in range(layers)
+    ]
+    of_slots = [(norm(), matrix(inner, dim), matrix(dim, inner)) for _ in range(of_them if kind == "slots" else 0)]
+    of_keys = [(norm(), matrix(kv, dim)) for _ in range(of_them if kind == "keys" else 0)]
+    embedding, of_head = draw.randn(50, dim, dtype=dtype), (norm(), matrix(30, dim))
+    x = draw.below(50, rows) if embeds else draw.randn(rows, dim, dtype=dtype)
+    caches = draw.randn(layers, 2, laid.num_pages, kv_heads, laid.page_size, head_dim, dtype=dtype)
+    besides = draw.randn(of_them, 2, rows, kv_heads, 3 * slots, head_dim, dtype=dtype)
+    page, offset = torch.tensor(draw.shuffled(rows)), draw.below(3, rows) * slots
+    wanted = draw.below(laid.num_rows, draw.below(5, 1).item()) if some else torch.arange(laid.num_rows)
+
+    def run(k: Kernels) -> list[Tensor]:
+        def packed(weights: tuple[Tensor, ...]) -> list[Any]:
+            return [k.matrix(Matrix(w)) if w.ndim == 2 else w for w in weights]
+
+        function = k.stack(
+            StackWeights(
+                [LayerWeights(*packed(w), rope, heads, kv_heads, head_dim, 1e-5) for w in of_layers],
+                embedding=embedding if embeds else None,
+                slots=[SlotsWeights(*packed(w), heads, kv_heads, head_dim, 1e-5, slots) for w in of_slots],
+                keys=[KeysWeights(*packed(w), head_dim, 1e-5) for w in of_keys],
+                head=HeadWeights(*packed(of_head), 1e-5) if has_head else None,
+            )
         )
-        keys, values = (cache.clone() for cache in before)
-        y = k.layer(weights)(x, (keys, values), plan)
+        own, others = caches.clone(), besides.clone()
+        states = torch.zeros(rows, 3 * slots, dim, dtype=dtype)
+        beside = None
+        if kind != "layers":
+            beside = Beside(KvCache(tuple(kv) for kv in others), page, offset, states if kind == "keys" else None)  # type: ignore[misc]
+        y = function(x, KvCache(tuple(kv) for kv in own), plan, beside, wanted)  # type: ignore[misc]
+        whole = function(x, KvCache(tuple(kv) for kv in own), plan, beside)  # type: ignore[misc]
+        if k is NATIVE and len(wanted):
+            assert torch.equal(whole[wanted], y)
         # Padding writes where nobody looks.
-        results.append([y[: laid.num_rows], keys[1:], values[1:]])
-    for expected, found in zip(*results, strict=True):
+        live = page[: laid.num_rows]
+        return [y.flatten(), own[:, :, 1:], others[:, :, live], states[live]]
+
+    for expected, found in zip(run(TORCH), run(NATIVE), strict=True):
         close(found, expected)
 
 
 @few
-@given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 4), SHAPES)
-def test_slots(seed: int, dtype: torch.dtype, rows: int, slots: int, shape: tuple[int, int, int]) -> None:
-    draw, (heads, kv_heads, head_dim), dim = Draw(seed), shape, 24
-    cache = tuple(draw.randn(5, kv_heads, 3 * slots, head_dim, dtype=dtype) for _ in range(2))
-    x, page, offset = draw.randn(rows, dim, dtype=dtype), draw.below(5, rows), draw.below(3, rows) * slots
-    norm = draw.randn(dim, dtype=dtype)
-    q = Matrix(draw.randn(heads * head_dim, dim, dtype=dtype) * dim**-0.5)
-    o = Matrix(draw.randn(dim, heads * head_dim, dtype=dtype) * (heads * head_dim) ** -0.5)
-    expected, found = (
-        k.slots(SlotsWeights(norm, k.matrix(q), k.matrix(o), heads, kv_heads, head_dim, 1e-5, slots))(
-            x, (cache[0], cache[1]), page, offset
-        )
-        for k in (TORCH, NATIVE)
-    )
-    close(found, expected)
+@given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 3), st.sampled_from([(4, 8), (2, 20), (1, 2)]))
+def test_keys(seed: int, dtype: torch.dtype, rows: int, layers: int, shape: tuple[int, int]) -> None:
+    draw, (kv_heads, head_dim), dim = Draw(seed), shape, 24
+    places = torch.tensor(draw.shuffled(7 * 4)[:rows])
+    x, norm = draw.randn(rows, dim, dtype=dtype), draw.randn(dim, dtype=dtype)
+    matrices = [draw.randn(2 * kv_heads * head_dim, dim, dtype=dtype) * dim**-0.5 for _ in range(layers)]
+    results = []
+    for k in (TORCH, NATIVE):
+        caches = torch.zeros(layers, 2, 7, kv_heads, 4, head_dim, dtype=dtype)
+        function = k.keys([KeysWeights(norm, k.matrix(Matrix(m)), head_dim, 1e-5) for m in matrices])
+        function(x, KvCache(tuple(kv) for kv in caches), places // 4, places % 4)  # type: ignore[misc]
+        results.append(caches)
+    close(results[1], results[0])
 
 
 @few
-@given(SEEDS, FLOATS, st.integers(1, 9), st.sampled_from([(4, 8), (2, 20), (1, 2)]))
-def test_store(seed: int, dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> None:
-    draw, (kv_heads, head_dim) = Draw(seed), shape
-    places = torch.tensor(draw.shuffled(7 * 4)[:rows])
-    page, offset = places // 4, places % 4
-    kv = draw.randn(rows, 2 * kv_heads, head_dim, dtype=dtype)
-    results = []
-    for kernels in (TORCH, NATIVE):
-        keys, values = (torch.zeros(7, kv_heads, 4, head_dim, dtype=dtype) for _ in range(2))
-        states = torch.zeros(7, 4, 2 * kv_heads * head_dim, dtype=dtype)
-        kernels.store_kv(kv, page, offset, keys, values)
-        kernels.store_states(kv.flatten(1), page, offset, states)
-        results.append([keys, values, states])
-    assert all(torch.equal(found, expected) for expected, found in zip(*results, strict=True))
+@given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 40))
+def test_store_states(seed: int, dtype: torch.dtype, rows: int, dim: int) -> None:
+    draw = Draw(seed)
+    places, states = torch.tensor(draw.shuffled(7 * 4)[:rows]), draw.randn(rows, dim, dtype=dtype)
+    caches = torch.zeros(2, 7, 4, dim, dtype=dtype)
+    for kernels, cache in zip((TORCH, NATIVE), caches, strict=True):
+        kernels.store_states(states, places // 4, places % 4, cache)
+    assert torch.equal(*caches)
 
 
 @few
@@ -249,6 +277,75 @@ def test_entropy(seed: int, dtype: torch.dtype, rows: int, vocab_size: int, spre
     close(NATIVE.entropy(logits), TORCH.entropy(logits))
 
 
+@few
+@given(SEEDS, st.sampled_from(RULES), st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5)), max_size=4))
+def test_boundaries(seed: int, rule: Rule, sequences: list[tuple[int, int]]) -> None:
+    how = (*Draw(seed).patches(sequences), rule)
+    assert torch.equal(NATIVE.boundaries(*how), TORCH.boundaries(*how))
+
+
+@few
+@given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]), st.sampled_from([-math.inf, math.inf, math.nan]))
+def test_likeliest(seed: int, rows: int, vocab_size: int, bad: float) -> None:
+    draw = Draw(seed)
+    logits = draw.below(5, rows, vocab_size).float()
+    logits[0, draw.below(vocab_size, 2)] = bad
+    for found, expected in zip(NATIVE.likeliest(logits), TORCH.likeliest(logits), strict=True):
+        assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+
+
+@few
+@given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]), st.booleans())
+def test_sample(seed: int, rows: int, vocab_size: int, double: bool) -> None:
+    draw = Draw(seed)
+    logits, laws, uniforms = draw.randn(rows, vocab_size) * 3, draw.laws(rows, vocab_size), draw.uniform(rows)
+    logits[:, -1] = logits[:, 0]
+    logits = logits.double() if double else logits
+    found = NATIVE.sample(logits, laws, uniforms)
+    assert torch.equal(found, TORCH.sample(logits, laws, uniforms))
+    for row in range(rows):
+        at = slice(row, row + 1)
+        assert torch.equal(NATIVE.sample(logits[at], laws[at], uniforms[at]), found[at])
+
+
+def test_what_is_drawn_from_no_distribution_is_an_id() -> None:
+    """It is drawn before the host hears that its logits were none, and may be fed meanwhile."""
+    logits = torch.tensor([[math.nan, 0.0], [math.inf, 0.0], [0.0, math.nan], [-math.inf, -math.inf]])
+    law = torch.tensor([1.0, 2.0, 0.9, 0.1]).double()
+    found = NATIVE.sample(logits, law.repeat(4, 1), torch.full((4,), 0.999, dtype=torch.float64))
+    assert set(found.tolist()) <= {0, 1}
+
+
+@few
+@given(SEEDS, st.integers(1, 5), st.integers(1, 17))
+def test_accepted(seed: int, num: int, width: int) -> None:
+    draw = Draw(seed)
+    drafts, drawn, lengths = draw.below(2, num, width), draw.below(2, num, width), draw.below(width + 1, num)
+    drawn[0] = drafts[0]
+    assert torch.equal(NATIVE.accepted(drafts, drawn, lengths), TORCH.accepted(drafts, drawn, lengths))
+
+
+@few
+@given(SEEDS, st.integers(1, 5), st.integers(1, 12), st.sampled_from([0.1, 3.0, 20.0]))
+def test_unmasking(seed: int, num_blocks: int, size: int, spread: float) -> None:
+    draw = Draw(seed)
+    logits = draw.randn(num_blocks * size, 260) * spread
+    logits[:, :3] = -math.inf
+    found, expected = NATIVE.certainty(logits), TORCH.certainty(logits)
+    for ours, theirs, alone in zip(found, expected, NATIVE.certainty(logits[1:]), strict=True):
+        close(ours, theirs)
+        assert torch.equal(ours[1:], alone)
+    # Some of them equal.
+    confidence, entropy = (t.view(num_blocks, size) for t in found)
+    entropy[:, ::2] = entropy[:, :1].clone()
+    confidence[:, 1::3] = confidence[:, :1].clone()
+    how = (
+        draw.below(3, num_blocks, size) > 0, confidence, entropy, draw.below(4, num_blocks),
+        draw.uniform(num_blocks) * 3,
+    )  # fmt: skip
+    assert torch.equal(NATIVE.unmask(*how), TORCH.unmask(*how))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_no_number_stays_none_in_its_row_alone(bad: float) -> None:
     """The engine fails the request whose logits are no distribution, and nobody else's."""
@@ -266,7 +363,7 @@ def test_exponentials_are_right_at_every_size(dtype: torch.dtype) -> None:
     scores = torch.linspace(-200, 200, 4001, dtype=torch.float64)
     keys, values = torch.zeros(4001, 1, 2, 1), torch.zeros(4001, 1, 2, 1)
     keys[:, 0, 0, 0], values[:, 0, 0, 0] = scores.float(), 1.0
-    plan = AttentionPlan(
+    plan = AttentionPlan.of(
         *(torch.zeros(4001, dtype=torch.int64) for _ in range(4)), torch.ones(4001, dtype=torch.int64),
         torch.tensor([[row, 1, row, 0, 1] for row in range(4001)]), torch.arange(4001), page_size=2,
     )  # fmt: skip

@@ -58,7 +58,7 @@ class SeveralTablesOnOnePool(RuleBasedStateMachine):
     @invariant()
     def tables_hold_what_the_model_holds(self) -> None:
         for table, live, floor in zip(self.tables, self.live, self.floor, strict=True):
-            assert table.pages == [live[p] for p in sorted(live)]
+            assert list(table.pages) == [live[p] for p in sorted(live)]
             assert table.first == floor
             for row in range(70):
                 if row // PAGE_SIZE in live:
@@ -98,7 +98,7 @@ class SeveralTablesOnOnePool(RuleBasedStateMachine):
         assert (copied is not None) == partial and table.own() is None
         if copied:
             assert copied[0] == shared[-1] and copied[1] not in shared and table.pages[-1] == copied[1]
-        assert table.pages[:-1] == shared[:-1]
+        assert list(table.pages[:-1]) == shared[:-1]
         self.live[i] = dict(enumerate(table.pages))
 
     @invariant()

@@ -88,3 +88,37 @@ def test_two_of_different_lengths_stop_together_and_go_on(model: Path) -> None:
     ]
     alone = {r.id: run(make_engine(model), [r])[r.id].ids for r in asked}
     assert {name: out.ids for name, out in run(make_engine(model), asked).items()} == alone
+
+
+def test_a_block_is_asked_after_only_where_it_may_be_done(model: Path) -> None:
+    """Once blocks have needed several passes, so many are one launch; the text and the counts stay what they were."""
+    asked = request("a", text(30, 2), 90, decoder="blt-d", unmask=Unmask(rule="confidence", alpha=0.999))
+    engine = make_engine(model)
+    launches: list[tuple[str, int]] = []
+    launch = engine.runner.decode_passes
+
+    def noted(name: str, plans: Any, times: int, *rest: Any) -> Any:
+        launches.append((name, len(plans) * times))
+        return launch(name, plans, times, *rest)
+
+    engine.runner.decode_passes = noted  # type: ignore[method-assign]
+    first = run(engine, [asked])["a"]
+    early, launches = launches, []
+    again = run(engine, [asked])["a"]
+    assert again.ids == first.ids and counted(usage(again))[:5] == counted(usage(first))[:5]
+    assert {times for _, times in early} > {1}, "asked after each pass, until one knows better"
+    assert max(times for _, times in early) > 2
+    assert len(launches) < len(early)
+
+
+def test_a_block_that_needs_fewer_passes_than_those_before_pays_for_its_own(model: Path) -> None:
+    engine = make_engine(model)
+    slow = request("slow", text(30, 2), 60, decoder="blt-d", unmask=Unmask(rule="confidence", alpha=0.999))
+    quick = request("quick", text(30, 2), 60, decoder="blt-d", unmask=Unmask(rule="one_step"))
+    alone = run(make_engine(model), [quick])["quick"]
+    run(engine, [slow])
+    calls = engine.runner.counts.calls["decoder"]
+    found = run(engine, [quick])["quick"]
+    assert found.ids == alone.ids and usage(found).decoder_calls == usage(alone).decoder_calls
+    # The prompt's pass is nobody's.
+    assert engine.runner.counts.calls["decoder"] - calls <= usage(found).decoder_calls + 1

@@ -8,7 +8,7 @@ from transformers.models.blt.modeling_blt import BltPatcher
 
 from engine.config import PatchingRule
 from engine.patching import Patching, boundary_rule, patch_starts
-from kernels.dispatch import Kernels
+from kernels.dispatch import Kernels, NativeKernels
 from tests import reference
 
 ENTROPIES = [3.0, 1.0, 2.5, 1.0, 4.0, 4.5, 1.0, 3.0]
@@ -29,12 +29,14 @@ def incremental(rule: PatchingRule, entropies: list[float], chunk: int = 1) -> l
     patching = Patching()
     for at in range(0, len(entropies), chunk):
         some, before = entropies[at : at + chunk], list(patching.starts)
-        opens = Kernels().boundaries(
+        how = (
             torch.tensor(some),
-            torch.tensor([patching.last_entropy]),
+            torch.tensor([patching.last_entropy], dtype=torch.float64),
             torch.tensor([[0, len(some), patching.decided, patching.starts[-1]]]),
             boundary_rule(rule),
         )
+        (_, opens), (_, also) = (kernels.boundaries(*how) for kernels in (Kernels(), NativeKernels()))
+        assert torch.equal(opens, also)
         patching.take(some, opens.tolist())
         assert patching.starts[: len(before)] == before, "a decided start is never revised"
         assert patching.decided == at + len(some)

@@ -1,9 +1,9 @@
 """Sampling against a per-row reference in plain Python, row for row bitwise, and against its own law."""
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,10 +13,10 @@ from torch import Tensor
 from engine import sampling
 from engine.sampling import draw, logprobs_of
 from engine.types import SamplingParams
-from kernels.dispatch import Kernels
+from kernels.dispatch import Kernels, NativeKernels
 
 VOCAB = 260
-choose = partial(sampling.choose, kernels=Kernels())
+KERNELS: tuple[Kernels, ...] = Kernels(), NativeKernels()
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -41,6 +41,15 @@ def distribution(logits: list[float], params: SamplingParams, counts: dict[int, 
     keep = [i for i in nucleus if weights[i] >= params.min_p * weights[best_first[0]]]
     total = sum(weights[i] for i in keep)
     return [weights[i] / total if i in keep else 0.0 for i in range(len(x))]
+
+
+def choose(
+    logits: Tensor, params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]], uniforms: Sequence[float]
+) -> Tensor:  # fmt: skip
+    """By torch and by our own C, which must agree."""
+    chosen, also = (sampling.choose(logits, params, counts, uniforms, kernels)[0] for kernels in KERNELS)
+    assert torch.equal(chosen, also)
+    return chosen
 
 
 def quantile(law: list[float], uniform: float) -> set[int]:
@@ -157,6 +166,13 @@ def test_draws_are_uniform_distinct_and_depend_on_every_argument() -> None:
     assert draw(5, 1, 9) == draw(5, 1, 9)
 
 
+@given(st.integers(-(2**63), 2**64), st.integers(0, 2**64), st.integers(0, 2**40))
+def test_draws_are_numpys(seed: int, sample: int, position: int) -> None:
+    mask = 2**64 - 1
+    stream = np.random.Philox(key=(sample & mask) << 64 | seed & mask, counter=position)
+    assert draw(seed, sample, position) == (int(stream.random_raw()) >> 11) * 2.0**-53
+
+
 def test_the_stream_of_a_seed_is_pinned() -> None:
     """A change here breaks the promise that a seed keeps its meaning."""
     assert [draw(42, 0, i) for i in range(2)] == [0.8201981478608876, 0.36812845090913937]
@@ -165,8 +181,10 @@ def test_the_stream_of_a_seed_is_pinned() -> None:
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams()])
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]])
 def test_a_row_that_is_no_distribution_is_named(params: SamplingParams, bad: list[float]) -> None:
-    with pytest.raises(FloatingPointError, match="row 1"):
-        choose(torch.tensor([[1.0, 2.0], bad]), [params] * 2, [{}] * 2, [0.5] * 2)
+    for kernels in KERNELS:
+        with pytest.raises(FloatingPointError, match="row 1"):
+            _, highest = sampling.choose(torch.tensor([[1.0, 2.0], bad]), [params] * 2, [{}] * 2, [0.5] * 2, kernels)
+            sampling.check(highest.tolist())
 
 
 def test_an_impossible_id_is_never_drawn() -> None:

@@ -18,7 +18,7 @@ from engine.config import EngineConfig, PatchingRule
 from engine.engine import Engine
 from engine.sizing import Drafting, Load, Sizing, WeightBytes, caches_held, engine_for, readings, size
 from engine.types import Finished, Usage
-from kernels.layer import LayerWeights
+from kernels.stack import StackWeights
 from server.cli import app
 from tests.engines import Output, make_engine, request, run
 from tests.models import text
@@ -40,7 +40,7 @@ def tensors(held: object, seen: set[int]) -> Iterator[Tensor]:
         for part in held:
             yield from tensors(part, seen)
     elif isinstance(held, FunctionType):
-        # A layer is a function over its weights.
+        # A stack of layers is a function over its weights.
         for cell in held.__closure__ or ():
             yield from tensors(cell.cell_contents, seen)
     elif is_dataclass(held):
@@ -75,15 +75,15 @@ def test_weights_take_what_the_tensors_of_an_engine_take(model: Path, choices: d
     assert num_bytes(held) == expected.total
     assert num_bytes(held.encoder._hashes) == expected.hash_tables
     stacks = [part._stack for part in (held.patcher, held.encoder, held.global_transformer, held.decoder)]
-    ropes = [
-        cell.cell_contents.rope
+    weights = [
+        cell.cell_contents
         for stack in stacks
-        for cell in stack.layers[0].__closure__ or ()
-        if isinstance(cell.cell_contents, LayerWeights)
+        if isinstance(stack, FunctionType)
+        for cell in stack.__closure__ or ()
+        if isinstance(cell.cell_contents, StackWeights)
     ]
-    assert num_bytes(ropes) == expected.rotary_tables
-    embeddings = [held.encoder._embedding, held.patcher._embedding, held.decoder._embedding]
-    assert num_bytes(embeddings) == expected.byte_tables
+    assert num_bytes([w.layers[0].rope for w in weights]) == expected.rotary_tables
+    assert num_bytes([held.encoder._embedding, *(w.embedding for w in weights)]) == expected.byte_tables
     assert engine.facts().weight_bytes == expected.stages
 
 

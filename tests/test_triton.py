@@ -4,7 +4,6 @@ Both get the same random operands; layouts are ragged and drawn: one row, no row
 """
 
 import inspect
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from kernels.dispatch import Kernels, TritonKernels, choose_kernels
 from kernels.hash_embed import HashTables
 from kernels.linear import Matrix, quantize
 from kernels.rope import rope_table
-from tests.operands import FLOATS, SEEDS, Draw, Laid, Layout, close, few, layouts
+from tests.operands import FLOATS, RULES, SEEDS, Draw, Laid, Layout, close, few, layouts
 from tests.operands import TRITONS as DEVICE
 
 TORCH, TRITON = Kernels(), TritonKernels()
@@ -126,7 +125,7 @@ def test_attention_does_not_depend_on_the_batch(seed: int, dtype: torch.dtype, l
     tiles = [
         [row, 1, *tile[2:]] for tile in plan.tiles.tolist() for row in range(tile[0], tile[0] + tile[1]) if tile[4]
     ]
-    alone = AttentionPlan(
+    alone = AttentionPlan.of(
         plan.positions, plan.page, plan.offset, plan.first, plan.last,
         torch.tensor(tiles, device=DEVICE), plan.pages, page_size=laid.page_size,
     )  # fmt: skip
@@ -135,8 +134,8 @@ def test_attention_does_not_depend_on_the_batch(seed: int, dtype: torch.dtype, l
 
 def test_segments_are_many_enough_to_be_split() -> None:
     """What the tests above rely on: their longest context spans several segments."""
-    laid = Laid((4, [(300, 1, None, 0)]), Draw(0, DEVICE), split=True)
-    assert laid.plan.most_segments == 300 // 4 // attention_file.SEGMENT + 1 > 3
+    laid = Laid((4, 0, [(300, 1, 0, 0)]), Draw(0, DEVICE), split=True)
+    assert laid.plan.shape.most_segments == 300 // 4 // attention_file.SEGMENT + 1 > 3
 
 
 @few
@@ -202,25 +201,10 @@ def test_entropy(seed: int, dtype: torch.dtype, rows: int, vocab_size: int, spre
     close(TRITON.entropy(logits), TORCH.entropy(logits))
 
 
-RULES = [
-    Rule(1.0), Rule(1.0, longest=3), Rule(0.3, monotonic=True), Rule(1.0, rise=0.2, longest=8), Rule(0, every_byte=True)
-]  # fmt: skip
-
-
 @few
 @given(SEEDS, st.sampled_from(RULES), st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5)), max_size=4))
 def test_boundaries(seed: int, rule: Rule, sequences: list[tuple[int, int]]) -> None:
-    draw = Draw(seed, DEVICE)
-    ends = torch.tensor([0, *(count for count, _ in sequences)]).cumsum(0).tolist()
-    spans = [
-        (begin, end - begin, byte, byte // 2) for (begin, end), (_, byte) in zip(pairwise(ends), sequences, strict=True)
-    ]
-    how = (
-        draw.uniform(ends[-1] + 2).float() * 2,
-        draw.uniform(len(spans)).float() * 2,
-        torch.tensor(spans, dtype=torch.int64, device=DEVICE).view(-1, 4),
-        rule,
-    )
+    how = (*Draw(seed, DEVICE).patches(sequences), rule)
     assert torch.equal(TRITON.boundaries(*how), TORCH.boundaries(*how))
 
 
@@ -246,15 +230,23 @@ def test_unmasking(seed: int, num_blocks: int, size: int, spread: float) -> None
 
 @few
 @given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]))
-def test_sample(seed: int, rows: int, vocab_size: int) -> None:
+def test_likeliest(seed: int, rows: int, vocab_size: int) -> None:
     draw = Draw(seed, DEVICE)
-    logits = draw.randn(rows, vocab_size).double() * 3
+    logits = draw.below(5, rows, vocab_size).float()
+    logits[0, 0] = -torch.inf
+    for found, expected in zip(TRITON.likeliest(logits), TORCH.likeliest(logits), strict=True):
+        assert torch.equal(found, expected)
+    logits[0, -1] = torch.nan
+    assert TRITON.likeliest(logits)[1].isnan().tolist() == [True] + [False] * (rows - 1)
+
+
+@few
+@given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]), st.booleans())
+def test_sample(seed: int, rows: int, vocab_size: int, double: bool) -> None:
+    draw = Draw(seed, DEVICE)
+    logits, laws = draw.randn(rows, vocab_size) * 3, draw.laws(rows, vocab_size)
     logits[:, -1] = logits[:, 0]
-    pick = lambda *values: torch.tensor(values, device=DEVICE)[draw.below(len(values), rows)]  # noqa: E731
-    how = (
-        logits, pick(0.0, 0.3, 1.0, 2.0).double(), pick(1, 3, vocab_size).clamp_max(vocab_size),
-        pick(0.0, 0.5, 0.9, 1.0).double(), pick(0.0, 0.05, 1.0).double(), draw.uniform(rows),
-    )  # fmt: skip
+    how = logits.double() if double else logits, laws, draw.uniform(rows)
     assert torch.equal(TRITON.sample(*how), TORCH.sample(*how))
 
 

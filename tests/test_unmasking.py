@@ -4,9 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.choosing import rule_and_bound
+from engine.blocks import rule_and_bound
 from engine.types import Unmask
-from kernels.dispatch import Kernels
+from kernels.dispatch import Kernels, NativeKernels
 
 BLOCKS = st.integers(1, 12).flatmap(
     lambda size: st.tuples(
@@ -27,15 +27,17 @@ Block = tuple[list[int], list[float], list[float]]
 
 
 def unmasked(rule: Unmask, masked: list[int], confidence: list[float], entropy: list[float]) -> list[int]:
-    """The places that the rule settles."""
+    """The places that the rule settles, by torch and by our own C."""
     number, bound = rule_and_bound(rule)
-    settled = Kernels().unmask(
+    how = (
         torch.tensor([[place in masked for place in range(len(confidence))]]),
         torch.tensor([confidence]),
         torch.tensor([entropy]),
         torch.tensor([number]),
         torch.tensor([bound], dtype=torch.float64),
     )
+    settled, also = (kernels.unmask(*how) for kernels in (Kernels(), NativeKernels()))
+    assert torch.equal(settled, also)
     places: list[int] = settled[0].nonzero()[:, 0].tolist()
     return places
 

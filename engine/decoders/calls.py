@@ -1,8 +1,9 @@
 """What a round asks of the stages, and what it gets back."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from ..accounting import Cost
 from ..types import Request, TokenLogprob, Unmask
@@ -39,8 +40,7 @@ class SequenceView(Protocol):
     def cost(self) -> Cost: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """The rows of one sequence in one step. Positions are byte indices; row j is fed byte j.
 
     Clean rows run through all stages: from the first that has not, up to the committed ids and the `drafts` behind
@@ -76,8 +76,7 @@ class Call:
         return len(self.causal) + len(self.block)
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(msgspec.Struct, frozen=True):
     """What the model's law gives, drawn with the random numbers that belong to each position.
 
     first: position of the first clean row in `after`. after: the byte behind each wanted clean row, then behind each
@@ -88,17 +87,16 @@ class Result:
     """
 
     first: int = 0
-    after: list[int] = field(default_factory=list)
+    after: list[int] = []
     right: int = 0
-    cells: list[int] = field(default_factory=list)
-    settled: list[int] = field(default_factory=list)
+    cells: list[int] = []
+    settled: list[int] = []
     passes: int = 1
-    after_scores: list[TokenLogprob] = field(default_factory=list)
-    cell_scores: list[TokenLogprob] = field(default_factory=list)
+    after_scores: list[TokenLogprob] = []
+    cell_scores: list[TokenLogprob] = []
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(msgspec.Struct, frozen=True):
     """The outcome of a round: the ids that follow.
 
     drafts: what was drafted, or decoded as a block; accepted: how many of these, from the first on, are among `ids`.

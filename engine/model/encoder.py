@@ -5,10 +5,11 @@ from torch import Tensor
 from kernels.attention import AttentionPlan
 from kernels.dispatch import Kernels
 from kernels.hash_embed import HashTables
+from kernels.stack import Beside, KvCache, StackWeights
 
 from ..caches import encoder_cross_layers
 from ..config import ModelConfig
-from .layers import CrossAttention, KvCache, Stack, Weights
+from .layers import CrossAttention, Weights, layers_of
 
 
 class Encoder:
@@ -20,7 +21,6 @@ class Encoder:
         self._embedding = weights.tensor(f"{prefix}.embed_tokens.weight")
         tables = [weights.stored(f"model.encoder_hash_tok_embedding.{t}.weight") for t in range(hashes.num_tables)]
         self._hashes = HashTables(tables, hashes.group_sizes, hashes.num_functions, hashes.rows, weights.device)
-        self._stack = Stack(config.encoder, weights, prefix, kernels)
         self._slots = weights.matrix(f"{prefix}.patch_embedding_projection.weight")
         num_cross = encoder_cross_layers(config)
         stored = sum(
@@ -30,6 +30,8 @@ class Encoder:
             CrossAttention(config.encoder, weights, f"{prefix}.cross_attn_layers.{i}", kernels)
             for i in range(stored - num_cross, stored)
         ]
+        layers = layers_of(config.encoder, weights, prefix)
+        self._stack = kernels.stack(StackWeights(layers, keys=[cross.keys for cross in self._cross]))
 
     def __call__(
         self,
@@ -46,14 +48,7 @@ class Encoder:
         its keys and values for the patch's queries.
         """
         x = self._kernels.hash_embed(windows, self._embedding, self._hashes)
-        first_cross = len(self._stack.layers) - len(self._cross)
-        for i, (layer, kv) in enumerate(zip(self._stack.layers, cache, strict=True)):
-            x = layer(x, kv, plan)
-            if i >= first_cross:
-                self._cross[i - first_cross].store(x, open_plan.page, open_plan.offset, open_kv[i - first_cross])
-            if i == first_cross:
-                self._kernels.store_states(x, open_plan.page, open_plan.offset, open_states)
-        return x
+        return self._stack(x, cache, plan, Beside(open_kv, open_plan.page, open_plan.offset, open_states))
 
     def close(
         self,
@@ -76,7 +71,9 @@ class Encoder:
         return slots.view(len(pooled), -1)
 
 
-def ngram_windows(ids: list[int], start: int, end: int, width: int) -> list[list[int]]:
-    """The last `width` ids up to each of the bytes start..end-1, 0 before the text."""
+def ngram_windows(ids: list[int], start: int, end: int, width: int) -> list[int]:
+    """The last `width` ids up to each of the bytes start..end-1, 0 before the text, end to end."""
+    if end - start == 1 and end >= width:
+        return ids[end - width : end]
     padded = [0] * max(width - 1 - start, 0) + ids[max(start - width + 1, 0) : end]
-    return [padded[i : i + width] for i in range(end - start)]
+    return [token for i in range(end - start) for token in padded[i : i + width]]

@@ -4,9 +4,10 @@ from torch import Tensor
 
 from kernels.attention import AttentionPlan
 from kernels.dispatch import Kernels
+from kernels.stack import KvCache, StackWeights
 
 from ..config import ModelConfig
-from .layers import KvCache, Stack, Weights
+from .layers import Weights, layers_of
 
 
 class GlobalTransformer:
@@ -15,7 +16,7 @@ class GlobalTransformer:
         name = f"{prefix}.token_embedding_projection.weight"
         self._kernels = kernels
         self._projection = weights.matrix(name) if config.projects_latent else None
-        self._stack = Stack(config.global_, weights, prefix, kernels)
+        self._stack = kernels.stack(StackWeights(layers_of(config.global_, weights, prefix)))
 
     def __call__(self, patches: Tensor, cache: KvCache, plan: AttentionPlan) -> Tensor:
         """patches (P, slots * local dim) to latents (P, global dim); no final norm."""

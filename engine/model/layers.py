@@ -1,20 +1,16 @@
-"""The parts that the stages are made of: their weights, transformer layers, cross-attention, stacks."""
+"""The parts that the stages are made of: their weights, transformer layers, cross-attention."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from kernels.attention import AttentionPlan
 from kernels.dispatch import Kernels
-from kernels.layer import KvPages, LayerFunction, LayerWeights, SlotsFunction, SlotsWeights
 from kernels.linear import Matrix, quantize
 from kernels.rope import rope_table
+from kernels.stack import KeysWeights, LayerWeights, SlotsWeights
 
 from ..config import StackConfig
-
-KvCache = list[KvPages]
-"""Per layer."""
 
 
 class Weights:
@@ -58,12 +54,12 @@ class Weights:
         return self._kernels.matrix(quantize(joined) if self._fp8 and not exact else Matrix(joined))
 
 
-def make_layer(
-    config: StackConfig, weights: Weights, prefix: str, rope: Tensor, kernels: Kernels, *, exact: bool
-) -> LayerFunction:
-    """A pre-norm layer: self-attention with rotary positions, then SwiGLU, each with a residual."""
-    return kernels.layer(
-        LayerWeights(
+def layers_of(config: StackConfig, weights: Weights, prefix: str, *, exact: bool = False) -> list[LayerWeights]:
+    """A stack's layers."""
+    rope = rope_table(config.head_dim, config.rope_theta, config.max_positions, weights.device)
+
+    def layer(prefix: str) -> LayerWeights:
+        return LayerWeights(
             attention_norm=weights.tensor(f"{prefix}.input_layernorm.weight"),
             qkv=weights.matrix(*(f"{prefix}.self_attn.{x}_proj.weight" for x in "qkv"), exact=exact),
             o=weights.matrix(f"{prefix}.self_attn.o_proj.weight", exact=exact),
@@ -76,25 +72,8 @@ def make_layer(
             head_dim=config.head_dim,
             eps=config.norm_eps,
         )
-    )
 
-
-class Stack:
-    """Layers in a row with their rotary table."""
-
-    def __init__(
-        self, config: StackConfig, weights: Weights, prefix: str, kernels: Kernels, *, exact: bool = False
-    ) -> None:
-        rope = rope_table(config.head_dim, config.rope_theta, config.max_positions, weights.device)
-        self.layers = [
-            make_layer(config, weights, f"{prefix}.layers.{i}", rope, kernels, exact=exact)
-            for i in range(config.num_layers)
-        ]
-
-    def __call__(self, x: Tensor, cache: KvCache, plan: AttentionPlan) -> Tensor:
-        for layer, kv in zip(self.layers, cache, strict=True):
-            x = layer(x, kv, plan)
-        return x
+    return [layer(f"{prefix}.layers.{i}") for i in range(config.num_layers)]
 
 
 class CrossAttention:
@@ -114,21 +93,21 @@ class CrossAttention:
         self._o = weights.matrix(f"{prefix}.o_proj.weight")
         self._config = config
 
-    def reading(self, slots: int) -> SlotsFunction:
+    @property
+    def keys(self) -> KeysWeights:
+        """What stores keys and values."""
+        return KeysWeights(self._kv_norm, self._kv, self._config.head_dim, self._eps)
+
+    def slots(self, count: int) -> SlotsWeights:
         """`query`, attention over one latent's slots and `output`, in one."""
         of = self._config
-        return self._kernels.slots(
-            SlotsWeights(self._q_norm, self._q, self._o, of.num_heads, of.num_kv_heads, of.head_dim, self._eps, slots)
+        return SlotsWeights(
+            self._q_norm, self._q, self._o, of.num_heads, of.num_kv_heads, of.head_dim, self._eps, count
         )
 
     def query(self, x: Tensor) -> Tensor:
         """(R, dim) to (R, heads, head_dim)."""
         return self._kernels.linear(x, self._q, norm=self._q_norm, eps=self._eps).unflatten(1, self._heads)
-
-    def store(self, x: Tensor, page: Tensor, offset: Tensor, cache: tuple[Tensor, Tensor]) -> None:
-        """Stores the keys and values of x (R, dim)."""
-        kv = self._kernels.linear(x, self._kv, norm=self._kv_norm, eps=self._eps).unflatten(1, self._heads)
-        self._kernels.store_kv(kv, page, offset, *cache)
 
     def output(self, attended: Tensor, x: Tensor) -> Tensor:
         """What the heads saw (R, heads, head_dim), and the input x (R, dim), to the output (R, dim)."""

@@ -1,25 +1,31 @@
-"""The CPU's own kernels: a whole layer is one call into C, made for few rows.
+"""The CPU's own kernels: a whole stack of layers is one call into C, made for few rows.
 
 torch's operations cost several microseconds each before they begin, and a step of a small model is hundreds of them;
-its products of few rows read a matrix once per row, or nearly so. Here a layer is one call, weights are laid out once
+its products of few rows read a matrix once per row, or nearly so. Here a stack is one call, weights are laid out once
 for the one product that there is, and a row's bits are the same in any company, without padding. `hatch_build.py`
 compiles the C when the package is installed; where that was not possible, torch computes.
 """
 
 import ctypes
 import platform
-from collections.abc import Callable
+import threading
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..attention import AttentionPlan
+from ..attention import AttentionPlan, PlanShape
+from ..boundary import Rule
 from ..hash_embed import HashTables
 from ..hash_embed import hash_embed as hash_embed_torch
-from ..layer import KvPages, LayerFunction, LayerWeights, SlotsFunction, SlotsWeights
 from ..linear import Matrix
+from ..planning import SPAN, Lengths, Spans, Tiling
+from ..stack import Beside, KeysFunction, KeysWeights, KvCache, LayerWeights, SlotsWeights, StackFunction, StackWeights
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
@@ -41,23 +47,30 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, types in {
         "fastblt_linear": "ppp f i p i p q ii",
         "fastblt_attention": "pppp q ii",
-        "fastblt_layer": "ppppp i",
-        "fastblt_cross": "pppp q pp q i",
-        "fastblt_store_kv": "pppp qq i",
+        "fastblt_stack": "ppppppppp q p i",
+        "fastblt_keys": "p q pppp q i",
         "fastblt_hash_embed": "pp q pp q i",
         "fastblt_entropy": "pp qq i",
         "fastblt_patch_max": "ppppp qqq i",
         "fastblt_store_states": "pppp qqq",
+        "fastblt_boundaries": "ppp qq i ff p q",
+        "fastblt_likeliest": "ppp qq",
+        "fastblt_sample": "p i ppp qq",
+        "fastblt_accepted": "pppp qq",
+        "fastblt_certainty": "ppp qq",
+        "fastblt_unmask": "pppppp qq",
+        "fastblt_plan": "pqp pqp p qqqq ppq",
     }.items():
         kinds = {"p": _POINTER, "q": _INT, "i": ctypes.c_int, "f": ctypes.c_float}
         function = getattr(library, name)
         function.argtypes = [kinds[letter] for letter in types.replace(" ", "")]
         function.restype = None
-    library.fastblt_panel.restype = _INT
+    library.fastblt_panel.restype = library.fastblt_plan.restype = _INT
     return library
 
 
 LIBRARY = _library()
+_NOTHING = (None, None, None, None)
 
 
 class _Matrix(ctypes.Structure):
@@ -74,20 +87,30 @@ class _Layer(ctypes.Structure):
     ]
 
 
-class _Cross(ctypes.Structure):
+class _Slots(ctypes.Structure):
     _fields_ = [
         ("norm", _POINTER),
         *((name, _Matrix) for name in ("q", "o")),
-        *((name, _INT) for name in ("dim", "heads", "kv_heads", "head_dim", "slots")),
+        *((name, _INT) for name in ("dim", "heads", "head_dim", "slots")),
         ("eps", ctypes.c_float),
         ("bf16", ctypes.c_int32),
     ]
 
 
-class _Hashes(ctypes.Structure):
+class _Keys(ctypes.Structure):
+    _fields_ = [("norm", _POINTER), ("kv", _Matrix), ("eps", ctypes.c_float), ("bf16", ctypes.c_int32)]
+
+
+class _Stack(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("tables", "sizes", "powers")),
-        *((name, _INT) for name in ("num_sizes", "num_tables", "longest", "rows", "dim", "bf16")),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("slots", ctypes.POINTER(_Slots)),
+        ("keys", ctypes.POINTER(_Keys)),
+        *((name, _POINTER) for name in ("embedding", "norm")),
+        ("head", _Matrix),
+        *((name, _INT) for name in ("num_layers", "num_slots", "num_keys", "dim")),
+        ("eps", ctypes.c_float),
+        ("bf16", ctypes.c_int32),
     ]
 
 
@@ -147,20 +170,10 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) 
     q = q.contiguous()
     out = torch.empty_like(q)
     LIBRARY.fastblt_attention(
-        q.data_ptr(), out.data_ptr(), plan.addresses, _cache(k_cache, v_cache), q.shape[1], _is_bf16(q),
+        q.data_ptr(), out.data_ptr(), plan.addresses, KvCache([(k_cache, v_cache)]).addresses, q.shape[1], _is_bf16(q),
         torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def store_kv(kv: Tensor, page: Tensor, offset: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """`kernels.store.store_kv`."""
-    assert LIBRARY
-    kv = kv.contiguous()
-    LIBRARY.fastblt_store_kv(
-        kv.data_ptr(), page.data_ptr(), offset.data_ptr(), _cache(k_cache, v_cache), k_cache.shape[2], kv.shape[0],
-        _is_bf16(kv),
-    )  # fmt: skip
 
 
 def store_states(states: Tensor, page: Tensor, offset: Tensor, cache: Tensor) -> None:
@@ -179,13 +192,9 @@ def hash_embed(windows: Tensor, embedding: Tensor, hashing: HashTables) -> Tenso
     (rows, width), dim = windows.shape, embedding.shape[1]
     if hashing.dtype not in (torch.float32, torch.bfloat16):
         return hash_embed_torch(windows, embedding, hashing)
-    struct = _Hashes(
-        hashing.addresses.data_ptr(), hashing.sizes.data_ptr(), hashing.powers.data_ptr(), len(hashing.group_sizes),
-        len(hashing.tables), hashing.powers.shape[1], hashing.rows, dim, hashing.dtype == torch.bfloat16,
-    )  # fmt: skip
     x = embedding.new_empty(rows, dim)
     LIBRARY.fastblt_hash_embed(
-        ctypes.byref(struct), windows.data_ptr(), width, embedding.data_ptr(), x.data_ptr(), rows, _is_bf16(x)
+        hashing.description, windows.data_ptr(), width, embedding.data_ptr(), x.data_ptr(), rows, _is_bf16(x)
     )
     return x
 
@@ -211,60 +220,187 @@ def patch_max(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor) -> Te
     return out
 
 
-def layer(w: LayerWeights) -> LayerFunction:
-    """`kernels.layer.composed_layer` as one call."""
+class _Planner(threading.local):
+    """Room for a plan's numbers, until they are copied to where they are wanted."""
+
+    def __init__(self) -> None:
+        self.found = (_INT * 3)()
+        self.grow(1 << 12)
+
+    def grow(self, numbers: int) -> None:
+        self.out = np.empty(numbers, dtype=np.int64)
+        self.address = self.out.ctypes.data
+
+
+_planner = _Planner()
+
+
+@cache
+def _tiling(tiling: Tiling) -> "ctypes.Array[ctypes.c_int64]":
+    return (_INT * 5)(*tiling)
+
+
+def plan(
+    writes: Spans, queries: Spans, tiling: Tiling, lengths: Lengths
+) -> tuple[NDArray[np.int64], PlanShape]:  # fmt: skip
+    """`kernels.planning.plan`."""
     assert LIBRARY
-    call: Callable[..., None] = LIBRARY.fastblt_layer
-    norms = w.attention_norm.float(), w.ffn_norm.float()
-    matrices = [_struct(m) for m in (w.qkv, w.o, w.gate_up, w.down)]
-    dim, ffn_dim = len(w.attention_norm), matrices[3].width
-    struct = _Layer(
-        norms[0].data_ptr(), norms[1].data_ptr(), w.rope.data_ptr(), *matrices, dim, w.heads, w.kv_heads, w.head_dim,
-        ffn_dim, w.eps, _is_bf16(w.attention_norm),
+    w, wp, q, qp = writes.spans, writes.pages, queries.spans, queries.pages
+    planner = _planner
+    while True:
+        numbers = LIBRARY.fastblt_plan(
+            w.buffer_info()[0], len(w) // SPAN, wp.buffer_info()[0], q.buffer_info()[0], len(q) // SPAN,
+            qp.buffer_info()[0], _tiling(tiling), *lengths, planner.found, planner.address, len(planner.out),
+        )  # fmt: skip
+        if numbers <= len(planner.out):
+            break
+        planner.grow(2 * numbers)
+    return planner.out[:numbers].copy(), PlanShape(lengths.rows, lengths.queries, *planner.found)
+
+
+def boundaries(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -> Tensor:
+    """`kernels.boundary.boundaries`."""
+    assert LIBRARY
+    rows = entropies.shape[0]
+    found = torch.empty(2, rows)
+    judge = 3 if rule.every_byte else 2 if rule.monotonic else 0 if rule.rise is None else 1
+    LIBRARY.fastblt_boundaries(
+        entropies.data_ptr(), previous.data_ptr(), spans.data_ptr(), spans.shape[0], rule.longest, judge,
+        rule.threshold, rule.rise or 0.0, found.data_ptr(), rows,
     )  # fmt: skip
+    return found
+
+
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.sampling.likeliest`."""
+    assert LIBRARY
+    logits, (rows, vocabulary) = logits.contiguous(), logits.shape
+    ids, highest = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    LIBRARY.fastblt_likeliest(logits.data_ptr(), ids.data_ptr(), highest.data_ptr(), rows, vocabulary)
+    return ids, highest
+
+
+def sample(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
+    """`kernels.sampling.sample`."""
+    assert LIBRARY
+    logits, (rows, vocabulary) = logits.contiguous(), logits.shape
+    ids = torch.empty(rows, dtype=torch.int64)
+    LIBRARY.fastblt_sample(
+        logits.data_ptr(), logits.dtype == torch.float64, laws.data_ptr(), uniforms.data_ptr(), ids.data_ptr(), rows,
+        vocabulary,
+    )  # fmt: skip
+    return ids
+
+
+def accepted(drafts: Tensor, drawn: Tensor, lengths: Tensor) -> Tensor:
+    """`kernels.sampling.accepted`."""
+    assert LIBRARY
+    right = torch.empty_like(lengths)
+    LIBRARY.fastblt_accepted(drafts.data_ptr(), drawn.data_ptr(), lengths.data_ptr(), right.data_ptr(), *drafts.shape)
+    return right
+
+
+def certainty(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.unmasking.certainty`."""
+    assert LIBRARY
+    logits, (rows, vocabulary) = logits.contiguous(), logits.shape
+    confidence, entropies = torch.empty(rows), torch.empty(rows)
+    LIBRARY.fastblt_certainty(logits.data_ptr(), confidence.data_ptr(), entropies.data_ptr(), rows, vocabulary)
+    return confidence, entropies
+
+
+def unmask(masked: Tensor, confidence: Tensor, entropy: Tensor, rules: Tensor, bounds: Tensor) -> Tensor:
+    """`kernels.unmasking.unmask`."""
+    assert LIBRARY
+    settled = torch.empty_like(masked)
+    LIBRARY.fastblt_unmask(
+        masked.data_ptr(), confidence.data_ptr(), entropy.data_ptr(), rules.data_ptr(), bounds.data_ptr(),
+        settled.data_ptr(), *masked.shape,
+    )  # fmt: skip
+    return settled
+
+
+def stack(w: StackWeights) -> StackFunction:
+    """`kernels.stack.composed_stack` as one call."""
+    assert LIBRARY
+    call, norms = LIBRARY.fastblt_stack, _Norms()
+    layers = [_layer(layer, norms) for layer in w.layers]
+    slots = [_slots(slots, norms) for slots in w.slots]
+    keys = [_keys(keys, norms) for keys in w.keys]
+    like, width = w.layers[0].attention_norm, layers[0].dim
+    struct = _Stack(
+        (_Layer * len(layers))(*layers), (_Slots * len(slots))(*slots), (_Keys * len(keys))(*keys),
+        _address(w.embedding), None, _Matrix(), len(layers), len(slots), len(keys), width, 0.0, _is_bf16(like),
+    )  # fmt: skip
+    if w.head is not None:
+        struct.norm, struct.head, struct.eps = norms(w.head.norm), _struct(w.head.matrix), w.head.eps
+        width = struct.head.out
+
+    address = ctypes.byref(struct)
+
     # What the addresses point to lives as long as the function.
-    alive = (w, norms, struct)
-    address = ctypes.byref(struct)
-
-    def run(x: Tensor, cache: KvPages, plan: AttentionPlan, alive: Any = alive) -> Tensor:
-        y = torch.empty_like(x)
-        call(address, plan.addresses, _cache(*cache), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-        return y
-
-    return run
-
-
-def slots(w: SlotsWeights) -> SlotsFunction:
-    """`kernels.layer.composed_slots` as one call."""
-    assert LIBRARY
-    call: Callable[..., None] = LIBRARY.fastblt_cross
-    norm = w.norm.float()
-    struct = _Cross(
-        norm.data_ptr(), _struct(w.q), _struct(w.o), len(norm), w.heads, w.kv_heads, w.head_dim, w.slots, w.eps,
-        _is_bf16(w.norm),
-    )  # fmt: skip
-    alive = (w, norm, struct)
-    address = ctypes.byref(struct)
-
-    def run(x: Tensor, cache: KvPages, page: Tensor, offset: Tensor, alive: Any = alive) -> Tensor:
-        y = torch.empty_like(x)
+    def run(
+        x: Tensor, cache: KvCache, plan: AttentionPlan, beside: Beside | None = None, wanted: Tensor | None = None,
+        alive: Any = (w, norms),
+    ) -> Tensor:  # fmt: skip
+        rows = (x if wanted is None else wanted).shape[0]
+        y = torch.empty(rows, width, dtype=like.dtype)
+        besides = _NOTHING if beside is None else (
+            beside.cache.addresses, _address(beside.states), beside.page.data_ptr(), beside.offset.data_ptr()
+        )  # fmt: skip
         call(
-            address, page.data_ptr(), offset.data_ptr(), _cache(*cache), cache[0].shape[2], x.data_ptr(), y.data_ptr(),
-            x.shape[0], torch.get_num_threads(),
+            address, plan.addresses, cache.addresses, *besides, x.data_ptr(), _address(wanted), rows, y.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return y
 
     return run
 
 
+def keys(ws: Sequence[KeysWeights]) -> KeysFunction:
+    """`kernels.stack.composed_keys` as one call."""
+    assert LIBRARY
+    call, norms = LIBRARY.fastblt_keys, _Norms()
+    structs = (_Keys * len(ws))(*(_keys(w, norms) for w in ws))
+
+    def run(x: Tensor, cache: KvCache, page: Tensor, offset: Tensor, alive: Any = (ws, norms)) -> None:
+        call(
+            structs, len(structs), page.data_ptr(), offset.data_ptr(), cache.addresses, x.data_ptr(), x.shape[0],
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    return run
+
+
+class _Norms(list[Tensor]):
+    """float32 copies of norms, kept."""
+
+    def __call__(self, norm: Tensor) -> int:
+        self.append(norm.float())
+        return self[-1].data_ptr()
+
+
+def _layer(w: LayerWeights, norms: _Norms) -> _Layer:
+    matrices = [_struct(m) for m in (w.qkv, w.o, w.gate_up, w.down)]
+    return _Layer(
+        norms(w.attention_norm), norms(w.ffn_norm), w.rope.data_ptr(), *matrices, len(w.attention_norm), w.heads,
+        w.kv_heads, w.head_dim, matrices[3].width, w.eps, _is_bf16(w.attention_norm),
+    )  # fmt: skip
+
+
+def _slots(w: SlotsWeights, norms: _Norms) -> _Slots:
+    return _Slots(
+        norms(w.norm), _struct(w.q), _struct(w.o), len(w.norm), w.heads, w.head_dim, w.slots, w.eps, _is_bf16(w.norm)
+    )
+
+
+def _keys(w: KeysWeights, norms: _Norms) -> _Keys:
+    return _Keys(norms(w.norm), _struct(w.kv), w.eps, _is_bf16(w.norm))
+
+
 def _struct(matrix: Matrix) -> _Matrix:
     assert isinstance(matrix, Packed)
     return matrix.struct
-
-
-def _cache(keys: Tensor, values: Tensor) -> "ctypes.Array[ctypes.c_int64]":
-    """`Cache` of attention.h."""
-    return (_INT * 4)(keys.data_ptr(), values.data_ptr(), keys.shape[1], keys.shape[3])
 
 
 def _address(tensor: Tensor | None) -> int | None:

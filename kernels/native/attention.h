@@ -13,10 +13,10 @@ typedef struct {
     const int64_t *positions, *page, *offset, *first, *last, *tiles, *pages;
 } Plan;
 
-/* Keys and values, (pages, kv_heads, page_size, head_dim) each. */
+/* Keys and values, (pages, kv_heads, page_size, head_dim) each; `KvCache` (kernels/stack.py) has many. */
 typedef struct {
     void *keys, *values;
-    int64_t kv_heads, head_dim;
+    int64_t kv_heads, page_size, head_dim;
 } Cache;
 
 typedef struct {
@@ -147,14 +147,14 @@ static void attend(const float *q, float *out, const Plan *plan, const Cache *ca
 
 /* Rows r of q read the `slots` cache rows that begin at page[r], offset[r]. */
 static void attend_slots(
-    const float *q, float *out, const int64_t *page, const int64_t *offset, const Cache *cache, int64_t page_size,
-    int64_t slots, int64_t rows, int64_t heads, int bf16
+    const float *q, float *out, const int64_t *page, const int64_t *offset, const Cache *cache, int64_t slots,
+    int64_t rows, int64_t heads, int bf16
 ) {
     int64_t width = cache->head_dim, shared = heads / cache->kv_heads;
     float keys[slots * width], values[slots * width], weights[slots], scale = 1.0f / sqrtf((float)width);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t kv_head = 0; kv_head < cache->kv_heads; kv_head++) {
-            int64_t at = ((page[r] * cache->kv_heads + kv_head) * page_size + offset[r]) * width;
+            int64_t at = ((page[r] * cache->kv_heads + kv_head) * cache->page_size + offset[r]) * width;
             int64_t size = bf16 ? 2 : 4;
             widen(keys, (const char *)cache->keys + at * size, slots * width, bf16);
             widen(values, (const char *)cache->values + at * size, slots * width, bf16);

@@ -1,4 +1,5 @@
-/* What is done to single bytes: their embedding with hashed n-grams, and how uncertain the next one is. */
+/* What is done to single bytes: their embedding with hashed n-grams, how uncertain the next one is, and whether it starts a
+   patch. */
 
 #ifndef FASTBLT_BYTES_H
 #define FASTBLT_BYTES_H
@@ -40,6 +41,16 @@ static float entropy(float *x, int64_t n) {
     float log_total = logf(total);
     for (int64_t i = 0; i < n; i++) sum += exponential(x[i] - log_total) * (x[i] - log_total);
     return -sum;
+}
+
+/* `Rule` (kernels/boundary.py), but for the longest patch. */
+enum { BY_LEVEL, BY_LEVEL_AND_RISE, BY_RISE, EVERY_BYTE };
+
+static int starts_patch(float now, float before, int64_t byte, int judge, float threshold, float rise) {
+    if (judge == EVERY_BYTE || byte == 1) return 1;
+    if (judge == BY_RISE) return byte == 2 || now - before > threshold;
+    if (judge == BY_LEVEL_AND_RISE) return byte == 2 || (byte > 3 && now - before > rise && now > threshold);
+    return now > threshold;
 }
 
 #endif

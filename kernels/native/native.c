@@ -6,8 +6,11 @@
 
 #include "attention.h"
 #include "bytes.h"
+#include "choosing.h"
+#include "planning.h"
 #include "product.h"
 
+/* The weights of kernels/stack.py. */
 typedef struct {
     const float *attention_norm, *ffn_norm, *rope;
     Matrix qkv, o, gate_up, down;
@@ -19,10 +22,29 @@ typedef struct {
 typedef struct {
     const float *norm;
     Matrix q, o;
-    int64_t dim, heads, kv_heads, head_dim, slots;
+    int64_t dim, heads, head_dim, slots;
     float eps;
     int32_t bf16;
-} Cross;
+} Slots;
+
+typedef struct {
+    const float *norm;
+    Matrix kv;
+    float eps;
+    int32_t bf16;
+} Keys;
+
+typedef struct {
+    const Layer *layers;
+    const Slots *slots;
+    const Keys *keys;
+    const void *embedding;
+    const float *norm;
+    Matrix head;
+    int64_t num_layers, num_slots, num_keys, dim;
+    float eps;
+    int32_t bf16;
+} Stack;
 
 int64_t fastblt_panel(void) { return PANEL; }
 
@@ -75,6 +97,12 @@ void fastblt_attention(
     finish();
 }
 
+/* Rows of a table (any, dim). */
+static void widen_rows(float *to, const void *table, const int64_t *which, int64_t rows, int64_t dim, int bf16) {
+    for (int64_t r = 0; r < rows; r++, to += dim)
+        widen(to, (const char *)table + which[r] * dim * (bf16 ? 2 : 4), dim, bf16);
+}
+
 /* Splits qkv (rows, heads + 2 kv_heads, head_dim), turns and scales queries into q, turns keys, stores keys and values. */
 static void store_qkv(const Layer *l, const Plan *plan, const Cache *cache, const float *qkv, float *q) {
     int64_t width = l->head_dim, half = width / 2, size = plan->page_size;
@@ -100,61 +128,125 @@ static void store_qkv(const Layer *l, const Plan *plan, const Cache *cache, cons
     }
 }
 
-/* A transformer layer: x (rows, dim) to y of the same shape; keys and values go to the cache first. */
-void fastblt_layer(const Layer *l, const Plan *plan, const Cache *cache, const void *x, void *y, int threads) {
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Of `take`, by a function over so many rows. */
+static size_t layer_floats(const Layer *l, int64_t rows) {
+    int64_t width = l->heads * l->head_dim, all = width + 2 * l->kv_heads * l->head_dim;
+    int64_t widest = larger(larger(l->dim, width), l->ffn_dim);
+    return rows * (2 * l->dim + all + 2 * width + 3 * l->ffn_dim + widest) + 64 * 8;
+}
+
+/* A transformer layer: x (rows, dim) becomes what comes out; keys and values go to the cache first. */
+static void layer(const Layer *l, const Plan *plan, const Cache *cache, float *x) {
     int64_t rows = plan->rows, dim = l->dim, width = l->heads * l->head_dim, ffn = l->ffn_dim;
-    int64_t all = width + 2 * l->kv_heads * l->head_dim;
-    int64_t widest = dim > width ? dim : width;
-    if (ffn > widest) widest = ffn;
-    begin(threads, rows * (3 * dim + all + 2 * width + 3 * ffn + widest) + 64 * 9);
-    float *in = take(rows * dim), *normed = take(rows * dim), *middle = take(rows * dim), *qkv = take(rows * all);
+    size_t mark = arena_used;
+    float *normed = take(rows * dim), *middle = take(rows * dim), *qkv = take(rows * l->qkv.out);
     float *q = take(rows * width), *seen = take(rows * width), *gate_up = take(rows * 2 * ffn), *gates = take(rows * ffn);
-    float *turned = take(rows * widest);
-    widen(in, x, rows * dim, l->bf16);
-    normalise(in, l->attention_norm, l->eps, normed, rows, dim, l->bf16);
+    float *turned = take(rows * larger(larger(dim, width), ffn));
+    normalise(x, l->attention_norm, l->eps, normed, rows, dim, l->bf16);
     product(&l->qkv, normed, turned, 0, 0, qkv, rows, l->bf16);
     store_qkv(l, plan, cache, qkv, q);
     attend(q, seen, plan, cache, l->heads, l->bf16);
-    product(&l->o, seen, turned, in, 0, middle, rows, l->bf16);
+    product(&l->o, seen, turned, x, 0, middle, rows, l->bf16);
     normalise(middle, l->ffn_norm, l->eps, normed, rows, dim, l->bf16);
     product(&l->gate_up, normed, turned, 0, 0, gate_up, rows, l->bf16);
     gate(gate_up, gates, rows, ffn, l->bf16);
-    product(&l->down, gates, turned, middle, 0, in, rows, l->bf16);
-    narrow(y, in, rows * dim, l->bf16);
-    finish();
+    product(&l->down, gates, turned, middle, 0, x, rows, l->bf16);
+    arena_used = mark;
 }
 
-/* The decoder's cross-attention with its residuals: x (rows, dim) to y of the same shape. */
-void fastblt_cross(
-    const Cross *c, const int64_t *page, const int64_t *offset, const Cache *cache, int64_t page_size, const void *x,
-    void *y, int64_t rows, int threads
-) {
-    int64_t dim = c->dim, width = c->heads * c->head_dim;
-    int64_t widest = dim > width ? dim : width;
-    begin(threads, rows * (3 * dim + 2 * width + widest) + 64 * 6);
-    float *in = take(rows * dim), *normed = take(rows * dim), *out = take(rows * dim);
-    float *q = take(rows * width), *seen = take(rows * width), *turned = take(rows * widest);
-    widen(in, x, rows * dim, c->bf16);
-    normalise(in, c->norm, c->eps, normed, rows, dim, c->bf16);
-    product(&c->q, normed, turned, 0, 0, q, rows, c->bf16);
-    attend_slots(q, seen, page, offset, cache, page_size, c->slots, rows, c->heads, c->bf16);
-    product(&c->o, seen, turned, in, 1, out, rows, c->bf16);
-    narrow(y, out, rows * dim, c->bf16);
-    finish();
+static size_t slots_floats(const Slots *s, int64_t rows) {
+    int64_t width = s->heads * s->head_dim;
+    return rows * (2 * s->dim + 2 * width + larger(s->dim, width)) + 64 * 5;
 }
 
-/* Stores kv (rows, 2 kv_heads, head_dim), keys first, as they are. */
-void fastblt_store_kv(
-    const void *kv, const int64_t *page, const int64_t *offset, const Cache *cache, int64_t page_size, int64_t rows,
-    int bf16
+/* Cross-attention over the slots of one latent, with its residuals. */
+static void read_slots(
+    const Slots *s, const int64_t *page, const int64_t *offset, const Cache *cache, float *x, int64_t rows
 ) {
-    size_t row = cache->head_dim * (bf16 ? 2 : 4);
+    int64_t dim = s->dim, width = s->heads * s->head_dim;
+    size_t mark = arena_used;
+    float *normed = take(rows * dim), *before = take(rows * dim), *q = take(rows * width), *seen = take(rows * width);
+    float *turned = take(rows * larger(dim, width));
+    memcpy(before, x, rows * dim * sizeof *x);
+    normalise(x, s->norm, s->eps, normed, rows, dim, s->bf16);
+    product(&s->q, normed, turned, 0, 0, q, rows, s->bf16);
+    attend_slots(q, seen, page, offset, cache, s->slots, rows, s->heads, s->bf16);
+    product(&s->o, seen, turned, before, 1, x, rows, s->bf16);
+    arena_used = mark;
+}
+
+static size_t keys_floats(const Keys *k, int64_t rows) { return rows * (2 * k->kv.in + k->kv.out) + 64 * 3; }
+
+/* Stores rows as keys and values. */
+static void store_keys(
+    const Keys *k, const int64_t *page, const int64_t *offset, const Cache *cache, const float *x, int64_t rows
+) {
+    int64_t dim = k->kv.in, width = cache->head_dim;
+    size_t mark = arena_used;
+    float *normed = take(rows * dim), *turned = take(rows * dim), *kv = take(rows * k->kv.out);
+    normalise(x, k->norm, k->eps, normed, rows, dim, k->bf16);
+    product(&k->kv, normed, turned, 0, 0, kv, rows, k->bf16);
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t head = 0; head < 2 * cache->kv_heads; head++, kv = (const char *)kv + row) {
-            int64_t kv_head = head % cache->kv_heads;
+        for (int64_t head = 0; head < 2 * cache->kv_heads; head++, kv += width) {
             char *into = head < cache->kv_heads ? cache->keys : cache->values;
-            memcpy(into + ((page[r] * cache->kv_heads + kv_head) * page_size + offset[r]) * row, kv, row);
+            int64_t at = ((page[r] * cache->kv_heads + head % cache->kv_heads) * cache->page_size + offset[r]) * width;
+            narrow(into + at * (k->bf16 ? 2 : 4), kv, width, k->bf16);
         }
+    arena_used = mark;
+}
+
+/* `stack` of kernels/stack.py. x: (rows, dim), or ids (rows,) where there is an embedding. wanted (left,), or null: which
+   rows come out. beside, states, page, offset: `Beside`. */
+void fastblt_stack(
+    const Stack *s, const Plan *plan, const Cache *caches, const Cache *beside, void *states, const int64_t *page,
+    const int64_t *offset, const void *x, const int64_t *wanted, int64_t left, void *y, int threads
+) {
+    int64_t rows = plan->rows, dim = s->dim, bf16 = s->bf16;
+    size_t most = left * (3 * dim + s->head.out) + 64 * 4;
+    for (int64_t i = 0; i < s->num_layers; i++) most = larger(most, layer_floats(s->layers + i, rows));
+    for (int64_t i = 0; i < s->num_slots; i++) most = larger(most, slots_floats(s->slots + i, rows));
+    for (int64_t i = 0; i < s->num_keys; i++) most = larger(most, keys_floats(s->keys + i, rows));
+    begin(threads, rows * dim + 64 + most);
+    float *now = take(rows * dim);
+    if (s->embedding) widen_rows(now, s->embedding, x, rows, dim, bf16);
+    else widen(now, x, rows * dim, bf16);
+    for (int64_t i = 0; i < s->num_layers; i++) {
+        if (i < s->num_slots) read_slots(s->slots + i, page, offset, beside + i, now, rows);
+        layer(s->layers + i, plan, caches + i, now);
+        int64_t key = i + s->num_keys - s->num_layers, size = bf16 ? 2 : 4;
+        if (key >= 0) store_keys(s->keys + key, page, offset, beside + key, now, rows);
+        for (int64_t r = 0; r < rows && key == 0 && states; r++)
+            narrow((char *)states + (page[r] * beside->page_size + offset[r]) * dim * size, now + r * dim, dim, bf16);
+    }
+    if (wanted) {
+        float *some = take(left * dim);
+        for (int64_t r = 0; r < left; r++) memcpy(some + r * dim, now + wanted[r] * dim, dim * sizeof *some);
+        now = some;
+    }
+    if (s->norm) {
+        float *normed = take(left * dim), *turned = take(left * dim), *logits = take(left * s->head.out);
+        normalise(now, s->norm, s->eps, normed, left, dim, bf16);
+        product(&s->head, normed, turned, 0, 0, logits, left, bf16);
+        narrow(y, logits, left * s->head.out, bf16);
+    } else narrow(y, now, left * dim, bf16);
+    finish();
+}
+
+/* x (rows, dim) as keys and values of `count` caches. */
+void fastblt_keys(
+    const Keys *keys, int64_t count, const int64_t *page, const int64_t *offset, const Cache *caches, const void *x,
+    int64_t rows, int threads
+) {
+    int64_t numbers = rows * keys->kv.in;
+    size_t most = 0;
+    for (int64_t i = 0; i < count; i++) most = larger(most, keys_floats(keys + i, rows));
+    begin(threads, numbers + 64 + most);
+    float *wide = take(numbers);
+    widen(wide, x, numbers, keys->bf16);
+    for (int64_t i = 0; i < count; i++) store_keys(keys + i, page, offset, caches + i, wide, rows);
+    finish();
 }
 
 /* windows (rows, width) to x (rows, dim). */
@@ -194,4 +286,95 @@ void fastblt_patch_max(
 void fastblt_store_states(const void *states, const int64_t *page, const int64_t *offset, void *cache, int64_t page_size, int64_t rows, int64_t size) {
     for (int64_t r = 0; r < rows; r++)
         memcpy((char *)cache + (page[r] * page_size + offset[r]) * size, (const char *)states + r * size, size);
+}
+
+/* An attention plan: found becomes its tiles, its pages and the most segments of a tile; out its numbers, if there is room
+   for them. Returns how many these are. tiles, pages: as in `Lengths`. */
+int64_t fastblt_plan(
+    const Span *writes, int64_t num_writes, const int64_t *written, const Span *spans, int64_t num_spans,
+    const int64_t *seen, const Tiling *tiling, int64_t rows, int64_t queries, int64_t tiles, int64_t pages, int64_t *found,
+    int64_t *out, int64_t room
+) {
+    int64_t num_queries = 0;
+    count_tiles(spans, num_spans, tiling, found, found + 1, found + 2);
+    for (int64_t i = 0; i < num_spans; i++) num_queries += spans[i].count;
+    found[0] += (queries - num_queries + tiling->large - 1) / tiling->large;
+    if (tiles) found[0] = tiles;
+    if (pages) {
+        int64_t power = 1;
+        while (power < found[1] || power < pages) power *= 2;
+        found[1] = power;
+    }
+    int64_t numbers = 3 * rows + 2 * queries + 5 * found[0] + found[1];
+    if (numbers > room) return numbers;
+    memset(out, 0, numbers * sizeof *out);
+    int64_t *first = fill_writes(out, rows, writes, num_writes, written, tiling);
+    fill_queries(first, queries, found[0], spans, num_spans, seen, tiling);
+    return numbers;
+}
+
+/* Where patches start: entropies (rows,), spans (num_spans, 4) to found (2, rows). rule: longest, then how bytes are judged. */
+void fastblt_boundaries(
+    const float *entropies, const double *previous, const int64_t *spans, int64_t num_spans, int64_t longest, int judge,
+    float threshold, float rise, float *found, int64_t rows
+) {
+    memset(found, 0, 2 * rows * sizeof *found);
+    for (int64_t s = 0; s < num_spans; s++, spans += 4) {
+        int64_t row = spans[0], behind = row + spans[1], byte = spans[2], start = spans[3];
+        float before = (float)previous[s];
+        for (; row < behind; row++) {
+            float now = entropies[row];
+            byte++;
+            int opens = starts_patch(now, before, byte, judge, threshold, rise) || (longest && byte - start >= longest);
+            found[row] = now, found[rows + row] = opens;
+            start = opens ? byte : start;
+            before = now;
+        }
+    }
+}
+
+void fastblt_likeliest(const float *logits, int64_t *ids, float *highest, int64_t rows, int64_t vocabulary) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float *x = logits + r * vocabulary;
+        ids[r] = likeliest(x, vocabulary);
+        highest[r] = x[ids[r]];
+    }
+}
+
+/* logits: doubles if `is_double`. laws (rows, 4). */
+void fastblt_sample(
+    const void *logits, int is_double, const double *laws, const double *uniforms, int64_t *ids, int64_t rows,
+    int64_t vocabulary
+) {
+    double x[vocabulary];
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t i = 0; i < vocabulary; i++) {
+            int64_t at = r * vocabulary + i;
+            x[i] = is_double ? ((const double *)logits)[at] : (double)((const float *)logits)[at];
+        }
+        ids[r] = sample(x, vocabulary, laws + 4 * r, uniforms[r]);
+    }
+}
+
+/* drafts, drawn (count, width). */
+void fastblt_accepted(
+    const int64_t *drafts, const int64_t *drawn, const int64_t *lengths, int64_t *right, int64_t count, int64_t width
+) {
+    for (int64_t s = 0; s < count; s++, drafts += width, drawn += width)
+        for (right[s] = 0; right[s] < lengths[s] && drafts[right[s]] == drawn[right[s]];) right[s]++;
+}
+
+void fastblt_certainty(const float *logits, float *confidence, float *entropy, int64_t rows, int64_t vocabulary) {
+    for (int64_t r = 0; r < rows; r++) certainty(logits + r * vocabulary, vocabulary, confidence + r, entropy + r);
+}
+
+/* Blocks of `size` cells. */
+void fastblt_unmask(
+    const uint8_t *masked, const float *confidence, const float *entropy, const int64_t *rules, const double *bounds,
+    uint8_t *settled, int64_t count, int64_t size
+) {
+    for (int64_t s = 0; s < count; s++) {
+        int64_t at = s * size;
+        unmask(masked + at, confidence + at, entropy + at, rules[s], bounds[s], settled + at, size);
+    }
 }

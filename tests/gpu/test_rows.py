@@ -8,9 +8,10 @@ from torch import Tensor
 
 from engine.graphs import Eager
 from engine.pages import BlockTable, PagePool
-from engine.plan import Span, Tiling, plan_attention
+from engine.plan import plan_attention
 from kernels.attention import TILE, AttentionPlan, attention_triton
 from kernels.linear import Matrix, linear_triton, quantize
+from kernels.planning import Spans, Tiling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -71,12 +72,11 @@ class Context:
 
     def attend(self, begin: int, end: int, *, split: bool) -> Tensor:
         """What rows begin..end-1 see, each all rows before it in the window."""
-        rows = range(begin, end)
-        first = [0 if self.window is None else max(row - self.window + 1, 0) for row in rows]
-        spans = [Span(self.table, begin, first, rows)]
-        plan = plan_attention(spans, spans, Tiling(TILE, TILE, self.page_size, split), Eager(DEVICE, 1), end - begin)
-        tensors = {name: torch.from_numpy(array).to(DEVICE) for name, array in plan.named("plan").items()}
-        on_device: AttentionPlan = plan.on_device(tensors, "plan")
+        spans = Spans()
+        spans.add(self.table.pages, self.table.first, begin, end - begin, 0)
+        tiling = Tiling(TILE, TILE, self.page_size, self.window or 0, split)
+        plan = plan_attention(spans, spans, tiling, Eager(DEVICE, 1), end - begin)
+        on_device: AttentionPlan = plan.on_device({"plan": torch.from_numpy(plan.data).to(DEVICE)}, "plan")
         return attention_triton(self.q[begin:end].contiguous(), *self.caches, on_device)
 
 

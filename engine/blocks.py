@@ -1,0 +1,95 @@
+"""Blocks of cells on the device: which are masked, what they become, pass after pass (Fast BLT 3.1)."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kernels.dispatch import Kernels
+from kernels.unmasking import CONFIDENCE, ENTROPY, ENTROPY_MINUS_MAX, ONE_STEP
+
+from .config import BOE_ID, BOS_ID, PAD_ID
+from .types import Unmask
+
+BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
+"""Ids that a block's cell never becomes."""
+NO_CELL = -1
+
+
+class Blocks:
+    """Blocks as they stand before some passes, their ids and rules: a grid with a row per block, `NO_CELL` where one is
+    shorter than others."""
+
+    def __init__(self, blocks: Sequence[tuple[Sequence[int], Unmask]], device: torch.device) -> None:
+        self._blocks, self._device = blocks, device
+        self.num_cells = sum(len(ids) for ids, _ in blocks)
+
+    def padded(self, num_blocks: int, num_cells: int) -> dict[str, Tensor]:
+        """For that many blocks and cells: ids (S, B) int64; flat (C,) int64, of all cells laid end to end the place in
+        the grid, S * B for padding; rules (S,) int64 and bounds (S,) float64 as `kernels.unmasking` has them; specials
+        (3,) int64."""
+        width = max(len(ids) for ids, _ in self._blocks)
+        padding = num_blocks - len(self._blocks)
+        grid = [[*ids, *[NO_CELL] * (width - len(ids))] for ids, _ in self._blocks] + [[NO_CELL] * width] * padding
+        flat = [row * width + place for row, (ids, _) in enumerate(self._blocks) for place in range(len(ids))]
+        rules, bounds = zip(*(rule_and_bound(rule) for _, rule in self._blocks), strict=True)
+        device = self._device
+        return {
+            "ids": torch.tensor(grid, device=device),
+            "flat": torch.tensor(flat + [num_blocks * width] * (num_cells - len(flat)), device=device),
+            "rules": torch.tensor([*rules, *[ONE_STEP] * padding], device=device),
+            "bounds": torch.tensor([*bounds, *[0.0] * padding], dtype=torch.float64, device=device),
+            "specials": torch.tensor(BLOCK_SPECIALS, device=device),
+        }
+
+
+class Unmasking:
+    """Some passes over blocks, from the tensors of `Blocks`: reads and makes tensors alone, so that it can be recorded.
+
+    ids (S, B): the cells as they are now. when (S, B): in which pass each was settled, -1 if in none. bad (S, B):
+    whether a cell's logits were no distribution.
+    """
+
+    def __init__(self, kernels: Kernels, tensors: Mapping[str, Tensor], *, mask_id: int) -> None:
+        self._kernels, self._tensors = kernels, tensors
+        self.ids = tensors["ids"]
+        self._masked = self.ids == mask_id
+        self.when = torch.full_like(self.ids, -1)
+        self.bad = torch.zeros_like(self._masked)
+        self._passes = 0
+
+    @property
+    def cells(self) -> Tensor:
+        """The ids of all cells laid end to end, (C,)."""
+        return pad(self.ids.flatten(), (0, 1)).index_select(0, self._tensors["flat"])
+
+    def law(self, logits: Tensor) -> Tensor:
+        """What cells are drawn from: logits (C, V) without the ids that they never become."""
+        return logits.index_fill(1, self._tensors["specials"], -torch.inf)
+
+    def settle(self, logits: Tensor, drawn: Tensor, highest: Tensor) -> None:
+        """The end of a pass. logits (C, V): as `law` gives them; drawn, highest (C,): what was drawn from these, and
+        the largest."""
+        confidence, entropy, best = (self._grid(t) for t in (*self._kernels.certainty(logits), highest))
+        rules, bounds = self._tensors["rules"], self._tensors["bounds"]
+        settled = self._kernels.unmask(self._masked, confidence, entropy, rules, bounds)
+        self.ids = self.ids.where(~settled, self._grid(drawn))
+        self.when = self.when.masked_fill(settled, self._passes)
+        self.bad = self.bad | (self._masked & ~best.isfinite())
+        self._masked = self._masked & ~settled
+        self._passes += 1
+
+    def _grid(self, cells: Tensor) -> Tensor:
+        """Cells laid end to end (C,) as a grid (S, B)."""
+        size = self.ids.numel()
+        return cells.new_zeros(size + 1).index_copy(0, self._tensors["flat"], cells)[:size].view(self.ids.shape)
+
+
+def rule_and_bound(rule: Unmask) -> tuple[int, float]:
+    """The rule's number in `kernels.unmasking`, and what it compares with."""
+    if rule.rule == "confidence":
+        return CONFIDENCE, rule.alpha
+    if rule.rule == "entropy":
+        return (ENTROPY_MINUS_MAX if rule.minus_max else ENTROPY), rule.gamma
+    return ONE_STEP, 0.0

@@ -1,0 +1,179 @@
+"""The larger pieces that stages are made of, as operations: a stack of transformer layers with what stands before,
+between and behind them, and what leaves keys and values for a cross-attention.
+
+Composed of the other operations. The CPU's own kernels do each in one call (`kernels.native`).
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention import AttentionPlan
+from .linear import Matrix
+
+if TYPE_CHECKING:
+    from .dispatch import Kernels
+
+KvPages = tuple[Tensor, Tensor]
+"""Keys and values of one layer in pages: (pages, kv_heads, page_size, head_dim) each."""
+
+
+class KvCache(tuple[KvPages, ...]):
+    """Of every layer. The tensors stay where they are."""
+
+    @cached_property
+    def addresses(self) -> "ctypes.Array[ctypes.c_int64]":
+        """An array of `Cache` of kernels/native/attention.h."""
+        numbers = [(k.data_ptr(), v.data_ptr(), *k.shape[1:]) for k, v in self]
+        return (ctypes.c_int64 * (5 * len(self)))(*(number for layer in numbers for number in layer))
+
+
+class Beside(NamedTuple):
+    """Where each row of a stack reads or writes besides its own cache: at page[r], offset[r] (R,) int64."""
+
+    cache: KvCache
+    page: Tensor
+    offset: Tensor
+    states: Tensor | None = None
+    """(pages, page_size, dim)"""
+
+
+class StackFunction(Protocol):
+    def __call__(
+        self, x: Tensor, cache: KvCache, plan: AttentionPlan, beside: Beside | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """x (R, dim), or ids (R,) where there is an embedding, to states (R, dim), or to logits where there is a head.
+
+        The rows' K/V go to the cache first, so that rows of one call see each other. wanted (W,) int64: which rows
+        come out, all without; what comes out of none means nothing.
+        """
+        ...
+
+
+KeysFunction = Callable[[Tensor, KvCache, Tensor, Tensor], None]
+"""Stores x (R, dim) as keys and values at page[r], offset[r] (R,) int64 of every cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """A pre-norm layer: self-attention with rotary positions, then SwiGLU, each with a residual.
+
+    qkv: queries, keys and values on top of each other; gate_up: gate, then up. rope as `rope_table` gives it.
+    """
+
+    attention_norm: Tensor
+    qkv: Matrix
+    o: Matrix
+    ffn_norm: Tensor
+    gate_up: Matrix
+    down: Matrix
+    rope: Tensor
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class SlotsWeights:
+    """Cross-attention of byte rows over the slots of one latent, with a double residual, x + (x + Wo attn)."""
+
+    norm: Tensor
+    q: Matrix
+    o: Matrix
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeysWeights:
+    """What makes rows the keys and values of a cross-attention; kv: keys and values on top of each other."""
+
+    norm: Tensor
+    kv: Matrix
+    head_dim: int
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeadWeights:
+    norm: Tensor
+    matrix: Matrix
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class StackWeights:
+    """Layers in a row.
+
+    slots: of the first layers; each reads the latent whose slots begin where `Beside` says. keys: of the last layers;
+    the states behind each are stored there as keys and values, those behind the first of them as states, too.
+    """
+
+    layers: Sequence[LayerWeights]
+    embedding: Tensor | None = None
+    slots: Sequence[SlotsWeights] = ()
+    keys: Sequence[KeysWeights] = ()
+    head: HeadWeights | None = None
+
+
+def composed_stack(k: "Kernels", w: StackWeights) -> StackFunction:
+    first_keys = len(w.layers) - len(w.keys)
+
+    def stack(
+        x: Tensor, cache: KvCache, plan: AttentionPlan, beside: Beside | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
+        if w.embedding is not None:
+            x = F.embedding(x, w.embedding)
+        for i, (layer, kv) in enumerate(zip(w.layers, cache, strict=True)):
+            if i < len(w.slots):
+                assert beside
+                x = _slots(k, w.slots[i], x, beside.cache[i], beside.page, beside.offset)
+            x = _layer(k, layer, x, kv, plan)
+            if i >= first_keys:
+                assert beside
+                _keys(k, w.keys[i - first_keys], x, beside.cache[i - first_keys], beside.page, beside.offset)
+                if i == first_keys and beside.states is not None:
+                    k.store_states(x, beside.page, beside.offset, beside.states)
+        if wanted is not None:
+            x = x.index_select(0, wanted)
+        if w.head is not None and len(x):
+            x = k.linear(x, w.head.matrix, norm=w.head.norm, eps=w.head.eps)
+        return x
+
+    return stack
+
+
+def composed_keys(k: "Kernels", ws: Sequence[KeysWeights]) -> KeysFunction:
+    def keys(x: Tensor, cache: KvCache, page: Tensor, offset: Tensor) -> None:
+        for w, kv in zip(ws, cache, strict=True):
+            _keys(k, w, x, kv, page, offset)
+
+    return keys
+
+
+def _layer(k: "Kernels", w: LayerWeights, x: Tensor, cache: KvPages, plan: AttentionPlan) -> Tensor:
+    qkv = k.linear(x, w.qkv, norm=w.attention_norm, eps=w.eps).unflatten(1, (-1, w.head_dim))
+    q = k.store_qkv(qkv, w.rope, plan.positions, plan.page, plan.offset, *cache)
+    x = k.linear(k.attention(q, *cache, plan).flatten(1), w.o, residual=x)
+    gated = k.linear(x, w.gate_up, norm=w.ffn_norm, eps=w.eps, gated=True)
+    return k.linear(gated, w.down, residual=x)
+
+
+def _slots(k: "Kernels", w: SlotsWeights, x: Tensor, cache: KvPages, page: Tensor, offset: Tensor) -> Tensor:
+    q = k.linear(x, w.q, norm=w.norm, eps=w.eps).unflatten(1, (-1, w.head_dim))
+    seen = k.slot_attention(q, *cache, page, offset, w.slots)
+    return k.linear(seen.flatten(1), w.o, residual=x, twice=True)
+
+
+def _keys(k: "Kernels", w: KeysWeights, x: Tensor, cache: KvPages, page: Tensor, offset: Tensor) -> None:
+    kv = k.linear(x, w.kv, norm=w.norm, eps=w.eps).unflatten(1, (-1, w.head_dim))
+    k.store_kv(kv, page, offset, *cache)
