@@ -60,9 +60,9 @@ MOST_PRIORITY = 64
 class Scheduler:
     """Queues, row budgets, admission, order and preemption.
 
-    A step runs the calls of sequences that have few rows to go, as all do that generate, then chunks of prompts, of
-    running sequences or of waiting ones that it admits, until `max_step_rows` are spent, or `max_prompt_rows` on
-    prompts. A call is not cut once the ids before it are computed, so the last one may go beyond either.
+    A step runs the calls of sequences that generate, then chunks of prompts, or of texts that must be computed again:
+    of running sequences, or of waiting ones that it admits. It ends when `max_step_rows` are spent, or
+    `max_prompt_rows` on prompts. A call is not cut once the ids before it are computed: the last may go beyond either.
 
     The order is fixed when a sequence comes: by the step of its arrival, later or earlier by `STEPS_PER_PRIORITY` for
     each unit of priority. So only those that come within a known number of steps can overtake, and nobody starves.
@@ -103,7 +103,7 @@ class Scheduler:
         self._steps += 1
         step = _Step(self._max_step_rows, self.max_prompt_rows)
         preempted = self.preemptions
-        for sequence in [s for s in self.running if s.remaining <= MAX_DRAFT]:
+        for sequence in [s for s in self.running if not _reads(s)]:
             if step.rows_left > 0 and sequence in self.running:
                 self._run(sequence, step, step.rows_left, is_prompt=False)
         self._add_prompts(step, may_admit=self.preemptions == preempted)
@@ -111,7 +111,7 @@ class Scheduler:
 
     def _add_prompts(self, step: "_Step", may_admit: bool) -> None:
         """may_admit: whether memory was not short so far."""
-        prompts = [s for s in self.running if s.remaining > MAX_DRAFT]
+        prompts = [s for s in self.running if _reads(s)]
         if len(self.running) < self._max_sequences:
             prompts += self.waiting
         waiting = {s.arrival for s in self.waiting}
@@ -224,6 +224,11 @@ class _Step:
         elif part := self._prompts.pop(sequence.arrival, None):
             self.rows_left += part.num_rows
             self._prompt_rows_left += part.num_rows
+
+
+def _reads(sequence: Sequence) -> bool:
+    """Whether it has a prompt before it, or a text to compute again, instead of a round."""
+    return sequence.remaining > (MAX_DRAFT if sequence.num_output else 1)
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

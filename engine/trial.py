@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from math import inf
 from pathlib import Path
 
 import msgspec
@@ -101,13 +102,13 @@ def prompt_rows(steps: Sequence[TriedStep], stall: float, most: int) -> int:
     points = list(zip((tried.rows for tried in steps), seconds, strict=True))
     shortest = seconds[0]
     longest = shortest + max(stall, shortest)
-    rows: float = LEAST_PROMPT_ROWS
+    rows: float = 0
     for (before, least), (behind, longer) in pairwise(points):
         # Between two steps that were tried, and behind the last two, on a straight line.
-        rows = before + (behind - before) * (longest - least) / (longer - least) if longer > least else most
+        rows = before + (behind - before) * (longest - least) / (longer - least) if longer > least else inf
         if longer > longest:
             break
-    return max(min(int(rows) - steps[0].rows, most), min(LEAST_PROMPT_ROWS, most))
+    return max(int(min(rows - steps[0].rows, most)), min(LEAST_PROMPT_ROWS, most))
 
 
 def read(path: Path, of: dict[str, str | int]) -> list[TriedStep] | None:

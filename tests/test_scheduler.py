@@ -1,6 +1,9 @@
-"""The scheduler alone: integers, a pretended memory, no model."""
+"""The scheduler alone: integers, a pretended memory, no model; where time matters, it is what rows are said to cost."""
 
 import logging
+from itertools import count
+from math import ceil
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -10,9 +13,10 @@ from engine.decoders import Decoder, Result
 from engine.decoders.blt_d import Diffusion
 from engine.decoders.blt_dv import Verified
 from engine.decoders.blt_s import Draft
-from engine.scheduler import Part, Scheduler
+from engine.scheduler import MOST_PRIORITY, STEPS_PER_PRIORITY, Part, Scheduler
 from engine.sequence import Sequence
-from engine.types import Request, Unmask
+from engine.trial import LEAST_PROMPT_ROWS, TRIED_ROWS, TriedStep, prompt_rows
+from engine.types import MAX_DRAFT, Request, Unmask
 
 
 class Memory:
@@ -48,7 +52,12 @@ def sequence(arrival: int, prompt: int, output: int, priority: int = 0, decoder:
 
 def run_step(scheduler: Scheduler) -> list[Part]:
     """What the engine does with a schedule, without a model: every draft is right but for its last byte."""
+    generating = {s.arrival for s in scheduler.running if s.remaining <= (MAX_DRAFT if s.num_output else 1)}
     step = scheduler.schedule()
+    # A call is not cut: the last one may go beyond.
+    assert sum(part.num_rows for part in step[:-1]) < scheduler._max_step_rows
+    prompts = [part for part in step if part.sequence.arrival not in generating]
+    assert sum(part.num_rows for part in prompts[:-1]) < scheduler.max_prompt_rows
     for part in step:
         advance(scheduler, part)
     return step
@@ -100,12 +109,14 @@ jobs = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(jobs=jobs, budget=st.integers(1, 30), most=st.integers(1, 6), total=st.integers(60, 120))
+@given(
+    jobs=jobs, budget=st.integers(1, 30), prompts=st.integers(1, 30), most=st.integers(1, 6), total=st.integers(60, 120)
+)
 def test_everything_finishes_within_the_budgets(
-    jobs: list[tuple[int, int, int, int, int]], budget: int, most: int, total: int
+    jobs: list[tuple[int, int, int, int, int]], budget: int, prompts: int, most: int, total: int
 ) -> None:
     memory = Memory(total)
-    scheduler = Scheduler(memory, max_sequences=most, max_step_rows=budget)
+    scheduler = Scheduler(memory, max_sequences=most, max_step_rows=budget, max_prompt_rows=prompts)
     pending = [
         (at, sequence(i, prompt, output, priority, DECODERS[decoder]))
         for i, (prompt, output, priority, at, decoder) in enumerate(jobs)
@@ -172,3 +183,138 @@ def test_a_lower_priority_value_goes_first() -> None:
     scheduler.add(sequence(0, 5, 1))
     scheduler.add(late)
     assert [part.sequence for part in scheduler.schedule()] == [late]
+
+
+def test_waiting_makes_up_for_priority() -> None:
+    scheduler = Scheduler(Memory(2000), max_sequences=1, max_step_rows=64)
+    scheduler.add(sequence(0, 1, STEPS_PER_PRIORITY + 9))
+    patient = sequence(1, 5, 1, priority=3)
+    scheduler.add(patient)
+    for _ in range(STEPS_PER_PRIORITY + 1):
+        run_step(scheduler)
+    urgent, late = sequence(2, 5, 1, priority=1), sequence(3, 5, 1, priority=2)
+    scheduler.add(late)
+    scheduler.add(urgent)
+    assert scheduler.waiting == [urgent, patient, late]
+
+
+@settings(max_examples=50, deadline=None)
+@given(priorities=st.lists(st.integers(-MOST_PRIORITY, MOST_PRIORITY), min_size=1, max_size=10), data=st.data())
+def test_those_that_come_together_go_by_priority_then_arrival(priorities: list[int], data: st.DataObject) -> None:
+    scheduler = Scheduler(Memory(1000), max_sequences=1, max_step_rows=16)
+    for arrival, priority in enumerate(priorities):
+        scheduler.add(sequence(arrival, data.draw(st.integers(1, 40)), 1, priority))
+    begun: dict[int, None] = {}
+    while scheduler.running or scheduler.waiting:
+        begun |= {part.sequence.arrival: None for part in run_step(scheduler)}
+    assert list(begun) == sorted(range(len(priorities)), key=lambda i: (priorities[i], i))
+
+
+LONG, OUTPUT = 60, 6
+"""Most rows of a prompt and of an output in an endless stream."""
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    most=st.integers(1, 4),
+    queue=st.integers(1, 6),
+    rows=st.integers(4, 40),
+    worse=st.integers(1, 3),
+    total=st.integers(LONG + OUTPUT + LONGEST, 300),
+    draw=st.randoms(use_true_random=False),
+)
+def test_nobody_starves_behind_an_endless_stream_of_better_priorities(
+    most: int, queue: int, rows: int, worse: int, total: int, draw: Random
+) -> None:
+    scheduler = Scheduler(Memory(total), max_sequences=most, max_step_rows=most * LONGEST, max_prompt_rows=rows)
+    arrivals = count(1)
+    last = sequence(0, 40, OUTPUT, priority=worse)
+    scheduler.add(last)
+    steps = 0
+    while last.num_output < OUTPUT:
+        while len(scheduler.waiting) < queue:
+            scheduler.add(sequence(next(arrivals), draw.randint(1, LONG), draw.randint(1, OUTPUT)))
+        run_step(scheduler)
+        steps += 1
+        # Then nobody who comes goes before it; who is there by then is soon done, each in turn the first of all.
+        alone = 2 * ceil((LONG + OUTPUT) / rows) + OUTPUT + 1
+        assert steps <= worse * STEPS_PER_PRIORITY + (most + queue + 1) * alone
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.integers(8, 64),
+    shorts=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 100)), min_size=1, max_size=8),
+)
+def test_short_prompts_do_not_wait_for_a_long_one_nor_it_for_them(rows: int, shorts: list[tuple[int, int]]) -> None:
+    scheduler = Scheduler(Memory(10_000), max_sequences=16, max_step_rows=256, max_prompt_rows=rows)
+    long = sequence(0, 2000, 1)
+    scheduler.add(sequence(100, 1, 500))
+    scheduler.add(long)
+    due = {sequence(i, length, 1): at for i, (at, length) in enumerate(shorts, 1)}
+    before = 2 * ceil(sum(length for _, length in shorts) / rows) + 2 * len(shorts)
+    steps = 0
+    while not long.num_output:
+        for s in [s for s, at in due.items() if at == steps]:
+            scheduler.add(s)
+        run_step(scheduler)
+        steps += 1
+        assert all(s.num_output for s, at in due.items() if steps > at + before)
+    assert steps <= 2 * ceil(2000 / rows) + 2
+
+
+def test_a_short_prompt_leaves_the_last_slot_and_scarce_pages_to_the_first_in_line() -> None:
+    scheduler = Scheduler(Memory(150), max_sequences=3, max_step_rows=16)
+    running, first, short = sequence(0, 100, 50), sequence(1, 90, 1), sequence(2, 20, 1)
+    for s in (running, first, short):
+        scheduler.add(s)
+    run_step(scheduler)
+    run_step(scheduler)
+    assert scheduler.running == [running, short]
+    also = sequence(3, 10, 1)
+    scheduler.add(also)
+    run_step(scheduler)
+    assert scheduler.waiting == [first, also], "one slot is left"
+    while running.remaining > 1:
+        run_step(scheduler)
+    run_step(scheduler)
+    assert first in scheduler.running
+
+
+small = st.floats(0.0, 0.01)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    fixed=st.floats(0.001, 0.1),
+    per_row=small,
+    late=small,
+    stall=st.floats(0.0, 0.2),
+    prompts=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 800)), min_size=1, max_size=6),
+)
+def test_prompts_stall_streams_no_longer_than_is_allowed(
+    fixed: float, per_row: float, late: float, stall: float, prompts: list[tuple[int, int]]
+) -> None:
+    def seconds(rows: int) -> float:
+        """What a step takes; rows cost more where they are many."""
+        return fixed + per_row * rows + late * max(rows - 16, 0)
+
+    tried = [TriedStep(rows, {"decoder": (rows, seconds(rows))}) for rows in TRIED_ROWS]
+    chosen = prompt_rows(tried, stall, most=512)
+    allowed = max(stall, seconds(1)) + 1e-9
+    assert chosen == LEAST_PROMPT_ROWS or seconds(1 + chosen) - seconds(1) <= allowed
+    assert chosen == 512 or seconds(2 + chosen) - seconds(1) > 0.999 * allowed, "and no shorter than they need to be"
+    scheduler = Scheduler(Memory(100_000), max_sequences=16, max_step_rows=512, max_prompt_rows=chosen)
+    stream = sequence(0, 1, 400)
+    scheduler.add(stream)
+    run_step(scheduler)
+    due = [(at, sequence(i, length, 1)) for i, (at, length) in enumerate(prompts, 1)]
+    for at in range(60):
+        for s in [s for when, s in due if when == at]:
+            scheduler.add(s)
+        step = scheduler.schedule()
+        rows = sum(part.num_rows for part in step if part.sequence.remaining > 1)
+        assert stream in [part.sequence for part in step]
+        assert rows <= LEAST_PROMPT_ROWS or seconds(1 + rows) - seconds(1) <= allowed
+        for part in step:
+            advance(scheduler, part)
