@@ -67,7 +67,8 @@ class Scheduler:
     The order is fixed when a sequence comes: by the step of its arrival, later or earlier by `STEPS_PER_PRIORITY` for
     each unit of priority. So only those that come within a known number of steps can overtake, and nobody starves.
     Every other time prompts take their turns in this order, so that the first always gets on; in between, those of a
-    better priority and then the shortest go first, so that short ones do not wait for long ones.
+    better priority and then the shortest go first, so that short ones do not wait for long ones. While memory is short
+    all go in order, so that pages are left to the first in line.
 
     When pages run out the last in the order is preempted: it gives all its pages back, waits at its old place, and is
     recomputed later. The first in the order is never preempted by another, so there is always progress.
@@ -85,8 +86,6 @@ class Scheduler:
         self.preemptions = 0
         self._steps = 0
         self._prefers_short = False
-        self._lacked_pages: Sequence | None = None
-        """The first in line, if that is why it still waits."""
 
     def add(self, sequence: Sequence) -> None:
         priority = min(max(sequence.request.priority, -MOST_PRIORITY), MOST_PRIORITY)
@@ -123,22 +122,18 @@ class Scheduler:
                 may_admit = may_admit and self._admit(sequence, step)
             elif sequence in self.running and not self._run(sequence, step, step.prompt_rows_left, is_prompt=True):
                 may_admit = False
-        self._prefers_short = step.has_prompts and not self._prefers_short
+        self._prefers_short = step.has_prompts and may_admit and not self._prefers_short
 
     def _admit(self, sequence: Sequence, step: "_Step") -> bool:
-        """Lets a waiting sequence run, if it may already; False if it lacks pages.
-
-        Others than the first in line leave a slot for it, and come only while it does not wait for pages.
-        """
-        first = self.waiting[0]
+        """Lets a waiting sequence run if there is a slot, others than the first in line if there is one for that too;
+        False if it lacks pages."""
         slots = self._max_sequences - len(self.running)
-        if slots < 1 or (sequence is not first and (slots < 2 or first is self._lacked_pages)):
+        if slots < (1 if sequence is self.waiting[0] else 2):
             return True
         self._pages.attach(sequence)
         part = self._part(sequence, step.prompt_rows_left)
         if not self._pages.can_reserve(part):
             self._send_back(sequence)
-            self._lacked_pages = first if sequence is first else self._lacked_pages
             return False
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)

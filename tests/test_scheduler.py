@@ -216,24 +216,28 @@ LONG, OUTPUT = 60, 6
 
 @settings(max_examples=30, deadline=None)
 @given(
-    most=st.integers(1, 4),
+    most=st.integers(1, 6),
     queue=st.integers(1, 6),
-    rows=st.integers(4, 40),
-    worse=st.integers(1, 3),
-    total=st.integers(LONG + OUTPUT + LONGEST, 300),
+    rows=st.sampled_from((4, 16, 2 * LONG)),
+    worse=st.integers(0, 3),
+    longest=st.sampled_from((4, LONG)),
+    total=st.sampled_from((LONG + OUTPUT + LONGEST, 300)),
     draw=st.randoms(use_true_random=False),
 )
 def test_nobody_starves_behind_an_endless_stream_of_better_priorities(
-    most: int, queue: int, rows: int, worse: int, total: int, draw: Random
+    most: int, queue: int, rows: int, worse: int, longest: int, total: int, draw: Random
 ) -> None:
     scheduler = Scheduler(Memory(total), max_sequences=most, max_step_rows=most * LONGEST, max_prompt_rows=rows)
     arrivals = count(1)
-    last = sequence(0, 40, OUTPUT, priority=worse)
+    last = sequence(0, LONG, OUTPUT, priority=worse)
+    for _ in range(queue):
+        scheduler.add(sequence(next(arrivals), draw.randint(1, longest), draw.randint(1, OUTPUT)))
+        run_step(scheduler)
     scheduler.add(last)
     steps = 0
     while last.num_output < OUTPUT:
         while len(scheduler.waiting) < queue:
-            scheduler.add(sequence(next(arrivals), draw.randint(1, LONG), draw.randint(1, OUTPUT)))
+            scheduler.add(sequence(next(arrivals), draw.randint(1, longest), draw.randint(1, OUTPUT)))
         run_step(scheduler)
         steps += 1
         # Then nobody who comes goes before it; who is there by then is soon done, each in turn the first of all.
@@ -260,25 +264,36 @@ def test_short_prompts_do_not_wait_for_a_long_one_nor_it_for_them(rows: int, sho
         run_step(scheduler)
         steps += 1
         assert all(s.num_output for s, at in due.items() if steps > at + before)
-    assert steps <= 2 * ceil(2000 / rows) + 2
+        assert steps <= 2 * ceil(2000 / rows) + 2
 
 
-def test_a_short_prompt_leaves_the_last_slot_and_scarce_pages_to_the_first_in_line() -> None:
-    scheduler = Scheduler(Memory(150), max_sequences=3, max_step_rows=16)
-    running, first, short = sequence(0, 100, 50), sequence(1, 90, 1), sequence(2, 20, 1)
-    for s in (running, first, short):
+def test_a_short_prompt_leaves_the_last_slot_to_the_first_in_line() -> None:
+    scheduler = Scheduler(Memory(1000), max_sequences=3, max_step_rows=16)
+    running, first, short, also = sequence(0, 100, 50), sequence(1, 90, 1), sequence(2, 20, 90), sequence(3, 30, 1)
+    for s in (running, first, short, also):
         scheduler.add(s)
-    run_step(scheduler)
-    run_step(scheduler)
+    for _ in range(4):
+        run_step(scheduler)
+        assert {first, also} <= set(scheduler.waiting)
     assert scheduler.running == [running, short]
-    also = sequence(3, 10, 1)
-    scheduler.add(also)
-    run_step(scheduler)
-    assert scheduler.waiting == [first, also], "one slot is left"
     while running.remaining > 1:
         run_step(scheduler)
     run_step(scheduler)
-    assert first in scheduler.running
+    assert scheduler.running == [running, first, short]
+
+
+def test_while_memory_is_short_short_prompts_leave_pages_to_the_first_in_line() -> None:
+    scheduler = Scheduler(Memory(100), max_sequences=8, max_step_rows=64, max_prompt_rows=12)
+    talking, first = sequence(0, 1, 95), sequence(1, 40, 1)
+    scheduler.add(talking)
+    while talking.num_output < 91:
+        run_step(scheduler)
+    scheduler.add(first)
+    for arrival in range(2, 5):
+        scheduler.add(sequence(arrival, 4, 1))
+    while talking.num_output < 95:
+        assert [part.sequence for part in run_step(scheduler)] == [talking]
+    assert [part.sequence for part in run_step(scheduler)] == [first]
 
 
 small = st.floats(0.0, 0.01)
