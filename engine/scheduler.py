@@ -110,12 +110,10 @@ class Scheduler:
 
     def _add_prompts(self, step: "_Step", may_admit: bool) -> None:
         """may_admit: whether memory was not short so far."""
-        prompts = [s for s in self.running if _reads(s)]
-        if len(self.running) < self._max_sequences:
-            prompts += self.waiting
-        waiting = {s.arrival for s in self.waiting}
-        prompts.sort(key=_shortest_first if self._prefers_short else _order)
-        for sequence in prompts:
+        line = list(self.waiting) if len(self.running) < self._max_sequences else []
+        waiting = {s.arrival for s in line}
+        prompts = [s for s in self.running if _reads(s)] + line
+        for sequence in sorted(prompts, key=_shortest_first if self._prefers_short else _order):
             if step.prompt_rows_left <= 0:
                 break
             if sequence.arrival in waiting:

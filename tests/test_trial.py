@@ -1,0 +1,102 @@
+"""Costs of steps: tried on an engine that then is as if it had not, kept in a file, bounded in time."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import trial
+from engine.config import MOST_STEP_ROWS
+from engine.costs import StageCosts
+from engine.trial import LEAST_PROMPT_ROWS, TriedStep, prompt_rows, try_steps
+from tests.engines import make_engine, request, run
+
+STAGES = {"patcher", "encoder", "global", "decoder", "step"}
+
+
+def test_an_engine_that_has_tried_is_as_new(tiny: Path) -> None:
+    new, tried = make_engine(tiny), make_engine(tiny)
+    tried.calibrate()
+    assert tried.snapshot() == new.snapshot()
+    assert not tried.has_work
+    tried.caches.check_integrity()
+    asked = [request("a", trial.PROMPT, 20), request("b", trial.PROMPT[:100], 20)]
+    found, wanted = run(tried, asked), run(new, asked)
+    assert {name: (o.ids, o.text) for name, o in found.items()} == {n: (o.ids, o.text) for n, o in wanted.items()}
+    assert found["a"].end.usage.cached_tokens == 0  # type: ignore[union-attr]
+
+
+def test_it_knows_what_every_stage_costs_and_takes_prompts_by_that(tiny: Path) -> None:
+    engine = make_engine(tiny, max_stall_ms=0.0)
+    assert engine.facts().prompt_rows == MOST_STEP_ROWS
+    engine.calibrate()
+    costs = engine.runner.costs
+    assert all(costs._share(stage, 4) > 0 for stage in STAGES)
+    assert LEAST_PROMPT_ROWS <= engine.facts().prompt_rows <= MOST_STEP_ROWS
+    assert engine.facts().prompt_rows == engine._scheduler.max_prompt_rows
+    patient = make_engine(tiny, max_stall_ms=60_000.0)
+    patient.calibrate()
+    assert patient.facts().prompt_rows == MOST_STEP_ROWS
+    given = make_engine(tiny, max_step_rows=77, max_stall_ms=0.0)
+    given.calibrate()
+    assert given.facts().prompt_rows == 77
+
+
+def test_costs_are_read_from_the_file_if_they_are_of_this_model(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "costs.json"
+    first = make_engine(tiny, stage_costs=str(file))
+    first.calibrate()
+    content = file.read_bytes()
+    second = make_engine(tiny, stage_costs=str(file))
+    second.calibrate()
+    assert file.read_bytes() == content
+    assert second.runner.costs.feed(4.0) == first.runner.costs.feed(4.0)
+    assert second.facts().prompt_rows == first.facts().prompt_rows
+    make_engine(tiny, stage_costs=str(file), dtype="bfloat16").calibrate()
+    assert file.read_bytes() != content
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"of": {}, "steps": []}', '{"of": {}, "steps": [{"rows": "x"}]}'])
+def test_a_file_that_holds_something_else_is_refused(tiny: Path, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "costs.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"costs\.json holds no stage costs"):
+        make_engine(tiny, stage_costs=str(file)).calibrate()
+
+
+@given(fixed=st.floats(1e-4, 0.9), per_row=st.floats(0, 0.05))
+def test_trying_ends_in_time(fixed: float, per_row: float) -> None:
+    now = 0.0
+
+    def step(rows: int) -> TriedStep:
+        nonlocal now
+        seconds = fixed + per_row * rows
+        now += seconds
+        return TriedStep(rows, {"decoder": (rows, 0.8 * seconds), "step": (rows, 0.2 * seconds)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial.time, "perf_counter", lambda: now)
+        found = try_steps(step, 100)
+    assert [tried.rows for tried in found] == [1, 4, 16, 64, 100][: len(found)]
+    # What a few rows take is not known before: then a guess may be wrong once.
+    assert now <= max(2.0, trial.MOST_SECONDS + 3 * per_row)
+    assert len(found) == 5 or now + fixed + per_row * 100 > trial.SECONDS
+
+
+def test_without_a_second_step_prompts_get_the_least() -> None:
+    assert prompt_rows([TriedStep(1, {"decoder": (1, 1.0)})], 0.05, 512) == LEAST_PROMPT_ROWS
+    assert prompt_rows([TriedStep(1, {"decoder": (1, 1.0)})], 0.05, 8) == 8
+
+
+def test_what_was_measured_is_where_learning_begins() -> None:
+    costs = StageCosts(drafts_encode=False)
+    for rows in (1, 4, 16, 64):
+        costs.starts_at("decoder", rows, 1.0 + 0.5 * rows)
+    costs.starts_at("decoder", 256, 1000.0)
+    assert costs.draft(1, 9) == pytest.approx(5.5)
+    for _ in range(300):
+        costs.saw("decoder", 1, 3.0)
+    assert costs.draft(1, 1) == pytest.approx(3.0, rel=0.05)
+    assert costs.draft(1, 41) > 15, "alike calls do not make it forget what further rows cost"
