@@ -1,7 +1,8 @@
 """A long prompt comes while others stream: how long does it wait for its first byte, and how long do they stall?
 
-`max_step_rows` bounds the rows of a step, and with them both. Times are in units of an undisturbed step of the same
-streams in the same turn. The stall is the longest time between two bytes of any of them while the prompt is computed.
+`max_step_rows` bounds the rows of a step, and with them both; the last row is what an engine chooses by itself
+(`--max-stall-ms`), of prompts alone. Times are in units of an undisturbed step of the same streams in the same turn.
+The stall is the longest time between two bytes of any of them while the prompt is computed.
 """
 
 import statistics
@@ -35,12 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = program.parse_args(arguments)
     with subject(options) as model:
         rows = []
-        for budget in tqdm(options.budgets, disable=None):
+        for budget in tqdm([*options.budgets, None], disable=None):
             sizes = {"max_sequences": options.streams + 1, "max_step_rows": budget, "cache_bytes": 1 << 30}
             engine = model.engine(**sizes, prefix_cache=False)
+            engine.calibrate()
             _turn(engine, options)
             turns = [_turn(engine, options) for _ in range(options.turns)]
-            rows.append({"budget": budget, **{name: spread(turn[name] for turn in turns) for name in turns[0]}})
+            said = {"budget": engine.facts().prompt_rows, "chosen": budget is None}
+            rows.append({**said, **{name: spread(turn[name] for turn in turns) for name in turns[0]}})
     figures = {"streams": options.streams, "prompt_bytes": options.prompt_bytes, "rows": rows}
     finish("prefill_budget", model, figures, options, arguments)
 
@@ -88,21 +91,24 @@ def render(content: Content) -> str:
     return report.table(
         header,
         [
-            [f"{row['budget']:,}", *(shown(row[key], ".1f") for key in ("first_byte", "alone", "stall"))]
+            [
+                f"{row['budget']:,}" + (", chosen" if row.get("chosen") else ""),
+                *(shown(row[key], ".1f") for key in ("first_byte", "alone", "stall")),
+            ]
             for row in content["rows"]
         ],
     )
 
 
 def judge(content: Content) -> list[Verdict]:
-    rows = content["rows"]
+    rows = [row for row in content["rows"] if not row.get("chosen")]
     least, most = (f"stall {shown(row['stall'], '.1f')} steps at {row['budget']:,}" for row in (rows[0], rows[-1]))
     what = f"{content['prompt_bytes']:,} bytes come to {content['streams']} streams"
     return [Verdict(f"prefill budget, {what}", "", f"{least}, {most}", None)]
 
 
 def draw(content: Content, path: Path) -> None:
-    rows = content["rows"]
+    rows = sorted(content["rows"], key=lambda row: row["budget"])
     budgets = [row["budget"] for row in rows]
     label = "undisturbed steps"
     with plot.axes(path, "max_step_rows", label, ticks=budgets) as on:
