@@ -27,7 +27,7 @@ RUNS = (
     "realisation --model models/nano --turns 2 --bytes 128",
     "batching --turns 2 --seconds 1",
     "serving --turns 2 --bytes 128",
-    "prefix --turns 1 --requests 16",
+    "prefix --turns 1 --requests 64",
     "prefill_budget --turns 2 --budgets 64 256 1024",
 )
 LIMIT_SECONDS = 600
