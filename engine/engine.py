@@ -142,7 +142,7 @@ class Engine:
         if config.max_step_rows is None:
             rows = trial.prompt_rows(steps, config.max_stall_ms / 1000, config.most_step_rows)
             self._scheduler.max_prompt_rows = rows
-            log.info("the shortest step takes %.3g ms; one may have %d rows of prompts", 1000 * steps[0].seconds, rows)
+            log.info("steps take %.3g ms or more, and up to %d rows of prompts", 1000 * steps[0].seconds, rows)
 
     def _identity(self) -> dict[str, str | int]:
         """What the cost of a step depends on."""
