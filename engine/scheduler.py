@@ -2,6 +2,7 @@
 
 import logging
 from bisect import insort
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,9 +61,10 @@ MOST_PRIORITY = 64
 class Scheduler:
     """Queues, row budgets, admission, order and preemption.
 
-    A step runs the calls of sequences that generate, then chunks of prompts, or of texts that must be computed again:
-    of running sequences, or of waiting ones that it admits. It ends when `max_step_rows` are spent, or
-    `max_prompt_rows` on prompts. A call is not cut once the ids before it are computed: the last may go beyond either.
+    A step runs the calls of sequences that generate, first of those that the last step had no rows for; then chunks of
+    prompts, or of texts that must be computed again: of running sequences, or of waiting ones that it admits. It ends
+    when `max_step_rows` are spent, or `max_prompt_rows` on prompts. A call is not cut once the ids before it are
+    computed: the last may go beyond either.
 
     The order is fixed when a sequence comes: by the step of its arrival, later or earlier by `STEPS_PER_PRIORITY` for
     each unit of priority. So only those that come within a known number of steps can overtake, and nobody starves.
@@ -86,6 +88,8 @@ class Scheduler:
         self.preemptions = 0
         self._steps = 0
         self._prefers_short = False
+        self._passed_over: set[int] = set()
+        """Sequences that generate and did not fit into the last step."""
 
     def add(self, sequence: Sequence) -> None:
         priority = min(max(sequence.request.priority, -MOST_PRIORITY), MOST_PRIORITY)
@@ -102,9 +106,11 @@ class Scheduler:
         self._steps += 1
         step = _Step(self._max_step_rows, self.max_prompt_rows)
         preempted = self.preemptions
-        for sequence in [s for s in self.running if not _reads(s)]:
+        rounds = [s for s in self.running if not _reads(s)]
+        for sequence in sorted(rounds, key=lambda s: s.arrival not in self._passed_over):
             if step.rows_left > 0 and sequence in self.running:
                 self._run(sequence, step, step.rows_left, is_prompt=False)
+        self._passed_over = {s.arrival for s in rounds if s.arrival not in step.ran}
         self._add_prompts(step, may_admit=self.preemptions == preempted)
         return step.parts
 
@@ -196,6 +202,11 @@ class _Step:
     @property
     def parts(self) -> list[Part]:
         return [*self._calls.values(), *self._prompts.values()]
+
+    @property
+    def ran(self) -> Container[int]:
+        """Arrivals of the sequences whose calls it has."""
+        return self._calls
 
     @property
     def has_prompts(self) -> bool:

@@ -333,3 +333,18 @@ def test_prompts_stall_streams_no_longer_than_is_allowed(
         assert rows <= LEAST_PROMPT_ROWS or seconds(1 + rows) - seconds(1) <= allowed
         for part in step:
             advance(scheduler, part)
+
+
+@given(st.integers(2, 20), st.integers(1, 16), st.integers(1, 40))
+def test_rounds_that_do_not_fit_into_a_step_come_first_in_the_next(count: int, draft: int, rows: int) -> None:
+    """Nobody who generates waits for longer than it takes to run all others once."""
+    scheduler = Scheduler(Memory(1 << 20), max_sequences=count, max_step_rows=rows)
+    for arrival in range(count):
+        scheduler.add(sequence(arrival, 1, 60, decoder=Draft(draft)))
+    last = dict.fromkeys(range(count), 0)
+    longest = -(-count * (draft + 1) // rows) + 1
+    for step in range(1, 200):
+        for part in run_step(scheduler):
+            last[part.sequence.arrival] = step
+        generating = [s.arrival for s in scheduler.running if s.num_output]
+        assert all(step - last[arrival] <= longest for arrival in generating)
