@@ -14,8 +14,10 @@
 #include <unistd.h>
 
 #define MOST_THREADS 256
-/* Looks before a thread sleeps, some ten microseconds. */
+/* Looks before a thread lets others have the processor between looks, some ten microseconds; and before it sleeps, some
+   hundred: what one thread does alone between two products of a large layer takes about as long. */
 #define LOOKS 300
+#define LAST_LOOK 500
 /* Multiplications that are worth a thread of their own, some ten microseconds; and worth waking one that sleeps. */
 #define LEAST_WORK 200000
 #define LEAST_TO_WAKE 2000000
@@ -66,6 +68,7 @@ static void *work(void *unused) {
     for (int look = 0;;) {
         if (take_part()) look = 0;
         else if (++look < LOOKS) look_again();
+        else if (look < LAST_LOOK) sched_yield();
         else {
             uint64_t turn = now.turn;
             pthread_mutex_lock(&bed);
