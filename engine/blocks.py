@@ -17,35 +17,31 @@ BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
 NO_CELL = -1
 
 
-class Blocks:
-    """Blocks as they stand before some passes, their ids and rules: a grid with a row per block, `NO_CELL` where one is
-    shorter than others."""
+def block_tensors(
+    blocks: Sequence[tuple[Sequence[int], Unmask]], num_blocks: int, num_cells: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Blocks as they stand before some passes, from their ids and rules, padded to that many blocks and cells.
 
-    def __init__(self, blocks: Sequence[tuple[Sequence[int], Unmask]], device: torch.device) -> None:
-        self._blocks, self._device = blocks, device
-        self.num_cells = sum(len(ids) for ids, _ in blocks)
-
-    def padded(self, num_blocks: int, num_cells: int) -> dict[str, Tensor]:
-        """For that many blocks and cells: ids (S, B) int64; flat (C,) int64, of all cells laid end to end the place in
-        the grid, S * B for padding; rules (S,) int64 and bounds (S,) float64 as `kernels.unmasking` has them; specials
-        (3,) int64."""
-        width = max(len(ids) for ids, _ in self._blocks)
-        padding = num_blocks - len(self._blocks)
-        grid = [[*ids, *[NO_CELL] * (width - len(ids))] for ids, _ in self._blocks] + [[NO_CELL] * width] * padding
-        flat = [row * width + place for row, (ids, _) in enumerate(self._blocks) for place in range(len(ids))]
-        rules, bounds = zip(*(rule_and_bound(rule) for _, rule in self._blocks), strict=True)
-        device = self._device
-        return {
-            "ids": torch.tensor(grid, device=device),
-            "flat": torch.tensor(flat + [num_blocks * width] * (num_cells - len(flat)), device=device),
-            "rules": torch.tensor([*rules, *[ONE_STEP] * padding], device=device),
-            "bounds": torch.tensor([*bounds, *[0.0] * padding], dtype=torch.float64, device=device),
-            "specials": torch.tensor(BLOCK_SPECIALS, device=device),
-        }
+    ids (S, B) int64: a row per block, `NO_CELL` where one is shorter than others; flat (C,) int64: of all cells laid
+    end to end the place there, S * B for padding; rules (S,) int64 and bounds (S,) float64 as `kernels.unmasking` has
+    them; specials (3,) int64.
+    """
+    width = max(len(ids) for ids, _ in blocks)
+    padding = num_blocks - len(blocks)
+    grid = [[*ids, *[NO_CELL] * (width - len(ids))] for ids, _ in blocks] + [[NO_CELL] * width] * padding
+    flat = [row * width + place for row, (ids, _) in enumerate(blocks) for place in range(len(ids))]
+    rules, bounds = zip(*(rule_and_bound(rule) for _, rule in blocks), strict=True)
+    return {
+        "ids": torch.tensor(grid, device=device),
+        "flat": torch.tensor(flat + [num_blocks * width] * (num_cells - len(flat)), device=device),
+        "rules": torch.tensor([*rules, *[ONE_STEP] * padding], device=device),
+        "bounds": torch.tensor([*bounds, *[0.0] * padding], dtype=torch.float64, device=device),
+        "specials": torch.tensor(BLOCK_SPECIALS, device=device),
+    }
 
 
 class Unmasking:
-    """Some passes over blocks, from the tensors of `Blocks`: reads and makes tensors alone, so that it can be recorded.
+    """Some passes over blocks, from `block_tensors`: reads and makes tensors alone, so that it can be recorded.
 
     ids (S, B): the cells as they are now. when (S, B): in which pass each was settled, -1 if in none. bad (S, B):
     whether a cell's logits were no distribution.

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 
-from .blocks import Blocks, Unmasking
+from .blocks import Unmasking, block_tensors
 from .choosing import cell_params, uniform
 from .decoders import Call, Result
 from .readback import read
 from .runner import Runner, Work
-from .sampling import Laws, check, draw_ids, on_device
+from .sampling import check, draw_ids, laws_of, on_device
 from .types import SamplingParams
 
 REMEMBERED = 32
@@ -88,8 +88,8 @@ class Passes:
         while all(mask in result.cells for result in results):
             before = results[0].passes
             times = max(min(self._needed, default=1) - before, 1)
-            state = Blocks([(r.cells, rule) for r, rule in zip(results, rules, strict=True)], device)
-            tensors = laws | state.padded(runner.executor.rows(len(batch)), plan.padded)
+            blocks = [(r.cells, rule) for r, rule in zip(results, rules, strict=True)]
+            tensors = laws | block_tensors(blocks, runner.executor.rows(len(batch)), plan.padded, device)
             call, out = runner.decode_passes("unmask", [plan], times, tensors, begin)
             states = zip(results, *out.tolist(), strict=False)
             results = [_after(r, ids, when, bad, times, mask) for r, ids, when, bad in states]
@@ -104,7 +104,7 @@ class Passes:
     def _laws(self, params: list[SamplingParams], padding: int) -> dict[str, Tensor]:
         padded = params + [PADDING] * padding
         runner = self._runner
-        return Laws(padded, [{}] * len(padded), runner.vocab_size, runner.device).tensors
+        return laws_of(padded, [{}] * len(padded), runner.vocab_size, runner.device)
 
 
 def _is_plain(w: Work) -> bool:

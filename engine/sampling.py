@@ -14,30 +14,25 @@ from .types import SamplingParams, TokenLogprob
 _MASK_64 = 2**64 - 1
 
 
-class Laws:
-    """How some rows become ids.
+def laws_of(
+    params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]], vocab_size: int, device: torch.device
+) -> dict[str, Tensor]:
+    """How some rows become ids: of `changes` (R, V) float64, what is added to the logits, and `laws` (R, 4) float64, as
+    `kernels.sampling` has them, those that any row needs.
 
-    tensors: of `changes` (R, V) float64, what is added to the logits, and `laws` (R, 4) float64, as `kernels.sampling`
-    has them, those that any row needs; on `device`. counts: how often each id was generated, per row.
+    counts: how often each id was generated, per row.
     """
-
-    def __init__(
-        self,
-        params: Sequence[SamplingParams],
-        counts: Sequence[Mapping[int, int]],
-        vocab_size: int,
-        device: torch.device,
-    ) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        changes = [_logit_changes(p, c, vocab_size) for p, c in zip(params, counts, strict=True)]
-        if any(changes):
-            added = torch.zeros(len(params), vocab_size, dtype=torch.float64)
-            for row, change in zip(added, changes, strict=True):
-                row[list(change)] = torch.tensor(list(change.values()), dtype=torch.float64)
-            self.tensors["changes"] = added.to(device)
-        if any(p.temperature > 0 for p in params):
-            laws = [(p.temperature, p.top_k or vocab_size, p.top_p, p.min_p) for p in params]
-            self.tensors["laws"] = on_device(laws, device)
+    tensors: dict[str, Tensor] = {}
+    changes = [_logit_changes(p, c, vocab_size) for p, c in zip(params, counts, strict=True)]
+    if any(changes):
+        added = torch.zeros(len(params), vocab_size, dtype=torch.float64)
+        for row, change in zip(added, changes, strict=True):
+            row[list(change)] = torch.tensor(list(change.values()), dtype=torch.float64)
+        tensors["changes"] = added.to(device)
+    if any(p.temperature > 0 for p in params):
+        laws = [(p.temperature, p.top_k or vocab_size, p.top_p, p.min_p) for p in params]
+        tensors["laws"] = on_device(laws, device)
+    return tensors
 
 
 def draw_ids(
@@ -46,7 +41,7 @@ def draw_ids(
     """One id per row, (R,) int64, from logits (R, V) float32, and the largest logit, NaN if any is, (R,). Equal logits
     rank by id, lower first.
 
-    tensors: of `Laws`. uniforms (R,) float64: a draw in [0, 1) per row, which only rows with temperature > 0 use.
+    tensors: of `laws_of`. uniforms (R,) float64: a draw in [0, 1) per row, which only rows with temperature > 0 use.
     """
     ids, highest = kernels.likeliest(logits)
     laws, changes = tensors.get("laws"), tensors.get("changes")
@@ -64,7 +59,7 @@ def choose(
     kernels: Kernels,
 ) -> tuple[Tensor, Tensor]:
     """One id per row and its largest logit, as `draw_ids` gives them."""
-    laws = Laws(params, counts, logits.shape[1], logits.device).tensors
+    laws = laws_of(params, counts, logits.shape[1], logits.device)
     return draw_ids(logits, laws, on_device(uniforms, logits.device), kernels)
 
 
