@@ -40,7 +40,7 @@ def block_tensors(
     }
 
 
-class Unmasking:
+class BlockPasses:
     """Some passes over blocks, from `block_tensors`: reads and makes tensors alone, so that it can be recorded.
 
     ids (S, B): the cells as they are now. when (S, B): in which pass each was settled, -1 if in none. bad (S, B):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 
-from .blocks import Unmasking, block_tensors
+from .blocks import BlockPasses, block_tensors
 from .decoders import Call, Result
 from .readback import read
 from .runner import Work
@@ -124,7 +124,7 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         index = torch.tensor(block_rows, device=logits.device)
         blocks = [(call.block, call.rule) for call in calls if call.rule]
         tensors = block_tensors(blocks, len(blocks), len(block_rows), logits.device)
-        unmasking = Unmasking(kernels, tensors, mask_id=draws[0].work.sequence.mask_id)
+        unmasking = BlockPasses(kernels, tensors, mask_id=draws[0].work.sequence.mask_id)
         cells = unmasking.law(wanted[index])
         wanted = wanted.index_copy(0, index, cells)
     params: list[SamplingParams] = []

@@ -65,7 +65,9 @@ class StageCosts:
             self._stages.setdefault(stage, Line()).starts_at(rows, seconds)
 
     def saw(self, stage: str, rows: int, seconds: float) -> None:
-        """`stage` may also be "step": the seconds of a step outside its stages."""
+        """`stage` may also be "step": the seconds of a step outside its stages; "behind": until the host has launched a
+        pass behind a step of blt, which on a CPU includes the stages; "asking": seconds outside the stages from a
+        decision on how many passes to run to the next."""
         if 0 < rows <= self.MOST_ROWS:
             self._stages.setdefault(stage, Line()).saw(rows, seconds)
 
@@ -82,6 +84,24 @@ class StageCosts:
         closes = min(closing, 1.0) * self._share("global", max(closing, 1.0))
         return stages + closes + self._share("step", rows) + 1e-9
 
+    def feeding(self, sequences: int, patch: float) -> float:
+        """What another pass of the local stages takes, behind a step of blt for so many, as a part of what it can save
+        (1 before any was seen): a step's local stages and host, and weights of the global stage that are read for fewer
+        patches than close by the end of the passes."""
+        local = sum(self._call(stage, sequences) for stage in ("patcher", "encoder", "decoder"))
+        some_close = 1 - (1 - 1 / patch) ** sequences
+        saved = local + self._call("step", sequences) + (some_close - 1 / patch) * self._call("global", 0)
+        return max(local, self._call("behind", sequences)) / saved if local else 1.0
+
+    def asking(self, rows: int) -> float:
+        """What it takes to ask the device for a result between passes of the decoder over so many rows, in passes; 0
+        before any was seen."""
+        decoder = self._call("decoder", rows)
+        return self._call("asking", rows) / decoder if decoder else 0.0
+
     def _share(self, stage: str, rows: float) -> float:
+        return self._call(stage, rows, self.company)
+
+    def _call(self, stage: str, rows: float, company: int = 1) -> float:
         line = self._stages.get(stage)
-        return line.share(rows, self.company) if line else 0.0
+        return line.share(rows, company) if line else 0.0

@@ -392,13 +392,13 @@ class Engine:
             self._finish(sequence, "length", sequence.stopping.flush())
             return
         outcome = sequence.resume(result)
-        if drafts:
+        if drafts or (outcome and outcome.rounds > 1):
             # The last id is the model's own: its row has not run.
             sequence.cut(len(sequence.ids) + len(outcome.ids) - 1 if outcome else sequence.num_computed)
         if outcome is None:
             return
         cost = sequence.cost
-        cost.rounds += 1
+        cost.rounds += outcome.rounds
         cost.drafted += outcome.drafted
         cost.accepted += outcome.accepted
         self._commit(sequence, outcome)
@@ -435,7 +435,7 @@ class Engine:
             sequence.cumulative_logprob += entry.logprob or 0.0
         sequence.cost.committed += len(ids)
         sequence.cost.patches += self._count_patches(sequence, len(ids))
-        traces = [self._trace(sequence, outcome, len(ids))] if request.trace else []
+        traces = self._traces(sequence, outcome, len(ids)) if request.trace else []
         self._events.append(Delta(id=request.id, ids=ids, text=text, logprobs=scores, traces=traces))
         if reason:
             self._finish(sequence, reason, sequence.stopping.flush())
@@ -456,17 +456,15 @@ class Engine:
         sequence.num_counted = len(starts)
         return len(starts) - before
 
-    def _trace(self, sequence: Sequence, outcome: Committed, num_ids: int) -> Trace:
+    def _traces(self, sequence: Sequence, outcome: Committed, num_ids: int) -> list[Trace]:
         starts = sequence.patching.starts
         told = bisect_left(starts, sequence.num_prompt) if not sequence.num_traced else sequence.num_traced
         sequence.num_traced = len(starts)
-        return Trace(
-            num_ids=num_ids,
-            drafts=list(outcome.drafts),
-            accepted=outcome.accepted,
-            passes=list(outcome.passes),
-            patch_starts=[start - sequence.num_prompt for start in starts[told:]],
-        )
+        patch_starts = [start - sequence.num_prompt for start in starts[told:]]
+        if outcome.rounds > 1:
+            # Rounds of blt, which drafts nothing and commits a byte at a time.
+            return [Trace(1, [], 0, [], patch_starts), *[Trace(1, [], 0, [], [])] * (num_ids - 1)]
+        return [Trace(num_ids, list(outcome.drafts), outcome.accepted, list(outcome.passes), patch_starts)]
 
     def _take(self, sequence: Sequence, token: int) -> tuple[bytes, FinishReason | None]:
         """The bytes that became certain with a committed id, and whether it ends the request. Specials are no text."""

@@ -44,6 +44,10 @@ class Eager:
 
     least_pages = 0
 
+    @property
+    def num_recorded(self) -> int:
+        return 0
+
     def pages(self, n: int) -> int:
         return n
 

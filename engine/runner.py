@@ -43,6 +43,7 @@ from .sequence import Sequence, pieces, start_of
 
 NO_DOCUMENTS = [0]
 """Where documents begin if they are not told apart."""
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Work(msgspec.Struct):
@@ -166,6 +167,15 @@ class Runner:
                 self._caches.copy_page(name, *borrowed)
             table.extend(rows)
 
+    def try_reserve(self, sequence: Sequence, end: int) -> bool:
+        """Takes the pages for clean rows up to `end` if there are some that nobody uses."""
+        pools = self._caches.pools
+        missing = self.missing_pages(sequence, end, end)
+        if end > self._caches.max_length or not all(pools[name].can_take(pages) for name, pages in missing.items()):
+            return False
+        self.reserve(sequence, end, end)
+        return True
+
     def _short(self, sequence: Sequence, end: int, reach: int) -> list[tuple[str, BlockTable, int]]:
         """The caches that lack pages, and up to which row."""
         patches = sequence.most_patches(end) + (reach > end)
@@ -185,7 +195,7 @@ class Runner:
         """
         clean = [w for w in batch if w.num_clean]
         # The encoder does not ask where patches start: the device runs it while the host plans and hears of that.
-        decide = self._run_patcher(clean) if clean else None
+        decide = self._decide(clean) if clean else None
         states = self._run_encoder(batch)
         skipping = [w for w in batch if w.call and w.call.decoded > w.start]
         rows = None if skipping else self._decoder_rows(batch)
@@ -193,7 +203,8 @@ class Runner:
             decide()
         call = self._begin("global")
         self._close_patches(clean, call)
-        self.finish(call)
+        if call.rows:
+            self.finish(call)
         for w in skipping:
             w.decode_from = self._first_to_decode(w, w.call.decoded if w.call else 0)
             w.logits_from = max(w.logits_from, w.decode_from)
@@ -209,14 +220,55 @@ class Runner:
         for name, table in sequence.tables.items():
             table.settle(self._caches.first_live(name, n, patch, start), patch if name in self._of_patches else n)
 
-    def _run_patcher(self, clean: Seq[Work]) -> Callable[[], None]:
-        """Returns what waits for the decisions and gives them to the sequences."""
+    def windows(self, batch: Seq[Work]) -> Tensor:
+        """The last ids up to the last clean row of each, (S, W) int64."""
+        width = self._ngram_width
+        ids = [i for w in batch for i in ngram_windows(w.sequence.ids, w.end - 1, w.end, width)]
+        return torch.tensor(ids, device=self.device).view(-1, width)
+
+    def feed(self, batch: Seq[Work], windows: Tensor, entropies: Tensor, unpaid: "Unpaid") -> Tensor:
+        """Feeds a byte to each sequence that only the device knows: the entropies behind them, and whether the bytes
+        behind them start patches, (2, S) float32.
+
+        batch: a clean row each, for which the host holds any id. windows (S, W): the last ids up to these bytes.
+        entropies (S,): behind the bytes before. unpaid: takes the call.
+        """
+        padded = self.executor.rows(len(batch))
+        previous = padded_tensor(entropies.double(), self.executor.parts(len(batch), padded)).view(torch.int64)
+        given = {"ids": padded_tensor(windows[:, -1], padded), "previous": previous}
+        return self._run_patcher(batch, given, unpaid)[:, : len(batch)]
+
+    def decode_fed(self, batch: Seq[Work], windows: Tensor, unpaid: "Unpaid") -> Tensor:
+        """The logits behind bytes that `feed` was given, (S, V) float32, where no patch starts behind them."""
+        padded = padded_tensor(windows, self.executor.rows(len(batch)))
+        states = self._run_encoder(batch, {"windows": padded}, unpaid)
+        return self.decode(self.plan_decoder(batch), windows[:, -1], states, unpaid)
+
+    def _decide(self, clean: Seq[Work]) -> Callable[[], None]:
+        """Runs the patcher. Returns what waits for the decisions and gives them to the sequences."""
+        decisions = Readback(self._run_patcher(clean))
+
+        def decide() -> None:
+            entropies, opens = decisions.wait().tolist()
+            row = 0
+            for w in clean:
+                count = w.num_clean
+                known = min(max(w.sequence.patching.decided - w.start, 0), count)
+                w.sequence.patching.take(entropies[row + known : row + count], opens[row + known : row + count])
+                row += count
+
+        return decide
+
+    def _run_patcher(
+        self, clean: Seq[Work], given: Mapping[str, Tensor] = NOTHING, unpaid: "Unpaid | None" = None
+    ) -> Tensor:
+        """The rows' entropies and decisions, as `kernels.boundary` gives them. given: "ids" (rows,) and "previous", if
+        these are on the device."""
         call = self._begin("patcher")
-        ids = [token for w in clean for token in w.sequence.ids[w.start : w.end]]
-        call.rows = len(ids)
+        num_rows = call.rows = sum(w.num_clean for w in clean)
         spans = Spans()
         works = [self._add_rows(spans, "patcher", w, w.start, w.end) for w in clean]
-        padded = self.executor.rows(len(ids))
+        padded = self.executor.rows(num_rows)
         plan = self._plan("patcher", spans, spans, padded)
         undecided, previous = self._undecided(clean, padded)
 
@@ -225,25 +277,19 @@ class Runner:
             previous = t["previous"].view(torch.float64)
             return self._model.kernels.boundaries(entropies, previous, t["undecided"], self._rule)
 
-        arrays = {
-            "ids": padded_array(ids, padded),
-            "undecided": undecided,
-            "previous": previous,
-            "plan": plan.data,
-        }
-        decisions = Readback(self._run("patcher", stage, padded, arrays, plan))
-        self.charge(call, works)
-        self.finish(call)
+        arrays = {"undecided": undecided, "plan": plan.data}
+        if not given:
+            ids = [token for w in clean for token in w.sequence.ids[w.start : w.end]]
+            arrays |= {"ids": padded_array(ids, padded), "previous": previous}
+        decisions = self._run("patcher", stage, padded, arrays, plan, tensors=given)
+        self._settle_up(call, works, unpaid)
+        return decisions
 
-        def decide() -> None:
-            entropies, opens = decisions.wait().tolist()
-            for w, (row, count, _, _) in zip(clean, undecided.tolist(), strict=False):
-                w.sequence.patching.take(entropies[row : row + count], opens[row : row + count])
-
-        return decide
-
-    def _run_encoder(self, batch: Seq[Work]) -> Tensor | None:
-        """States of the clean rows of all, and of their cells where the decoder reads them."""
+    def _run_encoder(
+        self, batch: Seq[Work], given: Mapping[str, Tensor] = NOTHING, unpaid: "Unpaid | None" = None
+    ) -> Tensor | None:
+        """States of the clean rows of all, and of their cells where the decoder reads them. given: "windows" (rows, W),
+        if these are on the device."""
         rows = [w for w in batch if w.num_clean or (self.cells_are_encoded and w.num_cells)]
         if not rows:
             return None
@@ -276,14 +322,11 @@ class Runner:
                 written.on_device(t, "open"),
             )
 
-        arrays = {
-            "windows": padded_array(windows, padded * self._ngram_width).reshape(padded, -1),
-            "plan": plan.data,
-            "open": written.data,
-        }
-        states = self._run("encoder", stage, padded, arrays, plan)
-        self.charge(call, works)
-        self.finish(call)
+        arrays = {"plan": plan.data, "open": written.data}
+        if not given:
+            arrays["windows"] = padded_array(windows, padded * self._ngram_width).reshape(padded, -1)
+        states = self._run("encoder", stage, padded, arrays, plan, tensors=given)
+        self._settle_up(call, works, unpaid)
         return states
 
     def _text_of_cells(self, w: Work) -> list[int]:
@@ -340,7 +383,13 @@ class Runner:
     def vocab_size(self) -> int:
         return self._config.vocab_size
 
-    def decode(self, rows: "DecoderRows", ids: Tensor | None = None, states: Tensor | None = None) -> Tensor:
+    def decode(
+        self,
+        rows: "DecoderRows",
+        ids: Tensor | None = None,
+        states: Tensor | None = None,
+        unpaid: "Unpaid | None" = None,
+    ) -> Tensor:
         """One pass of the decoder: the wanted logits, (rows, V) float32.
 
         ids (rows,): instead of those that the plan was made with. states: the encoder's, where the decoder reads them.
@@ -362,10 +411,9 @@ class Runner:
             assert states is not None
             tensors["states"] = states
         elif ids is not None:
-            tensors["ids"] = pad(ids, (0, len(rows.arrays["rows"]) - len(ids)))
+            tensors["ids"] = padded_tensor(ids, rows.padded)
         out = self._run("decoder", stage, rows.padded, rows.arrays, plan, tensors=tensors)
-        self.charge(call, rows.works)
-        self.finish(call)
+        self._settle_up(call, rows.works, unpaid)
         return out[:wanted] if wanted else out.new_empty((0, self._config.vocab_size), dtype=torch.float32)
 
     def decode_passes(
@@ -444,7 +492,7 @@ class Runner:
         rows: int,
         arrays: Arrays,
         *plans: Plan,
-        tensors: Mapping[str, Tensor] = MappingProxyType({}),
+        tensors: Mapping[str, Tensor] = NOTHING,
     ) -> Tensor:
         return self.executor.run(name, stage, rows, arrays, tensors, tuple(plan.shape for plan in plans))
 
@@ -541,6 +589,15 @@ class Runner:
             offset += [patch % size * slots for patch in patches]
         rows.arrays["page"], rows.arrays["offset"] = padded_array(page, rows.padded), padded_array(offset, rows.padded)
 
+    def _settle_up(self, call: "StageCall", works: "list[_Rows]", unpaid: "Unpaid | None") -> None:
+        """Charges and finishes a call that was launched, or leaves that for when it is known whom it served."""
+        call.ended = self._mark()
+        if unpaid is not None:
+            unpaid.append((call, works))
+            return
+        self.charge(call, works)
+        self.finish(call)
+
     def charge(self, call: "StageCall", works: "Seq[_Rows]") -> None:
         """Charges a call to its sequences: a share of the weights by rows, and what each looks up itself."""
         stage, total = call.stage, sum(rows.num_rows for rows in works)
@@ -564,11 +621,12 @@ class Runner:
     def finish(self, call: "StageCall") -> None:
         """Counts a call whose works have been charged."""
         call.ended = call.ended or self._mark()
+        # One that served nobody in the end took its time, no more.
         if call.rows:
             self.counts.calls[call.stage] += call.passes
             self.counts.rows[call.stage] += call.rows * call.passes
         if self.device.type == "cpu":
-            self._took(call, call.ended - call.began)
+            self._took(call)
             return
         # The host is ahead of the device: two marks in its queue tell the time, once they have been passed.
         self._running.append(call)
@@ -577,8 +635,7 @@ class Runner:
     def hear(self) -> None:
         """Takes note of the stages on a CUDA device that are done since."""
         while self._running and self._running[0].ended.query():
-            earlier = self._running.popleft()
-            self._took(earlier, earlier.began.elapsed_time(earlier.ended) / 1000)
+            self._took(self._running.popleft())
 
     def _mark(self) -> Any:
         """Now, on the device's clock."""
@@ -588,12 +645,18 @@ class Runner:
         event.record()
         return event
 
-    def _took(self, call: "StageCall", seconds: float) -> None:
+    def _took(self, call: "StageCall") -> None:
+        seconds = call.seconds
+        self.counts.seconds[call.stage] += seconds
         if call.rows:
-            self.counts.seconds[call.stage] += seconds
             for decoder, share in call.shares.items():
                 self.counts.decoder_seconds[decoder][call.stage] += seconds * share / call.passes
             self.costs.saw(call.stage, call.rows, seconds / call.passes)
+
+
+def padded_tensor(values: Tensor, length: int) -> Tensor:
+    """The values (N, ...), and zeros behind them up to `length`; contiguous."""
+    return pad(values, (0, 0) * (values.dim() - 1) + (0, length - len(values))).contiguous()
 
 
 class PassState(Protocol):
@@ -622,6 +685,10 @@ class _Rows(NamedTuple):
     looked_at: int
 
 
+Unpaid = list[tuple["StageCall", list[_Rows]]]
+"""Launches that have been charged to nobody yet, and whose rows they have."""
+
+
 @dataclass(slots=True)
 class StageCall:
     """A launch of a stage: its rows, how many passes it makes over them, and, added up over the passes, which share of
@@ -633,3 +700,10 @@ class StageCall:
     rows: int = 0
     passes: int = 1
     shares: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def seconds(self) -> float:
+        """What it took, once it is known to have ended."""
+        if isinstance(self.began, float):
+            return float(self.ended - self.began)
+        return float(self.began.elapsed_time(self.ended)) / 1000

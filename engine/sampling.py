@@ -12,6 +12,7 @@ from kernels.dispatch import Kernels
 from .types import SamplingParams, TokenLogprob
 
 _MASK_64 = 2**64 - 1
+_PADDING = SamplingParams(temperature=0)
 
 
 def laws_of(
@@ -33,6 +34,13 @@ def laws_of(
         laws = [(p.temperature, p.top_k or vocab_size, p.top_p, p.min_p) for p in params]
         tensors["laws"] = on_device(laws, device)
     return tensors
+
+
+def padded_laws(
+    params: Sequence[SamplingParams], length: int, vocab_size: int, device: torch.device
+) -> dict[str, Tensor]:
+    """`laws_of` rows without penalties, and of as many more as make `length`."""
+    return laws_of([*params, *[_PADDING] * (length - len(params))], [{}] * length, vocab_size, device)
 
 
 def draw_ids(

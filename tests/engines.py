@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,18 @@ class Output:
     ids: list[int] = field(default_factory=list)
     text: bytes = b""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     end: Finished | Failed | None = None
 
 
 def make_engine(model: Path, **choices: Any) -> Engine:
     return Engine(EngineConfig(model=str(model), **({"cache_bytes": 64 << 20, "page_size": 16} | choices)))
+
+
+def feeding(engine: Engine, *, runs_on: bool) -> Engine:
+    """Lets passes behind a step of blt always seem worth their time, or never."""
+    engine.runner.costs.feeding = lambda sequences, patch: 0.0 if runs_on else inf  # type: ignore[method-assign]
+    return engine
 
 
 def crowded_engine(model: Path, **choices: Any) -> Engine:
@@ -77,6 +85,7 @@ def run(engine: Engine, requests: Iterable[Request]) -> dict[str, Output]:
                 output.ids += event.ids
                 output.text += event.text
                 output.logprobs += event.logprobs
+                output.prompt_logprobs += event.prompt_logprobs
             else:
                 output.end = event
                 output.text += event.text if isinstance(event, Finished) else b""

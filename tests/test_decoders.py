@@ -17,7 +17,7 @@ from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.types import Finished, Request, SamplingParams, Unmask
 from tests import reference
-from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours
+from tests.engines import Output, crowded_engine, feeding, make_engine, request, run, save_ours
 from tests.models import HF_MODELS, our_config, our_model, text
 
 NANO = Path(__file__).parents[1] / "models" / "nano"
@@ -332,9 +332,11 @@ def state(engine: Engine, sequence: Sequence) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def states(model: Path, prompt: list[int], count: int, **how: Any) -> dict[int, dict[str, Any]]:
-    """The state after every round, by the number of ids."""
-    engine = make_engine(model)
+def states(
+    model: Path, prompt: list[int], count: int, *, runs_on: bool = False, **how: Any
+) -> dict[int, dict[str, Any]]:
+    """The state after every step that committed ids, by the number of ids."""
+    engine = feeding(make_engine(model), runs_on=runs_on)
     engine.add(request("a", prompt, count, sampling=SamplingParams(temperature=0.9, logit_bias={EOS_ID: 2.0}), **how))
     found = {}
     length = 0
@@ -358,6 +360,14 @@ def test_after_a_rejected_draft_all_is_as_if_it_had_never_been(model: Path) -> N
         assert 3 < len(found) < 60
         for length, after in found.items():
             assert_same_state(after, wanted[length])
+
+
+def test_after_passes_in_vain_all_is_as_if_they_had_never_been(model: Path) -> None:
+    prompt = prompts(9, model)[8]
+    wanted, found = states(model, prompt, 60), states(model, prompt, 60, runs_on=True)
+    assert len(found) < len(wanted)
+    for length, after in found.items():
+        assert_same_state(after, wanted[length])
 
 
 def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:

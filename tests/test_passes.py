@@ -111,6 +111,19 @@ def test_a_block_is_asked_after_only_where_it_may_be_done(model: Path) -> None:
     assert len(launches) < len(early)
 
 
+def test_where_asking_takes_longest_every_block_is_one_launch(model: Path) -> None:
+    asked = request("a", text(30, 2), 90, decoder="blt-d", unmask=Unmask(rule="confidence", alpha=0.6))
+    wanted = run(make_engine(model), [asked])["a"]
+    engine = make_engine(model)
+    run(engine, [asked])
+    engine.runner.costs.asking = lambda rows: 1e9  # type: ignore[method-assign]
+    steps = engine.snapshot().steps
+    found = run(engine, [asked])["a"]
+    assert found.ids == wanted.ids and counted(usage(found))[:5] == counted(usage(wanted))[:5]
+    assert usage(found).decoder_calls > 2 * usage(found).rounds
+    assert engine.snapshot().steps - steps == usage(found).rounds
+
+
 def test_a_block_that_needs_fewer_passes_than_those_before_pays_for_its_own(model: Path) -> None:
     engine = make_engine(model)
     slow = request("slow", text(30, 2), 60, decoder="blt-d", unmask=Unmask(rule="confidence", alpha=0.999))

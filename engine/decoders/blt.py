@@ -7,5 +7,11 @@ class Autoregressive:
     """Fast BLT 2.1. Every byte goes through patcher, encoder and decoder; one that ends a patch, through global too."""
 
     def round(self, sequence: SequenceView, room: int) -> Round:
-        result = yield Call()
-        return Committed(result.after, result.after_scores)
+        result = yield Call(ahead=max(sequence.tokens_left - 1, 0))
+        return Committed(result.after, result.after_scores, rounds=len(result.after))
+
+
+def one_byte() -> Round:
+    """A round of another decoder where that cannot begin."""
+    result = yield Call()
+    return Committed(result.after, result.after_scores)

@@ -1,13 +1,13 @@
 """BLT-DV: block diffusion drafts, a pass of the whole model verifies."""
 
 from ..types import Unmask
-from . import blt
+from .blt import one_byte
 from .calls import Call, Round, SequenceView, verified
 
 DEFAULT_RULE = Unmask(rule="one_step")
 
 
-class Verified(blt.Autoregressive):
+class Verified:
     """Fast BLT 5.2: a block as in BLT-D, then Verify as in BLT-S.
 
     As there, a round has one encoder and global pass: the block reads the latents that the last verification left. Its
@@ -22,7 +22,7 @@ class Verified(blt.Autoregressive):
     def round(self, sequence: SequenceView, room: int) -> Round:
         end, size = len(sequence.ids), min(self._block_size, room - 1, sequence.tokens_left - 1)
         if sequence.remaining > 1 or not sequence.num_computed or size < 1:
-            return (yield from super().round(sequence, room))
+            return (yield from one_byte())
         mask = sequence.mask_id
         block = [mask] * size
         passes = [0] * size

@@ -1,11 +1,11 @@
 """BLT-S: the decoder drafts ahead of the patches, a pass of the whole model verifies."""
 
 from ..config import EOS_ID
-from . import blt
+from .blt import one_byte
 from .calls import Call, Round, SequenceView, verified
 
 
-class Draft(blt.Autoregressive):
+class Draft:
     """Fast BLT 5.1, algorithm 2, with draft length k.
 
     Three things are better than there. A draft reads the latents that the last round's verification left, so a round
@@ -21,7 +21,7 @@ class Draft(blt.Autoregressive):
     def round(self, sequence: SequenceView, room: int) -> Round:
         end, k = len(sequence.ids), min(self._draft_length, room - 1, sequence.tokens_left - 1)
         if sequence.remaining > 1 or not sequence.num_computed or k < 1:
-            return (yield from super().round(sequence, room))
+            return (yield from one_byte())
         text = [sequence.ids[-1]]
         while len(text) <= k:
             known, row = len(text), end - 2 + len(text)

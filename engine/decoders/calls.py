@@ -61,7 +61,8 @@ class Call(msgspec.Struct, frozen=True):
     causal: Sequence[int] = ()
     """Ids of cells that see what is before them and read the newest latent; the byte behind each is wanted."""
     ahead: int = 0
-    """With a single causal cell: how many passes may follow at once, each over the byte that the one before gave."""
+    """How many passes may follow at once, each over the byte that the one before gave: with a single causal cell, over
+    cells; of clean rows without drafts, over a clean row each, for as long as that closes no patch."""
     block: Sequence[int] = ()
     """Ids of cells, [MASK]s among them, behind the causal ones, that see each other too; their own bytes are wanted."""
     rule: Unmask | None = None
@@ -100,7 +101,7 @@ class Committed(msgspec.Struct, frozen=True):
     """The outcome of a round: the ids that follow.
 
     drafts: what was drafted, or decoded as a block; accepted: how many of these, from the first on, are among `ids`.
-    passes: of a block, in which pass each cell was settled, from 0 on.
+    passes: of a block, in which pass each cell was settled, from 0 on. rounds: how many it makes up for.
     """
 
     ids: list[int]
@@ -108,6 +109,7 @@ class Committed(msgspec.Struct, frozen=True):
     drafts: Sequence[int] = ()
     accepted: int = 0
     passes: Sequence[int] = ()
+    rounds: int = 1
 
     @property
     def drafted(self) -> int:

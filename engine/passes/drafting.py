@@ -1,0 +1,59 @@
+"""A whole draft as one launch."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from kernels.dispatch import Kernels
+
+from ..choosing import uniform
+from ..decoders import Call, Result
+from ..readback import read
+from ..runner import Runner, Work
+from ..sampling import check, draw_ids, on_device, padded_laws
+
+
+def draft(runner: Runner, kernels: Kernels, batch: Sequence[Work], calls: Sequence[Call]) -> list[Result]:
+    """The results of calls with a causal cell each, after as many passes as all of them let follow."""
+    passes = range(1 + min(call.ahead for call in calls))
+    pairs = list(zip(batch, calls, strict=True))
+    plans = [
+        runner.plan_decoder([replace(w, call=replace(call, start=call.start + n)) for w, call in pairs]) for n in passes
+    ]
+    padding = plans[0].padded - len(batch)
+    uniforms = [[uniform(w.sequence, call.start + 1 + n) for w, call in pairs] + [0.0] * padding for n in passes]
+    params = [w.sequence.request.sampling for w in batch]
+    tensors = {
+        "ids": torch.tensor([call.causal[0] for call in calls] + [0] * padding, device=runner.device),
+        "uniforms": on_device(uniforms, runner.device),
+        **padded_laws(params, plans[0].padded, runner.vocab_size, runner.device),
+    }
+    launch, out = runner.decode_passes("draft", plans, 1, tensors, partial(_Drafting, kernels))
+    for plan in plans:
+        runner.charge(launch, plan.works)
+    runner.finish(launch)
+    drawn, highest = out[:, :, : len(batch)].unbind(1)
+    after, best = read(drawn.T.long(), highest.flatten())
+    check(best)
+    return [Result(w.end, ids) for w, ids in zip(batch, after, strict=True)]
+
+
+class _Drafting:
+    """Passes each of which is fed with what was drawn from the one before; see `engine.runner.PassState`."""
+
+    def __init__(self, kernels: Kernels, tensors: Mapping[str, Tensor]) -> None:
+        self._kernels, self._tensors = kernels, tensors
+        self.cells = tensors["ids"]
+        self._drawn: list[Tensor] = []
+
+    def take(self, logits: Tensor) -> None:
+        uniforms = self._tensors["uniforms"][len(self._drawn)]
+        self.cells, highest = draw_ids(logits, self._tensors, uniforms, self._kernels)
+        self._drawn.append(torch.stack((self.cells.double(), highest.double())))
+
+    def out(self) -> Tensor:
+        """(passes, 2, R) float64: the ids that were drawn, and the largest logits."""
+        return torch.stack(self._drawn)

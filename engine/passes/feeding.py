@@ -1,0 +1,128 @@
+"""Bytes behind a step of blt, without the host between them.
+
+Until a patch closes, blt needs the local stages alone for its next byte, and what these are fed is on the device: the
+byte that was just drawn. So behind a step for sequences that all run blt the host launches some passes of patcher,
+encoder and decoder before it has heard what the step gave. One whose patch closes takes part in vain from there on and
+waits for the next step, where the others' patches close too: the global stage is read less often.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Kernels
+
+from ..choosing import uniform
+from ..config import BYTE_OFFSET, EOS_ID
+from ..decoders import Call, Result
+from ..readback import read
+from ..runner import Runner, Unpaid, Work
+from ..sampling import check, draw_ids, on_device, padded_laws
+
+MOST_PASSES = 8
+PROBE_INTERVAL = 256
+"""Steps after which a pass is tried where none seemed worth it: what they take is only learnt from them."""
+STAGES = 3
+STAND_IN = BYTE_OFFSET
+"""What the host holds for an id that only the device knows."""
+
+
+class Feeding:
+    """Runs steps of blt alone, and what can follow each at once."""
+
+    def __init__(self, runner: Runner, kernels: Kernels) -> None:
+        self._runner, self._kernels = runner, kernels
+        self._idle = 0
+
+    def run(self, batch: Sequence[Work], calls: Sequence[Call]) -> list[Result] | None:
+        """A step and what follows; None, with nothing done, if that promises no gain."""
+        passes = self._worthwhile(batch, calls)
+        if not passes:
+            return None
+        runner = self._runner
+        logits = runner.run(batch)
+        began, recorded = time.perf_counter(), runner.executor.num_recorded
+        drawn, told, unpaid = self._launch(batch, logits, passes)
+        if runner.executor.num_recorded == recorded:
+            runner.costs.saw("behind", len(batch), (time.perf_counter() - began) / len(told))
+        # The host's stand-ins go; what they stood for comes.
+        for w in batch:
+            w.sequence.retract(w.end)
+            w.sequence.patching.cut(w.end)
+        (ids, highest), decided = torch.stack(drawn, 2), torch.stack(told, 2)
+        after, bests, entropies, opens = read(ids.long(), highest.flatten(), *decided)
+        check(bests)
+        counts = [_count(ids, starts, call.ahead) for ids, starts, call in zip(after, opens, calls, strict=True)]
+        for number, (call, works) in enumerate(unpaid):
+            # What was done in vain is nobody's.
+            served = [rows for rows, count in zip(works, counts, strict=True) if count > number // STAGES]
+            call.rows = len(served)
+            if served:
+                runner.charge(call, served)
+            runner.finish(call)
+        for w, count, values in zip(batch, counts, entropies, strict=True):
+            w.sequence.patching.take(values[:count], [False] * count)
+        return [Result(w.end - 1, ids[: n + 1]) for w, n, ids in zip(batch, counts, after, strict=True)]
+
+    def _worthwhile(self, batch: Sequence[Work], calls: Sequence[Call]) -> int:
+        """How many passes promise to feed more bytes than further steps would in their time, if there are pages."""
+        runner, size = self._runner, len(batch)
+        patches = [w.sequence.mean_patch for w in batch]
+        needed = size * runner.costs.feeding(size, size / sum(1 / patch for patch in patches))
+        passes = 0
+        while passes < MOST_PASSES:
+            lasts = [1 - 1 / patch for patch, call in zip(patches, calls, strict=True) if call.ahead > passes]
+            if sum(chance ** (passes + 1) for chance in lasts) < needed:
+                break
+            passes += 1
+        self._idle = 0 if passes else self._idle + 1
+        if self._idle > PROBE_INTERVAL:
+            self._idle, passes = 0, 1
+        return passes if all(runner.try_reserve(w.sequence, w.end + passes) for w in batch) else 0
+
+    def _launch(self, batch: Sequence[Work], logits: Tensor, passes: int) -> tuple[list[Tensor], list[Tensor], Unpaid]:
+        """What was drawn and its largest logits, (2, S) float64 for the step and each pass; what the patcher said of
+        each, (2, S) float32; the launches. logits (S, V): the step's."""
+        runner, device, vocabulary = self._runner, self._runner.device, self._runner.vocab_size
+        laws = padded_laws([w.sequence.request.sampling for w in batch], len(batch), vocabulary, device)
+        windows = runner.windows(batch)
+        entropies = on_device([w.sequence.patching.last_entropy for w in batch], device)
+        drawn: list[Tensor] = []
+        told: list[Tensor] = []
+        unpaid: Unpaid = []
+        while True:
+            number = len(drawn)
+            uniforms = on_device([uniform(w.sequence, w.end + number) for w in batch], device)
+            ids, highest = draw_ids(logits, laws, uniforms, self._kernels)
+            drawn.append(torch.stack((ids.double(), highest.double())))
+            if number == passes:
+                break
+            windows = torch.cat((windows[:, 1:], ids[:, None]), dim=1)
+            rows = [self._row(w, number) for w in batch]
+            # The next pass writes its own over it.
+            told.append(runner.feed(rows, windows, entropies, unpaid).clone())
+            entropies = told[-1][0]
+            if device.type == "cpu" and told[-1][1].all():
+                # Here it costs nothing to look.
+                break
+            for w in batch:
+                w.sequence.patching.take([0.0], [False])
+            logits = runner.decode_fed(rows, windows, unpaid)
+        return drawn, told, unpaid
+
+    def _row(self, w: Work, number: int) -> Work:
+        """That of the byte behind the step and so many passes."""
+        w.sequence.extend((STAND_IN,))
+        row = w.end + number
+        return Work(w.sequence, row, row + 1, w.call, row, w.counted_from)
+
+
+def _count(ids: Sequence[int], starts: Sequence[float], most: int) -> int:
+    """Of how many passes the bytes stand: none starts a patch or a document. ids: what was drawn in the step and in the
+    passes. starts: per pass, whether a patch starts behind the byte that it was fed."""
+    count = 0
+    while count < min(most, len(starts)) and ids[count] != EOS_ID and not starts[count]:
+        count += 1
+    return count

@@ -1,0 +1,127 @@
+"""Passes behind a step of blt: fewer steps, the same bytes, the same bill."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import EOS_ID
+from engine.costs import StageCosts
+from engine.passes.feeding import PROBE_INTERVAL
+from engine.types import Finished, Request, SamplingParams, Usage
+from tests.engines import Output, crowded_engine, feeding, make_engine, request, run, save_ours
+from tests.models import our_config, our_model, text
+
+HOW: list[dict[str, Any]] = [
+    {},
+    {"sampling": SamplingParams(temperature=1.0, top_p=0.9, seed=1)},
+    {"sampling": SamplingParams(temperature=1.0, seed=2, logit_bias={EOS_ID: 3.0, 100: -2.0})},
+    {"ignore_eos": False, "sampling": SamplingParams(temperature=0.8, seed=3, logit_bias={EOS_ID: 2.0})},
+    {"stop": [b"e", b"th"], "sampling": SamplingParams(temperature=0.8, seed=4)},
+]
+
+
+@pytest.fixture(scope="module", params=["embedding", "encoder"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both forms of decoder: with bytes of its own, and behind the encoder's states. Patches have 2 bytes and more."""
+    config, tensors = our_model(replace(our_config(decoder_input=request.param), isolate_documents=True), 5)
+    rule = replace(config.patching, max_patch_length=5)
+    return save_ours(tmp_path_factory.mktemp("feeding") / "model", (replace(config, patching=rule), tensors))
+
+
+def asked(how: dict[str, Any], count: int = 5) -> list[Request]:
+    return [request(str(n), text(20 + 7 * (n % 5), n), 30 + 11 * (n % 5), **how) for n in range(count)]
+
+
+def usage(output: Output) -> Usage:
+    assert isinstance(output.end, Finished)
+    return output.end.usage
+
+
+def bill(output: Output) -> tuple[Any, ...]:
+    u = usage(output)
+    return output.text, u.completion_tokens, u.rounds, u.decoder_calls, u.global_calls, u.rows, u.estimated_bytes
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_same_bytes_for_the_same_calls_in_fewer_steps(model: Path, how: dict[str, Any], graphs: bool) -> None:
+    plain = feeding(make_engine(model), runs_on=False)
+    wanted = run(plain, asked(how))
+    engine = feeding(make_engine(model, graphs=graphs), runs_on=True)
+    found = run(engine, asked(how))
+    assert {name: out.ids for name, out in found.items()} == {name: out.ids for name, out in wanted.items()}
+    if "stop" not in how:  # What ran behind a stop string did run.
+        assert {name: bill(out) for name, out in found.items()} == {name: bill(out) for name, out in wanted.items()}
+    assert engine.snapshot().steps < plain.snapshot().steps
+
+
+def test_closing_together_reads_the_global_stage_less_often(model: Path) -> None:
+    engines = [feeding(make_engine(model), runs_on=runs_on) for runs_on in (False, True)]
+    for engine in engines:
+        run(engine, asked({}))
+    apart, together = (engine.snapshot() for engine in engines)
+    assert together.calls["global"] < apart.calls["global"] and together.rows["global"] == apart.rows["global"]
+    assert together.read_bytes["global"] < apart.read_bytes["global"]
+
+
+def test_little_memory_costs_steps_and_no_byte(model: Path) -> None:
+    wanted = run(feeding(make_engine(model), runs_on=False), asked({}, 40))
+    engine = feeding(crowded_engine(model, max_length=128, max_sequences=40), runs_on=True)
+    assert {name: out.ids for name, out in run(engine, asked({}, 40)).items()} == {n: o.ids for n, o in wanted.items()}
+    assert engine.snapshot().preemptions
+
+
+def test_beside_others_bytes_are_fed_step_by_step(model: Path) -> None:
+    engine = feeding(make_engine(model), runs_on=True)
+    both = [request("blt", text(30, 1), 24), request("draft", text(30, 2), 200, decoder="blt-s", draft_length=2)]
+    found = run(engine, both)["blt"].ids
+    assert found == run(make_engine(model), both[:1])["blt"].ids
+
+
+def test_scores_and_penalties_too(model: Path) -> None:
+    sampling = SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5)
+    for how in ({"logprobs": 2}, {"sampling": sampling}):
+        engine = feeding(make_engine(model), runs_on=True)
+        run(engine, [request("a", text(30, 2), 20, **how)])
+        assert engine.snapshot().steps >= 20
+
+
+def test_a_prompt_that_is_scored_comes_first(model: Path) -> None:
+    scored = request("a", text(30, 2), 20, prompt_logprobs=True, logprobs=None)
+    engine = feeding(make_engine(model), runs_on=True)
+    found = run(engine, [scored])["a"]
+    assert len(found.prompt_logprobs) == 30
+    assert found.ids == run(feeding(make_engine(model), runs_on=False), [scored])["a"].ids
+    assert engine.snapshot().steps < 20
+
+
+def test_a_pass_is_tried_now_and_then(model: Path) -> None:
+    """Else one unlucky measurement would rule them out for good."""
+    engine = feeding(make_engine(model), runs_on=False)
+    tried: list[str] = []
+    saw = engine.runner.costs.saw
+    engine.runner.costs.saw = lambda stage, *rest: (tried.append(stage), saw(stage, *rest))[1]  # type: ignore[method-assign]
+    run(engine, [request("a", text(20, 1), 2 * PROBE_INTERVAL)])
+    assert 1 <= tried.count("behind") <= 2
+
+
+def learnt(**seconds: float) -> StageCosts:
+    costs = StageCosts(drafts_encode=False)
+    for stage, one in seconds.items():
+        for rows in (1, 8, 64):
+            costs.saw(stage, rows, one)
+    return costs
+
+
+def test_what_a_pass_must_promise() -> None:
+    local = {"patcher": 1.0, "encoder": 1.0, "decoder": 2.0}
+    assert StageCosts(drafts_encode=False).feeding(1, 4.0) == 1.0, "nothing is known"
+    assert learnt(**local).feeding(1, 4.0) == 1.0, "nothing to save"
+    # Alone a sequence closes its patches one by one in any case: it saves the host's time.
+    assert learnt(**local, step=4.0, **{"global": 40.0}).feeding(1, 4.0) == pytest.approx(0.5)
+    crowd = learnt(**local, step=4.0, **{"global": 40.0}).feeding(1000, 4.0)
+    assert crowd == pytest.approx(4 / (8 + 0.75 * 40))
+    # Where the host computes too, as on a CPU, a pass takes as long as it does.
+    assert learnt(**local, step=4.0, behind=8.0).feeding(1, 4.0) == pytest.approx(1.0)
