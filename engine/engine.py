@@ -463,8 +463,16 @@ class Engine:
         patch_starts = [start - sequence.num_prompt for start in starts[told:]]
         if outcome.rounds > 1:
             # Rounds of blt, which drafts nothing and commits a byte at a time.
-            return [Trace(1, [], 0, [], patch_starts), *[Trace(1, [], 0, [], [])] * (num_ids - 1)]
-        return [Trace(num_ids, list(outcome.drafts), outcome.accepted, list(outcome.passes), patch_starts)]
+            return [Trace(num_ids=1, patch_starts=patch_starts), *[Trace(num_ids=1)] * (num_ids - 1)]
+        return [
+            Trace(
+                num_ids=num_ids,
+                drafts=list(outcome.drafts),
+                accepted=outcome.accepted,
+                passes=list(outcome.passes),
+                patch_starts=patch_starts,
+            )
+        ]
 
     def _take(self, sequence: Sequence, token: int) -> tuple[bytes, FinishReason | None]:
         """The bytes that became certain with a committed id, and whether it ends the request. Specials are no text."""
