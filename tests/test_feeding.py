@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from engine.checkpoint import load
 from engine.config import EOS_ID
 from engine.costs import StageCosts
 from engine.passes.feeding import PROBE_INTERVAL
@@ -95,6 +96,18 @@ def test_a_prompt_that_is_scored_comes_first(model: Path) -> None:
     assert len(found.prompt_logprobs) == 30
     assert found.ids == run(feeding(make_engine(model), runs_on=False), [scored])["a"].ids
     assert engine.snapshot().steps < 20
+
+
+def test_the_last_patch_that_fits_has_as_many_bytes_as_without(model: Path, tmp_path: Path) -> None:
+    """A text ends with the first byte of a patch that the caches could not hold."""
+    made = load(model)
+    few = replace(made.config, global_=replace(made.config.global_, max_positions=12))
+    save_ours(tmp_path / "model", (few, made.tensors))
+    plain, ahead = (feeding(make_engine(tmp_path / "model"), runs_on=runs_on) for runs_on in (False, True))
+    wanted, found = run(plain, asked({}, 2)), run(ahead, asked({}, 2))
+    assert all(0 < len(out.ids) < 30 for out in wanted.values())
+    assert {name: bill(out) for name, out in found.items()} == {name: bill(out) for name, out in wanted.items()}
+    assert ahead.snapshot().steps < plain.snapshot().steps
 
 
 def test_a_pass_is_tried_now_and_then(model: Path) -> None:

@@ -7,7 +7,9 @@ class Autoregressive:
     """Fast BLT 2.1. Every byte goes through patcher, encoder and decoder; one that ends a patch, through global too."""
 
     def round(self, sequence: SequenceView, room: int) -> Round:
-        result = yield Call(ahead=max(sequence.tokens_left - 1, 0))
+        # Where the next step could be the last that fits, it is known only behind it whether there is another.
+        spare = min(sequence.tokens_left - 1, room - sequence.remaining)
+        result = yield Call(ahead=max(spare, 0))
         return Committed(result.after, result.after_scores, rounds=len(result.after))
 
 
