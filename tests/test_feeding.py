@@ -98,6 +98,11 @@ def test_a_prompt_that_is_scored_comes_first(model: Path) -> None:
     assert engine.snapshot().steps < 20
 
 
+def test_even_a_prompt_of_one_id_is_scored(model: Path) -> None:
+    found = run(feeding(make_engine(model), runs_on=True), [request("a", [1], 20, prompt_logprobs=True)])["a"]
+    assert [score.id for score in found.prompt_logprobs] == [1] and len(found.ids) == 20
+
+
 def test_the_last_patch_that_fits_has_as_many_bytes_as_without(model: Path, tmp_path: Path) -> None:
     """A text ends with the first byte of a patch that the caches could not hold."""
     made = load(model)

@@ -44,6 +44,7 @@ class Passes:
 
 def _is_plain(w: Work) -> bool:
     """Penalties depend on every byte before, and scores are only kept of single passes."""
-    request = w.sequence.request
-    sampling, scored = request.sampling, request.logprobs is not None or w.num_wanted > max(w.num_cells, 1)
-    return not (sampling.presence_penalty or sampling.frequency_penalty or scored)
+    sequence, request = w.sequence, w.sequence.request
+    sampling, scored = request.sampling, request.logprobs is not None
+    unscored = request.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.num_prompt
+    return not (sampling.presence_penalty or sampling.frequency_penalty or scored or unscored)
