@@ -599,8 +599,12 @@ class Runner:
         self.finish(call)
 
     def charge(self, call: "StageCall", works: "Seq[_Rows]") -> None:
-        """Charges a call to its sequences: a share of the weights by rows, and what each looks up itself."""
+        """Counts a pass of a call and charges it to its sequences: a share of the weights by rows, and what each looks
+        up itself. works: those that it served."""
         stage, total = call.stage, sum(rows.num_rows for rows in works)
+        call.charged += 1
+        self.counts.calls[stage] += 1
+        self.counts.rows[stage] += total
         weights, kv_row, per_row = (part[stage] for part in (self._bytes.weights, self._bytes.kv_row, self._bytes.row))
         each = weights / total + per_row
         whole = 0.0
@@ -619,12 +623,8 @@ class Runner:
         return StageCall(stage, self._mark())
 
     def finish(self, call: "StageCall") -> None:
-        """Counts a call whose works have been charged."""
+        """Takes note of the time of a call whose passes have been charged, as far as they served anybody."""
         call.ended = call.ended or self._mark()
-        # One that served nobody in the end took its time, no more.
-        if call.rows:
-            self.counts.calls[call.stage] += call.passes
-            self.counts.rows[call.stage] += call.rows * call.passes
         if self.device.type == "cpu":
             self._took(call)
             return
@@ -648,10 +648,10 @@ class Runner:
     def _took(self, call: "StageCall") -> None:
         seconds = call.seconds
         self.counts.seconds[call.stage] += seconds
-        if call.rows:
-            for decoder, share in call.shares.items():
-                self.counts.decoder_seconds[decoder][call.stage] += seconds * share / call.passes
-            self.costs.saw(call.stage, call.rows, seconds / call.passes)
+        for decoder, share in call.shares.items():
+            self.counts.decoder_seconds[decoder][call.stage] += seconds * share / call.charged
+        # What a pass takes does not depend on whom it serves.
+        self.costs.saw(call.stage, call.rows, seconds / call.passes)
 
 
 def padded_tensor(values: Tensor, length: int) -> Tensor:
@@ -691,14 +691,15 @@ Unpaid = list[tuple["StageCall", list[_Rows]]]
 
 @dataclass(slots=True)
 class StageCall:
-    """A launch of a stage: its rows, how many passes it makes over them, and, added up over the passes, which share of
-    the rows generates for which decoder."""
+    """A launch of a stage: its rows, how many passes it makes over them, how many of these were charged, and, added up
+    over those, which share of the rows generates for which decoder."""
 
     stage: str
     began: Any
     ended: Any = None
     rows: int = 0
     passes: int = 1
+    charged: int = 0
     shares: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property

@@ -58,6 +58,22 @@ def test_the_same_bytes_for_the_same_calls_in_fewer_steps(model: Path, how: dict
     assert engine.snapshot().steps < plain.snapshot().steps
 
 
+def test_what_was_in_vain_is_counted_for_nobody_and_took_its_time(model: Path) -> None:
+    """Prompts of one id: every row belongs to somebody."""
+    engine = feeding(make_engine(model), runs_on=True)
+    seen: dict[str, list[int]] = {}
+    saw = engine.runner.costs.saw
+    engine.runner.costs.saw = lambda stage, rows, seconds: (  # type: ignore[method-assign]
+        seen.setdefault(stage, []).append(rows), saw(stage, rows, seconds)
+    )[1]  # fmt: skip
+    usages = [usage(output) for output in run(engine, [request(str(n), [1], 40) for n in range(4)]).values()]
+    counts = engine.runner.counts
+    for stage, rows in counts.rows.items():
+        assert rows == sum(u.rows[stage] for u in usages), stage
+    assert len(seen["patcher"]) > counts.calls["patcher"], "some passes were in vain"
+    assert set(seen["patcher"]) == set(seen["decoder"]) == {4}, "and are known for what they took"
+
+
 def test_closing_together_reads_the_global_stage_less_often(model: Path) -> None:
     engines = [feeding(make_engine(model), runs_on=runs_on) for runs_on in (False, True)]
     for engine in engines:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from engine.config import EOS_ID
+from engine.runner import StageCall
 from engine.types import Finished, SamplingParams, Unmask, Usage
 from tests.engines import Output, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text
@@ -135,3 +136,29 @@ def test_a_block_that_needs_fewer_passes_than_those_before_pays_for_its_own(mode
     assert found.ids == alone.ids and usage(found).decoder_calls == usage(alone).decoder_calls
     # The prompt's pass is nobody's.
     assert engine.runner.counts.calls["decoder"] - calls <= usage(found).decoder_calls + 1
+
+
+def test_what_blocks_had_no_need_of_is_counted_for_nobody_and_took_its_time(model: Path) -> None:
+    """Prompts of one id: every row belongs to somebody."""
+    slow, quick = (
+        request(name, [1], count, decoder="blt-d", unmask=Unmask(rule="confidence", alpha=alpha))
+        for name, count, alpha in (("slow", 24, 0.999), ("quick", 60, 0.03))
+    )
+    engine = make_engine(model)
+    engine.runner.costs.asking = lambda rows: 1e9  # type: ignore[method-assign]
+    run(engine, [slow])
+    launched: list[tuple[int, StageCall]] = []
+    launch = engine.runner.decode_passes
+
+    def noted(name: str, plans: Any, times: int, *rest: Any) -> Any:
+        call, out = launch(name, plans, times, *rest)
+        launched.append((len(plans) * times, call))
+        return call, out
+
+    engine.runner.decode_passes = noted  # type: ignore[method-assign]
+    before = dict(engine.runner.counts.rows)
+    usages = [usage(output) for output in run(engine, [slow, quick]).values()]
+    for stage, rows in engine.runner.counts.rows.items():
+        assert rows - before[stage] == sum(u.rows[stage] for u in usages), stage
+    assert any(call.charged < times for times, call in launched), "some passes were in vain"
+    assert all(call.passes == times for times, call in launched), "and took as long as others"

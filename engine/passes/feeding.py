@@ -58,7 +58,6 @@ class Feeding:
         for number, (call, works) in enumerate(unpaid):
             # What was done in vain is nobody's.
             served = [rows for rows, count in zip(works, counts, strict=True) if count > number // STAGES]
-            call.rows = len(served)
             if served:
                 runner.charge(call, served)
             runner.finish(call)

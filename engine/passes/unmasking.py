@@ -93,10 +93,8 @@ class Unmasking:
 
     def _charge(self, launch: StageCall, rows: DecoderRows, results: Sequence[Result], before: int) -> None:
         """Passes over blocks that were done are padding, and nobody's."""
-        launch.passes = max(max(r.passes for r in results) - before, 0)
-        for n in range(before, before + launch.passes):
+        for n in range(before, max(r.passes for r in results)):
             self._runner.charge(launch, [row for row, r in zip(rows.works, results, strict=True) if r.passes > n])
-        launch.rows = launch.rows if launch.passes else 0
         self._runner.finish(launch)
 
     def _draws(self, batch: Sequence[Work], calls: Sequence[Call], padded: int) -> dict[str, Tensor]:
