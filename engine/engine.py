@@ -238,11 +238,16 @@ class Engine:
             dtype=config.dtype,
             weights=config.weights or config.dtype,
             kernels=self._kernels.name,
-            weight_bytes=dict(self._stage_bytes.weights),
+            weight_bytes=self.stage_weights,
             page_bytes=dict(self.caches.page_bytes),
             peak_bandwidth=bandwidth.probe(self._kernels, dtype, device),
             prompt_rows=self._scheduler.max_prompt_rows,
         )
+
+    @property
+    def stage_weights(self) -> dict[str, int]:
+        """Bytes of weights that a call of each stage reads."""
+        return dict(self._stage_bytes.weights)
 
     def snapshot(self) -> Snapshot:
         counts = self.runner.counts

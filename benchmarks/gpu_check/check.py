@@ -30,7 +30,7 @@ LEAST_SECONDS = 10
 PASSED, FAILED, MISSING = 0, 1, 3
 SHARED = ("generate", "models", "replay", "report", "turns", "ways")
 SOURCES = (
-    *("kernels", "engine", "benchmarks/gpu_check", "tests/gpu", "tests/test_triton.py"),
+    *("kernels", "engine", "benchmarks/gpu_check", "benchmarks/code.txt", "tests/gpu", "tests/test_triton.py"),
     *(f"benchmarks/{name}.py" for name in SHARED),
 )
 
