@@ -47,7 +47,7 @@ class Part:
 PARTS: dict[str, Part] = {
     "probe": Part("benchmarks.gpu_check.probe", 90),
     "kernels": Part("benchmarks.gpu_check.kernel_tests", 240, gate=True),
-    "exactness": Part("benchmarks.gpu_check.exactness", 150, gate=True),
+    "exactness": Part("benchmarks.gpu_check.exactness", 180, gate=True),
     "nano": Part("benchmarks.gpu_check.nano", 120),
     "1b": Part("benchmarks.gpu_check.shape_1b", 240),
     "profile": Part("benchmarks.gpu_check.profiling", 150),
