@@ -25,6 +25,7 @@ RUNS = (
     "against_hf --turns 2 --lengths 64 256 512",
     "growth --turns 2 --hf-most 2048",
     "realisation --model models/nano --turns 2 --bytes 128",
+    "rates --turns 2 --bytes 64",
     "batching --turns 2 --seconds 1",
     "serving --turns 2 --bytes 128",
     "prefix --turns 1 --requests 64",

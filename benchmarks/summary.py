@@ -15,6 +15,7 @@ from .program import Content, Verdict
 PROGRAMS = {
     "against_hf": "Against Hugging Face transformers",
     "realisation": "Realisation, bandwidth use, host cost",
+    "rates": "Bytes per second, and what holds them back",
     "decoders": "The decoders on text of three kinds",
     "batching": "Batching",
     "serving": "Server cost",

@@ -112,7 +112,7 @@ def typical_pages(
 ) -> dict[str, int]:
     """Pages per pool, the scratch page included, in which so many sequences of up to `TYPICAL_BYTES` run at once."""
     draft = longest_draft(config)
-    chunk = max(engine.most_step_rows, draft)
+    chunk = max(engine.max_step_rows, draft)
     length = min(TYPICAL_BYTES, _longest(config, engine))
     # A patch holds four bytes or so. Each sequence may have a draft under way, none of whose bytes has been patched
     # yet; a step's other rows, those of prompts, are there once, whoever has them.

@@ -125,10 +125,6 @@ class ModelConfig:
             raise ValueError(f"mask_id {self.mask_id} must be the id behind the vocabulary, {self.vocab_size}")
 
 
-MOST_STEP_ROWS = 512
-"""Rows of a step, unless they are set."""
-
-
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How an engine runs a model. Sizes are counts, not bytes, unless the name says so."""
@@ -144,12 +140,11 @@ class EngineConfig:
     """How the large matrices are stored; None: in `dtype`."""
     max_sequences: int = 64
     """Most sequences in the running batch."""
-    max_step_rows: int | None = None
-    """Most byte rows per step, prompt and generated together; None: `MOST_STEP_ROWS`, of which prompts take as many as
-    `max_stall_ms` allows."""
+    max_step_rows: int = 512
+    """Most byte rows per step, prompt and generated together: what memory is planned for."""
     max_stall_ms: float = 50.0
-    """By how many milliseconds prompts may make a step longer, where `max_step_rows` is None. It may always become
-    twice as long as the shortest one."""
+    """By how many milliseconds prompts may make a step longer. It may always become twice as long as the shortest
+    one."""
     stage_costs: str | None = None
     """File with what steps cost: read if it is of this model, else measured at the start and written."""
     cache_bytes: int = 2 << 30
@@ -165,11 +160,6 @@ class EngineConfig:
     """Overrides the checkpoint's setting."""
     num_threads: int | None = None
     """CPU threads for tensor work; None takes one per core."""
-
-    @property
-    def most_step_rows(self) -> int:
-        """What memory is planned for, before it is known what a step costs."""
-        return self.max_step_rows or MOST_STEP_ROWS
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ class Engine:
     def _begin(self) -> None:
         """Nothing has been asked for, done or counted yet."""
         config = self.config
-        self._scheduler = Scheduler(self, max_sequences=config.max_sequences, max_step_rows=config.most_step_rows)
+        self._scheduler = Scheduler(self, max_sequences=config.max_sequences, max_step_rows=config.max_step_rows)
         self.runner.counts = StageCounts()
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = count()
@@ -139,10 +139,9 @@ class Engine:
         for tried in steps:
             for stage, (rows, seconds) in tried.stages.items():
                 self.runner.costs.starts_at(stage, rows, seconds)
-        if config.max_step_rows is None:
-            rows = trial.prompt_rows(steps, config.max_stall_ms / 1000, config.most_step_rows)
-            self._scheduler.max_prompt_rows = rows
-            log.info("steps take %.3g ms or more, and up to %d rows of prompts", 1000 * steps[0].seconds, rows)
+        rows = trial.prompt_rows(steps, config.max_stall_ms / 1000, config.max_step_rows)
+        self._scheduler.max_prompt_rows = rows
+        log.info("steps take %.3g ms or more, and up to %d rows of prompts", 1000 * steps[0].seconds, rows)
 
     def _identity(self) -> dict[str, str | int]:
         """What the cost of a step depends on."""
@@ -173,7 +172,7 @@ class Engine:
             return heard.step(rows, seconds)
 
         try:
-            return trial.try_steps(step, min(self.config.most_step_rows, self.caches.max_length - 1))
+            return trial.try_steps(step, min(self.config.max_step_rows, self.caches.max_length - 1))
         finally:
             self.runner.costs, self._prefixes = costs, prefixes
             self._begin()
@@ -238,11 +237,16 @@ class Engine:
             dtype=config.dtype,
             weights=config.weights or config.dtype,
             kernels=self._kernels.name,
-            weight_bytes=dict(self._stage_bytes.weights),
+            weight_bytes=self.stage_weights,
             page_bytes=dict(self.caches.page_bytes),
             peak_bandwidth=bandwidth.probe(self._kernels, dtype, device),
             prompt_rows=self._scheduler.max_prompt_rows,
         )
+
+    @property
+    def stage_weights(self) -> dict[str, int]:
+        """Bytes of weights that a call of each stage reads."""
+        return dict(self._stage_bytes.weights)
 
     def snapshot(self) -> Snapshot:
         counts = self.runner.counts

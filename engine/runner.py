@@ -11,7 +11,7 @@ Rows that feed a byte and rows that prefill a prompt are the same thing; a step 
 import time
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -30,6 +30,7 @@ from kernels.planning import Spans, Tiling
 
 from .accounting import STAGES, StageBytes
 from .caches import Caches
+from .config import BYTE_OFFSET
 from .costs import StageCosts
 from .decoders import Call
 from .graphs import Eager, Stage
@@ -43,6 +44,8 @@ from .sequence import Sequence, pieces, start_of
 
 NO_DOCUMENTS = [0]
 """Where documents begin if they are not told apart."""
+STAND_IN = BYTE_OFFSET
+"""What the host holds for an id that only the device knows."""
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -148,6 +151,7 @@ class Runner:
         self._ngram_width = max(model.config.hashes.group_sizes)
         self._bytes = stage_bytes
         self.counts = StageCounts()
+        self._started: Started | None = None
         self._running: deque[StageCall] = deque()
         """Stages on a CUDA device whose time is not known yet."""
         self.costs = costs
@@ -195,8 +199,7 @@ class Runner:
         """
         clean = [w for w in batch if w.num_clean]
         # The encoder does not ask where patches start: the device runs it while the host plans and hears of that.
-        decide = self._decide(clean) if clean else None
-        states = self._run_encoder(batch)
+        decide, states = self._resume(clean) or (self._decide(clean) if clean else None, self._run_encoder(batch))
         skipping = [w for w in batch if w.call and w.call.decoded > w.start]
         rows = None if skipping else self._decoder_rows(batch)
         if decide:
@@ -220,10 +223,43 @@ class Runner:
         for name, table in sequence.tables.items():
             table.settle(self._caches.first_live(name, n, patch, start), patch if name in self._of_patches else n)
 
-    def windows(self, batch: Seq[Work]) -> Tensor:
-        """The last ids up to the last clean row of each, (S, W) int64."""
+    def start(self, batch: Seq[Work], windows: Tensor) -> "Started":
+        """Launches patcher and encoder of the next step, over clean rows whose ids only the device knows yet: `run`
+        takes them up if it is to run these rows, and no other clean ones.
+
+        windows (R, W) int64: the last ids up to each row. The host holds any ids for them, and must say in
+        `Started.ids` what they were.
+        """
+        unpaid: Unpaid = []
+        windows = padded_tensor(windows, self.executor.rows(len(windows)))
+        decide = self._decide(batch, {"ids": windows[:, -1].contiguous()}, unpaid)
+        states = self._run_encoder(batch, {"windows": windows}, unpaid)
+        self._drop_started()
+        self._started = Started(batch, decide, states, unpaid)
+        return self._started
+
+    def _resume(self, clean: Seq[Work]) -> "tuple[Callable[[], None], Tensor | None] | None":
+        """What `start` has launched, if it was these rows."""
+        started = self._started
+        if not started or not started.is_of(clean):
+            self._drop_started()
+            return None
+        self._started = None
+        for call, works in started.unpaid:
+            self.charge(call, works)
+            self.finish(call)
+        return started.decide, started.states
+
+    def _drop_started(self) -> None:
+        """What was launched in vain is nobody's."""
+        for call, _ in self._started.unpaid if self._started else ():
+            self.finish(call)
+        self._started = None
+
+    def windows(self, rows: Iterable[tuple[Sequence, int]]) -> Tensor:
+        """The last ids up to a byte of each sequence, (S, W) int64."""
         width = self._ngram_width
-        ids = [i for w in batch for i in ngram_windows(w.sequence.ids, w.end - 1, w.end, width)]
+        ids = [i for sequence, row in rows for i in ngram_windows(sequence.ids, row, row + 1, width)]
         return torch.tensor(ids, device=self.device).view(-1, width)
 
     def feed(self, batch: Seq[Work], windows: Tensor, entropies: Tensor, unpaid: "Unpaid") -> Tensor:
@@ -244,9 +280,11 @@ class Runner:
         states = self._run_encoder(batch, {"windows": padded}, unpaid)
         return self.decode(self.plan_decoder(batch), windows[:, -1], states, unpaid)
 
-    def _decide(self, clean: Seq[Work]) -> Callable[[], None]:
+    def _decide(
+        self, clean: Seq[Work], given: Mapping[str, Tensor] = NOTHING, unpaid: "Unpaid | None" = None
+    ) -> Callable[[], None]:
         """Runs the patcher. Returns what waits for the decisions and gives them to the sequences."""
-        decisions = Readback(self._run_patcher(clean))
+        decisions = Readback(self._run_patcher(clean, given, unpaid))
 
         def decide() -> None:
             entropies, opens = decisions.wait().tolist()
@@ -278,9 +316,11 @@ class Runner:
             return self._model.kernels.boundaries(entropies, previous, t["undecided"], self._rule)
 
         arrays = {"undecided": undecided, "plan": plan.data}
-        if not given:
+        if "ids" not in given:
             ids = [token for w in clean for token in w.sequence.ids[w.start : w.end]]
-            arrays |= {"ids": padded_array(ids, padded), "previous": previous}
+            arrays["ids"] = padded_array(ids, padded)
+        if "previous" not in given:
+            arrays["previous"] = previous
         decisions = self._run("patcher", stage, padded, arrays, plan, tensors=given)
         self._settle_up(call, works, unpaid)
         return decisions
@@ -687,6 +727,27 @@ class _Rows(NamedTuple):
 
 Unpaid = list[tuple["StageCall", list[_Rows]]]
 """Launches that have been charged to nobody yet, and whose rows they have."""
+
+
+@dataclass(slots=True)
+class Started:
+    """A step whose patcher and encoder have been launched before its ids were known. ids: those of each work, once they
+    are; decide: as `Runner.run` needs it; states: the encoder's."""
+
+    works: Seq[Work]
+    decide: Callable[[], None]
+    states: Tensor | None
+    unpaid: Unpaid
+    ids: Seq[list[int]] = ()
+
+    def is_of(self, clean: Seq[Work]) -> bool:
+        """Whether these are the rows, and hold the ids that were fed."""
+        if len(clean) != len(self.works) or len(clean) != len(self.ids):
+            return False
+        return all(
+            w.sequence is begun.sequence and w.start == begun.start and w.sequence.ids[w.start : w.end] == ids
+            for w, begun, ids in zip(clean, self.works, self.ids, strict=True)
+        )
 
 
 @dataclass(slots=True)

@@ -197,7 +197,7 @@ def size(
         caches=held,
         sequence_bytes=sum(cache.num_bytes for cache in held.values()),
         max_sequences=chosen.max_sequences,
-        max_step_rows=chosen.most_step_rows,
+        max_step_rows=chosen.max_step_rows,
         cache_bytes=chosen.cache_bytes,
         max_length=plan.max_length,
         max_patches=plan.max_patches,

@@ -23,8 +23,11 @@ ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
     "graphs": ("Whether kernels are launched as recorded graphs; by default on a CUDA device.", None),
     "weights": ("Rounds the large matrices to float8, which halves what a GPU reads; by default as --dtype.", None),
     "max_sequences": ("Most sequences in the running batch.", 1),
-    "max_step_rows": ("Most byte rows per step, prompts included; by default as many as --max-stall-ms allows.", 1),
-    "max_stall_ms": ("Milliseconds by which prompts may make a step longer, unless --max-step-rows is given.", 0),
+    "max_step_rows": ("Most byte rows per step, prompts included; memory is planned for them.", 1),
+    "max_stall_ms": (
+        "Milliseconds by which prompts may make a step longer; as long as the shortest step in any case.",
+        0,
+    ),
     "stage_costs": ("File with what steps cost: read if it is of this model, else measured and written.", None),
     "cache_bytes": ("Memory for all caches together, in bytes.", 1),
     "page_size": ("Rows per cache page.", 1),

@@ -15,7 +15,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.runner import Work
 from engine.sequence import Sequence as EngineSequence
-from engine.types import Delta, Failed, Finished, Request, SamplingParams, TokenLogprob
+from engine.types import Delta, Event, Failed, Finished, Request, SamplingParams, TokenLogprob
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -28,7 +28,21 @@ class Output:
     text: bytes = b""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    patch_starts: list[int] = field(default_factory=list)
     end: Finished | Failed | None = None
+
+    def take(self, event: Event) -> None:
+        """Nothing may come behind the last."""
+        assert self.end is None
+        if isinstance(event, Delta):
+            self.ids += event.ids
+            self.text += event.text
+            self.logprobs += event.logprobs
+            self.prompt_logprobs += event.prompt_logprobs
+            self.patch_starts += [start for trace in event.traces for start in trace.patch_starts]
+        else:
+            self.end = event
+            self.text += event.text if isinstance(event, Finished) else b""
 
 
 def make_engine(model: Path, **choices: Any) -> Engine:
@@ -79,16 +93,7 @@ def run(engine: Engine, requests: Iterable[Request]) -> dict[str, Output]:
         engine.add(r)
     while engine.has_work:
         for event in engine.step():
-            output = outputs[event.id]
-            assert output.end is None
-            if isinstance(event, Delta):
-                output.ids += event.ids
-                output.text += event.text
-                output.logprobs += event.logprobs
-                output.prompt_logprobs += event.prompt_logprobs
-            else:
-                output.end = event
-                output.text += event.text if isinstance(event, Finished) else b""
+            outputs[event.id].take(event)
     assert all(output.end for output in outputs.values())
     assert not any(pool.used for pool in engine.snapshot().pools.values())
     return outputs

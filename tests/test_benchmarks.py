@@ -11,15 +11,17 @@ from typing import Any, get_args
 
 import pytest
 
-from benchmarks import program, short, summary
+from benchmarks import generate, program, short, summary
 from benchmarks.models import Form, described, shaped
 from benchmarks.program import Verdict
 from benchmarks.turns import in_turn, shown, spread
 from engine.checkpoint import PRESETS
+from engine.config import BYTE_OFFSET
 
 TOYS = {
     "against_hf": "--lengths 4 8 --turns 1",
     "realisation": "--bytes 12 --turns 1 --ways 'blt-s k=8' 'blt-dv B=8'",
+    "rates": "--concurrency 1 3 --bytes 40 --turns 1",
     "decoders": "--bytes 20 --turns 1 --prompts 1 --ways 'BLT-S k=4'",
     "batching": "--concurrency 4 --seconds 0.05 --turns 1",
     "serving": "--concurrency 2 --bytes 8 --turns 1 --num-threads 1",
@@ -31,6 +33,7 @@ TOYS = {
 HEADERS = {
     "against_hf": "| new bytes | as fast as transformers |",
     "realisation": "| blt-dv B=8 | replayed acceptance |",
+    "rates": "| at a time | decoder | bytes per second | of blt alone |",
     "decoders": "| speed-up over BLT | code | prose | random |",
     "batching": "| at a time | times the bytes per second of one | of linear |",
     "serving": "| streams at a time | HTTP of the engine's bytes per second |",
@@ -39,6 +42,7 @@ HEADERS = {
     "prefix": "| 3 | 200 bytes |",
     "prefill_budget": "| max_step_rows | first byte of the prompt, steps |",
 }
+PROMPT = b"        num_patches = ca"
 PICTURES = set(TOYS) - {"decoders", "startup"}
 
 
@@ -145,6 +149,12 @@ def test_what_is_shrunk_is_said() -> None:
         assert config.decoder == PRESETS["1b"].decoder and config.hashes.rows == 10_007
         assert (config.block_size == 8) == (form == "fast")
     assert shaped("nano", "hf").patching.max_patch_length is None
+
+
+def test_prompts_stay_the_same() -> None:
+    """Figures of different commits compare only as long as they do."""
+    (prompt,) = generate.prompts(1, 24)
+    assert bytes(i - BYTE_OFFSET for i in prompt[1:]) == PROMPT
 
 
 def test_turns_alternate() -> None:

@@ -1,14 +1,16 @@
 """Several passes in one step: what it saves, and that nothing else changes."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.config import EOS_ID
+from engine.engine import Engine
 from engine.runner import StageCall
-from engine.types import Finished, SamplingParams, Unmask, Usage
+from engine.types import Delta, Finished, Request, SamplingParams, Unmask, Usage
 from tests.engines import Output, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text
 
@@ -64,6 +66,54 @@ def test_a_whole_draft_is_one_step(model: Path) -> None:
     assert u.decoder_calls > 3 * u.rounds
     # The prompt's, then a draft's and a verification's in turn; the last bytes need no draft.
     assert engine.snapshot().steps <= 2 * u.rounds + 1
+
+
+def stages_of_steps(engine: Engine, asked: list[Request]) -> list[tuple[str, ...]]:
+    """What each step launched."""
+    names: list[str] = []
+    launch = engine.runner.executor.run
+    engine.runner.executor.run = lambda name, *rest: (names.append(name), launch(name, *rest))[1]  # type: ignore[method-assign]
+    for r in asked:
+        engine.add(r)
+    steps = []
+    while engine.has_work:
+        engine.step()
+        steps.append(tuple(names))
+        names.clear()
+    return steps
+
+
+def test_a_verification_begins_behind_its_draft_on_the_device(model: Path) -> None:
+    asked = [request(str(n), text(30, n), 60, **WAYS["blt-s"]) for n in range(3)]
+    steps = stages_of_steps(make_engine(model), asked)
+    drafting = [n for n, names in enumerate(steps) if "draft" in names]
+    assert len(drafting) > 5
+    for n in drafting:
+        assert steps[n] in (("draft", "patcher", "encoder"), ("draft",))
+        assert ("patcher" in steps[n + 1]) == ("patcher" not in steps[n])
+    assert sum("patcher" in steps[n] for n in drafting) > len(drafting) / 2
+
+
+def test_one_that_turns_out_otherwise_is_begun_again(model: Path) -> None:
+    """A draft that ends with an EOS is shorter than what was launched; one may leave meanwhile, one may come."""
+    sampling = SamplingParams(temperature=1.0, seed=2, logit_bias={EOS_ID: 3.0})
+    asked = [request(str(n), text(30, n), 40, sampling=sampling, **WAYS["blt-s"]) for n in range(3)]
+    steps = stages_of_steps(make_engine(model), asked)
+    assert any("draft" in a and "patcher" in a and "patcher" in b for a, b in pairwise(steps))
+    engine = make_engine(model)
+    for r in asked:
+        engine.add(r)
+    alone = run(make_engine(model), [asked[1]])["1"].ids
+    found: list[int] = []
+    joined = False
+    while engine.has_work:
+        for event in engine.step():
+            found += event.ids if isinstance(event, Delta) and event.id == "1" else []
+        if len(found) > 10 and not joined:
+            joined = True
+            engine.abort("0")
+            engine.add(request("3", text(50, 3), 20))
+    assert found == alone
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import trial
-from engine.config import MOST_STEP_ROWS
+from engine.config import EngineConfig
 from engine.costs import StageCosts
 from engine.trial import LEAST_PROMPT_ROWS, TriedStep, prompt_rows, try_steps
 from tests.engines import make_engine, request, run
@@ -29,18 +29,15 @@ def test_an_engine_that_has_tried_is_as_new(tiny: Path) -> None:
 
 def test_it_knows_what_every_stage_costs_and_takes_prompts_by_that(tiny: Path) -> None:
     engine = make_engine(tiny, max_stall_ms=0.0)
-    assert engine.facts().prompt_rows == MOST_STEP_ROWS
+    assert engine.facts().prompt_rows == EngineConfig("").max_step_rows
     engine.calibrate()
     costs = engine.runner.costs
     assert all(costs._share(stage, 4) > 0 for stage in STAGES)
-    assert LEAST_PROMPT_ROWS <= engine.facts().prompt_rows <= MOST_STEP_ROWS
+    assert LEAST_PROMPT_ROWS <= engine.facts().prompt_rows <= EngineConfig("").max_step_rows
     assert engine.facts().prompt_rows == engine._scheduler.max_prompt_rows
-    patient = make_engine(tiny, max_stall_ms=60_000.0)
+    patient = make_engine(tiny, max_step_rows=77, max_stall_ms=60_000.0)
     patient.calibrate()
-    assert patient.facts().prompt_rows == MOST_STEP_ROWS
-    given = make_engine(tiny, max_step_rows=77, max_stall_ms=0.0)
-    given.calibrate()
-    assert given.facts().prompt_rows == 77
+    assert patient.facts().prompt_rows == 77
 
 
 def test_costs_are_read_from_the_file_if_they_are_of_this_model(tiny: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ LEAST_SECONDS = 10
 PASSED, FAILED, MISSING = 0, 1, 3
 SHARED = ("generate", "models", "replay", "report", "turns", "ways")
 SOURCES = (
-    *("kernels", "engine", "benchmarks/gpu_check", "tests/gpu", "tests/test_triton.py"),
+    *("kernels", "engine", "benchmarks/gpu_check", "benchmarks/code.txt", "tests/gpu", "tests/test_triton.py"),
     *(f"benchmarks/{name}.py" for name in SHARED),
 )
 
@@ -47,7 +47,7 @@ class Part:
 PARTS: dict[str, Part] = {
     "probe": Part("benchmarks.gpu_check.probe", 90),
     "kernels": Part("benchmarks.gpu_check.kernel_tests", 240, gate=True),
-    "exactness": Part("benchmarks.gpu_check.exactness", 150, gate=True),
+    "exactness": Part("benchmarks.gpu_check.exactness", 180, gate=True),
     "nano": Part("benchmarks.gpu_check.nano", 120),
     "1b": Part("benchmarks.gpu_check.shape_1b", 240),
     "profile": Part("benchmarks.gpu_check.profiling", 150),

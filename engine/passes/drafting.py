@@ -1,4 +1,8 @@
-"""A whole draft as one launch."""
+"""A whole draft as one launch, and behind it the first half of the step that verifies it.
+
+While the device drafts the host prepares that step, and launches its patcher and encoder over the drafts that only the
+device knows.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,7 +16,7 @@ from kernels.dispatch import Kernels
 from ..choosing import uniform
 from ..decoders import Call, Result
 from ..readback import read
-from ..runner import Runner, Work
+from ..runner import STAND_IN, Runner, Started, Work
 from ..sampling import check, draw_ids, on_device, padded_laws
 
 
@@ -36,9 +40,32 @@ def draft(runner: Runner, kernels: Kernels, batch: Sequence[Work], calls: Sequen
         runner.charge(launch, plan.works)
     runner.finish(launch)
     drawn, highest = out[:, :, : len(batch)].unbind(1)
-    after, best = read(drawn.T.long(), highest.flatten())
+    drafts = drawn.T.long()
+    started = _verification(runner, batch, calls, drafts)
+    after, best = read(drafts, highest.flatten())
     check(best)
+    if started:
+        started.ids = [[call.causal[0], *ids] for call, ids in zip(calls, after, strict=True)]
     return [Result(w.end, ids) for w, ids in zip(batch, after, strict=True)]
+
+
+def _verification(runner: Runner, batch: Sequence[Work], calls: Sequence[Call], drafts: Tensor) -> Started | None:
+    """Begins it, if all drafts (S, k) began with this launch and end with it, and there are pages."""
+    size = drafts.shape[1]
+    if any(call.drafts or call.start != w.end or call.ahead + 1 != size for w, call in zip(batch, calls, strict=True)):
+        return None
+    if not all(runner.try_reserve(w.sequence, w.end + 1 + size) for w in batch):
+        return None
+    windows = runner.windows((w.sequence, w.end) for w in batch)
+    width = windows.shape[1]
+    fed = torch.cat((windows, drafts), dim=1).unfold(1, width, 1).reshape(-1, width)
+    for w in batch:
+        w.sequence.extend([STAND_IN] * size)
+    rows = [Work(w.sequence, w.end, w.end + 1 + size, None, w.end, w.counted_from) for w in batch]
+    started = runner.start(rows, fed)
+    for w in batch:
+        w.sequence.retract(w.end + 1)
+    return started
 
 
 class _Drafting:

@@ -15,18 +15,16 @@ from torch import Tensor
 from kernels.dispatch import Kernels
 
 from ..choosing import uniform
-from ..config import BYTE_OFFSET, EOS_ID
+from ..config import EOS_ID
 from ..decoders import Call, Result
 from ..readback import read
-from ..runner import Runner, Unpaid, Work
+from ..runner import STAND_IN, Runner, Unpaid, Work
 from ..sampling import check, draw_ids, on_device, padded_laws
 
 MOST_PASSES = 8
 PROBE_INTERVAL = 256
 """Steps after which a pass is tried where none seemed worth it: what they take is only learnt from them."""
 STAGES = 3
-STAND_IN = BYTE_OFFSET
-"""What the host holds for an id that only the device knows."""
 
 
 class Feeding:
@@ -86,7 +84,7 @@ class Feeding:
         each, (2, S) float32; the launches. logits (S, V): the step's."""
         runner, device, vocabulary = self._runner, self._runner.device, self._runner.vocab_size
         laws = padded_laws([w.sequence.request.sampling for w in batch], len(batch), vocabulary, device)
-        windows = runner.windows(batch)
+        windows = runner.windows((w.sequence, w.end - 1) for w in batch)
         entropies = on_device([w.sequence.patching.last_entropy for w in batch], device)
         drawn: list[Tensor] = []
         told: list[Tensor] = []

@@ -28,112 +28,145 @@ typedef struct {
     int bf16;
 } Attention;
 
-/* Four sums at once, each in the order of `dot`. */
-static inline void four_dots(const float *q, const float *keys, int64_t width, float *scores) {
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-    typedef float Four __attribute__((vector_size(16)));
-    Vector sum[4] = {{0}, {0}, {0}, {0}};
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) {
-        Vector a = load(q + i);
-        for (int j = 0; j < 4; j++) sum[j] += a * load(keys + j * width + i);
-    }
-    Four part[4], half[2], whole;
-    for (int j = 0; j < 4; j++) {
-        Four parts[LANES / 4];
-        memcpy(parts, &sum[j], sizeof parts);
-        for (int n = LANES / 8; n; n /= 2)
-            for (int k = 0; k < n; k++) parts[k] += parts[k + n];
-        part[j] = parts[0];
-    }
-    for (int j = 0; j < 2; j++)
-        half[j] = __builtin_shufflevector(part[2 * j], part[2 * j + 1], 0, 4, 1, 5) +
-                  __builtin_shufflevector(part[2 * j], part[2 * j + 1], 2, 6, 3, 7);
-    whole = __builtin_shufflevector(half[0], half[1], 0, 1, 4, 5) + __builtin_shufflevector(half[0], half[1], 2, 3, 6, 7);
-    memcpy(scores, &whole, sizeof whole);
-    for (; i < width; i++)
-        for (int j = 0; j < 4; j++) scores[j] += q[i] * keys[j * width + i];
-#else
-    for (int j = 0; j < 4; j++) scores[j] = dot(q, keys + j * width, width);
-#endif
+#define LINE 64
+
+/* What memory brings meanwhile: `bytes` from `from` on. */
+static inline void bring(const char *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(from + i);
 }
 
-/* Adds values weighted: of even and of odd places apart, so that additions need not wait for each other. */
-static void add_weighted(float *out, const float *weights, const float *values, int64_t count, int64_t width) {
-    int64_t d = 0;
-    for (; d + 4 * LANES <= width; d += 4 * LANES) {
-        Vector even[4], odd[4] = {{0}, {0}, {0}, {0}};
-        for (int i = 0; i < 4; i++) even[i] = load(out + d + i * LANES);
-        int64_t j = 0;
-        for (; j + 2 <= count; j += 2)
-            for (int i = 0; i < 4; i++) {
-                even[i] += weights[j] * load(values + j * width + d + i * LANES);
-                odd[i] += weights[j + 1] * load(values + (j + 1) * width + d + i * LANES);
-            }
-        for (int i = 0; i < 4 && j < count; i++) even[i] += weights[j] * load(values + j * width + d + i * LANES);
-        for (int i = 0; i < 4; i++) store(out + d + i * LANES, even[i] + odd[i]);
-    }
-    for (; d + LANES <= width; d += LANES) {
-        Vector sum = load(out + d);
-        for (int64_t j = 0; j < count; j++) sum += weights[j] * load(values + j * width + d);
-        store(out + d, sum);
-    }
-    for (; d < width; d++)
-        for (int64_t j = 0; j < count; j++) out[d] += weights[j] * values[j * width + d];
+typedef float Four __attribute__((vector_size(16)));
+
+/* The lanes of a vector as four sums, as `sum_of` adds them. */
+static inline Four quarters(Vector v) {
+    Four part[LANES / 4];
+    memcpy(part, &v, sizeof v);
+    for (int n = LANES / 8; n; n /= 2)
+        for (int k = 0; k < n; k++) part[k] += part[k + n];
+    return part[0];
 }
 
-/* One tile and one K/V head. */
-static void attend_tile(
-    const Attention *a, const int64_t *tile, int64_t kv_head, float *scores, float *keys, float *values
-) {
-    const Plan *plan = a->plan;
-    int64_t begin = tile[0], count = tile[1], pages_at = tile[2], first_page = tile[3], num_pages = tile[4];
-    int64_t width = a->cache->head_dim, size = plan->page_size, shared = a->heads / a->cache->kv_heads;
-    int64_t streams = count * shared;
-    float highest[streams], total[streams];
-    for (int64_t s = 0; s < streams; s++) highest[s] = -INFINITY, total[s] = 0.0f;
-    for (int64_t p = 0; p < num_pages; p++) {
-        int64_t base = (first_page + p) * size;
-        int64_t at = (plan->pages[pages_at + p] * a->cache->kv_heads + kv_head) * size * width;
-        const float *k = (const float *)a->cache->keys + at, *v = (const float *)a->cache->values + at;
-        if (a->bf16) {
-            widen(keys, (const uint16_t *)a->cache->keys + at, size * width, 1);
-            widen(values, (const uint16_t *)a->cache->values + at, size * width, 1);
-            k = keys, v = values;
-        }
-        for (int64_t s = 0; s < streams; s++) {
-            int64_t row = begin + s / shared, head = kv_head * shared + s % shared;
-            int64_t low = plan->first[row] - base, high = plan->last[row] - base;
-            low = low < 0 ? 0 : low, high = high >= size ? size - 1 : high;
-            if (low > high) continue;
-            const float *q = a->q + (row * a->heads + head) * width;
-            float *out = a->out + (row * a->heads + head) * width;
-            float most = highest[s];
-            int64_t next = low;
-            for (; next + 4 <= high + 1; next += 4) four_dots(q, k + next * width, width, scores + next);
-            for (; next <= high; next++) scores[next] = dot(q, k + next * width, width);
-            most = most_of(scores + low, high + 1 - low, most);
-            float keep = highest[s] == -INFINITY ? 0.0f : exponential(highest[s] - most);
-            total[s] = total[s] * keep + exponentials(scores + low, high + 1 - low, most);
-            highest[s] = most;
-            for (int64_t d = 0; d < width; d++) out[d] *= keep;
-            add_weighted(out, scores + low, v + low * width, high + 1 - low, width);
-        }
+/* The two functions below for keys and values of one type; with bfloat16 they are widened as they are loaded.
+
+   four_dots: q with four keys at once, each in the order of `dot`.
+   add_weighted: adds values weighted: of even and of odd places apart, so that additions need not wait for each other.
+   ahead: keys of which so many bytes per value are wanted next. */
+#define ATTENDING(KIND, TYPE, LOAD, NUMBER)                                                                            \
+    static inline void four_dots_##KIND(const float *q, const TYPE *keys, int64_t width, float *scores) {              \
+        Vector a = {0}, b = {0}, c = {0}, d = {0};                                                                     \
+        int64_t i = 0;                                                                                                 \
+        for (; i + LANES <= width; i += LANES) {                                                                       \
+            Vector x = load(q + i);                                                                                    \
+            a += x * LOAD(keys + i);                                                                                   \
+            b += x * LOAD(keys + width + i);                                                                           \
+            c += x * LOAD(keys + 2 * width + i);                                                                       \
+            d += x * LOAD(keys + 3 * width + i);                                                                       \
+        }                                                                                                              \
+        Four e = quarters(a), f = quarters(b), g = quarters(c), h = quarters(d);                                       \
+        scores[0] = (e[0] + e[2]) + (e[1] + e[3]);                                                                     \
+        scores[1] = (f[0] + f[2]) + (f[1] + f[3]);                                                                     \
+        scores[2] = (g[0] + g[2]) + (g[1] + g[3]);                                                                     \
+        scores[3] = (h[0] + h[2]) + (h[1] + h[3]);                                                                     \
+        for (; i < width; i++)                                                                                         \
+            for (int j = 0; j < 4; j++) scores[j] += q[i] * NUMBER(keys[j * width + i]);                               \
+    }                                                                                                                  \
+                                                                                                                       \
+    static inline float one_dot_##KIND(const float *q, const TYPE *key, int64_t width) {                               \
+        Vector sum = {0};                                                                                              \
+        int64_t i = 0;                                                                                                 \
+        for (; i + LANES <= width; i += LANES) sum += load(q + i) * LOAD(key + i);                                     \
+        float score = sum_of(sum);                                                                                     \
+        for (; i < width; i++) score += q[i] * NUMBER(key[i]);                                                         \
+        return score;                                                                                                  \
+    }                                                                                                                  \
+                                                                                                                       \
+    static inline void add_weighted_##KIND(                                                                            \
+        float *out, const float *weights, const TYPE *values, int64_t count, int64_t width, const char *ahead          \
+    ) {                                                                                                                \
+        int64_t d = 0;                                                                                                 \
+        for (; d + 4 * LANES <= width; d += 4 * LANES) {                                                               \
+            Vector even[4], odd[4] = {{0}, {0}, {0}, {0}};                                                             \
+            for (int i = 0; i < 4; i++) even[i] = load(out + d + i * LANES);                                           \
+            int64_t j = 0;                                                                                             \
+            for (; j + 2 <= count; j += 2) {                                                                           \
+                bring(ahead + (j * width + d) * sizeof(TYPE), 2 * 4 * LANES * sizeof(TYPE));                           \
+                for (int i = 0; i < 4; i++) {                                                                          \
+                    even[i] += weights[j] * LOAD(values + j * width + d + i * LANES);                                  \
+                    odd[i] += weights[j + 1] * LOAD(values + (j + 1) * width + d + i * LANES);                         \
+                }                                                                                                      \
+            }                                                                                                          \
+            for (int i = 0; i < 4 && j < count; i++) even[i] += weights[j] * LOAD(values + j * width + d + i * LANES); \
+            for (int i = 0; i < 4; i++) store(out + d + i * LANES, even[i] + odd[i]);                                  \
+        }                                                                                                              \
+        for (; d + LANES <= width; d += LANES) {                                                                       \
+            Vector sum = load(out + d);                                                                                \
+            for (int64_t j = 0; j < count; j++) sum += weights[j] * LOAD(values + j * width + d);                      \
+            store(out + d, sum);                                                                                       \
+        }                                                                                                              \
+        for (; d < width; d++)                                                                                         \
+            for (int64_t j = 0; j < count; j++) out[d] += weights[j] * NUMBER(values[j * width + d]);                  \
     }
-    for (int64_t s = 0; s < streams; s++) {
-        float *out = a->out + ((begin + s / shared) * a->heads + kv_head * shared + s % shared) * width;
-        float divisor = total[s] > 0.0f ? total[s] : 1.0f;
-        for (int64_t d = 0; d < width; d++) out[d] = rounded(out[d] / divisor, a->bf16);
+
+#define SAME(x) (x)
+ATTENDING(f32, float, load, SAME)
+ATTENDING(bf16, uint16_t, load_bf16, from_bf16)
+
+/* One tile and one K/V head. `scores`: room for those of a row with a page. */
+#define ATTEND_TILE(KIND, TYPE)                                                                                        \
+    static void attend_tile_##KIND(const Attention *a, const int64_t *tile, int64_t kv_head, float *scores) {          \
+        const Plan *plan = a->plan;                                                                                    \
+        int64_t begin = tile[0], count = tile[1], first_page = tile[3], num_pages = tile[4];                           \
+        const int64_t *pages = plan->pages + tile[2];                                                                  \
+        int64_t width = a->cache->head_dim, size = plan->page_size, shared = a->heads / a->cache->kv_heads;            \
+        int64_t streams = count * shared, each = size * width;                                                         \
+        float highest[streams], total[streams];                                                                        \
+        for (int64_t s = 0; s < streams; s++) highest[s] = -INFINITY, total[s] = 0.0f;                                 \
+        for (int64_t p = 0; p < num_pages; p++) {                                                                      \
+            int64_t base = (first_page + p) * size, next_page = pages[p + 1 < num_pages ? p + 1 : p];                  \
+            int64_t at = (pages[p] * a->cache->kv_heads + kv_head) * each;                                             \
+            const TYPE *k = (const TYPE *)a->cache->keys + at, *v = (const TYPE *)a->cache->values + at;               \
+            const TYPE *ahead = (const TYPE *)a->cache->keys + (next_page * a->cache->kv_heads + kv_head) * each;      \
+            for (int64_t s = 0; s < streams; s++) {                                                                    \
+                int64_t row = begin + s / shared, head = kv_head * shared + s % shared;                                \
+                int64_t low = plan->first[row] - base, high = plan->last[row] - base;                                  \
+                low = low < 0 ? 0 : low, high = high >= size ? size - 1 : high;                                        \
+                if (low > high) continue;                                                                              \
+                const float *q = a->q + (row * a->heads + head) * width;                                               \
+                float *out = a->out + (row * a->heads + head) * width;                                                 \
+                float most = highest[s];                                                                               \
+                int64_t next = low;                                                                                    \
+                for (; next + 4 <= high + 1; next += 4) {                                                              \
+                    bring((const char *)(v + next * width), 4 * width * sizeof(TYPE));                                 \
+                    four_dots_##KIND(q, k + next * width, width, scores + next);                                       \
+                }                                                                                                      \
+                for (; next <= high; next++) scores[next] = one_dot_##KIND(q, k + next * width, width);                \
+                most = most_of(scores + low, high + 1 - low, most);                                                    \
+                float keep = highest[s] == -INFINITY ? 0.0f : exponential(highest[s] - most);                          \
+                total[s] = total[s] * keep + exponentials(scores + low, high + 1 - low, most);                         \
+                highest[s] = most;                                                                                     \
+                for (int64_t d = 0; d < width; d++) out[d] *= keep;                                                    \
+                const char *wanted = (const char *)(ahead + (next_page == pages[p] ? low : 0) * width);                \
+                add_weighted_##KIND(out, scores + low, v + low * width, high + 1 - low, width, wanted);                \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int64_t s = 0; s < streams; s++) {                                                                        \
+            float *out = a->out + ((begin + s / shared) * a->heads + kv_head * shared + s % shared) * width;           \
+            float divisor = total[s] > 0.0f ? total[s] : 1.0f;                                                         \
+            for (int64_t d = 0; d < width; d++) out[d] = rounded(out[d] / divisor, a->bf16);                           \
+        }                                                                                                              \
     }
-}
+
+ATTEND_TILE(f32, float)
+ATTEND_TILE(bf16, uint16_t)
 
 static void attend_tiles(void *of, int64_t begin, int64_t end) {
     const Attention *a = of;
-    /* Of one page: the scores of a row, and keys and values if they must be widened. */
-    int64_t size = a->plan->page_size, numbers = a->bf16 ? size * a->cache->head_dim : 0;
-    float *scores = scratch(size + 2 * numbers), *keys = scores + size, *values = keys + numbers;
-    for (int64_t i = begin; i < end; i++)
-        attend_tile(a, a->plan->tiles + i / a->cache->kv_heads * 5, i % a->cache->kv_heads, scores, keys, values);
+    float *scores = scratch(a->plan->page_size);
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t *tile = a->plan->tiles + i / a->cache->kv_heads * 5;
+        if (a->bf16) attend_tile_bf16(a, tile, i % a->cache->kv_heads, scores);
+        else attend_tile_f32(a, tile, i % a->cache->kv_heads, scores);
+    }
 }
 
 /* q (queries, heads, head_dim), scaled, to out of the same shape. Rows of no tile come out as zeros. */
@@ -168,7 +201,7 @@ static void attend_slots(
                 for (int64_t j = 0; j < slots; j++) total += weights[j] = exponential(weights[j] - most);
                 for (int64_t j = 0; j < slots; j++) weights[j] /= total;
                 for (int64_t d = 0; d < width; d++) seen[d] = 0.0f;
-                add_weighted(seen, weights, values, slots, width);
+                add_weighted_f32(seen, weights, values, slots, width, (const char *)values);
                 for (int64_t d = 0; d < width; d++) seen[d] = rounded(seen[d], bf16);
             }
         }

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.config import MOST_STEP_ROWS
+from engine.config import EngineConfig
 from engine.trial import LEAST_PROMPT_ROWS
 from tests.serving import RunningServer, running_server
 
@@ -59,7 +59,7 @@ def test_sequences_and_their_sizes(values: dict[tuple[str, ...], float]) -> None
         assert values["fastblt_committed_bytes_total", decoder] == 2 * OUTPUT
     assert values["fastblt_http_requests_in_progress",] == 1, "the scrape itself"
     assert values["fastblt_queue_capacity_sequences",] == 256
-    assert LEAST_PROMPT_ROWS <= values["fastblt_step_prompt_rows",] <= MOST_STEP_ROWS
+    assert LEAST_PROMPT_ROWS <= values["fastblt_step_prompt_rows",] <= EngineConfig("").max_step_rows
 
 
 def test_stages_add_up(values: dict[tuple[str, ...], float]) -> None:
