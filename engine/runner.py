@@ -260,7 +260,12 @@ class Runner:
         """The last ids up to a byte of each sequence, (S, W) int64."""
         width = self._ngram_width
         ids = [i for sequence, row in rows for i in ngram_windows(sequence.ids, row, row + 1, width)]
-        return torch.tensor(ids, device=self.device).view(-1, width)
+        return self.sent(np.array(ids, dtype=np.int64)).view(-1, width)
+
+    def sent(self, numbers: NDArray[Any]) -> Tensor:
+        """On their way to the device, whatever that still has to do; other copies wait until it has done that."""
+        tensor = torch.from_numpy(numbers)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def feed(self, batch: Seq[Work], windows: Tensor, entropies: Tensor, unpaid: "Unpaid") -> Tensor:
         """Feeds a byte to each sequence that only the device knows: the entropies behind them, and whether the bytes

@@ -7,8 +7,9 @@ waits for the next step, where the others' patches close too: the global stage i
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from ..config import EOS_ID
 from ..decoders import Call, Result
 from ..readback import read
 from ..runner import STAND_IN, Runner, Unpaid, Work
-from ..sampling import check, draw_ids, on_device, padded_laws
+from ..sampling import check, draw_ids, padded_laws
 
 MOST_PASSES = 8
 PROBE_INTERVAL = 256
@@ -40,9 +41,11 @@ class Feeding:
         if not passes:
             return None
         runner = self._runner
+        sampling = [w.sequence.request.sampling for w in batch]
+        laws = padded_laws(sampling, len(batch), runner.vocab_size, runner.device)
         logits = runner.run(batch)
         began, recorded = time.perf_counter(), runner.executor.num_recorded
-        drawn, told, unpaid = self._launch(batch, logits, passes)
+        drawn, told, unpaid = self._launch(batch, logits, laws, passes)
         if runner.executor.num_recorded == recorded:
             runner.costs.saw("behind", len(batch), (time.perf_counter() - began) / len(told))
         # The host's stand-ins go; what they stood for comes.
@@ -79,19 +82,20 @@ class Feeding:
             self._idle, passes = 0, 1
         return passes if all(runner.try_reserve(w.sequence, w.end + passes) for w in batch) else 0
 
-    def _launch(self, batch: Sequence[Work], logits: Tensor, passes: int) -> tuple[list[Tensor], list[Tensor], Unpaid]:
+    def _launch(
+        self, batch: Sequence[Work], logits: Tensor, laws: Mapping[str, Tensor], passes: int
+    ) -> tuple[list[Tensor], list[Tensor], Unpaid]:
         """What was drawn and its largest logits, (2, S) float64 for the step and each pass; what the patcher said of
-        each, (2, S) float32; the launches. logits (S, V): the step's."""
-        runner, device, vocabulary = self._runner, self._runner.device, self._runner.vocab_size
-        laws = padded_laws([w.sequence.request.sampling for w in batch], len(batch), vocabulary, device)
+        each, (2, S) float32; the launches. logits (S, V): the step's. laws: see `engine.sampling.draw_ids`."""
+        runner = self._runner
         windows = runner.windows((w.sequence, w.end - 1) for w in batch)
-        entropies = on_device([w.sequence.patching.last_entropy for w in batch], device)
+        entropies = runner.sent(np.array([w.sequence.patching.last_entropy for w in batch]))
         drawn: list[Tensor] = []
         told: list[Tensor] = []
         unpaid: Unpaid = []
         while True:
             number = len(drawn)
-            uniforms = on_device([uniform(w.sequence, w.end + number) for w in batch], device)
+            uniforms = runner.sent(np.array([uniform(w.sequence, w.end + number) for w in batch]))
             ids, highest = draw_ids(logits, laws, uniforms, self._kernels)
             drawn.append(torch.stack((ids.double(), highest.double())))
             if number == passes:
@@ -101,7 +105,7 @@ class Feeding:
             # The next pass writes its own over it.
             told.append(runner.feed(rows, windows, entropies, unpaid).clone())
             entropies = told[-1][0]
-            if device.type == "cpu" and told[-1][1].all():
+            if runner.device.type == "cpu" and told[-1][1].all():
                 # Here it costs nothing to look.
                 break
             for w in batch:
