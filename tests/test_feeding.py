@@ -141,6 +141,22 @@ def test_a_pass_is_tried_now_and_then(model: Path) -> None:
     assert 1 <= tried.count("behind") <= 2
 
 
+def test_but_not_where_no_byte_could_follow(model: Path) -> None:
+    engine = feeding(make_engine(model), runs_on=False)
+    engine.runner.costs.saw = lambda stage, *_: pytest.fail("tried") if stage == "behind" else None  # type: ignore[method-assign]
+    for n in range(PROBE_INTERVAL + 1):
+        run(engine, [request(str(n), [1, 5], 1)])
+
+
+def test_no_patch_is_shorter_than_a_byte(model: Path) -> None:
+    """Behind a BOS alone the next patch has begun, too."""
+    engine, patches = make_engine(model), []
+    feeding = engine.runner.costs.feeding
+    engine.runner.costs.feeding = lambda size, patch: patches.append(patch) or feeding(size, patch)  # type: ignore[method-assign, func-returns-value]
+    run(engine, [request(str(n), [1], 3) for n in range(2)])
+    assert patches and min(patches) == 1
+
+
 def learnt(**seconds: float) -> StageCosts:
     costs = StageCosts(drafts_encode=False)
     for stage, one in seconds.items():
