@@ -87,6 +87,7 @@ class Engine:
         self.runner = Runner(
             model,
             self.caches,
+            self._prefixes,
             floors,
             executor(device, floors.rows),
             isolate=isolate,
@@ -304,11 +305,7 @@ class Engine:
     # The scheduler's view of memory.
 
     def can_reserve(self, part: Part) -> bool:
-        missing = self.runner.missing_pages(part.sequence, part.end, part.reach)
-        while missing and not all(self.caches.pools[name].can_take(pages) for name, pages in missing.items()):
-            if not (self._prefixes and self._prefixes.forget()):
-                return False
-        return True
+        return self.runner.can_reserve(part.sequence, part.end, part.reach)
 
     def reserve(self, part: Part) -> None:
         self.runner.reserve(part.sequence, part.end, part.reach)

@@ -39,6 +39,7 @@ from .model.encoder import ngram_windows
 from .pages import BlockTable
 from .patching import boundary_rule
 from .plan import Arrays, Plan, padded_array, plan_attention
+from .prefix import PrefixCache
 from .readback import Readback
 from .sequence import Sequence, pieces, start_of
 
@@ -127,6 +128,7 @@ class Runner:
         self,
         model: Model,
         caches: Caches,
+        prefixes: PrefixCache | None,
         floors: RowFloors,
         executor: Eager,
         *,
@@ -137,7 +139,7 @@ class Runner:
     ) -> None:
         self._model = model
         self._config = model.config
-        self._caches = caches
+        self._caches, self._prefixes = caches, prefixes
         self.executor = executor
         large = model.kernels.tile or LARGE_TILE
         self._tilings = {
@@ -156,9 +158,16 @@ class Runner:
         """Stages on a CUDA device whose time is not known yet."""
         self.costs = costs
 
-    def missing_pages(self, sequence: Sequence, end: int, reach: int) -> dict[str, int]:
-        """Pages that `reserve` would take, of the caches of which it would take any."""
-        return {name: table.missing(rows) for name, table, rows in self._short(sequence, end, reach)}
+    def can_reserve(self, sequence: Sequence, end: int, reach: int) -> bool:
+        """Whether `reserve` will find its pages. Prefixes are forgotten for it, unless that would not be enough."""
+        pools = self._caches.pools
+        missing = {pools[name]: table.missing(rows) for name, table, rows in self._short(sequence, end, reach)}
+        if any(pages > pool.num_free + pool.num_idle for pool, pages in missing.items()):
+            return False
+        while not all(pool.can_take(pages) for pool, pages in missing.items()):
+            if not (self._prefixes and self._prefixes.forget()):
+                return False
+        return True
 
     def reserve(self, sequence: Sequence, end: int, reach: int) -> None:
         """Takes the pages for clean rows up to `end` and cells up to `reach`. An undecided byte counts as closing a
@@ -171,13 +180,11 @@ class Runner:
                 self._caches.copy_page(name, *borrowed)
             table.extend(rows)
 
-    def try_reserve(self, sequence: Sequence, end: int) -> bool:
-        """Takes the pages for clean rows up to `end` if there are some that nobody uses."""
-        pools = self._caches.pools
-        missing = self.missing_pages(sequence, end, end)
-        if end > self._caches.max_length or not all(pools[name].can_take(pages) for name, pages in missing.items()):
+    def try_reserve(self, sequence: Sequence, end: int, reach: int) -> bool:
+        """`reserve`, if it finds its pages and the rows have a place."""
+        if reach > self._caches.max_length or not self.can_reserve(sequence, end, reach):
             return False
-        self.reserve(sequence, end, end)
+        self.reserve(sequence, end, reach)
         return True
 
     def _short(self, sequence: Sequence, end: int, reach: int) -> list[tuple[str, BlockTable, int]]:

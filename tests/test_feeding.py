@@ -90,6 +90,19 @@ def test_little_memory_costs_steps_and_no_byte(model: Path) -> None:
     assert engine.snapshot().preemptions
 
 
+def test_prefixes_make_room(model: Path) -> None:
+    """All pages but those in use are kept for texts to come, sooner or later."""
+    steps = []
+    for prefix_cache in (False, True):
+        engine = feeding(crowded_engine(model, max_sequences=8, page_size=64, prefix_cache=prefix_cache), runs_on=True)
+        for n in range(6):
+            run(engine, [request(str(i), text(150 + i, 8 * n + i), 40) for i in range(8)])
+        steps.append(engine.snapshot().steps)
+        assert bool(prefix_cache) == any(pool.cached > pool.total / 2 for pool in engine.snapshot().pools.values())
+        assert not engine.snapshot().preemptions
+    assert steps[0] == steps[1]
+
+
 def test_beside_others_bytes_are_fed_step_by_step(model: Path) -> None:
     engine = feeding(make_engine(model), runs_on=True)
     both = [request("blt", text(30, 1), 24), request("draft", text(30, 2), 200, decoder="blt-s", draft_length=2)]

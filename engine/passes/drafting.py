@@ -54,7 +54,7 @@ def _verification(runner: Runner, batch: Sequence[Work], calls: Sequence[Call], 
     size = drafts.shape[1]
     if any(call.drafts or call.start != w.end or call.ahead + 1 != size for w, call in zip(batch, calls, strict=True)):
         return None
-    if not all(runner.try_reserve(w.sequence, w.end + 1 + size) for w in batch):
+    if not all(runner.try_reserve(w.sequence, w.end + 1 + size, w.end + 1 + size) for w in batch):
         return None
     windows = runner.windows((w.sequence, w.end) for w in batch)
     width = windows.shape[1]

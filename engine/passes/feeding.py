@@ -83,7 +83,8 @@ class Feeding:
         self._idle = 0 if passes else self._idle + 1
         if self._idle > PROBE_INTERVAL:
             self._idle, passes = 0, 1
-        return passes if all(runner.try_reserve(w.sequence, w.end + passes) for w in batch) else 0
+        # They close no patch.
+        return passes if all(runner.try_reserve(w.sequence, w.end, w.end + passes) for w in batch) else 0
 
     def _launch(
         self, batch: Sequence[Work], logits: Tensor, laws: Mapping[str, Tensor], passes: int
