@@ -24,6 +24,8 @@ from .turns import shown, spread
 STREAM_BYTES = 64
 """Of the prompts of what streams already."""
 
+NO_LIMIT_MS = 1e9
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     program = parser("prefill_budget", __doc__)
@@ -37,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with subject(options) as model:
         rows = []
         for budget in tqdm([*options.budgets, None], disable=None):
-            sizes = {"max_sequences": options.streams + 1, "max_step_rows": budget, "cache_bytes": 1 << 30}
-            engine = model.engine(**sizes, prefix_cache=False)
+            given = {"max_step_rows": budget, "max_stall_ms": NO_LIMIT_MS} if budget else {}
+            sizes = {"max_sequences": options.streams + 1, "cache_bytes": 1 << 30}
+            engine = model.engine(**sizes, **given, prefix_cache=False)
             engine.calibrate()
             _turn(engine, options)
             turns = [_turn(engine, options) for _ in range(options.turns)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -10,6 +11,7 @@ from kernels.dispatch import Kernels
 from kernels.unmasking import CONFIDENCE, ENTROPY, ENTROPY_MINUS_MAX, ONE_STEP
 
 from .config import BOE_ID, BOS_ID, PAD_ID
+from .copies import sent
 from .types import Unmask
 
 BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
@@ -32,11 +34,11 @@ def block_tensors(
     flat = [row * width + place for row, (ids, _) in enumerate(blocks) for place in range(len(ids))]
     rules, bounds = zip(*(rule_and_bound(rule) for _, rule in blocks), strict=True)
     return {
-        "ids": torch.tensor(grid, device=device),
-        "flat": torch.tensor(flat + [num_blocks * width] * (num_cells - len(flat)), device=device),
-        "rules": torch.tensor([*rules, *[ONE_STEP] * padding], device=device),
-        "bounds": torch.tensor([*bounds, *[0.0] * padding], dtype=torch.float64, device=device),
-        "specials": torch.tensor(BLOCK_SPECIALS, device=device),
+        "ids": sent(np.array(grid), device),
+        "flat": sent(np.array(flat + [num_blocks * width] * (num_cells - len(flat))), device),
+        "rules": sent(np.array([*rules, *[ONE_STEP] * padding]), device),
+        "bounds": sent(np.array([*bounds, *[0.0] * padding]), device),
+        "specials": sent(np.array(BLOCK_SPECIALS), device),
     }
 
 

@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import msgspec
-import torch
+import numpy as np
 from msgspec.structs import replace
 from torch import Tensor
 
 from kernels.dispatch import Kernels
 
 from .blocks import BlockPasses, block_tensors
+from .copies import read, sent
 from .decoders import Call, Result
-from .readback import read
 from .runner import Work
 from .sampling import check, choose, draw, logprobs_of
 from .sequence import Sequence as SequenceState
@@ -112,7 +112,7 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
     wanted = logits
     if num_rows < at:
         rows = [row for d in draws for row in range(d.begin, d.end)]
-        wanted = logits[torch.tensor(rows, device=logits.device)]
+        wanted = logits[sent(np.array(rows), logits.device)]
 
     block_rows: list[int] = []
     end = 0
@@ -121,7 +121,7 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         block_rows += range(end - d.num_block, end)
     if block_rows:
         calls = [d.call for d in draws if d.num_block]
-        index = torch.tensor(block_rows, device=logits.device)
+        index = sent(np.array(block_rows), logits.device)
         blocks = [(call.block, call.rule) for call in calls if call.rule]
         tensors = block_tensors(blocks, len(blocks), len(block_rows), logits.device)
         unmasking = BlockPasses(kernels, tensors, mask_id=draws[0].work.sequence.mask_id)
@@ -182,7 +182,7 @@ def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> Tensor:
         return drawn.new_zeros(len(draws))
 
     def grid(lines: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor([[*line, *[0] * (width - len(line))] for line in lines], device=drawn.device)
+        return sent(np.array([[*line, *[0] * (width - len(line))] for line in lines]), drawn.device)
 
-    lengths = torch.tensor([len(line) for line in drafts], device=drawn.device)
+    lengths = sent(np.array([len(line) for line in drafts]), drawn.device)
     return kernels.accepted(grid(drafts), drawn[grid(rows)], lengths)

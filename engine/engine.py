@@ -538,6 +538,9 @@ class Engine:
         if bad is not None or not request.prompt_ids:
             what = "is empty" if bad is None else f"holds the id {bad}"
             return refuse("invalid", f"prompt {what}; it needs ids from 0 to {vocabulary - 1}", "prompt")
+        if len(request.output_ids) > request.max_tokens:
+            why = f"holds {len(request.output_ids)} ids, and max_tokens is {request.max_tokens}"
+            return refuse("invalid", f"output_ids {why}", "output_ids")
         length, limit = len(request.prompt_ids) + request.max_tokens, self.caches.max_length
         blocks = request.decoder == "blt-d" or (request.decoder == "auto" and not request.exact)
         spare = (request.block_size or self.model_config.block_size or 1) - 1 if blocks and request.max_tokens else 0

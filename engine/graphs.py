@@ -77,6 +77,7 @@ class Graphs(Eager):
     def __init__(self, device: torch.device, floor: int) -> None:
         super().__init__(device, floor)
         self._recordings: OrderedDict[object, _Recording] = OrderedDict()
+        self._num_recorded = 0
         self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def rows(self, n: int) -> int:
@@ -103,6 +104,7 @@ class Graphs(Eager):
         if found is None:
             found = _Recording(stage, arrays, tensors, self._device, self._memory)
             self._recordings[name, key, shapes] = found
+            self._num_recorded += 1
             if len(self._recordings) > MOST_RECORDINGS:
                 self._recordings.popitem(last=False)
         self._recordings.move_to_end((name, key, shapes))
@@ -110,7 +112,7 @@ class Graphs(Eager):
 
     @property
     def num_recorded(self) -> int:
-        return len(self._recordings)
+        return self._num_recorded
 
 
 class _Recording:

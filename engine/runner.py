@@ -31,6 +31,7 @@ from kernels.planning import Spans, Tiling
 from .accounting import STAGES, StageBytes
 from .caches import Caches
 from .config import BYTE_OFFSET
+from .copies import Readback, sent
 from .costs import StageCosts
 from .decoders import Call
 from .graphs import Eager, Stage
@@ -40,7 +41,6 @@ from .pages import BlockTable
 from .patching import boundary_rule
 from .plan import Arrays, Plan, padded_array, plan_attention
 from .prefix import PrefixCache
-from .readback import Readback
 from .sequence import Sequence, pieces, start_of
 
 NO_DOCUMENTS = [0]
@@ -267,12 +267,7 @@ class Runner:
         """The last ids up to a byte of each sequence, (S, W) int64."""
         width = self._ngram_width
         ids = [i for sequence, row in rows for i in ngram_windows(sequence.ids, row, row + 1, width)]
-        return self.sent(np.array(ids, dtype=np.int64)).view(-1, width)
-
-    def sent(self, numbers: NDArray[Any]) -> Tensor:
-        """On their way to the device, whatever that still has to do; other copies wait until it has done that."""
-        tensor = torch.from_numpy(numbers)
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        return sent(np.array(ids, dtype=np.int64), self.device).view(-1, width)
 
     def feed(self, batch: Seq[Work], windows: Tensor, entropies: Tensor, unpaid: "Unpaid") -> Tensor:
         """Feeds a byte to each sequence that only the device knows: the entropies behind them, and whether the bytes

@@ -255,6 +255,12 @@ def test_block_diffusion_is_refused_by_a_model_that_did_not_learn_it(model: Path
     assert not isinstance(out.end, Finished) and "not trained with block diffusion" in str(out.end)
 
 
+def test_more_ids_than_were_asked_for_are_refused(model: Path) -> None:
+    """A restarted engine gets what its forerunner wrote, never more than the request allows."""
+    out = run(make_engine(model), [request("a", [1, 60], 3, output_ids=[70, 71, 72, 73])])["a"]
+    assert not isinstance(out.end, Finished) and "output_ids holds 4 ids, and max_tokens is 3" in str(out.end)
+
+
 @pytest.mark.parametrize("model", DIFFUSION_MODELS, indirect=True)
 def test_block_diffusion_does_not_depend_on_company_or_preemption(model: Path) -> None:
     engine = crowded_engine(model, max_sequences=12, max_step_rows=31, max_length=160)

@@ -7,6 +7,7 @@ device knows.
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from msgspec.structs import replace
 from torch import Tensor
@@ -14,8 +15,8 @@ from torch import Tensor
 from kernels.dispatch import Kernels
 
 from ..choosing import uniform
+from ..copies import read, sent
 from ..decoders import Call, Result
-from ..readback import read
 from ..runner import STAND_IN, Runner, Started, Work
 from ..sampling import check, draw_ids, on_device, padded_laws
 
@@ -31,7 +32,7 @@ def draft(runner: Runner, kernels: Kernels, batch: Sequence[Work], calls: Sequen
     uniforms = [[uniform(w.sequence, call.start + 1 + n) for w, call in pairs] + [0.0] * padding for n in passes]
     params = [w.sequence.request.sampling for w in batch]
     tensors = {
-        "ids": torch.tensor([call.causal[0] for call in calls] + [0] * padding, device=runner.device),
+        "ids": sent(np.array([call.causal[0] for call in calls] + [0] * padding), runner.device),
         "uniforms": on_device(uniforms, runner.device),
         **padded_laws(params, plans[0].padded, runner.vocab_size, runner.device),
     }

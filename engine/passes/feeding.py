@@ -9,7 +9,6 @@ waits for the next step, where the others' patches close too: the global stage i
 import time
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +16,10 @@ from kernels.dispatch import Kernels
 
 from ..choosing import uniform
 from ..config import EOS_ID
+from ..copies import read
 from ..decoders import Call, Result
-from ..readback import read
 from ..runner import STAND_IN, Runner, Unpaid, Work
-from ..sampling import check, draw_ids, padded_laws
+from ..sampling import check, draw_ids, on_device, padded_laws
 
 MOST_PASSES = 8
 PROBE_INTERVAL = 256
@@ -93,13 +92,13 @@ class Feeding:
         each, (2, S) float32; the launches. logits (S, V): the step's. laws: see `engine.sampling.draw_ids`."""
         runner = self._runner
         windows = runner.windows((w.sequence, w.end - 1) for w in batch)
-        entropies = runner.sent(np.array([w.sequence.patching.last_entropy for w in batch]))
+        entropies = on_device([w.sequence.patching.last_entropy for w in batch], runner.device)
         drawn: list[Tensor] = []
         told: list[Tensor] = []
         unpaid: Unpaid = []
         while True:
             number = len(drawn)
-            uniforms = runner.sent(np.array([uniform(w.sequence, w.end + number) for w in batch]))
+            uniforms = on_device([uniform(w.sequence, w.end + number) for w in batch], runner.device)
             ids, highest = draw_ids(logits, laws, uniforms, self._kernels)
             drawn.append(torch.stack((ids.double(), highest.double())))
             if number == passes:

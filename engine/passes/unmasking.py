@@ -17,8 +17,8 @@ from kernels.dispatch import Kernels
 
 from ..blocks import BlockPasses, block_tensors
 from ..choosing import cell_params, uniform
+from ..copies import read
 from ..decoders import Call, Result
-from ..readback import read
 from ..runner import DecoderRows, Runner, StageCall, Work, padded_tensor
 from ..sampling import draw_ids, on_device, padded_laws
 from ..types import Unmask

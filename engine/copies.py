@@ -1,10 +1,17 @@
-"""Results on their way from the device to the host, while the device goes on with what was launched behind them."""
+"""Between host and device, while both go on: an ordinary copy waits until the device has done all that was launched."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+
+def sent(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    """On their way to the device, behind what was launched; not copied where that is the host."""
+    tensor = torch.from_numpy(numbers)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Readback:
