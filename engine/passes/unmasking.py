@@ -39,25 +39,18 @@ class Unmasking:
         runner, mask, logits = self._runner, batch[0].sequence.mask_id, None
         rules = [call.rule for call in calls if call.rule]
         results = [Result(cells=list(call.block), settled=[-1] * len(call.block), passes=0) for call in calls]
-        padded = runner.executor.rows(sum(len(call.block) for call in calls))
-
-        def blocks_now() -> dict[str, Tensor]:
-            blocks = [(r.cells, rule) for r, rule in zip(results, rules, strict=True)]
-            return block_tensors(blocks, runner.executor.rows(len(batch)), padded, runner.device)
-
-        # What goes to the device goes before anything is launched: its copy waits until that is done.
-        draws, blocks = self._draws(batch, calls, padded), None
         if any(call.runs_clean for call in calls):
             # The first pass brings rows of the text along; later ones do not.
-            blocks = blocks_now()
             logits = runner.run(batch)
             calls = [replace(call, runs_clean=False) for call in calls]
             batch = [Work(w.sequence, w.end, w.end, call, w.end) for w, call in zip(batch, calls, strict=True)]
         rows = runner.plan_decoder(batch)
+        draws = self._draws(batch, calls, rows.padded)
         begin = partial(_Passes, self._kernels, mask_id=mask)
         while all(mask in result.cells for result in results):
             began, known = time.perf_counter(), results[0].passes
-            tensors, blocks = draws | (blocks or blocks_now()), None
+            blocks = [(r.cells, rule) for r, rule in zip(results, rules, strict=True)]
+            tensors = draws | block_tensors(blocks, runner.executor.rows(len(batch)), rows.padded, runner.device)
             behind = self._unasked(known, rules, [len(r.cells) for r in results], rows.num_rows)
             if logits is None:
                 launch, out = runner.decode_passes("unmask", [rows], 1 + behind, tensors, begin)
@@ -67,7 +60,7 @@ class Unmasking:
                 self._charge(launch, rows, results, known)
                 continue
             first = begin(tensors)
-            first.take(padded_tensor(logits, padded))
+            first.take(padded_tensor(logits, rows.padded))
             told, logits = first.out(), None
             if not behind:
                 results = _after(results, told.tolist(), 1, mask)
