@@ -107,7 +107,8 @@ class Recorder:
         for i, (name, parameter) in enumerate(zip(names, kernel.params, strict=True)):
             value = values[name]
             # As Triton's own specialisation: absent pointers and ones become constants, multiples of 16 are marked.
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            one = type(value) is int and value == 1 and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or one:
                 signature.append((name, "constexpr"))
                 constants.append((name, value))
             elif isinstance(value, Tensor):
@@ -115,7 +116,7 @@ class Recorder:
                 divisible.append(i)
             elif isinstance(value, int):
                 signature.append((name, "i32"))
-                if value % 16 == 0:
+                if value % 16 == 0 and not parameter.do_not_specialize:
                     divisible.append(i)
             else:
                 signature.append((name, "fp32"))
@@ -261,10 +262,12 @@ def record_ones(recorder: Recorder) -> None:
 
 
 def compile_for(launch: Launch, arch: int) -> Compiled:
+    # As `kernels.lang.overlap` decides.
+    constants = dict(launch.constants) | {"OVERLAP": arch >= 90}
     source = ASTSource(
         launch.kernel,
         dict(launch.signature),
-        {(launch.kernel.arg_names.index(name),): value for name, value in launch.constants},
+        {(launch.kernel.arg_names.index(name),): value for name, value in constants.items()},
         {(i,): [["tt.divisibility", 16]] for i in launch.divisible},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .lang import dot, jit, power_of_two, tl
+from .lang import await_inputs, dot, jit, overlap, power_of_two, tl
 from .traffic import Traffic
 
 TILE = 16
@@ -278,9 +278,10 @@ def attention_kernel(
     heads, kv_heads, scale,
     SHARED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One tile and K/V head, with all query heads that share it; if SPLIT, one segment of them, into `partial`."""
+    await_inputs(OVERLAP)
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     begin = tl.load(tiles_ptr + tile * 5)
     count = tl.load(tiles_ptr + tile * 5 + 1)
@@ -332,9 +333,10 @@ def attention_kernel(
 def merge_kernel(
     tiles_ptr, out_ptr, partial_ptr, heads, kv_heads, num_segments,
     SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr,
+    BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Adds the segments of one tile and K/V head in their order."""
+    await_inputs(OVERLAP)
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     begin = tl.load(tiles_ptr + tile * 5)
     count = tl.load(tiles_ptr + tile * 5 + 1)
@@ -371,7 +373,7 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
     attention_kernel[grid](
         q, k_cache, v_cache, plan.first, plan.last, plan.tiles, plan.pages, out, partial,
         heads, kv_heads, head_dim**-0.5, PAGE_SIZE=page_size, BLOCK_KEYS=key_block(page_size), SPLIT=split, **block,
-        num_warps=4, num_stages=2, enable_fp_fusion=False,
+        num_warps=4, num_stages=2, enable_fp_fusion=False, **overlap(q),
     )  # fmt: skip
     if split:
         merge_kernel[grid[:2]](
@@ -384,6 +386,7 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
             **block,
             num_warps=4,
             enable_fp_fusion=False,
+            **overlap(q),
         )
     return out
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .lang import jit, tl
+from .lang import await_inputs, jit, overlap, tl
 from .traffic import Traffic
 
 _NO_LIMIT = 1 << 30
@@ -64,12 +64,13 @@ def traffic(rows: int, spans: int) -> Traffic:
     return Traffic(4 * rows + 8 * spans, 8 * rows)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def boundaries_kernel(
     entropies_ptr, previous_ptr, spans_ptr, found_ptr, rows, threshold, rise, longest,
-    EVERY_BYTE: tl.constexpr, MONOTONIC: tl.constexpr, RISE: tl.constexpr,
+    EVERY_BYTE: tl.constexpr, MONOTONIC: tl.constexpr, RISE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One sequence, row after row: the length of the open patch depends on every decision before."""
+    await_inputs(OVERLAP)
     span = tl.program_id(0)
     row = tl.load(spans_ptr + span * 4)
     count = tl.load(spans_ptr + span * 4 + 1)
@@ -101,5 +102,6 @@ def boundaries_triton(entropies: Tensor, previous: Tensor, spans: Tensor, rule: 
     boundaries_kernel[(len(spans),)](
         entropies, previous, spans, found, rows, rule.threshold, rule.rise or 0.0, rule.longest or _NO_LIMIT,
         EVERY_BYTE=rule.every_byte, MONOTONIC=rule.monotonic, RISE=rule.rise is not None, num_warps=1,
+        **overlap(entropies),
     )  # fmt: skip
     return found

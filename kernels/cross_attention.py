@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .lang import blocks, jit, power_of_two, tl
+from .lang import await_inputs, blocks, jit, overlap, power_of_two, tl
 from .traffic import Traffic
 
 
@@ -32,8 +32,10 @@ def traffic(rows: int, slots: int, heads: int, kv_heads: int, head_dim: int, ite
 def slot_attention_kernel(
     q_ptr, k_ptr, v_ptr, page_ptr, offset_ptr, out_ptr, heads, kv_heads, page_size, scale,
     SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row, one block of its heads."""
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     i_dim = tl.arange(0, BLOCK_DIM)
@@ -68,7 +70,7 @@ def slot_attention_triton(
     block = slot_blocks(heads, head_dim)
     slot_attention_kernel[(rows, blocks(heads, block["BLOCK_HEADS"]))](
         q, k_cache, v_cache, page, offset, out, heads, kv_heads, page_size, head_dim**-0.5,
-        SLOTS=slots, **block, num_warps=4,
+        SLOTS=slots, **block, num_warps=4, **overlap(q),
     )  # fmt: skip
     return out
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .lang import jit, power_of_two, tl
+from .lang import await_inputs, jit, overlap, power_of_two, tl
 from .traffic import Traffic
 
 
@@ -18,8 +18,9 @@ def traffic(rows: int, vocab_size: int, itemsize: int) -> Traffic:
 
 
 @jit
-def entropy_kernel(logits_ptr, out_ptr, vocab_size, BLOCK: tl.constexpr):
+def entropy_kernel(logits_ptr, out_ptr, vocab_size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One row."""
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     m = i < vocab_size
@@ -33,5 +34,5 @@ def entropy_triton(logits: Tensor) -> Tensor:
     """The same."""
     rows, vocab_size = logits.shape
     out = logits.new_empty(rows, dtype=torch.float32)
-    entropy_kernel[(rows,)](logits, out, vocab_size, BLOCK=power_of_two(vocab_size), num_warps=4)
+    entropy_kernel[(rows,)](logits, out, vocab_size, BLOCK=power_of_two(vocab_size), num_warps=4, **overlap(logits))
     return out

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lang import blocks, jit, power_of_two, tl
+from .lang import await_inputs, blocks, jit, overlap, power_of_two, tl
 from .traffic import Traffic
 
 PRIMES = (
@@ -99,9 +99,10 @@ def traffic(rows: int, dim: int, num_tables: int, width: int, itemsize: int, tab
 def hash_embed_kernel(
     windows_ptr, embedding_ptr, addresses_ptr, sizes_ptr, powers_ptr, table_ptr, out_ptr,
     width, longest, num_sizes, num_tables, table_rows,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One byte, one block of dimensions. table_ptr: any table, for its type."""
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = i < DIM
@@ -131,7 +132,7 @@ def hash_embed_triton(windows: Tensor, embedding: Tensor, hashing: HashTables) -
     hash_embed_kernel[(rows, blocks(dim, block["BLOCK"]))](
         windows, embedding, hashing.addresses, hashing.sizes, hashing.powers, hashing.tables[0], out,
         width, hashing.powers.shape[1], len(hashing.group_sizes), len(hashing.tables), hashing.rows,
-        **block, num_warps=4,
+        **block, num_warps=4, **overlap(windows),
     )  # fmt: skip
     return out
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lang import IN_INTERPRETER, blocks, dot, jit, power_of_two, tl
+from .lang import IN_INTERPRETER, await_inputs, blocks, dot, jit, overlap, power_of_two, tl
 from .norm import rms_norm
 from .swiglu import swiglu
 from .traffic import Traffic
@@ -78,14 +78,15 @@ def traffic(rows: int, out: int, width: int, itemsize: int, *, fp8: bool = False
 # Triton.
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def linear_kernel(
     x_ptr, w_ptr, scale_ptr, norm_ptr, residual_ptr, out_ptr,
     rows, out_dim, in_dim, eps,
     NORM: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, RESIDUALS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One block of rows by one block of outputs. out_dim: outputs behind the gate."""
+    await_inputs(OVERLAP)
     i_row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     i_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     i_in = tl.arange(0, BLOCK_IN)
@@ -158,6 +159,7 @@ def linear_triton(
         x, weight.data, weight.scale, norm, residual, y, rows, out, width, eps,
         NORM=norm is not None, GATED=gated, SCALED=weight.scale is not None,
         RESIDUALS=0 if residual is None else 1 + twice, **block, num_warps=4, num_stages=4 if rows <= 16 else 3,
+        **overlap(x),
     )  # fmt: skip
     return y
 

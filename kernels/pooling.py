@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .lang import blocks, jit, power_of_two, tl
+from .lang import await_inputs, blocks, jit, overlap, power_of_two, tl
 from .traffic import Traffic
 
 
@@ -26,9 +26,11 @@ def traffic(patches: int, num_bytes: int, dim: int, itemsize: int) -> Traffic:
 
 @jit
 def patch_max_kernel(
-    cache_ptr, page_ptr, offset_ptr, bounds_ptr, out_ptr, page_size, DIM: tl.constexpr, BLOCK: tl.constexpr
+    cache_ptr, page_ptr, offset_ptr, bounds_ptr, out_ptr, page_size, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One patch, one block of dimensions."""
+    await_inputs(OVERLAP)
     patch = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     begin, end = tl.load(bounds_ptr + patch), tl.load(bounds_ptr + patch + 1)
@@ -46,6 +48,15 @@ def patch_max_triton(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor
     out = cache.new_empty(patches, dim)
     block = min(power_of_two(dim), 256)
     patch_max_kernel[(patches, blocks(dim, block))](
-        cache, page, offset, bounds, out, cache.shape[1], DIM=dim, BLOCK=block, num_warps=4
+        cache,
+        page,
+        offset,
+        bounds,
+        out,
+        cache.shape[1],
+        DIM=dim,
+        BLOCK=block,
+        num_warps=4,
+        **overlap(cache),
     )
     return out

@@ -12,7 +12,7 @@ cases; this way the very text is what the model alone would have drawn, whoever 
 import torch
 from torch import Tensor
 
-from .lang import jit, power_of_two, tl
+from .lang import await_inputs, jit, overlap, power_of_two, tl
 from .traffic import Traffic
 
 MASS_SCALE = 2.0**52
@@ -77,8 +77,9 @@ def traffic(rows: int, vocab_size: int) -> Traffic:
 
 
 @jit
-def likeliest_kernel(logits_ptr, ids_ptr, highest_ptr, vocab_size, BLOCK: tl.constexpr):
+def likeliest_kernel(logits_ptr, ids_ptr, highest_ptr, vocab_size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One row."""
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + row * vocab_size + i, mask=i < vocab_size, other=float("-inf"))
@@ -92,16 +93,19 @@ def likeliest_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The same, but for the id of a row that has a NaN."""
     rows, vocab_size = logits.shape
     ids, highest = torch.empty(rows, dtype=torch.int64, device=logits.device), logits.new_empty(rows)
-    likeliest_kernel[(rows,)](logits, ids, highest, vocab_size, BLOCK=power_of_two(vocab_size), num_warps=4)
+    likeliest_kernel[(rows,)](
+        logits, ids, highest, vocab_size, BLOCK=power_of_two(vocab_size), num_warps=4, **overlap(logits)
+    )
     return ids, highest
 
 
 @jit
 def sample_kernel(
     logits_ptr, laws_ptr, uniforms_ptr, out_ptr, vocab_size,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row. Ranks come from comparing every pair of ids, CHUNK of them at a time: a vocabulary of bytes is small."""
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     m = i < vocab_size
@@ -147,14 +151,15 @@ def sample_triton(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
     block = power_of_two(vocab_size)
     sample_kernel[(rows,)](
         logits, laws, uniforms, out, vocab_size,
-        BLOCK=block, CHUNK=min(block, 16), num_warps=8,
+        BLOCK=block, CHUNK=min(block, 16), num_warps=8, **overlap(logits),
     )  # fmt: skip
     return out
 
 
 @jit
-def accepted_kernel(drafts_ptr, drawn_ptr, lengths_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def accepted_kernel(drafts_ptr, drawn_ptr, lengths_ptr, out_ptr, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One draft."""
+    await_inputs(OVERLAP)
     s = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     m = i < tl.load(lengths_ptr + s)
@@ -169,5 +174,7 @@ def accepted_triton(drafts: Tensor, drawn: Tensor, lengths: Tensor) -> Tensor:
     num, width = drafts.shape
     out = torch.empty(num, dtype=torch.int64, device=drafts.device)
     # One place more than a draft can have, where it ends.
-    accepted_kernel[(num,)](drafts, drawn, lengths, out, width, BLOCK=power_of_two(width + 1), num_warps=1)
+    accepted_kernel[(num,)](
+        drafts, drawn, lengths, out, width, BLOCK=power_of_two(width + 1), num_warps=1, **overlap(drafts)
+    )
     return out

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .lang import blocks, jit, power_of_two, tl
+from .lang import await_inputs, blocks, jit, overlap, power_of_two, tl
 from .rope import apply_rope
 from .traffic import Traffic
 
@@ -47,8 +47,10 @@ def store_qkv_kernel(
     x_ptr, rope_ptr, position_ptr, page_ptr, offset_ptr, k_ptr, v_ptr, q_ptr,
     heads, kv_heads, page_size,
     HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row, one block of its heads: queries, then keys, then values."""
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     i_pair = tl.arange(0, BLOCK_PAIRS)
@@ -105,7 +107,7 @@ def _launch(
     store_qkv_kernel[grid](
         qkv, rope, positions, page, offset, k_cache, v_cache, qkv if q is None else q,
         all_heads - 2 * kv_heads, kv_heads, page_size,
-        HEAD_DIM=head_dim, ROTATE=rope is not None, **block, num_warps=4,
+        HEAD_DIM=head_dim, ROTATE=rope is not None, **block, num_warps=4, **overlap(qkv),
     )  # fmt: skip
 
 
@@ -115,8 +117,9 @@ def store_blocks(all_heads: int, head_dim: int) -> dict[str, int]:
 
 @jit
 def store_states_kernel(
-    x_ptr, page_ptr, offset_ptr, cache_ptr, page_size, DIM: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, page_ptr, offset_ptr, cache_ptr, page_size, DIM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = (tl.load(page_ptr + row) * page_size + tl.load(offset_ptr + row)) * DIM
@@ -128,5 +131,13 @@ def store_states_triton(states: Tensor, page: Tensor, offset: Tensor, cache: Ten
     rows, dim = states.shape
     block = min(power_of_two(dim), 1024)
     store_states_kernel[(rows, blocks(dim, block))](
-        states, page, offset, cache, cache.shape[1], DIM=dim, BLOCK=block, num_warps=4
+        states,
+        page,
+        offset,
+        cache,
+        cache.shape[1],
+        DIM=dim,
+        BLOCK=block,
+        num_warps=4,
+        **overlap(states),
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .lang import jit, power_of_two, tl
+from .lang import await_inputs, jit, overlap, power_of_two, tl
 from .traffic import Traffic
 
 ONE_STEP, CONFIDENCE, ENTROPY, ENTROPY_MINUS_MAX = range(4)
@@ -62,8 +62,9 @@ def traffic(num_blocks: int, size: int, vocab_size: int) -> Traffic:
 
 
 @jit
-def certainty_kernel(logits_ptr, confidence_ptr, entropy_ptr, vocab_size, BLOCK: tl.constexpr):
+def certainty_kernel(logits_ptr, confidence_ptr, entropy_ptr, vocab_size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One row."""
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + row * vocab_size + i, mask=i < vocab_size, other=float("-inf"))
@@ -77,15 +78,19 @@ def certainty_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The same."""
     rows, vocab_size = logits.shape
     confidence, entropy = logits.new_empty(rows), logits.new_empty(rows)
-    certainty_kernel[(rows,)](logits, confidence, entropy, vocab_size, BLOCK=power_of_two(vocab_size), num_warps=4)
+    certainty_kernel[(rows,)](
+        logits, confidence, entropy, vocab_size, BLOCK=power_of_two(vocab_size), num_warps=4, **overlap(logits)
+    )
     return confidence, entropy
 
 
 @jit
 def unmask_kernel(
-    masked_ptr, confidence_ptr, entropy_ptr, rules_ptr, bounds_ptr, settled_ptr, size, BLOCK: tl.constexpr
+    masked_ptr, confidence_ptr, entropy_ptr, rules_ptr, bounds_ptr, settled_ptr, size,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One block of cells."""
+    await_inputs(OVERLAP)
     block = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     m = i < size
@@ -124,6 +129,15 @@ def unmask_triton(masked: Tensor, confidence: Tensor, entropy: Tensor, rules: Te
     num_blocks, size = masked.shape
     settled = torch.empty_like(masked)
     unmask_kernel[(num_blocks,)](
-        masked, confidence, entropy, rules, bounds, settled, size, BLOCK=power_of_two(size), num_warps=1
+        masked,
+        confidence,
+        entropy,
+        rules,
+        bounds,
+        settled,
+        size,
+        BLOCK=power_of_two(size),
+        num_warps=1,
+        **overlap(masked),
     )
     return settled
