@@ -29,7 +29,7 @@ from engine.caches import Caches
 from engine.checkpoint import PRESETS, expected_shapes
 from engine.config import EngineConfig, ModelConfig
 from engine.model import Model
-from kernels import attention, boundary, cross_attention, entropy, hash_embed, linear, pooling, sampling, store
+from kernels import attention, boundary, cross_attention, entropy, hash_embed, linear, norm, pooling, sampling, store
 from kernels import unmasking as unmask_file
 from kernels.attention import AttentionPlan
 from kernels.boundary import Rule
@@ -120,10 +120,13 @@ class Recorder:
                     divisible.append(i)
             else:
                 signature.append((name, "fp32"))
+        traffic = self.traffic
+        if kernel is norm.rms_norm_kernel:
+            # Part of a product, whose traffic is that of its own kernel.
+            traffic = norm.traffic(values["x_ptr"].shape[0], values["width"], values["x_ptr"].itemsize)
         launch = Launch(
-            kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(options.items()),
-            self.rows, self.traffic,
-        )  # fmt: skip
+            kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(options.items()), self.rows, traffic
+        )
         self.launches.setdefault(launch)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .lang import await_inputs, dot, jit, overlap, power_of_two, tl
+from .lang import await_inputs, dot, jit, let_next_begin, overlap, power_of_two, tl
 from .traffic import Traffic
 
 TILE = 16
@@ -30,6 +30,10 @@ LARGE_TILE = 32
 """Rows per tile of the torch twin where a sequence has more than a few."""
 SEGMENT = 16
 """Pages per segment."""
+STAGES = 5
+"""Loads under way at a time: with fewer the compiler holds one page of keys and values only."""
+SMALL_STAGES = 2
+"""For pages too small to matter, and for float32, whose pages fill the shared memory."""
 
 BEGIN, COUNT, PAGES_AT, FIRST_PAGE, NUM_PAGES = range(5)
 """Columns of `AttentionPlan.tiles`."""
@@ -272,7 +276,7 @@ def _merge(highest, total, out, highest_next, total_next, out_next):
     return new, total, out
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["first_ptr", "last_ptr", "tiles_ptr", "pages_ptr"])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, tiles_ptr, pages_ptr, out_ptr, partial_ptr,
     heads, kv_heads, scale,
@@ -281,6 +285,7 @@ def attention_kernel(
     SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One tile and K/V head, with all query heads that share it; if SPLIT, one segment of them, into `partial`."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     begin = tl.load(tiles_ptr + tile * 5)
@@ -329,13 +334,14 @@ def attention_kernel(
         tl.store(out_ptr + at, out.to(b_q.dtype), mask=m_q)
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["tiles_ptr"])
 def merge_kernel(
     tiles_ptr, out_ptr, partial_ptr, heads, kv_heads, num_segments,
     SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Adds the segments of one tile and K/V head in their order."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     begin = tl.load(tiles_ptr + tile * 5)
@@ -373,7 +379,8 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
     attention_kernel[grid](
         q, k_cache, v_cache, plan.first, plan.last, plan.tiles, plan.pages, out, partial,
         heads, kv_heads, head_dim**-0.5, PAGE_SIZE=page_size, BLOCK_KEYS=key_block(page_size), SPLIT=split, **block,
-        num_warps=4, num_stages=2, enable_fp_fusion=False, **overlap(q),
+        num_warps=4, num_stages=STAGES if q.itemsize <= 2 and page_size >= 32 else SMALL_STAGES,
+        enable_fp_fusion=False, **overlap(q),
     )  # fmt: skip
     if split:
         merge_kernel[grid[:2]](

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .lang import await_inputs, jit, overlap, tl
+from .lang import await_inputs, jit, let_next_begin, overlap, tl
 from .traffic import Traffic
 
 _NO_LIMIT = 1 << 30
@@ -64,12 +64,13 @@ def traffic(rows: int, spans: int) -> Traffic:
     return Traffic(4 * rows + 8 * spans, 8 * rows)
 
 
-@jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["entropies_ptr", "previous_ptr", "spans_ptr"])
 def boundaries_kernel(
     entropies_ptr, previous_ptr, spans_ptr, found_ptr, rows, threshold, rise, longest,
     EVERY_BYTE: tl.constexpr, MONOTONIC: tl.constexpr, RISE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One sequence, row after row: the length of the open patch depends on every decision before."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     span = tl.program_id(0)
     row = tl.load(spans_ptr + span * 4)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .lang import await_inputs, blocks, jit, overlap, power_of_two, tl
+from .lang import await_inputs, blocks, jit, let_next_begin, overlap, power_of_two, tl
 from .traffic import Traffic
 
 
@@ -28,13 +28,14 @@ def traffic(rows: int, slots: int, heads: int, kv_heads: int, head_dim: int, ite
     return Traffic(q + rows * 2 * slots * kv_heads * head_dim * itemsize, q)
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["page_ptr", "offset_ptr"])
 def slot_attention_kernel(
     q_ptr, k_ptr, v_ptr, page_ptr, offset_ptr, out_ptr, heads, kv_heads, page_size, scale,
     SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row, one block of its heads."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .lang import await_inputs, jit, overlap, power_of_two, tl
+from .lang import await_inputs, jit, let_next_begin, overlap, power_of_two, tl
 from .traffic import Traffic
 
 
@@ -20,6 +20,7 @@ def traffic(rows: int, vocab_size: int, itemsize: int) -> Traffic:
 @jit
 def entropy_kernel(logits_ptr, out_ptr, vocab_size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One row."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)

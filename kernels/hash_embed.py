@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lang import await_inputs, blocks, jit, overlap, power_of_two, tl
+from .lang import await_inputs, blocks, jit, let_next_begin, overlap, power_of_two, tl
 from .traffic import Traffic
 
 PRIMES = (
@@ -95,13 +95,14 @@ def traffic(rows: int, dim: int, num_tables: int, width: int, itemsize: int, tab
     return Traffic(rows * (8 * width + dim * (itemsize + num_tables * table_itemsize)), rows * dim * itemsize)
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["windows_ptr"])
 def hash_embed_kernel(
     windows_ptr, embedding_ptr, addresses_ptr, sizes_ptr, powers_ptr, table_ptr, out_ptr,
     width, longest, num_sizes, num_tables, table_rows,
     DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One byte, one block of dimensions. table_ptr: any table, for its type."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -47,18 +47,29 @@ def dot(a, b, total):
 
 @jit
 def await_inputs(OVERLAP: tl.constexpr):
-    """First of all in every kernel: nothing is read or written before all that was launched earlier is done.
-
-    A kernel that is launched so may be brought onto the device while the one before it still runs, and lets the next
-    one be brought there.
-    """
+    """Until all that was launched earlier is done: a kernel may be on the device before. Every kernel does it, before
+    it reads anything but weights, and before it writes anything."""
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
 
 
+@jit
+def let_next_begin(OVERLAP: tl.constexpr):
+    """The next kernel may be brought onto the device; at the latest it is when this one ends."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@jit
+def prefetch(addresses):
+    """Asks for the lines at these addresses (N,) int64 of global memory to be brought into the second-level cache."""
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
+
+
 def overlap(tensor: Tensor) -> dict[str, bool]:
-    """How to launch a kernel on the tensor's device: as `await_inputs` has it, if the device can."""
+    """How to launch a kernel on the tensor's device: overlapping the one before (programmatic dependent launch), if the
+    device can. A chain of small kernels is else bound by their beginnings and ends."""
     return _overlap(tensor.device) if tensor.is_cuda else {"OVERLAP": False}
 
 

@@ -15,8 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lang import IN_INTERPRETER, await_inputs, blocks, dot, jit, overlap, power_of_two, tl
-from .norm import rms_norm
+from .lang import (
+    IN_INTERPRETER,
+    await_inputs,
+    blocks,
+    dot,
+    jit,
+    let_next_begin,
+    overlap,
+    power_of_two,
+    prefetch,
+    tl,
+)
+from .norm import rms_norm, rms_norm_triton
 from .swiglu import swiglu
 from .traffic import Traffic
 
@@ -70,7 +81,8 @@ def _scaled(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
 
 
 def traffic(rows: int, out: int, width: int, itemsize: int, *, fp8: bool = False, norm: bool = False) -> Traffic:
-    """Bytes of `linear`: the weight once, its scales, the norm, the rows in and out (`out` before gating)."""
+    """Bytes of `linear`: the weight once, its scales, the norm, the rows in and out (`out` before gating). What
+    normalised rows take between two kernels is the cache's."""
     weight = out * width * (1 if fp8 else itemsize) + 4 * out * fp8 + width * itemsize * norm
     return Traffic(weight + rows * width * itemsize, rows * out * itemsize)
 
@@ -80,15 +92,16 @@ def traffic(rows: int, out: int, width: int, itemsize: int, *, fp8: bool = False
 
 @jit(do_not_specialize=["rows"])
 def linear_kernel(
-    x_ptr, w_ptr, scale_ptr, norm_ptr, residual_ptr, out_ptr,
-    rows, out_dim, in_dim, eps,
-    NORM: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, RESIDUALS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, residual_ptr, out_ptr,
+    rows, out_dim, in_dim,
+    GATED: tl.constexpr, SCALED: tl.constexpr, RESIDUALS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows by one block of outputs. out_dim: outputs behind the gate."""
-    await_inputs(OVERLAP)
-    i_row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    i_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    """One block of rows by one block of outputs. out_dim: outputs behind the gate. AHEAD: how much of each weight row
+    is asked for while the kernel before still runs."""
+    i_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    i_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     i_in = tl.arange(0, BLOCK_IN)
     m_row, m_out = i_row < rows, i_out < out_dim
     p_x = x_ptr + i_row.to(tl.int64)[:, None] * in_dim + i_in[None, :]
@@ -96,28 +109,30 @@ def linear_kernel(
     p_up = w_ptr + (i_out + out_dim).to(tl.int64)[:, None] * in_dim + i_in[None, :]
     dtype = x_ptr.dtype.element_ty
 
-    if NORM:
-        squares = tl.zeros((BLOCK_ROWS, BLOCK_IN), tl.float32)
-        for start in range(0, in_dim, BLOCK_IN):
-            m_in = start + i_in < in_dim
-            b_x = tl.load(p_x + start, mask=m_row[:, None] & m_in[None, :], other=0.0).to(tl.float32)
-            squares += b_x * b_x
-        inverse = 1.0 / tl.sqrt(tl.sum(squares, 1) / in_dim + eps)
+    if OVERLAP and AHEAD > 0:
+        LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
+        i_line = tl.arange(0, BLOCK_OUT * AHEAD // LINE)
+        # What lies beyond the matrix is not asked for.
+        ahead_out = tl.minimum(tl.program_id(1) * BLOCK_OUT + i_line // (AHEAD // LINE), out_dim - 1).to(tl.int64)
+        ahead_in = tl.minimum(i_line % (AHEAD // LINE) * LINE, in_dim - 1)
+        prefetch((w_ptr + ahead_out * in_dim + ahead_in).to(tl.int64))
+        if GATED:
+            prefetch((w_ptr + (ahead_out + out_dim) * in_dim + ahead_in).to(tl.int64))
+    await_inputs(OVERLAP)
 
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     total_up = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     for start in range(0, in_dim, BLOCK_IN):
         m_in = start + i_in < in_dim
         b_x = tl.load(p_x + start, mask=m_row[:, None] & m_in[None, :], other=0.0)
-        if NORM:
-            b_norm = tl.load(norm_ptr + start + i_in, mask=m_in, other=0.0).to(tl.float32)
-            b_x = (b_x.to(tl.float32) * inverse[:, None] * b_norm[None, :]).to(dtype)
         m_w = m_out[:, None] & m_in[None, :]
         b_w = tl.load(p_w + start, mask=m_w, other=0.0, eviction_policy="evict_first").to(dtype)
         total = dot(b_x, tl.trans(b_w), total)
         if GATED:
             b_up = tl.load(p_up + start, mask=m_w, other=0.0, eviction_policy="evict_first").to(dtype)
             total_up = dot(b_x, tl.trans(b_up), total_up)
+    # Not before: the next kernel's loads would compete with these.
+    let_next_begin(OVERLAP)
 
     # Rounded where the twin rounds.
     if SCALED:
@@ -150,27 +165,51 @@ def linear_triton(
     twice: bool = False,
 ) -> Tensor:
     """The same, for contiguous operands."""
+    if norm is not None:
+        x = rms_norm_triton(x, norm, eps)
     rows, width = x.shape
     out = weight.data.shape[0] // (1 + gated)
     y = x.new_empty(rows, out)
-    block = linear_blocks(rows, out, width)
-    grid = (blocks(out, block["BLOCK_OUT"]), blocks(rows, block["BLOCK_ROWS"]))
+    block = linear_blocks(out, width, weight.data.itemsize, gated=gated)
+    # Blocks of rows first: they read the same weights soon after each other.
+    grid = (blocks(rows, block["BLOCK_ROWS"]), blocks(out, block["BLOCK_OUT"]))
     linear_kernel[grid](
-        x, weight.data, weight.scale, norm, residual, y, rows, out, width, eps,
-        NORM=norm is not None, GATED=gated, SCALED=weight.scale is not None,
-        RESIDUALS=0 if residual is None else 1 + twice, **block, num_warps=4, num_stages=4 if rows <= 16 else 3,
-        **overlap(x),
+        x, weight.data, weight.scale, residual, y, rows, out, width,
+        GATED=gated, SCALED=weight.scale is not None, RESIDUALS=0 if residual is None else 1 + twice,
+        **block, **overlap(x),
     )  # fmt: skip
     return y
 
 
-def linear_blocks(rows: int, out: int, width: int) -> dict[str, int]:
-    """Block sizes. Those of rows stay below the 64 from which on Hopper's tensor cores sum in another order."""
+AHEAD = 512
+"""Elements of each weight row that are asked for early."""
+
+
+def linear_blocks(out: int, width: int, itemsize: int, *, gated: bool) -> dict[str, int]:
+    """Block sizes, warps and how many loads are under way at a time, by what was fastest on an H200 with one row.
+    itemsize: of the weights.
+
+    The number of rows has no say: with other blocks the compiler may sum in another order.
+    """
+    if itemsize > 2:
+        block_out, block_in, warps, stages = 16 if out <= 4096 else 32, 128, 4, 3
+    elif (gated or out > 2 * width) and (itemsize == 1 or width < 2048 and gated):
+        block_out, block_in, warps, stages = 32, 256, 4, 4
+    elif gated:
+        block_out, block_in, warps, stages = 32, 128, 2, 6
+    elif out > 2 * width:
+        block_out, block_in, warps, stages = 16, 128, 2, 8
+    elif itemsize == 1:
+        block_out, block_in, warps, stages = 16, 256, 2, 6
+    else:
+        block_out, block_in, warps, stages = 16, 512, 2, 4
     return {
-        "BLOCK_ROWS": 16 if rows <= 16 else 32,
-        # Narrow products need many small blocks to occupy the device; wide ones have enough.
-        "BLOCK_OUT": 256 if IN_INTERPRETER else 16 if out <= 4096 else 32,
-        "BLOCK_IN": min(power_of_two(width, 32), 128),
+        "BLOCK_ROWS": 16,
+        "BLOCK_OUT": 256 if IN_INTERPRETER else block_out,
+        "BLOCK_IN": min(power_of_two(width, 32), block_in),
+        "AHEAD": min(power_of_two(width, 128), AHEAD),
+        "num_warps": warps,
+        "num_stages": stages,
     }
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .lang import await_inputs, blocks, jit, overlap, power_of_two, tl
+from .lang import await_inputs, blocks, jit, let_next_begin, overlap, power_of_two, tl
 from .traffic import Traffic
 
 
@@ -24,12 +24,13 @@ def traffic(patches: int, num_bytes: int, dim: int, itemsize: int) -> Traffic:
     return Traffic(num_bytes * dim * itemsize, patches * dim * itemsize)
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["page_ptr", "offset_ptr", "bounds_ptr"])
 def patch_max_kernel(
     cache_ptr, page_ptr, offset_ptr, bounds_ptr, out_ptr, page_size, DIM: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One patch, one block of dimensions."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     patch = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -12,7 +12,7 @@ cases; this way the very text is what the model alone would have drawn, whoever 
 import torch
 from torch import Tensor
 
-from .lang import await_inputs, jit, overlap, power_of_two, tl
+from .lang import await_inputs, jit, let_next_begin, overlap, power_of_two, tl
 from .traffic import Traffic
 
 MASS_SCALE = 2.0**52
@@ -79,13 +79,16 @@ def traffic(rows: int, vocab_size: int) -> Traffic:
 @jit
 def likeliest_kernel(logits_ptr, ids_ptr, highest_ptr, vocab_size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One row."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + row * vocab_size + i, mask=i < vocab_size, other=float("-inf"))
     bad = tl.max((x != x).to(tl.int32), 0) > 0
     highest = tl.max(tl.where(x != x, float("-inf"), x), 0)
-    tl.store(ids_ptr + row, tl.min(tl.where(x == highest, i, BLOCK), 0).to(tl.int64))
+    # A row of NaN has no largest logit; what is fed on must be an id all the same.
+    best = tl.minimum(tl.min(tl.where(x == highest, i, BLOCK), 0), vocab_size - 1)
+    tl.store(ids_ptr + row, best.to(tl.int64))
     tl.store(highest_ptr + row, tl.where(bad, float("nan"), highest))
 
 
@@ -99,12 +102,13 @@ def likeliest_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
     return ids, highest
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["laws_ptr", "uniforms_ptr"])
 def sample_kernel(
     logits_ptr, laws_ptr, uniforms_ptr, out_ptr, vocab_size,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row. Ranks come from comparing every pair of ids, CHUNK of them at a time: a vocabulary of bytes is small."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
@@ -141,7 +145,9 @@ def sample_kernel(
     total = tl.sum(mass, 0)
     target = tl.minimum((uniform * total.to(tl.float64)).to(tl.int64), total - 1)
     drawn = tl.sum(((cdf <= target) & m).to(tl.int64), 0)
-    tl.store(out_ptr + row, tl.where(temperature > 0.0, drawn, best.to(tl.int64)))
+    # Of NaN nothing can be drawn; what is fed on must be an id all the same.
+    found = tl.where(temperature > 0.0, drawn, best.to(tl.int64))
+    tl.store(out_ptr + row, tl.minimum(found, vocab_size - 1))
 
 
 def sample_triton(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
@@ -156,9 +162,10 @@ def sample_triton(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
     return out
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["drafts_ptr", "drawn_ptr", "lengths_ptr"])
 def accepted_kernel(drafts_ptr, drawn_ptr, lengths_ptr, out_ptr, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One draft."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     s = tl.program_id(0)
     i = tl.arange(0, BLOCK)

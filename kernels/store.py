@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .lang import await_inputs, blocks, jit, overlap, power_of_two, tl
+from .lang import await_inputs, blocks, jit, let_next_begin, overlap, power_of_two, tl
 from .rope import apply_rope
 from .traffic import Traffic
 
@@ -42,7 +42,7 @@ def traffic(rows: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) 
 # Triton.
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["position_ptr", "page_ptr", "offset_ptr"])
 def store_qkv_kernel(
     x_ptr, rope_ptr, position_ptr, page_ptr, offset_ptr, k_ptr, v_ptr, q_ptr,
     heads, kv_heads, page_size,
@@ -50,6 +50,7 @@ def store_qkv_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row, one block of its heads: queries, then keys, then values."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -115,10 +116,11 @@ def store_blocks(all_heads: int, head_dim: int) -> dict[str, int]:
     return {"BLOCK_HEADS": min(power_of_two(all_heads), 16), "BLOCK_PAIRS": power_of_two(head_dim // 2)}
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["page_ptr", "offset_ptr"])
 def store_states_kernel(
     x_ptr, page_ptr, offset_ptr, cache_ptr, page_size, DIM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

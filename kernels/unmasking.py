@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .lang import await_inputs, jit, overlap, power_of_two, tl
+from .lang import await_inputs, jit, let_next_begin, overlap, power_of_two, tl
 from .traffic import Traffic
 
 ONE_STEP, CONFIDENCE, ENTROPY, ENTROPY_MINUS_MAX = range(4)
@@ -64,6 +64,7 @@ def traffic(num_blocks: int, size: int, vocab_size: int) -> Traffic:
 @jit
 def certainty_kernel(logits_ptr, confidence_ptr, entropy_ptr, vocab_size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One row."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
@@ -84,12 +85,13 @@ def certainty_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
     return confidence, entropy
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["masked_ptr", "confidence_ptr", "entropy_ptr", "rules_ptr", "bounds_ptr"])
 def unmask_kernel(
     masked_ptr, confidence_ptr, entropy_ptr, rules_ptr, bounds_ptr, settled_ptr, size,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One block of cells."""
+    let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
     block = tl.program_id(0)
     i = tl.arange(0, BLOCK)

@@ -17,6 +17,7 @@ from kernels.boundary import Rule
 from kernels.dispatch import Kernels, TritonKernels, choose_kernels
 from kernels.hash_embed import HashTables
 from kernels.linear import Matrix, quantize
+from kernels.norm import rms_norm, rms_norm_triton
 from kernels.rope import rope_table
 from tests.operands import FLOATS, RULES, SEEDS, Draw, Laid, Layout, close, few, layouts
 from tests.operands import TRITONS as DEVICE
@@ -68,6 +69,16 @@ def test_linear(
     if residuals:
         how["residual"] = how["residual"][rows // 2 :].contiguous()
     assert torch.equal(TRITON.linear(x[rows // 2 :].contiguous(), matrix, **how), found[rows // 2 :])
+
+
+@few
+@given(SEEDS, FLOATS, st.integers(1, 40), st.integers(1, 150))
+def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
+    draw = Draw(seed, DEVICE)
+    x, weight = draw.randn(rows, width, dtype=dtype), draw.randn(width, dtype=dtype)
+    found = rms_norm_triton(x, weight, 1e-5)
+    close(found, rms_norm(x, weight, 1e-5))
+    assert torch.equal(rms_norm_triton(x[-1:].contiguous(), weight, 1e-5), found[-1:])
 
 
 def test_float8_keeps_three_bits_of_every_weight() -> None:
@@ -248,6 +259,17 @@ def test_sample(seed: int, rows: int, vocab_size: int, double: bool) -> None:
     logits[:, -1] = logits[:, 0]
     how = logits.double() if double else logits, laws, draw.uniform(rows)
     assert torch.equal(TRITON.sample(*how), TORCH.sample(*how))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("vocab_size", [1, 5, 260])
+def test_what_rows_of_nan_give_is_an_id(vocab_size: int) -> None:
+    """It is fed on before the host hears that it means nothing; an embedding has no rows for other numbers."""
+    logits = torch.full((3, vocab_size), torch.nan, device=DEVICE)
+    laws = torch.tensor([[0.0, vocab_size, 1, 0], [1, vocab_size, 1, 0], [0.7, 1, 0.9, 0.1]], device=DEVICE).double()
+    uniforms = torch.full((3,), 0.999, dtype=torch.float64, device=DEVICE)
+    for ids in (TRITON.likeliest(logits)[0], TRITON.sample(logits, laws, uniforms)):
+        assert all(0 <= i < vocab_size for i in ids.tolist())
 
 
 @few
