@@ -7,6 +7,9 @@ launched ahead must equal single launches; how often other sums of the same numb
 """
 
 import math
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,21 +53,31 @@ def variants(setting: Setting) -> dict[str, dict[str, Any]]:
 
 
 def measure(setting: Setting, piece: Piece) -> None:
-    num_prompts, count = (2, 8) if setting.quick else (16, 96)
     random = random_model(setting.work, "tiny", "fast", dtype=torch.float32)
     released = random_model(setting.work, "tiny", "released", dtype=torch.float32)
-    for name, model in (("tiny, random", random), ("tiny, random, released form", released), ("nano", NANO)):
-        for dtype in ("float32", "bfloat16"):
-            found = {}
-            for variant, choices in variants(setting).items():
-                engine = Engine(setting.engine(model, dtype=dtype, **choices))
-                if AHEAD in variant:
-                    launch_ahead(engine)
-                found[variant] = texts_of(engine, num_prompts, count, mixed=AHEAD not in variant)
-            for row in compare(found):
+    models = {"tiny, random": random, "tiny, random, released form": released, "nano": NANO}
+    cases = [(name, dtype) for name in models for dtype in ("float32", "bfloat16")]
+    # Most of their time is Triton's compiler and the host's.
+    with ProcessPoolExecutor(len(cases) if setting.on_gpu else 1, get_context("spawn")) as pool:
+        running = {pool.submit(texts_of_variants, setting, models[name], dtype): (name, dtype) for name, dtype in cases}
+        for done in as_completed(running):
+            name, dtype = running[done]
+            for row in compare(done.result()):
                 piece.row("texts", {"model": name, "dtype": dtype, **row})
                 if dtype == "float32":
                     judge(name, row, piece)
+
+
+def texts_of_variants(setting: Setting, model: Path, dtype: str) -> dict[str, Texts]:
+    """What a model writes in each variant."""
+    num_prompts, count = (2, 8) if setting.quick else (16, 96)
+    found = {}
+    for variant, choices in variants(setting).items():
+        engine = Engine(setting.engine(model, dtype=dtype, cache_bytes=256 << 20, **choices))
+        if AHEAD in variant:
+            launch_ahead(engine)
+        found[variant] = texts_of(engine, num_prompts, count, mixed=AHEAD not in variant)
+    return found
 
 
 def compare(found: dict[str, Texts]) -> list[dict[str, Any]]:
