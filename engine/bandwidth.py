@@ -62,7 +62,7 @@ def recorded(work: Callable[[], object], device: torch.device) -> Callable[[], o
         work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
     return graph.replay
 

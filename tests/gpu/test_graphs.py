@@ -1,5 +1,6 @@
 """Stages recorded as CUDA graphs write what the same kernels write when they are launched one by one."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from benchmarks.models import Form, random_model
 from benchmarks.report import NANO
 from engine.decoders import EXACT
 from engine.engine import Engine
-from engine.graphs import Graphs
+from engine.graphs import Graphs, _Recorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -57,3 +58,29 @@ def test_the_same_batch_records_nothing_the_second_time(tmp_path: Path) -> None:
     recorded = executor.num_recorded
     assert recorded and exactness.texts_of(engine, 4, 48) == first
     assert executor.num_recorded == recorded
+
+
+def test_recording_leaves_the_allocators_and_the_collector_as_they_were() -> None:
+    recorder, x = _Recorder(torch.device("cuda")), torch.arange(8.0, device="cuda")
+    torch.empty(1 << 26, device="cuda")
+    reserved = torch.cuda.memory_reserved()
+    collected: list[bool] = []
+
+    def work() -> torch.Tensor:
+        collected.append(gc.isenabled())
+        out = x + 1
+        if len(collected) == 4:
+            raise ValueError("in mid-capture")
+        return out
+
+    graph, output = recorder.record(work)
+    assert torch.cuda.memory_reserved() >= reserved and collected == [True, False] and gc.isenabled()
+    x *= 2
+    graph.replay()
+    assert output.tolist() == [2.0 * n + 1 for n in range(8)]
+    with pytest.raises(ValueError, match="in mid-capture"):
+        recorder.record(work)
+    assert gc.isenabled()
+    again, output = recorder.record(work)
+    again.replay()
+    assert output.tolist() == [2.0 * n + 1 for n in range(8)], "a failure leaves the stream as it was"
