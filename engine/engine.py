@@ -340,7 +340,9 @@ class Engine:
             if sequence.begun is None:
                 sequence.begun, sequence.num_cached = now, min(sequence.num_computed, sequence.num_prompt)
                 self._cached_rows += sequence.num_cached
-        began, stages_before = time.perf_counter(), sum(self.runner.counts.seconds.values())
+        executor = self.runner.executor
+        began, recorded = time.perf_counter(), executor.num_recorded
+        stages_before = sum(self.runner.counts.seconds.values())
         batch = [self._work(part) for part in parts]
         calls_before = self.runner.counts.calls["decoder"]
         results = self._passes.run(batch) or self._run_once(batch)
@@ -349,8 +351,9 @@ class Engine:
         stages = sum(self.runner.counts.seconds.values()) - stages_before
         rows = sum(w.num_clean + w.num_cells for w in batch)
         passes = max(self.runner.counts.calls["decoder"] - calls_before, 1)
-        # On a GPU the clocks of stages run late, so that an earlier step's may be among these.
-        self.runner.costs.saw("step", rows, max(time.perf_counter() - began - stages, 0.0) / passes)
+        if executor.num_recorded == recorded:
+            # On a GPU the clocks of stages run late, so that an earlier step's may be among these.
+            self.runner.costs.saw("step", rows, max(time.perf_counter() - began - stages, 0.0) / passes)
 
     def _run_once(self, batch: list[Work]) -> Seq[Result | None]:
         logits = self.runner.run(batch)
