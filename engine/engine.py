@@ -126,7 +126,8 @@ class Engine:
 
     def calibrate(self) -> None:
         """Learns how long steps take, from the file if there is one, else from some that it tries; so it knows how many
-        rows of prompts a step can have. Takes up to two seconds. Must come before the first request, and need not come.
+        rows of prompts a step can have. Takes up to two seconds, and where these steps must be compiled and recorded up
+        to a minute more. Must come before the first request, and need not come.
 
         Raises ValueError for a file that holds something else, OSError for one that cannot be read or written.
         """
@@ -173,7 +174,8 @@ class Engine:
             return heard.step(rows, seconds)
 
         try:
-            return trial.try_steps(step, min(self.config.max_step_rows, self.caches.max_length - 1))
+            most_rows = min(self.config.max_step_rows, self.caches.max_length - 1)
+            return trial.try_steps(step, most_rows, lambda: self.runner.executor.num_recorded)
         finally:
             self.runner.costs, self._prefixes = costs, prefixes
             self._begin()
