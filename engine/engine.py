@@ -252,6 +252,7 @@ class Engine:
         return dict(self._stage_bytes.weights)
 
     def snapshot(self) -> Snapshot:
+        self.runner.hear()
         counts = self.runner.counts
         costs = {decoder: Cost() for decoder in self._decoders}
         for decoder, cost in self._costs.items():
@@ -344,13 +345,13 @@ class Engine:
                 self._cached_rows += sequence.num_cached
         executor = self.runner.executor
         began, recorded = time.perf_counter(), executor.num_recorded
-        stages_before = sum(self.runner.counts.seconds.values())
+        stages_before = self.runner.stage_seconds()
         batch = [self._work(part) for part in parts]
         calls_before = self.runner.counts.calls["decoder"]
         results = self._passes.run(batch) or self._run_once(batch)
         for part, w, result in zip(parts, batch, results, strict=True):
             self._advance(part, w, result)
-        stages = sum(self.runner.counts.seconds.values()) - stages_before
+        stages = self.runner.stage_seconds() - stages_before
         rows = sum(w.num_clean + w.num_cells for w in batch)
         passes = max(self.runner.counts.calls["decoder"] - calls_before, 1)
         if executor.num_recorded == recorded:

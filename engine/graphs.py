@@ -56,17 +56,26 @@ class Eager:
         return n
 
     def run(
-        self, name: str, stage: Stage, rows: int, arrays: Arrays, tensors: Mapping[str, Tensor], key: object
+        self,
+        name: str,
+        stage: Stage,
+        rows: int,
+        arrays: Arrays,
+        tensors: Mapping[str, Tensor],
+        key: object,
+        launching: Callable[[], None],
     ) -> Tensor:
         """The output of `stage` over `rows` rows: arrays, once they are on the device, and tensors that are there.
 
-        name, key: what tells the stage's recordings apart besides the inputs' shapes. The output is valid until the
-        stage runs again.
+        name, key: what tells the stage's recordings apart besides the inputs' shapes. launching: called when the inputs
+        are on their way, right before the stage. The output is valid until the stage runs again.
         """
         if self._device.type == "cpu":
-            return stage({**{key: torch.from_numpy(a) for key, a in arrays.items()}, **tensors})
-        packed = pack(arrays).pin_memory().to(self._device, non_blocking=True)
-        return stage({**unpack(packed, arrays), **tensors})
+            inputs = {name: torch.from_numpy(a) for name, a in arrays.items()}
+        else:
+            inputs = unpack(pack(arrays).pin_memory().to(self._device, non_blocking=True), arrays)
+        launching()
+        return stage({**inputs, **tensors})
 
 
 class Graphs(Eager):
@@ -96,10 +105,17 @@ class Graphs(Eager):
         return _power_of_two(n)
 
     def run(
-        self, name: str, stage: Stage, rows: int, arrays: Arrays, tensors: Mapping[str, Tensor], key: object
+        self,
+        name: str,
+        stage: Stage,
+        rows: int,
+        arrays: Arrays,
+        tensors: Mapping[str, Tensor],
+        key: object,
+        launching: Callable[[], None],
     ) -> Tensor:
         if rows > MOST_GRAPH_ROWS:
-            return super().run(name, stage, rows, arrays, tensors, key)
+            return super().run(name, stage, rows, arrays, tensors, key, launching)
         shapes = tuple(a.shape for a in arrays.values()), tuple((n, t.shape) for n, t in tensors.items())
         found = self._recordings.get((name, key, shapes))
         if found is None:
@@ -109,7 +125,7 @@ class Graphs(Eager):
             if len(self._recordings) > MOST_RECORDINGS:
                 self._recordings.popitem(last=False)
         self._recordings.move_to_end((name, key, shapes))
-        return found.replay(arrays, tensors)
+        return found.replay(arrays, tensors, launching)
 
     @property
     def num_recorded(self) -> int:
@@ -183,8 +199,9 @@ class _Recording:
             self._fill(arrays, tensors)
             self._graph, self._output = recorder.record(lambda: stage(self._inputs))
 
-    def replay(self, arrays: Arrays, tensors: Mapping[str, Tensor]) -> Tensor:
+    def replay(self, arrays: Arrays, tensors: Mapping[str, Tensor], launching: Callable[[], None]) -> Tensor:
         self._fill(arrays, tensors)
+        launching()
         if self._graph is None:
             self._output = self._stage(self._inputs)
         else:

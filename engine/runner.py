@@ -545,7 +545,11 @@ class Runner:
         """Launches a call. name, times: what else tells it from others of its stage; see `Eager.run`."""
         recorded = self.executor.num_recorded
         key = times, *(plan.shape for plan in plans)
-        out = self.executor.run(name or call.stage, stage, rows, arrays, tensors, key)
+
+        def launching() -> None:
+            call.began = call.began or self._mark()
+
+        out = self.executor.run(name or call.stage, stage, rows, arrays, tensors, key, launching)
         call.recorded = self.executor.num_recorded > recorded
         call.ended = self._mark()
         return out
@@ -673,7 +677,8 @@ class Runner:
         self.counts.bytes_read[stage] += whole
 
     def _begin(self, stage: str) -> "StageCall":
-        return StageCall(stage, self._mark())
+        # Beside a device the host plans while that has nothing to do, or something else.
+        return StageCall(stage, self._mark() if self.device.type == "cpu" else None)
 
     def finish(self, call: "StageCall") -> None:
         """Takes note of the time of a call whose passes have been charged, as far as they served anybody."""
@@ -683,6 +688,11 @@ class Runner:
         # The host is ahead of the device: two marks in its queue tell the time, once they have been passed.
         self._running.append(call)
         self.hear()
+
+    def stage_seconds(self) -> float:
+        """Of all stages, as far as is known by now."""
+        self.hear()
+        return sum(self.counts.seconds.values())
 
     def hear(self) -> None:
         """Takes note of the stages on a CUDA device that are done since."""
@@ -769,7 +779,7 @@ class StageCall:
     the passes were charged, and, added up over those, which share of the rows generates for which decoder."""
 
     stage: str
-    began: Any
+    began: Any = None
     ended: Any = None
     rows: int = 0
     passes: int = 1

@@ -1,6 +1,7 @@
 """Stages recorded as CUDA graphs write what the same kernels write when they are launched one by one."""
 
 import gc
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_the_same_batch_records_nothing_the_second_time(tmp_path: Path) -> None:
     recorded = executor.num_recorded
     assert recorded and exactness.texts_of(engine, 4, 48) == first
     assert executor.num_recorded == recorded
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_stages_time_is_without_the_hosts_planning(graphs: bool, tmp_path: Path) -> None:
+    setting = Setting("cuda", quick=False, work=tmp_path)
+    engine = Engine(setting.engine(random_model(tmp_path, "tiny", "fast", dtype=torch.float32), graphs=graphs))
+    exactness.launch_ahead(engine)
+    exactness.texts_of(engine, 2, 16)
+    before, plan = engine.snapshot(), engine.runner._plan
+    engine.runner._plan = lambda *given: (time.sleep(0.02), plan(*given))[1]  # type: ignore[method-assign,func-returns-value]
+    exactness.texts_of(engine, 2, 16)
+    after = engine.snapshot()
+    for stage, calls in after.calls.items():
+        assert after.stage_seconds[stage] - before.stage_seconds[stage] < 0.01 * (calls - before.calls[stage]), stage
 
 
 def test_recording_leaves_the_allocators_and_the_collector_as_they_were() -> None:
