@@ -57,10 +57,11 @@ def measure(setting: Setting, piece: Piece) -> None:
         for dtype in ("float32", "bfloat16"):
             found = {}
             for variant, choices in variants(setting).items():
-                engine = Engine(setting.engine(model, dtype=dtype, **choices))
+                engine = setting.engine(model, dtype=dtype, **choices)
                 if AHEAD in variant:
                     launch_ahead(engine)
                 found[variant] = texts_of(engine, num_prompts, count, mixed=AHEAD not in variant)
+                del engine
             for row in compare(found):
                 piece.row("texts", {"model": name, "dtype": dtype, **row})
                 if dtype == "float32":
