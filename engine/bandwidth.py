@@ -14,19 +14,27 @@ from kernels.dispatch import Kernels
 from kernels.linear import Matrix
 
 REPEATS = 5
-PROBED_BYTES = 128 << 20
-"""More than caches hold, and little enough to be read a dozen times while an engine starts."""
+PROBED_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+"""More than caches hold, and little enough to be read some times while an engine starts. A GPU reads it in less than a
+launch takes if there is not much of it."""
+PROBED_TIMES = {"cpu": 1, "cuda": 5}
 PROBED_WIDTH = 1024
 
 
 def probe(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Bytes per second. "copy": a plain copy, what is read and written together. "gemv": one row times a matrix in
     `dtype` by these kernels, the matrix alone. Takes a few tenths of a second and `2 * PROBED_BYTES` of memory."""
-    copied = copy_rate(device, PROBED_BYTES, times=1)
-    height = PROBED_BYTES // PROBED_WIDTH // dtype.itemsize
+    size, times = PROBED_BYTES[device.type], PROBED_TIMES[device.type]
+    copied = copy_rate(device, size, times=times)
+    height = size // PROBED_WIDTH // dtype.itemsize
     matrix = kernels.matrix(Matrix(torch.zeros(height, PROBED_WIDTH, dtype=dtype, device=device)))
     x = torch.ones(1, PROBED_WIDTH, dtype=dtype, device=device)
-    return {"copy": copied, "gemv": stream_rate(lambda m: kernels.linear(x, m), [matrix], device, times=1)}
+    found = {"copy": copied, "gemv": stream_rate(lambda m: kernels.linear(x, m), [matrix], device, times=times)}
+    if device.type == "cuda":
+        # torch would keep it for itself.
+        del matrix
+        torch.cuda.empty_cache()
+    return found
 
 
 def seconds(work: Callable[[], object], device: torch.device, *, times: int = 1) -> float:
@@ -62,7 +70,7 @@ def recorded(work: Callable[[], object], device: torch.device) -> Callable[[], o
         work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
     return graph.replay
 

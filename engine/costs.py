@@ -67,7 +67,8 @@ class StageCosts:
     def saw(self, stage: str, rows: int, seconds: float) -> None:
         """`stage` may also be "step": the seconds of a step outside its stages; "behind": until the host has launched a
         pass behind a step of blt, which on a CPU includes the stages; "asking": seconds outside the stages from a
-        decision on how many passes to run to the next."""
+        decision on how many passes to run to the next. What was recorded or compiled in the meantime is nobody's cost:
+        such calls must be left out."""
         if 0 < rows <= self.MOST_ROWS:
             self._stages.setdefault(stage, Line()).saw(rows, seconds)
 

@@ -126,7 +126,8 @@ class Engine:
 
     def calibrate(self) -> None:
         """Learns how long steps take, from the file if there is one, else from some that it tries; so it knows how many
-        rows of prompts a step can have. Takes up to two seconds. Must come before the first request, and need not come.
+        rows of prompts a step can have. Takes up to two seconds, and where these steps must be compiled and recorded up
+        to a minute more. Must come before the first request, and need not come.
 
         Raises ValueError for a file that holds something else, OSError for one that cannot be read or written.
         """
@@ -173,7 +174,8 @@ class Engine:
             return heard.step(rows, seconds)
 
         try:
-            return trial.try_steps(step, min(self.config.max_step_rows, self.caches.max_length - 1))
+            most_rows = min(self.config.max_step_rows, self.caches.max_length - 1)
+            return trial.try_steps(step, most_rows, lambda: self.runner.executor.num_recorded)
         finally:
             self.runner.costs, self._prefixes = costs, prefixes
             self._begin()
@@ -250,6 +252,7 @@ class Engine:
         return dict(self._stage_bytes.weights)
 
     def snapshot(self) -> Snapshot:
+        self.runner.hear()
         counts = self.runner.counts
         costs = {decoder: Cost() for decoder in self._decoders}
         for decoder, cost in self._costs.items():
@@ -340,17 +343,20 @@ class Engine:
             if sequence.begun is None:
                 sequence.begun, sequence.num_cached = now, min(sequence.num_computed, sequence.num_prompt)
                 self._cached_rows += sequence.num_cached
-        began, stages_before = time.perf_counter(), sum(self.runner.counts.seconds.values())
+        executor = self.runner.executor
+        began, recorded = time.perf_counter(), executor.num_recorded
+        stages_before = self.runner.stage_seconds()
         batch = [self._work(part) for part in parts]
         calls_before = self.runner.counts.calls["decoder"]
         results = self._passes.run(batch) or self._run_once(batch)
         for part, w, result in zip(parts, batch, results, strict=True):
             self._advance(part, w, result)
-        stages = sum(self.runner.counts.seconds.values()) - stages_before
+        stages = self.runner.stage_seconds() - stages_before
         rows = sum(w.num_clean + w.num_cells for w in batch)
         passes = max(self.runner.counts.calls["decoder"] - calls_before, 1)
-        # On a GPU the clocks of stages run late, so that an earlier step's may be among these.
-        self.runner.costs.saw("step", rows, max(time.perf_counter() - began - stages, 0.0) / passes)
+        if executor.num_recorded == recorded:
+            # On a GPU the clocks of stages run late, so that an earlier step's may be among these.
+            self.runner.costs.saw("step", rows, max(time.perf_counter() - began - stages, 0.0) / passes)
 
     def _run_once(self, batch: list[Work]) -> Seq[Result | None]:
         logits = self.runner.run(batch)

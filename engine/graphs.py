@@ -5,9 +5,10 @@ launches them all together, but always with the same shapes and addresses. So ar
 and every combination of lengths that comes up is recorded once, over buffers of its own.
 """
 
+import gc
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -55,17 +56,26 @@ class Eager:
         return n
 
     def run(
-        self, name: str, stage: Stage, rows: int, arrays: Arrays, tensors: Mapping[str, Tensor], key: object
+        self,
+        name: str,
+        stage: Stage,
+        rows: int,
+        arrays: Arrays,
+        tensors: Mapping[str, Tensor],
+        key: object,
+        launching: Callable[[], None],
     ) -> Tensor:
         """The output of `stage` over `rows` rows: arrays, once they are on the device, and tensors that are there.
 
-        name, key: what tells the stage's recordings apart besides the inputs' shapes. The output is valid until the
-        stage runs again.
+        name, key: what tells the stage's recordings apart besides the inputs' shapes. launching: called when the inputs
+        are on their way, right before the stage. The output is valid until the stage runs again.
         """
         if self._device.type == "cpu":
-            return stage({**{key: torch.from_numpy(a) for key, a in arrays.items()}, **tensors})
-        packed = pack(arrays).pin_memory().to(self._device, non_blocking=True)
-        return stage({**unpack(packed, arrays), **tensors})
+            inputs = {name: torch.from_numpy(a) for name, a in arrays.items()}
+        else:
+            inputs = unpack(pack(arrays).pin_memory().to(self._device, non_blocking=True), arrays)
+        launching()
+        return stage({**inputs, **tensors})
 
 
 class Graphs(Eager):
@@ -78,7 +88,7 @@ class Graphs(Eager):
         super().__init__(device, floor)
         self._recordings: OrderedDict[object, _Recording] = OrderedDict()
         self._num_recorded = 0
-        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._recorder = _Recorder(device) if device.type == "cuda" else None
 
     def rows(self, n: int) -> int:
         return super().rows(n) if n > MOST_GRAPH_ROWS else padded(max(n, self._floor))
@@ -95,31 +105,87 @@ class Graphs(Eager):
         return _power_of_two(n)
 
     def run(
-        self, name: str, stage: Stage, rows: int, arrays: Arrays, tensors: Mapping[str, Tensor], key: object
+        self,
+        name: str,
+        stage: Stage,
+        rows: int,
+        arrays: Arrays,
+        tensors: Mapping[str, Tensor],
+        key: object,
+        launching: Callable[[], None],
     ) -> Tensor:
         if rows > MOST_GRAPH_ROWS:
-            return super().run(name, stage, rows, arrays, tensors, key)
+            return super().run(name, stage, rows, arrays, tensors, key, launching)
         shapes = tuple(a.shape for a in arrays.values()), tuple((n, t.shape) for n, t in tensors.items())
         found = self._recordings.get((name, key, shapes))
         if found is None:
-            found = _Recording(stage, arrays, tensors, self._device, self._memory)
+            found = _Recording(stage, arrays, tensors, self._device, self._recorder)
             self._recordings[name, key, shapes] = found
             self._num_recorded += 1
             if len(self._recordings) > MOST_RECORDINGS:
                 self._recordings.popitem(last=False)
         self._recordings.move_to_end((name, key, shapes))
-        return found.replay(arrays, tensors)
+        return found.replay(arrays, tensors, launching)
 
     @property
     def num_recorded(self) -> int:
         return self._num_recorded
 
 
+class _Recorder:
+    """Makes CUDA graphs. All are recorded on one side stream and share their memory, so that the next one to run may
+    write over whatever lies there.
+
+    `torch.cuda.graph` would wait for the device and empty the allocators' caches every time, which whatever is
+    allocated afterwards pays for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A graph of `work`, which is also run once, and its output, outside of the shared memory."""
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            # The first run compiles what is not compiled yet, which must not happen while recording. It writes the
+            # same cache rows that the replay will.
+            output = torch.empty_like(work())
+            with _no_collection():
+                # Other threads may allocate, copy and ask for events meanwhile.
+                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+                try:
+                    output.copy_(work())
+                finally:
+                    graph.capture_end()
+        current.wait_stream(self._stream)
+        return graph, output
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector: graphs and pinned memory that it may free must not be freed while recording."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class _Recording:
-    """A stage over fixed buffers."""
+    """A stage over fixed buffers. recorder: None runs it at once."""
 
     def __init__(
-        self, stage: Stage, arrays: Arrays, tensors: Mapping[str, Tensor], device: torch.device, memory: Any
+        self,
+        stage: Stage,
+        arrays: Arrays,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        recorder: _Recorder | None,
     ) -> None:
         self._stage = stage
         self._packed = torch.empty(sum(a.size for a in arrays.values()), dtype=torch.int64, device=device)
@@ -129,22 +195,13 @@ class _Recording:
         self._inputs = {**unpack(self._packed, arrays), **self._tensors}
         self._graph: torch.cuda.CUDAGraph | None = None
         self._copied: torch.cuda.Event | None = None
-        if device.type == "cuda":
+        if recorder:
             self._fill(arrays, tensors)
-            # A first run compiles what is not compiled yet, which must not happen while recording. It writes the same
-            # cache rows that the replay will.
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                # All recordings share their memory, and the next one to run may write over whatever lies there.
-                self._output = torch.empty_like(stage(self._inputs))
-            torch.cuda.current_stream().wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=memory):
-                self._output.copy_(stage(self._inputs))
+            self._graph, self._output = recorder.record(lambda: stage(self._inputs))
 
-    def replay(self, arrays: Arrays, tensors: Mapping[str, Tensor]) -> Tensor:
+    def replay(self, arrays: Arrays, tensors: Mapping[str, Tensor], launching: Callable[[], None]) -> Tensor:
         self._fill(arrays, tensors)
+        launching()
         if self._graph is None:
             self._output = self._stage(self._inputs)
         else:

@@ -328,7 +328,7 @@ class Runner:
             arrays["ids"] = padded_array(ids, padded)
         if "previous" not in given:
             arrays["previous"] = previous
-        decisions = self._run("patcher", stage, padded, arrays, plan, tensors=given)
+        decisions = self._run(call, stage, padded, arrays, plan, tensors=given)
         self._settle_up(call, works, unpaid)
         return decisions
 
@@ -372,7 +372,7 @@ class Runner:
         arrays = {"plan": plan.data, "open": written.data}
         if not given:
             arrays["windows"] = padded_array(windows, padded * self._ngram_width).reshape(padded, -1)
-        states = self._run("encoder", stage, padded, arrays, plan, tensors=given)
+        states = self._run(call, stage, padded, arrays, plan, tensors=given)
         self._settle_up(call, works, unpaid)
         return states
 
@@ -459,7 +459,7 @@ class Runner:
             tensors["states"] = states
         elif ids is not None:
             tensors["ids"] = padded_tensor(ids, rows.padded)
-        out = self._run("decoder", stage, rows.padded, rows.arrays, plan, tensors=tensors)
+        out = self._run(call, stage, rows.padded, rows.arrays, plan, tensors=tensors)
         self._settle_up(call, rows.works, unpaid)
         return out[:wanted] if wanted else out.new_empty((0, self._config.vocab_size), dtype=torch.float32)
 
@@ -490,9 +490,8 @@ class Runner:
 
         arrays = {name: plans[0].arrays[name] for name in ("page", "offset", "wanted")}
         arrays |= {f"plan{number}": rows.plan.data for number, rows in enumerate(plans)}
-        key = times, *(rows.plan.shape for rows in plans)
-        out = self.executor.run(name, stage, plans[0].padded, arrays, tensors, key)
-        call.ended = self._mark()
+        each = [rows.plan for rows in plans]
+        out = self._run(call, stage, plans[0].padded, arrays, *each, tensors=tensors, name=name, times=times)
         return call, out
 
     def _undecided(self, clean: Seq[Work], padded: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -534,14 +533,26 @@ class Runner:
 
     def _run(
         self,
-        name: str,
+        call: "StageCall",
         stage: Stage,
         rows: int,
         arrays: Arrays,
         *plans: Plan,
         tensors: Mapping[str, Tensor] = NOTHING,
+        name: str = "",
+        times: int = 1,
     ) -> Tensor:
-        return self.executor.run(name, stage, rows, arrays, tensors, tuple(plan.shape for plan in plans))
+        """Launches a call. name, times: what else tells it from others of its stage; see `Eager.run`."""
+        recorded = self.executor.num_recorded
+        key = times, *(plan.shape for plan in plans)
+
+        def launching() -> None:
+            call.began = call.began or self._mark()
+
+        out = self.executor.run(name or call.stage, stage, rows, arrays, tensors, key, launching)
+        call.recorded = self.executor.num_recorded > recorded
+        call.ended = self._mark()
+        return out
 
     def _close_patches(self, clean: Seq[Work], call: "StageCall") -> None:
         """Encoder cross-attention and global stage for every patch whose last byte is among the rows, and for open
@@ -612,7 +623,7 @@ class Runner:
             "open": pooling.data,
             "plan": plan.data,
         }
-        self._run("global", stage, padded * slots, arrays, pooling, plan)
+        self._run(call, stage, padded * slots, arrays, pooling, plan)
         self.charge(call, works)
 
     def _add_latents(self, rows: "DecoderRows") -> None:
@@ -638,7 +649,6 @@ class Runner:
 
     def _settle_up(self, call: "StageCall", works: "list[_Rows]", unpaid: "Unpaid | None") -> None:
         """Charges and finishes a call that was launched, or leaves that for when it is known whom it served."""
-        call.ended = self._mark()
         if unpaid is not None:
             unpaid.append((call, works))
             return
@@ -667,17 +677,22 @@ class Runner:
         self.counts.bytes_read[stage] += whole
 
     def _begin(self, stage: str) -> "StageCall":
-        return StageCall(stage, self._mark())
+        # Beside a device the host plans while that has nothing to do, or something else.
+        return StageCall(stage, self._mark() if self.device.type == "cpu" else None)
 
     def finish(self, call: "StageCall") -> None:
         """Takes note of the time of a call whose passes have been charged, as far as they served anybody."""
-        call.ended = call.ended or self._mark()
         if self.device.type == "cpu":
             self._took(call)
             return
         # The host is ahead of the device: two marks in its queue tell the time, once they have been passed.
         self._running.append(call)
         self.hear()
+
+    def stage_seconds(self) -> float:
+        """Of all stages, as far as is known by now."""
+        self.hear()
+        return sum(self.counts.seconds.values())
 
     def hear(self) -> None:
         """Takes note of the stages on a CUDA device that are done since."""
@@ -697,8 +712,9 @@ class Runner:
         self.counts.seconds[call.stage] += seconds
         for decoder, share in call.shares.items():
             self.counts.decoder_seconds[decoder][call.stage] += seconds * share / call.charged
-        # What a pass takes does not depend on whom it serves.
-        self.costs.saw(call.stage, call.rows, seconds / call.passes)
+        if not call.recorded:
+            # What a pass takes does not depend on whom it serves.
+            self.costs.saw(call.stage, call.rows, seconds / call.passes)
 
 
 def padded_tensor(values: Tensor, length: int) -> Tensor:
@@ -759,14 +775,15 @@ class Started:
 
 @dataclass(slots=True)
 class StageCall:
-    """A launch of a stage: its rows, how many passes it makes over them, how many of these were charged, and, added up
-    over those, which share of the rows generates for which decoder."""
+    """A launch of a stage: its rows, how many passes it makes over them, whether it was recorded for that, how many of
+    the passes were charged, and, added up over those, which share of the rows generates for which decoder."""
 
     stage: str
-    began: Any
+    began: Any = None
     ended: Any = None
     rows: int = 0
     passes: int = 1
+    recorded: bool = False
     charged: int = 0
     shares: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 

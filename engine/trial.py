@@ -19,6 +19,8 @@ SECONDS = 0.25
 """For how long they are tried again and again; the fastest counts, as the first may come with what is done once."""
 MOST_SECONDS = 1.5
 """No step begins that would end later, as far as is known by then."""
+MOST_RECORDING_SECONDS = 60.0
+"""Beside those: for compiling and recording what steps run. Further numbers of rows stay untried."""
 LEAST_PROMPT_ROWS = 16
 """However long they stall others: prompts must get on."""
 PATCH = 4.0
@@ -70,18 +72,36 @@ class _File(msgspec.Struct, frozen=True):
     steps: list[TriedStep]
 
 
-def try_steps(step: Callable[[int], TriedStep], most_rows: int) -> list[TriedStep]:
+def try_steps(step: Callable[[int], TriedStep], most_rows: int, num_recorded: Callable[[], int]) -> list[TriedStep]:
     """The fastest step of each number of rows up to `most_rows`, in ascending order; fewer numbers if steps take long.
 
-    step: runs one of so many rows.
+    step: runs one of so many rows. num_recorded: how much has been recorded by now; a step that records does not count,
+    nor does its time, and is run again.
     """
-    began = time.perf_counter()
+    began, recording = time.perf_counter(), 0.0
     found: dict[int, TriedStep] = {}
-    while time.perf_counter() - began < SECONDS or not found:
-        for rows in sorted({min(rows, most_rows) for rows in TRIED_ROWS}):
-            if found and time.perf_counter() - began + _foreseen(list(found.values()), rows) > MOST_SECONDS:
-                break
+
+    def spent() -> float:
+        return time.perf_counter() - began - recording
+
+    def measured(rows: int) -> TriedStep | None:
+        """None once too much time has gone into recording."""
+        nonlocal recording
+        while recording < MOST_RECORDING_SECONDS or not found or rows in found:
+            before, recorded = spent(), num_recorded()
             tried = step(rows)
+            if num_recorded() == recorded:
+                return tried
+            recording += spent() - before
+        return None
+
+    while spent() < SECONDS or not found:
+        for rows in sorted({min(rows, most_rows) for rows in TRIED_ROWS}):
+            if found and spent() + _foreseen(list(found.values()), rows) > MOST_SECONDS:
+                break
+            tried = measured(rows)
+            if tried is None:
+                break
             if rows not in found or tried.seconds < found[rows].seconds:
                 found[rows] = tried
     return list(found.values())

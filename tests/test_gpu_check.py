@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+import weakref
 from collections.abc import Iterator
 from importlib.util import resolve_name
 from pathlib import Path
@@ -25,7 +26,6 @@ from benchmarks.gpu_check.setting import Setting
 from benchmarks.models import random_model
 from benchmarks.report import ROOT
 from engine.decoders import Committed
-from engine.engine import Engine
 
 FAKES = {
     "good": "piece.row('rows', {'device': setting.device, 'quick': setting.quick})",
@@ -264,9 +264,16 @@ def test_replayed_drafts_stand_at_the_papers_rate(rate: float, length: int) -> N
     assert sum(stood) / len(stood) / length == pytest.approx(rate, abs=0.02)
 
 
+def test_engines_that_nobody_holds_are_gone_before_the_next(setting: Setting) -> None:
+    model = random_model(setting.work, "tiny", "fast")
+    first = weakref.ref(setting.engine(model))
+    second = setting.engine(model)
+    assert first() is None and second.runner.device.type == "cpu"
+
+
 def test_replayed_text_leaves_a_sound_sequence(setting: Setting) -> None:
     """What follows a replayed text is what follows the same text as a prompt."""
-    engine = Engine(setting.engine(random_model(setting.work, "tiny", "fast"), dtype="float32"))
+    engine = setting.engine(random_model(setting.work, "tiny", "fast"), dtype="float32")
     prompt = prompts(1, 30)
     for way in ("blt-s k=8", "blt-dv B=8", "blt-d B=8"):
         texts = generate(engine, prompt, 40, ways.RANDOM["fast"][way], replay.replayed(engine)).texts

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine.accounting import STAGES
 from engine.config import EOS_ID
 from engine.engine import Engine
 from engine.runner import StageCall
@@ -186,6 +187,36 @@ def test_a_block_that_needs_fewer_passes_than_those_before_pays_for_its_own(mode
     assert found.ids == alone.ids and usage(found).decoder_calls == usage(alone).decoder_calls
     # The prompt's pass is nobody's.
     assert engine.runner.counts.calls["decoder"] - calls <= usage(found).decoder_calls + 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_learnt_from_what_was_recorded_meanwhile(model: Path, way: str) -> None:
+    engine = make_engine(model, graphs=True)
+    seen: list[str] = []
+    engine.runner.costs.saw = lambda stage, *_: seen.append(stage)  # type: ignore[method-assign]
+    launched: list[tuple[str, bool]] = []
+    executor = engine.runner.executor
+    launch = executor.run
+
+    def run(name: str, *rest: Any) -> Any:
+        before = executor.num_recorded
+        out = launch(name, *rest)
+        launched.append((name, executor.num_recorded > before))
+        return out
+
+    executor.run = run  # type: ignore[method-assign]
+    engine.add(request("a", text(30, 2), 60, **WAYS[way]))
+    steps = []
+    while engine.has_work:
+        number = len(launched)
+        engine.step()
+        steps.append(any(new for _, new in launched[number:]))
+    # What was launched ahead of a step that never came.
+    engine.runner._drop_started()
+    assert set(steps) == {False, True}
+    assert seen.count("step") == steps.count(False)
+    assert sum(map(seen.count, STAGES)) == sum(not new for _, new in launched)
+    assert seen.count("asking") <= sum(name == "unmask" and not new for name, new in launched)
 
 
 def test_what_blocks_had_no_need_of_is_counted_for_nobody_and_took_its_time(model: Path) -> None:

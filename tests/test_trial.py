@@ -75,11 +75,45 @@ def test_trying_ends_in_time(fixed: float, per_row: float) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial.time, "perf_counter", lambda: now)
-        found = try_steps(step, 100)
+        found = try_steps(step, 100, lambda: 0)
     assert [tried.rows for tried in found] == [1, 4, 16, 64, 100][: len(found)]
     # What a few rows take is not known before: then a guess may be wrong once.
     assert now <= max(2.0, trial.MOST_SECONDS + 3 * per_row)
     assert len(found) == 5 or now + fixed + per_row * 100 > trial.SECONDS
+
+
+@given(fixed=st.floats(2e-3, 0.02), recording=st.floats(0.1, 40))
+def test_steps_that_record_do_not_count(fixed: float, recording: float) -> None:
+    now = 0.0
+    recorded: set[int] = set()
+
+    def step(rows: int) -> TriedStep:
+        nonlocal now
+        seconds = fixed if rows in recorded else fixed + recording
+        now += seconds
+        recorded.add(rows)
+        return TriedStep(rows, {"step": (rows, seconds)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial.time, "perf_counter", lambda: now)
+        found = try_steps(step, 100, lambda: len(recorded))
+    assert all(tried.seconds == pytest.approx(fixed) for tried in found)
+    # What is recorded takes time of its own, and no further rows are tried once that is up.
+    assert now - len(recorded) * (fixed + recording) <= trial.MOST_SECONDS
+    assert (len(recorded) - 1) * recording < trial.MOST_RECORDING_SECONDS
+    assert len(found) == 5 or len(recorded) * (fixed + recording) >= trial.MOST_RECORDING_SECONDS
+
+
+def test_an_engine_that_records_is_tried_when_it_has(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tiny, graphs=True)
+    executor, counts = engine.runner.executor, []
+    monkeypatch.setattr(trial, "SECONDS", 0.0)
+    step = engine.step
+    engine.step = lambda: (step(), counts.append(executor.num_recorded))[0]  # type: ignore[method-assign,func-returns-value]
+    steps = {tried.rows: tried for tried in engine._try_steps()}
+    assert list(steps) == list(trial.TRIED_ROWS)
+    assert all(set(tried.stages) == STAGES for tried in steps.values()), "of steps that record no stage is heard"
+    assert len(counts) == 2 * len(steps) and len(set(counts)) == len(steps)
 
 
 def test_without_a_second_step_prompts_get_the_least() -> None:

@@ -1,5 +1,6 @@
 """The whole engine with Triton's kernels and our own, with stages as recordings: torch's bytes."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from benchmarks.gpu_check import exactness
 from engine import checkpoint
 from engine.config import PatchingRule
-from engine.graphs import Graphs, pack, padded, unpack
+from engine.graphs import Eager, Graphs, pack, padded, unpack
 from engine.types import Request, SamplingParams, Unmask
 from tests.engines import engine_logits, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text
@@ -83,6 +84,20 @@ def test_padded_buffers_change_no_byte(model: Path, page_size: int) -> None:
     recorded = executor.num_recorded
     run(engine, requests(40))
     assert executor.num_recorded == recorded, "the same shapes are recorded once"
+
+
+@pytest.mark.parametrize("executor", [Eager, Graphs])
+def test_a_launch_is_told_right_before_its_stage(executor: type[Eager]) -> None:
+    said: list[str] = []
+
+    def stage(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        said.append(f"stage {inputs['a'].tolist()} {inputs['b'].tolist()}")
+        return inputs["b"]
+
+    runs = executor(torch.device("cpu"), 1)
+    for n in (1, 2):
+        runs.run("s", stage, 2, {"a": np.arange(n)}, {"b": torch.ones(n)}, None, lambda: said.append("launching"))
+    assert said == ["launching", "stage [0] [1.0]", "launching", "stage [0, 1] [1.0, 1.0]"]
 
 
 def test_lengths_are_padded_to_few() -> None:

@@ -73,10 +73,11 @@ def texts_of_variants(setting: Setting, model: Path, dtype: str) -> dict[str, Te
     num_prompts, count = (2, 8) if setting.quick else (16, 96)
     found = {}
     for variant, choices in variants(setting).items():
-        engine = Engine(setting.engine(model, dtype=dtype, cache_bytes=256 << 20, **choices))
+        engine = setting.engine(model, dtype=dtype, **choices)
         if AHEAD in variant:
             launch_ahead(engine)
         found[variant] = texts_of(engine, num_prompts, count, mixed=AHEAD not in variant)
+        del engine
     return found
 
 

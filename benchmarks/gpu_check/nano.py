@@ -25,10 +25,11 @@ def measure(setting: Setting, piece: Piece) -> None:
     dtypes: tuple[Dtype, ...] = ("bfloat16",) if setting.quick else ("bfloat16", "float32")
     for dtype in dtypes:
         for graphs in (True, False):
-            engine = Engine(setting.engine(NANO, dtype=dtype, graphs=graphs))
+            engine = setting.engine(NANO, dtype=dtype, graphs=graphs)
             for concurrency in (2,) if setting.quick else CONCURRENCY:
                 for row in _compare(engine, concurrency, setting):
                     piece.row("speed", {"dtype": dtype, "graphs": graphs, "concurrency": concurrency, **row})
+            del engine
 
 
 def _compare(engine: Engine, concurrency: int, setting: Setting) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from engine.engine import Engine
 from engine.types import Delta, Request
 
 from .piece import Piece
-from .setting import Setting
+from .setting import CACHE_BYTES, CACHE_BYTES_1B, Setting
 
 STEPS = 16
 TOP = 12
@@ -37,11 +37,13 @@ def measure(setting: Setting, piece: Piece) -> None:
     if not setting.quick:
         shapes["1b"] = random_model(setting.work, "1b", "fast", device=setting.device)
     for name, model in shapes.items():
-        engine = Engine(setting.engine(model, dtype="bfloat16", max_sequences=4))
+        cache_bytes = CACHE_BYTES if name == "nano" else CACHE_BYTES_1B
+        engine = setting.engine(model, dtype="bfloat16", max_sequences=4, cache_bytes=cache_bytes)
         for way, how in list(WAYS.items())[: 2 if setting.quick else None]:
             trace = setting.trace / f"{name}-{how['decoder']}.json" if setting.trace else None
             row = _profile(engine, how, None if name == "nano" else replayed(engine), setting, trace)
             piece.row("steps", {"model": name, "decoder": way, **row})
+        del engine
 
 
 def _profile(

@@ -1,10 +1,18 @@
 """What all parts are told."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from engine.config import EngineConfig, WeightsName
+from engine.engine import Engine
+
+CACHE_BYTES = 256 << 20
+"""Enough for toy models and for models/nano."""
+CACHE_BYTES_1B = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +36,15 @@ class Setting:
         """Whether the device computes with e4m3 numbers; a CPU converts them."""
         if not self.on_gpu:
             return True
-        import torch  # here, as not every part needs it
-
         return torch.cuda.get_device_capability() >= (8, 9)
 
-    def engine(self, model: Path, *, float8: bool = False, **choices: Any) -> EngineConfig:
-        """An engine's configuration on this device."""
+    def engine(self, model: Path, *, float8: bool = False, **choices: Any) -> Engine:
+        """An engine on this device; `choices` are of its configuration. Earlier ones that nobody holds give back their
+        memory first."""
+        # An engine and its parts hold each other.
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
         weights: WeightsName | None = "float8" if float8 else None
-        cache_bytes = (2 << 30) if self.on_gpu else (256 << 20)
-        return EngineConfig(
-            **({"model": str(model), "device": self.device, "weights": weights, "cache_bytes": cache_bytes} | choices)
-        )
+        given = {"model": str(model), "device": self.device, "weights": weights, "cache_bytes": CACHE_BYTES}
+        return Engine(EngineConfig(**(given | choices)))

@@ -8,7 +8,6 @@ Drafts of random weights are never right: all figures but blt's are with replaye
 Hash tables have a fiftieth of their rows, which changes nothing of what a byte reads, and patches have at most 8 bytes.
 """
 
-import gc
 import time
 from functools import partial
 from typing import Any
@@ -25,23 +24,22 @@ from engine.engine import Engine
 
 from .piece import Piece
 from .probe import copy_size
-from .setting import Setting
+from .setting import CACHE_BYTES, CACHE_BYTES_1B, Setting
 
 
 def measure(setting: Setting, piece: Piece) -> None:
     peak = bandwidth.copy_rate(torch.device(setting.device), copy_size(setting))
-    shape = "tiny" if setting.quick else "1b"
+    shape, cache_bytes = ("tiny", CACHE_BYTES) if setting.quick else ("1b", CACHE_BYTES_1B)
     piece.put(copy_gb_s=peak / 1e9, shape=shape, hash_rows=shaped(shape, "fast").hashes.rows)
     for form in RANDOM:
         began = time.perf_counter()
         model = random_model(setting.work, shape, form, device=setting.device)
         piece.put(**{f"seconds_to_make_{form}": time.perf_counter() - began})
         for float8 in (False, True) if setting.has_float8() else (False,):
-            engine = Engine(setting.engine(model, dtype="bfloat16", float8=float8, max_sequences=4))
+            engine = setting.engine(model, dtype="bfloat16", float8=float8, max_sequences=4, cache_bytes=cache_bytes)
             for row in _compare(engine, form, peak, setting):
                 piece.row("speed", {"form": form, "weights": "float8" if float8 else "bfloat16", **row})
             del engine
-            gc.collect()
 
 
 def _compare(engine: Engine, form: Form, peak: float, setting: Setting) -> list[dict[str, Any]]:

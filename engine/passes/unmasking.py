@@ -55,8 +55,9 @@ class Unmasking:
             if logits is None:
                 launch, out = runner.decode_passes("unmask", [rows], 1 + behind, tensors, begin)
                 results = _after(results, out.tolist(), 1 + behind, mask)
-                # All it took but the passes: what it takes to ask.
-                runner.costs.saw("asking", rows.num_rows, max(time.perf_counter() - began - launch.seconds, 0.0))
+                if not launch.recorded:
+                    # All it took but the passes: what it takes to ask.
+                    runner.costs.saw("asking", rows.num_rows, max(time.perf_counter() - began - launch.seconds, 0.0))
                 self._charge(launch, rows, results, known)
                 continue
             first = begin(tensors)

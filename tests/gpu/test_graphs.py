@@ -1,5 +1,7 @@
 """Stages recorded as CUDA graphs write what the same kernels write when they are launched one by one."""
 
+import gc
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,7 @@ from benchmarks.gpu_check.setting import Setting
 from benchmarks.models import Form, random_model
 from benchmarks.report import NANO
 from engine.decoders import EXACT
-from engine.engine import Engine
-from engine.graphs import Graphs
+from engine.graphs import Graphs, _Recorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -24,11 +25,11 @@ def test_graphs_write_the_bytes_of_single_launches_in_a_mixed_batch(
     setting = Setting("cuda", quick=False, work=tmp_path)
     folder = random_model(tmp_path, "tiny", form, dtype=torch.float32) if form else NANO
     recorded, launched = (
-        exactness.texts_of(Engine(setting.engine(folder, dtype=dtype, kernels="triton", graphs=graphs)), 8, 64)
+        exactness.texts_of(setting.engine(folder, dtype=dtype, kernels="triton", graphs=graphs), 8, 64)
         for graphs in (True, False)
     )
     assert recorded == launched
-    ahead = Engine(setting.engine(folder, dtype=dtype, kernels="triton", graphs=True))
+    ahead = setting.engine(folder, dtype=dtype, kernels="triton", graphs=True)
     exactness.launch_ahead(ahead)
     # The second time nothing is recorded any more.
     assert [exactness.texts_of(ahead, 8, 64, mixed=False) for _ in range(2)] == [recorded] * 2
@@ -42,7 +43,7 @@ def test_float8_weights_run_recorded(tmp_path: Path) -> None:
     if not setting.has_float8():
         pytest.skip("needs a device that computes with e4m3")
     recorded, launched = (
-        exactness.texts_of(Engine(setting.engine(NANO, dtype="bfloat16", float8=True, graphs=graphs)), 4, 48)
+        exactness.texts_of(setting.engine(NANO, dtype="bfloat16", float8=True, graphs=graphs), 4, 48)
         for graphs in (True, False)
     )
     assert recorded == launched
@@ -50,10 +51,52 @@ def test_float8_weights_run_recorded(tmp_path: Path) -> None:
 
 def test_the_same_batch_records_nothing_the_second_time(tmp_path: Path) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
-    engine = Engine(setting.engine(random_model(tmp_path, "tiny", "fast", dtype=torch.float32), graphs=True))
+    engine = setting.engine(random_model(tmp_path, "tiny", "fast", dtype=torch.float32), graphs=True)
+    # Else what is launched depends on what took how long.
+    exactness.launch_ahead(engine)
     executor = engine.runner.executor
     assert isinstance(executor, Graphs)
     first = exactness.texts_of(engine, 4, 48)
     recorded = executor.num_recorded
     assert recorded and exactness.texts_of(engine, 4, 48) == first
     assert executor.num_recorded == recorded
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_stages_time_is_without_the_hosts_planning(graphs: bool, tmp_path: Path) -> None:
+    setting = Setting("cuda", quick=False, work=tmp_path)
+    engine = setting.engine(random_model(tmp_path, "tiny", "fast", dtype=torch.float32), graphs=graphs)
+    exactness.launch_ahead(engine)
+    exactness.texts_of(engine, 2, 16)
+    before, plan = engine.snapshot(), engine.runner._plan
+    engine.runner._plan = lambda *given: (time.sleep(0.02), plan(*given))[1]  # type: ignore[method-assign,func-returns-value]
+    exactness.texts_of(engine, 2, 16)
+    after = engine.snapshot()
+    for stage, calls in after.calls.items():
+        assert after.stage_seconds[stage] - before.stage_seconds[stage] < 0.01 * (calls - before.calls[stage]), stage
+
+
+def test_recording_leaves_the_allocators_and_the_collector_as_they_were() -> None:
+    recorder, x = _Recorder(torch.device("cuda")), torch.arange(8.0, device="cuda")
+    torch.empty(1 << 26, device="cuda")
+    reserved = torch.cuda.memory_reserved()
+    collected: list[bool] = []
+
+    def work() -> torch.Tensor:
+        collected.append(gc.isenabled())
+        out = x + 1
+        if len(collected) == 4:
+            raise ValueError("in mid-capture")
+        return out
+
+    graph, output = recorder.record(work)
+    assert torch.cuda.memory_reserved() >= reserved and collected == [True, False] and gc.isenabled()
+    x *= 2
+    graph.replay()
+    assert output.tolist() == [2.0 * n + 1 for n in range(8)]
+    with pytest.raises(ValueError, match="in mid-capture"):
+        recorder.record(work)
+    assert gc.isenabled()
+    again, output = recorder.record(work)
+    again.replay()
+    assert output.tolist() == [2.0 * n + 1 for n in range(8)], "a failure leaves the stream as it was"
