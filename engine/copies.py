@@ -1,6 +1,7 @@
 """Between host and device, while both go on: an ordinary copy waits until the device has done all that was launched."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ def sent(numbers: NDArray[Any], device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
+def marked(device: torch.device, *, timing: bool = False) -> torch.cuda.Event:
+    """An event behind what was launched."""
+    event = torch.cuda.Event(enable_timing=timing)
+    event.record(_stream(device))
+    return event
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """On which all is launched; to look it up each time takes longer than to record an event."""
+    return torch.cuda.default_stream(device)
+
+
 class Readback:
     """Starts to copy a tensor; `wait` is for when its values are needed."""
 
@@ -22,8 +36,7 @@ class Readback:
         if tensor.is_cuda:
             self._values = torch.empty_like(tensor, device="cpu", pin_memory=True)
             self._values.copy_(tensor, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied = marked(tensor.device)
 
     def wait(self) -> Tensor:
         """The tensor on the host."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .copies import marked
 from .plan import Arrays
 
 Stage = Callable[[Mapping[str, Tensor]], Tensor]
@@ -215,8 +216,7 @@ class _Recording:
         pack(arrays, self._on_host)
         self._packed.copy_(self._on_host, non_blocking=True)
         if self._packed.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied = marked(self._packed.device)
         for name, tensor in tensors.items():
             self._tensors[name].copy_(tensor)
 

@@ -31,7 +31,7 @@ from kernels.planning import Spans, Tiling
 from .accounting import STAGES, StageBytes
 from .caches import Caches
 from .config import BYTE_OFFSET
-from .copies import Readback, sent
+from .copies import Readback, marked, sent
 from .costs import StageCosts
 from .decoders import Call
 from .graphs import Eager, Stage
@@ -703,9 +703,7 @@ class Runner:
         """Now, on the device's clock."""
         if self.device.type == "cpu":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return marked(self.device, timing=True)
 
     def _took(self, call: "StageCall") -> None:
         seconds = call.seconds
