@@ -14,8 +14,6 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-
 FOLDER = Path(__file__).parent / "kernels" / "native"
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
 """Of x86-64: any processor of the last 15 years, with AVX2, with AVX-512. What is best is chosen when it is loaded."""
@@ -53,20 +51,26 @@ def compile_all() -> list[Path]:
     return libraries
 
 
-class CustomBuildHook(BuildHookInterface[Any]):
-    def dependencies(self) -> list[str]:
-        return [] if compiler() else ["ziglang>=0.13"]
+def get_build_hook() -> type:
+    """What hatchling asks for; to compile in place needs no hatchling."""
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        try:
-            compile_all()
-        except (OSError, subprocess.CalledProcessError) as error:
-            why = getattr(error, "stderr", None) or error
-            self.app.display_warning(f"kernels/native was not compiled, torch will compute: {why}")
-            return
-        build_data["artifacts"].append("/kernels/native/*.so")
-        build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{_platform_tag()}"
+    class NativeHook(BuildHookInterface[Any]):
+        def dependencies(self) -> list[str]:
+            return [] if compiler() else ["ziglang>=0.13"]
+
+        def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+            try:
+                compile_all()
+            except (OSError, subprocess.CalledProcessError) as error:
+                why = getattr(error, "stderr", None) or error
+                self.app.display_warning(f"kernels/native was not compiled, torch will compute: {why}")
+                return
+            build_data["artifacts"].append("/kernels/native/*.so")
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{_platform_tag()}"
+
+    return NativeHook
 
 
 def _platform_tag() -> str:

@@ -26,6 +26,7 @@ from benchmarks.gpu_check.setting import Setting
 from benchmarks.models import random_model
 from benchmarks.report import ROOT
 from engine.decoders import Committed
+from kernels import native
 
 FAKES = {
     "good": "piece.row('rows', {'device': setting.device, 'quick': setting.quick})",
@@ -178,6 +179,7 @@ def test_probe(setting: Setting) -> None:
     assert figures["peak_gb_s"] >= figures["copy_gb_s"] > 0
     assert figures["products"][0]["torch bf16"] > 0
     assert "| toy | 256 x 128 | 1 |" in told("probe", figures)
+    assert f"native planner {native.LIBRARY is not None}" in told("probe", figures)
 
 
 def test_exactness(setting: Setting) -> None:
@@ -282,19 +284,31 @@ def test_replayed_text_leaves_a_sound_sequence(setting: Setting) -> None:
         assert generate(engine, grown, 6, {"decoder": "blt-s"}).texts == generate(engine, grown, 6, {}).texts
 
 
-def test_kernel_tests_run_apart_and_are_told(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = kernel_tests.names(Setting("cuda", quick=False, work=setting.work))
-    assert len(every) > 20 and any(name.startswith("tests/gpu/test_rows.py::") for name in every)
+def test_kernel_tests_are_handed_out_one_by_one(setting: Setting) -> None:
+    every = kernel_tests.tests(Setting("cuda", quick=False, work=setting.work))
+    functions = {test.partition("[")[0] for test in every}
+    assert len(every) == len(set(every)) > len(functions) > 20
+    assert any(test.startswith("tests/gpu/test_rows.py::") for test in every)
+    few = kernel_tests.tests(setting)
+    assert 0 < len(few) < 20 and set(few) < set(every)
+
+
+def test_kernel_tests_run_apart_and_are_told_as_they_end(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     passing, failing = "def test_good(): pass", "def test_bad(): assert 1 == 2"
-    skipping = "import pytest\n@pytest.mark.skip(reason='no')\ndef test_skipped(): pass"
-    file = setting.work / "test_three.py"
-    file.write_text(f"{passing}\n{failing}\n{skipping}\n")
-    monkeypatch.setattr(kernel_tests, "names", lambda setting: [str(file)])
+    skipping = "import os, pytest\n@pytest.mark.skip(reason='no')\ndef test_skipped(): pass"
+    torn = "@pytest.fixture\ndef torn():\n    raise OSError('no way')\ndef test_without(torn): pass"
+    # What the process cannot tell at its end, as when it is cut.
+    ending = "def test_ending(): os._exit(7)"
+    file = setting.work / "test_some.py"
+    file.write_text("\n".join([skipping, passing, failing, torn, ending]))
+    monkeypatch.setattr(kernel_tests, "tests", lambda setting: [str(file)])
     piece = Piece(setting.work / "tests.json")
     kernel_tests.measure(setting, piece)
     content = json.loads((setting.work / "tests.json").read_text())
-    assert content["figures"]["tests"] == {"passed": 1, "failed": 1, "skipped": 1}
-    assert content["failures"] == ["test_bad: assert 1 == 2"]
+    assert content["figures"]["tests"] == {"passed": 1, "failed": 2, "skipped": 1}
+    *failures, last = content["failures"]
+    assert failures == ["test_bad: assert 1 == 2", "test_without: OSError: no way"]
+    assert last.startswith("pytest ended with 7: ")
     assert "assert 1 == 2" in told("kernels", content["figures"])
 
 

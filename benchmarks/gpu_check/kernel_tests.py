@@ -4,14 +4,13 @@
 the former runs in Triton's interpreter.
 """
 
+import json
 import os
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from benchmarks.report import ROOT
 
@@ -21,87 +20,74 @@ from .setting import Setting
 TWINS = "tests/test_triton.py"
 FEW = ("signature", "segments_are_many")
 """What tests run at toy scale have in their names."""
-SHOWN = 40
-"""Lines of a failed test that are kept."""
+PLAIN = ("-c", os.devnull, "--rootdir", ".", "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider")
+"""The project's own settings ask for plug-ins, and conftest.py for the interpreter, where it sees no /dev/nvidia0."""
 
 
 def measure(setting: Setting, piece: Piece) -> None:
     workers = max(1, min(8, (os.cpu_count() or 1) // 2)) if setting.on_gpu else 1
-    groups = [group for group in (names(setting)[i::workers] for i in range(workers)) if group]
-    reports = [setting.work / f"tests-{i}.xml" for i in range(len(groups))]
-    running = [_start(group, report, setting) for group, report in zip(groups, reports, strict=True)]
-    outputs = _watch(running, [report.with_suffix(".log") for report in reports])
+    every = tests(setting)
+    groups = [group for group in (every[i::workers] for i in range(workers)) if group]
+    files = [setting.work / f"tests-{i}.jsonl" for i in range(len(groups))]
+    running = [_start(group, file, setting) for group, file in zip(groups, files, strict=True)]
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     piece.put(processes=len(groups), tests=counts)
-    for process, lines, report in zip(running, outputs, reports, strict=True):
-        cases = _cases(report)
-        for case in cases:
-            counts[case["outcome"]] += 1
-            if case["outcome"] != "passed":
-                piece.row("not_passed", case)
-            if case["outcome"] == "failed":
-                piece.fail(f"{case['test']}: {case['why']}")
-        if process.returncode not in (0, 1) or not cases:
-            piece.fail(f"pytest ended with {process.returncode}: {' / '.join(lines[-8:])}")
-    piece.put(tests=counts)
+    read = [0] * len(files)
+    over = False
+    while not over:
+        # Asked before the files are read: then nothing comes behind what is read.
+        over = all([process.poll() is not None for process in running])
+        for i, file in enumerate(files):
+            cases = _cases(file)
+            for case in cases[read[i] :]:
+                _take(case, counts, piece)
+            read[i] = len(cases)
+        time.sleep(0 if over else 0.5)
+    for process, file, count in zip(running, files, read, strict=True):
+        if process.returncode not in (0, 1) or not count:
+            last = file.with_suffix(".log").read_text(errors="replace").splitlines()[-8:]
+            piece.fail(f"pytest ended with {process.returncode}: {' / '.join(last)}")
     if setting.on_gpu and counts["skipped"]:
         piece.fail(f"{counts['skipped']} tests were skipped, though there is a CUDA device")
 
 
-def names(setting: Setting) -> list[str]:
-    """What pytest is asked to run, one per test function."""
+def tests(setting: Setting) -> list[str]:
+    """What pytest is asked to run, by its ids. Raises RuntimeError if they cannot be collected."""
     files = [TWINS, *(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests/gpu").glob("test_*.py")))]
-    found = [
-        f"{file}::{test}"
-        for file in (files if setting.on_gpu else files[:1])
-        for test in re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.M)
-    ]
-    return [name for name in found if any(part in name for part in FEW)] if setting.quick else found
+    asked = files if setting.on_gpu else files[:1]
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", *PLAIN, "--collect-only", "-q", *asked],
+        cwd=ROOT, env=_environment(setting), capture_output=True, text=True,
+    )  # fmt: skip
+    if collected.returncode:
+        raise RuntimeError(f"pytest could not collect the tests:\n{collected.stdout}{collected.stderr}")
+    found = [line for line in collected.stdout.splitlines() if "::" in line]
+    return [test for test in found if any(part in test for part in FEW)] if setting.quick else found
 
 
-def _start(tests: list[str], report: Path, setting: Setting) -> "subprocess.Popen[bytes]":
+def _environment(setting: Setting) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if not setting.on_gpu:
-        environment["TRITON_INTERPRET"] = "1"
-    # The project's own settings ask for plug-ins, and conftest.py for the interpreter, where it sees no /dev/nvidia0.
-    plain = ["-c", os.devnull, "--rootdir", ".", "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *plain, "-v", "--tb=short", f"--junitxml={report.resolve()}", *tests]
-    with report.with_suffix(".log").open("w") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    return environment if setting.on_gpu else environment | {"TRITON_INTERPRET": "1"}
 
 
-def _watch(running: "list[subprocess.Popen[bytes]]", logs: list[Path]) -> list[list[str]]:
-    """What the processes said, line by line; the ends of tests are passed on as they come."""
-    shown = [0] * len(logs)
-    while True:
-        over = all([process.poll() is not None for process in running])
-        said = [log.read_text(errors="replace").splitlines() for log in logs]
-        for i, lines in enumerate(said):
-            for line in lines[shown[i] : len(lines) if over else -1]:
-                if re.search(r"::\S.* (PASSED|FAILED|ERROR|SKIPPED)", line):
-                    print(line, flush=True)
-            shown[i] = max(shown[i], len(lines) - 1)
-        if over:
-            return said
-        time.sleep(0.5)
+def _start(tests: list[str], cases: Path, setting: Setting) -> "subprocess.Popen[bytes]":
+    tells = ["-p", "benchmarks.gpu_check.pytest_cases", "--cases", str(cases.resolve())]
+    command = [sys.executable, "-m", "pytest", *PLAIN, *tells, "-v", "--tb=short", *tests]
+    with cases.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=_environment(setting), stdout=log, stderr=subprocess.STDOUT)
 
 
-def _cases(report: Path) -> list[dict[str, Any]]:
-    if not report.exists():
-        return []
-    cases = []
-    for case in ElementTree.parse(report).iter("testcase"):
-        wrong = [child for child in case if child.tag in ("failure", "error")]
-        left_out = [child for child in case if child.tag == "skipped"]
-        problem = next(iter([*wrong, *left_out]), None)
-        lines = (problem.text or "").splitlines() if problem is not None else []
-        cases.append(
-            {
-                "test": case.get("name", ""),
-                "seconds": float(case.get("time", "0")),
-                "outcome": "failed" if wrong else "skipped" if left_out else "passed",
-                "why": (problem.get("message") or "").partition("\n")[0][:300] if problem is not None else "",
-                "lines": lines[-SHOWN:],
-            }
-        )
-    return cases
+def _cases(file: Path) -> list[dict[str, Any]]:
+    """The tests that have ended; of a line that is being written nothing is taken."""
+    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _take(case: dict[str, Any], counts: dict[str, int], piece: Piece) -> None:
+    print(case["test"], case["outcome"], f"{case['seconds']:.1f} s", flush=True)
+    counts[case["outcome"]] += 1
+    piece.put(tests=counts)
+    if case["outcome"] != "passed":
+        piece.row("not_passed", case)
+    if case["outcome"] == "failed":
+        piece.fail(f"{case['test']}: {case['why']}")

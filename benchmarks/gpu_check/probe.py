@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine import bandwidth
 from engine.checkpoint import PRESETS
+from kernels import native
 from kernels.dispatch import Kernels, choose_kernels
 from kernels.linear import Matrix, quantize
 
@@ -53,9 +54,11 @@ def copy_size(setting: Setting) -> int:
 
 
 def describe(setting: Setting) -> dict[str, Any]:
-    """What the device is."""
+    """What the device is, and whether the host plans for it in C."""
+    planner = {"native planner": native.LIBRARY is not None}
     if not setting.on_gpu:
-        return {"name": "CPU", "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()}
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {"name": "CPU", "cores": os.cpu_count(), "capability": capability, **planner}
     properties = torch.cuda.get_device_properties(0)
     return {
         "name": properties.name,
@@ -64,6 +67,7 @@ def describe(setting: Setting) -> dict[str, Any]:
         "memory GB": round(properties.total_memory / 1e9, 1),
         "L2 MB": round(getattr(properties, "L2_cache_size", 0) / 1e6, 1),
         "CUDA": torch.version.cuda,
+        **planner,
         **_nvidia_smi(),
     }
 
