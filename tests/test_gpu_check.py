@@ -144,7 +144,7 @@ def test_it_needs_nothing_but_what_is_documented() -> None:
     shared = [ROOT / "benchmarks" / f"{name}.py" for name in check.SHARED]
     for path in [*shared, *(ROOT / "benchmarks" / "gpu_check").glob("*.py")]:
         for package, *rest in imported(path):
-            assert package in {"engine", "kernels", "benchmarks", "torch"} | sys.stdlib_module_names, path
+            assert package in {"engine", "kernels", "benchmarks", "torch", "pytest"} | sys.stdlib_module_names, path
             assert package != "benchmarks" or rest[0] in {*check.SHARED, "gpu_check"}, path
 
 

@@ -3,12 +3,12 @@
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.config import EngineConfig, WeightsName
-from engine.engine import Engine
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
 
 CACHE_BYTES = 256 << 20
 """Enough for toy models and for models/nano."""
@@ -36,11 +36,17 @@ class Setting:
         """Whether the device computes with e4m3 numbers; a CPU converts them."""
         if not self.on_gpu:
             return True
+        import torch  # here, as not every part needs it
+
         return torch.cuda.get_device_capability() >= (8, 9)
 
-    def engine(self, model: Path, *, float8: bool = False, **choices: Any) -> Engine:
+    def engine(self, model: Path, *, float8: bool = False, **choices: Any) -> "Engine":
         """An engine on this device; `choices` are of its configuration. Earlier ones that nobody holds give back their
         memory first."""
+        import torch
+
+        from engine.engine import Engine
+
         # An engine and its parts hold each other.
         gc.collect()
         if self.on_gpu:
