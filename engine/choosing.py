@@ -136,13 +136,15 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
         counts += own_counts
         uniforms += own_uniforms
     drawn, highest = choose(wanted, params, counts, uniforms, kernels)
-    wants = [drawn, highest, _right(draws, drawn, kernels)]
+    right = _right(draws, drawn, kernels)
+    wants = [drawn, highest, *right]
     if block_rows:
         unmasking.settle(cells, drawn[index], cells.amax(-1))
         wants += [unmasking.ids, unmasking.when]
-    chosen, bests, right, *blocks_now = read(*wants)
+    chosen, bests, *others = read(*wants)
     check(bests)
-    accepted, settled = iter(right), zip(*blocks_now, strict=True)
+    accepted = iter(others.pop(0) if right else [0] * len(draws))
+    settled = zip(*others, strict=True)
 
     results: list[Result | None] = []
     at = 0
@@ -165,11 +167,11 @@ def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[
     return results
 
 
-def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> Tensor:
+def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> list[Tensor]:
     """For each, how many of the drafts that its rows verify are what was drawn behind them (Fast BLT, Verify): (D,)
-    int64."""
+    int64; nothing if none verifies any."""
     if not any(d.call.drafts for d in draws):
-        return drawn.new_zeros(len(draws))
+        return []
     at, rows, drafts = 0, [], []
     for d in draws:
         known = len(d.work.sequence.ids) - len(d.call.drafts)
@@ -179,10 +181,10 @@ def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> Tensor:
         at += d.end - d.begin
     width = max(map(len, drafts))
     if not width:
-        return drawn.new_zeros(len(draws))
+        return []
 
     def grid(lines: Sequence[Sequence[int]]) -> Tensor:
         return sent(np.array([[*line, *[0] * (width - len(line))] for line in lines]), drawn.device)
 
     lengths = sent(np.array([len(line) for line in drafts]), drawn.device)
-    return kernels.accepted(grid(drafts), drawn[grid(rows)], lengths)
+    return [kernels.accepted(grid(drafts), drawn[grid(rows)], lengths)]

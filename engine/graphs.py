@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .copies import marked
+from .copies import marked, sent
 from .plan import Arrays
 
 Stage = Callable[[Mapping[str, Tensor]], Tensor]
@@ -74,7 +75,7 @@ class Eager:
         if self._device.type == "cpu":
             inputs = {name: torch.from_numpy(a) for name, a in arrays.items()}
         else:
-            inputs = unpack(pack(arrays).pin_memory().to(self._device, non_blocking=True), arrays)
+            inputs = unpack(sent(pack(arrays), self._device), arrays)
         launching()
         return stage({**inputs, **tensors})
 
@@ -192,6 +193,7 @@ class _Recording:
         self._packed = torch.empty(sum(a.size for a in arrays.values()), dtype=torch.int64, device=device)
         on_host = torch.empty(self._packed.shape, dtype=torch.int64)
         self._on_host = on_host.pin_memory() if device.type == "cuda" else on_host
+        self._numbers = self._on_host.numpy()
         self._tensors = {name: torch.empty_like(t) for name, t in tensors.items()}
         self._inputs = {**unpack(self._packed, arrays), **self._tensors}
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -213,7 +215,7 @@ class _Recording:
         if self._copied is not None:
             # The host's buffer may still be on its way from the last step.
             self._copied.synchronize()
-        pack(arrays, self._on_host)
+        pack(arrays, self._numbers)
         self._packed.copy_(self._on_host, non_blocking=True)
         if self._packed.is_cuda:
             self._copied = marked(self._packed.device)
@@ -231,13 +233,9 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def pack(arrays: Arrays, out: Tensor | None = None) -> Tensor:
-    """All arrays in one tensor on the host, laid end to end."""
-    flat = np.concatenate([a.ravel() for a in arrays.values()])
-    if out is None:
-        return torch.from_numpy(flat)
-    out.numpy()[:] = flat
-    return out
+def pack(arrays: Arrays, out: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """All arrays in one, laid end to end."""
+    return np.concatenate([a.ravel() for a in arrays.values()], out=out)
 
 
 def unpack(packed: Tensor, arrays: Arrays) -> dict[str, Tensor]:

@@ -44,20 +44,28 @@ def padded_laws(
     return laws_of([*params, *[_PADDING] * (length - len(params))], [{}] * length, vocab_size, device)
 
 
+def uniforms_for(
+    laws: Mapping[str, Tensor], uniforms: Sequence[float] | Sequence[Sequence[float]], device: torch.device
+) -> Tensor | None:
+    """The draws on the device, if any row needs one. laws: of `laws_of`."""
+    return on_device(uniforms, device) if "laws" in laws else None
+
+
 def draw_ids(
-    logits: Tensor, tensors: Mapping[str, Tensor], uniforms: Tensor, kernels: Kernels
+    logits: Tensor, tensors: Mapping[str, Tensor], uniforms: Tensor | None, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
     """One id per row, (R,) int64, from logits (R, V) float32, and the largest logit, NaN if any is, (R,). Equal logits
     rank by id, lower first.
 
-    tensors: of `laws_of`. uniforms (R,) float64: a draw in [0, 1) per row, which only rows with temperature > 0 use.
+    tensors: of `laws_of`. uniforms (R,) float64: a draw in [0, 1) per row, which only rows with temperature > 0 use;
+    None if there are no laws.
     """
     ids, highest = kernels.likeliest(logits)
     laws, changes = tensors.get("laws"), tensors.get("changes")
     if changes is not None:
         logits = logits.double() + changes
         ids = logits.argmax(-1)
-    return ids if laws is None else kernels.sample(logits, laws, uniforms), highest
+    return ids if laws is None or uniforms is None else kernels.sample(logits, laws, uniforms), highest
 
 
 def choose(
@@ -69,7 +77,7 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """One id per row and its largest logit, as `draw_ids` gives them."""
     laws = laws_of(params, counts, logits.shape[1], logits.device)
-    return draw_ids(logits, laws, on_device(uniforms, logits.device), kernels)
+    return draw_ids(logits, laws, uniforms_for(laws, uniforms, logits.device), kernels)
 
 
 def on_device(numbers: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:

@@ -108,7 +108,7 @@ def test_lengths_are_padded_to_few() -> None:
 
 def test_arrays_travel_as_one() -> None:
     arrays = {"a": np.arange(3), "b": np.zeros((0, 5), np.int64), "c": np.arange(10).reshape(2, 5)}
-    for name, part in unpack(pack(arrays), arrays).items():
+    for name, part in unpack(torch.from_numpy(pack(arrays)), arrays).items():
         assert torch.equal(part, torch.from_numpy(arrays[name]))
 
 

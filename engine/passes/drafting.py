@@ -18,7 +18,7 @@ from ..choosing import uniform
 from ..copies import read, sent
 from ..decoders import Call, Result
 from ..runner import STAND_IN, Runner, Started, Work
-from ..sampling import check, draw_ids, on_device, padded_laws
+from ..sampling import check, draw_ids, padded_laws, uniforms_for
 
 
 def draft(runner: Runner, kernels: Kernels, batch: Sequence[Work], calls: Sequence[Call]) -> list[Result]:
@@ -31,11 +31,10 @@ def draft(runner: Runner, kernels: Kernels, batch: Sequence[Work], calls: Sequen
     padding = plans[0].padded - len(batch)
     uniforms = [[uniform(w.sequence, call.start + 1 + n) for w, call in pairs] + [0.0] * padding for n in passes]
     params = [w.sequence.request.sampling for w in batch]
-    tensors = {
-        "ids": sent(np.array([call.causal[0] for call in calls] + [0] * padding), runner.device),
-        "uniforms": on_device(uniforms, runner.device),
-        **padded_laws(params, plans[0].padded, runner.vocab_size, runner.device),
-    }
+    tensors = padded_laws(params, plans[0].padded, runner.vocab_size, runner.device)
+    tensors["ids"] = sent(np.array([call.causal[0] for call in calls] + [0] * padding), runner.device)
+    if (draws := uniforms_for(tensors, uniforms, runner.device)) is not None:
+        tensors["uniforms"] = draws
     launch, out = runner.decode_passes("draft", plans, 1, tensors, partial(_Drafting, kernels))
     for plan in plans:
         runner.charge(launch, plan.works)
@@ -78,8 +77,9 @@ class _Drafting:
         self._drawn: list[Tensor] = []
 
     def take(self, logits: Tensor) -> None:
-        uniforms = self._tensors["uniforms"][len(self._drawn)]
-        self.cells, highest = draw_ids(logits, self._tensors, uniforms, self._kernels)
+        uniforms = self._tensors.get("uniforms")
+        own = None if uniforms is None else uniforms[len(self._drawn)]
+        self.cells, highest = draw_ids(logits, self._tensors, own, self._kernels)
         self._drawn.append(torch.stack((self.cells.double(), highest.double())))
 
     def out(self) -> Tensor:

@@ -19,7 +19,7 @@ from ..config import EOS_ID
 from ..copies import read
 from ..decoders import Call, Result
 from ..runner import STAND_IN, Runner, Unpaid, Work
-from ..sampling import check, draw_ids, on_device, padded_laws
+from ..sampling import check, draw_ids, on_device, padded_laws, uniforms_for
 
 MOST_PASSES = 8
 PROBE_INTERVAL = 256
@@ -98,7 +98,7 @@ class Feeding:
         unpaid: Unpaid = []
         while True:
             number = len(drawn)
-            uniforms = on_device([uniform(w.sequence, w.end + number) for w in batch], runner.device)
+            uniforms = uniforms_for(laws, [uniform(w.sequence, w.end + number) for w in batch], runner.device)
             ids, highest = draw_ids(logits, laws, uniforms, self._kernels)
             drawn.append(torch.stack((ids.double(), highest.double())))
             if number == passes:

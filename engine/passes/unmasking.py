@@ -20,7 +20,7 @@ from ..choosing import cell_params, uniform
 from ..copies import read
 from ..decoders import Call, Result
 from ..runner import DecoderRows, Runner, StageCall, Work, padded_tensor
-from ..sampling import draw_ids, on_device, padded_laws
+from ..sampling import draw_ids, padded_laws, uniforms_for
 from ..types import Unmask
 
 REMEMBERED = 32
@@ -109,7 +109,8 @@ class Unmasking:
         params = [cell_params(sequence.request) for sequence, _ in cells]
         uniforms = [uniform(*cell) for cell in cells] + [0.0] * (padded - len(cells))
         laws = padded_laws(params, padded, self._runner.vocab_size, device)
-        return laws | {"uniforms": on_device(uniforms, device)}
+        draws = uniforms_for(laws, uniforms, device)
+        return laws if draws is None else laws | {"uniforms": draws}
 
 
 class _Passes(BlockPasses):
@@ -117,7 +118,7 @@ class _Passes(BlockPasses):
 
     def take(self, logits: Tensor) -> None:
         law = self.law(logits)
-        drawn, highest = draw_ids(law, self._tensors, self._tensors["uniforms"], self._kernels)
+        drawn, highest = draw_ids(law, self._tensors, self._tensors.get("uniforms"), self._kernels)
         self.settle(law, drawn, highest)
 
     def out(self) -> Tensor:
