@@ -13,6 +13,7 @@ import typer.main
 from pydantic import BaseModel
 
 from benchmarks import against_hf, decoders, growth, realisation
+from benchmarks.gpu_check import render as gpu_check_render
 from engine.config import EngineConfig
 from server.cli import app
 from server.errors import Code, ErrorDetail
@@ -243,3 +244,9 @@ def test_every_link_leads_somewhere() -> None:
 def test_the_tables_of_benchmarks_are_the_measured_ones(name: str, render: Callable[..., str]) -> None:
     content = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     assert render(content) in DOCS["README.md"]
+
+
+def test_the_tables_of_a_gpu_are_the_measured_ones() -> None:
+    content = json.loads((ROOT / "benchmarks" / "results" / "gpu_check-nvidia-h200.json").read_text())
+    for text in gpu_check_render.short(content):
+        assert text in DOCS["README.md"]

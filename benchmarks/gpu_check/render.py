@@ -24,6 +24,26 @@ def render(content: Figures, missing: Sequence[str]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def short(content: Figures) -> tuple[str, str]:
+    """Tables for a README: the 1B shape in Fast-BLT's form and bfloat16; models/nano in bfloat16, stages as graphs."""
+    shape = [row for row in content["parts"]["1b"]["figures"]["speed"] if row["form"] == "fast"]
+    header = ["decoder", "bytes/s", "speed-up over BLT", "predicted by bytes read", "realisation", "bandwidth use"]
+    rows = [
+        [row["decoder"], f"{row['bytes_per_second']:,.0f}", _ratio(row), f"{row['predicted']:.2f}"]
+        + [f"{row['realisation']:.2f}", f"{row['bandwidth_use']:.2f}"]
+        for row in shape
+        if row["weights"] == "bfloat16"
+    ]
+    found = {
+        (row["decoder"], row["concurrency"]): row["bytes_per_second"]
+        for row in content["parts"]["nano"]["figures"]["speed"]
+        if row["graphs"] and row["dtype"] == "bfloat16"
+    }
+    decoders, numbers = (list(dict.fromkeys(keys)) for keys in zip(*found, strict=True))
+    cells = [[decoder, *(f"{found[decoder, number]:,.0f}" for number in numbers)] for decoder in decoders]
+    return table(header, rows), table(["bytes/s", *(f"{number} at a time" for number in numbers)], cells)
+
+
 def _summary(content: Figures, missing: Sequence[str]) -> str:
     rows = []
     for name, piece in content["parts"].items():
