@@ -1,6 +1,7 @@
 """How long the stages take, measured at the start (`engine.trial`) and learnt from the steps since."""
 
 from dataclasses import dataclass
+from math import inf
 
 FORGET = 0.98
 """What an observation counts one call later: the machine's load changes."""
@@ -52,11 +53,12 @@ class StageCosts:
     ROUND_ROWS = 64
     """What was measured beyond this, where rows cost more and more, would bend the lines where rounds are."""
 
-    def __init__(self, drafts_encode: bool) -> None:
-        """drafts_encode: whether a drafted row goes through the encoder too."""
+    def __init__(self, drafts_encode: bool, *, has_device: bool = False) -> None:
+        """drafts_encode: whether a drafted row goes through the encoder too. has_device: whether stages run while the
+        host does something else."""
         self.company = 1
         """Sequences that run now."""
-        self._drafts_encode = drafts_encode
+        self._drafts_encode, self._has_device = drafts_encode, has_device
         self._stages: dict[str, Line] = {}
 
     def starts_at(self, stage: str, rows: int, seconds: float) -> None:
@@ -66,7 +68,8 @@ class StageCosts:
 
     def saw(self, stage: str, rows: int, seconds: float) -> None:
         """`stage` may also be "step": the seconds of a step outside its stages; "behind": until the host has launched a
-        pass behind a step of blt, which on a CPU includes the stages; "asking": seconds outside the stages from a
+        pass behind a step of blt, which on a CPU includes the stages; "starting": until it has launched patcher and
+        encoder of the next step; "asking": seconds outside the stages from a
         decision on how many passes to run to the next. What was recorded or compiled in the meantime is nobody's cost:
         such calls must be left out."""
         if 0 < rows <= self.MOST_ROWS:
@@ -93,6 +96,14 @@ class StageCosts:
         some_close = 1 - (1 - 1 / patch) ** sequences
         saved = local + self._call("step", sequences) + (some_close - 1 / patch) * self._call("global", 0)
         return max(local, self._call("behind", sequences)) / saved if local else 1.0
+
+    def starting(self, sequences: int) -> float:
+        """What it takes the host to begin a step of blt for so many before it has heard of the last, as a part of what
+        the device does meanwhile; 0 before any was seen."""
+        if not self._has_device:
+            return inf
+        stages = self._call("patcher", sequences) + self._call("encoder", sequences)
+        return self._call("starting", sequences) / stages if stages else 0.0
 
     def asking(self, rows: int) -> float:
         """What it takes to ask the device for a result between passes of the decoder over so many rows, in passes; 0

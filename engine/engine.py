@@ -93,7 +93,7 @@ class Engine:
             isolate=isolate,
             device=device,
             stage_bytes=self._stage_bytes,
-            costs=StageCosts(drafts_encode=loaded.config.decoder_input == "encoder"),
+            costs=StageCosts(loaded.config.decoder_input == "encoder", has_device=device.type != "cpu"),
         )
         self._passes = Passes(self.runner, kernels)
         self._formula = PaperFormula.of(loaded.config, itemsize)
@@ -329,6 +329,7 @@ class Engine:
             self._prefixes.attach(sequence)
 
     def release(self, sequence: Sequence) -> None:
+        self.runner.forget(sequence)
         for table in sequence.tables.values():
             table.release()
 

@@ -227,8 +227,15 @@ class Runner:
         n = sequence.num_computed
         patch = sequence.patch_of(n)
         start = sequence.patching.starts[patch]
+        # Rows of a step that has been begun are being written.
+        end = max(n, self._started.ends.get(id(sequence), 0)) if self._started else n
         for name, table in sequence.tables.items():
-            table.settle(self._caches.first_live(name, n, patch, start), patch if name in self._of_patches else n)
+            table.settle(self._caches.first_live(name, n, patch, start), patch if name in self._of_patches else end)
+
+    def forget(self, sequence: Sequence) -> None:
+        """It gives up its pages: what has been begun of it lies where others may write."""
+        if self._started and id(sequence) in self._started.ends:
+            self._drop_started()
 
     def start(self, batch: Seq[Work], windows: Tensor) -> "Started":
         """Launches patcher and encoder of the next step, over clean rows whose ids only the device knows yet: `run`
@@ -242,7 +249,7 @@ class Runner:
         decide = self._decide(batch, {"ids": windows[:, -1].contiguous()}, unpaid)
         states = self._run_encoder(batch, {"windows": windows}, unpaid)
         self._drop_started()
-        self._started = Started(batch, decide, states, unpaid)
+        self._started = Started(batch, {id(w.sequence): w.end for w in batch}, decide, states, unpaid)
         return self._started
 
     def _resume(self, clean: Seq[Work]) -> "tuple[Callable[[], None], Tensor | None] | None":
@@ -753,9 +760,10 @@ Unpaid = list[tuple["StageCall", list[_Rows]]]
 @dataclass(slots=True)
 class Started:
     """A step whose patcher and encoder have been launched before its ids were known. ids: those of each work, once they
-    are; decide: as `Runner.run` needs it; states: the encoder's."""
+    are; ends: by sequence, behind its last row; decide: as `Runner.run` needs it; states: the encoder's."""
 
     works: Seq[Work]
+    ends: Mapping[int, int]
     decide: Callable[[], None]
     states: Tensor | None
     unpaid: Unpaid

@@ -118,9 +118,10 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
-def launching_ahead(engine: Engine) -> Engine:
-    """Wherever it can; and what a stage gave is gone once the stage has run again, as with a recorded graph."""
-    exactness.launch_ahead(engine)
+def launching_ahead(engine: Engine, *, passes: bool) -> Engine:
+    """Wherever it can; and what a stage gave is gone once the stage has run again, as with a recorded graph. passes:
+    behind steps of blt come passes, or the next step is begun."""
+    exactness.launch_ahead(engine, passes=passes)
     launch = engine.runner.executor.run
     last: dict[str, Tensor] = {}
 
@@ -187,17 +188,25 @@ def bill(a: Asked, output: Output) -> tuple[Any, ...] | None:
     reads=st.sampled_from(["embedding", "encoder"]),
     patches=st.sampled_from([4096, 4096, 16]),
     crowded=st.booleans(),
+    passes=st.booleans(),
     choices=SETTINGS,
     data=st.data(),
 )
 def test_launching_ahead_changes_nothing(
-    models: Models, rule: str, reads: str, patches: int, crowded: bool, choices: dict[str, Any], data: st.DataObject
+    models: Models,
+    rule: str,
+    reads: str,
+    patches: int,
+    crowded: bool,
+    passes: bool,
+    choices: dict[str, Any],
+    data: st.DataObject,
 ) -> None:
     model = models(rule, reads, patches)
     asked = data.draw(lists(WAYS if reads == "embedding" else WAYS[:3]))
     make = crowded_engine if crowded else make_engine
     wanted = run(asking_always(make(model, max_length=LONGEST, **choices)), asked)
-    found = run(launching_ahead(make(model, max_length=LONGEST, **choices)), asked)
+    found = run(launching_ahead(make(model, max_length=LONGEST, **choices), passes=passes), asked)
     for a in asked:
         one, other = wanted[a.request.id], found[a.request.id]
         if a.abort is None:

@@ -32,8 +32,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 Texts = dict[str, list[list[int]]]
 """Per decoder, the ids behind each prompt."""
-AHEAD = "ahead"
-"""In the name of a variant: each decoder by itself, launched ahead."""
+AHEAD, BEGUN = "ahead", "begun"
+"""In the name of a variant: each decoder by itself; passes launched ahead, or the next step begun."""
 
 
 def variants(setting: Setting) -> dict[str, dict[str, Any]]:
@@ -43,10 +43,12 @@ def variants(setting: Setting) -> dict[str, dict[str, Any]]:
             "torch, at once": {"kernels": "torch"},
             "torch, padded": {"kernels": "torch", "graphs": True},
             "torch, padded, ahead": {"kernels": "torch", "graphs": True},
+            "torch, padded, begun": {"kernels": "torch", "graphs": True},
         }
     return {
         "triton, graphs": {"kernels": "triton", "graphs": True},
         "triton, graphs, ahead": {"kernels": "triton", "graphs": True},
+        "triton, graphs, begun": {"kernels": "triton", "graphs": True},
         "triton, at once": {"kernels": "triton", "graphs": False},
         "torch, at once": {"kernels": "torch", "graphs": False},
     }
@@ -74,9 +76,10 @@ def texts_of_variants(setting: Setting, model: Path, dtype: str) -> dict[str, Te
     found = {}
     for variant, choices in variants(setting).items():
         engine = setting.engine(model, dtype=dtype, **choices)
-        if AHEAD in variant:
-            launch_ahead(engine)
-        found[variant] = texts_of(engine, num_prompts, count, mixed=AHEAD not in variant)
+        alone = AHEAD in variant or BEGUN in variant
+        if alone:
+            launch_ahead(engine, passes=AHEAD in variant)
+        found[variant] = texts_of(engine, num_prompts, count, mixed=not alone)
         del engine
     return found
 
@@ -109,9 +112,11 @@ def _differ(texts: list[list[int]], others: list[list[int]]) -> float:
     return sum(a != b for a, b in zip(texts, others, strict=True)) / len(texts)
 
 
-def launch_ahead(engine: Engine) -> None:
-    """As if the host took forever: all that can be launched before it has heard of what came before is."""
-    engine.runner.costs.feeding = lambda sequences, patch: 0.0  # type: ignore[method-assign]
+def launch_ahead(engine: Engine, *, passes: bool = True) -> None:
+    """As if the host took forever: all that can be launched before it has heard of what came before is. passes: behind
+    a step of blt, further passes of the local stages; or the next step is begun."""
+    engine.runner.costs.feeding = lambda sequences, patch: 0.0 if passes else math.inf  # type: ignore[method-assign]
+    engine.runner.costs.starting = lambda sequences: 0.0  # type: ignore[method-assign]
     engine.runner.costs.asking = lambda rows: math.inf  # type: ignore[method-assign]
 
 

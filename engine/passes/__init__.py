@@ -13,6 +13,7 @@ from ..decoders import Result
 from ..runner import Runner, Work
 from .drafting import draft
 from .feeding import Feeding
+from .starting import Starting
 from .unmasking import Unmasking
 
 __all__ = ["Passes"]
@@ -24,6 +25,7 @@ class Passes:
     def __init__(self, runner: Runner, kernels: Kernels) -> None:
         self._runner, self._kernels = runner, kernels
         self._feeding = Feeding(runner, kernels)
+        self._starting = Starting(runner, kernels)
         self._unmasking = Unmasking(runner, kernels)
 
     def run(self, batch: Sequence[Work]) -> list[Result] | None:
@@ -32,7 +34,7 @@ class Passes:
         if len(calls) < len(batch):
             return None
         if all(call.runs_clean and call.wants and not call.drafts and not call.num_cells for call in calls):
-            return self._feeding.run(batch, calls)
+            return self._feeding.run(batch, calls) or self._starting.run(batch, calls)
         if self._runner.cells_are_encoded:
             return None
         if all(call.block and not call.causal for call in calls):

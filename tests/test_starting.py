@@ -1,0 +1,101 @@
+"""The next step of blt, begun before the host has heard of the last: the same bytes, the same bill."""
+
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.costs import StageCosts
+from engine.engine import Engine
+from engine.runner import Started
+from engine.types import Finished, Request, SamplingParams, Usage
+from tests.engines import Output, feeding, make_engine, request, run, save_ours
+from tests.models import our_config, our_model, text
+
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, seed=1)
+
+
+@pytest.fixture(scope="module", params=["embedding", "encoder"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both forms of decoder: with bytes of its own, and behind the encoder's states."""
+    made = our_model(our_config(decoder_input=request.param), 5)
+    return save_ours(tmp_path_factory.mktemp("starting") / "model", made)
+
+
+def starting(engine: Engine, *, begins: bool) -> Engine:
+    """Lets the next step always be begun, or never; no passes behind a step."""
+    engine.runner.costs.starting = lambda sequences: 0.0 if begins else inf  # type: ignore[method-assign]
+    return feeding(engine, runs_on=False)
+
+
+def asked(count: int = 5, **how: Any) -> list[Request]:
+    return [request(str(n), text(20 + 7 * n, n), 30 + 11 * n, **how) for n in range(count)]
+
+
+def usage(output: Output) -> Usage:
+    assert isinstance(output.end, Finished)
+    return output.end.usage
+
+
+def bill(output: Output) -> tuple[Any, ...]:
+    u = usage(output)
+    return output.text, u.completion_tokens, u.rounds, u.decoder_calls, u.global_calls, u.rows, u.estimated_bytes
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SAMPLED])
+@pytest.mark.parametrize("choices", [{}, {"graphs": True}, {"page_size": 4}, {"prefix_cache": True, "page_size": 4}])
+def test_the_same_bytes_for_the_same_calls(
+    model: Path, sampling: SamplingParams, choices: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = run(starting(make_engine(model, **choices), begins=False), asked(sampling=sampling))
+    seen: list[bool] = []
+    is_of = Started.is_of
+    monkeypatch.setattr(Started, "is_of", lambda self, clean: seen.append(is_of(self, clean)) or seen[-1])
+    engine = starting(make_engine(model, **choices), begins=True)
+    found = run(engine, asked(sampling=sampling))
+    assert {name: bill(out) for name, out in found.items()} == {name: bill(out) for name, out in wanted.items()}
+    # Where a sequence ends, the step that was begun for all is not the next one.
+    assert seen.count(True) > 60
+    assert engine.snapshot().steps <= 80
+
+
+def test_what_was_begun_in_vain_is_nobodys(model: Path) -> None:
+    """Another request comes behind every step, so that none is the one that was begun."""
+    engine = starting(make_engine(model), begins=True)
+    requests = [request(str(n), [1], 6) for n in range(5)]
+    outputs = {r.id: Output() for r in requests}
+    waiting = list(requests)
+    while waiting or engine.has_work:
+        if waiting:
+            engine.add(waiting.pop())
+        for event in engine.step():
+            outputs[event.id].take(event)
+    usages = [usage(output) for output in outputs.values()]
+    for stage, rows in engine.runner.counts.rows.items():
+        assert rows == sum(u.rows[stage] for u in usages), stage
+
+
+def test_nothing_is_begun_behind_the_last_byte_nor_without_pages(model: Path) -> None:
+    engine = starting(make_engine(model), begins=True)
+    begun: list[int] = []
+    start = engine.runner.start
+    engine.runner.start = lambda batch, windows: begun.append(len(batch)) or start(batch, windows)  # type: ignore[method-assign, func-returns-value]
+    run(engine, [request("a", text(9, 1), 4)])
+    assert begun == [1, 1, 1]
+    engine.runner.try_reserve = lambda *_: False  # type: ignore[method-assign]
+    run(engine, [request("b", text(9, 1), 4)])
+    assert begun == [1, 1, 1]
+
+
+def test_what_it_must_promise() -> None:
+    def learnt(**seconds: float) -> StageCosts:
+        costs = StageCosts(drafts_encode=False, has_device=True)
+        for stage, one in seconds.items():
+            costs.saw(stage, 1, one)
+        return costs
+
+    assert StageCosts(drafts_encode=False).starting(1) == inf, "the host computes"
+    assert learnt().starting(1) == 0, "nothing is known"
+    assert learnt(patcher=2.0, encoder=1.0).starting(1) == 0, "it is to be tried"
+    assert learnt(patcher=2.0, encoder=1.0, starting=1.5).starting(1) == pytest.approx(0.5)
