@@ -1,6 +1,6 @@
 """Between host and device, while both go on: an ordinary copy waits until the device has done all that was launched."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -47,9 +47,15 @@ class Readback:
 
 def read(*tensors: Tensor) -> list[Any]:
     """What `tolist` gives for each, with one copy from the device for all."""
+    return reading(*tensors)()
+
+
+def reading(*tensors: Tensor) -> Callable[[], list[Any]]:
+    """`read`, begun: what is launched from here on does not delay it."""
     if tensors[0].device.type == "cpu":
-        return [tensor.tolist() for tensor in tensors]
-    return unpacked(Readback(packed(tensors)).wait(), tensors)
+        return lambda: [tensor.tolist() for tensor in tensors]
+    copy = Readback(packed(tensors))
+    return lambda: unpacked(copy.wait(), tensors)
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:

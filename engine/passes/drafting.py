@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.dispatch import Kernels
 
 from ..choosing import uniform
-from ..copies import read, sent
+from ..copies import reading, sent
 from ..decoders import Call, Result
 from ..runner import STAND_IN, Runner, Started, Work
 from ..sampling import check, draw_ids, padded_laws, uniforms_for
@@ -41,8 +41,9 @@ def draft(runner: Runner, kernels: Kernels, batch: Sequence[Work], calls: Sequen
     runner.finish(launch)
     drawn, highest = out[:, :, : len(batch)].unbind(1)
     drafts = drawn.T.long()
+    heard = reading(drafts, highest.flatten())
     started = _verification(runner, batch, calls, drafts)
-    after, best = read(drafts, highest.flatten())
+    after, best = heard()
     check(best)
     if started:
         started.ids = [[call.causal[0], *ids] for call, ids in zip(calls, after, strict=True)]

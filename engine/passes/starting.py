@@ -13,7 +13,7 @@ import torch
 from kernels.dispatch import Kernels
 
 from ..choosing import uniform
-from ..copies import read
+from ..copies import reading
 from ..decoders import Call, Result
 from ..runner import STAND_IN, Runner, Work
 from ..sampling import check, draw_ids, padded_laws, uniforms_for
@@ -38,6 +38,7 @@ class Starting:
         logits = runner.run(batch)
         uniforms = uniforms_for(laws, [uniform(w.sequence, w.end) for w in batch], runner.device)
         ids, highest = draw_ids(logits, laws, uniforms, self._kernels)
+        heard = reading(ids, highest)
         began, recorded = time.perf_counter(), runner.executor.num_recorded
         windows = runner.windows((w.sequence, w.end - 1) for w in batch)
         for w in batch:
@@ -48,7 +49,7 @@ class Starting:
             w.sequence.retract(w.end)
         if runner.executor.num_recorded == recorded:
             runner.costs.saw("starting", size, time.perf_counter() - began)
-        after, bests = read(ids, highest)
+        after, bests = heard()
         check(bests)
         started.ids = [[token] for token in after]
         return [Result(w.end - 1, [token]) for w, token in zip(batch, after, strict=True)]
