@@ -23,8 +23,11 @@ PROBED_WIDTH = 1024
 
 def probe(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Bytes per second. "copy": a plain copy, what is read and written together. "gemv": one row times a matrix in
-    `dtype` by these kernels, the matrix alone. Takes a few tenths of a second and `2 * PROBED_BYTES` of memory."""
+    `dtype` by these kernels, the matrix alone. Takes a few tenths of a second and `2 * PROBED_BYTES` of memory, on a
+    GPU at most half of what is free."""
     size, times = PROBED_BYTES[device.type], PROBED_TIMES[device.type]
+    if device.type == "cuda":
+        size = min(size, torch.cuda.mem_get_info(device)[0] // 4 // PROBED_WIDTH * PROBED_WIDTH)
     copied = copy_rate(device, size, times=times)
     height = size // PROBED_WIDTH // dtype.itemsize
     matrix = kernels.matrix(Matrix(torch.zeros(height, PROBED_WIDTH, dtype=dtype, device=device)))

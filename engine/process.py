@@ -73,11 +73,11 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
             module, name = factory.split(":")
             engine: EngineLike = getattr(import_module(module), name)(msgspec.json.decode(config, type=EngineConfig))
             engine.calibrate()
+            limits, facts = engine.limits, engine.facts()
         except Exception as error:
             log.debug("loading failed", exc_info=True)
             send(StartFailed(_describe(error)))
             return 1
-        limits, facts = engine.limits, engine.facts()
         log.info(
             "loaded %s in %.1f s: %s parameters, %s weights on %s",
             *(limits.name, time.monotonic() - began, f"{limits.parameters:,}", facts.weights, facts.device),

@@ -206,7 +206,8 @@ class Runner:
         """
         clean = [w for w in batch if w.num_clean]
         # The encoder does not ask where patches start: the device runs it while the host plans and hears of that.
-        decide, states = self._resume(clean) or (self._decide(clean) if clean else None, self._run_encoder(batch))
+        begun = self._resume(batch, clean)
+        decide, states = begun or (self._decide(clean) if clean else None, self._run_encoder(batch))
         skipping = [w for w in batch if w.call and w.call.decoded > w.start]
         rows = None if skipping else self._decoder_rows(batch)
         if decide:
@@ -239,7 +240,7 @@ class Runner:
 
     def start(self, batch: Seq[Work], windows: Tensor) -> "Started":
         """Launches patcher and encoder of the next step, over clean rows whose ids only the device knows yet: `run`
-        takes them up if it is to run these rows, and no other clean ones.
+        takes them up if it is to run these rows, no other clean ones, and no cells that are encoded.
 
         windows (R, W) int64: the last ids up to each row. The host holds any ids for them, and must say in
         `Started.ids` what they were.
@@ -252,10 +253,11 @@ class Runner:
         self._started = Started(batch, {id(w.sequence): w.end for w in batch}, decide, states, unpaid)
         return self._started
 
-    def _resume(self, clean: Seq[Work]) -> "tuple[Callable[[], None], Tensor | None] | None":
-        """What `start` has launched, if it was these rows."""
+    def _resume(self, batch: Seq[Work], clean: Seq[Work]) -> "tuple[Callable[[], None], Tensor | None] | None":
+        """What `start` has launched, if it was these rows, and no others go through the encoder."""
         started = self._started
-        if not started or not started.is_of(clean):
+        others = self.cells_are_encoded and any(w.num_cells for w in batch)
+        if not started or others or not started.is_of(clean):
             self._drop_started()
             return None
         self._started = None

@@ -30,10 +30,6 @@ LARGE_TILE = 32
 """Rows per tile of the torch twin where a sequence has more than a few."""
 SEGMENT = 16
 """Pages per segment."""
-STAGES = 5
-"""Loads under way at a time: with fewer the compiler holds one page of keys and values only."""
-SMALL_STAGES = 2
-"""For pages too small to matter, and for float32, whose pages fill the shared memory."""
 
 BEGIN, COUNT, PAGES_AT, FIRST_PAGE, NUM_PAGES = range(5)
 """Columns of `AttentionPlan.tiles`."""
@@ -379,8 +375,7 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
     attention_kernel[grid](
         q, k_cache, v_cache, plan.first, plan.last, plan.tiles, plan.pages, out, partial,
         heads, kv_heads, head_dim**-0.5, PAGE_SIZE=page_size, BLOCK_KEYS=key_block(page_size), SPLIT=split, **block,
-        num_warps=4, num_stages=STAGES if q.itemsize <= 2 and page_size >= 32 else SMALL_STAGES,
-        enable_fp_fusion=False, **overlap(q),
+        num_warps=4, num_stages=stages(page_size, head_dim, q.itemsize), enable_fp_fusion=False, **overlap(q),
     )  # fmt: skip
     if split:
         merge_kernel[grid[:2]](
@@ -396,6 +391,12 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
             **overlap(q),
         )
     return out
+
+
+def stages(page_size: int, head_dim: int, itemsize: int) -> int:
+    """Loads under way at a time. With fewer than 5 the compiler holds one page of keys and values only; two of them
+    would not fit where pages are large, and do not matter where they are small."""
+    return 5 if page_size >= 32 and page_size * head_dim * itemsize <= 16 << 10 else 2
 
 
 def key_block(page_size: int) -> int:

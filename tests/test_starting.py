@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from engine.config import EOS_ID
 from engine.costs import StageCosts
 from engine.engine import Engine
 from engine.runner import Started
@@ -33,6 +34,27 @@ def asked(count: int = 5, **how: Any) -> list[Request]:
     return [request(str(n), text(20 + 7 * n, n), 30 + 11 * n, **how) for n in range(count)]
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each step that was begun whether its rows were the next; grows while engines run."""
+    seen: list[bool] = []
+    is_of = Started.is_of
+
+    def tell(started: Started, clean: Any) -> bool:
+        seen.append(is_of(started, clean))
+        return seen[-1]
+
+    monkeypatch.setattr(Started, "is_of", tell)
+    return seen
+
+
+def counted(engine: Engine) -> list[int]:
+    """How many rows each step has that is begun; grows while the engine runs."""
+    begun: list[int] = []
+    start = engine.runner.start
+    engine.runner.start = lambda batch, windows: begun.append(len(batch)) or start(batch, windows)  # type: ignore[method-assign, func-returns-value]
+    return begun
+
+
 def usage(output: Output) -> Usage:
     assert isinstance(output.end, Finished)
     return output.end.usage
@@ -44,20 +66,61 @@ def bill(output: Output) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SAMPLED])
-@pytest.mark.parametrize("choices", [{}, {"graphs": True}, {"page_size": 4}, {"prefix_cache": True, "page_size": 4}])
+@pytest.mark.parametrize("choices", [{}, {"graphs": True}, {"page_size": 4}])
 def test_the_same_bytes_for_the_same_calls(
     model: Path, sampling: SamplingParams, choices: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = run(starting(make_engine(model, **choices), begins=False), asked(sampling=sampling))
-    seen: list[bool] = []
-    is_of = Started.is_of
-    monkeypatch.setattr(Started, "is_of", lambda self, clean: seen.append(is_of(self, clean)) or seen[-1])
+    seen = watched(monkeypatch)
     engine = starting(make_engine(model, **choices), begins=True)
     found = run(engine, asked(sampling=sampling))
     assert {name: bill(out) for name, out in found.items()} == {name: bill(out) for name, out in wanted.items()}
-    # Where a sequence ends, the step that was begun for all is not the next one.
-    assert seen.count(True) > 60
+    assert all(seen) and len(seen) > 60
     assert engine.snapshot().steps <= 80
+
+
+def test_a_sequence_that_ends_makes_the_next_step_another(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    law = SamplingParams(temperature=1.0, seed=2, logit_bias={EOS_ID: 4.0})
+    requests = asked(sampling=law, ignore_eos=False, stop=[b"e"])
+    wanted = run(starting(make_engine(model), begins=False), requests)
+    seen, engine = watched(monkeypatch), starting(make_engine(model), begins=True)
+    begun = counted(engine)
+    found = run(engine, requests)
+    assert {name: (out.ids, out.text) for name, out in found.items()} == {
+        name: (out.ids, out.text) for name, out in wanted.items()
+    }
+    assert 0 < seen.count(True) < len(begun)
+
+
+def test_nor_does_it_begin_for_cells_that_are_encoded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft whose prompt another has left in the cache begins without a row of its own."""
+
+    def texts(*, begins: bool) -> dict[str, list[int]]:
+        engine = starting(make_engine(model, page_size=64), begins=begins)
+        outputs = {name: Output() for name in ("warm", "blt", "drafts")}
+
+        def step() -> None:
+            for event in engine.step():
+                outputs[event.id].take(event)
+
+        def finish() -> None:
+            while engine.has_work:
+                step()
+
+        engine.add(request("warm", text(65, 3), 4))
+        finish()
+        engine.add(request("blt", text(20, 1), 30))
+        for _ in range(6):
+            step()
+        engine.add(request("drafts", text(65, 3), 20, decoder="blt-s"))
+        finish()
+        assert usage(outputs["drafts"]).cached_tokens == 64
+        return {name: output.ids for name, output in outputs.items()}
+
+    wanted = texts(begins=False)
+    seen = watched(monkeypatch)
+    assert texts(begins=True) == wanted
+    assert True in seen
 
 
 def test_what_was_begun_in_vain_is_nobodys(model: Path) -> None:
@@ -78,9 +141,7 @@ def test_what_was_begun_in_vain_is_nobodys(model: Path) -> None:
 
 def test_nothing_is_begun_behind_the_last_byte_nor_without_pages(model: Path) -> None:
     engine = starting(make_engine(model), begins=True)
-    begun: list[int] = []
-    start = engine.runner.start
-    engine.runner.start = lambda batch, windows: begun.append(len(batch)) or start(batch, windows)  # type: ignore[method-assign, func-returns-value]
+    begun = counted(engine)
     run(engine, [request("a", text(9, 1), 4)])
     assert begun == [1, 1, 1]
     engine.runner.try_reserve = lambda *_: False  # type: ignore[method-assign]

@@ -1,8 +1,8 @@
 """Several passes in a row, without the host between them.
 
 Where all sequences of a step do the same, what the next pass needs is on the device before the host knows it: blt and a
-draft feed the byte that was just drawn, a block the cells that were just settled. In a mixed batch every pass is a step
-of its own, which all share.
+draft feed the byte that was just drawn, a block the cells that were just settled. Or it is the next step that begins
+so. In a mixed batch every pass is a step of its own, which all share.
 """
 
 from collections.abc import Sequence
