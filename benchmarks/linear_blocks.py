@@ -36,9 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = {"toy": (64, 32, False)} if options.quick else shapes_of(options.model)
-    tries = [
-        (name, block) for name, (out, width, gated) in shapes.items() for block in candidates(width, options.quick)
-    ]
+    tries = [(name, block) for name, (_, width, _) in shapes.items() for block in candidates(width, options.quick)]
     if device.type == "cuda":
         with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
             jobs = [pool.submit(rate, *shapes[name], block, options.float8, device, 1) for name, block in tries]
@@ -53,10 +51,9 @@ def main() -> None:
                 found[tuple(block.items())] = rate(out, width, gated, block, options.float8, device, count)
             except Exception as error:  # what does not fit the device
                 print(f"{name}: {short(block)}: {error}")
-        ranked = sorted(found, key=lambda key: -found[key])[: options.best]
-        rows = [
-            [short(dict(key)), f"{found[key] / 1e9:,.0f}"] for key in [*ranked, tuple(chosen.items())] if key in found
-        ]
+        best = sorted(found, key=lambda key: -found[key])[: options.best]
+        shown = [key for key in (*best, tuple(chosen.items())) if key in found]
+        rows = [[short(dict(key)), f"{found[key] / 1e9:,.3g}"] for key in shown]
         print(f"\n{name}, {out} x {width}; the last is what is chosen\n\n{table(['blocks', 'GB/s'], rows)}", flush=True)
 
 

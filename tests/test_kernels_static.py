@@ -31,3 +31,12 @@ def test_a_spill_and_too_much_shared_memory_do_not_fit() -> None:
     assert Compiled(None, 90, 255, 0, limit).fits  # type: ignore[arg-type]
     assert not Compiled(None, 90, 255, 8, limit).fits  # type: ignore[arg-type]
     assert not Compiled(None, 80, 255, 0, limit).fits  # type: ignore[arg-type]
+
+
+def test_blocks_can_be_tried() -> None:
+    command = [sys.executable, "-m", "benchmarks.linear_blocks", "--quick"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    found = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| block_out")]
+    # Three that were tried, and once more what is chosen.
+    assert len(found) == 4 and len(set(found)) == 3 and found[-1] in found[:-1]
