@@ -15,7 +15,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.runner import Work
 from engine.sequence import Sequence as EngineSequence
-from engine.types import Delta, Event, Failed, Finished, Request, SamplingParams, TokenLogprob
+from engine.types import Delta, Event, Failed, Finished, Request, SamplingParams, TokenLogprob, Usage
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -43,6 +43,17 @@ class Output:
         else:
             self.end = event
             self.text += event.text if isinstance(event, Finished) else b""
+
+
+def usage(output: Output) -> Usage:
+    assert isinstance(output.end, Finished)
+    return output.end.usage
+
+
+def bill(output: Output) -> tuple[Any, ...]:
+    """What one request wrote and took, whoever ran beside it and however far ahead the host launched."""
+    u = usage(output)
+    return output.text, u.completion_tokens, u.rounds, u.decoder_calls, u.global_calls, u.rows, u.estimated_bytes
 
 
 def make_engine(model: Path, **choices: Any) -> Engine:

@@ -10,8 +10,8 @@ from engine.checkpoint import load
 from engine.config import EOS_ID
 from engine.costs import StageCosts
 from engine.passes.feeding import PROBE_INTERVAL
-from engine.types import Finished, Request, SamplingParams, Usage
-from tests.engines import Output, crowded_engine, feeding, make_engine, request, run, save_ours
+from engine.types import Request, SamplingParams
+from tests.engines import bill, crowded_engine, feeding, make_engine, request, run, save_ours, usage
 from tests.models import our_config, our_model, text
 
 HOW: list[dict[str, Any]] = [
@@ -33,16 +33,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def asked(how: dict[str, Any], count: int = 5) -> list[Request]:
     return [request(str(n), text(20 + 7 * (n % 5), n), 30 + 11 * (n % 5), **how) for n in range(count)]
-
-
-def usage(output: Output) -> Usage:
-    assert isinstance(output.end, Finished)
-    return output.end.usage
-
-
-def bill(output: Output) -> tuple[Any, ...]:
-    u = usage(output)
-    return output.text, u.completion_tokens, u.rounds, u.decoder_calls, u.global_calls, u.rows, u.estimated_bytes
 
 
 @pytest.mark.parametrize("how", HOW)

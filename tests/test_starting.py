@@ -10,8 +10,8 @@ from engine.config import EOS_ID
 from engine.costs import StageCosts
 from engine.engine import Engine
 from engine.runner import Started
-from engine.types import Finished, Request, SamplingParams, Usage
-from tests.engines import Output, feeding, make_engine, request, run, save_ours
+from engine.types import Request, SamplingParams
+from tests.engines import Output, bill, feeding, make_engine, request, run, save_ours, usage
 from tests.models import our_config, our_model, text
 
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, seed=1)
@@ -53,16 +53,6 @@ def counted(engine: Engine) -> list[int]:
     start = engine.runner.start
     engine.runner.start = lambda batch, windows: begun.append(len(batch)) or start(batch, windows)  # type: ignore[method-assign, func-returns-value]
     return begun
-
-
-def usage(output: Output) -> Usage:
-    assert isinstance(output.end, Finished)
-    return output.end.usage
-
-
-def bill(output: Output) -> tuple[Any, ...]:
-    u = usage(output)
-    return output.text, u.completion_tokens, u.rounds, u.decoder_calls, u.global_calls, u.rows, u.estimated_bytes
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SAMPLED])
