@@ -44,6 +44,8 @@ log = logging.getLogger("fastblt.engine.client")
 
 State = Literal["starting", "ready", "restarting", "dead"]
 
+SETTINGS_PREFIX = "FASTBLT_"
+"""Of variables that hold settings. The child gets its own as arguments."""
 STEADY_SECONDS = 60.0
 """A crash later than this after loading starts a new count of crashes."""
 FRUITLESS_CRASHES = 2
@@ -309,8 +311,7 @@ class _Child:
                 *(msgspec.json.encode(config).decode(), msgspec.json.encode(logs).decode()),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(end,),
-                # What the parent can import the child can, wherever the parent was started and however installed.
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)},
+                env=_environment(),
             )
         finally:
             os.close(end)
@@ -446,6 +447,13 @@ class _Unread:
             traces=self._traces,
             prompt_logprobs=self._prompt_logprobs,
         )
+
+
+def _environment() -> dict[str, str]:
+    """Of the child: it can import what its parent can, however that was installed, and does not get the server's
+    settings, among which may be API keys."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS_PREFIX)}
+    return kept | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
 
 
 def _named(requests: list[Request]) -> str:

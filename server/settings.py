@@ -1,29 +1,45 @@
-"""Every choice of whoever runs the HTTP server, in one typed place."""
+"""All settings of the HTTP server, in one typed place."""
 
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, IPvAnyNetwork, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine.logs import FormatName, LevelName, LogSettings
+
+from .keys import RULE, is_key, read_key_file
 
 
 class ServerSettings(BaseSettings):
     """From arguments, else from the environment (`FASTBLT_PORT=8080`), else the default. Lists are comma-separated in
     the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="FASTBLT_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="FASTBLT_", frozen=True, extra="forbid", hide_input_in_errors=True)
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes any free one.")
+    ssl_certfile: Path | None = Field(
+        None, description="File with the certificate chain (PEM) to serve HTTPS with; needs --ssl-keyfile."
+    )
+    ssl_keyfile: Path | None = Field(None, description="File with the certificate's private key (PEM), not encrypted.")
+    ssl_ca_certs: Path | None = Field(
+        None,
+        description="File with CA certificates (PEM): clients must then present a certificate signed by one of them.",
+    )
+    trusted_proxies: Annotated[list[IPvAnyNetwork], NoDecode] = Field(
+        [],
+        description="Addresses or networks of proxies whose X-Forwarded-For header names the client; by default none.",
+    )
     served_model_name: Annotated[list[str], NoDecode] = Field(
         [], description="Names under which the model is offered; by default the checkpoint's own name."
     )
     api_keys: Annotated[list[SecretStr], NoDecode] = Field(
-        [], description="Keys that clients may present as 'Authorization: Bearer KEY'; none means open to all."
+        [], description="Keys that clients may present as 'Authorization: Bearer KEY'; without any, open to everybody."
     )
-    api_key_file: Path | None = Field(None, description="File with further API keys, one a line.")
+    api_key_file: Path | None = Field(
+        None, description="File with further API keys, one a line; lines that begin with '#' are comments."
+    )
     max_queue: int = Field(
         256, ge=1, description="Most sequences that may wait for their first byte; beyond it requests get 429."
     )
@@ -33,8 +49,32 @@ class ServerSettings(BaseSettings):
     max_tokens_limit: int | None = Field(
         None, ge=0, description="Largest max_tokens of a request; by default only the model's length limits it."
     )
+    max_scores: int = Field(
+        1 << 19,
+        ge=1,
+        description="Most log-probabilities in one answer: scored bytes times choices times (logprobs + 1).",
+    )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body in bytes; beyond it 413.")
-    body_timeout: float = Field(30.0, gt=0, description="Seconds a client may take to send a request body.")
+    max_header_bytes: int = Field(
+        64 << 10, ge=1024, description="Most bytes in the head of a request, names, values and URL; beyond it 431."
+    )
+    max_headers: int = Field(100, ge=1, description="Most headers of a request; beyond it 431.")
+    max_connections: int = Field(
+        4096, ge=1, description="Most open connections; fewer where the limit of open files (ulimit -n) is lower."
+    )
+    max_connections_per_address: int = Field(
+        1024, ge=1, description="Most open connections from one address, trusted proxies excepted."
+    )
+    head_timeout: float = Field(10.0, gt=0, description="Seconds that the head of a request may take to arrive.")
+    request_timeout: float = Field(
+        60.0, gt=0, description="Seconds that a whole request, head and body, may take to arrive."
+    )
+    idle_timeout: float = Field(
+        120.0, gt=0, description="Seconds that a connection may wait for its next request before it is closed."
+    )
+    write_timeout: float = Field(
+        60.0, gt=0, description="Seconds that a client may leave an answer unread before its connection is closed."
+    )
     default_timeout: float | None = Field(
         None, gt=0, description="Seconds after which a request without a timeout of its own ends; by default none."
     )
@@ -60,10 +100,25 @@ class ServerSettings(BaseSettings):
         "By default OTEL_EXPORTER_OTLP_ENDPOINT, else none are made.",
     )
 
-    @field_validator("served_model_name", "api_keys", "cors_origins", mode="before")
+    @field_validator("served_model_name", "api_keys", "cors_origins", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return [part for part in map(str.strip, value.split(",")) if part] if isinstance(value, str) else value
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _names_a_key(cls, value: object) -> object:
+        # An empty variable is more likely a mistake than the wish to open the server.
+        if isinstance(value, str) and not value.strip(", "):
+            raise ValueError("holds no API key; leave it out to open the server to everybody")
+        return value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _are_keys(cls, keys: list[SecretStr]) -> list[SecretStr]:
+        if not all(is_key(key.get_secret_value()) for key in keys):
+            raise ValueError(RULE)
+        return keys
 
     @field_validator("otlp_endpoint")
     @classmethod
@@ -85,18 +140,22 @@ class ServerSettings(BaseSettings):
             raise ValueError(f"max_choices {self.max_choices} must not exceed max_queue {self.max_queue}")
         return self
 
+    @model_validator(mode="after")
+    def _certificate_has_its_key(self) -> "ServerSettings":
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("--ssl-certfile and --ssl-keyfile go together")
+        if self.ssl_ca_certs and not self.ssl_certfile:
+            raise ValueError("--ssl-ca-certs needs --ssl-certfile and --ssl-keyfile")
+        return self
+
     @property
     def logs(self) -> LogSettings:
         """As both processes take them."""
         return LogSettings(self.log_level, self.log_format)
 
     def load_api_keys(self) -> tuple[bytes, ...]:
-        """All keys, those of the file included. Raises OSError if it cannot be read, ValueError for an empty key."""
-        keys = [key.get_secret_value().encode() for key in self.api_keys]
+        """All keys, each once, those of the file included. Raises OSError or ValueError as `read_key_file`."""
+        keys = [key.get_secret_value() for key in self.api_keys]
         if self.api_key_file:
-            keys += self.api_key_file.read_bytes().split()
-            if not keys:
-                raise ValueError(f"{self.api_key_file} holds no API key")
-        if b"" in keys:
-            raise ValueError("an API key must not be empty")
-        return tuple(keys)
+            keys += read_key_file(self.api_key_file)
+        return tuple(dict.fromkeys(key.encode() for key in keys))

@@ -80,8 +80,8 @@ def test_errors(api: openai.OpenAI) -> None:
 
 
 def test_keys_are_asked_for(start_server: StartServer) -> None:
-    running = start_server("--api-keys", "key-1,key-2")
-    for key, valid in (("key-1", True), ("key-2", True), ("key-", False), ("key-1,key-2", False)):
+    running = start_server("--api-keys", "key-1-of-this-test,key-2-of-this-test")
+    for key, valid in (("key-1-of-this-test", True), ("key-2-of-this-test", True), ("key-", False), ("#", False)):
         with openai.OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0) as client:
             if valid:
                 assert client.models.list().data
@@ -93,3 +93,4 @@ def test_keys_are_asked_for(start_server: StartServer) -> None:
         assert [http.get(path).status_code for path in ("/health/live", "/health/ready", "/metrics")] == [200] * 3
         assert http.get("/version").status_code == http.get("/openapi.json").status_code == 401
     assert "key-" not in running.log.read_text()
+    assert " 2 API keys\n" in running.log.read_text()

@@ -47,7 +47,7 @@ def test_files_name_only_each_other() -> None:
 
 
 def test_it_needs_no_key_and_can_be_switched_off(start_server: StartServer) -> None:
-    closed = start_server("--api-keys", "secret")
+    closed = start_server("--api-keys", "a-secret-of-the-test")
     assert httpx.get(f"{closed.url}/").status_code == 200
     assert httpx.get(f"{closed.url}/page/main.js").status_code == 200
     assert httpx.get(f"{closed.url}/version").status_code == 401

@@ -14,22 +14,62 @@ def test_the_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPat
     assert ServerSettings(port=1).port == 1
 
 
+ONE, TWO, THREE = (f"{name}-of-these-keys" for name in ("one", "two", "three"))
+
+
 def test_keys_come_from_both_places_and_are_never_shown(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("key-two\nkey-three\n\n")
-    settings = ServerSettings(api_keys="key-one", api_key_file=tmp_path / "keys")  # type: ignore[arg-type]
-    assert settings.load_api_keys() == (b"key-one", b"key-two", b"key-three")
-    assert "key-one" not in repr(settings)
+    (tmp_path / "keys").write_text(f"# of bob\n{TWO}\r\n\n  {THREE}  \n#{ONE}\n{TWO}")
+    settings = ServerSettings(api_keys=f"{ONE},{TWO}", api_key_file=tmp_path / "keys")  # type: ignore[arg-type]
+    assert settings.load_api_keys() == (ONE.encode(), TWO.encode(), THREE.encode())
+    assert ONE not in repr(settings)
 
 
-def test_a_file_without_keys_does_not_open_the_server_to_all(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("\n")
-    with pytest.raises(ValueError, match="holds no API key"):
+def test_a_byte_order_mark_belongs_to_no_key(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbf" + ONE.encode())
+    assert ServerSettings(api_key_file=tmp_path / "keys").load_api_keys() == (ONE.encode(),)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"", "holds no API key"),
+        (b"\n # only a comment\n", "holds no API key"),
+        (f"{ONE}\n{TWO} # alice\n".encode(), "line 2: an API key has at least 16 characters"),
+        (b"sk-1\n", "line 1: an API key has"),
+        (f"{ONE},{TWO}\n".encode(), "line 1: an API key has"),
+        ("ein-schlüssel-der-klemmt".encode(), "line 1: an API key has"),
+        (b"\xff\xfe" + ONE.encode("utf-16-le"), "is not UTF-8"),
+    ],
+)
+def test_a_key_file_that_holds_anything_else_is_refused(tmp_path: Path, text: bytes, why: str) -> None:
+    (tmp_path / "keys").write_bytes(text)
+    with pytest.raises(ValueError) as caught:
         ServerSettings(api_key_file=tmp_path / "keys").load_api_keys()
+    assert str(tmp_path / "keys") in str(caught.value) and why in str(caught.value)
+    assert ONE not in str(caught.value) and "sk-1" not in str(caught.value)
+
+
+def test_a_source_that_is_named_and_holds_no_key_does_not_open_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ServerSettings().load_api_keys() == ()
     with pytest.raises(OSError):
         ServerSettings(api_key_file=tmp_path / "missing").load_api_keys()
+    for empty in ("", "  ", " , "):
+        monkeypatch.setenv("FASTBLT_API_KEYS", empty)
+        with pytest.raises(ValidationError, match="holds no API key"):
+            ServerSettings()
+    monkeypatch.setenv("FASTBLT_API_KEYS", "s3cret")
+    with pytest.raises(ValidationError, match="at least 16 characters") as caught:
+        ServerSettings()
+    assert "s3cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong", [{"port": 70000}, {"max_queue": 1}, {"served_model_name": ["a:b"]}, {"prot": 1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"port": 70000}, {"max_queue": 1}, {"served_model_name": ["a:b"]}, {"prot": 1}, {"trusted_proxies": "here"}]
+    + [{"ssl_certfile": "x"}, {"ssl_ca_certs": "x"}, {"head_timeout": 0}, {"max_connections": 0}],
+)
 def test_contradictions_and_typos_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         ServerSettings(**wrong)  # type: ignore[arg-type]
