@@ -40,7 +40,7 @@ class Replica:
         self._traces = make_traces(settings)
         self._client = EngineClient(config, logs=settings.logs)
         await self._client.start()
-        self._app = create_app(settings, self._client, self._traces)
+        self._app = create_app(settings, self._client, settings.load_api_keys(), self._traces)
 
     async def answer(self, call: Call) -> AsyncGenerator[list[Message], None]:
         """What the application sends, as it comes. An empty list goes ahead: it says that the call has a replica.

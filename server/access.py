@@ -21,7 +21,7 @@ content_log = logging.getLogger("fastblt.content")
 
 CLIENT_LEFT = 499
 """The status of a request that nobody waits for any more, as nginx has it; it is never sent."""
-PROBES = frozenset({"/health/live", "/health/ready", "/metrics"})
+PROBES = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
 """Routes that are asked for every few seconds."""
 PATH_CHARACTERS = 200
 LOGGED_TEXTS = 8
@@ -49,7 +49,7 @@ class Access:
 
     @property
     def is_probe(self) -> bool:
-        return self.path in PROBES
+        return self.path.rstrip("/") in PROBES
 
     @property
     def failed(self) -> bool:
@@ -97,7 +97,7 @@ def _completion_fields(generation: Generation, started: float) -> dict[str, Any]
     plan, streams = generation.plan, generation.streams
     fields: dict[str, Any] = {
         "completion_id": generation.id,
-        "model": plan.request.model,
+        "model": plan.model,
         "decoder": plan.decoder,
         "stream": plan.request.stream,
         "prompts": len(streams) // plan.samples,

@@ -6,34 +6,26 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from engine.client import EngineClient
 
 from .admission import Gate
 from .completions import complete
-from .errors import Code, ErrorBody, add_error_handlers
+from .errors import Code, add_error_handlers
 from .generation import Service
+from .http import Connections
 from .metrics import Metrics
-from .middleware import ApiKeys, RequestContext
+from .middleware import ApiKeys, Failures, RequestContext
 from .names import check_model, offered_models
+from .openapi import COMPLETION_BODY, COMPLETION_ERRORS, Application, errors
 from .page import page_router
 from .responses import JsonResponse
-from .schemas import Completion, CompletionRequest
+from .schemas import Completion, Health, ModelCard, ModelList, Version
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
     from .traces import Traces
-
-OPENAPI_BODY = {
-    "requestBody": {
-        "required": True,
-        # The $id makes the schema's own $defs resolve inside it.
-        "content": {
-            "application/json": {"schema": {"$id": "CompletionRequest", **CompletionRequest.model_json_schema()}}
-        },
-    }
-}
 
 
 def server_version() -> str:
@@ -44,56 +36,62 @@ def server_version() -> str:
         return "unknown"
 
 
-def create_app(settings: ServerSettings, client: EngineClient, traces: "Traces | None" = None) -> FastAPI:
-    """The client must have been started; whoever started it stops it, and closes the traces. `app.state.gate` is what a
-    drain closes.
+def create_app(
+    settings: ServerSettings, client: EngineClient, keys: tuple[bytes, ...] = (), traces: "Traces | None" = None
+) -> FastAPI:
+    """The client must have been started; its owner stops it, and closes the traces. Without keys everybody may come in.
 
-    Raises OSError or ValueError if the API keys cannot be read.
+    `app.state.gate` is what a drain closes, `app.state.connections` counts those of a server that reports them.
     """
     gate = Gate(settings)
-    metrics = Metrics(client, gate, server_version())
+    connections = Connections(settings)
+    metrics = Metrics(client, gate, connections, server_version())
     service = Service(settings, client, gate, metrics)
-    app = FastAPI(title="fastblt", version=server_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.gate = gate
+    app = Application(title="fastblt", version=server_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.gate, app.state.connections = gate, connections
     app.include_router(_api(service))
     app.include_router(_operations(service))
     if settings.page:
         app.include_router(page_router())
     add_error_handlers(app)
     # The last one added is the outermost.
-    if keys := settings.load_api_keys():
+    app.add_middleware(Failures)
+    if keys:
         app.add_middleware(ApiKeys, keys=keys)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(RequestContext, metrics=metrics, traces=traces)
+    app.add_middleware(RequestContext, metrics=metrics, trusted_proxies=settings.trusted_proxies, traces=traces)
     return app
 
 
 def _api(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1")
     settings, client = service.settings, service.client
-    created = int(service.started)
 
-    def describe(name: str) -> dict[str, str | int]:
-        return {"id": name, "object": "model", "created": created, "owned_by": "fastblt"}
+    def describe(name: str) -> ModelCard:
+        limits = client.limits
+        decoders = [decoder] if (decoder := offered_models(settings, limits)[name]) else list(limits.decoders)
+        return ModelCard(id=name, created=int(service.started), max_model_len=limits.max_length, decoders=decoders)
 
-    statuses = (400, 401, 404, 413, 429, 503)
-    errors: dict[int | str, dict[str, type]] = {status: {"model": ErrorBody} for status in statuses}
-
-    @router.post("/completions", response_model=Completion, responses=errors, openapi_extra=OPENAPI_BODY)
+    @router.post(
+        "/completions", response_model=Completion, responses=errors(*COMPLETION_ERRORS), openapi_extra=COMPLETION_BODY
+    )
     async def completions(request: Request) -> Response:
         """Continues one or several prompts, as OpenAI's legacy completions do; a token is a byte."""
         return await complete(request, service)
 
-    @router.get("/models")
+    @router.get("/models", response_model=ModelList, responses=errors())
     async def models() -> Response:
         """The model, and an alias of it for each decoder that it can be used with."""
-        data = [describe(name) for name in offered_models(settings, client.limits)]
-        return JsonResponse({"object": "list", "data": data})
+        return JsonResponse(ModelList(data=[describe(name) for name in offered_models(settings, client.limits)]))
 
-    @router.get("/models/{name:path}", responses={404: {"model": ErrorBody}})
+    @router.get("/models/{name:path}", response_model=ModelCard, responses=errors(404))
     async def model(name: str) -> Response:
         """One of them."""
         check_model(name, settings, client.limits)
@@ -106,38 +104,40 @@ def _operations(service: Service) -> APIRouter:
     router = APIRouter()
     client, gate = service.client, service.gate
 
-    @router.get("/health/live", responses={503: {"model": ErrorBody}})
     async def live() -> Response:
         """503 once the engine is gone for good, and only a new server helps."""
         if client.state == "dead":
             raise gate.unavailable("the engine is gone and will not come back", "engine_dead")
-        return JsonResponse({"status": "live"})
+        return JsonResponse(Health(status="live"))
 
-    @router.get("/health/ready", responses={503: {"model": ErrorBody}})
     async def ready() -> Response:
         """503 while requests had better go elsewhere."""
         gate.check_open()
         if client.state != "ready":
             code: Code = "engine_dead" if client.state == "dead" else "engine_restarting"
             raise gate.unavailable(f"the engine is {client.state}", code)
-        return JsonResponse({"status": "ready"})
+        return JsonResponse(Health(status="ready"))
 
-    @router.get("/version")
+    for path, answer in {"/health/live": live, "/health/ready": ready, "/health": ready, "/ping": ready}.items():
+        router.add_api_route(path, answer, response_model=Health, responses=errors(503, keys=False))
+        router.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
+
+    @router.get("/version", response_model=Version, responses=errors())
     async def version_of() -> Response:
         """The server's version and what it serves."""
         limits = client.limits
         return JsonResponse(
-            {
-                "version": server_version(),
-                "model": limits.name,
-                "parameters": limits.parameters,
-                "max_length": limits.max_length,
-                "block_size": limits.block_size,
-                "decoders": limits.decoders,
-            }
+            Version(
+                version=server_version(),
+                model=limits.name,
+                parameters=limits.parameters,
+                max_length=limits.max_length,
+                block_size=limits.block_size,
+                decoders=list(limits.decoders),
+            )
         )
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -12,6 +12,8 @@ from engine.client import EngineClient
 from engine.types import DecoderCounts, Snapshot, Usage
 
 from .admission import Gate
+from .http.connections import REASONS as CONNECTION_REASONS
+from .http.connections import Connections
 
 # Else every counter has a second series, of when it began, that nobody reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -27,7 +29,7 @@ SECONDS_PER_BYTE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 class Metrics:
     """All metrics of one server, in a registry of their own."""
 
-    def __init__(self, client: EngineClient, gate: Gate, version: str) -> None:
+    def __init__(self, client: EngineClient, gate: Gate, connections: Connections, version: str) -> None:
         self.registry = registry = CollectorRegistry()
         self.http_responses = Counter(
             "fastblt_http_responses", "HTTP responses by route and status.", ["route", "status"], registry=registry
@@ -82,6 +84,7 @@ class Metrics:
                 self._sequences.labels(decoder, reason)
         self._engine = EngineCollector(client, gate, version)
         registry.register(self._engine)
+        registry.register(ConnectionCollector(connections))
         ProcessCollector(registry=registry)
         # The engine process, as long as there is one. Its figures start anew with it.
         ProcessCollector("fastblt_engine", pid=lambda: client.pid or "none", registry=registry)
@@ -194,6 +197,24 @@ class EngineCollector(Collector):
         info = GaugeMetricFamily("fastblt_build_info", "Always 1.", labels=list(about))
         info.add_metric(list(about.values()), 1)
         yield info
+
+
+class ConnectionCollector(Collector):
+    """The connections of this server, read when scraped."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    def collect(self) -> Iterable[Metric]:
+        connections = self._connections
+        yield _gauge("fastblt_http_connections", "Open connections.", connections.count)
+        yield _gauge("fastblt_http_connections_capacity", "Most connections that may be open.", connections.capacity)
+        ended = CounterMetricFamily(
+            "fastblt_http_connections_ended", "Connections that the server ended or refused.", labels=["reason"]
+        )
+        for reason in CONNECTION_REASONS:
+            ended.add_metric([reason], connections.ended[reason])
+        yield ended
 
 
 Labels = tuple[str, ...]

@@ -2,11 +2,14 @@
 
 import hashlib
 import hmac
+import ipaddress
 import logging
 import re
 import secrets
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pydantic import IPvAnyNetwork
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,24 +26,36 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastblt.server")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-OPEN_PATHS = re.compile(r"/|/page/[^/]+|/health/(live|ready)|/metrics")
+OPEN_PATHS = re.compile(r"/|/page/[^/]+|/health|/health/(live|ready)|/ping|/metrics")
 
 
 class RequestContext:
-    """Gives each request an id (the client's x-request-id, if it is fit), a line in the log, a span where there are
-    traces, and a clean 500."""
+    """Gives each request an id (the client's x-request-id, if it is fit), the client's address, a line in the log, and
+    a span where there are traces. A path may end with a slash or without."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, traces: "Traces | None" = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        trusted_proxies: Sequence[IPvAnyNetwork] = (),
+        traces: "Traces | None" = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._trusted_proxies = trusted_proxies
         self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         path = scope["path"].encode("unicode_escape").decode()
+        scope["path"] = scope["path"].rstrip("/") or "/"
+        if self._trusted_proxies and scope.get("client"):
+            peer, port = scope["client"]
+            scope["client"] = (client_address(peer, headers.getlist("x-forwarded-for"), self._trusted_proxies), port)
         access = Access(request_id, scope["method"], path, (scope.get("client") or ("-",))[0])
         scope.setdefault("state", {})["access"] = access
         fields = {"request_id": request_id}
@@ -61,12 +76,6 @@ class RequestContext:
             await self._app(scope, receive, send_with_id)
         except ClientLeft:
             access.status, access.client_left = CLIENT_LEFT, True
-        except Exception:
-            log.exception("the request failed")
-            access.error = internal_error(request_id)
-            if access.status:
-                raise
-            await access.error.response()(scope, receive, send_with_id)
         finally:
             access.end(getattr(scope.get("route"), "path", None))
             self._metrics.in_progress.dec()
@@ -75,6 +84,56 @@ class RequestContext:
             if self._traces and span:
                 self._traces.end(span, access)
             logs.context.reset(token)
+
+
+def client_address(peer: str, forwarded: Sequence[str], trusted: Sequence[IPvAnyNetwork]) -> str:
+    """The address of the client: the nearest one that is not a trusted proxy's, going back from the peer through
+    X-Forwarded-For. Each entry was written by the proxy after it, so what stands before something that is no address,
+    or before an address that is not trusted, may be invented."""
+    address = peer
+    for entry in [part.strip() for line in forwarded for part in line.split(",")][::-1]:
+        if not _is_in(address, trusted):
+            break
+        try:
+            address = str(ipaddress.ip_address(entry))
+        except ValueError:
+            break
+    return address
+
+
+def _is_in(address: str, networks: Sequence[IPvAnyNetwork]) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(parsed in network for network in networks)
+
+
+class Failures:
+    """Answers what the connection refuses, and what nobody else has answered, so that both get the headers that the
+    layers around this one add."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        state = scope["state"]
+        access: Access = state["access"]
+        error: ApiError | None = state.get("refusal")
+        if not error:
+            try:
+                return await self._app(scope, receive, send)
+            except ClientLeft:
+                raise
+            except Exception:
+                log.exception("the request failed")
+                error = internal_error(access.request_id)
+        access.error = error
+        # An answer that has begun breaks off instead.
+        if not access.status:
+            await error.response()(scope, receive, send)
 
 
 class ApiKeys:

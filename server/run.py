@@ -1,17 +1,19 @@
 """One server from start to end: model, port, requests, drain."""
 
 import asyncio
-import errno
 import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from engine import logs
 from engine.client import EngineClient, EngineStartError
@@ -19,7 +21,10 @@ from engine.config import EngineConfig
 
 from .admission import Gate
 from .app import create_app, server_version
+from .http import Connections, HttpLimits, Listener, bind
+from .http.connection import HttpConnection
 from .settings import ServerSettings
+from .tls import make_context
 
 if TYPE_CHECKING:
     from .traces import Traces
@@ -27,8 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastblt.server")
 
 OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-BACKLOG = 2048
-KEEPALIVE_SECONDS = 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""What ends the server. SIGHUP comes when its terminal is closed."""
 LAST_RESPONSES_SECONDS = 5
 """For what is left of the responses when the drain is over."""
 
@@ -53,14 +58,16 @@ def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
 
 
 async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
-    """Loads the model, then opens the port. SIGTERM or SIGINT drains; a second one does not wait. Raises ServeError."""
+    """Loads the model, then opens the port. A signal drains; a second one does not wait. Raises ServeError."""
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         loop.add_signal_handler(number, signals.put_nowait, number)
+    # Whatever is wrong with the settings shows at once, and not after the model is loaded.
+    keys, tls = _load_keys(settings), _make_tls(settings)
     traces = make_traces(settings)
-    # Taken before the model is loaded, so that a wrong port shows at once; nobody can connect yet.
-    with closing(_bind(settings.host, settings.port)) as port:
+    # Bound now, so that a wrong port shows as well; nobody can connect yet.
+    with closing(_bind(settings)) as port:
         client = EngineClient(engine_config, logs=settings.logs)
         try:
             starting = asyncio.create_task(client.start())
@@ -72,7 +79,9 @@ async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
                 return
             stop.cancel()
             starting.result()
-            await _serve_until_signal(settings, client, traces, port, signals)
+            app = create_app(settings, client, keys, traces)
+            log_access(settings, keys)
+            await _serve_until_signal(settings, client, app, port, tls, signals)
         except EngineStartError as error:
             raise ServeError(str(error)) from error
         finally:
@@ -84,30 +93,14 @@ async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
 async def _serve_until_signal(
     settings: ServerSettings,
     client: EngineClient,
-    traces: "Traces | None",
+    app: FastAPI,
     port: socket.socket,
+    tls: ssl.SSLContext | None,
     signals: "asyncio.Queue[signal.Signals]",
 ) -> None:
-    try:
-        app = create_app(settings, client, traces)
-    except (OSError, ValueError) as error:
-        raise ServeError(f"API keys: {error}") from error
     gate: Gate = app.state.gate
-    server = _Server(
-        uvicorn.Config(
-            app,
-            lifespan="off",
-            log_config=None,
-            log_level=max(logging.WARNING, log.getEffectiveLevel()),
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEPALIVE_SECONDS,
-            timeout_graceful_shutdown=LAST_RESPONSES_SECONDS,
-            backlog=BACKLOG,
-        ),
-        client.limits.name,
-    )
-    serving = asyncio.create_task(server.serve(sockets=[port]))
+    server = HttpServer(app, settings, port, tls, client.limits.name)
+    serving = asyncio.create_task(server.serve())
     first = asyncio.create_task(signals.get())
     await asyncio.wait({serving, first}, return_when=asyncio.FIRST_COMPLETED)
     if not serving.done():
@@ -129,21 +122,65 @@ async def _serve_until_signal(
         raise ServeError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, model: str) -> None:
-        super().__init__(config)
+class HttpServer(uvicorn.Server):
+    """uvicorn's life of a server, with our own way of accepting and reading."""
+
+    def __init__(
+        self, app: FastAPI, settings: ServerSettings, bound: socket.socket, tls: ssl.SSLContext | None, model: str
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_config=None,
+                log_level=max(logging.WARNING, log.getEffectiveLevel()),
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=LAST_RESPONSES_SECONDS,
+            )
+        )
+        self._settings = settings
+        self._bound = bound
+        self._tls = tls
         self._model = model
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        # Said only now: whoever reads it may connect.
-        host, number = self.servers[0].sockets[0].getsockname()[:2]
-        log.info("serving %s on http://%s:%d", self._model, f"[{host}]" if ":" in host else host, number)
+        """Opens the port. Raises OSError."""
+        settings, app = self._settings, self.config.app
+        assert isinstance(app, FastAPI)
+        connections: Connections = app.state.connections
+        connections.fit_to_open_files()
+        limits = HttpLimits.of(settings)
+        listener = Listener(
+            self._bound,
+            self._tls,
+            settings.head_timeout,
+            connections,
+            lambda slot, accepted: HttpConnection(app, limits, connections, slot, accepted, self.server_state),
+        )
+        listener.start()
+        # All that uvicorn does with it is to close it and to wait for that.
+        self.servers = [listener]  # type: ignore[list-item]
+        self.started = True
+        # Said only now: a program that reads it may connect.
+        host, number = self._bound.getsockname()[:2]
+        scheme = "https" if self._tls else "http"
+        log.info("serving %s on %s://%s:%d", self._model, scheme, f"[{host}]" if ":" in host else host, number)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are handled above: the first one must not close the port, which still says that it drains."""
         yield
+
+
+def log_access(settings: ServerSettings, keys: tuple[bytes, ...]) -> None:
+    """Says in the log who may come in."""
+    if keys:
+        log.info("%d API key%s", len(keys), "s" if len(keys) > 1 else "")
+    else:
+        level = logging.INFO if _is_loopback(settings.host) else logging.WARNING
+        log.log(level, "open to everybody: no API keys")
 
 
 def make_traces(settings: ServerSettings) -> "Traces | None":
@@ -163,18 +200,33 @@ def make_traces(settings: ServerSettings) -> "Traces | None":
         raise ServeError(f"traces: {error}") from error
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet. Raises ServeError."""
+def _bind(settings: ServerSettings) -> socket.socket:
+    """Raises ServeError."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            bound.bind(address)
-        except OSError:
-            bound.close()
-            raise
+        return bind(settings.host, settings.port)
     except OSError as error:
-        why = "the port is already in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
-        raise ServeError(f"cannot listen on {host}:{port}: {why}") from error
-    return bound
+        why = error.strerror or error
+        raise ServeError(f"cannot listen on {settings.host}:{settings.port}: {why}") from error
+
+
+def _load_keys(settings: ServerSettings) -> tuple[bytes, ...]:
+    """Raises ServeError."""
+    try:
+        return settings.load_api_keys()
+    except (OSError, ValueError) as error:
+        raise ServeError(f"API keys: {error}") from error
+
+
+def _make_tls(settings: ServerSettings) -> ssl.SSLContext | None:
+    """Raises ServeError."""
+    try:
+        return make_context(settings)
+    except ValueError as error:
+        raise ServeError(str(error)) from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

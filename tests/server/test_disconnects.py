@@ -13,6 +13,7 @@ import pytest
 from tests.serving import RunningServer
 
 FREE_SECONDS = 10
+HEAD = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -59,7 +60,7 @@ def test_whoever_hangs_up_frees_the_pages_at_once(server: RunningServer, stream:
     address = urlsplit(server.url)
     until(lambda: server.pages_in_use() == 0)
     before = server.aborted()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"{HEAD}content-length: {len(body)}\r\n\r\n"
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall((head + body).encode())
         until(lambda: server.metrics("fastblt_running_sequences") == {"fastblt_running_sequences": 2})
@@ -74,6 +75,6 @@ def test_whoever_hangs_up_frees_the_pages_at_once(server: RunningServer, stream:
 def test_a_body_that_breaks_off_leaves_nothing(server: RunningServer) -> None:
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port)) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        connection.sendall(f"{HEAD}content-length: 100\r\n\r\n{{".encode())
     until(lambda: 'route="/v1/completions",status="499"' in str(server.metrics("fastblt_http_responses_total")))
     assert "Traceback" not in server.log.read_text()

@@ -2,91 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
 
-import httpx
 import openai
 import pytest
-import uvicorn
 
-from engine.client import EngineClient, EngineDead
-from engine.config import ModelLimits
-from engine.types import DecoderCounts, Delta, Event, Facts, Failed, Finished, Request, Snapshot, Usage
-from server.app import create_app
-from server.settings import ServerSettings
-
-
-class ScriptedClient(EngineClient):
-    """Says "ab" and ends, but for what the prompt asks for."""
-
-    def __init__(self) -> None:
-        self.limits = ModelLimits("scripted", 1000, 260, None)
-        self.facts = Facts()
-        self.snapshot = Snapshot()
-        self.state = "ready"
-        self.restarts = 0
-        self._child = None
-        self.release = asyncio.Event()
-        self.open = 0
-
-    async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
-        order = bytes(token - 4 for token in request.prompt_ids[1:]).decode()
-        self.open += 1
-        try:
-            if order == "wait":
-                await self.release.wait()
-            if order == "patches":
-                yield Failed(id=request.id, code="too_long", message="too many patches", param="prompt")
-                return
-            if order == "break":
-                raise KeyError("a secret")
-            if order == "dead":
-                raise EngineDead("it failed 4 times in a row")
-            yield Delta(id=request.id, ids=[101], text=b"a")
-            if order == "pause":
-                await self.release.wait()
-            if order == "internal later":
-                yield Failed(id=request.id, code="internal", message="the engine failed repeatedly")
-                return
-            if order == "dead later":
-                raise EngineDead("it failed 4 times in a row")
-            if order == "break later":
-                raise KeyError("a secret")
-            yield Finished(id=request.id, reason="length", text=b"b", usage=Usage(prompt_tokens=1, completion_tokens=2))
-        finally:
-            self.open -= 1
-
-
-@asynccontextmanager
-async def serving(client: ScriptedClient, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(ServerSettings(**settings), client)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, access_log=False))
-    task = asyncio.create_task(server.serve())
-    await until(lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
-            yield http
-    finally:
-        client.release.set()
-        server.should_exit = True
-        await task
-
-
-def body(prompt: Any, **fields: Any) -> dict[str, Any]:
-    return {"model": "scripted", "prompt": prompt, **fields}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
-async def settled(client: ScriptedClient, num_open: int) -> None:
-    await until(lambda: client.open == num_open)
+from engine.types import DecoderCounts, Snapshot
+from tests.scripted_server import ScriptedClient, body, serving, settled
 
 
 async def test_a_full_queue_refuses_and_takes_again() -> None:
@@ -197,19 +118,6 @@ async def test_health_tells_a_pause_from_an_end() -> None:
         assert "retry-after" in refused.headers
 
 
-async def test_a_body_that_does_not_come_is_given_up() -> None:
-    async with serving(ScriptedClient(), body_timeout=0.1) as http:
-        reader, writer = await asyncio.open_connection(http.base_url.host, http.base_url.port)
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n"
-        writer.write(head + b"{")
-        async with asyncio.timeout(5):
-            response = await reader.readuntil(b"}}")
-        writer.close()
-        await writer.wait_closed()
-    assert response.startswith(b"HTTP/1.1 408 ")
-    assert json.loads(response.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_timeout"
-
-
 async def test_counters_go_on_when_the_engine_starts_anew() -> None:
     client = ScriptedClient()
     async with serving(client) as http:
@@ -235,10 +143,20 @@ async def test_counters_go_on_when_the_engine_starts_anew() -> None:
 
 async def test_pages_of_named_origins_may_call() -> None:
     origin = {"origin": "https://a.example"}
-    async with serving(ScriptedClient(), cors_origins=["https://a.example"], api_keys=["k"]) as http:
+    async with serving(ScriptedClient(), keys=(b"k",), cors_origins=["https://a.example"]) as http:
         asked = origin | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
         preflight = await http.options("/v1/completions", headers=asked)
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        broken = body("break") | {"decoder": "blt"}
+        with_key = {"authorization": "Bearer k"}
+        for given, answer in (
+            (origin, await http.get("/v1/models", headers=origin)),
+            (origin | with_key, await http.post("/v1/completions", json=broken, headers=origin | with_key)),
+        ):
+            assert answer.status_code == (500 if given != origin else 401)
+            assert answer.headers["access-control-allow-origin"] == "https://a.example"
+            exposed = answer.headers["access-control-expose-headers"].lower()
+            assert "x-request-id" in exposed and "retry-after" in exposed
     async with serving(ScriptedClient()) as http:
         assert "access-control-allow-origin" not in (await http.get("/v1/models", headers=origin)).headers

@@ -16,7 +16,7 @@ import pytest
 from engine.logs import FormatName
 from tests.serving import ROOT, RunningServer, running_server
 
-MARK, KEY = "Zq7content", "Zq7key"
+MARK, KEY = "Zq7content", "Zq7key-of-this-test"
 """Whatever has these in it must not be logged."""
 WAIT_SECONDS = 20
 
@@ -69,7 +69,8 @@ def talk(server: RunningServer) -> None:
         for number, fields in enumerate(wrong):
             assert ask(http, f"r-wrong-{number}", **fields).status_code in (400, 404)
         for body in (f'{{"prompt": "{MARK}', f'["{MARK}"]', f'{{"prompt": "{MARK}\\ud800"}}', f"{MARK}\xff"):
-            assert http.post("/v1/completions", content=body.encode("latin-1")).status_code == 400
+            headers = {"content-type": "application/json"}
+            assert http.post("/v1/completions", content=body.encode("latin-1"), headers=headers).status_code == 400
         assert http.get("/v1/models", params={"key": MARK}, headers={"x-api-key": MARK}).status_code == 200
         assert http.get("/health/ready").status_code == 200
         for wrong_key in (f"Bearer {MARK}", f"Basic {MARK}", MARK):

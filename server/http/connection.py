@@ -1,0 +1,475 @@
+"""One connection: reads requests, one after another or pipelined, and answers them in order.
+
+Limits hold for every way in. A head is bounded as it arrives, whole or not, also where it is pipelined or offers h2c;
+a request has its time whatever the application does with it; an answer that its client leaves unread ends the
+connection. What is refused goes through the application all the same, for its log line, its metrics and its headers.
+"""
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, cast
+from urllib.parse import unquote
+
+import httptools
+from starlette.types import ASGIApp, Scope
+from uvicorn.server import ServerState
+
+from ..errors import ApiError
+from .connections import Connections, HttpLimits, Reason, Slot
+from .exchange import CONTINUE, Exchange
+
+MAX_PIPELINED = 16
+"""Requests that may wait for the answers before them; a connection with more, or with one that is large, ends when the
+others are answered."""
+LINGER_SECONDS = 2.0
+"""For a client to read a last answer while it is still sending; closed at once, the kernel would take it back."""
+PROBES_SECONDS = (0.002, 0.01, 0.05, 0.2)
+"""When to look whether a client that has shut its side down is still there; then every second."""
+UPGRADE_HEADERS = frozenset({b"upgrade", b"http2-settings"})
+
+
+class HttpConnection(asyncio.Protocol):
+    """From accept to close. `state` is uvicorn's: open connections, their tasks, and the headers of every answer."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: HttpLimits,
+        connections: Connections,
+        slot: Slot,
+        accepted: socket.socket,
+        state: ServerState,
+    ) -> None:
+        self._app = app
+        self._limits = limits
+        self._connections = connections
+        self._slot = slot
+        self._socket = accepted
+        self._state = state
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]
+        self._is_tls = False
+        # The request that is being read.
+        self._parser = httptools.HttpRequestParser(self)
+        self._allow_data_after_close()
+        self._reading = "nothing"
+        """"nothing" between requests, "head" or "body" within one."""
+        self._ready_since = self._began = self._loop.time()
+        self._is_first = True
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._header_bytes = self._pending_bytes = 0
+        self._expects_continue = self._upgrades = False
+        self._refusal: ApiError | None = None
+        self._incoming: Exchange | None = None
+        # The requests that are to be answered.
+        self._current: Exchange | None = None
+        self._queue: deque[Exchange] = deque()
+        # The connection.
+        self._is_deaf = False
+        """What comes is thrown away: the client has had its last answer, or a refusal that ends the connection."""
+        self._lingers = False
+        """Whether the client may still be sending when it gets its last answer."""
+        self._half_closed = False
+        self._ending = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_for: tuple[Reason, float] | None = None
+        self._end: asyncio.TimerHandle | None = None
+        self._probe: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+
+    # The transport.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._is_tls = transport.get_extra_info("sslcontext") is not None
+        self._slot.close = self._transport.abort
+        # uvicorn's own classes are all that its annotation knows.
+        self._state.connections.add(self)  # type: ignore[arg-type]
+        if self._slot.released:
+            return self._transport.abort()
+        self._ready_since = self._loop.time()
+        self._set_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._state.connections.discard(self)
+        self._slot.release()
+        for timer in (self._timer, self._end, self._probe, self._stall):
+            if timer:
+                timer.cancel()
+        self._is_deaf = True
+        self._queue.clear()
+        for exchange in (self._current, self._incoming):
+            if exchange:
+                exchange.disconnect()
+        self._writable.set()
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
+        if self._reading == "nothing":
+            self._began = self._loop.time()
+        self._pending_bytes += len(data)
+        self._parse(data)
+        if self._refusal is None and self._pending_bytes > self._limits.header_bytes:
+            # The parser keeps a header to itself until it is whole.
+            self._refuse_head()
+        if self._refusal is not None:
+            self._answer_refusal(self._refusal)
+        self._set_timer()
+
+    def eof_received(self) -> bool:
+        """The client sends nothing more. If all that it asked for is here, it may still read."""
+        waits = self._current is not None and self._current.request_complete
+        if self._is_tls or not waits or (self._reading != "nothing" and not self._is_deaf):
+            return False
+        assert self._current
+        self._half_closed = True
+        # A client that has closed the connection altogether looks the same, until something is sent to it: its kernel
+        # answers with a reset. An interim response is nothing to a client that is there.
+        if not (self._current.response_started or self._current.scope["http_version"] != "1.1"):
+            self.write(CONTINUE)
+        self._look_for_reset(0)
+        return True
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+        self._stall = self._loop.call_later(self._limits.write_timeout, self._stop, "write_timeout")
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+        if self._stall:
+            self._stall.cancel()
+            self._stall = None
+
+    # The parser. An exception in here would cost the place in the data, so faults are noted and dealt with later.
+
+    def on_message_begin(self) -> None:
+        self._reading = "head"
+        self._is_first = False
+        self._url, self._headers = b"", []
+        self._header_bytes = self._pending_bytes = 0
+        self._expects_continue = self._upgrades = False
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+        self._count_header(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_header(len(name) + len(value))
+        # Trailers of a chunked body count, and are not passed on.
+        if self._reading == "head" and self._refusal is None:
+            name = name.lower()
+            self._headers.append((name, value))
+            if name == b"expect" and value.lower() == b"100-continue":
+                self._expects_continue = True
+            if len(self._headers) > self._limits.headers:
+                self._refuse_head()
+
+    def on_headers_complete(self) -> None:
+        self._reading, self._pending_bytes = "body", 0
+        if self._refusal or self._is_deaf:
+            return
+        if self._parser.get_method() == b"CONNECT":
+            self._refusal = ApiError(
+                405, "this server is no proxy", code="method_not_allowed", headers={"allow": "GET"}
+            )
+        elif self._parser.should_upgrade():
+            self._upgrades = True
+        elif len(self._queue) >= MAX_PIPELINED:
+            self._stop_reading()
+        else:
+            self._begin_exchange()
+
+    def on_chunk_header(self) -> None:
+        self._pending_bytes = 0
+
+    def on_body(self, data: bytes) -> None:
+        self._pending_bytes = 0
+        if self._incoming and not self._refusal:
+            self._incoming.feed(data)
+            if not self._incoming.backs_up:
+                return
+            if self._incoming is self._current:
+                self._pause_reading()
+            else:
+                # It waits for the answers before it. Reading goes on, or nothing would tell that the client has left;
+                # so what it sends is not kept, and the connection ends when those are answered.
+                self._queue.pop()
+                self._incoming = None
+                self._stop_reading()
+
+    def on_message_complete(self) -> None:
+        self._reading, self._pending_bytes = "nothing", 0
+        if self._upgrades or self._refusal or self._is_deaf:
+            return
+        exchange, self._incoming = self._incoming, None
+        if exchange:
+            exchange.finish_request()
+            if not exchange.keep_alive:
+                self._stop_reading()
+            if exchange is self._current:
+                self._slot.work()
+                if exchange.response_complete:
+                    self._next()
+
+    # Reading.
+
+    def _parse(self, data: bytes) -> None:
+        while data and not self._is_deaf:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if self._refusal:
+                    return
+                # An offer of another protocol, which is not taken. The parser leaves the body to that protocol; so the
+                # head is read once more, without the offer.
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self._parser = httptools.HttpRequestParser(self)
+                self._allow_data_after_close()
+            except httptools.HttpParserError as error:
+                if self._refusal is None and not self._is_deaf:
+                    self._refusal = ApiError(400, f"the request is not valid HTTP: {error}", code="invalid_http")
+                return
+
+    def _allow_data_after_close(self) -> None:
+        # What comes after a request with "connection: close" is ignored, and no reason to withhold its answer.
+        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def _head_without_upgrade(self) -> bytes:
+        line = b"%b %b HTTP/%b\r\n" % (self._parser.get_method(), self._url, self._parser.get_http_version().encode())
+        kept = []
+        for name, value in self._headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(token for token in tokens if token.lower() not in UPGRADE_HEADERS)
+            if value and name not in UPGRADE_HEADERS:
+                kept.append(b"%b: %b\r\n" % (name, value))
+        return b"".join([line, *kept, b"\r\n"])
+
+    def _count_header(self, size: int) -> None:
+        self._pending_bytes = 0
+        self._header_bytes += size
+        if self._header_bytes > self._limits.header_bytes and self._refusal is None:
+            self._refuse_head()
+
+    def _refuse_head(self) -> None:
+        limits = self._limits
+        message = f"the head of a request must have at most {limits.header_bytes} bytes and {limits.headers} headers"
+        self._refusal = ApiError(431, message, code="headers_too_large")
+
+    def _begin_exchange(self) -> None:
+        try:
+            url = httptools.parse_url(self._url)
+        except httptools.HttpParserInvalidURLError:
+            self._refusal = ApiError(400, "the request is not valid HTTP: its URL is none", code="invalid_http")
+            return
+        path = url.path.decode("ascii", "replace")
+        version = self._parser.get_http_version()
+        scope = self._scope(
+            method=self._parser.get_method().decode(),
+            http_version=version,
+            path=unquote(path) if "%" in path else path,
+            raw_path=url.path,
+            query_string=url.query or b"",
+        )
+        self._incoming = Exchange(
+            self,
+            scope,
+            began=self._began,
+            keep_alive=version == "1.1" and self._parser.should_keep_alive(),
+            expects_continue=self._expects_continue and version == "1.1",
+        )
+        self._enqueue(self._incoming)
+
+    def _scope(self, **fields: Any) -> Scope:
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "scheme": "https" if self._is_tls else "http",
+            "server": _address(self._transport.get_extra_info("sockname")),
+            "client": _address(self._transport.get_extra_info("peername")),
+            "root_path": "",
+            "headers": self._headers,
+            "state": {},
+            **fields,
+        }
+
+    def _answer_refusal(self, error: ApiError) -> None:
+        """Answers what cannot be read on, after what came before it."""
+        self._stop_reading()
+        incoming, self._incoming = self._incoming, None
+        if incoming:
+            return self._give_up(incoming, error)
+        path = self._url.partition(b"?")[0][:1000].decode("ascii", "replace")
+        fields = {"method": "-", "http_version": "1.1", "path": path or "-", "raw_path": b"", "query_string": b""}
+        exchange = Exchange(self, self._scope(**fields), began=self._began, keep_alive=False)
+        exchange.scope["state"]["refusal"] = error
+        exchange.finish_request()
+        self._lingers = True
+        self._enqueue(exchange)
+
+    def _give_up(self, exchange: Exchange, error: ApiError) -> None:
+        """The rest of a request that is being read will not come."""
+        self._lingers = True
+        exchange.fail(error)
+        if exchange.response_complete:
+            self._finish()
+
+    def _stop_reading(self) -> None:
+        """What still comes is thrown away; a client that is sending must not be left waiting."""
+        self._is_deaf = True
+        self._resume_reading()
+
+    def _pause_reading(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        if not self._transport.is_closing() and not self._half_closed:
+            self._transport.resume_reading()
+
+    # Answering.
+
+    def _enqueue(self, exchange: Exchange) -> None:
+        if self._current is None:
+            self._begin(exchange)
+        else:
+            self._queue.append(exchange)
+
+    def _begin(self, exchange: Exchange) -> None:
+        self._current = exchange
+        if exchange.request_complete:
+            self._slot.work()
+        task = self._loop.create_task(exchange.run(self._app))
+        self._state.tasks.add(task)
+        task.add_done_callback(self._state.tasks.discard)
+
+    def answered(self, exchange: Exchange) -> None:
+        """The exchange's answer is complete."""
+        self._state.total_requests += 1
+        if exchange.request_complete or self._is_deaf:
+            self._next()
+        elif not exchange.keep_alive:
+            self._lingers = True
+            self._stop_reading()
+            self._finish()
+        else:
+            # The rest of its body is of no interest, but comes before the next request.
+            self._resume_reading()
+        self._set_timer()
+
+    def _next(self) -> None:
+        exchange, self._current = self._current, None
+        assert exchange
+        if self._queue:
+            self._begin(self._queue.popleft())
+        elif not exchange.keep_alive or self._is_deaf or self._half_closed or self._ending:
+            self._finish()
+        else:
+            self._ready_since = self._loop.time()
+            self._slot.wait()
+
+    def _finish(self) -> None:
+        """Ends the connection once the client has what was written, or its time for that is up."""
+        if self._end or self._transport.is_closing():
+            return
+        if self._lingers and not self._is_tls and not self._half_closed:
+            self._transport.write_eof()
+            self._end = self._loop.call_later(LINGER_SECONDS, self._close)
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        self._transport.close()
+        self._end = self._loop.call_later(self._limits.write_timeout, self._stop, "write_timeout")
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+            if self._half_closed:
+                self._look_for_reset(0)
+
+    async def drain(self) -> None:
+        """Until the client has read enough for more to be written."""
+        await self._writable.wait()
+
+    def body_taken(self) -> None:
+        self._resume_reading()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    @property
+    def default_headers(self) -> Iterable[tuple[bytes, bytes]]:
+        return self._state.default_headers
+
+    def shutdown(self) -> None:
+        """The server ends: no further request is read, those that were are answered."""
+        self._ending = True
+        if self._current is None:
+            self._finish()
+        else:
+            (self._queue[-1] if self._queue else self._current).keep_alive = False
+
+    # Time.
+
+    def _set_timer(self) -> None:
+        """One timer, for whatever the client owes."""
+        due = self._due()
+        if due == self._timer_for:
+            return
+        if self._timer:
+            self._timer.cancel()
+        self._timer_for = due
+        self._timer = self._loop.call_at(due[1], self._late, due[0]) if due else None
+
+    def _due(self) -> tuple[Reason, float] | None:
+        limits = self._limits
+        if self._is_deaf or self._transport.is_closing():
+            return None
+        if self._current is not None:
+            if self._current.request_complete:
+                return None
+            return "request_timeout", self._current.began + limits.request_timeout
+        if self._reading == "head":
+            return "head_timeout", self._began + min(limits.head_timeout, limits.request_timeout)
+        if self._is_first:
+            return "head_timeout", self._ready_since + limits.head_timeout
+        return "idle_timeout", self._ready_since + limits.idle_timeout
+
+    def _late(self, reason: Reason) -> None:
+        self._connections.ended[reason] += 1
+        limits = self._limits
+        if reason == "request_timeout" and self._incoming:
+            message = f"the request did not arrive within {limits.request_timeout:g} s"
+            self._stop_reading()
+            self._give_up(self._incoming, ApiError(408, message, code="request_timeout"))
+        elif reason == "head_timeout" and self._reading == "head":
+            message = f"the head of the request did not arrive within {limits.head_timeout:g} s"
+            self._answer_refusal(ApiError(408, message, code="request_timeout"))
+        else:
+            self._finish()
+
+    def _stop(self, reason: Reason) -> None:
+        self._connections.ended[reason] += 1
+        self._transport.abort()
+
+    def _look_for_reset(self, attempt: int) -> None:
+        if self._transport.is_closing():
+            return
+        if attempt and self._socket.fileno() >= 0 and self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return self._transport.abort()
+        if self._probe:
+            self._probe.cancel()
+        seconds = PROBES_SECONDS[attempt] if attempt < len(PROBES_SECONDS) else 1.0
+        self._probe = self._loop.call_later(seconds, self._look_for_reset, attempt + 1)
+
+
+def _address(address: Any) -> tuple[str, int] | None:
+    return (str(address[0]), int(address[1])) if isinstance(address, tuple) else None

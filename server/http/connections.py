@@ -1,0 +1,172 @@
+"""The open connections: how many there may be, and which gives way to a new one."""
+
+import ipaddress
+import logging
+import resource
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from ..settings import ServerSettings
+
+log = logging.getLogger("fastblt.server")
+
+Reason = Literal["head_timeout", "request_timeout", "idle_timeout", "write_timeout", "displaced", "refused"]
+"""Why the server ended a connection, or took none."""
+REASONS: tuple[Reason, ...] = (
+    "head_timeout",
+    "request_timeout",
+    "idle_timeout",
+    "write_timeout",
+    "displaced",
+    "refused",
+)
+OTHER_FILES = 64
+"""Descriptors that are left for everything else: the event loop, the engine's sockets, files of the page."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """What a client may take. Times are in seconds."""
+
+    header_bytes: int
+    headers: int
+    head_timeout: float
+    request_timeout: float
+    idle_timeout: float
+    write_timeout: float
+
+    @classmethod
+    def of(cls, settings: ServerSettings) -> "HttpLimits":
+        return cls(
+            settings.max_header_bytes,
+            settings.max_headers,
+            settings.head_timeout,
+            settings.request_timeout,
+            settings.idle_timeout,
+            settings.write_timeout,
+        )
+
+
+class Slot:
+    """The place of one connection, from its acceptance to its end.
+
+    While the server waits for its client (for a TLS handshake, a next request, the rest of one), it may be taken for a
+    new connection; the one that has waited longest goes first.
+    """
+
+    __slots__ = ("_connections", "address", "close", "released")
+
+    def __init__(self, connections: "Connections", address: str, close: Callable[[], object]) -> None:
+        self._connections = connections
+        self.address = address
+        self.close = close
+        """Ends the connection at once."""
+        self.released = False
+
+    def wait(self) -> None:
+        """The server waits for the client from now on."""
+        if not self.released:
+            self._connections._wait(self)
+
+    def work(self) -> None:
+        """The client waits for the server from now on."""
+        self._connections._work(self)
+
+    def release(self) -> None:
+        """The connection is closed. May be called again."""
+        self._connections._release(self)
+
+
+class _Address:
+    """The connections of one address: how many, and those that wait for their client, longest first."""
+
+    __slots__ = ("count", "waiting")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.waiting: dict[Slot, None] = {}
+
+
+class Connections:
+    """Counts connections, in all and by address, and makes room for new ones."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.capacity = settings.max_connections
+        self._per_address = settings.max_connections_per_address
+        self._exempt = settings.trusted_proxies
+        self._addresses: dict[str, _Address] = {}
+        self._waiting: dict[Slot, None] = {}
+        self.count = 0
+        self.ended = Counter[Reason]()
+        """Connections that the server ended or refused, by reason."""
+
+    def fit_to_open_files(self) -> None:
+        """Raises the process's limit of open files as far as it may, and lowers the capacity if that is not enough."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = self.capacity + OTHER_FILES
+        if soft < wanted:
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < wanted:
+            self.capacity = max(soft - OTHER_FILES, 1)
+            log.warning(
+                "at most %d connections, not --max-connections: this process may open %d files (ulimit -n)",
+                *(self.capacity, soft),
+            )
+
+    def enter(self, address: str, close: Callable[[], object]) -> Slot | None:
+        """A slot for a new connection, which waits for its client; None if all others are at work."""
+        known = self._addresses.get(address)
+        if known and known.count >= self._per_address and not self._is_exempt(address):
+            room = self._displace(known.waiting)
+        else:
+            room = self.count < self.capacity or self._displace(self._waiting)
+        if not room:
+            self.ended["refused"] += 1
+            return None
+        slot = Slot(self, address, close)
+        self.count += 1
+        self._addresses.setdefault(address, _Address()).count += 1
+        self._wait(slot)
+        return slot
+
+    def displace_one(self) -> bool:
+        """Ends the connection that has waited longest for its client, if any waits."""
+        return self._displace(self._waiting)
+
+    def _is_exempt(self, address: str) -> bool:
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(parsed in network for network in self._exempt)
+
+    def _displace(self, waiting: dict[Slot, None]) -> bool:
+        slot = next(iter(waiting), None)
+        if slot is None:
+            return False
+        self._release(slot)
+        self.ended["displaced"] += 1
+        slot.close()
+        return True
+
+    def _wait(self, slot: Slot) -> None:
+        self._work(slot)
+        self._waiting[slot] = self._addresses[slot.address].waiting[slot] = None
+
+    def _work(self, slot: Slot) -> None:
+        if slot in self._waiting:
+            del self._waiting[slot], self._addresses[slot.address].waiting[slot]
+
+    def _release(self, slot: Slot) -> None:
+        if slot.released:
+            return
+        self._work(slot)
+        slot.released = True
+        self.count -= 1
+        address = self._addresses[slot.address]
+        address.count -= 1
+        if not address.count:
+            del self._addresses[slot.address]

@@ -1,0 +1,205 @@
+"""One request and its answer, as the application sees them (ASGI 3)."""
+
+import asyncio
+import http
+import logging
+from collections.abc import Iterable
+from typing import Protocol
+
+from starlette.types import ASGIApp, Message, Scope
+
+from ..errors import ApiError, internal_error
+
+log = logging.getLogger("fastblt.server")
+
+PAUSE_BODY_BYTES = 64 << 10
+"""Of a body that the application has not fetched yet: with more, the connection is not read."""
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+NO_BODY = frozenset({204, 304})
+
+
+def _status_line(status: int) -> bytes:
+    try:
+        phrase = http.HTTPStatus(status).phrase
+    except ValueError:
+        phrase = ""
+    return f"HTTP/1.1 {status} {phrase}\r\n".encode()
+
+
+STATUS_LINES = {status: _status_line(status) for status in range(200, 600)}
+
+
+class Line(Protocol):
+    """What an exchange asks of its connection."""
+
+    def write(self, data: bytes) -> None: ...
+
+    async def drain(self) -> None: ...
+
+    def body_taken(self) -> None: ...
+
+    def answered(self, exchange: "Exchange") -> None: ...
+
+    def abort(self) -> None: ...
+
+    @property
+    def default_headers(self) -> Iterable[tuple[bytes, bytes]]: ...
+
+
+class Exchange:
+    """`receive` and `send` of one request. The connection feeds it and says when the client is gone."""
+
+    def __init__(
+        self, line: Line, scope: Scope, *, began: float, keep_alive: bool, expects_continue: bool = False
+    ) -> None:
+        self._line = line
+        self.scope = scope
+        self.began = began
+        """When the first byte of the request came, by the loop's clock."""
+        self.keep_alive = keep_alive
+        self.request_complete = False
+        self.response_started = False
+        self.response_complete = False
+        self._is_head = scope["method"] == "HEAD"
+        self._is_1_0 = scope["http_version"] != "1.1"
+        self._expects_continue = expects_continue
+        self._body = bytearray()
+        self._body_delivered = False
+        self._gone = False
+        self._failure: ApiError | None = None
+        self._news = asyncio.Event()
+        self._start: Message | None = None
+        """The answer's beginning, which goes out with the first bytes of its body."""
+        self._chunked = False
+        self._left: int | None = None
+        """Bytes of the answer's body that its content-length still announces."""
+
+    # What the connection says.
+
+    def feed(self, data: bytes) -> None:
+        """More of the request's body."""
+        if not (self.response_complete or self._failure):
+            self._body += data
+            self._news.set()
+
+    def finish_request(self) -> None:
+        """The request is complete."""
+        self.request_complete = True
+        self._news.set()
+
+    def fail(self, error: ApiError) -> None:
+        """The request will never be complete; the application is told when it asks for more of it."""
+        self._failure = error
+        self._expects_continue = self.keep_alive = False
+        self._news.set()
+
+    def disconnect(self) -> None:
+        """The client is gone."""
+        self._gone = True
+        self._news.set()
+
+    @property
+    def backs_up(self) -> bool:
+        """Whether the application is behind with reading the body."""
+        return len(self._body) > PAUSE_BODY_BYTES
+
+    # What the application does.
+
+    async def run(self, app: ASGIApp) -> None:
+        """Runs the application, and sees to it that the client gets an answer or the connection ends."""
+        try:
+            await app(self.scope, self.receive, self.send)
+        except Exception:
+            log.exception("the application failed")
+        if self.response_complete or self._gone:
+            return
+        if self.response_started:
+            # All that is left to tell the client that this was not all.
+            self._line.abort()
+        else:
+            self.keep_alive = False
+            await internal_error("-").response()(self.scope, self.receive, self.send)
+
+    async def receive(self) -> Message:
+        """The next piece of the body, then `http.disconnect` once the client or the answer is gone. Raises ApiError if
+        the rest of the body never comes."""
+        if self._expects_continue and not self._gone:
+            self._expects_continue = False
+            self._line.write(CONTINUE)
+        while True:
+            if self._gone or self.response_complete:
+                return {"type": "http.disconnect"}
+            if self._failure and not self.request_complete:
+                raise self._failure
+            if not self._body_delivered and (self._body or self.request_complete):
+                body = bytes(self._body)
+                self._body.clear()
+                self._body_delivered = self.request_complete
+                self._line.body_taken()
+                return {"type": "http.request", "body": body, "more_body": not self._body_delivered}
+            self._news.clear()
+            await self._news.wait()
+
+    async def send(self, message: Message) -> None:
+        """Raises RuntimeError for what is no answer. What is sent to a client that is gone is dropped."""
+        kind = message["type"]
+        if kind == "http.response.start":
+            if self.response_started or self._start:
+                raise RuntimeError("the answer has begun already")
+            self._start = message
+            return
+        if kind != "http.response.body" or self.response_complete or not (self._start or self.response_started):
+            raise RuntimeError(f"{kind} is out of order")
+        if self._gone:
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        data = b"" if self.response_started else self._begin(body, more)
+        self.response_started = True
+        self._line.write(data + self._framed(body, more))
+        if more:
+            await self._line.drain()
+            return
+        if self._left:
+            # The client waits for bytes that do not come.
+            self._line.abort()
+        self.response_complete = True
+        self._news.set()
+        self._line.answered(self)
+
+    def _begin(self, body: bytes, more: bool) -> bytes:
+        """The head of the answer."""
+        assert self._start
+        status, headers = self._start["status"], list(self._start.get("headers", []))
+        names = {name.lower(): value for name, value in headers}
+        if status in NO_BODY or self._is_head:
+            pass
+        elif b"content-length" in names:
+            self._left = int(names[b"content-length"])
+        elif not more:
+            self._left = len(body)
+            headers.append((b"content-length", b"%d" % len(body)))
+        elif self._is_1_0:
+            # Such a client knows no chunks: the end of the connection is the end of the answer.
+            self.keep_alive = False
+        else:
+            self._chunked = True
+            headers.append((b"transfer-encoding", b"chunked"))
+        if b"close" in names.get(b"connection", b"").lower():
+            self.keep_alive = False
+        elif not self.keep_alive:
+            headers.append((b"connection", b"close"))
+        lines = [STATUS_LINES[status]]
+        lines += [b"%b: %b\r\n" % pair for pair in (*self._line.default_headers, *headers)]
+        return b"".join([*lines, b"\r\n"])
+
+    def _framed(self, body: bytes, more: bool) -> bytes:
+        if self._is_head:
+            return b""
+        if self._left is not None:
+            if len(body) > self._left:
+                raise RuntimeError("the answer is longer than its content-length")
+            self._left -= len(body)
+        if not self._chunked:
+            return body
+        chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+        return chunk if more else chunk + b"0\r\n\r\n"

@@ -1,0 +1,36 @@
+"""What `/openapi.json` says beyond what FastAPI finds out: the body of a completion, which its route reads by itself,
+and the errors."""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from .errors import ErrorBody
+from .schemas import CompletionRequest
+
+REF = "#/components/schemas/{model}"
+COMPLETION_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": REF.format(model="CompletionRequest")}}},
+    }
+}
+COMPLETION_ERRORS = (400, 404, 408, 413, 415, 429, 503)
+
+
+def errors(*statuses: int, keys: bool = True) -> dict[int | str, dict[str, Any]]:
+    """The error responses of a route, those that any may have included. keys: whether it wants an API key."""
+    every = {*statuses, 431, 500, *([401] if keys else [])}
+    return {status: {"model": ErrorBody} for status in sorted(every)}
+
+
+class Application(FastAPI):
+    """With the request's schemas among the components, where every tool finds them."""
+
+    def openapi(self) -> dict[str, Any]:
+        if not self.openapi_schema:
+            schema = super().openapi()
+            request = CompletionRequest.model_json_schema(ref_template=REF)
+            schema["components"]["schemas"] |= {"CompletionRequest": request} | request.pop("$defs")
+        assert self.openapi_schema
+        return self.openapi_schema

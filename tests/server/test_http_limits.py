@@ -1,0 +1,312 @@
+"""What a client may take from the server: bytes of a head, connections, time."""
+
+import asyncio
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.http import Connections
+from server.http.connections import REASONS
+from server.settings import ServerSettings
+from tests.conftest import COMMAND, ROOT
+from tests.raw_http import connected, post
+from tests.scripted_server import ScriptedClient, body, listening, until
+
+GET = b"GET /version HTTP/1.1\r\nhost: x\r\n"
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+class Served:
+    """A server with a scripted engine, and what it counts."""
+
+    def __init__(self, port: int, client: ScriptedClient, connections: Connections) -> None:
+        self.port = port
+        self.client = client
+        self.connections = connections
+
+
+@asynccontextmanager
+async def serving(**settings: Any) -> AsyncIterator[Served]:
+    client, chosen = ScriptedClient(), ServerSettings(**settings)
+    app = create_app(chosen, client)
+    async with listening(app, chosen) as port:
+        yield Served(port, client, app.state.connections)
+        client.release.set()
+
+
+WAYS_IN = {
+    "plain": b"",
+    "after another request": GET + b"\r\n",
+    "with an offer of h2c": b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAA\r\n",
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+@pytest.mark.parametrize(
+    ("headers", "fits"),
+    [
+        ([b"x" * 1800], True),
+        ([b"x" * 2100], False),
+        ([b"x" * 400_000], False),
+        ([b"1"] * 12, True),
+        ([b"1"] * 21, False),
+        ([b"1"] * 30_000, False),
+    ],
+    ids=["a long one", "one too long", "a huge one", "many", "too many", "far too many"],
+)
+async def test_a_head_is_bounded_on_every_way_in(way: str, headers: list[bytes], fits: bool) -> None:
+    async with serving(max_header_bytes=2048, max_headers=20) as served, connected(served.port) as raw:
+        first = WAYS_IN[way] if way == "after another request" else b""
+        lines = b"".join(b"a%d: %b\r\n" % (number, value) for number, value in enumerate(headers))
+        offer = WAYS_IN[way] if "h2c" in way else b""
+        # A server that refuses may close while this is still being sent.
+        with suppress(ConnectionError):
+            await raw.send(first + GET + offer + lines + b"\r\n")
+        answers = await raw.answers(*[b"GET"] * (2 if first else 1))
+        assert [answer.status for answer in answers] == [200] * (len(answers) - 1) + [200 if fits else 431]
+        if not fits:
+            assert answers[-1].code == "headers_too_large" and answers[-1].headers["x-request-id"]
+            assert "2048 bytes and 20 headers" in answers[-1].json()["error"]["message"]
+            assert await raw.is_closed()
+
+
+async def test_a_header_without_an_end_is_not_kept() -> None:
+    async with serving(max_header_bytes=4096) as served, connected(served.port) as raw:
+        await raw.send(GET + b"a: ")
+        with suppress(ConnectionError):
+            for _ in range(200):
+                await raw.send(b"x" * 65536)
+        assert (await raw.answer()).status == 431
+
+
+async def test_a_url_and_trailers_count_as_headers() -> None:
+    async with serving(max_header_bytes=2048) as served:
+        async with connected(served.port) as raw:
+            await raw.send(b"GET /" + b"x" * 3000 + b" HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert (await raw.answer()).status == 431
+        async with connected(served.port) as raw:
+            await raw.send(CHUNKED + b"2\r\n{}\r\n0\r\n")
+            await raw.send(b"".join(b"t%d: %b\r\n" % (i, b"x" * 100) for i in range(30)) + b"\r\n")
+            assert (await raw.answer(b"POST")).status == 431
+
+
+async def test_what_is_not_http_is_refused_with_the_usual_body() -> None:
+    wrong = [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\x16\x03\x01\x00",
+    ]
+    async with serving() as served:
+        for data in wrong:
+            async with connected(served.port) as raw:
+                await raw.send(data)
+                answer = await raw.answer()
+                assert (answer.status, answer.code) == (400, "invalid_http")
+                assert answer.headers["connection"] == "close"
+                assert await raw.is_closed()
+        async with connected(served.port) as raw:
+            await raw.send(b"CONNECT example.org:443 HTTP/1.1\r\nhost: example.org\r\n\r\n")
+            assert (await raw.answer()).status == 405
+        async with connected(served.port) as raw:
+            await raw.send(CHUNKED + b"no length\r\n")
+            assert (await raw.answer(b"POST")).code == "invalid_http"
+
+
+async def test_heads_bodies_and_idle_connections_have_their_time() -> None:
+    limits = {"head_timeout": 0.2, "request_timeout": 0.4, "idle_timeout": 0.3}
+    async with serving(**limits) as served:
+
+        async def silent() -> None:
+            async with connected(served.port) as raw:
+                assert await raw.is_closed()
+
+        async def half_a_head() -> None:
+            async with connected(served.port) as raw:
+                await raw.send(GET)
+                answer = await raw.answer()
+                assert (answer.status, answer.code) == (408, "request_timeout")
+                assert "0.2 s" in answer.json()["error"]["message"]
+                assert await raw.is_closed()
+
+        async def head_in_drops() -> None:
+            async with connected(served.port) as raw:
+                with suppress(ConnectionError):
+                    for byte in GET:
+                        await raw.send(bytes((byte,)))
+                        await asyncio.sleep(0.02)
+                assert (await raw.answer()).status == 408
+
+        async def body_in_drops() -> None:
+            async with connected(served.port) as raw:
+                began = time.monotonic()
+                await raw.send(post(b" " * 100)[:-100])
+                for _ in range(60):
+                    await raw.send(b" ")
+                    await asyncio.sleep(0.01)
+                answer = await raw.answer(b"POST")
+                assert (answer.status, answer.code) == (408, "request_timeout")
+                assert 0.3 < time.monotonic() - began < 2
+                assert await raw.is_closed()
+
+        async def body_that_is_not_wanted() -> None:
+            async with connected(served.port) as raw:
+                await raw.send(post(b" " * 100, path="/nowhere")[:-50])
+                assert (await raw.answer(b"POST")).status == 404
+                assert await raw.is_closed()
+
+        async def idle() -> None:
+            async with connected(served.port) as raw:
+                for _ in range(2):
+                    await raw.send(GET + b"\r\n")
+                    assert (await raw.answer()).status == 200
+                    await asyncio.sleep(0.2)
+                assert await raw.is_closed()
+
+        await asyncio.gather(
+            silent(), half_a_head(), head_in_drops(), body_in_drops(), body_that_is_not_wanted(), idle()
+        )
+        assert served.connections.ended == {"head_timeout": 3, "request_timeout": 2, "idle_timeout": 1}
+        await until(lambda: served.connections.count == 0)
+
+
+async def test_a_request_that_waits_for_the_engine_has_all_the_time() -> None:
+    limits = {"head_timeout": 0.1, "request_timeout": 0.1, "idle_timeout": 0.1, "write_timeout": 0.1}
+    async with serving(**limits) as served, connected(served.port) as raw:
+        await raw.send(post(body("wait")))
+        await asyncio.sleep(0.5)
+        served.client.release.set()
+        assert (await raw.answer(b"POST")).status == 200
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["nothing", "a byte now and then"])
+async def test_a_stream_whose_reader_stalls_gives_its_place_back(drops: bool) -> None:
+    async with serving(write_timeout=0.5) as served:
+        stalled = socket.socket()
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.connect(("127.0.0.1", served.port))
+        stalled.sendall(post(body("flood", max_tokens=900, stream=True)))
+        await until(lambda: served.client.open == 1)
+        began = time.monotonic()
+        while served.client.open:
+            assert time.monotonic() - began < 8
+            if drops:
+                with suppress(BlockingIOError):
+                    stalled.recv(1, socket.MSG_DONTWAIT)
+            await asyncio.sleep(0.05)
+        assert served.connections.ended == {"write_timeout": 1}
+        assert len(served.client.requests) == 1
+        stalled.close()
+
+
+async def test_a_slow_reader_gets_all_of_it() -> None:
+    async with serving(write_timeout=2) as served, connected(served.port, limit=4096) as raw:
+        await raw.send(post(body("flood", max_tokens=300, stream=True), "connection: close"))
+        read = b""
+        while part := await raw.reader.read(16384):
+            read += part
+            await asyncio.sleep(0.001)
+        assert read.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert not served.connections.ended
+
+
+async def test_the_connection_that_waited_longest_gives_way_to_a_new_one() -> None:
+    async with serving(max_connections=4) as served, AsyncExitStack() as stack:
+        busy = await stack.enter_async_context(connected(served.port))
+        await busy.send(post(body("wait")))
+        await until(lambda: served.client.open == 1)
+        idle = [await stack.enter_async_context(connected(served.port)) for _ in range(3)]
+        await until(lambda: served.connections.count == 4)
+        await idle[0].send(GET + b"\r\n")
+        assert (await idle[0].answer()).status == 200
+        new = await stack.enter_async_context(connected(served.port))
+        await new.send(GET + b"\r\n")
+        assert (await new.answer()).status == 200
+        # Not the one that has just been used, and not the one that waits for the engine.
+        assert await idle[1].is_closed()
+        await idle[0].send(GET + b"\r\n")
+        assert (await idle[0].answer()).status == 200
+        served.client.release.set()
+        assert (await busy.answer(b"POST")).status == 200
+        assert served.connections.ended == {"displaced": 1}
+
+
+async def test_where_all_are_at_work_a_new_one_is_refused() -> None:
+    async with serving(max_connections=10, max_connections_per_address=2) as served, AsyncExitStack() as stack:
+        busy = [await stack.enter_async_context(connected(served.port)) for _ in range(2)]
+        for raw in busy:
+            await raw.send(post(body("wait")))
+        await until(lambda: served.client.open == 2)
+        async with connected(served.port) as refused:
+            answer = await refused.answer()
+            assert (answer.status, answer.code, answer.headers["retry-after"]) == (503, "too_many_connections", "1")
+        assert served.connections.ended == {"refused": 1}
+        served.client.release.set()
+        for raw in busy:
+            assert (await raw.answer(b"POST")).status == 200
+        assert (await busy[0].answers()) == []
+
+
+def test_a_trusted_proxy_may_have_more_connections_than_others() -> None:
+    settings = ServerSettings(
+        max_connections=10,
+        max_connections_per_address=1,
+        trusted_proxies="10.0.0.0/8",  # type: ignore[arg-type]
+    )
+    connections = Connections(settings)
+    slots = [connections.enter(address, lambda: None) for address in ["10.0.0.1"] * 3 + ["9.9.9.9", "::1"]]
+    assert all(slots) and connections.count == 5
+    other = connections.enter("9.9.9.9", lambda: None)
+    assert other and slots[3] and slots[3].released and connections.count == 5
+    other.work()
+    assert connections.enter("9.9.9.9", lambda: None) is None
+    for slot in [*slots, other]:
+        assert slot
+        slot.release()
+    assert connections.count == 0
+    assert connections.ended == {"displaced": 1, "refused": 1}
+
+
+async def test_connections_are_metrics() -> None:
+    async with serving() as served, httpx.AsyncClient(base_url=f"http://127.0.0.1:{served.port}") as http:
+        text = (await http.get("/metrics")).text
+        assert "fastblt_http_connections 1.0" in text and "fastblt_http_connections_capacity 4096.0" in text
+        for reason in REASONS:
+            assert f'fastblt_http_connections_ended_total{{reason="{reason}"}} 0.0' in text
+
+
+def test_idle_connections_beyond_the_limit_of_open_files_leave_every_route_answering(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    command = ["bash", "-c", 'ulimit -n 256; exec "$@"', "-", *COMMAND, "serve", "--model", str(tiny_model)]
+    log = tmp_path / "log"
+    flags = ["--port", "0", "--num-threads", "1", "--cache-bytes", str(1 << 26)]
+    with log.open("wb") as out, subprocess.Popen([*command, *flags], cwd=ROOT, stderr=out) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while "serving tiny on http://127.0.0.1:" not in log.read_text():
+                assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+                time.sleep(0.05)
+            assert "at most 192 connections" in log.read_text()
+            port = int(log.read_text().rpartition("http://127.0.0.1:")[2].split()[0])
+            idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(600)]
+            began = time.monotonic()
+            for path in ("/health/live", "/health/ready", "/metrics", "/v1/models"):
+                assert httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200
+            answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "a", "max_tokens": 1})
+            assert answer.status_code == 200
+            assert time.monotonic() - began < 5
+            for connection in idle:
+                connection.close()
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0
+    assert "Traceback" not in log.read_text()

@@ -1,0 +1,359 @@
+"""How requests arrive and answers leave: in any pieces, pipelined, from old clients and from those that leave."""
+
+import asyncio
+import json
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import h11
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.responses import Response, StreamingResponse
+
+from server.app import create_app
+from server.http import Connections
+from server.settings import ServerSettings
+from server.tls import make_context
+from tests.raw_http import connected, post
+from tests.scripted_server import ScriptedClient, body, listening, serving, settled, until
+
+UPGRADE = ("connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAMAAABkAARAAAAAAAIAAAAA")
+
+
+def port_of(http: httpx.AsyncClient) -> int:
+    assert http.base_url.port
+    return http.base_url.port
+
+
+def echo_app() -> FastAPI:
+    """Says what it was asked, in the way that the path names."""
+    app = FastAPI()
+    chosen = ServerSettings()
+    app.state.connections = Connections(chosen)
+
+    @app.api_route("/{way}", methods=["GET", "POST", "HEAD"])
+    async def answer(way: str, request: Request) -> Response:
+        data = b"" if way == "unread" else await request.body()
+        said = json.dumps([request.method, way, data.decode("latin-1"), request.headers.get("x-tag")]).encode()
+        if way != "pieces":
+            return Response(said)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for at in range(0, len(said), 7):
+                yield said[at : at + 7]
+                await asyncio.sleep(0)
+
+        return StreamingResponse(pieces())
+
+    return app
+
+
+REQUEST = st.tuples(
+    st.sampled_from(["GET", "POST", "HEAD"]),
+    st.sampled_from(["whole", "pieces", "unread"]),
+    st.binary(max_size=40),
+    st.sampled_from(["length", "chunks", "offer", "expect"]),
+)
+
+
+def written(number: int, method: str, way: str, data: bytes, framing: str) -> bytes:
+    lines = [f"{method} /{way} HTTP/1.1", "host: x", f"x-tag: {number}"]
+    if framing == "offer":
+        lines += UPGRADE
+    if method != "POST":
+        return "\r\n".join([*lines, "", ""]).encode()
+    if framing == "expect":
+        lines.append("expect: 100-continue")
+    if framing == "chunks":
+        chunks = b"".join(b"%x;ext=1\r\n%b\r\n" % (len(part), part) for part in (data[:3], data[3:]) if part)
+        return "\r\n".join([*lines, "transfer-encoding: chunked", "", ""]).encode() + chunks + b"0\r\n\r\n"
+    return "\r\n".join([*lines, f"content-length: {len(data)}", "", ""]).encode() + data
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[tuple[asyncio.Runner, int]]:
+    """One server for all examples, and the loop that it runs on."""
+    with asyncio.Runner() as runner:
+        server = listening(echo_app(), ServerSettings())
+        yield runner, runner.run(server.__aenter__())
+        runner.run(server.__aexit__(None, None, None))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(REQUEST, min_size=1, max_size=8), st.lists(st.integers(1, 60), max_size=12))
+def test_pipelined_requests_in_any_pieces_are_answered_in_order(
+    echo: tuple[asyncio.Runner, int], asked: list[tuple[str, str, bytes, str]], cuts: list[int]
+) -> None:
+    runner, port = echo
+    data = b"".join(written(number, *request) for number, request in enumerate(asked))
+
+    async def run() -> None:
+        async with connected(port) as raw:
+            at = 0
+            for cut in cuts:
+                await raw.send(data[at : at + cut])
+                at += cut
+                await asyncio.sleep(0)
+            await raw.send(data[at:])
+            answers = await raw.answers(*(method.encode() for method, *_ in asked))
+        for number, ((method, way, sent, _), answer) in enumerate(zip(asked, answers, strict=True)):
+            assert answer.status == 200
+            if method == "HEAD":
+                assert answer.body == b""
+                continue
+            received = sent.decode("latin-1") if method == "POST" and way != "unread" else ""
+            assert answer.json() == [method, way, received, str(number)]
+
+    runner.run(run())
+
+
+async def test_no_more_than_some_requests_wait_in_a_pipeline() -> None:
+    async with serving(ScriptedClient()) as http, connected(port_of(http)) as raw:
+        await raw.send(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n" * 2000)
+        answers = await raw.answers(*[b"GET"] * 17)
+        assert [answer.status for answer in answers] == [200] * 17
+        assert await raw.is_closed()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_pipelined_requests_of_a_client_that_left_are_aborted(
+    stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = ScriptedClient()
+    async with serving(client) as http:
+        async with connected(port_of(http)) as raw:
+            await raw.send(post(body("drip", stream=stream)) * 2)
+            await settled(client, 1)
+        began = asyncio.get_running_loop().time()
+        await settled(client, 0)
+        assert asyncio.get_running_loop().time() - began < 0.5
+        await asyncio.sleep(0.05)
+        # The second was never begun.
+        assert len(client.requests) == 1
+        metrics = (await http.get("/metrics")).text
+        assert 'fastblt_sequences_total{decoder="blt",finish_reason="abort"} 1.0' in metrics
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_client_that_shuts_its_side_down_gets_its_answers() -> None:
+    client = ScriptedClient()
+    async with serving(client) as http:
+        for request, methods in (
+            (post(body("wait")), 1),
+            (post(body("wait"), "connection: close"), 1),
+            (post(body("wait", stream=True)), 1),
+            (post(body("wait")) + post(body("x")), 2),
+        ):
+            client.release.clear()
+            async with connected(port_of(http)) as raw:
+                await raw.send(request)
+                raw.writer.write_eof()
+                await asyncio.sleep(0.1)
+                assert client.open == 1
+                client.release.set()
+                answers = await raw.answers(*[b"POST"] * methods)
+                assert [answer.status for answer in answers] == [200] * methods
+                assert await raw.is_closed()
+
+
+async def test_half_a_request_of_a_client_that_left_is_no_request() -> None:
+    client = ScriptedClient()
+    async with serving(client) as http:
+        for cut in (10, -5):
+            async with connected(port_of(http)) as raw:
+                await raw.send(post(body("x"))[:cut])
+                raw.writer.write_eof()
+                assert await raw.is_closed()
+        assert not client.requests
+
+
+async def test_an_old_client_gets_an_answer_without_chunks() -> None:
+    async with serving(ScriptedClient()) as http:
+        for stream in (False, True):
+            async with connected(port_of(http)) as raw:
+                await raw.send(post(body("x", stream=stream), version="1.0"))
+                head, _, text = (await raw.rest()).partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200 ") and b"transfer-encoding" not in head.lower()
+                assert b"connection: close" in head
+                assert text.endswith(b"data: [DONE]\n\n") if stream else json.loads(text)["choices"]
+
+
+async def test_an_offer_of_another_protocol_keeps_the_body() -> None:
+    client = ScriptedClient()
+    async with serving(client) as http, connected(port_of(http)) as raw:
+        for upgrade in (UPGRADE, ("connection: keep-alive, Upgrade", "upgrade: websocket")):
+            await raw.send(post(body("x"), *upgrade))
+            answer = await raw.answer(b"POST")
+            assert answer.json()["choices"][0]["text"] == "ab"
+
+
+async def test_a_large_body_is_asked_for_before_it_is_sent() -> None:
+    async with serving(ScriptedClient()) as http, connected(port_of(http)) as raw:
+        head, _, data = post(body("x"), "expect: 100-continue").partition(b"\r\n\r\n")
+        await raw.send(head + b"\r\n\r\n")
+        async with asyncio.timeout(5):
+            assert await raw.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await raw.send(data)
+        assert (await raw.answer(b"POST")).status == 200
+        await raw.send(post(b"x", "expect: 100-continue", path="/nowhere")[:-1])
+        assert (await raw.answer(b"POST")).status == 404
+
+
+async def test_head_requests_and_slashes_at_the_end() -> None:
+    client = ScriptedClient()
+    async with serving(client, keys=(b"a-key",)) as http:
+        for path in ("/health", "/health/live", "/health/ready", "/ping"):
+            for url in (path, f"{path}/"):
+                assert (await http.get(url)).status_code == 200
+                probe = await http.head(url)
+                assert (probe.status_code, probe.content) == (200, b"")
+        assert (await http.get("/metrics/")).status_code == 200
+        assert (await http.get("/version/")).status_code == 401
+        http.headers["authorization"] = "Bearer a-key"
+        for path in ("/version/", "/v1/models/", "/v1/models/scripted/"):
+            assert (await http.get(path)).status_code == 200
+        assert (await http.post("/v1/completions/", json=body("x"))).status_code == 200
+        client.state = "restarting"
+        assert (await http.head("/health")).status_code == (await http.get("/ping")).status_code == 503
+
+
+async def test_the_client_is_the_peer_unless_a_trusted_proxy_names_it(caplog: pytest.LogCaptureFixture) -> None:
+    forged = {"x-forwarded-for": "9.9.9.9 GET /v1/completions 200 FORGED"}
+    chain = {"x-forwarded-for": "1.1.1.1, 2.2.2.2, 10.0.0.7"}
+
+    async def clients(**settings: Any) -> list[str]:
+        caplog.clear()
+        async with serving(ScriptedClient(), **settings) as http:
+            for headers in (forged, chain, {"x-forwarded-for": f"{'x' * 5000}, 2001:db8::1"}):
+                await http.get("/version", headers=headers)
+        lines = [record for record in caplog.records if record.name == "fastblt.access"]
+        assert not any("FORGED" in line.getMessage() for line in lines)
+        return [line.client for line in lines]  # type: ignore[attr-defined]
+
+    with caplog.at_level("INFO", logger="fastblt.access"):
+        assert await clients() == ["127.0.0.1"] * 3
+        assert await clients(trusted_proxies="192.0.2.0/24") == ["127.0.0.1"] * 3
+        assert await clients(trusted_proxies="127.0.0.1") == ["127.0.0.1", "10.0.0.7", "2001:db8::1"]
+        assert await clients(trusted_proxies="127.0.0.0/8,10.0.0.0/8") == ["127.0.0.1", "2.2.2.2", "2001:db8::1"]
+
+
+async def test_only_json_as_it_is_is_taken() -> None:
+    client = ScriptedClient()
+    async with serving(client) as http:
+        data = json.dumps(body("x")).encode()
+        refused: list[dict[str, str]] = [
+            {},
+            {"content-type": "text/plain"},
+            {"content-type": "application/x-www-form-urlencoded"},
+            {"content-type": "text/plain;application/json"},
+            {"content-type": "application/json; charset=latin-1"},
+            {"content-type": "application/json", "content-encoding": "gzip"},
+        ]
+        for headers in refused:
+            answer = await http.post("/v1/completions", content=data, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type"), headers
+        assert not client.requests
+        for kind in ("application/json", "Application/JSON; charset=UTF-8", 'application/json;charset="utf-8"'):
+            answer = await http.post("/v1/completions", content=data, headers={"content-type": kind})
+            assert answer.status_code == 200
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority, and a server's and a client's certificate that it signed."""
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    openssl(*new, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority")
+    for name in ("server", "client"):
+        signed = ["-CA", "ca.pem", "-CAkey", "ca.key", "-addext", "subjectAltName=IP:127.0.0.1"]
+        openssl(*new, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}", *signed)
+    return folder
+
+
+def with_tls(folder: Path, **further: Path) -> ServerSettings:
+    return ServerSettings(ssl_certfile=folder / "server.pem", ssl_keyfile=folder / "server.key", **further)  # type: ignore[arg-type]
+
+
+async def test_https_with_and_without_certificates_of_clients(certificates: Path) -> None:
+    trusting = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+    chosen = with_tls(certificates)
+    client = ScriptedClient()
+    async with listening(create_app(chosen, client), chosen, make_context(chosen)) as port:
+        url = f"https://127.0.0.1:{port}"
+        async with httpx.AsyncClient(base_url=url, verify=trusting) as http:
+            assert (await http.post("/v1/completions", json=body("x"))).json()["choices"][0]["text"] == "ab"
+            streamed = await http.post("/v1/completions", json=body("x", stream=True))
+            assert streamed.text.endswith("data: [DONE]\n\n")
+        async with connected(port) as plain:
+            await plain.send(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert not (await plain.rest()).startswith(b"HTTP")
+    asks = with_tls(certificates, ssl_ca_certs=certificates / "ca.pem")
+    async with listening(create_app(asks, client), asks, make_context(asks)) as port:
+        url = f"https://127.0.0.1:{port}"
+        async with httpx.AsyncClient(base_url=url, verify=trusting) as http:
+            with pytest.raises(httpx.TransportError):
+                await http.get("/version")
+        trusting.load_cert_chain(certificates / "client.pem", certificates / "client.key")
+        async with httpx.AsyncClient(base_url=url, verify=trusting) as http:
+            assert (await http.get("/version")).status_code == 200
+
+
+async def test_handshakes_count_as_connections_and_have_their_time(certificates: Path) -> None:
+    chosen = with_tls(certificates).model_copy(update={"head_timeout": 0.3, "max_connections": 2})
+    app = create_app(chosen, ScriptedClient())
+    connections: Connections = app.state.connections
+    async with listening(app, chosen, make_context(chosen)) as port:
+        with socket.create_connection(("127.0.0.1", port)) as first, socket.create_connection(("127.0.0.1", port)):
+            await until(lambda: connections.count == 2)
+            async with connected(port):
+                await until(lambda: connections.ended["displaced"] == 1)
+                assert connections.count == 2
+                await until(lambda: connections.count == 0)
+            assert first.recv(100) == b""
+
+
+def test_certificates_that_cannot_be_used_are_named(certificates: Path, tmp_path: Path) -> None:
+    def refused(certificate: Path, key: Path, **further: Path) -> str:
+        with pytest.raises(ValueError) as caught:
+            make_context(ServerSettings(ssl_certfile=certificate, ssl_keyfile=key, **further))  # type: ignore[arg-type]
+        return str(caught.value)
+
+    good = certificates / "server.pem", certificates / "server.key"
+    (tmp_path / "text").write_text("no certificate")
+    locked = tmp_path / "locked.key"
+    command = ["openssl", "ec", "-in", good[1], "-out", locked, "-aes128", "-passout", "pass:x"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert "No such file" in refused(tmp_path / "none", good[1])
+    assert "do not fit together" in refused(good[0], certificates / "client.key")
+    assert "not PEM" in refused(tmp_path / "text", good[1])
+    assert "the key is encrypted" in refused(good[0], locked)
+    assert "--ssl-ca-certs" in refused(*good, ssl_ca_certs=tmp_path / "text")
+    assert make_context(ServerSettings()) is None
+
+
+async def test_an_application_that_fails_halfway_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:
+    app = echo_app()
+
+    @app.get("/broken/half")
+    async def broken() -> Response:
+        async def pieces() -> AsyncIterator[bytes]:
+            yield b"a"
+            raise KeyError("half")
+
+        return StreamingResponse(pieces())
+
+    async with listening(app, ServerSettings()) as port, connected(port) as raw:
+        await raw.send(b"GET /broken/half HTTP/1.1\r\nhost: x\r\n\r\n")
+        with pytest.raises((h11.RemoteProtocolError, ConnectionResetError)):
+            await raw.answer()
