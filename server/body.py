@@ -1,16 +1,35 @@
-"""Reading a request body within bounds."""
-
-import asyncio
+"""A request's body: of the right type, and within bounds."""
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from .errors import ApiError
+from .errors import ApiError, shown
 from .settings import ServerSettings
 
+UTF_8 = ("", "charset=utf-8", 'charset="utf-8"')
 DISCARD_FACTOR = 4
 """A body of up to this many times the limit is read to its end and thrown away before it is refused: a client that is
 still sending would see its connection reset instead of the answer."""
+
+
+def check_content(request: Request) -> None:
+    """Raises ApiError 415 for a body that is not said to be plain JSON.
+
+    A page of any origin may have a browser send text, forms and what has no type at all, without asking; only for JSON
+    it asks first. So this is what keeps web pages from using a server that their visitor can reach.
+    """
+    media_type, _, parameters = request.headers.get("content-type", "").partition(";")
+    media_type, charset = media_type.strip().lower(), parameters.strip().lower()
+    if media_type != "application/json" or charset not in UTF_8:
+        given = request.headers.get("content-type")
+        message = (
+            f"send the body with 'Content-Type: application/json', not {shown(given) if given else 'without a type'}"
+        )
+        raise ApiError(415, message, code="unsupported_media_type")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        message = f"send the body as it is, not with 'Content-Encoding: {shown(coding)[1:-1]}'"
+        raise ApiError(415, message, code="unsupported_media_type", headers={"accept-encoding": "identity"})
 
 
 async def read_body(request: Request, settings: ServerSettings) -> bytes:
@@ -24,16 +43,12 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
     body = bytearray()
     size = 0
     try:
-        async with asyncio.timeout(settings.body_timeout):
-            async for part in request.stream():
-                size += len(part)
-                if size > limit * DISCARD_FACTOR:
-                    raise too_large
-                if size <= limit:
-                    body += part
-    except TimeoutError:
-        message = f"the body did not arrive within {settings.body_timeout:g} s"
-        raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from None
+        async for part in request.stream():
+            size += len(part)
+            if size > limit * DISCARD_FACTOR:
+                raise too_large
+            if size <= limit:
+                body += part
     except ClientDisconnect:
         raise ClientLeft from None
     if size > limit:

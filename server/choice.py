@@ -6,7 +6,7 @@ A response without streaming is the sum of the same pieces, so that both say the
 from collections import deque
 from dataclasses import dataclass, field
 
-from engine.config import BYTE_OFFSET, SPECIAL_NAMES
+from engine.config import BYTE_OFFSET, EOS_ID, SPECIAL_NAMES
 from engine.types import Delta, Finished, FinishReason, TokenLogprob, Usage
 
 from .schemas import Logprobs, Trace, TraceRound
@@ -54,8 +54,8 @@ def token_name(token: int) -> str:
 
 @dataclass
 class ChoiceStream:
-    """Takes a sequence's events in order. Log-probabilities of a generated id are reported when its byte is in the
-    text, or never: those of a stop string and of a closing end-of-sequence id are not. Traces are reported at once."""
+    """Takes a sequence's events in order. The log-probabilities of a generated id are reported when its byte is in the
+    text, those of a stop string never, and all others at the end. Traces are reported at once."""
 
     prompt_ids: list[int]
     echo: bool
@@ -74,7 +74,15 @@ class ChoiceStream:
         self._num_certain_bytes = 0
         self._num_shown_bytes = 0
         self._last_patch_start = -1
+        self._last_id: int | None = None
         self._hidden: deque[TokenLogprob] = deque()
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated ids as the usage counts them: a closing end-of-sequence id is none."""
+        if self.finish_reason:
+            return self.usage.completion_tokens
+        return self.num_generated - (self._last_id == EOS_ID)
 
     @property
     def mean_logprob(self) -> float:
@@ -90,12 +98,15 @@ class ChoiceStream:
         if self._owes_prompt and (finished or prompt_scores or not self.with_logprobs):
             self._owes_prompt = False
             piece.text = self._utf8.feed(bytes(i - BYTE_OFFSET for i in self.prompt_ids if i >= BYTE_OFFSET))
-            for entry in prompt_scores:
-                self._show(piece, entry)
+            if self.with_logprobs:
+                # A timeout may come before the prompt is scored.
+                for entry in prompt_scores or [TokenLogprob(i, None, {}) for i in self.prompt_ids]:
+                    self._show(piece, entry)
         piece.text += self._utf8.feed(event.text)
         self._num_text_bytes += len(event.text)
         if isinstance(event, Delta):
             self.num_generated += len(event.ids)
+            self._last_id = event.ids[-1] if event.ids else self._last_id
             self._hidden += event.logprobs
         if isinstance(event, Finished):
             piece.text += self._utf8.finish()
@@ -130,8 +141,9 @@ class ChoiceStream:
             while specials < len(self._hidden) and self._hidden[specials].id < BYTE_OFFSET:
                 specials += 1
             if specials == len(self._hidden):
-                # Whether these belong to the choice depends on what follows.
-                if piece.finish_reason in (None, "stop"):
+                # Whether these belong to the choice depends on what follows: perhaps a stop string.
+                closed = piece.finish_reason == "stop" and self._hidden[-1].id == EOS_ID
+                if not closed and piece.finish_reason in (None, "stop"):
                     return
             elif self._num_shown_bytes >= self._num_certain_bytes:
                 return

@@ -8,31 +8,43 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
-from pydantic import ValidationError
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from .access import Access
-from .body import ClientLeft, read_body
+from .body import ClientLeft, check_content, read_body
 from .choice import Piece
-from .errors import ApiError, from_validation, internal_error
+from .errors import ApiError, internal_error
 from .generation import Generation, Service
-from .plan import make_plan
+from .parsing import off_the_loop, parse
+from .plan import Plan, make_plan
 from .responses import JsonResponse, to_json
-from .schemas import CompletionRequest, NotOffered
+from .schemas import Completion
 
 log = logging.getLogger("fastblt.server")
 
 T = TypeVar("T")
 
+WHOLE_BYTES = 256 << 10
+"""Of an answer that is made and written in one piece."""
+ENTRY_BYTES = 64
+"""About what a log-probability takes in it, its alternatives aside."""
+
 
 async def complete(request: Request, service: Service) -> Response:
     """The whole life of one request. Raises ApiError."""
+    check_content(request)
     body = await read_body(request, service.settings)
     service.gate.check_open()
-    wanted = parse(body)
     completion_id = f"cmpl-{secrets.token_hex(12)}"
-    plan = make_plan(wanted, completion_id, service.settings, service.client.limits)
+    settings, limits = service.settings, service.client.limits
+
+    def understand() -> Plan:
+        wanted = parse(body, settings.max_choices, limits.max_length)
+        return make_plan(wanted, completion_id, settings, limits)
+
+    plan = await off_the_loop(body, understand)
+    wanted = plan.request
     if service.client.state == "dead":
         raise service.gate.unavailable("the engine is gone and will not come back", "engine_dead")
     generation = Generation(service, plan, completion_id, service.gate.enter(len(plan.requests)))
@@ -40,9 +52,9 @@ async def complete(request: Request, service: Service) -> Response:
     handed_over = False
     try:
         if not wanted.stream:
-            return JsonResponse(await _unless_client_leaves(request, generation.collect()))
+            return _answer(await _unless_client_leaves(request, generation.collect()))
         pieces = generation.pieces()
-        # What fails at once fails with a status of its own; behind the first event there is only 200.
+        # What fails at once fails with a status of its own; after the first event there is only 200.
         first = await _unless_client_leaves(request, anext(pieces))
         handed_over = True
         return CompletionStream(generation, first, pieces, request.state.access)
@@ -51,19 +63,21 @@ async def complete(request: Request, service: Service) -> Response:
             await generation.close()
 
 
-def parse(body: bytes) -> CompletionRequest:
-    """Raises ApiError 400."""
-    try:
-        return CompletionRequest.model_validate_json(body)
-    except NotOffered as error:
-        raise ApiError(400, str(error), param=error.field, code="unsupported_parameter") from None
-    except ValidationError as error:
-        try:
-            body.decode()
-        except UnicodeDecodeError as flaw:
-            message = f"the body is not valid UTF-8: {flaw.reason} at byte {flaw.start}"
-            raise ApiError(400, message, code="invalid_json") from None
-        raise from_validation(error) from None
+def _answer(completion: Completion) -> Response:
+    """In one piece, or choice by choice where that would be a large one."""
+    size = sum(len(c.text) + ENTRY_BYTES * len(c.logprobs.tokens if c.logprobs else []) for c in completion.choices)
+    if size <= WHOLE_BYTES:
+        return JsonResponse(completion)
+    return StreamingResponse(_pieces(completion), media_type=JsonResponse.media_type)
+
+
+async def _pieces(completion: Completion) -> AsyncGenerator[bytes, None]:
+    frame = to_json(completion.model_copy(update={"choices": []}))
+    before, opening, after = frame.partition(b'"choices":[')
+    yield before + opening
+    for number, choice in enumerate(completion.choices):
+        yield (b"," if number else b"") + to_json(choice)
+    yield after
 
 
 async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
@@ -104,6 +118,7 @@ class CompletionStream(EventSourceResponse):
         self._sent_all = False
         options = generation.plan.request.stream_options
         self._include_usage = options is not None and options.include_usage
+        self._usage_in_chunks = options is not None and options.continuous_usage_stats
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -122,7 +137,7 @@ class CompletionStream(EventSourceResponse):
                 if chunk := self._chunk(item):
                     yield chunk
             if self._include_usage:
-                yield _event(self._generation.completion([], with_usage=True))
+                yield _event(self._generation.completion([], self._generation.usage()))
         except ApiError as error:
             yield self._error(error)
         except Exception:
@@ -142,7 +157,9 @@ class CompletionStream(EventSourceResponse):
         index, piece = item
         if piece.is_empty:
             return None
-        return _event(self._generation.completion([self._generation.choice(index, piece)], with_usage=False))
+        generation = self._generation
+        usage = generation.usage_so_far() if self._usage_in_chunks else None
+        return _event(generation.completion([generation.choice(index, piece)], usage))
 
 
 def _event(content: Any) -> bytes:

@@ -1,5 +1,6 @@
 """One error body for everything that goes wrong, as OpenAI's clients expect it."""
 
+import reprlib
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -8,18 +9,19 @@ from starlette.exceptions import HTTPException
 
 from .responses import JsonResponse
 
-SHOWN_VALUE = 80
+SHOWN_CHARACTERS = 80
 """Characters of an offending value that a message repeats."""
 Code = Literal[
-    "body_timeout",
     "body_too_large",
     "context_length_exceeded",
     "decoder_unavailable",
     "draining",
     "engine_dead",
     "engine_restarting",
+    "headers_too_large",
     "internal_error",
     "invalid_api_key",
+    "invalid_http",
     "invalid_json",
     "invalid_value",
     "method_not_allowed",
@@ -28,8 +30,12 @@ Code = Literal[
     "no_replica",
     "queue_full",
     "replica_lost",
+    "request_timeout",
+    "too_many_connections",
+    "too_many_scores",
     "unknown_parameter",
     "unknown_url",
+    "unsupported_media_type",
     "unsupported_parameter",
 ]
 """What a program may tell errors apart by. Those about a combination of fields have none."""
@@ -88,7 +94,7 @@ def from_validation(error: ValidationError) -> ApiError:
     """Names the first offending field, what it held and what would be right."""
     first = error.errors(include_url=False, include_context=True)[0]
     kind, path = first["type"], [str(part) for part in first["loc"]]
-    field = ".".join(path) or None
+    field = ".".join(path)[:SHOWN_CHARACTERS] or None
     if kind == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     if field is None:
@@ -96,11 +102,25 @@ def from_validation(error: ValidationError) -> ApiError:
     if kind == "missing":
         return ApiError(400, f"{field} is required", param=field, code="missing_required_parameter")
     if kind == "extra_forbidden":
-        return ApiError(400, f"{field} is not a known parameter", param=field, code="unknown_parameter")
+        return unknown_parameter(field)
     message = first["msg"].removeprefix("Value error, ")
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= SHOWN_VALUE else f"{shown[:SHOWN_VALUE]}..."
-    return ApiError(400, f"{field}: {message[:1].lower()}{message[1:]}, not {shown}", param=field, code="invalid_value")
+    message = f"{field}: {message[:1].lower()}{message[1:]}, not {shown(first['input'])}"
+    return ApiError(400, message, param=field, code="invalid_value")
+
+
+def unknown_parameter(field: str) -> ApiError:
+    field = field[:SHOWN_CHARACTERS]
+    return ApiError(400, f"{field} is not a known parameter", param=field, code="unknown_parameter")
+
+
+def shown(value: object) -> str:
+    """An offending value, as far as a message repeats it; what is left out is not even looked at."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = SHOWN_CHARACTERS
 
 
 async def _on_api_error(request: Request, error: Exception) -> JsonResponse:

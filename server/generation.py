@@ -1,12 +1,16 @@
 """One admitted completion request at work: engine events in, pieces of choices out."""
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import msgspec
+
 from engine.client import EngineClient, EngineDead
-from engine.types import DecoderName, Event, Failed, Finished, Usage
+from engine.types import DecoderName, Delta, Event, Failed, Finished, Request, TokenLogprob, Usage
 
 from .admission import Gate, Ticket
 from .choice import ChoiceStream, Piece
@@ -53,10 +57,37 @@ class Generation:
         self.streams = [
             ChoiceStream(r.prompt_ids, request.echo, request.logprobs is not None, request.trace) for r in plan.requests
         ]
-        self._events = merge([service.client.submit(r) for r in plan.requests], service.settings.keepalive_seconds)
+        self._scores: dict[int, _PromptScores] = {}
+        """By the index of the sequence that computes them, where prompts are scored."""
+        events = [self._submit(index, r) for index, r in enumerate(plan.requests)]
+        self._events = merge(events, service.settings.keepalive_seconds)
         self._begun: set[int] = set()
         self.said = [""] * len(plan.requests) if service.settings.log_content else None
         """The beginning of each sequence's text, if it may be logged."""
+
+    def _submit(self, index: int, request: Request) -> AsyncGenerator[Event, None]:
+        """The events of one sequence. Of a prompt that is to be scored, the first sample computes the scores, and the
+        others wait for them, so that the prefix cache knows the prompt when they come."""
+        wanted = self.plan.request
+        if not (wanted.echo and wanted.logprobs is not None):
+            return self._service.client.submit(request)
+        first = index - index % self.plan.samples
+        scores = self._scores.setdefault(first, _PromptScores())
+        return self._service.client.submit(request) if index == first else self._submit_scored(request, scores)
+
+    async def _submit_scored(self, request: Request, scores: "_PromptScores") -> AsyncGenerator[Event, None]:
+        began = time.monotonic()
+        await scores.known.wait()
+        if request.timeout is not None:
+            left = max(request.timeout - (time.monotonic() - began), 0.0)
+            request = msgspec.structs.replace(request, timeout=left)
+        owed = scores.entries
+        async with aclosing(self._service.client.submit(request)) as events:
+            async for event in events:
+                if owed:
+                    yield Delta(id=request.id, prompt_logprobs=owed)
+                    owed = []
+                yield event
 
     @property
     def first_byte(self) -> float | None:
@@ -79,6 +110,8 @@ class Generation:
         if index not in self._begun:
             self._begun.add(index)
             self._ticket.begun()
+        if scores := self._scores.get(index):
+            scores.learn(event)
         if isinstance(event, Failed):
             self.clocks[index].end("error" if event.code == "internal" else "refused")
             if event.code == "internal":
@@ -109,7 +142,7 @@ class Generation:
             if n < plan.samples:
                 samples = sorted(samples, key=lambda i: -self.streams[i].mean_logprob)  # type: ignore[assignment]
             choices += [self.choice(len(choices) + k, parts[i]) for k, i in enumerate(samples[:n])]
-        return self.completion(choices, with_usage=True)
+        return self.completion(choices, self.usage())
 
     def choice(self, index: int, piece: Piece) -> Choice:
         assert piece.finish_reason != "abort"
@@ -121,24 +154,33 @@ class Generation:
             trace=piece.trace,
         )
 
-    def completion(self, choices: list[Choice], with_usage: bool) -> Completion:
+    def completion(self, choices: list[Choice], usage: CompletionUsage | None) -> Completion:
         return Completion(
             id=self.id,
             created=self.created,
-            model=self.plan.request.model,
+            model=self.plan.model,
             choices=choices,
-            usage=self._usage() if with_usage else None,
+            usage=usage,
         )
 
-    def _usage(self) -> CompletionUsage:
+    def usage_so_far(self) -> CompletionUsage:
         """A prompt counts once, however many samples it has; every sample counts, returned or not."""
-        usages = [choice.usage for choice in self.streams]
         prompt_tokens = sum(len(r.prompt_ids) for r in self.plan.requests[:: self.plan.samples])
-        completion_tokens = sum(usage.completion_tokens for usage in usages)
+        completion_tokens = sum(stream.num_tokens for stream in self.streams)
         return CompletionUsage(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
+        )
+
+    def usage(self) -> CompletionUsage:
+        """When all is done: also what it cost."""
+        usages = [choice.usage for choice in self.streams]
+        so_far = self.usage_so_far()
+        return CompletionUsage(
+            prompt_tokens=so_far.prompt_tokens,
+            completion_tokens=so_far.completion_tokens,
+            total_tokens=so_far.total_tokens,
             prompt_tokens_details=PromptTokensDetails(
                 cached_tokens=sum(usage.cached_tokens for usage in usages[:: self.plan.samples])
             ),
@@ -153,6 +195,21 @@ class Generation:
             for clock in self.clocks:
                 clock.end("abort")
             self._ticket.close()
+
+
+class _PromptScores:
+    """Log-probabilities of a prompt, which all its samples show."""
+
+    def __init__(self) -> None:
+        self.known = asyncio.Event()
+        self.entries: list[TokenLogprob] = []
+
+    def learn(self, event: Event) -> None:
+        """From the sample that computes them, which may also end without."""
+        if isinstance(event, Delta) and event.prompt_logprobs:
+            self.entries = event.prompt_logprobs
+        if self.entries or not isinstance(event, Delta):
+            self.known.set()
 
 
 def fastblt_usage(decoder: DecoderName, usages: list[Usage]) -> FastBltUsage:

@@ -20,6 +20,11 @@ def offered_models(settings: ServerSettings, limits: ModelLimits) -> dict[str, D
     return offered
 
 
+def default_model(settings: ServerSettings, limits: ModelLimits) -> str:
+    """The name of a request that gives none."""
+    return settings.served_model_name[0] if settings.served_model_name else limits.name
+
+
 def check_model(name: str, settings: ServerSettings, limits: ModelLimits) -> DecoderName | None:
     """The decoder that the name stands for, if any. Raises ApiError 404 for a model that is not here."""
     offered = offered_models(settings, limits)

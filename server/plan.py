@@ -9,7 +9,7 @@ from engine.config import BOS_ID, BYTE_OFFSET, ModelLimits
 from engine.types import DecoderName, Request, SamplingParams, Unmask
 
 from .errors import ApiError
-from .names import choose_decoder
+from .names import choose_decoder, default_model
 from .options import OPTIONS, WrongOption, options_of
 from .schemas import CompletionRequest
 from .settings import ServerSettings
@@ -20,6 +20,8 @@ class Plan:
     """`requests` are ordered by prompt, then sample; each prompt has `samples` of them."""
 
     request: CompletionRequest
+    model: str
+    """The name of the model, as the request gave it if it did."""
     requests: list[Request]
     samples: int
 
@@ -30,7 +32,8 @@ class Plan:
 
 def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSettings, limits: ModelLimits) -> Plan:
     """Checks what only the loaded model and the settings can tell. Raises ApiError."""
-    decoder = choose_decoder(request.model, request.decoder, settings, limits)
+    model = request.model or default_model(settings, limits)
+    decoder = choose_decoder(model, request.decoder, settings, limits)
     options = _decoder_options(request, decoder)
     samples = request.n if request.best_of is None else request.best_of
     _check_combinations(request, samples)
@@ -44,7 +47,8 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
     limit = settings.max_tokens_limit
     if limit is not None and request.max_tokens > limit:
         raise ApiError(400, f"max_tokens: must be at most {limit}, not {request.max_tokens}", param="max_tokens")
-    prompts = [_to_ids(text, request.max_tokens, limits) for text in texts]
+    prompts = [_to_ids(text, request, limits) for text in texts]
+    _bound_scores(request, prompts, samples, settings.max_scores)
     ranked = samples > request.n
     requests = []
     bias = _bias(request.logit_bias, limits)
@@ -56,7 +60,7 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
         sampling = SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,
-            top_k=request.top_k,
+            top_k=max(request.top_k, 0),
             min_p=request.min_p,
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
@@ -73,7 +77,8 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
                 stop=[stop.encode() for stop in request.stop],
                 ignore_eos=request.ignore_eos,
                 logprobs=0 if ranked and request.logprobs is None else request.logprobs,
-                prompt_logprobs=request.echo and request.logprobs is not None,
+                # All samples of a prompt have the same scores of it: one computes them.
+                prompt_logprobs=request.echo and request.logprobs is not None and sample == 0,
                 priority=request.priority,
                 timeout=request.timeout or settings.default_timeout,
                 trace=request.trace,
@@ -83,7 +88,7 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
             )
             for sample in range(samples)
         ]
-    return Plan(request, requests, samples)
+    return Plan(request, model, requests, samples)
 
 
 def _check_combinations(request: CompletionRequest, samples: int) -> None:
@@ -115,10 +120,31 @@ def _split_prompt(request: CompletionRequest) -> list[str | list[int]]:
     return list(prompt)
 
 
-def _to_ids(prompt: str | list[int], max_tokens: int, limits: ModelLimits) -> list[int]:
-    """A string becomes BOS and its bytes; names of special ids in it are just text. Ids are taken as they are."""
+def _bound_scores(request: CompletionRequest, prompts: list[list[int]], samples: int, most: int) -> None:
+    """Log-probabilities are many times larger than the text that they are of."""
+    if request.logprobs is None:
+        return
+    scored = sum(map(len, prompts)) if request.echo else 0
+    # Those of a stream are sent as they come.
+    generated = 0 if request.stream else request.max_tokens * len(prompts)
+    scores = (scored + generated) * samples * (request.logprobs + 1)
+    if scores > most:
+        what = " and ".join(["prompt"] * bool(scored) + ["max_tokens"] * bool(generated))
+        message = (
+            f"logprobs: {what} ({scored + generated} bytes) times {samples} samples times {request.logprobs + 1} make "
+            f"{scores} log-probabilities; at most {most} are allowed"
+        )
+        raise ApiError(400, message, param="logprobs", code="too_many_scores")
+
+
+def _to_ids(prompt: str | list[int], request: CompletionRequest, limits: ModelLimits) -> list[int]:
+    """A string becomes BOS, if that is wanted, and its bytes; names of special ids in it are just text. Ids are taken
+    as they are."""
+    first = [BOS_ID] if request.add_special_tokens else []
     data = prompt.encode() if isinstance(prompt, str) else None
-    length = len(prompt) if data is None else len(data) + 1
+    length, max_tokens = len(prompt) if data is None else len(first) + len(data), request.max_tokens
+    if not length:
+        raise ApiError(400, "prompt: must not be empty without a begin-of-sequence id", param="prompt")
     if length + max_tokens > limits.max_length:
         message = (
             f"this model's sequences hold {limits.max_length} bytes, begin-of-sequence included; "
@@ -127,7 +153,7 @@ def _to_ids(prompt: str | list[int], max_tokens: int, limits: ModelLimits) -> li
         param = "prompt" if length > limits.max_length else "max_tokens"
         raise ApiError(400, message, param=param, code="context_length_exceeded")
     if data is not None:
-        return [BOS_ID, *(byte + BYTE_OFFSET for byte in data)]
+        return [*first, *(byte + BYTE_OFFSET for byte in data)]
     assert isinstance(prompt, list)
     if (bad := next((i for i in prompt if not 0 <= i < limits.vocab_size), None)) is not None:
         raise ApiError(400, f"prompt: token ids go from 0 to {limits.vocab_size - 1}, not {bad}", param="prompt")

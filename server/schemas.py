@@ -1,6 +1,7 @@
 """What `POST /v1/completions` takes and gives: OpenAI's legacy completions and our extensions.
 
-Every field that is accepted is honoured; whatever cannot be is refused with 400. A token is a byte.
+Every field that is accepted is honoured, or asks for nothing (`server.neutral`); any other is refused with 400. A token
+is a byte.
 """
 
 from typing import Annotated, Any, Literal
@@ -16,6 +17,9 @@ from pydantic import (
 )
 
 from engine.types import MAX_DRAFT, DecoderName
+
+from .neutral import NEUTRAL
+from .responses import to_json
 
 MAX_STOPS = 4
 MAX_STOP_BYTES = 1024
@@ -62,6 +66,9 @@ class StreamOptions(_Strict):
     """Only with `stream`."""
 
     include_usage: bool = Field(False, description="Send the usage in a last chunk that has no choices.")
+    continuous_usage_stats: bool = Field(
+        False, description="Extension: every chunk has the usage so far, without what it cost."
+    )
     include_obfuscation: Literal[False] = Field(False, description="Padding of chunks is not offered.")
 
 
@@ -83,13 +90,26 @@ class UnmaskRule(_Strict):
         return self
 
 
+def _add_neutral(schema: dict[str, Any]) -> None:
+    why = "Taken where it asks for nothing."
+    schema["properties"] |= {name: known.schema | {"description": why} for name, known in NEUTRAL.items()}
+
+
 class CompletionRequest(_Strict):
     """The body of `POST /v1/completions`."""
 
-    model: str = Field(description="A name that /v1/models lists; 'NAME:DECODER' also chooses the decoder.")
+    model_config = ConfigDict(json_schema_extra=_add_neutral)
+
+    model: str | None = Field(
+        None,
+        description="A name that /v1/models lists; 'NAME:DECODER' also chooses the decoder. By default the first.",
+    )
     prompt: Annotated[Prompt, PlainValidator(_check_prompt, json_schema_input_type=Prompt)] = Field(
         "",
         description="A string becomes a begin-of-sequence id and its UTF-8 bytes; token ids are taken as they are.",
+    )
+    add_special_tokens: bool = Field(
+        True, description="Extension: false leaves the begin-of-sequence id of string prompts out."
     )
     max_tokens: int = Field(16, ge=0, lt=2**31, description="Most bytes to generate.")
     temperature: FiniteFloat = Field(1.0, ge=0, le=2, description="0 takes the likeliest byte.")
@@ -134,11 +154,11 @@ class CompletionRequest(_Strict):
     exact: bool | None = Field(
         None, description="Extension, auto: false also allows blt-d, whose text is not the model's own. Default true."
     )
-    top_k: int = Field(0, ge=0, lt=2**31, description="Extension: keep this many ids; 0 keeps all.")
+    top_k: int = Field(0, ge=-1, lt=2**31, description="Extension: keep this many ids; 0 and -1 keep all.")
     min_p: FiniteFloat = Field(
         0.0, ge=0, le=1, description="Extension: keep ids at least this likely relative to the best."
     )
-    ignore_eos: bool = Field(False, description="Extension: go on behind an end-of-sequence id.")
+    ignore_eos: bool = Field(False, description="Extension: go on after an end-of-sequence id.")
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Extension: lower runs first.")
     trace: bool = Field(False, description="Extension: tell how every round came to its bytes.")
     timeout: FiniteFloat | None = Field(
@@ -147,31 +167,34 @@ class CompletionRequest(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_cannot_be_honoured(cls, data: Any) -> Any:
-        for field, why in _NOT_OFFERED.items():
-            if isinstance(data, dict) and data.get(field) is not None:
-                raise NotOffered(field, why)
-        return data
+    def _drop_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for field, known in NEUTRAL.items():
+            value = data.get(field)
+            if value is not None and not known.allows(value):
+                raise NotOffered(field, known.values)
+        return {name: value for name, value in data.items() if name not in NEUTRAL}
 
     @field_validator("logit_bias")
     @classmethod
     def _check_bias_keys(cls, bias: dict[str, float]) -> dict[str, float]:
-        if bad := [key for key in bias if not (key.isascii() and key.isdecimal() and len(key) <= 9)]:
-            raise ValueError(f"keys must be token ids such as '36'; {bad[0][:20]!r} is none")
+        seen: dict[int, str] = {}
+        for key in bias:
+            if not (key.isascii() and key.isdecimal() and len(key) <= 9):
+                raise ValueError(f"keys must be token ids such as '36'; {key[:20]!r} is none")
+            if (other := seen.setdefault(int(key), key)) != key:
+                raise ValueError(f"the token id {int(key)} must not be there twice, as {other!r} and {key!r}")
         return bias
 
 
 class NotOffered(Exception):
-    """A field that is known, and that this server cannot honour."""
+    """A field that is known, with a value that this server cannot honour."""
 
-    def __init__(self, field: str, why: str) -> None:
-        super().__init__(f"{field} {why}")
+    def __init__(self, field: str, neutral: tuple[Any, ...]) -> None:
+        values = " or ".join(to_json(value).decode() for value in (*neutral, None))
+        super().__init__(f"{field} is not supported: leave it out, or send {values}, which changes nothing")
         self.field = field
-
-
-_NOT_OFFERED = {
-    "suffix": "is not supported: byte-latent models only continue a prompt",
-}
 
 
 class Logprobs(BaseModel):
@@ -238,13 +261,14 @@ class PromptTokensDetails(BaseModel):
 
 
 class CompletionUsage(BaseModel):
-    """Counts bytes, and the begin-of-sequence id of a string prompt, but not a closing end-of-sequence id."""
+    """Counts bytes, and the begin-of-sequence id of a string prompt, but not a closing end-of-sequence id. Usage so
+    far, in the midst of a stream, has the numbers of tokens alone."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    fastblt: FastBltUsage
+    prompt_tokens_details: PromptTokensDetails | None = Field(None, exclude_if=lambda details: details is None)
+    fastblt: FastBltUsage | None = Field(None, exclude_if=lambda cost: cost is None)
 
 
 class Completion(BaseModel):
@@ -256,3 +280,38 @@ class Completion(BaseModel):
     model: str
     choices: list[Choice]
     usage: CompletionUsage | None = None
+
+
+class ModelCard(BaseModel):
+    """A name under which the model is offered."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["fastblt"] = "fastblt"
+    max_model_len: int = Field(description="Most ids of a sequence, prompt and output together.")
+    decoders: list[DecoderName] = Field(description="What a request under this name may be decoded with.")
+
+
+class ModelList(BaseModel):
+    """All of them."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    """Of a server that is well."""
+
+    status: Literal["live", "ready"]
+
+
+class Version(BaseModel):
+    """What is served, and by what."""
+
+    version: str
+    model: str
+    parameters: int
+    max_length: int = Field(description="Most ids of a sequence.")
+    block_size: int | None = Field(description="Longest block of blt-d and blt-dv; null without block diffusion.")
+    decoders: list[DecoderName]

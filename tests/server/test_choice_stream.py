@@ -53,9 +53,14 @@ def test_logprobs_cover_exactly_the_bytes_of_the_text(data: bytes, stops: list[b
         assert bool(piece.text) == bool(piece.logprobs.tokens)
 
 
-def test_a_closing_eos_is_not_reported_and_one_in_the_middle_is() -> None:
+def test_an_end_of_sequence_is_reported_where_it_was_generated() -> None:
     ended, _ = read(ChoiceStream([BOS_ID], False, True), events([*ids_of(b"ab"), EOS_ID], []))
-    assert ended.logprobs and ended.logprobs.tokens == ["a", "b"]
+    assert ended.logprobs and ended.logprobs.tokens == ["a", "b", "</s>"]
+    assert ended.logprobs.token_logprobs == [-1.01, -1.02, -0.02]
+    assert ended.logprobs.text_offset == [0, 1, 2] and ended.text == "ab"
+    # What might have become a stop string is text, and so are its bytes' entries.
+    held, pieces = read(ChoiceStream([BOS_ID], False, True), events([*ids_of(b"ab"), EOS_ID], [b"bc"]))
+    assert held.text == "ab" and held.logprobs and held.logprobs.tokens == ["a", "b", "</s>"]
     going_on = [
         Delta(id="x", ids=[t], text=b"" if t < 4 else bytes((t - 4,)), logprobs=[scored(t)]) for t in [101, 2, 102]
     ]

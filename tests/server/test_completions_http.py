@@ -9,6 +9,7 @@ import pytest
 from tests.serving import RunningServer
 
 MEGABYTES = 1_000_000
+JSON = {"content-type": "application/json"}
 
 
 def ask(server: RunningServer, **fields: Any) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def texts(answer: dict[str, Any]) -> list[str]:
 
 def post(url: str, body: bytes | dict[str, Any]) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(f"{url}/v1/completions", content=content, timeout=60)
+    return httpx.post(f"{url}/v1/completions", content=content, headers=JSON, timeout=60)
 
 
 FINE: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 1}
@@ -42,7 +43,8 @@ BAD: dict[str, tuple[bytes | dict[str, Any], int, str | None]] = {
     "3 MB of prompt": (FINE | {"prompt": "x" * 3 * MEGABYTES}, 400, "prompt"),
     "5 MB of body": (FINE | {"prompt": "x" * 5 * MEGABYTES}, 413, None),
     "an unknown model": (FINE | {"model": "nope"}, 404, "model"),
-    "no model": ({"prompt": "a"}, 400, "model"),
+    "an unnamed model's decoder": ({"prompt": "a", "decoder": "blt-x"}, 400, "decoder"),
+    "a rule without its name": (FINE | {"unmask": {}}, 400, "unmask.rule"),
     "an unknown decoder": (FINE | {"decoder": "beam"}, 400, "decoder"),
     "an option of another decoder": (FINE | {"draft_length": 4}, 400, "draft_length"),
     "a block longer than trained": (FINE | {"decoder": "blt-d", "block_size": 9}, 400, "block_size"),
@@ -99,14 +101,16 @@ def test_bad_requests_are_named_and_disturb_no_other_stream(server: RunningServe
 
 
 def test_a_body_without_a_length_is_bounded_too(server: RunningServer) -> None:
-    response = httpx.post(f"{server.url}/v1/completions", content=(b" " * 65536 for _ in range(100)), timeout=60)
+    response = httpx.post(
+        f"{server.url}/v1/completions", content=(b" " * 65536 for _ in range(100)), headers=JSON, timeout=60
+    )
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "body_too_large"
 
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v2", 404), ("POST", "/v1/chat/completions", 404), ("POST", "/v1/completions/", 404)]
+    [("GET", "/v2", 404), ("POST", "/v1/chat/completions", 404), ("POST", "/v1/completions//x", 404)]
     + [("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405), ("GET", "/v1/models/a/b", 404)],
 )
 def test_wrong_routes_have_the_same_error_body(server: RunningServer, method: str, path: str, status: int) -> None:
@@ -198,7 +202,7 @@ def test_finish_reasons(server: RunningServer) -> None:
     assert ended["choices"][0]["finish_reason"] == "stop"
     assert texts(ended) == [""]
     assert ended["usage"]["completion_tokens"] == 0
-    assert ended["choices"][0]["logprobs"]["tokens"] == []
+    assert ended["choices"][0]["logprobs"]["tokens"] == ["</s>"]
     through = ask(server, max_tokens=9, logit_bias={eos: 100}, temperature=0, ignore_eos=True)
     assert through["choices"][0]["finish_reason"] == "length"
     assert through["usage"]["completion_tokens"] == 9

@@ -1,0 +1,76 @@
+"""Parameters of other servers that are taken where their value asks for nothing.
+
+Client programs send them whether they are wanted or not: a load tool that always says `"repetition_penalty": 1.0` is
+not to fail for it. Any other value is refused by name, and null is the default here as everywhere.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """What a parameter may be: one of `values`, or anything of the type `kind`."""
+
+    values: tuple[Any, ...] = ()
+    kind: type | None = None
+
+    def allows(self, value: Any) -> bool:
+        if self.kind:
+            return isinstance(value, self.kind)
+        # True is 1 to Python, and not to a client.
+        return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in self.values)
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """For OpenAPI."""
+        if self.kind:
+            return {"type": "object" if self.kind is dict else "string"}
+        return {"enum": [*self.values, None]}
+
+
+FALSE, TRUE, ZERO, ONE, NULL = Neutral((False,)), Neutral((True,)), Neutral((0,)), Neutral((1,)), Neutral()
+
+NEUTRAL: Mapping[str, Neutral] = {
+    # OpenAI's.
+    "suffix": Neutral(("",)),
+    "metadata": Neutral(kind=dict),
+    "service_tier": Neutral(("auto", "default")),
+    "store": FALSE,
+    "safety_identifier": Neutral(kind=str),
+    "prompt_cache_key": Neutral(kind=str),
+    "response_format": Neutral(({"type": "text"},)),
+    # vLLM's, SGLang's and others'.
+    "allowed_token_ids": NULL,
+    "bad_words": Neutral(([],)),
+    "cache_salt": NULL,
+    "detokenize": TRUE,
+    "early_stopping": FALSE,
+    "ebnf": NULL,
+    "guided_choice": NULL,
+    "guided_grammar": NULL,
+    "guided_json": NULL,
+    "guided_regex": NULL,
+    "include_stop_str_in_output": FALSE,
+    "json_schema": NULL,
+    "length_penalty": ONE,
+    "lora_path": NULL,
+    "min_tokens": ZERO,
+    "no_repeat_ngram_size": ZERO,
+    "no_stop_trim": FALSE,
+    "num_beams": ONE,
+    "prompt_logprobs": NULL,
+    "regex": NULL,
+    "repetition_penalty": ONE,
+    "return_token_ids": FALSE,
+    "return_tokens_as_token_ids": FALSE,
+    "skip_special_tokens": TRUE,
+    "spaces_between_special_tokens": Neutral((True, False)),
+    "stop_regex": NULL,
+    "stop_token_ids": Neutral(([],)),
+    "structured_outputs": NULL,
+    "truncate_prompt_tokens": NULL,
+    "typical_p": ONE,
+    "use_beam_search": FALSE,
+}

@@ -1,0 +1,140 @@
+"""A request's body as a `CompletionRequest`, at a cost that the body's size bounds.
+
+Validation builds an object, and perhaps an error, for every member, so a few megabytes of short members could take the
+server a second and hundreds of megabytes. Hence members are first split off unread (msgspec's `Raw`), at the speed of
+memory, and what has too many is refused at the first fault.
+"""
+
+import asyncio
+import contextvars
+import json
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import msgspec
+from pydantic import ValidationError
+
+from .errors import ApiError, from_validation, shown, unknown_parameter
+from .neutral import NEUTRAL
+from .schemas import CompletionRequest, NotOffered
+
+OTHER_BYTES = 16 << 10
+"""What a body may have beside the values of its known fields: names, white space, unknown fields that are null."""
+FIELD_BYTES = 32 << 10
+"""Of any field but the prompt."""
+SMALL_BODY_BYTES = 64 << 10
+"""A larger one is parsed in a thread, so that the event loop goes on meanwhile."""
+
+T = TypeVar("T")
+
+_FIELDS = [*CompletionRequest.model_fields, *NEUTRAL]
+_ABSENT = msgspec.Raw()
+_members = [(name, msgspec.Raw, msgspec.field(default=_ABSENT)) for name in _FIELDS]
+_split = msgspec.json.Decoder(msgspec.defstruct("Members", _members))
+_split_strictly = msgspec.json.Decoder(msgspec.defstruct("Members", _members, forbid_unknown_fields=True))
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.S)
+_FIRST_ELEMENT = re.compile(rb'\[\s*(["\[]?)')
+
+_worker = ThreadPoolExecutor(1, "parse")
+
+
+async def off_the_loop(body: bytes, work: Callable[[], T]) -> T:
+    """`work` on a large body in a thread, one such at a time; on a small one at once."""
+    if len(body) <= SMALL_BODY_BYTES:
+        return work()
+    context = contextvars.copy_context()
+    return await asyncio.get_running_loop().run_in_executor(_worker, context.run, work)
+
+
+def parse(body: bytes, max_prompts: int, max_length: int) -> CompletionRequest:
+    """max_prompts: most prompts of a request; max_length: most ids of a sequence. Raises ApiError 400."""
+    _bound(body, max_prompts, max_length)
+    try:
+        return CompletionRequest.model_validate_json(body)
+    except NotOffered as error:
+        raise ApiError(400, str(error), param=error.field, code="unsupported_parameter") from None
+    except ValidationError as error:
+        raise _encoding_fault(body) or from_validation(error) from None
+
+
+def _bound(body: bytes, max_prompts: int, max_length: int) -> None:
+    try:
+        members = _split.decode(body)
+    except msgspec.ValidationError:
+        raise ApiError(400, "the body must be a JSON object") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        if len(body) <= SMALL_BODY_BYTES:
+            # Validation says more about what is wrong.
+            return
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        message = f"the body is not valid JSON: {why}"
+        raise _encoding_fault(body) or ApiError(400, message, code="invalid_json") from None
+    raws: dict[str, msgspec.Raw] = {name: raw for name in _FIELDS if (raw := getattr(members, name)) is not _ABSENT}
+    if len(body) - sum(map(len, raws.values())) > OTHER_BYTES:
+        raise _unknown_field(body)
+    for name, raw in raws.items():
+        if name != "prompt" and len(raw) > FIELD_BYTES:
+            raise ApiError(400, f"{name}: must have at most {FIELD_BYTES} bytes", param=name, code="invalid_value")
+    if "prompt" in raws:
+        _bound_prompt(bytes(raws["prompt"]), max_prompts, max_length)
+    _refuse_repeated_bias(raws.get("logit_bias"))
+
+
+def _bound_prompt(raw: bytes, max_prompts: int, max_length: int) -> None:
+    """Counts an array's elements by marks that each must have; never more than there are."""
+    if raw[:1] == b"{":
+        message = "prompt: must be a string or an array, not an object"
+        raise ApiError(400, message, param="prompt", code="invalid_value")
+    first = _FIRST_ELEMENT.match(raw)
+    if not first:
+        return
+    kind = first[1]
+    if kind:
+        # Only the last quote of a string can come after a backslash and be none of its characters.
+        least = (raw.count(b'"') - raw.count(b'\\"')) // 2 if kind == b'"' else raw.count(b"[") - 1
+        if least > max_prompts:
+            message = f"prompt: {least} prompts or more; at most {max_prompts} are allowed"
+            raise ApiError(400, message, param="prompt", code="invalid_value")
+    elif (ids := raw.count(b",") + 1) > max_length:
+        message = f"prompt: {ids} ids; this model's sequences hold {max_length}"
+        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+
+
+def _refuse_repeated_bias(raw: msgspec.Raw | None) -> None:
+    """Two biases under one name: a parser would drop one of them without a word."""
+
+    def collect(pairs: list[tuple[str, Any]]) -> None:
+        seen = set[str]()
+        for name, _ in pairs:
+            if name in seen:
+                message = f"logit_bias: {shown(name)} is there twice"
+                raise ApiError(400, message, param="logit_bias", code="invalid_value")
+            seen.add(name)
+
+    if raw is not None:
+        # Other faults are for validation to name.
+        with suppress(ValueError):
+            json.loads(bytes(raw), object_pairs_hook=collect)
+
+
+def _unknown_field(body: bytes) -> ApiError:
+    """For a body with much beside its known fields: the first that is not known, if there is one."""
+    try:
+        _split_strictly.decode(body)
+    except msgspec.ValidationError as error:
+        if found := _UNKNOWN.fullmatch(str(error)):
+            return unknown_parameter(found[1])
+    message = f"the body has more than {OTHER_BYTES} bytes of white space or of repeated fields"
+    return ApiError(400, message)
+
+
+def _encoding_fault(body: bytes) -> ApiError | None:
+    try:
+        body.decode()
+    except UnicodeDecodeError as flaw:
+        message = f"the body is not valid UTF-8: {flaw.reason} at byte {flaw.start}"
+        return ApiError(400, message, code="invalid_json")
+    return None
