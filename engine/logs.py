@@ -2,6 +2,8 @@
 
 A message says everything to a person; what a machine may want to compute with is given beside it, as `extra`, and only
 JSON shows that. Nothing that a client sent as content may stand in either.
+
+Lines are made where they are logged, for that is where the request is known, and written by a thread (`log_writer`).
 """
 
 import json
@@ -16,11 +18,16 @@ from typing import IO, Any, Literal
 
 import msgspec
 
+from .log_writer import LogWriter
+
 LevelName = Literal["debug", "info", "warning", "error"]
 FormatName = Literal["human", "json"]
 
 context: ContextVar[Mapping[str, str]] = ContextVar("log context", default=MappingProxyType({}))
 """Fields of every line that is logged on behalf of the present request."""
+
+LAST_SECONDS = 1.0
+"""For the lines that still wait when logging ends, with the process or because it is configured anew."""
 
 _OWN = frozenset([*vars(logging.makeLogRecord({})), "message", "asctime"])
 """Attributes that every record has; any other is a field that was given as `extra`."""
@@ -37,14 +44,24 @@ def configure(settings: LogSettings, process: str, stream: IO[str] | None = None
     """Logs to `stream` (standard error) from now on, Python's warnings and uncaught exceptions too."""
     stream = stream or sys.stderr
     colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter(process) if settings.format == "json" else HumanFormatter(colour))
+    handler = _Handler(stream, JsonFormatter(process) if settings.format == "json" else HumanFormatter(colour))
     level = getattr(logging, settings.level.upper())
     # Other people's debug lines may hold whatever they were given; these are never wanted.
     logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
     logging.getLogger("fastblt").setLevel(level)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
+
+
+def flush(seconds: float = LAST_SECONDS) -> None:
+    """Waits until what was logged is written, but no longer than `seconds`."""
+    for handler in _handlers():
+        handler.writer.flush(seconds)
+
+
+def dropped() -> int:
+    """Lines of this process that nobody will read: they came while nobody read the log, and too many waited."""
+    return sum(handler.writer.dropped for handler in _handlers())
 
 
 class JsonFormatter(logging.Formatter):
@@ -90,6 +107,52 @@ class HumanFormatter(logging.Formatter):
 
     def _paint(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text
+
+
+class _Handler(logging.Handler):
+    """Makes a line in the thread that logs it and leaves it to a writer.
+
+    `logging` closes it when the process ends, as the last thing, and when it is configured anew.
+    """
+
+    def __init__(self, stream: IO[str], formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self.writer = LogWriter(stream, self._note)
+
+    def createLock(self) -> None:
+        """None: the writer has its own. With two, its thread could wait for one and whoever logs for the other, when
+        the garbage collector runs something that logs."""
+        self.lock = None
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        self.emit(record)
+        return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:
+            # What `logging` does itself would wait for the reader, and repeat the arguments, which may be content.
+            line = self._line(logging.ERROR, record.name, "a log line could not be made", exc_info=sys.exc_info())
+        self.writer.put(line)
+
+    def close(self) -> None:
+        self.writer.close(LAST_SECONDS)
+        super().close()
+
+    def _note(self, lines: int) -> str:
+        """In place of lines that are missing. It is written at any level: they all had the one that is asked for."""
+        message = f"{lines} log {'line was' if lines == 1 else 'lines were'} dropped: nothing read the log"
+        return self._line(logging.WARNING, "fastblt.logs", message, dropped_lines=lines)
+
+    def _line(self, level: int, logger: str, message: str, **fields: Any) -> str:
+        about = {"name": logger, "levelno": level, "levelname": logging.getLevelName(level), "msg": message}
+        return self.format(logging.makeLogRecord(about | fields))
+
+
+def _handlers() -> list[_Handler]:
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, _Handler)]
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -27,6 +27,8 @@ log = logging.getLogger("fastblt.engine.process")
 
 SNAPSHOT_INTERVAL = 0.1
 """Least seconds between two snapshots while there is work."""
+FIRST_LINES_SECONDS = 0.5
+"""Longest that the news of having loaded waits for whoever reads the log."""
 LINGER_MS = 2000
 """How long a leaving process tries to deliver its last message."""
 
@@ -66,6 +68,8 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
         socket.connect(address)
 
         def send(message: Message) -> None:
+            # The parent logs what this means, or ends this process at once: what was logged before is to come first.
+            logs.flush(FIRST_LINES_SECONDS)
             socket.send(encode(message))
 
         began = time.monotonic()

@@ -51,6 +51,8 @@ def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
         log.info("stopped")
     except ServeError as error:
         if settings.log_format == "human":
+            # What is raised is to be the last line.
+            logs.flush()
             raise
         # Whoever reads the log of a container that does not start reads JSON, too.
         log.critical("%s", error)

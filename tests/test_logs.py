@@ -3,7 +3,9 @@
 import io
 import json
 import logging
+import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from engine import logs
+from engine.log_writer import LIMIT_BYTES
 from engine.logs import FormatName, HumanFormatter, LevelName, LogSettings
 from tests.conftest import ROOT
 
@@ -31,13 +34,20 @@ def log() -> Iterator[Log]:
 
     yield configure
     logging.captureWarnings(False)
+    for handler in root.handlers:
+        handler.close()
     root.handlers[:], sys.excepthook = before[0], hook
     root.setLevel(before[1])
     ours.setLevel(before[2])
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in stream.getvalue().splitlines()]
+    return [json.loads(line) for line in text(stream).splitlines()]
+
+
+def text(stream: io.StringIO) -> str:
+    logs.flush()
+    return stream.getvalue()
 
 
 def fail() -> None:
@@ -63,7 +73,7 @@ def test_a_json_line_is_one_line_whatever_is_in_it(log: Log) -> None:
 def test_a_human_line_is_one_line_but_for_a_traceback(log: Log) -> None:
     stream = log("human", "info")
     fail()
-    first, *traceback = stream.getvalue().splitlines()
+    first, *traceback = text(stream).splitlines()
     assert first.split()[1:] == ["ERROR", "x", "it\\nfailed"]
     assert traceback[0].startswith("Traceback")
 
@@ -75,7 +85,7 @@ def test_fields_of_the_request_are_in_every_line_of_it(log: Log) -> None:
         logging.getLogger("uvicorn.error").warning("odd")
         logs.context.reset(token)
         logging.getLogger("fastblt").info("later")
-        odd, later = stream.getvalue().splitlines()
+        odd, later = text(stream).splitlines()
         assert "r-1" in odd and "r-1" not in later
         assert ("t-1" in odd) == (format == "json")
 
@@ -120,7 +130,7 @@ def test_colour_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch, l
     def coloured(stream: io.StringIO) -> bool:
         logs.configure(LogSettings(), "test", stream)
         logging.getLogger("fastblt").warning("look")
-        return "\x1b[33m" in stream.getvalue()
+        return "\x1b[33m" in text(stream)
 
     log("human", "info")
     monkeypatch.setenv("TERM", "xterm")
@@ -136,3 +146,50 @@ def test_colour_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch, l
 def test_a_terminal_gets_nothing_to_obey() -> None:
     record = logging.makeLogRecord({"msg": "\x1b[2Jgone", "levelname": "INFO", "name": "fastblt"})
     assert "\x1b" not in HumanFormatter(colour=False).format(record)
+
+
+@pytest.mark.parametrize("format", ["human", "json"])
+def test_lines_that_were_dropped_are_told_in_the_format_of_the_log(log: Log, format: FormatName) -> None:
+    stream = log(format, "error")
+    assert logs.dropped() == 0
+    token = logs.context.set({"request_id": "r-1"})
+    logging.getLogger("fastblt").error("x" * LIMIT_BYTES)
+    logs.context.reset(token)
+    assert "r-1" not in text(stream) and logs.dropped() == 1
+    if format == "json":
+        (line,) = lines(stream)
+        assert (line["level"], line["process"], line["logger"]) == ("warning", "test", "fastblt.logs")
+        assert line["message"] == "1 log line was dropped: nothing read the log" and line["dropped_lines"] == 1
+    else:
+        told = text(stream).split(maxsplit=3)
+        assert told[1:] == ["WARNING", "logs", "1 log line was dropped: nothing read the log\n"]
+
+
+def test_a_line_that_cannot_be_made_is_a_line_too(log: Log) -> None:
+    stream = log("json", "info")
+    logging.getLogger("fastblt.x").info("%d", "secret")
+    (line,) = lines(stream)
+    assert (line["level"], line["logger"], line["message"]) == ("error", "fastblt.x", "a log line could not be made")
+    assert "TypeError" in line["exception"] and "secret" not in line["exception"]
+
+
+def test_configuring_anew_writes_what_waits_and_leaves_one_thread(log: Log) -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        stream = log("human", "info")
+        logging.getLogger("fastblt").info("said")
+    log("human", "info")
+    assert stream.getvalue().count("said") == 1
+    assert threading.active_count() == before + 1
+
+
+@pytest.mark.parametrize(
+    ("last", "code"), [("log.critical('said'); raise SystemExit(3)", 3), ("raise KeyError('said')", 1)]
+)
+def test_the_last_line_of_a_process_comes_out(last: str, code: int) -> None:
+    first = "import logging; from engine import logs; logs.configure(logs.LogSettings(format='json'), 'test')"
+    program = f"{first}; log = logging.getLogger('fastblt'); {last}"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60)
+    (line,) = map(json.loads, ended.stderr.splitlines())
+    assert ended.returncode == code
+    assert line["level"] == "critical" and "said" in line["message"] + line.get("exception", "")

@@ -1,0 +1,71 @@
+"""A server whose log goes into a pipe that nobody reads: `fastblt serve 2>&1 | sleep 1000`."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engine.log_writer import LIMIT_BYTES
+from tests.serving import ROOT
+
+PIPE_BYTES = 1 << 16
+ROUTE_SECONDS = 5
+"""Within which a route must answer, on a machine that does other things, too."""
+CONTENT_BYTES = 8 * 1000 * len(r"\u0000\\x00")
+"""Least length of the line about a request for as many prompts of as many zeros: it has each as a field and in its
+message."""
+
+
+@pytest.fixture
+def piped(tiny_model: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server and its address. Nobody has read its log since it told that."""
+    flags = ["--model", str(tiny_model), "--port", "0", "--num-threads", "1", "--cache-bytes", str(1 << 26)]
+    logs = ["--log-format", "json", "--log-level", "debug", "--log-content"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "server", "serve", *flags, *logs], cwd=ROOT, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stderr
+            while not (found := re.search(rb" on (http://[\w.:]+)", line := process.stderr.readline())):
+                assert line, "the server did not start"
+            yield process, found[1].decode()
+        finally:
+            process.kill()
+
+
+def say(http: httpx.Client, num_lines: int) -> None:
+    """Requests whose lines are long."""
+    for _ in range(num_lines):
+        asked = {"model": "tiny", "prompt": ["\0" * 1000] * 8, "max_tokens": 1}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+
+
+def test_a_log_that_nobody_reads_stops_no_route_and_no_end(piped: tuple[subprocess.Popen[bytes], str]) -> None:
+    process, url = piped
+    log = process.stderr
+    assert log
+    with httpx.Client(base_url=url, timeout=ROUTE_SECONDS) as http:
+        say(http, (LIMIT_BYTES + PIPE_BYTES) // CONTENT_BYTES + 2)
+        for path in ("/health/live", "/health/ready", "/metrics", "/version", "/v1/models"):
+            assert http.get(path).status_code == 200
+
+        lines = [json.loads(log.readline())]
+        while lines[-1]["logger"] != "fastblt.logs":
+            lines.append(json.loads(log.readline()))
+        assert lines[-1]["dropped_lines"] > 0
+        assert sum(line["logger"] == "fastblt.content" for line in lines) > LIMIT_BYTES / 2 / CONTENT_BYTES
+        http.get("/version", headers={"x-request-id": "again"})
+        while json.loads(log.readline())["request_id"] != "again":
+            pass
+
+        say(http, PIPE_BYTES // CONTENT_BYTES + 2)
+    began = time.monotonic()
+    process.terminate()
+    assert process.wait(20) == 0
+    assert time.monotonic() - began < 10
