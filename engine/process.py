@@ -86,7 +86,7 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
             "loaded %s in %.1f s: %s parameters, %s weights on %s",
             *(limits.name, time.monotonic() - began, f"{limits.parameters:,}", facts.weights, facts.device),
         )
-        send(Started(limits, facts, engine.snapshot()))
+        send(Started(limits, facts, _snapshot(engine)))
         # What was loaded stays; without this the collector walks through all of it again and again.
         gc.collect()
         gc.freeze()
@@ -123,7 +123,12 @@ def _serve(engine: EngineLike, socket: zmq.Socket[bytes]) -> None:
         if due:
             reported = now
         if events or due:
-            socket.send(encode(Batch(events, engine.snapshot() if due else None)))
+            socket.send(encode(Batch(events, _snapshot(engine) if due else None)))
+
+
+def _snapshot(engine: EngineLike) -> Snapshot:
+    """With what only the process knows."""
+    return msgspec.structs.replace(engine.snapshot(), dropped_log_lines=logs.dropped())
 
 
 def _leave_with_parent(lifeline: int) -> None:

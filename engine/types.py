@@ -243,6 +243,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     pools: dict[str, PoolStats] = {}
     device_memory: tuple[int, int] | None = None
     """Bytes used, by whomever, and in all; of a GPU."""
+    dropped_log_lines: int = 0
+    """By the engine process, since it began."""
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):

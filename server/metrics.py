@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from engine import logs
 from engine.client import EngineClient
 from engine.types import DecoderCounts, Snapshot, Usage
 
@@ -186,6 +187,8 @@ class EngineCollector(Collector):
         restarts = CounterMetricFamily("fastblt_engine_restarts", "Restarts of the engine process.")
         restarts.add_metric([], client.restarts)
         yield restarts
+        # This process writes to the log as well.
+        self._totals["log_lines_dropped", ("server",)] = logs.dropped()
         for name, (help_text, labels, _) in COUNTERS.items():
             family = CounterMetricFamily(f"fastblt_{name}", help_text, labels=labels)
             for (counter, values), count in self._totals.items():
@@ -246,6 +249,11 @@ COUNTERS: dict[str, tuple[str, Labels, Read]] = {
     "steps": ("Steps of the engine.", (), _one("steps")),
     "step_seconds": ("Time in steps, the host's part included.", (), _one("step_seconds")),
     "preemptions": ("Sequences put back for lack of pages.", (), _one("preemptions")),
+    "log_lines_dropped": (
+        "Log lines that nobody will read.",
+        ("process",),
+        lambda snapshot: {("engine",): snapshot.dropped_log_lines},
+    ),
     "prompt_bytes": ("Prompt ids computed.", (), _one("prompt_rows")),
     "prompt_cached_bytes": ("Prompt ids that the prefix cache knew.", (), _one("cached_rows")),
     "stage_calls": ("Calls of a stage, each over a whole batch.", ("stage",), _per_stage("calls")),

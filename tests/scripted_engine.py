@@ -1,15 +1,18 @@
 """An engine without a model, for tests of the process around it: its bytes follow from prompt and position alone.
 
 What a prompt asks for comes true when the output has the length behind the colon: "exit:3" ends the process, "raise:3"
-raises, "hang:3" never comes back. `EngineConfig.model` may say "exit" or "sleep" (while loading), else it must exist.
+raises, "hang:3" never comes back, "shout:3" logs more than can wait. `EngineConfig.model` may say "exit" or "sleep"
+(while loading), else it must exist.
 """
 
 import hashlib
+import logging
 import os
 import time
 from pathlib import Path
 
 from engine.config import BYTE_OFFSET, EngineConfig, ModelLimits
+from engine.log_writer import LIMIT_BYTES
 from engine.stopping import StopMatcher
 from engine.types import Delta, Event, Facts, Finished, FinishReason, Request, Snapshot, TokenLogprob, Usage
 
@@ -132,6 +135,8 @@ class _Run:
                 raise FloatingPointError("scripted")
             case "hang":
                 time.sleep(60)
+            case "shout":
+                logging.getLogger("fastblt.engine").info("a" * LIMIT_BYTES)
 
     def finished(self, reason: FinishReason, text: bytes) -> Finished:
         usage = Usage(prompt_tokens=len(self.prompt), completion_tokens=self.num_output)

@@ -172,6 +172,7 @@ LOG_LINES = [
     "the engine did not come back: …",
     "the engine has been silent for … s",
     "the engine failed repeatedly while it ran this request",
+    "dropped: nothing read the log",
 ]
 
 

@@ -76,6 +76,13 @@ async def test_closing_a_stream_early_aborts_its_request(tmp_path: Path) -> None
         assert client.restarts == 0
 
 
+async def test_the_parent_learns_how_many_log_lines_were_dropped(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        assert client.snapshot.dropped_log_lines == 0
+        await read(client, request("shout:1", max_tokens=3))
+        await eventually(lambda: client.snapshot.dropped_log_lines == 1)
+
+
 async def test_two_requests_in_flight_cannot_share_an_id(tmp_path: Path) -> None:
     async with running(tmp_path) as client, aclosing(client.submit(request("a", max_tokens=9999))) as stream:
         await anext(stream)

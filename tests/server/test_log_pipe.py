@@ -52,13 +52,16 @@ def test_a_log_that_nobody_reads_stops_no_route_and_no_end(piped: tuple[subproce
     assert log
     with httpx.Client(base_url=url, timeout=ROUTE_SECONDS) as http:
         say(http, (LIMIT_BYTES + PIPE_BYTES) // CONTENT_BYTES + 2)
-        for path in ("/health/live", "/health/ready", "/metrics", "/version", "/v1/models"):
+        for path in ("/health/live", "/health/ready", "/version", "/v1/models"):
             assert http.get(path).status_code == 200
+        metrics = http.get("/metrics").text
+        counts = dict(re.findall(r'^fastblt_log_lines_dropped_total{process="(.+)"} (.+)$', metrics, re.M))
+        assert float(counts["server"]) > 0 and float(counts["engine"]) == 0
 
         lines = [json.loads(log.readline())]
         while lines[-1]["logger"] != "fastblt.logs":
             lines.append(json.loads(log.readline()))
-        assert lines[-1]["dropped_lines"] > 0
+        assert lines[-1]["dropped_lines"] >= float(counts["server"])
         assert sum(line["logger"] == "fastblt.content" for line in lines) > LIMIT_BYTES / 2 / CONTENT_BYTES
         http.get("/version", headers={"x-request-id": "again"})
         while json.loads(log.readline())["request_id"] != "again":

@@ -34,6 +34,8 @@ def test_series_begin_at_zero(tiny_server: str) -> None:
         assert f'fastblt_queue_seconds_count{{decoder="{decoder}"}}' in text
         for stage in STAGES:
             assert f'fastblt_decoder_stage_read_bytes_total{{decoder="{decoder}",stage="{stage}"}}' in text
+    for process in ("server", "engine"):
+        assert f'fastblt_log_lines_dropped_total{{process="{process}"}} 0.0' in text
     assert "_created" not in text
 
 

@@ -124,19 +124,27 @@ async def test_counters_go_on_when_the_engine_starts_anew() -> None:
 
         async def committed() -> list[str]:
             lines = (await http.get("/metrics")).text.splitlines()
-            names = ("fastblt_committed_bytes_total", "fastblt_stage_rows_total")
+            names = ("fastblt_committed_bytes_total", "fastblt_stage_rows_total", "fastblt_log_lines_dropped_total")
             return sorted(line for line in lines if line.startswith(names))
 
-        client.snapshot = Snapshot(decoders={"blt-s": DecoderCounts(committed=10)}, rows={"global": 5})
+        client.snapshot = Snapshot(
+            decoders={"blt-s": DecoderCounts(committed=10)}, rows={"global": 5}, dropped_log_lines=2
+        )
         assert await committed() == [
             'fastblt_committed_bytes_total{decoder="blt-s"} 10.0',
+            'fastblt_log_lines_dropped_total{process="engine"} 2.0',
+            'fastblt_log_lines_dropped_total{process="server"} 0.0',
             'fastblt_stage_rows_total{stage="global"} 5.0',
         ]
         client.snapshot = Snapshot()
         await committed()
-        client.snapshot = Snapshot(decoders={"blt-s": DecoderCounts(committed=3)}, rows={"global": 2})
+        client.snapshot = Snapshot(
+            decoders={"blt-s": DecoderCounts(committed=3)}, rows={"global": 2}, dropped_log_lines=1
+        )
         assert await committed() == [
             'fastblt_committed_bytes_total{decoder="blt-s"} 13.0',
+            'fastblt_log_lines_dropped_total{process="engine"} 3.0',
+            'fastblt_log_lines_dropped_total{process="server"} 0.0',
             'fastblt_stage_rows_total{stage="global"} 7.0',
         ]
 
