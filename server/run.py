@@ -167,8 +167,8 @@ class HttpServer(uvicorn.Server):
         self.started = True
         # Said only now: a program that reads it may connect.
         host, number = self._bound.getsockname()[:2]
-        scheme = "https" if self._tls else "http"
-        log.info("serving %s on %s://%s:%d", self._model, scheme, f"[{host}]" if ":" in host else host, number)
+        line = "serving %s on https://%s:%d" if self._tls else "serving %s on http://%s:%d"
+        log.info(line, self._model, f"[{host}]" if ":" in host else host, number)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

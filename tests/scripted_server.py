@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from engine.client import EngineClient, EngineDead
 from engine.config import ModelLimits
-from engine.types import Delta, Event, Facts, Failed, Finished, Request, Snapshot, Usage
+from engine.types import Delta, Event, Facts, Failed, Finished, Request, Snapshot, TokenLogprob, Usage
 from server.app import create_app
 from server.http import bind
 from server.run import HttpServer
@@ -40,6 +40,12 @@ class ScriptedClient(EngineClient):
         try:
             if order == "wait":
                 await self.release.wait()
+            if order == "late":
+                await asyncio.sleep(0.1)
+                yield Finished(id=request.id, reason="timeout", usage=Usage(prompt_tokens=1))
+                return
+            if request.prompt_logprobs:
+                yield Delta(id=request.id, prompt_logprobs=[TokenLogprob(i, -1.0, {}) for i in request.prompt_ids])
             if order == "patches":
                 yield Failed(id=request.id, code="too_long", message="too many patches", param="prompt")
                 return

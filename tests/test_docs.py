@@ -98,9 +98,9 @@ def test_every_code_of_an_error_is_there_and_no_other() -> None:
 
 WRONG: list[tuple[str, str, Any]] = [
     ("invalid_json", "/v1/completions", b"{"),
-    ("missing_required_parameter", "/v1/completions", {}),
+    ("missing_required_parameter", "/v1/completions", {"unmask": {}}),
     ("unknown_parameter", "/v1/completions", {"model": "nano", "nope": 1}),
-    ("unsupported_parameter", "/v1/completions", {"model": "nano", "suffix": "x"}),
+    ("unsupported_parameter", "/v1/completions", {"model": "nano", "min_tokens": 1}),
     ("invalid_value", "/v1/completions", {"model": "nano", "n": 0}),
     ("context_length_exceeded", "/v1/completions", {"model": "nano", "max_tokens": 1 << 20}),
     ("model_not_found", "/v1/completions", {"model": "none"}),
@@ -115,7 +115,8 @@ def test_a_code_comes_with_the_status_of_the_documentation(
     nano_server: RunningServer, code: str, route: str, body: Any
 ) -> None:
     with nano_server.client() as http:
-        answer = http.post(route, content=body if isinstance(body, bytes) else json.dumps(body))
+        content = body if isinstance(body, bytes) else json.dumps(body)
+        answer = http.post(route, content=content, headers={"content-type": "application/json"})
     assert answer.json()["error"]["code"] == code
     assert f"| {answer.status_code} | `{code}` |" in DOCS["api.md"]
 

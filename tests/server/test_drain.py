@@ -1,6 +1,9 @@
 """How a server starts and ends."""
 
+import asyncio
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +14,11 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from server.app import create_app
+from server.http import bind
+from server.run import HttpServer
+from server.settings import ServerSettings
+from tests.scripted_server import ScriptedClient, until
 from tests.serving import ROOT, RunningServer, StartServer
 
 LONG = {"model": "tiny", "prompt": "a", "max_tokens": 1000, "ignore_eos": True, "stream": True, "seed": 1}
@@ -55,7 +63,8 @@ def test_what_does_not_finish_in_time_ends_with_an_error_event(start_server: Sta
     ):
         lines = stream.iter_lines()
         next(lines)
-        running.terminate()
+        # A closed terminal ends the server as SIGTERM does.
+        running.process.send_signal(signal.SIGHUP if second_signal else signal.SIGTERM)
         if second_signal:
             until_draining(other)
             running.terminate()
@@ -76,6 +85,40 @@ def test_a_port_in_use_is_one_clear_line(server: RunningServer, tiny_model: Path
     ended = serve("--model", str(tiny_model), "--port", str(port))
     assert ended.returncode == 1
     assert ended.stderr.strip() == f"fastblt: cannot listen on 127.0.0.1:{port}: the port is already in use"
+
+
+async def test_of_two_servers_started_at_once_on_one_port_one_says_why_it_ends() -> None:
+    chosen = ServerSettings()
+    app = create_app(chosen, ScriptedClient())
+    first = bind("127.0.0.1", 0)
+    # As long as neither listens, both may have the port.
+    second = bind("127.0.0.1", first.getsockname()[1])
+    servers = [HttpServer(app, chosen, bound, None, "scripted") for bound in (first, second)]
+    serving = asyncio.create_task(servers[0].serve())
+    await until(lambda: servers[0].started)
+    with second, pytest.raises(OSError) as caught:
+        await servers[1].serve()
+    assert caught.value.strerror == "the port is already in use"
+    servers[0].should_exit = True
+    await serving
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--api-key-file", "keys"], "API keys: keys, line 1: an API key has at least 16 characters"),
+        (["--api-key-file", "none"], "API keys: [Errno 2] No such file"),
+        (["--api-keys", ""], "holds no API key"),
+        (["--ssl-certfile", "keys", "--ssl-keyfile", "keys"], "--ssl-certfile keys and --ssl-keyfile keys: "),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_loaded(tmp_path: Path, flags: list[str], why: str) -> None:
+    (tmp_path / "keys").write_text("sk-1 # alice\n")
+    command = [sys.executable, "-m", "server", "serve", "--model", "nothing", *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment)
+    assert ended.returncode in (1, 2) and why in " ".join(ended.stderr.split())
+    assert "nothing" not in ended.stderr and "sk-1" not in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_a_model_that_cannot_be_loaded_is_refused_before_the_port_opens(tmp_path: Path) -> None:

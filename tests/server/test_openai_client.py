@@ -1,6 +1,7 @@
 """The official client, unchanged, against a real server."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
@@ -79,8 +80,12 @@ def test_errors(api: openai.OpenAI) -> None:
     assert bad.value.param == "max_tokens"
 
 
-def test_keys_are_asked_for(start_server: StartServer) -> None:
-    running = start_server("--api-keys", "key-1-of-this-test,key-2-of-this-test")
+def test_keys_are_asked_for(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTBLT_API_KEYS", "key-1-of-this-test,key-2-of-this-test")
+    running = start_server()
+    (engine,) = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
+    inherited = Path(f"/proc/{engine}/environ").read_bytes()
+    assert b"PYTHONPATH=" in inherited and b"FASTBLT" not in inherited and b"key-1" not in inherited
     for key, valid in (("key-1-of-this-test", True), ("key-2-of-this-test", True), ("key-", False), ("#", False)):
         with openai.OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0) as client:
             if valid:

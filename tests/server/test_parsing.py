@@ -1,0 +1,145 @@
+"""What a body is refused for before anything is built of it, and what it is not."""
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server import parsing
+from server.errors import ApiError
+from server.neutral import NEUTRAL
+from server.parsing import FIELD_BYTES, OTHER_BYTES, SMALL_BODY_BYTES, off_the_loop, parse
+from server.schemas import CompletionRequest
+
+MAX_PROMPTS, MAX_LENGTH = 8, 1000
+
+
+def parsed(body: Any) -> CompletionRequest:
+    return parse(body if isinstance(body, bytes) else json.dumps(body).encode(), MAX_PROMPTS, MAX_LENGTH)
+
+
+def refused(body: Any) -> dict[str, Any]:
+    with pytest.raises(ApiError) as caught:
+        parsed(body)
+    assert caught.value.status == 400
+    error: dict[str, Any] = caught.value.body["error"]
+    assert len(error["message"]) < 300 and len(error["param"] or "") <= 80
+    return error
+
+
+MANY = 100_000
+LARGE: dict[str, tuple[bytes, str | None, str | None]] = {
+    "unknown members": (b"{" + b",".join(b'"k%d":1' % i for i in range(MANY)) + b"}", "unknown_parameter", "k0"),
+    "one member again and again": (b"{" + b",".join([b'"n":1'] * MANY) + b"}", None, None),
+    "a long name": (b'{"' + b"k" * MANY + b'":1}', "unknown_parameter", "k" * 80),
+    "white space": (b"{" + b" " * MANY + b"}", None, None),
+    "strings": (b'{"prompt":[' + b",".join([b'"a"'] * MANY) + b"]}", "invalid_value", "prompt"),
+    "strings of escapes": (b'{"prompt":[' + b",".join([b'"\\\\"'] * MANY) + b"]}", "invalid_value", "prompt"),
+    "arrays": (b'{"prompt":[' + b",".join([b"[1]"] * MANY) + b"]}", "invalid_value", "prompt"),
+    "ids": (b'{"prompt":[' + b",".join([b"1"] * MANY) + b"]}", "context_length_exceeded", "prompt"),
+    "an object": (b'{"prompt":{' + b",".join(b'"%d":1' % i for i in range(MANY)) + b"}}", "invalid_value", "prompt"),
+    "biases": (
+        b'{"logit_bias":{' + b",".join(b'"%d":1' % i for i in range(MANY)) + b"}}",
+        "invalid_value",
+        "logit_bias",
+    ),
+    "stops": (b'{"stop":[' + b",".join([b'"a"'] * MANY) + b"]}", "invalid_value", "stop"),
+    "metadata": (b'{"metadata":{"a":"' + b"x" * MANY + b'"}}', "invalid_value", "metadata"),
+    "depth": (b'{"prompt":' + b"[" * MANY + b"]" * MANY + b"}", "invalid_json", None),
+    "no end": (b'{"prompt":"' + b"a" * MANY, "invalid_json", None),
+    "no UTF-8": (b'{"prompt":"' + b"\xff" * MANY + b'"', "invalid_json", None),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_has_too_much_is_refused_before_it_is_validated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("validated")
+
+    monkeypatch.setattr(CompletionRequest, "model_validate_json", fail)
+    body, code, param = LARGE[name]
+    error = refused(body)
+    assert (error["code"], error["param"]) == (code, param)
+
+
+TEXT = st.text(alphabet=st.sampled_from('a"\\[],{}\n é\u2028'), max_size=12)
+PROMPT = st.one_of(
+    TEXT,
+    st.lists(TEXT, min_size=1, max_size=2 * MAX_PROMPTS),
+    st.lists(st.integers(0, 259), min_size=1, max_size=40),
+    st.lists(st.lists(st.integers(0, 259), min_size=1, max_size=6), min_size=1, max_size=2 * MAX_PROMPTS),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(PROMPT, st.booleans(), st.sampled_from([None, 2]))
+def test_no_prompt_that_is_right_is_refused(prompt: Any, ascii: bool, indent: int | None) -> None:
+    body = json.dumps({"prompt": prompt}, ensure_ascii=ascii, indent=indent).encode()
+    is_many = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    if is_many and len(prompt) > MAX_PROMPTS:
+        # The count is a lower bound, at least half of what is there; the rest is the plan's to refuse.
+        try:
+            assert parsed(body).prompt == prompt
+        except ApiError as error:
+            assert error.body["error"]["param"] == "prompt"
+        else:
+            assert len(prompt) <= 2 * MAX_PROMPTS
+    else:
+        assert parsed(body).prompt == prompt
+
+
+def test_bounds_are_where_they_are_said_to_be() -> None:
+    assert parsed({"prompt": [5] * MAX_LENGTH}).prompt == [5] * MAX_LENGTH
+    assert refused({"prompt": [5] * (MAX_LENGTH + 1)})["code"] == "context_length_exceeded"
+    assert parsed({"user": "u" * (FIELD_BYTES - 2)}).user
+    assert refused({"user": "u" * (FIELD_BYTES - 1)})["param"] == "user"
+    assert parsed(b"{" + b" " * (OTHER_BYTES - 2) + b"}")
+    assert "white space" in refused(b"{" + b" " * (OTHER_BYTES - 1) + b"}")["message"]
+    assert parsed(b'{"nope":null}')
+
+
+@pytest.mark.parametrize("bias", ['{"36":1,"036":-1}', '{"36":1,"36":-1}', '{"36":1,"7":0,"36":1}'])
+def test_two_biases_for_one_id_are_refused(bias: str) -> None:
+    error = refused(f'{{"logit_bias":{bias}}}'.encode())
+    assert error["param"] == "logit_bias" and "twice" in error["message"] and "36" in error["message"]
+
+
+def test_what_a_message_repeats_is_short() -> None:
+    for value in ("x" * 9999, [1] * 9999, {"a": "b" * 9999}, 10**300):
+        refused({"temperature": value})
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_value_that_asks_for_nothing_is_taken_and_any_other_refused_by_name(name: str) -> None:
+    known = NEUTRAL[name]
+    fine = list(known.values) if not known.kind else [{"a": "b"} if known.kind is dict else "a"]
+    for value in [*fine, None]:
+        assert parsed({name: value, "n": 2}).n == 2
+    for value in (7, "other", [1], {"type": "json_object"}, not (fine[0] if fine else False)):
+        if value in fine or (known.kind and isinstance(value, known.kind)) or value is True and True in fine:
+            continue
+        error = refused({name: value})
+        assert (error["code"], error["param"]) == ("unsupported_parameter", name)
+        assert name in error["message"]
+
+
+def test_numbers_are_no_booleans() -> None:
+    assert parsed({"repetition_penalty": 1.0, "min_tokens": 0})
+    assert refused({"repetition_penalty": True})["param"] == "repetition_penalty"
+    assert refused({"store": 0})["param"] == "store"
+
+
+def test_large_bodies_are_parsed_in_a_thread() -> None:
+    async def where(size: int) -> str:
+        return await off_the_loop(b" " * size, lambda: threading.current_thread().name)
+
+    assert asyncio.run(where(SMALL_BODY_BYTES)) == threading.main_thread().name
+    assert asyncio.run(where(SMALL_BODY_BYTES + 1)).startswith("parse")
+
+
+def test_every_known_field_can_be_split_off() -> None:
+    assert set(parsing._FIELDS) == {*CompletionRequest.model_fields, *NEUTRAL}
