@@ -23,15 +23,15 @@ USAGE_BYTES = 4096
 
 
 @contextmanager
-def server(model: Path, *flags: str) -> Iterator[str]:
-    """The address of `fastblt serve` on a free port; it is stopped behind."""
+def server(model: Path, *flags: str, root: Path = ROOT) -> Iterator[str]:
+    """The address of `fastblt serve`, of the checkout in `root`, on a free port; it is stopped afterwards."""
     command = [sys.executable, "-m", "server", "serve", "--model", str(model.resolve()), "--port", "0"]
     command += ["--served-model-name", NAME, *flags]
     with TemporaryDirectory(prefix="benchmarks-") as folder:
         log = Path(folder) / "log"
         with (
             log.open("w") as out,
-            subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT) as process,
+            subprocess.Popen(command, cwd=root, stdout=out, stderr=subprocess.STDOUT) as process,
         ):
             try:
                 yield _address(process, log)

@@ -19,6 +19,7 @@ PROGRAMS = {
     "decoders": "The decoders on text of three kinds",
     "batching": "Batching",
     "serving": "Server cost",
+    "checkouts": "Against an earlier server",
     "growth": "Growth with the context",
     "startup": "Start-up",
     "prefix": "Prefix cache",

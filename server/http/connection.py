@@ -55,7 +55,7 @@ class HttpConnection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._allow_data_after_close()
         self._reading = "nothing"
-        """"nothing" between requests, "head" or "body" within one."""
+        """Between requests "nothing", within one "head" or "body"."""
         self._ready_since = self._began = self._loop.time()
         self._is_first = True
         self._url = b""

@@ -1,0 +1,133 @@
+"""What a change does to a well-behaved client: the same streams from the servers of two checkouts, in turns.
+
+Both run with this Python and its packages, on the same model with the same flags; compiled kernels must be there in both
+(kernels/native/*.so is built at installation, and may be copied where its sources are the same).
+"""
+
+import asyncio
+import os
+import random
+import statistics
+import subprocess
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from . import plot, report
+from .generate import prompts
+from .program import Content, Verdict, finish, parser, subject
+from .servers import server, streams
+from .turns import in_turn, shown, spread
+
+LEAST = 0.95
+CONFIDENCE = 0.95
+PROMPT_BYTES = 100
+WARM_UP_BYTES = 16
+RESAMPLES = 10_000
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    program = parser("checkouts", __doc__)
+    program.set_defaults(turns=20)
+    program.add_argument("--against", type=Path, required=True, help="folder of the other checkout")
+    program.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="streams at a time")
+    program.add_argument("--bytes", type=int, default=64, help="per stream (%(default)s)")
+    options = program.parse_args(arguments)
+    options.num_threads = options.num_threads or max(1, (os.cpu_count() or 1) - 1)
+    with subject(options) as model:
+        flags = [f"--max-sequences={max(options.concurrency)}", "--no-prefix-cache", f"--dtype={model.dtype}"]
+        flags += [f"--device={model.device}", f"--num-threads={options.num_threads}"]
+        with (
+            server(model.path, *flags) as this,
+            server(model.path, *flags, root=options.against.resolve()) as other,
+        ):
+            rows = [measure(this, other, count, options) for count in options.concurrency]
+    figures = {"against": _commit(options.against), "bytes": options.bytes, "turns": options.turns, "rows": rows}
+    finish("checkouts", model, figures, options, arguments)
+
+
+def measure(this: str, other: str, count: int, options: Any) -> dict[str, Any]:
+    texts = prompts(count, PROMPT_BYTES)
+    for address in (this, other):
+        _streamed(address, texts, WARM_UP_BYTES)
+    pairs = in_turn(
+        partial(_streamed, other, texts, options.bytes), partial(_streamed, this, texts, options.bytes), options.turns
+    )
+    speed = [new["bytes_per_second"] / old["bytes_per_second"] for old, new in pairs]
+    first = [new["first"] / old["first"] for old, new in pairs]
+    return {
+        "concurrency": count,
+        "speed": spread(speed) | {"lower": lower_bound(speed)},
+        "first_byte": spread(first),
+        "bytes_per_second": statistics.median(new["bytes_per_second"] for _, new in pairs),
+    }
+
+
+def lower_bound(ratios: Sequence[float], confidence: float = CONFIDENCE) -> float:
+    """Of their median, one-sided, by the bootstrap."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    return medians[int((1 - confidence) * RESAMPLES)]
+
+
+def _streamed(address: str, texts: Sequence[list[int]], count: int) -> dict[str, float]:
+    bodies: list[dict[str, Any]] = [
+        {"prompt": text, "max_tokens": count, "temperature": 0, "ignore_eos": True} for text in texts
+    ]
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        found = runner.run(streams(address, bodies))
+    if any(stream.tokens != count for stream in found):
+        raise RuntimeError("a stream ended early")
+    took = max(stream.last for stream in found)
+    return {
+        "bytes_per_second": sum(stream.tokens for stream in found) / took,
+        "first": statistics.median(stream.first for stream in found),
+    }
+
+
+def _commit(folder: Path) -> str:
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def render(content: Content) -> str:
+    header = ["streams at a time", f"bytes/s over those of {content['against']}", "lower bound of the median"]
+    header += ["time to the first byte", "bytes/s"]
+    return report.table(
+        header,
+        [
+            [str(row["concurrency"]), shown(row["speed"]), f"{row['speed']['lower']:.3f}"]
+            + [shown(row["first_byte"]), f"{row['bytes_per_second']:,.0f}"]
+            for row in content["rows"]
+        ],
+    )
+
+
+def judge(content: Content) -> list[Verdict]:
+    return [
+        Verdict(
+            f"speed against {content['against']}, {row['concurrency']} streams",
+            f"95 % lower bound of the median at least {LEAST}",
+            f"{row['speed']['lower']:.3f} ({content['turns']} turns)",
+            row["speed"]["lower"] >= LEAST,
+        )
+        for row in content["rows"]
+    ]
+
+
+def draw(content: Content, path: Path) -> None:
+    rows = content["rows"]
+    with plot.axes(path, "streams at a time", f"bytes/s over those of {content['against']}") as on:
+        places = range(len(rows))
+        found = [row["speed"] for row in rows]
+        around = [[f["median"] - f["least"] for f in found], [f["most"] - f["median"] for f in found]]
+        on.bar(places, [f["median"] for f in found], 0.4, yerr=around, capsize=4, color=plot.COLOURS[0])
+        on.axhline(LEAST, color=plot.INK, linestyle="--", label="aim")
+        on.set_xticks(places, [str(row["concurrency"]) for row in rows])
+
+
+if __name__ == "__main__":
+    main()
