@@ -30,15 +30,21 @@ LONG = {"max_tokens": 600, "temperature": 0, "ignore_eos": True}
 """Takes long enough to be in the middle of it."""
 SECONDS = 120
 """Within which everything that is waited for must have come, on a busy machine too."""
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-    # Reports to the autoscaler; by default every ten seconds.
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-}
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """With a home folder of its own and without what Ray is told on this machine: Ray leaves a token in the one, and
+    looks for it in both."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "HOME": str(home),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        # Reports to the autoscaler; by default every ten seconds.
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    }
 
 
 def until(condition: Callable[[], Any], what: str = "") -> Any:
@@ -58,11 +64,18 @@ def alive(pid: int) -> bool:
         return False
 
 
+class Cluster(NamedTuple):
+    address: str
+    environment: dict[str, str]
+    """Of whoever joins it."""
+
+
 @contextmanager
-def running_cluster() -> Iterator[str]:
-    """Of two cores and a small object store; its address."""
+def running_cluster(environment: dict[str, str] | None = None) -> Iterator[Cluster]:
+    """Of two cores and a small object store. By default its home folder is its own and empty, so it has no token."""
     # Sockets lie in it, and their paths must be short.
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+    environment = environment or clean_environment(folder)
     port, *others = _free_ports(4)
     flags = [f"--port={port}", "--num-cpus=2", "--object-store-memory=100000000", f"--temp-dir={folder}"]
     flags += ["--include-dashboard=false", f"--ray-client-server-port={others[0]}"]
@@ -74,13 +87,13 @@ def running_cluster() -> Iterator[str]:
             [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats", *flags],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=ENVIRONMENT,
+            env=environment,
         ) as process,
     ):
         try:
             until(lambda: "--block" in log.read_text() or process.poll() is not None, "the cluster")
             assert process.poll() is None, log.read_text()
-            yield f"127.0.0.1:{port}"
+            yield Cluster(f"127.0.0.1:{port}", environment)
         finally:
             process.terminate()
             try:
@@ -158,12 +171,12 @@ class Application(NamedTuple):
 
 
 @contextmanager
-def running_application(cluster: str, model: Path, log: Path, *flags: str) -> Iterator[Application]:
+def running_application(cluster: Cluster, model: Path, log: Path, *flags: str) -> Iterator[Application]:
     """With an engine thread each, so that two find room beside each other. It ends in time when it is told to."""
     (port,) = _free_ports(1)
-    command = [sys.executable, "-m", "deploy.ray_serve", "--model", str(model), "--ray-address", cluster]
+    command = [sys.executable, "-m", "deploy.ray_serve", "--model", str(model), "--ray-address", cluster.address]
     command += ["--port", str(port), "--num-threads", "1", "--replica-cpus", "0.5", "--cache-bytes", str(1 << 26)]
-    environment = ENVIRONMENT | {"FASTBLT_API_KEYS": "secret"}
+    environment = cluster.environment | {"FASTBLT_API_KEYS": "secret"}
     with (
         log.open("wb") as out,
         subprocess.Popen(

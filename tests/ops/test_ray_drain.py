@@ -5,16 +5,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.ops.ray_cluster import LONG, NANO, SECONDS, Stream, alive, load, running_application, running_cluster, until
+from tests.ops.ray_cluster import (
+    LONG,
+    NANO,
+    SECONDS,
+    Cluster,
+    Stream,
+    alive,
+    load,
+    running_application,
+    running_cluster,
+    until,
+)
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    with running_cluster() as address:
-        yield address
+def cluster() -> Iterator[Cluster]:
+    with running_cluster() as running:
+        yield running
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_command_and_it_says_why(cluster: str, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_ends_the_command_and_it_says_why(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "application.log"
     with pytest.raises(AssertionError), running_application(cluster, tmp_path / "none", log):
         pass
@@ -23,7 +34,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_command_and_it_says_why(cluster:
 
 
 def test_a_replica_that_is_taken_away_finishes_what_it_runs_and_so_does_a_shutdown(
-    cluster: str, tmp_path: Path
+    cluster: Cluster, tmp_path: Path
 ) -> None:
     log = tmp_path / "application.log"
     flags = "--max-replicas 2 --target-requests 2 --upscale-delay 0 --downscale-delay 1 --drain-seconds 60"

@@ -24,6 +24,7 @@ from tests.ops.ray_cluster import (
     NANO,
     PREFIXES,
     Application,
+    Cluster,
     Stream,
     alive,
     load,
@@ -122,13 +123,13 @@ def test_the_configuration_is_one_of_serves_and_builds() -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    with running_cluster() as address:
-        yield address
+def cluster() -> Iterator[Cluster]:
+    with running_cluster() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
-def application(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+def application(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
     flags = "--replicas 1 --max-replicas 2 --target-requests 2 --upscale-delay 1 --replica-wait 3 --max-queue 8"
     log = tmp_path_factory.mktemp("ray") / "application.log"
     with running_application(cluster, NANO, log, *flags.split(), "--max-choices", "8") as running:
