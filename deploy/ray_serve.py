@@ -24,6 +24,7 @@ from server.flags import with_settings
 from server.settings import ServerSettings
 
 from .ray_ingress import Ingress
+from .ray_join import JoinError, join
 from .ray_replica import Replica
 from .ray_router import PrefixRouter
 from .ray_settings import RaySettings
@@ -98,8 +99,12 @@ def application(settings: ServerSettings, config: EngineConfig, options: RaySett
 def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) -> None:
     """Serve a checkpoint over HTTP from several replicas, on a Ray cluster. SIGTERM or Ctrl-C ends all of them, when
     they are done with what they run."""
-    ray.init(options.ray_address, logging_level=logging.WARNING)
     logs.configure(settings.logs, "ray")
+    try:
+        join(options.ray_address)
+    except JoinError as error:
+        log.critical("%s", error)
+        raise SystemExit(1) from None
     # Ray's own handlers would end the process at once.
     _on_signal(signal.default_int_handler)
     try:
