@@ -6,7 +6,8 @@
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from threading import Event
 from types import FrameType
@@ -97,11 +98,12 @@ def application(settings: ServerSettings, config: EngineConfig, options: RaySett
 
 
 def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) -> None:
-    """Serve a checkpoint over HTTP from several replicas, on a Ray cluster. SIGTERM or Ctrl-C ends all of them, when
-    they are done with what they run."""
+    """Serve a checkpoint over HTTP from several replicas, on a Ray cluster. SIGTERM, Ctrl-C or a closed terminal ends
+    all of them, when they are done with what they run."""
     logs.configure(settings.logs, "ray")
     try:
-        join(options.ray_address)
+        with _hangups_held_back():
+            join(options.ray_address)
     except JoinError as error:
         log.critical("%s", error)
         raise SystemExit(1) from None
@@ -135,9 +137,28 @@ def _complaints() -> list[str]:
     return [deployment.message.rpartition("\n")[2] for deployment in status.deployments.values()] if status else []
 
 
+@contextmanager
+def _hangups_held_back() -> Iterator[None]:
+    """A terminal that closes tells everything that was started in it. What is started in here never hears of it, so
+    that a cluster of the command's own lives until it has drained; the command itself hears of it afterwards."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+
+
 def _on_signal(handler: Callable[[int, FrameType | None], Any]) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
+        # A terminal that closes may hang up twice; no hangup is to cut short what a signal has begun.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        handler(number, frame)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+        signal.signal(number, handle)
+    # `nohup` has it ignored.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, handle)
 
 
 def main() -> None:

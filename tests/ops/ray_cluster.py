@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,16 +171,27 @@ class Application(NamedTuple):
 
 
 @contextmanager
-def running_application(cluster: Cluster, model: Path, log: Path, *flags: str) -> Iterator[Application]:
-    """With an engine thread each, so that two find room beside each other. It ends in time when it is told to."""
+def running_application(
+    cluster: Cluster, model: Path, log: Path, *flags: str, through: Sequence[str] = ()
+) -> Iterator[Application]:
+    """With an engine thread each, so that two find room beside each other. It ends in time when it is told to.
+
+    Its process group is its own, as that of a command in a terminal is; `through` is what it is started by, as `nohup`.
+    """
     (port,) = _free_ports(1)
-    command = [sys.executable, "-m", "deploy.ray_serve", "--model", str(model), "--ray-address", cluster.address]
-    command += ["--port", str(port), "--num-threads", "1", "--replica-cpus", "0.5", "--cache-bytes", str(1 << 26)]
+    command = [*through, sys.executable, "-m", "deploy.ray_serve", "--model", str(model)]
+    command += ["--ray-address", cluster.address, "--port", str(port), "--num-threads", "1"]
+    command += ["--replica-cpus", "0.5", "--cache-bytes", str(1 << 26)]
     environment = cluster.environment | {"FASTBLT_API_KEYS": "secret"}
     with (
         log.open("wb") as out,
         subprocess.Popen(
-            [*command, *flags], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment
+            [*command, *flags],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            process_group=0,
         ) as process,
     ):
         try:

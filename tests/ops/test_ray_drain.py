@@ -1,5 +1,7 @@
 """Replicas on Ray Serve go without harm: when there are more than the load needs, and when all is to end."""
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tests.ops.ray_cluster import (
     Cluster,
     Stream,
     alive,
+    clean_environment,
     load,
     running_application,
     running_cluster,
@@ -61,3 +64,25 @@ def test_a_replica_that_is_taken_away_finishes_what_it_runs_and_so_does_a_shutdo
         assert stream.join().finish_reason == "length"
         assert application.process.wait(SECONDS) == 0
     assert not alive(left.pid) and not alive(left.engine_pid)
+
+
+def test_a_terminal_that_closes_drains_a_cluster_of_the_commands_own(tmp_path: Path) -> None:
+    """It tells the cluster's processes, too, and the command twice."""
+    log = tmp_path / "application.log"
+    own = Cluster("local", clean_environment(tmp_path))
+    with running_application(own, NANO, log, "--drain-seconds", "60") as application:
+        stream = Stream(application, prompt="x", **LONG)
+        stream.begun()
+        os.killpg(application.process.pid, signal.SIGHUP)
+        refused = until(lambda: application.not_ready(), "a drain")
+        assert refused.json()["error"]["code"] == "draining" and not stream.done
+        os.killpg(application.process.pid, signal.SIGHUP)
+        assert stream.join().finish_reason == "length"
+        assert application.process.wait(SECONDS) == 0
+
+
+def test_nohup_is_heeded(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "application.log"
+    with running_application(cluster, NANO, log, through=["nohup"]) as application:
+        application.process.send_signal(signal.SIGHUP)
+        assert application.complete(prompt="x", max_tokens=20).is_success and not application.not_ready()
