@@ -1,7 +1,7 @@
 """What a change does to a well-behaved client: the same streams from the servers of two checkouts, in turns.
 
-Both run with this Python and its packages, on the same model with the same flags; compiled kernels must be there in both
-(kernels/native/*.so is built at installation, and may be copied where its sources are the same).
+Both run with this Python and its packages, on the same model with the same flags. Compiled kernels must be there in
+both: kernels/native/*.so is built at installation, and may be copied where its sources are the same.
 """
 
 import asyncio

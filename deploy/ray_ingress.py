@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine import logs
 from server.admission import Gate
 from server.body import ClientLeft, read_body
-from server.errors import ApiError, internal_error
+from server.errors import ApiError, internal_error, request_timeout
 from server.responses import JsonResponse, to_json
 from server.settings import ServerSettings
 
@@ -60,10 +60,12 @@ class Ingress:
             await self._replicas.broadcast("stop").results_async(return_exceptions=True)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route("/health/live", self._live),
                 Route("/health/ready", self._ready),
+                Route("/health", self._ready),
+                Route("/ping", self._ready),
                 Route("/replicas", self._list),
                 Route("/replicas/{replica}/metrics", self._replica_metrics),
                 Route("/metrics", self._metrics),
@@ -71,6 +73,13 @@ class Ingress:
             ],
             exception_handlers={ApiError: _on_api_error},
         )
+
+        async def without_slash(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                scope["path"] = scope["path"].rstrip("/") or "/"
+            await app(scope, receive, send)
+
+        return without_slash
 
     async def _live(self, request: Request) -> Response:
         """Ray restarts replicas and ingresses by itself; what answers is alive."""
@@ -113,12 +122,21 @@ class Ingress:
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         ticket = self._gate.enter(0)
         try:
-            body = await read_body(Request(scope, receive), self._settings)
+            body = await self._read(Request(scope, receive))
             await self._relay(Call(_sent(scope), body, prefix_of(body, self._options.prefix_bytes)), send)
         except ClientLeft:
             pass
         finally:
             ticket.close()
+
+    async def _read(self, request: Request) -> bytes:
+        """The body of a request. Ray's proxy has its head, and does not time the rest."""
+        seconds = self._settings.request_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await read_body(request, self._settings)
+        except TimeoutError:
+            raise request_timeout(seconds) from None
 
     async def _relay(self, call: Call, send: Send) -> None:
         """Raises ApiError as long as nothing was sent."""

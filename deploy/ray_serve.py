@@ -22,6 +22,7 @@ from ray.serve.schema import LoggingConfig
 from engine import logs
 from engine.config import EngineConfig
 from server.flags import with_settings
+from server.run import ServeError, load_keys, log_access
 from server.settings import ServerSettings
 
 from .ray_ingress import Ingress
@@ -101,10 +102,17 @@ def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) ->
     """Serve a checkpoint over HTTP from several replicas, on a Ray cluster. SIGTERM, Ctrl-C or a closed terminal ends
     all of them, when they are done with what they run."""
     logs.configure(settings.logs, "ray")
+    if settings.ssl_certfile:
+        log.critical(
+            "--ssl-certfile is not offered here: Ray's proxies speak plain HTTP; put a proxy with TLS in front"
+        )
+        raise SystemExit(1)
     try:
+        # Wrong keys show before anything is started. Each replica loads its own.
+        log_access(settings, load_keys(settings))
         with _hangups_held_back():
             join(options.ray_address)
-    except JoinError as error:
+    except (JoinError, ServeError) as error:
         log.critical("%s", error)
         raise SystemExit(1) from None
     # Ray's own handlers would end the process at once.

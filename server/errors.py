@@ -90,6 +90,12 @@ def internal_error(request_id: str) -> ApiError:
     return ApiError(500, f"internal error; it is logged under request id {request_id}", code="internal_error")
 
 
+def request_timeout(seconds: float) -> ApiError:
+    """For a request of which a part did not come in time."""
+    message = f"the request did not arrive within {seconds:g} s"
+    return ApiError(408, message, code="request_timeout", headers={"connection": "close"})
+
+
 def from_validation(error: ValidationError) -> ApiError:
     """Names the first offending field, what it held and what would be right."""
     first = error.errors(include_url=False, include_context=True)[0]

@@ -53,10 +53,10 @@ class RequestContext:
         request_id = given if REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         path = scope["path"].encode("unicode_escape").decode()
         scope["path"] = scope["path"].rstrip("/") or "/"
-        if self._trusted_proxies and scope.get("client"):
-            peer, port = scope["client"]
-            scope["client"] = (client_address(peer, headers.getlist("x-forwarded-for"), self._trusted_proxies), port)
-        access = Access(request_id, scope["method"], path, (scope.get("client") or ("-",))[0])
+        peer, port = scope.get("client") or ("-", 0)
+        client = client_address(peer, headers.getlist("x-forwarded-for"), self._trusted_proxies)
+        scope["client"] = (client, port)
+        access = Access(request_id, scope["method"], path, client)
         scope.setdefault("state", {})["access"] = access
         fields = {"request_id": request_id}
         span = None
@@ -90,23 +90,21 @@ def client_address(peer: str, forwarded: Sequence[str], trusted: Sequence[IPvAny
     """The address of the client: the nearest one that is not a trusted proxy's, going back from the peer through
     X-Forwarded-For. Each entry was written by the proxy after it, so what stands before something that is no address,
     or before an address that is not trusted, may be invented."""
-    address = peer
+    client = _parsed(peer)
     for entry in [part.strip() for line in forwarded for part in line.split(",")][::-1]:
-        if not _is_in(address, trusted):
+        before = _parsed(entry)
+        if not client or not before or not any(client in network for network in trusted):
             break
-        try:
-            address = str(ipaddress.ip_address(entry))
-        except ValueError:
-            break
-    return address
+        client = before
+    return str(client or "-")
 
 
-def _is_in(address: str, networks: Sequence[IPvAnyNetwork]) -> bool:
+def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address, without the interface that the kernel may name with it."""
     try:
-        parsed = ipaddress.ip_address(address)
+        return ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
-        return False
-    return any(parsed in network for network in networks)
+        return None
 
 
 class Failures:

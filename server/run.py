@@ -64,9 +64,11 @@ async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
-        loop.add_signal_handler(number, signals.put_nowait, number)
+        # One that is to outlive its terminal (nohup) was started with SIGHUP ignored.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            loop.add_signal_handler(number, signals.put_nowait, number)
     # Whatever is wrong with the settings shows at once, and not after the model is loaded.
-    keys, tls = _load_keys(settings), _make_tls(settings)
+    keys, tls = load_keys(settings), _make_tls(settings)
     traces = make_traces(settings)
     # Bound now, so that a wrong port shows as well; nobody can connect yet.
     with closing(_bind(settings)) as port:
@@ -211,7 +213,7 @@ def _bind(settings: ServerSettings) -> socket.socket:
         raise ServeError(f"cannot listen on {settings.host}:{settings.port}: {why}") from error
 
 
-def _load_keys(settings: ServerSettings) -> tuple[bytes, ...]:
+def load_keys(settings: ServerSettings) -> tuple[bytes, ...]:
     """Raises ServeError."""
     try:
         return settings.load_api_keys()

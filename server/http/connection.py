@@ -16,7 +16,7 @@ import httptools
 from starlette.types import ASGIApp, Scope
 from uvicorn.server import ServerState
 
-from ..errors import ApiError
+from ..errors import ApiError, request_timeout
 from .connections import Connections, HttpLimits, Reason, Slot
 from .exchange import CONTINUE, Exchange
 
@@ -447,12 +447,10 @@ class HttpConnection(asyncio.Protocol):
         self._connections.ended[reason] += 1
         limits = self._limits
         if reason == "request_timeout" and self._incoming:
-            message = f"the request did not arrive within {limits.request_timeout:g} s"
             self._stop_reading()
-            self._give_up(self._incoming, ApiError(408, message, code="request_timeout"))
+            self._give_up(self._incoming, request_timeout(limits.request_timeout))
         elif reason == "head_timeout" and self._reading == "head":
-            message = f"the head of the request did not arrive within {limits.head_timeout:g} s"
-            self._answer_refusal(ApiError(408, message, code="request_timeout"))
+            self._answer_refusal(request_timeout(limits.head_timeout))
         else:
             self._finish()
 
