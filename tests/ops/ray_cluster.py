@@ -28,6 +28,7 @@ NANO = ROOT / "models" / "nano"
 PREFIXES = [f"{number:03} = ".encode() for number in range(1000)]
 LONG = {"max_tokens": 600, "temperature": 0, "ignore_eos": True}
 """Takes long enough to be in the middle of it."""
+KEY = "a-secret-of-these-tests"
 SECONDS = 120
 """Within which everything that is waited for must have come, on a busy machine too."""
 
@@ -182,7 +183,7 @@ def running_application(
     command = [*through, sys.executable, "-m", "deploy.ray_serve", "--model", str(model)]
     command += ["--ray-address", cluster.address, "--port", str(port), "--num-threads", "1"]
     command += ["--replica-cpus", "0.5", "--cache-bytes", str(1 << 26)]
-    environment = cluster.environment | {"FASTBLT_API_KEYS": "secret"}
+    environment = cluster.environment | {"FASTBLT_API_KEYS": KEY}
     with (
         log.open("wb") as out,
         subprocess.Popen(
@@ -197,7 +198,7 @@ def running_application(
         try:
             until(lambda: "serving" in log.read_text() or process.poll() is not None, "the application")
             assert process.poll() is None, log.read_text()
-            yield Application(process, f"http://127.0.0.1:{port}", "secret", log)
+            yield Application(process, f"http://127.0.0.1:{port}", KEY, log)
         finally:
             process.terminate()
             try:

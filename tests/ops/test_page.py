@@ -13,6 +13,7 @@ from tests.serving import ROOT, RunningServer, running_server
 
 NANO = ROOT / "models" / "nano"
 BYTES, SEED = 80, 3
+KEY = "a-secret-of-these-tests"
 
 
 @pytest.fixture(scope="module")
@@ -171,18 +172,18 @@ def test_nothing_comes_from_elsewhere(server: RunningServer, page: Page) -> None
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(tmp_path: Path, driver: Chrome) -> None:
-    with running_server(NANO, tmp_path / "log", "--api-keys", "secret") as closed:
+    with running_server(NANO, tmp_path / "log", "--api-keys", KEY) as closed:
         page = Page(driver, closed.url)
         assert page["key-form"].is_displayed() and "API key" in page["problem"].text
         page["key"].send_keys("wrong", Keys.ENTER)
         page.wait(lambda: "not valid" in page["problem"].text)
         page["key"].clear()
-        page["key"].send_keys("secret", Keys.ENTER)
+        page["key"].send_keys(KEY, Keys.ENTER)
         page.wait(lambda: "nano" in page["model"].text)
         page.set("#max-tokens", 8)
         page.run()
         assert len(page.cells(0)) == 8
-        assert "secret" not in driver.execute_script("return JSON.stringify(localStorage) + document.cookie")
+        assert KEY not in driver.execute_script("return JSON.stringify(localStorage) + document.cookie")
         driver.get_log("browser")
 
 

@@ -208,7 +208,7 @@ def test_errors_are_those_of_a_single_server(
     application: Application, status: int, code: str, path: str, body: bytes
 ) -> None:
     with application.http() as http:
-        answer = http.post(path, content=body)
+        answer = http.post(path, content=body, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
@@ -216,7 +216,7 @@ def test_keys(application: Application) -> None:
     for headers in ({}, {"authorization": "Bearer wrong"}):
         answer = httpx.get(f"{application.url}/v1/models", headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-    for path in ("/health/live", "/health/ready", "/replicas"):
+    for path in ("/health/live", "/health/ready", "/health", "/ping/", "/replicas"):
         assert httpx.get(f"{application.url}{path}").is_success
 
 

@@ -21,7 +21,7 @@ from server.access import Access
 from server.traces import FLUSH_SECONDS, Traces
 from tests.serving import ROOT, RunningServer, running_server
 
-MARK, KEY = "Zq7content", "Zq7key"
+MARK, KEY = "Zq7content", "Zq7key-of-these-tests"
 """Whatever has these in it must not be sent."""
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 WAIT_SECONDS = 20
