@@ -4,6 +4,7 @@ its prompt, and hands the answer on as it comes. A replica that is lost becomes 
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -122,19 +123,21 @@ class Ingress:
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         ticket = self._gate.enter(0)
         try:
-            body = await self._read(Request(scope, receive))
-            await self._relay(Call(_sent(scope), body, prefix_of(body, self._options.prefix_bytes)), send)
+            with self._gate.body() as take:
+                body = await self._read(Request(scope, receive), take)
+                call = Call(_sent(scope), body, prefix_of(body, self._options.prefix_bytes))
+            await self._relay(call, send)
         except ClientLeft:
             pass
         finally:
             ticket.close()
 
-    async def _read(self, request: Request) -> bytes:
+    async def _read(self, request: Request, take: Callable[[int], None]) -> bytes:
         """The body of a request. Ray's proxy has its head, and does not time the rest."""
         seconds = self._settings.request_timeout
         try:
             async with asyncio.timeout(seconds):
-                return await read_body(request, self._settings)
+                return await read_body(request, self._settings, take)
         except TimeoutError:
             raise request_timeout(seconds) from None
 

@@ -1,5 +1,7 @@
 """A request's body: of the right type, and within bounds."""
 
+from collections.abc import Callable
+
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
@@ -32,8 +34,9 @@ def check_content(request: Request) -> None:
         raise ApiError(415, message, code="unsupported_media_type", headers={"accept-encoding": "identity"})
 
 
-async def read_body(request: Request, settings: ServerSettings) -> bytes:
-    """Raises ApiError 413 for too many bytes, however they are sent, and 408 for a client that takes too long."""
+async def read_body(request: Request, settings: ServerSettings, take: Callable[[int], None]) -> bytes:
+    """The body; `take` is told of the size of each piece that is kept. Raises ApiError 413 for too many bytes, however
+    they are sent, 408 for a client that takes too long, and what `take` raises."""
     limit = settings.max_body_bytes
     message = f"the body must have at most {limit} bytes"
     too_large = ApiError(413, message, code="body_too_large", headers={"connection": "close"})
@@ -48,6 +51,7 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
             if size > limit * DISCARD_FACTOR:
                 raise too_large
             if size <= limit:
+                take(len(part))
                 body += part
     except ClientDisconnect:
         raise ClientLeft from None

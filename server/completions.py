@@ -34,16 +34,8 @@ ENTRY_BYTES = 64
 async def complete(request: Request, service: Service) -> Response:
     """The whole life of one request. Raises ApiError."""
     check_content(request)
-    body = await read_body(request, service.settings)
-    service.gate.check_open()
     completion_id = f"cmpl-{secrets.token_hex(12)}"
-    settings, limits = service.settings, service.client.limits
-
-    def understand() -> Plan:
-        wanted = parse(body, settings.max_choices, limits.max_length)
-        return make_plan(wanted, completion_id, settings, limits)
-
-    plan = await off_the_loop(body, understand)
+    plan = await _understood(request, service, completion_id)
     wanted = plan.request
     if service.client.state == "dead":
         raise service.gate.unavailable("the engine is gone and will not come back", "engine_dead")
@@ -61,6 +53,18 @@ async def complete(request: Request, service: Service) -> Response:
     finally:
         if not handed_over:
             await generation.close()
+
+
+async def _understood(request: Request, service: Service, completion_id: str) -> Plan:
+    settings, limits = service.settings, service.client.limits
+    with service.gate.body() as take:
+        body = await read_body(request, settings, take)
+        service.gate.check_open()
+
+        def understand() -> Plan:
+            return make_plan(parse(body, settings.max_choices, limits.max_length), completion_id, settings, limits)
+
+        return await off_the_loop(body, understand)
 
 
 def _answer(completion: Completion) -> Response:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server import admission
 from server.app import create_app
 from server.http import Connections
 from server.http.connections import REASONS
@@ -273,6 +274,24 @@ def test_a_trusted_proxy_may_have_more_connections_than_others() -> None:
         slot.release()
     assert connections.count == 0
     assert connections.ended == {"displaced": 1, "refused": 1}
+
+
+async def test_bodies_of_all_connections_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "BODIES_AT_ONCE", 2)
+    async with serving(max_body_bytes=4096) as served, AsyncExitStack() as stack:
+        slow = [await stack.enter_async_context(connected(served.port)) for _ in range(2)]
+        for raw in slow:
+            await raw.send(post(b" " * 4096)[:-1])
+        await asyncio.sleep(0.1)
+        async with connected(served.port) as another:
+            await another.send(post(body("x")))
+            refused = await another.answer(b"POST")
+            assert (refused.status, refused.code) == (429, "queue_full") and refused.headers["retry-after"] == "1"
+            for raw in slow:
+                await raw.send(b" ")
+                assert (await raw.answer(b"POST")).status == 400
+            await another.send(post(body("x")))
+            assert (await another.answer(b"POST")).status == 200
 
 
 async def test_connections_are_metrics() -> None:
