@@ -23,7 +23,7 @@ class ScriptedClient(EngineClient):
     """Says "ab" and ends, but for what the prompt asks for."""
 
     def __init__(self) -> None:
-        self.limits = ModelLimits("scripted", 1000, 260, None)
+        self.limits = ModelLimits("scripted", 1000, 260, None, decoders=("auto", "blt"))
         self.facts = Facts()
         self.snapshot = Snapshot()
         self.state = "ready"
