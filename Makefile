@@ -35,11 +35,12 @@ lint: .venv/.dev  ## ruff and mypy
 test-slow: .venv/.dev  ## run the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
 
-test-ops: .venv/.ops  ## test metrics, dashboards, page, containers and Ray with the real tools; installs Debian packages
-	@missing=; for c in prometheus promtool chromium chromedriver podman runc debootstrap; do \
+test-ops: .venv/.ops  ## test page, dashboards, clients, containers, Ray with real tools; installs Debian packages
+	@missing=; for c in prometheus promtool chromium chromedriver podman runc debootstrap javac; do \
 		command -v $$c >/dev/null || missing=1; done; \
 	test -z "$$missing" || { $(SUDO) apt-get update -qq && \
-		$(SUDO) apt-get install -y -qq prometheus chromium chromium-driver podman runc debootstrap; }
+		$(SUDO) apt-get install -y -qq prometheus chromium chromium-driver podman runc debootstrap \
+			default-jdk-headless; }
 	$(PY) -m pytest -q tests/ops $(ARGS)
 
 # For the oldest Python, whose versions newer ones take too.
