@@ -130,3 +130,10 @@ async def test_vllm_bench(tiny_server: str, variant: str) -> None:
         assert measured.text == expected["choices"][0]["text"]
         assert measured.prompt_tokens == expected["usage"]["prompt_tokens"] == 13
         assert measured.completion_tokens == OUTPUT_TOKENS
+
+
+async def test_vllm_bench_finds_the_model(tiny_server: str) -> None:
+    """Without --model it takes the first that is listed: `id` to ask for, `root` to name the tokenizer by."""
+    async with aiohttp.ClientSession() as session, session.get(f"{tiny_server}/v1/models") as response:
+        first = (await response.json())["data"][0]
+    assert first["id"] == "tiny" and first["root"] == "tiny"
