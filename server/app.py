@@ -18,7 +18,7 @@ from .http import Connections
 from .metrics import Metrics
 from .middleware import ApiKeys, Failures, RequestContext
 from .names import check_model, offered_models
-from .openapi import COMPLETION_BODY, COMPLETION_ERRORS, Application, errors
+from .openapi import COMPLETION_ANSWERS, COMPLETION_BODY, Application, errors
 from .page import page_router
 from .responses import JsonResponse
 from .schemas import Completion, Health, ModelCard, ModelList, Version
@@ -77,11 +77,15 @@ def _api(service: Service) -> APIRouter:
     def describe(name: str) -> ModelCard:
         limits = client.limits
         decoders = [decoder] if (decoder := offered_models(settings, limits)[name]) else list(limits.decoders)
-        return ModelCard(id=name, created=int(service.started), max_model_len=limits.max_length, decoders=decoders)
+        return ModelCard(
+            id=name,
+            root=limits.name,
+            created=int(service.started),
+            max_model_len=limits.max_length,
+            decoders=decoders,
+        )
 
-    @router.post(
-        "/completions", response_model=Completion, responses=errors(*COMPLETION_ERRORS), openapi_extra=COMPLETION_BODY
-    )
+    @router.post("/completions", response_model=Completion, responses=COMPLETION_ANSWERS, openapi_extra=COMPLETION_BODY)
     async def completions(request: Request) -> Response:
         """Continues one or several prompts, as OpenAI's legacy completions do; a token is a byte."""
         return await complete(request, service)

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -25,6 +25,9 @@ log = logging.getLogger("fastblt.server")
 
 T = TypeVar("T")
 
+KEEPALIVE = b"\n\n"
+"""In a silent stream. Empty lines are nothing to any reader of events, whether it goes by lines or cuts at empty ones.
+A comment is to some: vLLM's benchmark takes it for the beginning of the next event, SGLang's for broken JSON."""
 WHOLE_BYTES = 256 << 10
 """Of an answer that is made and written in one piece."""
 ENTRY_BYTES = 64
@@ -157,7 +160,7 @@ class CompletionStream(EventSourceResponse):
     def _chunk(self, item: tuple[int, Piece] | None) -> bytes | None:
         """None for a piece that says nothing: its bytes wait for the rest of a code point, or for a stop string."""
         if item is None:
-            return KEEPALIVE_COMMENT
+            return KEEPALIVE
         index, piece = item
         if piece.is_empty:
             return None

@@ -26,7 +26,7 @@ class Neutral:
     def schema(self) -> dict[str, Any]:
         """For OpenAPI."""
         if self.kind:
-            return {"type": "object" if self.kind is dict else "string"}
+            return {"type": ["object" if self.kind is dict else "string", "null"]}
         return {"enum": [*self.values, None]}
 
 

@@ -15,7 +15,8 @@ COMPLETION_BODY = {
         "content": {"application/json": {"schema": {"$ref": REF.format(model="CompletionRequest")}}},
     }
 }
-COMPLETION_ERRORS = (400, 404, 408, 413, 415, 429, 503)
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+"""Of a stream: its data is a Completion as JSON, an error's body, or [DONE]."""
 
 
 def errors(*statuses: int, keys: bool = True) -> dict[int | str, dict[str, Any]]:
@@ -24,13 +25,25 @@ def errors(*statuses: int, keys: bool = True) -> dict[int | str, dict[str, Any]]
     return {status: {"model": ErrorBody} for status in sorted(every)}
 
 
+COMPLETION_ANSWERS = errors(400, 404, 408, 413, 415, 429, 503) | {
+    200: {"content": {"text/event-stream": {"schema": EVENT}}}
+}
+
+
 class Application(FastAPI):
-    """With the request's schemas among the components, where every tool finds them."""
+    """With the request's schemas among the components, where every tool finds them, and without the 422 that no route
+    answers."""
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:
             schema = super().openapi()
             request = CompletionRequest.model_json_schema(ref_template=REF)
-            schema["components"]["schemas"] |= {"CompletionRequest": request} | request.pop("$defs")
+            schemas = schema["components"]["schemas"]
+            schemas |= {"CompletionRequest": request} | request.pop("$defs")
+            for operations in schema["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            for unused in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(unused, None)
         assert self.openapi_schema
         return self.openapi_schema

@@ -286,6 +286,7 @@ class ModelCard(BaseModel):
     """A name under which the model is offered."""
 
     id: str
+    root: str = Field(description="The checkpoint's own name, whatever it is offered as.")
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["fastblt"] = "fastblt"

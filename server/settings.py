@@ -80,7 +80,7 @@ class ServerSettings(BaseSettings):
     )
     retry_after: int = Field(1, ge=1, description="Seconds in the Retry-After header of 429 and 503 responses.")
     keepalive_seconds: float = Field(
-        15.0, gt=0, description="Silence in a stream after which an SSE comment is sent, so that proxies keep it open."
+        15.0, gt=0, description="Silence in a stream after which empty lines are sent, so that proxies keep it open."
     )
     drain_seconds: float = Field(
         30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM or Ctrl-C."
