@@ -4,7 +4,6 @@ its prompt, and hands the answer on as it comes. A replica that is lost becomes 
 
 import asyncio
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine import logs
 from server.admission import Gate
 from server.body import ClientLeft, read_body
+from server.body_room import HeldBody
 from server.errors import ApiError, internal_error, request_timeout
 from server.responses import JsonResponse, to_json
 from server.settings import ServerSettings
@@ -123,8 +123,8 @@ class Ingress:
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         ticket = self._gate.enter(0)
         try:
-            with self._gate.body() as take:
-                body = await self._read(Request(scope, receive), take)
+            with self._gate.bodies.enter() as held:
+                body = await self._read(Request(scope, receive), held)
                 call = Call(_sent(scope), body, prefix_of(body, self._options.prefix_bytes))
             await self._relay(call, send)
         except ClientLeft:
@@ -132,12 +132,12 @@ class Ingress:
         finally:
             ticket.close()
 
-    async def _read(self, request: Request, take: Callable[[int], None]) -> bytes:
+    async def _read(self, request: Request, held: HeldBody) -> bytes:
         """The body of a request. Ray's proxy has its head, and does not time the rest."""
         seconds = self._settings.request_timeout
         try:
             async with asyncio.timeout(seconds):
-                return await read_body(request, self._settings, take)
+                return await read_body(request, self._settings, held)
         except TimeoutError:
             raise request_timeout(seconds) from None
 

@@ -42,6 +42,8 @@ class Access:
     route: str | None = None
     status: int = 0
     """0 if there was no response."""
+    has_begun: bool = False
+    """Whether any of the response was sent."""
     error: ApiError | None = None
     """Also one that came as an event, behind status 200."""
     client_left: bool = False

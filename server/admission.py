@@ -1,14 +1,10 @@
 """Who may come in: bounds on waiting sequences and on bodies, and nobody while the server drains."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
+from .body_room import BodyRoom
 from .errors import ApiError, Code
 from .settings import ServerSettings
-
-BODIES_AT_ONCE = 64
-"""Of the largest size: what all the bodies together that are being read may take."""
 
 
 class Ticket:
@@ -39,8 +35,7 @@ class Gate:
 
     def __init__(self, settings: ServerSettings) -> None:
         self.capacity = settings.max_queue
-        self._body_bytes = 0
-        self._body_capacity = BODIES_AT_ONCE * settings.max_body_bytes
+        self.bodies = BodyRoom(settings.max_body_bytes, settings.retry_after)
         self._headers = {"retry-after": str(settings.retry_after)}
         self._num_requests = 0
         self._idle = asyncio.Event()
@@ -59,25 +54,6 @@ class Gate:
         self._num_requests += 1
         self._idle.clear()
         return Ticket(self, num_sequences)
-
-    @contextmanager
-    def body(self) -> Iterator[Callable[[int], None]]:
-        """Room for a body while it is read and understood: what this gives is told of each piece of it, and raises
-        ApiError 429 if all bodies together become too many bytes."""
-        held = 0
-
-        def take(size: int) -> None:
-            nonlocal held
-            if self._body_bytes + size > self._body_capacity:
-                message = f"{self._body_bytes} bytes of bodies are being read, of at most {self._body_capacity}"
-                raise ApiError(429, f"{message}; try again later", code="queue_full", headers=self._headers)
-            held += size
-            self._body_bytes += size
-
-        try:
-            yield take
-        finally:
-            self._body_bytes -= held
 
     def check_open(self) -> None:
         if self.draining:

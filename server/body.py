@@ -1,10 +1,9 @@
 """A request's body: of the right type, and within bounds."""
 
-from collections.abc import Callable
-
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from .body_room import HeldBody
 from .errors import ApiError, shown
 from .settings import ServerSettings
 
@@ -30,13 +29,13 @@ def check_content(request: Request) -> None:
         raise ApiError(415, message, code="unsupported_media_type")
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding != "identity":
-        message = f"send the body as it is, not with 'Content-Encoding: {shown(coding)[1:-1]}'"
+        message = f"send the body uncompressed, not with 'Content-Encoding: {shown(coding)[1:-1]}'"
         raise ApiError(415, message, code="unsupported_media_type", headers={"accept-encoding": "identity"})
 
 
-async def read_body(request: Request, settings: ServerSettings, take: Callable[[int], None]) -> bytes:
-    """The body; `take` is told of the size of each piece that is kept. Raises ApiError 413 for too many bytes, however
-    they are sent, 408 for a client that takes too long, and what `take` raises."""
+async def read_body(request: Request, settings: ServerSettings, held: HeldBody) -> bytes:
+    """Raises ApiError 413 for too many bytes, however they are sent, 408 for a client that takes too long, and 429 if
+    the body finds no room or has to give way."""
     limit = settings.max_body_bytes
     message = f"the body must have at most {limit} bytes"
     too_large = ApiError(413, message, code="body_too_large", headers={"connection": "close"})
@@ -46,13 +45,17 @@ async def read_body(request: Request, settings: ServerSettings, take: Callable[[
     body = bytearray()
     size = 0
     try:
-        async for part in request.stream():
-            size += len(part)
-            if size > limit * DISCARD_FACTOR:
-                raise too_large
-            if size <= limit:
-                take(len(part))
-                body += part
+        async with held.arrival:
+            async for part in request.stream():
+                size += len(part)
+                if size > limit * DISCARD_FACTOR:
+                    raise too_large
+                if size <= limit:
+                    held.take(len(part))
+                    body += part
+            held.arrived()
+    except TimeoutError:
+        raise held.no_room() from None
     except ClientDisconnect:
         raise ClientLeft from None
     if size > limit:

@@ -60,8 +60,8 @@ async def complete(request: Request, service: Service) -> Response:
 
 async def _understood(request: Request, service: Service, completion_id: str) -> Plan:
     settings, limits = service.settings, service.client.limits
-    with service.gate.body() as take:
-        body = await read_body(request, settings, take)
+    with service.gate.bodies.enter() as held:
+        body = await read_body(request, settings, held)
         service.gate.check_open()
 
         def understand() -> Plan:

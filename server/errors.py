@@ -141,7 +141,7 @@ async def _on_http_exception(request: Request, error: Exception) -> JsonResponse
 
 
 def _from_http(request: Request, error: HTTPException) -> ApiError:
-    where = f"{request.method} {request.url.path}"
+    where = f"{request.method} {shown(request.url.path)[1:-1]}"
     headers = dict(error.headers or {})
     match error.status_code:
         case 404:

@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import ipaddress
 import logging
 import re
 import secrets
@@ -16,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine import logs
 
 from .access import CLIENT_LEFT, Access
+from .addresses import is_in, parse_address
 from .body import ClientLeft
 from .errors import ApiError, internal_error
 from .metrics import Metrics
@@ -70,6 +70,7 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 access.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+            access.has_begun |= message["type"] == "http.response.body"
             await send(message)
 
         try:
@@ -90,21 +91,13 @@ def client_address(peer: str, forwarded: Sequence[str], trusted: Sequence[IPvAny
     """The address of the client: the nearest one that is not a trusted proxy's, going back from the peer through
     X-Forwarded-For. Each entry was written by the proxy after it, so what stands before something that is no address,
     or before an address that is not trusted, may be invented."""
-    client = _parsed(peer)
+    client = parse_address(peer)
     for entry in [part.strip() for line in forwarded for part in line.split(",")][::-1]:
-        before = _parsed(entry)
-        if not client or not before or not any(client in network for network in trusted):
+        before = parse_address(entry)
+        if not before or not is_in(client, trusted):
             break
         client = before
     return str(client or "-")
-
-
-def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """An address, without the interface that the kernel may name with it."""
-    try:
-        return ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
 
 
 class Failures:
@@ -130,7 +123,7 @@ class Failures:
                 error = internal_error(access.request_id)
         access.error = error
         # An answer that has begun breaks off instead.
-        if not access.status:
+        if not access.has_begun:
             await error.response()(scope, receive, send)
 
 
@@ -143,7 +136,9 @@ class ApiKeys:
         self._digests = [hashlib.sha256(key).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not OPEN_PATHS.fullmatch(scope["path"]):
+        is_open = scope["type"] != "http" or OPEN_PATHS.fullmatch(scope["path"])
+        # What could not be read may have lost its key; it gets no further than its refusal.
+        if not is_open and "refusal" not in scope["state"]:
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
             # All are compared, so that the time does not tell which one is near.

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from .errors import ApiError, from_validation, shown, unknown_parameter
 from .neutral import NEUTRAL
-from .schemas import CompletionRequest, NotOffered
+from .schemas import PROMPT_RULE, CompletionRequest, NotOffered
 
 OTHER_BYTES = 16 << 10
 """What a body may have beside the values of its known fields: names, white space, unknown fields that are null."""
@@ -37,6 +37,13 @@ _split = msgspec.json.Decoder(msgspec.defstruct("Members", _members))
 _split_strictly = msgspec.json.Decoder(msgspec.defstruct("Members", _members, forbid_unknown_fields=True))
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.S)
 _FIRST_ELEMENT = re.compile(rb'\[\s*(["\[]?)')
+
+_arrays: dict[bytes, msgspec.json.Decoder[Any]] = {
+    b'"': msgspec.json.Decoder(list[str]),
+    b"[": msgspec.json.Decoder(list[list[int]]),
+    b"": msgspec.json.Decoder(list[int]),
+}
+"""By the first element's first character. They end at the first element of another type."""
 
 _worker = ThreadPoolExecutor(1, "parse")
 
@@ -101,6 +108,11 @@ def _bound_prompt(raw: bytes, max_prompts: int, max_length: int) -> None:
     elif (ids := raw.count(b",") + 1) > max_length:
         message = f"prompt: {ids} ids; this model's sequences hold {max_length}"
         raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+    if len(raw) > SMALL_BODY_BYTES:
+        try:
+            _arrays[kind].decode(raw)
+        except msgspec.ValidationError:
+            raise ApiError(400, f"prompt: {PROMPT_RULE}", param="prompt", code="invalid_value") from None
 
 
 def _refuse_repeated_bias(raw: msgspec.Raw | None) -> None:
@@ -110,7 +122,7 @@ def _refuse_repeated_bias(raw: msgspec.Raw | None) -> None:
         seen = set[str]()
         for name, _ in pairs:
             if name in seen:
-                message = f"logit_bias: {shown(name)} is there twice"
+                message = f"logit_bias: {shown(name)} appears twice"
                 raise ApiError(400, message, param="logit_bias", code="invalid_value")
             seen.add(name)
 

@@ -8,7 +8,6 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -19,6 +18,7 @@ from engine import logs
 from engine.client import EngineClient, EngineStartError
 from engine.config import EngineConfig
 
+from .addresses import parse_address
 from .admission import Gate
 from .app import create_app, server_version
 from .http import Connections, HttpLimits, Listener, bind
@@ -230,7 +230,5 @@ def _make_tls(settings: ServerSettings) -> ssl.SSLContext | None:
 
 
 def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    address = parse_address(host)
+    return address.is_loopback if address else host == "localhost"

@@ -26,6 +26,7 @@ MAX_STOP_BYTES = 1024
 """A longer stop string would make every step search further back."""
 MAX_LOGPROBS = 5
 
+PROMPT_RULE = "must be a string, or a non-empty array of strings, of token ids or of arrays of token ids"
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
@@ -38,7 +39,7 @@ def _check_prompt(value: Any) -> Any:
     is_many = isinstance(value, list) and bool(value)
     if is_many and (all(isinstance(part, str) for part in value) or all(map(is_ids, value))):
         return value
-    raise ValueError("must be a string, or a non-empty array of strings, of token ids or of arrays of token ids")
+    raise ValueError(PROMPT_RULE)
 
 
 def _check_stop(value: object) -> list[str]:
@@ -182,7 +183,7 @@ class CompletionRequest(_Strict):
         seen: dict[int, str] = {}
         for key in bias:
             if not (key.isascii() and key.isdecimal() and len(key) <= 9):
-                raise ValueError(f"keys must be token ids such as '36'; {key[:20]!r} is none")
+                raise ValueError(f"keys must be token ids such as '36'; {key[:20]!r} is not one")
             if (other := seen.setdefault(int(key), key)) != key:
                 raise ValueError(f"the token id {int(key)} must not be there twice, as {other!r} and {key!r}")
         return bias

@@ -38,7 +38,7 @@ class ServerSettings(BaseSettings):
         [], description="Keys that clients may present as 'Authorization: Bearer KEY'; without any, open to everybody."
     )
     api_key_file: Path | None = Field(
-        None, description="File with further API keys, one a line; lines that begin with '#' are comments."
+        None, description="File with further API keys, one per line; lines that begin with '#' are comments."
     )
     max_queue: int = Field(
         256, ge=1, description="Most sequences that may wait for their first byte; beyond it requests get 429."

@@ -9,6 +9,7 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -27,6 +28,8 @@ LINGER_SECONDS = 2.0
 """For a client to read a last answer while it is still sending; closed at once, the kernel would take it back."""
 PROBES_SECONDS = (0.002, 0.01, 0.05, 0.2)
 """When to look whether a client that has shut its side down is still there; then every second."""
+LEAST_READ_BYTES = 64 << 10
+"""What a client must read within the write limit while an answer waits for it; less only if that is all."""
 UPGRADE_HEADERS = frozenset({b"upgrade", b"http2-settings"})
 
 
@@ -87,11 +90,11 @@ class HttpConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._is_tls = transport.get_extra_info("sslcontext") is not None
+        if self._slot.released:
+            return self._transport.abort()
         self._slot.close = self._transport.abort
         # uvicorn's own classes are all that its annotation knows.
         self._state.connections.add(self)  # type: ignore[arg-type]
-        if self._slot.released:
-            return self._transport.abort()
         self._ready_since = self._loop.time()
         self._set_timer()
 
@@ -101,18 +104,20 @@ class HttpConnection(asyncio.Protocol):
         for timer in (self._timer, self._end, self._probe, self._stall):
             if timer:
                 timer.cancel()
+        self._disconnect()
+        self._writable.set()
+
+    def _disconnect(self) -> None:
+        """The client is gone: no request begins any more, and the one that runs is told."""
         self._is_deaf = True
         self._queue.clear()
         for exchange in (self._current, self._incoming):
             if exchange:
                 exchange.disconnect()
-        self._writable.set()
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
             return
-        if self._reading == "nothing":
-            self._began = self._loop.time()
         self._pending_bytes += len(data)
         self._parse(data)
         if self._refusal is None and self._pending_bytes > self._limits.header_bytes:
@@ -126,6 +131,8 @@ class HttpConnection(asyncio.Protocol):
         """The client sends nothing more. If all that it asked for is here, it may still read."""
         waits = self._current is not None and self._current.request_complete
         if self._is_tls or not waits or (self._reading != "nothing" and not self._is_deaf):
+            self._disconnect()
+            self._close()
             return False
         assert self._current
         self._half_closed = True
@@ -138,10 +145,13 @@ class HttpConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._writable.clear()
-        self._stall = self._loop.call_later(self._limits.write_timeout, self._stop, "write_timeout")
+        self._watch_reading()
 
     def resume_writing(self) -> None:
         self._writable.set()
+        if self._transport.is_closing():
+            # The rest has its time as well.
+            return self._watch_reading()
         if self._stall:
             self._stall.cancel()
             self._stall = None
@@ -150,6 +160,7 @@ class HttpConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._reading = "head"
+        self._began = self._loop.time()
         self._is_first = False
         self._url, self._headers = b"", []
         self._header_bytes = self._pending_bytes = 0
@@ -175,13 +186,12 @@ class HttpConnection(asyncio.Protocol):
         if self._refusal or self._is_deaf:
             return
         if self._parser.get_method() == b"CONNECT":
-            self._refusal = ApiError(
-                405, "this server is no proxy", code="method_not_allowed", headers={"allow": "GET"}
-            )
+            message = "this server is not a proxy"
+            self._refusal = ApiError(405, message, code="method_not_allowed", headers={"allow": "GET"})
         elif self._parser.should_upgrade():
             self._upgrades = True
-        elif len(self._queue) >= MAX_PIPELINED:
-            self._stop_reading()
+        elif self._ending or len(self._queue) >= MAX_PIPELINED:
+            self._discard_rest()
         else:
             self._begin_exchange()
 
@@ -201,7 +211,7 @@ class HttpConnection(asyncio.Protocol):
                 # so what it sends is not kept, and the connection ends when those are answered.
                 self._queue.pop()
                 self._incoming = None
-                self._stop_reading()
+                self._discard_rest()
 
     def on_message_complete(self) -> None:
         self._reading, self._pending_bytes = "nothing", 0
@@ -211,7 +221,7 @@ class HttpConnection(asyncio.Protocol):
         if exchange:
             exchange.finish_request()
             if not exchange.keep_alive:
-                self._stop_reading()
+                self._discard_rest()
             if exchange is self._current:
                 self._slot.work()
                 if exchange.response_complete:
@@ -234,7 +244,7 @@ class HttpConnection(asyncio.Protocol):
                 self._allow_data_after_close()
             except httptools.HttpParserError as error:
                 if self._refusal is None and not self._is_deaf:
-                    self._refusal = ApiError(400, f"the request is not valid HTTP: {error}", code="invalid_http")
+                    self._refusal = invalid_http(str(error))
                 return
 
     def _allow_data_after_close(self) -> None:
@@ -260,22 +270,27 @@ class HttpConnection(asyncio.Protocol):
 
     def _refuse_head(self) -> None:
         limits = self._limits
-        message = f"the head of a request must have at most {limits.header_bytes} bytes and {limits.headers} headers"
+        what = "the chunk extensions and trailers" if self._reading == "body" else "the head"
+        message = f"{what} of a request must have at most {limits.header_bytes} bytes and {limits.headers} headers"
         self._refusal = ApiError(431, message, code="headers_too_large")
 
     def _begin_exchange(self) -> None:
         try:
             url = httptools.parse_url(self._url)
         except httptools.HttpParserInvalidURLError:
-            self._refusal = ApiError(400, "the request is not valid HTTP: its URL is none", code="invalid_http")
+            self._refusal = invalid_http("its URL cannot be parsed")
             return
-        path = url.path.decode("ascii", "replace")
         version = self._parser.get_http_version()
+        if version == "1.1" and [name for name, _ in self._headers].count(b"host") != 1:
+            self._refusal = invalid_http("it needs one Host header")
+            return
+        raw_path = url.path or b"/"
+        path = raw_path.decode("ascii", "replace")
         scope = self._scope(
             method=self._parser.get_method().decode(),
             http_version=version,
             path=unquote(path) if "%" in path else path,
-            raw_path=url.path,
+            raw_path=raw_path,
             query_string=url.query or b"",
         )
         self._incoming = Exchange(
@@ -302,12 +317,14 @@ class HttpConnection(asyncio.Protocol):
 
     def _answer_refusal(self, error: ApiError) -> None:
         """Answers what cannot be read on, after what came before it."""
-        self._stop_reading()
+        self._discard_rest()
         incoming, self._incoming = self._incoming, None
         if incoming:
             return self._give_up(incoming, error)
         path = self._url.partition(b"?")[0][:1000].decode("ascii", "replace")
-        fields = {"method": "-", "http_version": "1.1", "path": path or "-", "raw_path": b"", "query_string": b""}
+        # The method comes before the URL.
+        method = self._parser.get_method().decode() if self._url else "-"
+        fields = {"method": method, "http_version": "1.1", "path": path or "-", "raw_path": b"", "query_string": b""}
         exchange = Exchange(self, self._scope(**fields), began=self._began, keep_alive=False)
         exchange.scope["state"]["refusal"] = error
         exchange.finish_request()
@@ -321,7 +338,7 @@ class HttpConnection(asyncio.Protocol):
         if exchange.response_complete:
             self._finish()
 
-    def _stop_reading(self) -> None:
+    def _discard_rest(self) -> None:
         """What still comes is thrown away; a client that is sending must not be left waiting."""
         self._is_deaf = True
         self._resume_reading()
@@ -346,6 +363,8 @@ class HttpConnection(asyncio.Protocol):
         self._current = exchange
         if exchange.request_complete:
             self._slot.work()
+        else:
+            self._slot.wait()
         task = self._loop.create_task(exchange.run(self._app))
         self._state.tasks.add(task)
         task.add_done_callback(self._state.tasks.discard)
@@ -357,7 +376,7 @@ class HttpConnection(asyncio.Protocol):
             self._next()
         elif not exchange.keep_alive:
             self._lingers = True
-            self._stop_reading()
+            self._discard_rest()
             self._finish()
         else:
             # The rest of its body is of no interest, but comes before the next request.
@@ -380,14 +399,15 @@ class HttpConnection(asyncio.Protocol):
         if self._end or self._transport.is_closing():
             return
         if self._lingers and not self._is_tls and not self._half_closed:
-            self._transport.write_eof()
+            with suppress(OSError):
+                self._transport.write_eof()
             self._end = self._loop.call_later(LINGER_SECONDS, self._close)
         else:
             self._close()
 
     def _close(self) -> None:
         self._transport.close()
-        self._end = self._loop.call_later(self._limits.write_timeout, self._stop, "write_timeout")
+        self._watch_reading()
 
     def write(self, data: bytes) -> None:
         if not self._transport.is_closing():
@@ -416,6 +436,8 @@ class HttpConnection(asyncio.Protocol):
             self._finish()
         else:
             (self._queue[-1] if self._queue else self._current).keep_alive = False
+            if self._reading == "nothing":
+                self._discard_rest()
 
     # Time.
 
@@ -447,15 +469,25 @@ class HttpConnection(asyncio.Protocol):
         self._connections.ended[reason] += 1
         limits = self._limits
         if reason == "request_timeout" and self._incoming:
-            self._stop_reading()
+            self._discard_rest()
             self._give_up(self._incoming, request_timeout(limits.request_timeout))
         elif reason == "head_timeout" and self._reading == "head":
             self._answer_refusal(request_timeout(limits.head_timeout))
         else:
             self._finish()
 
-    def _stop(self, reason: Reason) -> None:
-        self._connections.ended[reason] += 1
+    def _watch_reading(self) -> None:
+        """From now on the client must read at a rate, until it has caught up or the connection is closed."""
+        if self._stall:
+            self._stall.cancel()
+        unread = self._transport.get_write_buffer_size()
+        self._stall = self._loop.call_later(self._limits.write_timeout, self._check_reading, unread)
+
+    def _check_reading(self, unread: int) -> None:
+        left = self._transport.get_write_buffer_size()
+        if left and left <= unread - LEAST_READ_BYTES:
+            return self._watch_reading()
+        self._connections.ended["write_timeout"] += bool(left)
         self._transport.abort()
 
     def _look_for_reset(self, attempt: int) -> None:
@@ -467,6 +499,10 @@ class HttpConnection(asyncio.Protocol):
             self._probe.cancel()
         seconds = PROBES_SECONDS[attempt] if attempt < len(PROBES_SECONDS) else 1.0
         self._probe = self._loop.call_later(seconds, self._look_for_reset, attempt + 1)
+
+
+def invalid_http(why: str) -> ApiError:
+    return ApiError(400, f"the request is not valid HTTP: {why}", code="invalid_http")
 
 
 def _address(address: Any) -> tuple[str, int] | None:

@@ -1,27 +1,20 @@
 """The open connections: how many there may be, and which gives way to a new one."""
 
-import ipaddress
 import logging
 import resource
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from ..addresses import is_in, parse_address
 from ..settings import ServerSettings
 
 log = logging.getLogger("fastblt.server")
 
 Reason = Literal["head_timeout", "request_timeout", "idle_timeout", "write_timeout", "displaced", "refused"]
 """Why the server ended a connection, or took none."""
-REASONS: tuple[Reason, ...] = (
-    "head_timeout",
-    "request_timeout",
-    "idle_timeout",
-    "write_timeout",
-    "displaced",
-    "refused",
-)
+REASONS: tuple[Reason, ...] = get_args(Reason)
 OTHER_FILES = 64
 """Descriptors that are left for everything else: the event loop, the engine's sockets, files of the page."""
 
@@ -119,7 +112,7 @@ class Connections:
     def enter(self, address: str, close: Callable[[], object]) -> Slot | None:
         """A slot for a new connection, which waits for its client; None if all others are at work."""
         known = self._addresses.get(address)
-        if known and known.count >= self._per_address and not self._is_exempt(address):
+        if known and known.count >= self._per_address and not is_in(parse_address(address), self._exempt):
             room = self._displace(known.waiting)
         else:
             room = self.count < self.capacity or self._displace(self._waiting)
@@ -135,13 +128,6 @@ class Connections:
     def displace_one(self) -> bool:
         """Ends the connection that has waited longest for its client, if any waits."""
         return self._displace(self._waiting)
-
-    def _is_exempt(self, address: str) -> bool:
-        try:
-            parsed = ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        return any(parsed in network for network in self._exempt)
 
     def _displace(self, waiting: dict[Slot, None]) -> bool:
         slot = next(iter(waiting), None)

@@ -90,6 +90,7 @@ class Exchange:
     def fail(self, error: ApiError) -> None:
         """The request will never be complete; the application is told when it asks for more of it."""
         self._failure = error
+        self._body.clear()
         self._expects_continue = self.keep_alive = False
         self._news.set()
 
@@ -100,13 +101,17 @@ class Exchange:
 
     @property
     def backs_up(self) -> bool:
-        """Whether the application is behind with reading the body."""
+        """Whether the application is slow to read the body."""
         return len(self._body) > PAUSE_BODY_BYTES
 
     # What the application does.
 
     async def run(self, app: ASGIApp) -> None:
         """Runs the application, and sees to it that the client gets an answer or the connection ends."""
+        # Before the client has read enough of the last answer there is none to the next request.
+        await self._line.drain()
+        if self._gone:
+            return
         try:
             await app(self.scope, self.receive, self.send)
         except Exception:
@@ -144,7 +149,7 @@ class Exchange:
         """Raises RuntimeError for what is no answer. What is sent to a client that is gone is dropped."""
         kind = message["type"]
         if kind == "http.response.start":
-            if self.response_started or self._start:
+            if self.response_started:
                 raise RuntimeError("the answer has begun already")
             self._start = message
             return
@@ -163,6 +168,7 @@ class Exchange:
             # The client waits for bytes that do not come.
             self._line.abort()
         self.response_complete = True
+        self._body.clear()
         self._news.set()
         self._line.answered(self)
 

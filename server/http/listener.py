@@ -24,6 +24,8 @@ SEND_BUFFER = 256 << 10
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 """A client whose machine is gone is noticed after two minutes, where the platform has these options."""
 
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
 MakeProtocol = Callable[[Slot, socket.socket], asyncio.Protocol]
 
 
@@ -101,8 +103,8 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                # No descriptor is left, or no memory. One that waits for its client may go; else this waits.
-                if not self._connections.displace_one():
+                # One that waits for its client may go, if it is descriptors or memory that are missing.
+                if error.errno not in EXHAUSTED or not self._connections.displace_one():
                     log.warning("no connection can be accepted: %s", error.strerror)
                 self._loop.remove_reader(self.socket)
                 self._pause = self._loop.call_later(PAUSE_SECONDS, self._loop.add_reader, self.socket, self._accept)
@@ -123,11 +125,15 @@ class Listener:
                 if hasattr(socket, name):
                     accepted.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         task = self._loop.create_task(self._connect(slot, accepted))
-        slot.close = task.cancel
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _connect(self, slot: Slot, accepted: socket.socket) -> None:
+        task = asyncio.current_task()
+        if slot.released or not task:
+            # It gave way before this began.
+            return
+        slot.close = task.cancel
         timeout = self._handshake_timeout if self._tls else None
         try:
             await self._loop.connect_accepted_socket(
@@ -135,5 +141,8 @@ class Listener:
             )
         except (OSError, asyncio.CancelledError) as error:
             log.debug("a connection failed: %s", error)
+            if isinstance(error, ConnectionAbortedError):
+                # So both event loops say that a handshake took too long.
+                self._connections.ended["head_timeout"] += 1
             slot.release()
             accepted.close()

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server import admission
+from server import body_room
 from server.app import create_app
 from server.http import Connections
 from server.http.connections import REASONS
@@ -22,7 +22,9 @@ from tests.raw_http import connected, post
 from tests.scripted_server import ScriptedClient, body, listening, until
 
 GET = b"GET /version HTTP/1.1\r\nhost: x\r\n"
-CHUNKED = b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+CHUNKED = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+)
 
 
 class Served:
@@ -265,6 +267,10 @@ def test_a_trusted_proxy_may_have_more_connections_than_others() -> None:
     connections = Connections(settings)
     slots = [connections.enter(address, lambda: None) for address in ["10.0.0.1"] * 3 + ["9.9.9.9", "::1"]]
     assert all(slots) and connections.count == 5
+    # As a socket for both kinds of addresses says it.
+    mapped = connections.enter("::ffff:10.0.0.1", lambda: None)
+    assert mapped
+    mapped.release()
     other = connections.enter("9.9.9.9", lambda: None)
     assert other and slots[3] and slots[3].released and connections.count == 5
     other.work()
@@ -277,21 +283,103 @@ def test_a_trusted_proxy_may_have_more_connections_than_others() -> None:
 
 
 async def test_bodies_of_all_connections_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "BODIES_AT_ONCE", 2)
+    monkeypatch.setattr(body_room, "BODIES_AT_ONCE", 2)
     async with serving(max_body_bytes=4096) as served, AsyncExitStack() as stack:
         slow = [await stack.enter_async_context(connected(served.port)) for _ in range(2)]
         for raw in slow:
             await raw.send(post(b" " * 4096)[:-1])
-        await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
         async with connected(served.port) as another:
             await another.send(post(body("x")))
-            refused = await another.answer(b"POST")
-            assert (refused.status, refused.code) == (429, "queue_full") and refused.headers["retry-after"] == "1"
-            for raw in slow:
-                await raw.send(b" ")
-                assert (await raw.answer(b"POST")).status == 400
-            await another.send(post(body("x")))
             assert (await another.answer(b"POST")).status == 200
+        # The one that has been arriving for longest had to give way.
+        refused = await slow[0].answer(b"POST")
+        assert (refused.status, refused.code) == (429, "queue_full") and refused.headers["retry-after"] == "1"
+        await slow[1].send(b" ")
+        assert (await slow[1].answer(b"POST")).code == "invalid_json"
+
+
+async def test_an_answer_to_a_large_body_that_is_not_wanted_leaves_the_connection_usable() -> None:
+    async with serving() as served, connected(served.port) as raw:
+        await raw.send(post(b" " * 400_000, path="/nowhere") + GET + b"\r\n")
+        answers = await raw.answers(b"POST", b"GET")
+        assert [answer.status for answer in answers] == [404, 200]
+
+
+async def test_requests_wait_until_the_answers_before_them_are_read() -> None:
+    async with serving() as served:
+        requests = GET.replace(b"/version", b"/openapi.json") + b"\r\n"
+        with socket.socket() as stalled:
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stalled.connect(("127.0.0.1", served.port))
+            # Those beyond the longest pipeline end the connection.
+            with suppress(ConnectionError):
+                for _ in range(100):
+                    stalled.sendall(requests)
+                    await asyncio.sleep(0.005)
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{served.port}") as http:
+                text = (await http.get("/metrics")).text
+                size = len((await http.get("/openapi.json")).content)
+        (line,) = [line for line in text.splitlines() if "http_responses_total{" in line and 'status="200"' in line]
+        assert 100 * size > 2 << 20
+        # What the kernel keeps, and one answer beyond what the server does.
+        assert float(line.split()[-1]) * size < 2 * (256 << 10) + (64 << 10) + 4 * size
+
+
+async def test_an_answer_that_is_not_read_before_the_end_does_not_stay() -> None:
+    async with serving(write_timeout=0.3) as served:
+        with socket.socket() as stalled:
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stalled.connect(("127.0.0.1", served.port))
+            stalled.sendall(post(body("flood", max_tokens=900)))
+            await until(lambda: served.client.open == 0 and bool(served.client.requests))
+            await asyncio.sleep(0.1)
+            stalled.shutdown(socket.SHUT_WR)
+            await until(lambda: served.connections.count == 0)
+        assert served.connections.ended == {"write_timeout": 1}
+
+
+async def test_a_large_answer_has_the_time_that_its_reader_takes() -> None:
+    async with serving(write_timeout=0.4) as served, connected(served.port, limit=4096) as raw:
+        await raw.send(post(body("flood", max_tokens=900), "connection: close"))
+        size = 0
+        while part := await raw.reader.read(32768):
+            size += len(part)
+            await asyncio.sleep(0.02)
+        assert size > 900 * 2048 and not served.connections.ended
+
+
+async def test_half_a_request_after_an_answer_gives_way_as_well() -> None:
+    async with serving(max_connections=1) as served, connected(served.port) as raw:
+        await raw.send(post(body("x")) + post(body("x"))[:-5])
+        assert (await raw.answer(b"POST")).status == 200
+        async with connected(served.port) as new:
+            await new.send(GET + b"\r\n")
+            assert (await new.answer()).status == 200
+        assert served.connections.ended == {"displaced": 1}
+
+
+async def test_connections_that_give_way_at_once_are_closed() -> None:
+    async with serving(max_connections=4) as served:
+        clients = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(40)]
+        await until(lambda: served.connections.ended["displaced"] == 36)
+        await asyncio.sleep(0.1)
+        for client in clients[:36]:
+            client.settimeout(1)
+            with suppress(ConnectionResetError):
+                assert client.recv(10) == b""
+        assert served.connections.count == 4
+        for client in clients:
+            client.close()
+        await until(lambda: served.connections.count == 0)
+
+
+async def test_a_refusal_does_not_ask_for_the_key_that_it_may_have_lost() -> None:
+    app = create_app(ServerSettings(), ScriptedClient(), (b"k",))
+    async with listening(app, ServerSettings()) as port, connected(port) as raw:
+        with suppress(ConnectionError):
+            await raw.send(GET + b"cookie: " + b"x" * 70_000 + b"\r\nauthorization: Bearer k\r\n\r\n")
+        assert (await raw.answer()).status == 431
 
 
 async def test_connections_are_metrics() -> None:

@@ -6,6 +6,7 @@ import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +341,48 @@ def test_certificates_that_cannot_be_used_are_named(certificates: Path, tmp_path
     assert "the key is encrypted" in refused(good[0], locked)
     assert "--ssl-ca-certs" in refused(*good, ssl_ca_certs=tmp_path / "text")
     assert make_context(ServerSettings()) is None
+
+
+async def test_an_address_without_a_path_is_that_of_the_root() -> None:
+    async with serving(ScriptedClient(), page=False) as http, connected(port_of(http)) as raw:
+        for url, path in (("http://x", "/"), ("http://x?a=b", "/"), ("http://x/version", "/version")):
+            await raw.send(f"GET {url} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+            assert (await raw.answer()).status == (404 if path == "/" else 200)
+
+
+async def test_a_server_that_ends_reads_no_further_request() -> None:
+    client, chosen, stack = ScriptedClient(), ServerSettings(), AsyncExitStack()
+    port = await stack.enter_async_context(listening(create_app(chosen, client), chosen))
+    async with connected(port) as raw:
+        await raw.send(post(body("wait")))
+        await settled(client, 1)
+        ending = asyncio.create_task(stack.aclose())
+        # uvicorn looks every tenth of a second whether it is to end.
+        await asyncio.sleep(0.25)
+        await raw.send(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.sleep(0.05)
+        client.release.set()
+        assert (await raw.answer(b"POST")).headers["connection"] == "close"
+        assert await raw.is_closed()
+        await ending
+
+
+async def test_an_application_that_fails_before_its_answer_is_sent_gives_a_whole_one() -> None:
+    app = echo_app()
+
+    @app.get("/broken/start")
+    async def broken() -> Response:
+        class Start(Response):
+            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                raise KeyError("start")
+
+        return Start()
+
+    async with listening(app, ServerSettings()) as port, connected(port) as raw:
+        await raw.send(b"GET /broken/start HTTP/1.1\r\nhost: x\r\n\r\n")
+        answer = await raw.answer()
+        assert (answer.status, answer.code) == (500, "internal_error")
 
 
 async def test_an_application_that_fails_halfway_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:

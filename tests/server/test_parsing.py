@@ -42,6 +42,9 @@ LARGE: dict[str, tuple[bytes, str | None, str | None]] = {
     "arrays": (b'{"prompt":[' + b",".join([b"[1]"] * MANY) + b"]}", "invalid_value", "prompt"),
     "ids": (b'{"prompt":[' + b",".join([b"1"] * MANY) + b"]}", "context_length_exceeded", "prompt"),
     "an object": (b'{"prompt":{' + b",".join(b'"%d":1' % i for i in range(MANY)) + b"}}", "invalid_value", "prompt"),
+    "elements of two types": (b'{"prompt":["a"' + b",[]" * MANY + b"]}", "invalid_value", "prompt"),
+    "objects among arrays": (b'{"prompt":[[1]' + b",{}" * MANY + b"]}", "invalid_value", "prompt"),
+    "objects": (b'{"prompt":[{}' + b',{"a":1}' * MANY + b"]}", "context_length_exceeded", "prompt"),
     "biases": (
         b'{"logit_bias":{' + b",".join(b'"%d":1' % i for i in range(MANY)) + b"}}",
         "invalid_value",
