@@ -20,6 +20,8 @@ from tests import reference
 from tests.engines import Output, crowded_engine, feeding, make_engine, request, run, save_ours
 from tests.models import HF_MODELS, our_config, our_model, text
 
+NEAR_TIE = 1e-5
+"""Nats, or probability."""
 NANO = Path(__file__).parents[1] / "models" / "nano"
 
 RULES = {
@@ -228,6 +230,34 @@ SETTLES = {
 }
 
 
+class Clear:
+    """A rule of `SETTLES`, and whether all its choices so far were clear: none so near a tie that another order of
+    summation, as other processors have it, may choose otherwise."""
+
+    def __init__(self, settle: Callable[[Tensor], list[int]], rule: Unmask) -> None:
+        self._settle = settle
+        self._rule = rule
+        self.so_far = True
+
+    def __call__(self, p: Tensor) -> list[int]:
+        settled = self._settle(p)
+        best = p.topk(2, -1).values
+        margins = (best[settled, 0] / best[settled, 1]).log().tolist()
+        if self._rule.rule == "confidence":
+            margins += (best[:, 0] - self._rule.alpha).abs().tolist()
+            measure = -best[:, 0]
+        else:
+            measure = -(p * p.clamp_min(1e-30).log()).sum(-1)
+            if self._rule.rule == "entropy":
+                ordered = measure.sort().values
+                sums = ordered.cumsum(0) - (ordered if self._rule.minus_max else 0)
+                margins += (sums - self._rule.gamma).abs().tolist()
+        if left := [i for i in range(len(p)) if i not in settled]:
+            margins.append(float(measure[left].min() - measure[settled].max()))
+        self.so_far &= min(margins) > NEAR_TIE
+        return settled
+
+
 @pytest.mark.parametrize("model", DIFFUSION_MODELS, indirect=True)
 def test_block_diffusion_equals_algorithm_1(model: Path) -> None:
     checkpoint, count = load(model), 16
@@ -244,9 +274,14 @@ def test_block_diffusion_equals_algorithm_1(model: Path) -> None:
             for name, (rule, size, p) in cases.items()
         ],
     )
+    compared = 0
     for name, (rule, size, p) in cases.items():
-        wanted = reference.block_diffusion(checkpoint.config, checkpoint.tensors, p, count, size, SETTLES[rule])
-        assert found[name].ids == wanted[:count], name
+        clear = Clear(SETTLES[rule], RULES[rule])
+        wanted = reference.block_diffusion(checkpoint.config, checkpoint.tensors, p, count, size, clear)
+        if clear.so_far:
+            compared += 1
+            assert found[name].ids == wanted[:count], name
+    assert compared > 0.9 * len(cases)
 
 
 @pytest.mark.parametrize("model", ["released-form"], indirect=True)
