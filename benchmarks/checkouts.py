@@ -2,6 +2,9 @@
 
 Both run with this Python and its packages, on the same model with the same flags. Compiled kernels must be there in
 both: kernels/native/*.so is built at installation, and may be copied where its sources are the same.
+
+A process may be some per cent slower than another of the same program for as long as it lives (where its memory lies,
+which cores it gets), so both servers are started several times.
 """
 
 import asyncio
@@ -28,10 +31,14 @@ PROMPT_BYTES = 100
 WARM_UP_BYTES = 16
 RESAMPLES = 10_000
 
+Pair = tuple[dict[str, float], dict[str, float]]
+"""What the other server gave, and this one."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     program = parser("checkouts", __doc__)
-    program.set_defaults(turns=20)
+    program.set_defaults(turns=10)
+    program.add_argument("--starts", type=int, default=4, help="of both servers, with so many turns each (%(default)s)")
     program.add_argument("--against", type=Path, required=True, help="folder of the other checkout")
     program.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="streams at a time")
     program.add_argument("--bytes", type=int, default=64, help="per stream (%(default)s)")
@@ -40,22 +47,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with subject(options) as model:
         flags = [f"--max-sequences={max(options.concurrency)}", "--no-prefix-cache", f"--dtype={model.dtype}"]
         flags += [f"--device={model.device}", f"--num-threads={options.num_threads}"]
-        with (
-            server(model.path, *flags) as this,
-            server(model.path, *flags, root=options.against.resolve()) as other,
-        ):
-            rows = [measure(this, other, count, options) for count in options.concurrency]
-    figures = {"against": _commit(options.against), "bytes": options.bytes, "turns": options.turns, "rows": rows}
+        pairs: dict[int, list[Pair]] = {count: [] for count in options.concurrency}
+        for _ in range(options.starts):
+            with (
+                server(model.path, *flags) as this,
+                server(model.path, *flags, root=options.against.resolve()) as other,
+            ):
+                for count, found in pairs.items():
+                    found += measure(this, other, count, options)
+    figures: dict[str, Any] = {
+        "against": _commit(options.against),
+        "bytes": options.bytes,
+        "turns": options.turns * options.starts,
+    }
+    figures["rows"] = [row(count, found) for count, found in pairs.items()]
     finish("checkouts", model, figures, options, arguments)
 
 
-def measure(this: str, other: str, count: int, options: Any) -> dict[str, Any]:
+def measure(this: str, other: str, count: int, options: Any) -> list[Pair]:
     texts = prompts(count, PROMPT_BYTES)
     for address in (this, other):
         _streamed(address, texts, WARM_UP_BYTES)
-    pairs = in_turn(
+    return in_turn(
         partial(_streamed, other, texts, options.bytes), partial(_streamed, this, texts, options.bytes), options.turns
     )
+
+
+def row(count: int, pairs: Sequence[Pair]) -> dict[str, Any]:
     speed = [new["bytes_per_second"] / old["bytes_per_second"] for old, new in pairs]
     first = [new["first"] / old["first"] for old, new in pairs]
     return {

@@ -25,7 +25,7 @@ TOYS = {
     "decoders": "--bytes 20 --turns 1 --prompts 1 --ways 'BLT-S k=4'",
     "batching": "--concurrency 4 --seconds 0.05 --turns 1",
     "serving": "--concurrency 2 --bytes 8 --turns 1 --num-threads 1",
-    "checkouts": "--against . --concurrency 1 --bytes 8 --turns 2 --num-threads 1",
+    "checkouts": "--against . --concurrency 1 --bytes 8 --turns 2 --starts 1 --num-threads 1",
     "growth": "--lengths 60 120 --bytes 12 --hf-most 60 --turns 1",
     "startup": "--turns 1",
     "prefix": "--requests 3 --prefix-bytes 200 --bytes 4 --turns 1",

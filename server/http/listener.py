@@ -35,7 +35,12 @@ def bind(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit these.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            if hasattr(socket, name):
+                bound.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         bound.bind(address)
     except OSError as error:
         bound.close()
@@ -119,11 +124,6 @@ class Listener:
                 if not self._tls:
                     accepted.send(self._refusal)
             return
-        with suppress(OSError):
-            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in KEEPALIVE.items():
-                if hasattr(socket, name):
-                    accepted.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         task = self._loop.create_task(self._connect(slot, accepted))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
