@@ -15,8 +15,9 @@ log = logging.getLogger("fastblt.server")
 Reason = Literal["head_timeout", "request_timeout", "idle_timeout", "write_timeout", "displaced", "refused"]
 """Why the server ended a connection, or took none."""
 REASONS: tuple[Reason, ...] = get_args(Reason)
-OTHER_FILES = 64
-"""Descriptors that are left for everything else: the event loop, the engine's sockets, files of the page."""
+OTHER_FILES = 128
+"""Descriptors that are left for everything else: the event loop, the engine's sockets, files of the page, and
+connections that have given way and are not closed yet."""
 
 
 @dataclass(frozen=True, slots=True)

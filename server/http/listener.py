@@ -15,7 +15,7 @@ from .connections import Connections, Slot
 log = logging.getLogger("fastblt.server")
 
 BACKLOG = 2048
-ACCEPTED_AT_ONCE = 64
+ACCEPTED_AT_ONCE = 32
 """Connections taken before anything else gets its turn."""
 PAUSE_SECONDS = 0.1
 """Before the next try, where the machine has no descriptor or no memory for a connection."""

@@ -402,7 +402,7 @@ def test_idle_connections_beyond_the_limit_of_open_files_leave_every_route_answe
             while "serving tiny on http://127.0.0.1:" not in log.read_text():
                 assert time.monotonic() < deadline and process.poll() is None, log.read_text()
                 time.sleep(0.05)
-            assert "at most 192 connections" in log.read_text()
+            assert "at most 128 connections" in log.read_text()
             port = int(log.read_text().rpartition("http://127.0.0.1:")[2].split()[0])
             idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(600)]
             began = time.monotonic()
