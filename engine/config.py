@@ -114,6 +114,14 @@ class ModelConfig:
         """Most ids (prompt with BOS, plus output) that a sequence may hold: no byte position may leave a table."""
         return min(self.encoder.max_positions, self.decoder.max_positions)
 
+    @property
+    def patcher_positions(self) -> int:
+        """Positions that the patcher's rotary table has: those of a whole sequence, however few the checkpoint names
+        (8,192 of 24,576 in the released models). Rotary positions have no end, and Hugging Face's entropies go on
+        beyond them; Meta's code cuts a longer text into pieces of 8,192, which hardly differs, as the patcher sees a
+        window of 512."""
+        return max(self.patcher.max_positions, self.max_length)
+
     def __post_init__(self) -> None:
         if self.encoder.dim != self.decoder.dim:
             raise ValueError(f"encoder.dim {self.encoder.dim} and decoder.dim {self.decoder.dim} must be equal")

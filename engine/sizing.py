@@ -49,9 +49,10 @@ class WeightBytes:
         shapes = expected_shapes(config).items()
         embeddings = itemsize * sum(prod(shape) for name, shape in shapes if name.endswith("embed_tokens.weight"))
         hashes = hash_itemsize * sum(prod(shape) for name, shape in shapes if name.startswith(HASHES))
-        stacks = (config.patcher, config.encoder, config.global_, config.decoder)
+        stacks = (config.encoder, config.global_, config.decoder)
+        tables = [(config.patcher_positions, config.patcher), *((stack.max_positions, stack) for stack in stacks)]
         # A cosine and a sine per pair of numbers, in float32.
-        rotary = sum(4 * stack.max_positions * stack.head_dim for stack in stacks)
+        rotary = sum(4 * positions * stack.head_dim for positions, stack in tables)
         return cls(stages, embeddings, hashes, rotary, sum(stages.values()) + embeddings + hashes + rotary)
 
 

@@ -53,6 +53,7 @@ def hf_model(
     mode: str = "entropy",
     mean_patch: float = MEAN_PATCH,
     max_positions: int = 4096,
+    patcher_positions: int | None = None,
 ) -> BltForCausalLM:
     """A random BLT made by Hugging Face's own classes, float32, eager attention."""
     local = dict(
@@ -89,7 +90,7 @@ def hf_model(
             num_hidden_layers=2,
             intermediate_size=64,
             sliding_window=patcher_window,
-            max_position_embeddings=max_positions,
+            max_position_embeddings=patcher_positions or max_positions,
         ),
         attn_implementation="eager",
     )
@@ -116,6 +117,7 @@ HF_MODELS: dict[str, Callable[[], BltForCausalLM]] = {
     "no-window": partial(hf_model, 6, window=None, patcher_window=None),
     "hash-2-functions": partial(hf_model, 7, group_sizes=(2, 4, 11), functions=2, rows=97),
     "gqa": partial(hf_model, 8, kv_heads=2, window=64, patcher_window=48),
+    "64-patcher-positions": partial(hf_model, 10, patcher_positions=64, patcher_window=48),
     "every-byte": partial(hf_model, 9, mode="byte", window=32, group_sizes=(3,), rows=4099),
 }
 

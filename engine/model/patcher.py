@@ -1,5 +1,7 @@
 """Stage 1, bytes to entropies: a small byte language model that says how uncertain the next byte is."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from kernels.attention import AttentionPlan
@@ -15,9 +17,10 @@ class Patcher:
 
     def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
         self._kernels = kernels
+        stack = replace(config.patcher, max_positions=config.patcher_positions)
         self._stack = kernels.stack(
             StackWeights(
-                layers_of(config.patcher, weights, "model.patcher", exact=True),
+                layers_of(stack, weights, "model.patcher", exact=True),
                 embedding=weights.tensor("model.patcher.embed_tokens.weight"),
                 head=HeadWeights(
                     weights.tensor("model.patcher.norm.weight"),
