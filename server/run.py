@@ -64,8 +64,9 @@ async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
-        # One that is to outlive its terminal (nohup) was started with SIGHUP ignored.
-        if signal.getsignal(number) != signal.SIG_IGN:
+        # One that is to outlive its terminal (nohup) was started with SIGHUP ignored. A shell that starts it in the
+        # background ignores SIGINT for it, and may send it all the same.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             loop.add_signal_handler(number, signals.put_nowait, number)
     # Whatever is wrong with the settings shows at once, and not after the model is loaded.
     keys, tls = load_keys(settings), _make_tls(settings)
