@@ -73,7 +73,10 @@ class ServerSettings(BaseSettings):
         120.0, gt=0, description="Seconds that a connection may wait for its next request before it is closed."
     )
     write_timeout: float = Field(
-        60.0, gt=0, description="Seconds that a client may leave an answer unread before its connection is closed."
+        60.0,
+        gt=0,
+        description="Seconds in which a client must read the next 64 KiB of an answer that waits, "
+        "or all of a shorter rest.",
     )
     default_timeout: float | None = Field(
         None, gt=0, description="Seconds after which a request without a timeout of its own ends; by default none."
