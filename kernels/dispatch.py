@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from . import (
     attention,
@@ -58,6 +59,10 @@ class Kernels:
     def matrix(self, matrix: Matrix) -> Matrix:
         """As `linear` and the pieces below take it."""
         return matrix
+
+    def join(self, parts: Sequence[Tensor]) -> Matrix:
+        """Matrices of one dtype and input, laid on top of each other, as `matrix` gives them."""
+        return Matrix(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
 
     def stack(self, weights: StackWeights) -> StackFunction:
         """Transformer layers in a row, with what belongs to them."""
@@ -113,6 +118,9 @@ class NativeKernels(Kernels):
 
     def matrix(self, matrix: Matrix) -> Matrix:
         return native.pack(matrix)
+
+    def join(self, parts: Sequence[Tensor]) -> Matrix:
+        return native.join(parts)
 
     def stack(self, weights: StackWeights) -> StackFunction:
         return native.stack(weights)

@@ -49,9 +49,10 @@ class Weights:
     def matrix(self, *names: str, exact: bool = False) -> Matrix:
         """The matrices (out, in) of these names, laid on top of each other. exact: never as float8."""
         parts = [self._tensors[name].to(self.device, self.matrix_dtype) for name in names]
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self.linear_shapes.add((joined.shape[0], joined.shape[1]))
-        return self._kernels.matrix(quantize(joined) if self._fp8 and not exact else Matrix(joined))
+        self.linear_shapes.add((sum(len(part) for part in parts), parts[0].shape[1]))
+        if self._fp8 and not exact:
+            return self._kernels.matrix(quantize(torch.cat(parts)))
+        return self._kernels.join(parts)
 
 
 def layers_of(config: StackConfig, weights: Weights, prefix: str, *, exact: bool = False) -> list[LayerWeights]:

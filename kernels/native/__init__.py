@@ -45,6 +45,7 @@ def _library() -> ctypes.CDLL | None:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, types in {
+        "fastblt_pack": "pp qqq p i",
         "fastblt_linear": "ppp f i p i p q ii",
         "fastblt_attention": "pppp q ii",
         "fastblt_stack": "ppppppppp q p i",
@@ -123,20 +124,25 @@ class Packed(Matrix):
 
 def pack(matrix: Matrix) -> Packed:
     """float8 becomes bfloat16, which holds every one of its numbers."""
+    data = matrix.data
+    return join([data if data.dtype in (torch.float32, torch.bfloat16) else data.to(torch.bfloat16)], matrix.scale)
+
+
+def join(parts: Sequence[Tensor], scale: Tensor | None = None) -> Packed:
+    """Matrices (out, in) of one dtype, float32 or bfloat16, laid on top of each other; read once, as where they are."""
     assert LIBRARY
-    data, panel = matrix.data, LIBRARY.fastblt_panel()
-    if data.dtype not in (torch.float32, torch.bfloat16):
-        data = data.to(torch.bfloat16)
-    out, width = data.shape
-    panels = data.new_zeros(-(-out // panel), width, panel)
-    whole = out // panel
-    panels[:whole] = data[: whole * panel].view(whole, panel, width).transpose(1, 2)
-    if whole < len(panels):
-        panels[whole, :, : out - whole * panel] = data[whole * panel :].T
-    packed = Packed(panels, matrix.scale)
+    parts = [part.contiguous() for part in parts]
+    outs, width, panel = [len(part) for part in parts], parts[0].shape[1], LIBRARY.fastblt_panel()
+    out = sum(outs)
+    panels = parts[0].new_empty(-(-out // panel), width, panel)
+    addresses = (_POINTER * len(parts))(*(part.data_ptr() for part in parts))
+    LIBRARY.fastblt_pack(
+        addresses, (_INT * len(parts))(*outs), len(parts), width, panels.itemsize, panels.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    packed = Packed(panels, scale)
     packed.out = out
-    scale = None if matrix.scale is None else matrix.scale.data_ptr()
-    packed.struct = _Matrix(panels.data_ptr(), scale, out, width, panels.dtype == torch.bfloat16)
+    packed.struct = _Matrix(panels.data_ptr(), _address(scale), out, width, panels.dtype == torch.bfloat16)
     return packed
 
 

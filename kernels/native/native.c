@@ -56,6 +56,19 @@ static void begin(int threads, size_t floats) {
 
 static void finish(void) { pthread_mutex_unlock(&one_at_a_time); }
 
+/* Lays matrices (outs[i], in) out as the panels of one. */
+void fastblt_pack(
+    const void *const *parts, const int64_t *outs, int64_t num_parts, int64_t in, int64_t itemsize, void *panels, int threads
+) {
+    int64_t out = 0;
+    for (int64_t part = 0; part < num_parts; part++) out += outs[part];
+    int64_t count = (out + PANEL - 1) / PANEL;
+    begin(threads, 0);
+    Packing packing = {parts, outs, panels, num_parts, out, in, itemsize};
+    share(pack_panels, &packing, count, out * in);
+    finish();
+}
+
 /* x (rows, in) to y (rows, out), with what `kernels.linear` does before and behind it. */
 void fastblt_linear(
     const Matrix *weight, const void *x, const float *norm, float eps, int gated, const void *residual, int twice, void *y,

@@ -25,6 +25,44 @@ typedef struct {
     int64_t bf16;
 } Matrix;
 
+/* Matrices (outs[i], in) of one type, one on top of the other, and the panels that they become. */
+typedef struct {
+    const void *const *parts;
+    const int64_t *outs;
+    void *panels;
+    int64_t num_parts, out, in, itemsize;
+} Packing;
+
+/* Some of the inner dimension at a time, so that what is written stays in the nearest cache meanwhile. */
+#define PACK(NAME, TYPE)                                                                              \
+    static void NAME(const void *const *rows, void *panel, int64_t in) {                             \
+        for (int64_t k = 0; k < in; k += 32) {                                                        \
+            int64_t count = in - k < 32 ? in - k : 32;                                                \
+            for (int c = 0; c < PANEL; c++) {                                                         \
+                TYPE *to = (TYPE *)panel + k * PANEL + c;                                             \
+                if (rows[c])                                                                          \
+                    for (int64_t i = 0; i < count; i++) to[i * PANEL] = ((const TYPE *)rows[c])[k + i]; \
+                else                                                                                  \
+                    for (int64_t i = 0; i < count; i++) to[i * PANEL] = 0;                            \
+            }                                                                                         \
+        }                                                                                             \
+    }
+PACK(pack_4, uint32_t)
+PACK(pack_2, uint16_t)
+
+static void pack_panels(void *of, int64_t begin, int64_t end) {
+    const Packing *p = of;
+    for (int64_t panel = begin; panel < end; panel++) {
+        const void *rows[PANEL] = {0};
+        int64_t part = 0, before = 0;
+        for (int64_t c = 0, o = panel * PANEL; c < PANEL && o < p->out; c++, o++) {
+            while (o >= before + p->outs[part]) before += p->outs[part++];
+            rows[c] = (const char *)p->parts[part] + (o - before) * p->in * p->itemsize;
+        }
+        (p->itemsize == 4 ? pack_4 : pack_2)(rows, (char *)p->panels + panel * p->in * PANEL * p->itemsize, p->in);
+    }
+}
+
 /* What becomes of a product: y = x W^T; y = residual + y; twice: y = residual + y once more. Rounded after each. */
 typedef struct {
     const Matrix *weight;

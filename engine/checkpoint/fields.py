@@ -1,0 +1,45 @@
+"""How the fields of a configuration are accounted for: none is passed over in silence.
+
+A field that a section declares is honoured, or refused by its type, which then allows only the value that this
+architecture has. `immaterial` lists the fields that change nothing about what the model computes, with the reason.
+Any other field with a value is told to the user as not known.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A part of a configuration file."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    immaterial: ClassVar[dict[str, str]] = {}
+    """Reason by field."""
+
+    @classmethod
+    def accounted_fields(cls) -> set[str]:
+        """Every name that is honoured, refused or immaterial."""
+        names = set(cls.model_fields) | set(cls.immaterial)
+        for info in cls.model_fields.values():
+            choices = getattr(info.validation_alias, "choices", [])
+            names |= {choice for choice in choices if isinstance(choice, str)}
+        return names
+
+    def unknown_fields(self, inside: str = "") -> Iterator[str]:
+        """'field = value' of all that is not accounted for, here and in the sections within. A null says nothing."""
+        for name, value in (self.model_extra or {}).items():
+            if name not in self.immaterial and value is not None:
+                yield f"{inside}{name} = {str(value)[:60]}"
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                yield from value.unknown_fields(f"{inside}{name}.")
+
+
+def unknown_note(section: Section, file: str, inside: str = "") -> list[str]:
+    """The one note about them, if there are any."""
+    unknown = list(section.unknown_fields(inside))
+    return [f"{file}: not known, and without effect: {', '.join(unknown)}"] if unknown else []
