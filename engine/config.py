@@ -5,6 +5,7 @@ format; `engine.checkpoint` translates Hugging Face's and Meta's files into it. 
 whoever starts the engine.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +15,19 @@ WeightsName = Literal["float8"]
 BOE_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 SPECIAL_NAMES = {BOE_ID: "<boe>", BOS_ID: "<s>", EOS_ID: "</s>", PAD_ID: "<pad>"}
 BYTE_OFFSET = 4
-"""The id of byte value b is b + 4; ids 0..3 are the specials above."""
+"""The id of byte value b is b + 4; ids 0..3 are the specials above. A model may have ids beyond the bytes' (Meta's
+`pm_size`): they are drawn and fed like any other, and are no text."""
+BYTES_END = BYTE_OFFSET + 256
+
+
+def is_byte(token: int) -> bool:
+    """Whether an id is text."""
+    return BYTE_OFFSET <= token < BYTES_END
+
+
+def text_of(ids: Iterable[int]) -> bytes:
+    """The bytes among them."""
+    return bytes(token - BYTE_OFFSET for token in ids if is_byte(token))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +99,8 @@ class ModelConfig:
     encoder_refine: several encoder layers with cross-attention in each refine the slots layer by layer (Meta); off,
     only the last layer's cross-attention counts (Hugging Face, and every released model, which has one layer).
     isolate_documents: an EOS ends a document; later bytes do not attend across it (Meta). Off equals Hugging Face.
+    isolate_global: whether that holds for patches too. Meta's code always isolates bytes, but patches only where the
+    model's arguments say so, as those of all released models do.
     """
 
     name: str
@@ -101,6 +116,7 @@ class ModelConfig:
     decoder_cross_all_layers: bool = True
     encoder_refine: bool = False
     isolate_documents: bool = False
+    isolate_global: bool = True
     mask_id: int | None = None
     block_size: int | None = None
 
@@ -123,6 +139,8 @@ class ModelConfig:
         return max(self.patcher.max_positions, self.max_length)
 
     def __post_init__(self) -> None:
+        if self.vocab_size < BYTES_END:
+            raise ValueError(f"vocab_size {self.vocab_size} must be at least {BYTES_END}: 4 special ids and 256 bytes")
         if self.encoder.dim != self.decoder.dim:
             raise ValueError(f"encoder.dim {self.encoder.dim} and decoder.dim {self.decoder.dim} must be equal")
         if (self.mask_id is None) != (self.block_size is None):
@@ -168,6 +186,10 @@ class EngineConfig:
     """Overrides the checkpoint's setting."""
     num_threads: int | None = None
     """CPU threads for tensor work; None takes one per core."""
+    patcher: str | None = None
+    """Folder of the patcher, for a model of Meta's that lies apart from it."""
+    patching_threshold: float | None = None
+    """Nats; None takes the checkpoint's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,6 +149,7 @@ class Runner:
         self._of_patches = {name for name, spec in caches.specs.items() if spec.rows_from == "patch"}
         self._rule = boundary_rule(model.config.patching)
         self._isolate = isolate
+        self._isolate_patches = isolate and model.config.isolate_global
         self.device = device
         self._ngram_width = max(model.config.hashes.group_sizes)
         self._bytes = stage_bytes
@@ -595,7 +596,7 @@ class Runner:
                 latent_offset += range(patch % latent_size * slots, (patch % latent_size + 1) * slots)
             end = begin + len(starts) - 1
             table = sequence.tables["global"]
-            documents = sequence.patch_documents if self._isolate else NO_DOCUMENTS
+            documents = sequence.patch_documents if self._isolate_patches else NO_DOCUMENTS
             for start, behind, floor in pieces(documents, begin, end):
                 patch_rows.add(table.pages, table.first, start, behind - start, floor)
             # A patch belongs to generation if its last byte does.

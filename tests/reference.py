@@ -93,7 +93,7 @@ def forward(config: ModelConfig, tensors: Weights, ids: Sequence[int], block: Se
         patches = patches @ w["model.global_transformer.token_embedding_projection.weight"].T
     holds_eos = torch.zeros(num_patches, dtype=torch.bool)
     holds_eos[own[torch.tensor(ids) == EOS_ID]] = True
-    visible = _visible(holds_eos, config.global_.window, config.isolate_documents)
+    visible = _visible(holds_eos, config.global_.window, config.isolate_documents and config.isolate_global)
     latents = _stack(patches, w, "model.global_transformer", config.global_, visible)
 
     # Decoder: the row that predicts byte j + 1 reads the latent before the patch that holds byte j + 1, and only that.

@@ -170,6 +170,13 @@ def test_a_config_that_is_not_an_object(folder: Path) -> None:
         (lambda c: c["fastblt"].update(colour="red"), ["fastblt.colour = red"]),
         (lambda c: c["fastblt"].pop("block_size"), ["fastblt.block_size", "required"]),
         (lambda c: c["fastblt"].update(block_size=None), ["mask_id and block_size belong together"]),
+        (
+            lambda c: (
+                [c.update(vocab_size=256)]
+                + [c[stage].update(vocab_size=256) for stage in ("encoder_config", "decoder_config", "patcher_config")]
+            ),
+            ["vocab_size 256 must be at least 260"],
+        ),
         (lambda c: c["fastblt"].update(mask_id=3), ["mask_id 3", "260"]),
         (lambda c: c["encoder_config"].update(hidden_size="wide"), ["encoder_config.hidden_size = wide", "integer"]),
         (lambda c: c["encoder_config"].update(hidden_size=30), ["dim 30", "4 heads"]),

@@ -76,7 +76,7 @@ def write_hf(folder: Path, *changes: dict[str, Any], **top: Any) -> Path:
         ({"bos_token_id": 0}, "bos_token_id = 0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"pm_size": 4}, "pm_size = 4"),
-        ({"decoder_config": {"vocab_size": 256}}, "decoder_config.vocab_size 256"),
+        ({"encoder_config": {"vocab_size": 264}}, "encoder_config.vocab_size 264"),
     ],
 )
 def test_what_transformers_models_could_be_and_ours_is_not_is_refused(

@@ -1,19 +1,34 @@
 """Checkpoints of every format come in with the right meaning and the right numbers, and go out whole."""
 
 import json
+import os
 import re
 import struct
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BltConfig, BltForCausalLM
 
-from engine.checkpoint import PRESETS, RandomTensors, expected_shapes, load, random_tensors, read_config, save
-from engine.checkpoint.files import WEIGHTS
+from engine.checkpoint import (
+    PRESETS,
+    CheckpointError,
+    RandomTensors,
+    describe,
+    expected_shapes,
+    load,
+    random_tensors,
+    read_config,
+    save,
+)
+from engine.checkpoint.files import WEIGHTS, open_torch
 from engine.checkpoint.hf_config import render
 from engine.config import HashConfig, ModelConfig, PatchingRule, StackConfig
 from tests import reference
@@ -204,24 +219,30 @@ def test_large_models_are_written_in_shards_and_smaller_ones_replace_them(
     assert_same_tensors(load(tmp_path).tensors, tensors)
 
 
+def write_sparse(folder: Path, shapes: Mapping[str, Sequence[int]], dtype: str) -> None:
+    """A file of zeros that takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + prod(shape) * (4 if dtype == "F32" else 2)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with (folder / WEIGHTS).open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + end)
+
+
 def test_loading_maps_the_file_and_reads_no_page_of_it(tmp_path: Path) -> None:
     """A sparse file of 4 GiB stands in for a large model: reading it would show as resident memory."""
     config = replace(PRESETS["tiny"], hashes=HashConfig((3, 4), 1, 1 << 24))
     shapes = {name: s for name, s in expected_shapes(config).items() if "hash" not in name} | {FUSED: (2 << 24, 32)}
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    with (tmp_path / WEIGHTS).open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        file.truncate(8 + len(encoded) + end)
+    write_sparse(tmp_path, shapes, "F32")
     (tmp_path / "config.json").write_text(json.dumps(render(config, "float32")))
 
     before = resident_bytes()
     tensors = load(tmp_path).tensors
     assert resident_bytes() - before < 64 << 20
-    assert end > 4 << 30
+    assert (tmp_path / WEIGHTS).stat().st_size > 4 << 30
     tables = [tensors[f"model.encoder_hash_tok_embedding.{t}.weight"] for t in range(2)]
     assert tables[1].data_ptr() - tables[0].data_ptr() == tables[0].nbytes
     assert tables[1][-1].sum() == 0
@@ -362,10 +383,163 @@ def test_metas_feed_forward_widths_are_those_of_the_released_models(tmp_path: Pa
     assert (config.encoder.ffn_dim, config.global_.ffn_dim) == (2816, 11008)
 
 
-def test_the_patchers_own_folder_decides_the_patching_where_nothing_else_does(tmp_path: Path) -> None:
+def test_what_the_training_arguments_do_not_say_of_patching_is_taken_from_the_models(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    write_meta(folder, random_tensors(META_CONFIG, 0), hub=True, beside=False)
+    (folder / "train_args.json").unlink()
+    # The entropy model's own training has no patches, and says nothing about ours.
+    params = {"entropy_model": ENTROPY_ARGS, "data": {"patcher_args": {"patching_mode": "byte", "threshold": 0.1}}}
+    (folder / "entropy_model" / "params.json").write_text(json.dumps(params))
+    found = load(folder)
+    assert found.config.patching == PatchingRule()
+    assert [str(folder / "train_args.json") in note and "1.335" in note for note in found.notes] == [True]
+
+    said = {
+        "patching_threshold": 1.574,
+        "patching_threshold_add": 0.1,
+        "max_patch_length": 7,
+        "patching_mode": "entropy",
+    }
+    (folder / "config.json").write_text(json.dumps({"args": META_ARGS | said}))
+    found = load(folder)
+    assert found.config.patching == PatchingRule(threshold=1.574, threshold_add=0.1, max_patch_length=7)
+    assert not found.notes
+
+    (folder / "train_args.json").write_text(json.dumps({"data": {"patcher_args": {"threshold": 1.25}}}))
+    found = load(folder)
+    assert found.config.patching == PatchingRule(threshold=1.25, threshold_add=0.1, max_patch_length=7)
+    assert [note for note in found.notes if "threshold = 1.25 counts" in note and "not 1.574" in note] == list(
+        found.notes
+    )
+
+    said = {"patching_mode": "byte", "monotonicity": True, "patching_threshold": 2}
+    (folder / "train_args.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"args": META_ARGS | said}))
+    assert read_config(folder).patching == PatchingRule(mode="bytes", monotonic=True, threshold=2.0)
+
+
+@pytest.mark.parametrize("bias", ["block_causal", "causal", None, "absent"])
+def test_metas_global_stage_isolates_documents_where_its_mask_is_block_causal(bias: str | None, tmp_path: Path) -> None:
     write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=True, beside=False)
-    (tmp_path / "m" / "train_args.json").unlink()
-    assert read_config(tmp_path / "m").patching == PatchingRule()
-    params = {"entropy_model": ENTROPY_ARGS, "data": {"patcher_args": {"monotonicity": True, "threshold": 0.1}}}
-    (tmp_path / "m" / "entropy_model" / "params.json").write_text(json.dumps(params))
-    assert read_config(tmp_path / "m").patching == PatchingRule(monotonic=True, threshold=0.1)
+    args = META_ARGS | {"attn_bias_type": bias}
+    if bias == "absent":
+        del args["attn_bias_type"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"args": args}))
+    config = read_config(tmp_path / "m")
+    assert (config.isolate_documents, config.isolate_global) == (True, bias == "block_causal")
+
+
+def test_the_patcher_may_lie_anywhere_and_in_either_form(tmp_path: Path) -> None:
+    tensors = random_tensors(META_CONFIG, 0, torch.bfloat16)
+    write_meta(tmp_path / "blt_1b", tensors, hub=True, beside=False)
+    apart = (tmp_path / "blt_1b" / "entropy_model").rename(tmp_path / "apart")
+    with pytest.raises(CheckpointError, match="--patcher FOLDER names another place"):
+        load(tmp_path / "blt_1b")
+    assert_same_tensors(load(tmp_path / "blt_1b", patcher=apart).tensors, tensors)
+    # As facebook/blt-entropy.
+    patcher = {meta_name(n): t for n, t in tensors.items() if "patcher" in n}
+    hub = tmp_path / "blt-entropy"
+    hub.mkdir()
+    (hub / "config.json").write_text(json.dumps({"args": ENTROPY_ARGS}))
+    save_file(patcher, hub / WEIGHTS)
+    loaded = load(tmp_path / "blt_1b", patcher=hub)
+    assert loaded.config == META_CONFIG
+    assert_same_tensors(loaded.tensors, tensors)
+    with pytest.raises(CheckpointError, match="nowhere: no such directory; it is to hold the patcher"):
+        load(tmp_path / "blt_1b", patcher=tmp_path / "nowhere")
+    save(tmp_path / "ours", PRESETS["tiny"], random_tensors(PRESETS["tiny"], 0))
+    with pytest.raises(CheckpointError, match="has its own"):
+        load(tmp_path / "ours", patcher=hub)
+
+
+# Whatever the format
+
+
+def test_a_threshold_may_be_given_instead_of_the_checkpoints(tmp_path: Path) -> None:
+    save(tmp_path, PRESETS["tiny"], random_tensors(PRESETS["tiny"], 0))
+    tiny = PRESETS["tiny"].patching
+    assert load(tmp_path, patching_threshold=-0.5).config.patching == replace(tiny, threshold=-0.5)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(CheckpointError, match=f"patching_threshold {bad}: must be a number of nats"):
+            load(tmp_path, patching_threshold=bad)
+    every_byte = replace(PRESETS["tiny"], patching=PatchingRule(mode="bytes"))
+    save(tmp_path, every_byte, random_tensors(every_byte, 0))
+    with pytest.raises(CheckpointError, match=r"patching_threshold 1\.5: tiny has no threshold"):
+        load(tmp_path, patching_threshold=1.5)
+
+
+def test_a_model_has_the_name_of_its_folder_and_not_of_what_a_link_leads_to(tmp_path: Path) -> None:
+    blobs = tmp_path / "models--org--a.model-1" / "blobs"
+    save(blobs, PRESETS["tiny"], random_tensors(PRESETS["tiny"], 0))
+    config = json.loads((blobs / "config.json").read_text())
+    del config["fastblt"]
+    (blobs / "config.json").write_text(json.dumps(config))
+
+    def link(folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        for file in blobs.iterdir():
+            (folder / file.name).symlink_to(file)
+        return folder
+
+    revision = tmp_path / "models--org--a.model-1" / "snapshots" / ("0123456789" * 4)
+    assert read_config(link(tmp_path / "my model")).name == "my model"
+    assert read_config(link(revision)).name == "org/a.model-1"
+    assert read_config(link(revision / "blt_1b")).name == "org/a.model-1/blt_1b"
+    (tmp_path / "current").symlink_to(revision)
+    assert read_config(tmp_path / "current").name == "current"
+
+
+def test_metas_folders_have_their_own_names_in_the_hubs_cache_too(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--facebook--blt" / "snapshots" / "main"
+    write_meta(snapshot / "blt_1b", random_tensors(META_CONFIG, 0), hub=False, beside=True)
+    assert read_config(snapshot / "blt_1b") == replace(META_CONFIG, name="facebook/blt/blt_1b")
+
+
+def larger_than_memory() -> int:
+    """Bytes. No machine maps so many as its own."""
+    return 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_files_larger_than_the_memory_are_described_and_mapped(tmp_path: Path) -> None:
+    rows = larger_than_memory() // (2 * 32 * 2)
+    config = replace(PRESETS["tiny"], hashes=HashConfig((3, 4), 1, rows))
+    shapes = {n: s for n, s in expected_shapes(config).items() if "hash" not in n} | {FUSED: (2 * rows, 32)}
+    write_sparse(tmp_path, shapes, "BF16")
+    (tmp_path / "config.json").write_text(json.dumps(render(config, "bfloat16")))
+    assert describe(tmp_path).file_bytes > larger_than_memory()
+    tables = load(tmp_path).tensors
+    assert tables["model.encoder_hash_tok_embedding.1.weight"][-1].sum() == 0
+
+
+def test_so_are_those_of_torch(tmp_path: Path) -> None:
+    rows = larger_than_memory() // (32 * 2)
+    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+        table = torch.empty(rows, 32, dtype=torch.bfloat16)
+        torch.save({"model": {"table": table[1:], "small": torch.empty(3, 5)}}, tmp_path / "consolidated.pth")
+    stored = open_torch(tmp_path / "consolidated.pth")
+    assert (stored["table"].shape, stored["table"].dtype) == ((rows - 1, 32), "bfloat16")
+    assert stored["table"].map()[-1].sum() == 0
+    assert (stored["small"].shape, stored["small"].map().sum()) == ((3, 5), 0)
+
+
+def test_what_is_mapped_of_torchs_files_is_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the way that files larger than the memory take, which are too large to hold anything here."""
+    whole = torch.randn(7, 6)
+    tensors = {
+        "turned": whole.T,
+        "part": whole[2:, 1:4],
+        "half": whole.bfloat16(),
+        "freqs_cis": torch.ones(2, dtype=torch.int64),
+    }
+    torch.save(tensors, tmp_path / "some.pth")
+    load_of_torch = torch.load
+
+    def refuse_to_map(*args: Any, **options: Any) -> Any:
+        if options.get("mmap"):
+            raise RuntimeError("unable to mmap 100 bytes from file: Cannot allocate memory (12)")
+        return load_of_torch(*args, **options)
+
+    monkeypatch.setattr("torch.load", refuse_to_map)
+    stored = open_torch(tmp_path / "some.pth")
+    for name in ("turned", "part", "half"):
+        assert torch.equal(stored[name].map(), tensors[name]), name

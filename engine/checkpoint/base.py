@@ -17,9 +17,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model in memory. `tensors` are mapped from `files`, in their dtypes, under the names of `expected_shapes`."""
+    """A model in memory. `tensors` are mapped from `files`, in their dtypes, under the names of `expected_shapes`; they
+    must not be written to. `notes`: what the user should know of how the files are understood, a sentence each."""
 
     config: ModelConfig
     tensors: dict[str, Tensor]
     format: Format
     files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()

@@ -34,12 +34,15 @@ class Description:
 
     name: str
     format: Format
+    notes: tuple[str, ...]
+    """What the user should know of how the files are understood."""
     vocab_size: int
     slots: int
     decoder_input: str
     mask_id: int | None
     block_size: int | None
     isolate_documents: bool
+    isolate_global: bool
     max_length: int
     hashes: HashConfig
     patching: PatchingRule
@@ -75,9 +78,15 @@ def cache_costs(config: ModelConfig, dtype: torch.dtype) -> dict[str, CacheCost]
     return costs
 
 
-def describe(path: str | Path, cache_dtype: torch.dtype = torch.bfloat16) -> Description:
-    """The checkpoint in a folder, its tensors checked but not read. Raises CheckpointError."""
-    checkpoint = load(path)
+def describe(
+    path: str | Path,
+    cache_dtype: torch.dtype = torch.bfloat16,
+    *,
+    patcher: str | Path | None = None,
+    patching_threshold: float | None = None,
+) -> Description:
+    """The checkpoint in a folder, its tensors checked but not read; arguments as of `load`. Raises CheckpointError."""
+    checkpoint = load(path, patcher=patcher, patching_threshold=patching_threshold)
     config = checkpoint.config
     dtypes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
@@ -85,12 +94,14 @@ def describe(path: str | Path, cache_dtype: torch.dtype = torch.bfloat16) -> Des
     return Description(
         name=config.name,
         format=checkpoint.format,
+        notes=checkpoint.notes,
         vocab_size=config.vocab_size,
         slots=config.slots,
         decoder_input=config.decoder_input,
         mask_id=config.mask_id,
         block_size=config.block_size,
         isolate_documents=config.isolate_documents,
+        isolate_global=config.isolate_global,
         max_length=config.max_length,
         hashes=config.hashes,
         patching=config.patching,
@@ -123,7 +134,8 @@ def render(description: Description) -> str:
         f"patching   {_rule(d.patching)}",
         f"hashes     {d.hashes.num_tables} tables of {d.hashes.rows:,} rows, groups of {groups} bytes",
         f"sequences  up to {d.max_length:,} ids of {d.vocab_size}, {d.slots} slots per patch"
-        + (", documents isolated at EOS" if d.isolate_documents else ""),
+        + (", documents isolated at EOS" if d.isolate_documents else "")
+        + (", but for the global stage" if d.isolate_documents and not d.isolate_global else ""),
         "",
         f"{'stage':9}{'layers':>7}{'width':>7}{'heads':>7}{'kv':>5}{'ffn':>7}{'window':>8}{'positions':>11}{'theta':>9}",
     ]
@@ -138,6 +150,7 @@ def render(description: Description) -> str:
     for name, cost in d.caches.items():
         per_row = f"{cost.bytes_per_row:,} a {cost.row}"
         lines.append(f"{name:9}{per_row:>20}{cost.most_rows:>15,}{format_size(cost.most_bytes):>15}")
+    lines += ["", *(f"note: {note}" for note in d.notes)] if d.notes else []
     return "\n".join(lines)
 
 

@@ -1,12 +1,20 @@
 """Reading files without reading their contents: tensors are listed with their shapes and mapped into memory.
 
 A mapped tensor's pages come from the file when they are first touched, and can be dropped again: nothing is copied.
+Files are mapped for reading only, which the kernel allows however large they are; libraries map them as private
+copies, which it refuses beyond the memory of the machine.
 """
 
 import json
+import mmap
+import os
 import pickle
+import struct
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +22,8 @@ import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from .base import CheckpointError
 from .names import Shape
@@ -22,7 +32,15 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
-_DTYPES = {"F32", "BF16", "F16", "float32", "bfloat16", "float16"}
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""What a model may be stored in, as safetensors and torch spell it."""
 _SHOWN = 4
 """Problems that one message lists."""
 
@@ -31,12 +49,22 @@ Validated = TypeVar("Validated", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file. `map` gives it, backed by the file."""
+    """A tensor in a file. `map` gives it, backed by the file and not to be written to."""
 
     file: Path
     shape: Shape
     dtype: str
     map: Callable[[], Tensor]
+
+
+def model_name(folder: Path) -> str:
+    """The folder's own name, or of a snapshot in the hub's cache the repository's: org/name. Links are not followed:
+    they lead to files that are named by their contents."""
+    parts = Path(os.path.abspath(folder)).parts
+    for at, part in enumerate(parts):
+        if part.startswith("models--") and parts[at + 1 : at + 2] == ("snapshots",) and len(parts) > at + 2:
+            return "/".join([*part.removeprefix("models--").split("--"), *parts[at + 3 :]])
+    return parts[-1]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,28 +116,44 @@ def open_safetensors(folder: Path) -> dict[str, Stored]:
 
 
 def _open_safetensors_file(path: Path) -> dict[str, Stored]:
-    stored: dict[str, Stored] = {}
     try:
-        archive = safe_open(path, framework="pt")
-        for name in archive.keys():  # noqa: SIM118 - not a mapping
-            part = archive.get_slice(name)
-
-            def map_tensor(name: str = name) -> Tensor:
-                tensor: Tensor = archive.get_tensor(name)
-                return tensor
-
-            stored[name] = Stored(path, tuple(part.get_shape()), part.get_dtype(), map_tensor)
+        # Checks the whole file. Of its frameworks, numpy's alone maps a file for reading only.
+        safe_open(path, framework="np")
+        with path.open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_bytes))
+            whole = _map_file(file.fileno())
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file: {_reason(error)}") from error
+    header.pop("__metadata__", None)
+    stored: dict[str, Stored] = {}
+    for name, entry in header.items():
+        shape, offset = tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0]
+        stored[name] = Stored(path, shape, entry["dtype"], partial(_view, whole, offset, entry["dtype"], shape))
     return stored
+
+
+def _map_file(descriptor: int) -> mmap.mmap:
+    return mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+
+
+def _view(whole: mmap.mmap, offset: int, dtype: str, shape: Shape) -> Tensor:
+    """A tensor of one of `DTYPES`, whose numbers lie end to end in a mapped file from the byte `offset` on."""
+    count = prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    with warnings.catch_warnings():
+        # That it must not be written to is known here.
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(whole, dtype=DTYPES[dtype], offset=offset, count=count).view(shape)
 
 
 def open_torch(path: Path) -> dict[str, Stored]:
     """The state dict of a file that torch.save wrote, bare or under "model". Only tensors are unpickled."""
     try:
-        data = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        data = _load_torch(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}") from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -122,6 +166,31 @@ def open_torch(path: Path) -> dict[str, Stored]:
         return Stored(path, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: tensor)
 
     return {name: stored(tensor) for name, tensor in state.items()}
+
+
+def _load_torch(path: Path) -> Any:
+    """What torch.save wrote, its tensors mapped from the file."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except RuntimeError as error:
+        if "unable to mmap" not in str(error):
+            raise
+    # It is larger than the memory. Fake tensors know where in the file their numbers lie, and take a second to import.
+    with FakeTensorMode():
+        data = torch.load(path, weights_only=True)
+    with path.open("rb") as file:
+        whole = _map_file(file.fileno())
+
+    def mapped(tensor: Tensor) -> Tensor:
+        storage, dtype = tensor.untyped_storage(), str(tensor.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            return tensor
+        assert storage._checkpoint_offset is not None
+        count = storage.nbytes() // tensor.dtype.itemsize
+        numbers = _view(whole, storage._checkpoint_offset, dtype, (count,))
+        return numbers.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    return tree_map_only(Tensor, mapped, data)
 
 
 def check(stored: Mapping[str, Stored], expected: Mapping[str, Shape], where: Path) -> None:
@@ -144,7 +213,7 @@ def check(stored: Mapping[str, Stored], expected: Mapping[str, Shape], where: Pa
     problems += [
         f"tensor {name} has dtype {tensor.dtype}, expected float32, bfloat16 or float16"
         for name, tensor in stored.items()
-        if tensor.dtype not in _DTYPES
+        if tensor.dtype not in DTYPES
     ]
     if problems:
         raise CheckpointError(f"{where}: {_listed(problems)}")

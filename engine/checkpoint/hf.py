@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from . import hf_config
-from .base import Checkpoint, CheckpointError
+from .base import Checkpoint, CheckpointError, Format
 from .files import CONFIG, WEIGHTS, WEIGHTS_INDEX, Stored, check, open_safetensors
 from .names import ENCODER, FUSED_HASHES, Shape, cross_attention, expected_shapes, hash_table
 
@@ -27,7 +27,9 @@ def read(path: Path, data: dict[str, Any]) -> Checkpoint:
     crosses = file_config.cross_layers_of_encoder
     check(stored, _file_shapes(config, crosses), path)
     files = tuple(sorted({s.file for s in stored.values()}))
-    return Checkpoint(config, _canonical(config, stored, crosses), "fastblt" if file_config.fastblt else "hf", files)
+    kind: Format = "fastblt" if file_config.fastblt else "hf"
+    notes = tuple(file_config.notes(path / CONFIG))
+    return Checkpoint(config, _canonical(config, stored, crosses), kind, files, notes)
 
 
 def _file_shapes(config: ModelConfig, crosses: int) -> dict[str, Shape]:

@@ -2,23 +2,53 @@
 
 Ours is the same file plus the section `fastblt`, for what Hugging Face's model does not have. Absent keys take the
 defaults of transformers' `BltConfig`; both spellings of its keys are read (`rms_norm_eps` and `norm_eps`,
-`rope_parameters.rope_theta` and `rope_theta`).
+`rope_parameters.rope_theta` and `rope_theta`). `engine.checkpoint.fields` says how fields are accounted for.
 """
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
 from .base import CheckpointError
-from .files import validate
+from .fields import Section, unknown_note
+from .files import model_name, validate
 
 VERSION = 1
 
+_BOOKKEEPING = "transformers' own bookkeeping"
+_ATTENTION = "how transformers computes attention, not what"
+_IMMATERIAL = {
+    **dict.fromkeys(
+        (
+            *(
+                "_name_or_path",
+                "architectures",
+                "chunk_size_feed_forward",
+                "id2label",
+                "is_encoder_decoder",
+                "label2id",
+            ),
+            *("model_type", "output_attentions", "output_hidden_states", "problem_type", "return_dict"),
+            *("transformers_version", "use_cache"),
+        ),
+        _BOOKKEEPING,
+    ),
+    **dict.fromkeys(("_attn_implementation", "attn_implementation", "attn_impl"), _ATTENTION),
+    **dict.fromkeys(("dtype", "torch_dtype"), "every tensor has its own dtype, and --dtype says what to compute in"),
+    "initializer_range": "of weights before training",
+    "dropout": "of training",
+    "pad_token_id": "batches are not padded",
+}
+_EACH_STAGE = "every stage has its own"
+_ONCE = "only the one of the whole configuration counts"
 
-class _Section(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+class _Section(Section):
+    model_config = ConfigDict(strict=True)
+
+    immaterial = _IMMATERIAL
 
 
 class _Rope(_Section):
@@ -42,6 +72,14 @@ class _Stack(_Section):
     rope_theta: PositiveFloat | None = None
     rope_scaling: _Rope | None = None
     hidden_act: Literal["silu"] = "silu"
+
+    immaterial = _IMMATERIAL | {
+        "attn_bias_type": "transformers does not read it",
+        "tie_word_embeddings": "transformers never ties those of a stage",
+        "encoder_cross_output_size": "follows from the width of the encoder",
+        "bos_token_id": _ONCE,
+        "eos_token_id": _ONCE,
+    }
 
     def stack(self, window: int | None) -> StackConfig:
         stack = StackConfig(
@@ -72,6 +110,12 @@ class _Encoder(_Stack):
     max_position_embeddings: PositiveInt = 24576
     cross_attn_all_layers: bool | None = False
     cross_attn_k: PositiveInt = 2
+    pm_size: Literal[0] | None = 0
+
+    immaterial = _Stack.immaterial | {
+        "sliding_window": "transformers puts local_attention_window_len in its place",
+        "hidden_size_global": "the encoder does not use it",
+    }
 
 
 class _Decoder(_Stack):
@@ -83,6 +127,8 @@ class _Decoder(_Stack):
     cross_attn_all_layers: bool | None = True
     cross_attn_k: PositiveInt = 2
     hidden_size_global: PositiveInt = 2048
+
+    immaterial = _Stack.immaterial | {"vocab_size": "the head is made for the vocab_size of the whole configuration"}
 
 
 class _Global(_Stack):
@@ -116,6 +162,7 @@ class _Fastblt(BaseModel):
     monotonic: bool
     threshold_add: float | None
     isolate_documents: bool
+    isolate_global: bool = True
     encoder_refine: bool
 
 
@@ -128,6 +175,8 @@ class HfConfig(_Section):
     patch_size: PositiveFloat | None = 4
     patching_mode: str | None = "entropy"
     patching_threshold: float = 1.335442066192627
+    patching_threshold_add: float | None = None
+    monotonicity: bool | None = False
     max_patch_length: PositiveInt | None = None
     local_attention_window_len: PositiveInt | None = 512
     cross_attn_k: PositiveInt = 2
@@ -139,7 +188,25 @@ class HfConfig(_Section):
     global_config: _Global | None = None
     patcher_config: _Patcher | None = None
     tie_word_embeddings: Literal[False] | None = False
+    bos_token_id: Literal[1] | None = None
+    eos_token_id: Literal[2] | None = None
+    pm_size: Literal[0] | None = 0
+    quantization_config: None = None
     fastblt: _Fastblt | None = None
+
+    immaterial = _IMMATERIAL | {
+        "max_position_embeddings": _EACH_STAGE,
+        "rope_parameters": _EACH_STAGE,
+        "rope_theta": _EACH_STAGE,
+        "patching_batch_size": "how many texts transformers patches at once",
+        "patching_device": "where transformers patches",
+        "realtime_patching": "patches are always decided while bytes come",
+    }
+
+    @field_validator("eos_token_id", mode="before")
+    @classmethod
+    def _only_one(cls, value: object) -> object:
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
 
     @property
     def cross_layers_of_encoder(self) -> int:
@@ -179,24 +246,33 @@ class HfConfig(_Section):
                 # Anything else makes every byte its own patch.
                 mode="entropy" if self.patching_mode == "entropy" and self.patch_size is not None else "bytes",
                 threshold=self.patching_threshold,
-                threshold_add=own.threshold_add if own else None,
-                monotonic=own.monotonic if own else False,
+                threshold_add=own.threshold_add if own else self.patching_threshold_add,
+                monotonic=own.monotonic if own else bool(self.monotonicity),
                 max_patch_length=self.max_patch_length,
             ),
             decoder_input=own.decoder_input if own else "encoder",
             decoder_cross_all_layers=bool(decoder.cross_attn_all_layers),
             encoder_refine=own.encoder_refine if own else False,
             isolate_documents=own.isolate_documents if own else False,
+            isolate_global=own.isolate_global if own else True,
             mask_id=own.mask_id if own else None,
             block_size=own.block_size if own else None,
         )
+
+    def notes(self, path: Path) -> list[str]:
+        """What the user should know of how the file is understood."""
+        notes = []
+        if self.fastblt is None and (self.monotonicity or self.patching_threshold_add is not None):
+            rule = "monotonicity" if self.monotonicity else f"patching_threshold_add = {self.patching_threshold_add}"
+            notes.append(f"{path}: {rule} is followed as in Meta's code; transformers takes no notice of it")
+        return notes + unknown_note(self, str(path))
 
 
 def parse(data: dict[str, Any], path: Path) -> tuple[HfConfig, ModelConfig]:
     """`data` is what `path` holds. Raises CheckpointError that names the field and its value."""
     config = validate(HfConfig, data, path)
     try:
-        return config, config.model(path.resolve().parent.name)
+        return config, config.model(model_name(path.parent))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -246,6 +322,7 @@ def render(config: ModelConfig, dtype: str) -> dict[str, Any]:
             "monotonic": rule.monotonic,
             "threshold_add": rule.threshold_add,
             "isolate_documents": config.isolate_documents,
+            "isolate_global": config.isolate_global,
             "encoder_refine": config.encoder_refine,
         },
     }

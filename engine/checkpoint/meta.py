@@ -2,22 +2,31 @@
 
 A folder holds `params.json` (training arguments) and `consolidated.pth`, or `config.json` with the model's arguments
 under "args" and `model.safetensors`. The patcher is a model of its own, of the same form, in a folder `entropy_model`
-inside or beside. Its window is 512 whatever its file says, as in Meta's loader.
+inside or beside, or in any folder that the user names. Its window is 512 whatever its file says, as in Meta's loader.
+
+How a text is patched, the training arguments say under data.patcher_args: `params.json` holds them, and beside
+`config.json` lies `train_args.json`. What they do not say is taken from the model's own arguments. What the entropy
+model's training arguments say of patching is about its own training, which has no patches.
+`engine.checkpoint.fields` says how fields are accounted for; the immaterial ones are those that Meta's code at commit
+9774ed4f does not read when it generates.
 """
 
+import os
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
 from .base import Checkpoint, CheckpointError
-from .files import CONFIG, Stored, check, open_safetensors, open_torch, read_json, validate
+from .fields import Section, unknown_note
+from .files import CONFIG, WEIGHTS, Stored, check, model_name, open_safetensors, open_torch, read_json, validate
 from .names import PATCHER, Shape, expected_shapes
 
 PARAMS = "params.json"
+TRAIN_ARGS = "train_args.json"
 CONSOLIDATED = "consolidated.pth"
 ENTROPY_FOLDER = "entropy_model"
 PATCHER_WINDOW = 512
@@ -40,11 +49,12 @@ _META_SEGMENTS = {
 }
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+_TRAINING = "of training"
+_SPEED = "how fast Meta's code computes, not what"
+_UNUSED = "Meta's code does not use it"
 
 
-class _Transformer(_Section):
+class _Transformer(Section):
     """Arguments that the main model and the patcher share, with Meta's defaults."""
 
     head_dim: PositiveInt | None = None
@@ -54,6 +64,13 @@ class _Transformer(_Section):
     norm_eps: PositiveFloat = 1e-5
     rope_theta: PositiveFloat = 10000.0
     max_seqlen: PositiveInt = 1024
+    eos_id: Literal[2] = 2
+
+    immaterial = {
+        **dict.fromkeys(("init_base_std", "init_std_factor", "seed"), _TRAINING),
+        "attn_impl": _SPEED,
+        "rope_use_fp32_in_outer_product": "angles are always computed in float32",
+    }
 
     def stack(
         self, dim: int, layers: int, heads: int, kv_heads: int | None, positions: int, window: int | None
@@ -82,13 +99,24 @@ class _EntropyArgs(_Transformer):
     n_heads: PositiveInt
     weight_tying: Literal[False] = False
 
+    immaterial = _Transformer.immaterial | dict.fromkeys(
+        ("attn_bias_type", "sliding_window"), "Meta's loader puts local_block_causal and 512 in its place"
+    )
 
-class _PatcherArgs(_Section):
+
+class _PatcherArgs(Section):
     patching_mode: Literal["entropy", "byte"] = "entropy"
     threshold: float = 1.335442066192627
     threshold_add: float | None = None
     monotonicity: bool = False
     max_patch_length: PositiveInt | None = None
+
+    immaterial = {
+        **dict.fromkeys(("device", "log_time", "patching_batch_size", "patching_device"), _SPEED),
+        "entropy_model_checkpoint_dir": "the patcher lies beside the model, or where --patcher says",
+        "patch_size": "only counts for patches of one size",
+        "realtime_patching": "patches are always decided while bytes come",
+    }
 
     def rule(self) -> PatchingRule:
         return PatchingRule(
@@ -100,8 +128,31 @@ class _PatcherArgs(_Section):
         )
 
 
+class _BytesOfTokenizer(Section):
+    add_bos: Literal[True] = True
+    bpe_delim: Literal[False] = False
+    vocab_size_unit_1: Literal[256] = 256
+
+    immaterial = {
+        "add_eos": "a prompt does not end with one",
+        "bpe_tokenizer_path": "only counts with bpe_delim",
+    }
+
+
+class _TokenizerArgs(Section):
+    name: Literal["blt", "bytes"] = "blt"
+    init_kwargs: _BytesOfTokenizer | None = None
+
+
+class _Data(Section):
+    """The part of the training arguments that says what the model was given. Every other field is of training."""
+
+    patcher_args: dict[str, Any] = {}
+    tokenizer_args: _TokenizerArgs = _TokenizerArgs()
+
+
 class _ModelArgs(_Transformer):
-    """Only what decides the computation. A literal is the one value that this architecture has."""
+    """A literal is the one value that this architecture has."""
 
     vocab_size: PositiveInt
     pm_size: NonNegativeInt = 0
@@ -131,9 +182,63 @@ class _ModelArgs(_Transformer):
     downsampling_by_pooling: Literal["max"]
     encoder_enable_byte_ngrams: Literal[False] = False
     use_rope: Literal[True] = True
+    attn_bias_type: Literal["block_causal", "causal"] | None = "causal"
+    dim_token: PositiveInt | None = None
+    patching_mode: Literal["entropy", "byte", "static", "space", "bpe", "bpe_patcher"] | None = None
+    patching_threshold: float | None = None
+    patching_threshold_add: float | None = None
+    monotonicity: bool = False
+    max_patch_length: PositiveInt | None = None
+    alpha_depth: Literal["disabled"] = "disabled"
+    architecture: Literal["vanilla"] = "vanilla"
+    conv_kernel_size: None = None
+    entropy_model_is_ngram_model: Literal[False] = False
+    global_local_decoder_residual_layer: None = None
+    non_linearity: Literal["swiglu"] = "swiglu"
+    norm_affine: Literal[True] = True
+    norm_type: Literal["rmsnorm"] = "rmsnorm"
+    pre_norm: Literal[True] = True
+    tie_local_encoder_decoder: Literal[False] = False
+    tie_local_encoder_decoder_logits: Literal[False] = False
+    tokenize_with_bpe_delimiter: Literal[False] = False
     encoder_hash_byte_group_size: list[PositiveInt]
     encoder_hash_byte_group_vocab: PositiveInt = 30000
     encoder_hash_byte_group_nb_functions: PositiveInt = Field(default=3, le=11)
+
+    immaterial = {
+        **_Transformer.immaterial,
+        **dict.fromkeys(
+            (
+                *("attn_to_keep", "custom_bwd", "dropout", "encoder_lm_loss", "encoder_preds_low_entropy_toks"),
+                *("encoder_preds_random_toks", "full_logging_n_layers", "fuse_sequence_parallel", "init_use_depth"),
+                *("init_use_gaussian", "layer_ckpt", "log_patch_lengths", "loss_parallel", "pad_to_max_length"),
+                *("recompute_attn", "recompute_fc1_out", "recompute_fc3_out", "sequence_parallel", "use_fsdp"),
+            ),
+            _TRAINING,
+        ),
+        **dict.fromkeys(("cross_attn_use_flex_attention", "patching_batch_size", "patching_device"), _SPEED),
+        **dict.fromkeys(
+            (
+                *(
+                    "encoder_enable_byte_group_hash",
+                    "encoder_ngram_table_dir",
+                    "output_size",
+                    "patching_thresholds_str",
+                ),
+                *("share_encoder_decoder_emb", "weight_tying"),
+            ),
+            _UNUSED,
+        ),
+        **dict.fromkeys(("dim", "n_heads", "n_layers"), "every stage has its own"),
+        **dict.fromkeys(("dim_patch_emb", "dim_token_emb"), "follow from the widths of the stages"),
+        **dict.fromkeys(
+            ("encoder_ngram_to_size_str", "ngram_vocab_sizes"), "only count with encoder_enable_byte_ngrams"
+        ),
+        "entropy_model_checkpoint_dir": "the patcher lies beside the model, or where --patcher says",
+        "max_length": "only counts without rotary positions",
+        "patch_in_forward": "patches are always decided before the model runs",
+        "patch_size": "only counts for patches of one size",
+    }
 
     @field_validator("encoder_hash_byte_group_size", mode="before")
     @classmethod
@@ -145,6 +250,8 @@ class _ModelArgs(_Transformer):
         vocab_size = self.vocab_size + self.pm_size
         if entropy.vocab_size != vocab_size:
             raise ValueError(f"the patcher's vocab_size {entropy.vocab_size} must equal the model's, {vocab_size}")
+        if self.dim_token not in (None, self.dim_local_encoder):
+            raise ValueError(f"dim_token {self.dim_token} must be dim_local_encoder {self.dim_local_encoder}, or null")
         heads = {self.n_heads_local_encoder, self.n_heads_local_decoder, self.n_kv_heads or self.cross_attn_nheads}
         if heads != {self.cross_attn_nheads}:
             raise ValueError(
@@ -196,42 +303,71 @@ class _ModelArgs(_Transformer):
             decoder_cross_all_layers=self.cross_attn_all_layers_decoder,
             encoder_refine=self.cross_attn_all_layers_encoder and self.n_layers_local_encoder > 1,
             isolate_documents=True,
+            # Encoder, decoder and patcher always do; the global stage has the mask that is named here.
+            isolate_global=self.attn_bias_type == "block_causal",
         )
 
+    @property
+    def patching(self) -> dict[str, Any]:
+        """What these arguments say of the patching, in the words of the patcher's."""
+        said = {
+            "patching_mode": self.patching_mode,
+            "threshold": self.patching_threshold,
+            "threshold_add": self.patching_threshold_add,
+            "monotonicity": self.monotonicity or None,
+            "max_patch_length": self.max_patch_length,
+        }
+        return {name: value for name, value in said.items() if value is not None}
 
-def read_config(path: Path) -> ModelConfig:
-    """Raises CheckpointError that names the file, the field and its value."""
-    file, data, args = _arguments(path, "model")
-    entropy_path = _entropy_folder(path)
-    entropy_file, entropy_data, entropy_args = _arguments(entropy_path, "entropy_model")
-    entropy = validate(_EntropyArgs, entropy_args, entropy_file)
 
-    patcher_file, training = file, data
-    if (path / "train_args.json").exists():
-        patcher_file = path / "train_args.json"
-        training = read_json(patcher_file)
-    elif "data" not in training:
-        patcher_file, training = entropy_file, entropy_data
-    found = training.get("data")
-    patching = validate(_PatcherArgs, found.get("patcher_args", {}) if isinstance(found, dict) else {}, patcher_file)
+def read_config(path: Path, patcher: Path | None = None) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The configuration, and what the user should know of how the files are understood.
+
+    Raises CheckpointError that names the file, the field and its value.
+    """
+    file, data, arguments = _arguments(path, "model")
+    entropy_file, _, entropy_arguments = _arguments(_entropy_folder(path, patcher), "entropy_model")
+    entropy = validate(_EntropyArgs, entropy_arguments, entropy_file)
+    args = validate(_ModelArgs, arguments, file)
+    notes = unknown_note(args, str(file)) + unknown_note(entropy, str(entropy_file))
+
+    training_file, training = file, data
+    if (path / TRAIN_ARGS).exists():
+        training_file = path / TRAIN_ARGS
+        training = read_json(training_file)
+    found = validate(_Data, training.get("data") or {}, training_file, "data")
+    notes += unknown_note(found.tokenizer_args, str(training_file), "data.tokenizer_args.")
+    said = found.patcher_args
+    patching = validate(
+        _PatcherArgs, args.patching | said, training_file if said else file, "data.patcher_args" * bool(said)
+    )
+    notes += unknown_note(patching, str(training_file), "data.patcher_args.")
+    for name, value in args.patching.items():
+        if said.get(name, value) != value:
+            notes.append(
+                f"{training_file}: data.patcher_args.{name} = {said[name]} counts, as in Meta's code, "
+                f"and not {value}, which {file} says"
+            )
+    if "threshold" not in args.patching | said and patching.patching_mode == "entropy":
+        notes.append(
+            f"{training_file if said else path / TRAIN_ARGS}: does not say the patching threshold; "
+            f"{patching.threshold} is taken, the default of Meta's code. --patching-threshold sets another"
+        )
     try:
-        return validate(_ModelArgs, args, file).model(path.resolve().name, entropy, patching.rule())
-    except CheckpointError:
-        raise
+        return args.model(model_name(path), entropy, patching.rule()), tuple(notes)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, patcher: Path | None = None) -> Checkpoint:
     """The checkpoint in folder `path`; tensors are mapped, under canonical names."""
-    config = read_config(path)
-    entropy_path = _entropy_folder(path)
+    config, notes = read_config(path, patcher)
     shapes = expected_shapes(config)
-    patcher = {name: shape for name, shape in shapes.items() if name.startswith(PATCHER)}
-    main = {name: shape for name, shape in shapes.items() if name not in patcher}
-    stored = _open(path, main) | _open(entropy_path, patcher)
+    of_patcher = {name: shape for name, shape in shapes.items() if name.startswith(PATCHER)}
+    main = {name: shape for name, shape in shapes.items() if name not in of_patcher}
+    stored = _open(path, main) | _open(_entropy_folder(path, patcher), of_patcher)
     files = tuple(sorted({s.file for s in stored.values()}))
-    return Checkpoint(config, {name: stored[name].map() for name in shapes}, "meta", files)
+    return Checkpoint(config, {name: stored[name].map() for name in shapes}, "meta", files, notes)
 
 
 def _arguments(path: Path, key: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
@@ -244,16 +380,23 @@ def _arguments(path: Path, key: str) -> tuple[Path, dict[str, Any], dict[str, An
     return file, data, args
 
 
-def _entropy_folder(path: Path) -> Path:
-    for folder in (path / ENTROPY_FOLDER, path.resolve().parent / ENTROPY_FOLDER):
+def _entropy_folder(path: Path, patcher: Path | None) -> Path:
+    if patcher is not None:
+        if not patcher.is_dir():
+            raise CheckpointError(f"{patcher}: no such directory; it is to hold the patcher")
+        return patcher
+    for folder in (path / ENTROPY_FOLDER, Path(os.path.abspath(path)).parent / ENTROPY_FOLDER):
         if folder.is_dir():
             return folder
-    raise CheckpointError(f"{path}: no folder {ENTROPY_FOLDER} with the patcher inside or beside it")
+    raise CheckpointError(
+        f"{path}: no folder {ENTROPY_FOLDER} with the patcher inside or beside it; --patcher FOLDER names another place"
+    )
 
 
 def _open(path: Path, shapes: Mapping[str, Shape]) -> dict[str, Stored]:
     """The tensors of one of the two models, checked, under canonical names."""
-    stored = open_torch(path / CONSOLIDATED) if (path / CONSOLIDATED).exists() else open_safetensors(path)
+    pickled = (path / CONSOLIDATED).exists() and not (path / WEIGHTS).exists()
+    stored = open_torch(path / CONSOLIDATED) if pickled else open_safetensors(path)
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith("freqs_cis")}
     names = {_meta_name(name): name for name in shapes}
     check(stored, {meta: shapes[name] for meta, name in names.items()}, path)

@@ -1,5 +1,7 @@
 """Which format a folder is in, and reading it."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +11,46 @@ from .base import Checkpoint, CheckpointError
 from .files import CONFIG, read_json
 
 
-def load(path: str | Path) -> Checkpoint:
+def load(path: str | Path, *, patcher: str | Path | None = None, patching_threshold: float | None = None) -> Checkpoint:
     """The checkpoint in a folder. Every name and shape is checked; no tensor is read.
+
+    patcher: the folder of the patcher, for a model of Meta's that lies apart from it. patching_threshold: in nats,
+    instead of the checkpoint's own.
 
     Raises CheckpointError.
     """
-    folder = Path(path)
+    folder, patcher = Path(path), Path(patcher) if patcher is not None else None
     data = _hf_data(folder)
-    return meta.read(folder) if data is None else hf.read(folder, data)
+    if data is None:
+        found = meta.read(folder, patcher)
+    else:
+        _refuse_patcher(folder, patcher)
+        found = hf.read(folder, data)
+    return replace(found, config=_with_threshold(found.config, patching_threshold))
 
 
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration alone, without looking at tensors. Raises CheckpointError."""
     folder = Path(path)
     data = _hf_data(folder)
-    return meta.read_config(folder) if data is None else hf_config.parse(data, folder / CONFIG)[1]
+    return meta.read_config(folder)[0] if data is None else hf_config.parse(data, folder / CONFIG)[1]
+
+
+def _with_threshold(config: ModelConfig, threshold: float | None) -> ModelConfig:
+    if threshold is None:
+        return config
+    if not math.isfinite(threshold):
+        raise CheckpointError(f"patching_threshold {threshold}: must be a number of nats")
+    if config.patching.mode == "bytes":
+        raise CheckpointError(
+            f"patching_threshold {threshold:g}: {config.name} has no threshold, as each of its patches is one byte"
+        )
+    return replace(config, patching=replace(config.patching, threshold=threshold))
+
+
+def _refuse_patcher(folder: Path, patcher: Path | None) -> None:
+    if patcher is not None:
+        raise CheckpointError(f"patcher {patcher}: the model in {folder} has its own; only Meta's formats lie apart")
 
 
 def _hf_data(folder: Path) -> dict[str, Any] | None:
