@@ -16,7 +16,7 @@ from . import bandwidth, checkpoint, trial
 from .accounting import Cost, PaperFormula, StageBytes
 from .caches import Caches
 from .choosing import results_of
-from .config import BYTE_OFFSET, EOS_ID, EngineConfig, ModelConfig, ModelLimits
+from .config import BYTE_OFFSET, EOS_ID, EngineConfig, ModelConfig, ModelLimits, is_byte
 from .costs import StageCosts
 from .decoders import Committed, Decoder, Experience, Result, make_decoder
 from .graphs import Eager, Graphs
@@ -60,7 +60,9 @@ class Engine:
         device, dtype, fp8 = torch.device(config.device), getattr(torch, config.dtype), config.weights == "float8"
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device 'cuda': torch {torch.__version__} finds no CUDA device; 'cpu' needs none")
-        loaded = checkpoint.load(config.model)
+        loaded = checkpoint.load(config.model, patcher=config.patcher, patching_threshold=config.patching_threshold)
+        for note in loaded.notes:
+            log.warning("%s", note)
         self._kernels = kernels = choose_kernels(config.kernels, device)
         if device.type == "cpu" and config.kernels is None and kernels.name == "torch":
             log.warning("fastblt's own CPU kernels are not compiled: torch computes, several times as slowly")
@@ -151,6 +153,7 @@ class Engine:
         return {
             "model": config.model,
             "parameters": self.limits.parameters,
+            "patching": str(self.model_config.patching),
             "dtype": config.dtype,
             "weights": config.weights or config.dtype,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -483,8 +486,8 @@ class Engine:
         ]
 
     def _take(self, sequence: Sequence, token: int) -> tuple[bytes, FinishReason | None]:
-        """The bytes that became certain with a committed id, and whether it ends the request. Specials are no text."""
-        text, stopped = sequence.stopping.feed(token - BYTE_OFFSET) if token >= BYTE_OFFSET else (b"", False)
+        """The bytes that became certain with a committed id, and whether it ends the request. Only bytes are text."""
+        text, stopped = sequence.stopping.feed(token - BYTE_OFFSET) if is_byte(token) else (b"", False)
         if stopped or (token == EOS_ID and not sequence.request.ignore_eos):
             return text, "stop"
         return text, "length" if sequence.num_output == sequence.request.max_tokens else None

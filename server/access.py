@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.config import BYTE_OFFSET
+from engine.config import text_of
 
 from .errors import ApiError
 from .generation import LOGGED_CHARACTERS, Generation, fastblt_usage
@@ -154,7 +154,7 @@ def _seconds(seconds: float) -> str:
 
 def _write_content(generation: Generation) -> None:
     prompts = [
-        bytes(token - BYTE_OFFSET for token in request.prompt_ids if token >= BYTE_OFFSET).decode(errors="replace")
+        text_of(request.prompt_ids).decode(errors="replace")
         for request in generation.plan.requests[:: generation.plan.samples][:LOGGED_TEXTS]
     ]
     asked, said = ([_cut(text) for text in texts[:LOGGED_TEXTS]] for texts in (prompts, generation.said or []))

@@ -6,7 +6,7 @@ A response without streaming is the sum of the same pieces, so that both say the
 from collections import deque
 from dataclasses import dataclass, field
 
-from engine.config import BYTE_OFFSET, EOS_ID, SPECIAL_NAMES
+from engine.config import BYTE_OFFSET, EOS_ID, SPECIAL_NAMES, is_byte, text_of
 from engine.types import Delta, Finished, FinishReason, TokenLogprob, Usage
 
 from .schemas import Logprobs, Trace, TraceRound
@@ -45,9 +45,9 @@ class Piece:
 
 
 def token_name(token: int) -> str:
-    r"""An ASCII byte is its character, any other byte `bytes:\xNN`, a special id its name."""
-    if token < BYTE_OFFSET:
-        return SPECIAL_NAMES[token]
+    r"""An ASCII byte is its character, any other byte `bytes:\xNN`, a special id its name, any other id `<ID>`."""
+    if not is_byte(token):
+        return SPECIAL_NAMES.get(token, f"<{token}>")
     byte = token - BYTE_OFFSET
     return chr(byte) if byte < ASCII_END else f"bytes:\\x{byte:02x}"
 
@@ -97,7 +97,7 @@ class ChoiceStream:
         prompt_scores = event.prompt_logprobs if isinstance(event, Delta) else []
         if self._owes_prompt and (finished or prompt_scores or not self.with_logprobs):
             self._owes_prompt = False
-            piece.text = self._utf8.feed(bytes(i - BYTE_OFFSET for i in self.prompt_ids if i >= BYTE_OFFSET))
+            piece.text = self._utf8.feed(text_of(self.prompt_ids))
             if self.with_logprobs:
                 # A timeout may come before the prompt is scored.
                 for entry in prompt_scores or [TokenLogprob(i, None, {}) for i in self.prompt_ids]:
@@ -135,10 +135,10 @@ class ChoiceStream:
                     trace.patch_starts.append(start)
 
     def _show_certain(self, piece: Piece) -> None:
-        """Reports the ids whose bytes are in the text by now, and the special ids between them."""
+        """Reports the ids whose bytes are in the text by now, and the ids between them that are no bytes."""
         while self._hidden:
             specials = 0
-            while specials < len(self._hidden) and self._hidden[specials].id < BYTE_OFFSET:
+            while specials < len(self._hidden) and not is_byte(self._hidden[specials].id):
                 specials += 1
             if specials == len(self._hidden):
                 # Whether these belong to the choice depends on what follows: perhaps a stop string.
@@ -157,7 +157,6 @@ class ChoiceStream:
         shown = piece.logprobs
         if shown is None:
             return
-        is_byte = entry.id >= BYTE_OFFSET
         name = token_name(entry.id)
         shown.tokens.append(name)
         shown.token_logprobs.append(entry.logprob)
@@ -166,6 +165,6 @@ class ChoiceStream:
         else:
             # As OpenAI: the chosen one is always among them.
             shown.top_logprobs.append({token_name(i): p for i, p in entry.top.items()} | {name: entry.logprob})
-        byte = entry.id - BYTE_OFFSET if is_byte else None
+        byte = entry.id - BYTE_OFFSET if is_byte(entry.id) else None
         shown.text_offset.append(self._offsets.end if byte is None else self._offsets.feed(byte))
         shown.bytes.append(byte)

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 Model = Annotated[Path, typer.Option(help="Folder of the checkpoint.")]
+Patcher = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the patcher, for a model in Meta's layout that lies apart from it."),
+]
+PatchingThreshold = Annotated[
+    float | None,
+    typer.Option(help="Entropy above which a byte starts a patch, in nats.", show_default="the model's own"),
+]
 
 app = typer.Typer(
     name="fastblt",
@@ -136,6 +144,8 @@ def generate(
     weights: Annotated[
         WeightsName | None, typer.Option(help="Rounds the large matrices to float8.", show_default="as --dtype")
     ] = None,
+    patcher: Patcher = None,
+    patching_threshold: PatchingThreshold = None,
     show: Annotated[
         bool, typer.Option("--show", help="Colour patches, accepted and rejected drafts and the passes of blocks.")
     ] = False,
@@ -171,7 +181,15 @@ def generate(
     failure: str | None = None
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
         pieces = offline.generate(
-            EngineConfig(str(model), dtype=dtype, device=device, kernels=kernels, weights=weights),
+            EngineConfig(
+                str(model),
+                dtype=dtype,
+                device=device,
+                kernels=kernels,
+                weights=weights,
+                patcher=str(patcher) if patcher else None,
+                patching_threshold=patching_threshold,
+            ),
             prompts,
             max_tokens=max_tokens,
             sampling=sampling,
@@ -257,13 +275,15 @@ def evaluate(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    patcher: Patcher = None,
+    patching_threshold: PatchingThreshold = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print what a checkpoint is: stages, shapes, parameters, bytes, cache bytes per byte and per patch."""
     from engine.checkpoint import CheckpointError, describe, render
 
     with failing_on(CheckpointError):
-        description = describe(path)
+        description = describe(path, patcher=patcher, patching_threshold=patching_threshold)
         typer.echo(json.dumps(asdict(description), indent=2) if as_json else render(description))
 
 
@@ -305,6 +325,7 @@ def size(
     memory: Annotated[
         int | None, typer.Option(parser=_bytes, metavar="BYTES", help="Memory of the device: 80GiB.")
     ] = None,
+    patcher: Patcher = None,
     reserve: Annotated[
         float, typer.Option(help="Share of the memory for activations, recordings and the driver.")
     ] = 0.1,
@@ -321,7 +342,7 @@ def size(
     if (model is None) == (config is None):
         raise typer.BadParameter("give either --model or --config", param_hint="--model")
     with failing_on(ValueError):
-        subject = Subject.read(model) if model else Subject(_read_config(config or ""))
+        subject = Subject.read(model, patcher) if model else Subject(_read_config(config or ""))
         text = text_of(
             subject,
             draft_length,

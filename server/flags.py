@@ -34,6 +34,16 @@ ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
     "prefix_cache": ("Whether what was computed of a text serves later ones that begin like it.", None),
     "max_length": ("Most ids per sequence; by default what the model and the caches can hold.", 1),
     "isolate_documents": ("Whether an end-of-sequence id hides what is before it; by default as the model says.", None),
+    "patcher": (
+        "Folder of the patcher, for a model in Meta's layout that lies apart from it; by default entropy_model in or "
+        "beside the model's.",
+        None,
+    ),
+    "patching_threshold": (
+        "Entropy above which a byte starts a patch, in nats; by default the model's own. `fastblt calibrate` finds "
+        "one for a mean patch length.",
+        None,
+    ),
     "num_threads": ("CPU threads for tensor work; by default one per core.", 1),
 }
 """Help and least value per field of EngineConfig."""

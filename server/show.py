@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich.style import Style
 from rich.text import Text
 
-from engine.config import BYTE_OFFSET
+from engine.config import is_byte, text_of
 from engine.types import Trace
 
 from .text import Utf8Stream
@@ -66,10 +66,10 @@ class Show:
             background = PATCHES[self._patch % len(PATCHES)]
             rejected = self._rejected.pop(self._place, [])
             if rejected:
-                wrong = bytes(token - BYTE_OFFSET for token in rejected if token >= BYTE_OFFSET)
+                wrong = text_of(rejected)
                 style = Style(color=REJECTED, bgcolor=background, strike=True)
                 text.append("".join(_visible(wrong.decode(errors="replace"))), style=style)
-            shown = self._utf8.feed(bytes((token - BYTE_OFFSET,))) if token >= BYTE_OFFSET else f"<{token}>"
+            shown = self._utf8.feed(text_of([token])) if is_byte(token) else f"<{token}>"
             text.append(shown, style=Style(color=colour, bgcolor=background))
             self._place += 1
         return text

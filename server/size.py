@@ -37,9 +37,9 @@ class Subject:
     card: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> "Subject":
+    def read(cls, folder: Path, patcher: Path | None = None) -> "Subject":
         """Of a checkpoint, whose tensors are not read. Raises CheckpointError, or ValueError for a broken card."""
-        checkpoint = load(folder)
+        checkpoint = load(folder, patcher=patcher)
         itemsize = next(t.dtype.itemsize for name, t in checkpoint.tensors.items() if name.startswith(HASHES))
         return cls(checkpoint.config, itemsize, _read_card(folder / CARD))
 

@@ -54,6 +54,7 @@ def hf_model(
     mean_patch: float = MEAN_PATCH,
     max_positions: int = 4096,
     patcher_positions: int | None = None,
+    vocab_size: int = 260,
 ) -> BltForCausalLM:
     """A random BLT made by Hugging Face's own classes, float32, eager attention."""
     local = dict(
@@ -66,6 +67,7 @@ def hf_model(
         max_position_embeddings=max_positions,
     )
     config = BltConfig(
+        vocab_size=vocab_size,
         cross_attn_k=slots,
         local_attention_window_len=window,
         encoder_hash_byte_group_size=list(group_sizes),
@@ -73,7 +75,9 @@ def hf_model(
         encoder_hash_byte_group_nb_functions=functions,
         patching_mode=mode,
         max_position_embeddings=max_positions,
-        encoder_config=dict(**local, num_hidden_layers=encoder_layers, cross_attn_all_layers=encoder_cross_all),
+        encoder_config=dict(
+            **local, vocab_size=vocab_size, num_hidden_layers=encoder_layers, cross_attn_all_layers=encoder_cross_all
+        ),
         decoder_config=dict(**local, num_hidden_layers=2, cross_attn_all_layers=decoder_cross_all),
         global_config=dict(
             hidden_size=global_dim,
@@ -84,6 +88,7 @@ def hf_model(
             max_position_embeddings=max_positions,
         ),
         patcher_config=dict(
+            vocab_size=vocab_size,
             hidden_size=32,
             num_attention_heads=4,
             num_key_value_heads=kv_heads,
@@ -118,6 +123,7 @@ HF_MODELS: dict[str, Callable[[], BltForCausalLM]] = {
     "hash-2-functions": partial(hf_model, 7, group_sizes=(2, 4, 11), functions=2, rows=97),
     "gqa": partial(hf_model, 8, kv_heads=2, window=64, patcher_window=48),
     "64-patcher-positions": partial(hf_model, 10, patcher_positions=64, patcher_window=48),
+    "264-ids": partial(hf_model, 11, vocab_size=264, group_sizes=(3, 5)),
     "every-byte": partial(hf_model, 9, mode="byte", window=32, group_sizes=(3,), rows=4099),
 }
 
