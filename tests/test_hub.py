@@ -1,0 +1,293 @@
+"""Models by their names on the hub: the library `huggingface_hub` against a hub of this machine (tests/hub.py)."""
+
+import json
+import logging
+import re
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from engine.checkpoint import load, random_tensors
+from engine.hub import HubError, local_folder, pinned
+from engine.hub.reference import Reference
+from tests.hub import TOKEN, WITHOUT_ACCESS, Hub, running_hub
+from tests.models import HF_MODELS
+from tests.test_checkpoint_formats import ENTROPY_ARGS, META_CONFIG, assert_same_tensors, write_meta
+
+SHARDED = "org/blt-1b-hf-sharded"
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """The layouts of the released repositories, and some that hold no BLT, with files that no model needs."""
+    root = tmp_path_factory.mktemp("hub")
+    org = root / "org"
+    tensors = random_tensors(META_CONFIG, 0, torch.bfloat16)
+    write_meta(org / "blt-1b", tensors, hub=True, beside=False)
+    write_meta(org / "blt" / "blt_1b", tensors, hub=False, beside=True)
+    shutil.copy(org / "blt" / "blt_1b" / "consolidated.pth", org / "blt-1b")
+    shutil.copytree(org / "blt" / "blt_1b", org / "blt" / "blt_7b")
+    (org / "blt-entropy").mkdir()
+    (org / "blt-entropy" / "config.json").write_text(json.dumps({"args": ENTROPY_ARGS}))
+    save_file({"output.weight": torch.ones(2, 2)}, org / "blt-entropy" / "model.safetensors")
+    HF_MODELS["k2"]().save_pretrained(org / "blt-1b-hf")
+    HF_MODELS["k2"]().save_pretrained(root / SHARDED, max_shard_size="100kB")
+    (root / SHARDED / "not-listed.safetensors").write_bytes(b"x")
+    shutil.copytree(tiny, org / "tiny")
+    (org / "llama").mkdir()
+    (org / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    (org / "llama" / "model.safetensors").write_bytes(b"gigabytes")
+    (org / "gguf").mkdir()
+    for folder in (*org.iterdir(), org / "blt" / "blt_1b", org / "blt" / "entropy_model"):
+        (folder / "original").mkdir()
+        for name in ("README.md", "model.gguf", "optimizer.pt", "pytorch_model.bin", "original/consolidated.00.pth"):
+            (folder / name).write_text("not needed")
+        (folder / "tokenizer.json").write_text("{}")
+    return root
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "home" / "hub"
+
+
+@pytest.fixture
+def hub(repositories: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub and an empty cache, for this process and those that it starts."""
+    with running_hub(repositories) as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        monkeypatch.setenv("HF_HOME", str(cache.parent))
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+            monkeypatch.delenv(name, raising=False)
+        # The library has read them when it was imported.
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache.parent / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield running
+
+
+def error(given: str, **options: bool) -> str:
+    with pytest.raises(HubError) as caught:
+        local_folder(given, **options)
+    message = str(caught.value)
+    assert "\n" not in message and TOKEN not in message and WITHOUT_ACCESS not in message
+    return message
+
+
+# What is downloaded
+
+
+NEEDED = {
+    "org/blt-1b": {
+        "config.json",
+        "model.safetensors",
+        "train_args.json",
+        "entropy_model/params.json",
+        "entropy_model/consolidated.pth",
+    },
+    "org/blt/blt_1b": {
+        "blt_1b/params.json",
+        "blt_1b/consolidated.pth",
+        "entropy_model/params.json",
+        "entropy_model/consolidated.pth",
+    },
+    "org/blt-entropy": {"config.json", "model.safetensors"},
+    "org/blt-1b-hf": {"config.json", "model.safetensors"},
+    "org/tiny": {"config.json", "model.safetensors"},
+}
+
+
+@pytest.mark.parametrize("given", [*NEEDED, SHARDED])
+def test_a_layout_comes_with_what_it_needs_and_nothing_else(
+    given: str, hub: Hub, cache: Path, repositories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = {file.name for file in (repositories / SHARDED).glob("model-*")}
+    assert len(shards) > 2
+    needed = NEEDED.get(given, {"config.json", "model.safetensors.index.json", *shards})
+    folder = local_folder(given)
+    assert hub.fetched() == needed
+    if given != "org/blt-entropy":
+        assert_same_tensors(load(folder).tensors, load(repositories / given).tensors)
+
+    # Again: the hub is asked which commit it is, and for no file.
+    hub.requests.clear()
+    assert local_folder(given) == folder
+    assert hub.requests and not any("/resolve/" in path or "/cdn/" in path for _, path, *_ in hub.requests)
+
+    # Offline it is not asked at all.
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert local_folder(given) == folder and not hub.requests
+
+
+@pytest.mark.parametrize("given", ["org/blt-1b", "org/blt/blt_1b"])
+def test_the_path_tells_the_name_by_the_layout_of_the_cache(given: str, hub: Hub, cache: Path) -> None:
+    """Others derive the served name from it, so links must not be followed: .../models--ORG--NAME/snapshots/COMMIT."""
+    repository, _, inside = given.partition("/blt_1b")
+    commit = hub.commit(repository)
+    expected = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
+    folder = local_folder(given)
+    assert folder == (expected / "blt_1b" if given.endswith("blt_1b") else expected)
+    assert all(file.is_symlink() for file in folder.glob("*.json"))
+
+
+@pytest.mark.parametrize("revision", ["main", "v1", "COMMIT"])
+def test_a_revision_is_a_branch_a_tag_or_a_commit(revision: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = hub.commit("org/blt-1b-hf")
+    given = f"org/blt-1b-hf@{commit if revision == 'COMMIT' else revision}"
+    folder = local_folder(given)
+    assert folder.name == commit
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert local_folder(given) == folder
+
+
+def test_a_folder_wins_over_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("org/blt-1b").mkdir(parents=True)
+    assert local_folder("org/blt-1b") == Path("org/blt-1b")
+    assert pinned("org/blt-1b") == str(tmp_path / "org" / "blt-1b")
+    assert not hub.requests
+
+
+def test_a_pinned_name_has_the_commit(hub: Hub) -> None:
+    assert pinned("org/blt-1b-hf") == f"org/blt-1b-hf@{hub.commit('org/blt-1b-hf')}"
+    assert pinned("org/blt/blt_1b@v1") == f"org/blt/blt_1b@{hub.commit('org/blt')}"
+    assert local_folder(pinned("org/blt/blt_1b")) == local_folder("org/blt/blt_1b")
+
+
+def test_a_connection_that_breaks_is_resumed(hub: Hub, repositories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.break_after = 50_000
+    folder = local_folder("org/blt-1b-hf")
+    got, wanted = (path / "model.safetensors" for path in (folder, repositories / "org/blt-1b-hf"))
+    assert got.read_bytes() == wanted.read_bytes()
+    assert [found for *_, found in hub.requests if found] == ["bytes=50000-"]
+
+
+# The token
+
+
+def test_a_token_opens_what_is_gated_or_private_and_goes_to_the_hub_alone(
+    hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    hub.gated, hub.private = {"org/blt-1b-hf"}, {"org/tiny"}
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    local_folder("org/blt-1b-hf")
+    monkeypatch.delenv("HF_TOKEN")
+    # As `hf auth login` leaves it.
+    (cache.parent / "token").write_text(TOKEN)
+    local_folder("org/tiny")
+    sent = {(path.startswith("/cdn/"), token) for _, path, token, _ in hub.requests if "harness" not in path}
+    assert sent == {(False, f"Bearer {TOKEN}"), (True, None)}
+    assert "downloading org/tiny" in caplog.text and TOKEN not in caplog.text
+
+
+def test_a_token_that_is_no_header_is_not_shown(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_bro\x01ken")
+    assert "ken" not in error("org/tiny").replace("token", "")
+
+
+# What can go wrong
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("org/none", "no such directory, and no such repository at {hub}, unless it is private and needs a token"),
+        ("org/blt-1b@v9", "org/blt-1b@v9: the repository has no revision v9; name a branch, a tag or a commit"),
+        ("org/blt", "no BLT is in it; its models are org/blt/blt_1b, org/blt/blt_7b"),
+        ("org/blt/blt_3b", "has no folder blt_3b; its models are org/blt/blt_1b, org/blt/blt_7b"),
+        ("org/gguf", "no BLT is in it: that takes config.json or params.json beside model.safetensors"),
+        ("org/llama", "org/llama: no BLT: its config.json has model_type 'llama', only 'blt' is supported"),
+        ("org/blt-1b/", "no such directory; give the folder of a checkpoint, or the name of a model on the Hugging"),
+        ("./org/blt-1b", "no such directory; give"),
+        ("blt-1b", "no such directory; give"),
+        ("org/../x", "no such directory; give"),
+        ("pyproject.toml", "pyproject.toml: not a directory; give"),
+        ("org/x--y", "no name that the hub allows"),
+    ],
+)
+def test_what_is_not_there_is_one_line_that_says_what_is(given: str, message: str, hub: Hub) -> None:
+    assert message.format(hub=hub.url) in error(given)
+    assert not any(name.endswith((".safetensors", ".pth", ".gguf")) for name in hub.fetched())
+
+
+def test_a_gated_repository_names_the_page_of_its_licence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.gated = {"org/blt-1b"}
+    page = f"accept the licence at {hub.url}/org/blt-1b"
+    assert f"gated: {page}, then give a token of that account (HF_TOKEN or `hf auth login`)" in error("org/blt-1b")
+    monkeypatch.setenv("HF_TOKEN", WITHOUT_ACCESS)
+    assert f"gated, and the token given has no access: {page}" in error("org/blt-1b")
+
+
+def test_a_token_without_access_or_unknown_says_so(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.private = {"org/tiny"}
+    monkeypatch.setenv("HF_TOKEN", WITHOUT_ACCESS)
+    assert "no such repository" in error("org/tiny") and "unless the token given may not read it" in error("org/tiny")
+    monkeypatch.setenv("HF_TOKEN", "hf_mistyped")
+    assert "refuses the token given (HF_TOKEN or `hf auth login`): it may be mistyped or expired" in error("org/tiny")
+
+
+def test_offline_only_what_is_wholly_in_the_cache_is_there(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    local_folder("org/tiny", weights=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert local_folder("org/tiny", weights=False).name == hub.commit("org/tiny")
+    for name in ("org/tiny", "org/blt-1b", "org/tiny@v9"):
+        assert re.search(r"not \(wholly\) in the cache \S+; HF_HUB_OFFLINE forbids downloading it", error(name))
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("how", ["no network", "the hub is down"])
+def test_without_the_hub_the_cache_is_used_with_a_warning(
+    how: str, hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = local_folder("org/tiny")
+    if how == "no network":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    else:
+        hub.down = True
+    assert local_folder("org/tiny") == folder
+    assert "org/tiny: " in caplog.text and "; using what is in the cache" in caplog.text
+    expected = "no such directory, and cannot be downloaded from http://127.0.0.1:9: [Errno 111] Connection refused"
+    assert (expected if how == "no network" else "answers with status 500") in error("org/blt-1b-hf")
+
+
+def test_a_disk_that_is_too_small_is_seen_before_the_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 0, 10))
+    assert re.search(r"0\.\d MB are to be downloaded, and \S+ has room for 0\.0 MB; HF_HOME", error("org/blt-1b-hf"))
+    assert hub.fetched() == {"config.json"}
+
+
+# Names
+
+
+PART = st.builds("".join, st.tuples(st.sampled_from("aZ0_"), st.text("aZ0_-", max_size=3), st.sampled_from(["", ".b"])))
+
+
+@given(PART, PART, st.lists(PART, max_size=2), st.none() | PART | st.just("refs/pr/1"))
+def test_a_reference_is_read_as_it_is_written(org: str, name: str, inside: list[str], revision: str | None) -> None:
+    found = Reference(f"{org}/{name}", "/".join(inside), revision)
+    assert Reference.parse(str(found)) == found
+
+
+@given(st.text("ab./@~:\\ \n-", max_size=12))
+def test_a_reference_never_leaves_the_cache(text: str) -> None:
+    if found := Reference.parse(text):
+        assert str(found) == text
+        for path in (found.repository, found.folder, found.revision or ""):
+            assert not path.startswith(("/", ".", "~")) and ".." not in path and "\\" not in path and "\n" not in path
