@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -14,6 +15,7 @@ from starlette.types import Message
 from engine import logs
 from engine.client import EngineClient
 from engine.config import EngineConfig
+from engine.hub import local_folder
 from server.app import create_app
 from server.run import make_traces
 from server.settings import ServerSettings
@@ -38,7 +40,8 @@ class Replica:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._id = serve.get_replica_context().replica_id.unique_id
         self._traces = make_traces(settings)
-        self._client = EngineClient(config, logs=settings.logs)
+        folder = await asyncio.to_thread(local_folder, config.model)
+        self._client = EngineClient(replace(config, model=str(folder)), logs=settings.logs)
         await self._client.start()
         self._app = create_app(settings, self._client, settings.load_api_keys(), self._traces)
 

@@ -21,6 +21,7 @@ from ray.serve.schema import LoggingConfig
 
 from engine import logs
 from engine.config import EngineConfig
+from engine.hub import HubError, pinned
 from server.flags import with_settings
 from server.run import ServeError, load_keys, log_access
 from server.settings import ServerSettings
@@ -53,8 +54,9 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
 
 def application(settings: ServerSettings, config: EngineConfig, options: RaySettings) -> serve.Application:
-    # Replicas may have another working directory.
-    config = replace(config, model=os.path.abspath(config.model))
+    if os.path.isdir(config.model):
+        # Replicas may have another working directory.
+        config = replace(config, model=os.path.abspath(config.model))
     if settings.api_key_file:
         settings = settings.model_copy(update={"api_key_file": settings.api_key_file.absolute()})
     gpus = options.replica_gpus if options.replica_gpus is not None else float(config.device == "cuda")
@@ -110,9 +112,11 @@ def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) ->
     try:
         # Wrong keys show before anything is started. Each replica loads its own.
         log_access(settings, load_keys(settings))
+        # Of a model from the hub, all replicas get the same commit. Each machine downloads it for itself.
+        config = replace(config, model=pinned(config.model))
         with _hangups_held_back():
             join(options.ray_address)
-    except (JoinError, ServeError) as error:
+    except (HubError, JoinError, ServeError) as error:
         log.critical("%s", error)
         raise SystemExit(1) from None
     # Ray's own handlers would end the process at once.

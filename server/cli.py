@@ -17,7 +17,7 @@ import typer
 from engine.config import EngineConfig, KernelName, ModelConfig, WeightsName
 from engine.types import MAX_DRAFT, DecoderName, SamplingParams, Unmask
 
-from .flags import with_settings
+from .flags import MODEL_HELP, with_settings
 from .options import WrongOption, options_of, parse_bytes, parse_unmask
 from .settings import ServerSettings
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
-Model = Annotated[Path, typer.Option(help="Folder of the checkpoint.")]
+Model = Annotated[str, typer.Option(help=f"{MODEL_HELP}.")]
 Patcher = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the patcher, for a model in Meta's layout that lies apart from it."),
+    str | None,
+    typer.Option(help="Folder or repository of the patcher, for a model in Meta's layout that lies apart from it."),
 ]
 PatchingThreshold = Annotated[
     float | None,
@@ -155,6 +155,7 @@ def generate(
     ] = False,
 ) -> None:
     """Continue prompts without a server. Without --json the bytes are streamed to standard output as they are."""
+    from engine.hub import local_folder
     from engine.types import Failed
 
     from . import offline
@@ -182,12 +183,12 @@ def generate(
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
         pieces = offline.generate(
             EngineConfig(
-                str(model),
+                str(local_folder(model)),
                 dtype=dtype,
                 device=device,
                 kernels=kernels,
                 weights=weights,
-                patcher=str(patcher) if patcher else None,
+                patcher=_folder_of(patcher),
                 patching_threshold=patching_threshold,
             ),
             prompts,
@@ -222,7 +223,10 @@ def generate(
 @app.command()
 def init(
     out: Annotated[Path, typer.Argument(help="Folder to write; it must be new or empty.")],
-    config: Annotated[str, typer.Option(help="tiny, nano, 1b, 3b, 7b, or a config.json, or the folder of a model.")],
+    config: Annotated[
+        str,
+        typer.Option(help="tiny, nano, 1b, 3b, 7b, or a config.json, or a model: its folder, or its name on the hub."),
+    ],
     seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
     hash_rows: Annotated[
         int | None, typer.Option(min=1, help="Rows per hash table instead of the configuration's.")
@@ -235,8 +239,9 @@ def init(
     import torch
 
     from engine.checkpoint import CheckpointError, RandomTensors, calibrated, save
+    from engine.hub import HubError
 
-    with failing_on(CheckpointError, OSError):
+    with failing_on(CheckpointError, HubError, OSError):
         model = _read_config(config)
         if hash_rows is not None:
             model = replace(model, hashes=replace(model.hashes, rows=hash_rows))
@@ -261,39 +266,45 @@ def evaluate(
     ] = False,
 ) -> None:
     """Compare the decoders on a model: acceptance, calls, bytes read, agreement with blt. Prints a table."""
+    from engine.hub import local_folder
     from training import corpus, decoding
 
+    if write and not os.path.isdir(model):
+        _fail(f"--write needs a folder to write to, and {model} is none")
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
+        folder = local_folder(model)
         # Of the standard library, the files that models/nano did not learn from.
         texts = [path.read_bytes() for path in text] if text else corpus.standard_library()[1].texts
-        result = decoding.measure(model, texts, prompts, max_tokens, prefixes, dtype)
+        result = decoding.measure(folder, texts, prompts, max_tokens, prefixes, dtype)
         if write:
-            decoding.write(result, model)
+            decoding.write(result, folder)
         typer.echo(decoding.table(result))
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    path: Annotated[str, typer.Argument(help=f"{MODEL_HELP}.")],
     patcher: Patcher = None,
     patching_threshold: PatchingThreshold = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print what a checkpoint is: stages, shapes, parameters, bytes, cache bytes per byte and per patch."""
     from engine.checkpoint import CheckpointError, describe, render
+    from engine.hub import HubError, local_folder
 
-    with failing_on(CheckpointError):
-        description = describe(path, patcher=patcher, patching_threshold=patching_threshold)
+    with failing_on(CheckpointError, HubError):
+        folder = local_folder(path)
+        description = describe(folder, patcher=_folder_of(patcher), patching_threshold=patching_threshold)
         typer.echo(json.dumps(asdict(description), indent=2) if as_json else render(description))
 
 
 @app.command()
 def size(
-    model: Annotated[Path | None, typer.Option(help="Folder of the checkpoint.")] = None,
+    model: Annotated[str | None, typer.Option(help=f"{MODEL_HELP}.")] = None,
     config: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --model: tiny, nano, 1b, 3b, 7b, or a config.json, or a folder with one; no weights."
+            help="Instead of --model, without weights: tiny, nano, 1b, 3b, 7b, or a config.json, or a model as there."
         ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
@@ -335,6 +346,7 @@ def size(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Print what a model takes and reads in use, how many sequences fit, and the flags to serve them with."""
+    from engine.hub import local_folder
     from engine.sizing import size as sizing_of
 
     from .size import Subject, render, text_of, to_json
@@ -342,7 +354,9 @@ def size(
     if (model is None) == (config is None):
         raise typer.BadParameter("give either --model or --config", param_hint="--model")
     with failing_on(ValueError):
-        subject = Subject.read(model, patcher) if model else Subject(_read_config(config or ""))
+        subject = (
+            Subject.read(local_folder(model), _folder_of(patcher)) if model else Subject(_read_config(config or ""))
+        )
         text = text_of(
             subject,
             draft_length,
@@ -353,7 +367,7 @@ def size(
         )
         sizing = sizing_of(
             subject.config,
-            EngineConfig(str(model), dtype=dtype, weights=weights),
+            EngineConfig(model or "", dtype=dtype, weights=weights),
             subject.hash_itemsize,
             text.drafting,
             context=context,
@@ -381,6 +395,13 @@ def failing_on(*errors: type[Exception]) -> Iterator[None]:
 def _fail(message: str) -> NoReturn:
     typer.echo(f"fastblt: {message}", err=True)
     raise typer.Exit(1)
+
+
+def _folder_of(patcher: str | None) -> str | None:
+    """Raises HubError."""
+    from engine.hub import local_folder
+
+    return None if patcher is None else str(local_folder(patcher))
 
 
 def _read_prompts(prompts: list[str], file: Path | None) -> list[bytes]:
@@ -430,8 +451,9 @@ def _read_config(name: str) -> ModelConfig:
     from engine.checkpoint import PRESETS, read_config
     from engine.checkpoint.files import read_json
     from engine.checkpoint.hf_config import parse
+    from engine.hub import local_folder
 
     if name in PRESETS:
         return PRESETS[name]
     path = Path(name)
-    return parse(read_json(path), path)[1] if path.is_file() else read_config(path)
+    return parse(read_json(path), path)[1] if path.is_file() else read_config(local_folder(name, weights=False))

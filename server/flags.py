@@ -15,8 +15,9 @@ from engine.config import EngineConfig
 
 from .settings import ServerSettings
 
+MODEL_HELP = "Folder of the checkpoint, or a model on the Hugging Face hub: org/name, org/name@revision"
 ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
-    "model": ("Folder of the checkpoint.", None),
+    "model": (f"{MODEL_HELP}.", None),
     "dtype": ("What weights are held and computed in.", None),
     "device": ("Where the model runs.", None),
     "kernels": ("Who computes; by default triton on a CUDA device, native on a CPU.", None),

@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from engine import logs
 from engine.client import EngineClient, EngineStartError
 from engine.config import EngineConfig
+from engine.hub import HubError, local_folder
 
 from .addresses import parse_address
 from .admission import Gate
@@ -46,8 +48,14 @@ def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
     """Serves until a signal ends it. Raises ServeError."""
     logs.configure(settings.logs, "server")
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(settings, engine_config))
+        # Whatever is wrong with the settings shows at once, and not after a model is downloaded or loaded. The port is
+        # bound for the same reason; nobody can connect yet.
+        keys, tls = load_keys(settings), _make_tls(settings)
+        traces = make_traces(settings)
+        with closing(_bind(settings)) as port:
+            engine_config = replace(engine_config, model=_find_model(engine_config.model))
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(serve(settings, engine_config, keys, tls, traces, port))
         log.info("stopped")
     except ServeError as error:
         if settings.log_format == "human":
@@ -59,7 +67,14 @@ def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
         raise SystemExit(1) from None
 
 
-async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
+async def serve(
+    settings: ServerSettings,
+    engine_config: EngineConfig,
+    keys: tuple[bytes, ...],
+    tls: ssl.SSLContext | None,
+    traces: "Traces | None",
+    port: socket.socket,
+) -> None:
     """Loads the model, then opens the port. A signal drains; a second one does not wait. Raises ServeError."""
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -68,31 +83,26 @@ async def serve(settings: ServerSettings, engine_config: EngineConfig) -> None:
         # background ignores SIGINT for it, and may send it all the same.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             loop.add_signal_handler(number, signals.put_nowait, number)
-    # Whatever is wrong with the settings shows at once, and not after the model is loaded.
-    keys, tls = load_keys(settings), _make_tls(settings)
-    traces = make_traces(settings)
-    # Bound now, so that a wrong port shows as well; nobody can connect yet.
-    with closing(_bind(settings)) as port:
-        client = EngineClient(engine_config, logs=settings.logs)
-        try:
-            starting = asyncio.create_task(client.start())
-            stop = asyncio.create_task(signals.get())
-            await asyncio.wait({starting, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not starting.done():
-                starting.cancel()
-                await asyncio.wait({starting})
-                return
-            stop.cancel()
-            starting.result()
-            app = create_app(settings, client, keys, traces)
-            log_access(settings, keys)
-            await _serve_until_signal(settings, client, app, port, tls, signals)
-        except EngineStartError as error:
-            raise ServeError(str(error)) from error
-        finally:
-            await client.stop()
-            if traces:
-                await traces.close()
+    client = EngineClient(engine_config, logs=settings.logs)
+    try:
+        starting = asyncio.create_task(client.start())
+        stop = asyncio.create_task(signals.get())
+        await asyncio.wait({starting, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+            return
+        stop.cancel()
+        starting.result()
+        app = create_app(settings, client, keys, traces)
+        log_access(settings, keys)
+        await _serve_until_signal(settings, client, app, port, tls, signals)
+    except EngineStartError as error:
+        raise ServeError(str(error)) from error
+    finally:
+        await client.stop()
+        if traces:
+            await traces.close()
 
 
 async def _serve_until_signal(
@@ -203,6 +213,14 @@ def make_traces(settings: ServerSettings) -> "Traces | None":
         raise ServeError(f'{asked[0]} asks for traces, which need: pip install "fastblt[traces]" ({error})') from error
     except ValueError as error:
         raise ServeError(f"traces: {error}") from error
+
+
+def _find_model(given: str) -> str:
+    """The model's folder, which is downloaded if need be. Raises ServeError."""
+    try:
+        return str(local_folder(given))
+    except HubError as error:
+        raise ServeError(str(error)) from error
 
 
 def _bind(settings: ServerSettings) -> socket.socket:

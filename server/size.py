@@ -37,7 +37,7 @@ class Subject:
     card: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path, patcher: Path | None = None) -> "Subject":
+    def read(cls, folder: Path, patcher: str | None = None) -> "Subject":
         """Of a checkpoint, whose tensors are not read. Raises CheckpointError, or ValueError for a broken card."""
         checkpoint = load(folder, patcher=patcher)
         itemsize = next(t.dtype.itemsize for name, t in checkpoint.tensors.items() if name.startswith(HASHES))

@@ -2,12 +2,18 @@
 
 import json
 import logging
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from huggingface_hub import constants
@@ -16,11 +22,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engine.checkpoint import load, random_tensors
+from engine.config import BOS_ID, BYTE_OFFSET
 from engine.hub import HubError, local_folder, pinned
 from engine.hub.reference import Reference
+from tests import reference
+from tests.conftest import ROOT
 from tests.hub import TOKEN, WITHOUT_ACCESS, Hub, running_hub
 from tests.models import HF_MODELS
+from tests.serving import running_server
 from tests.test_checkpoint_formats import ENTROPY_ARGS, META_CONFIG, assert_same_tensors, write_meta
+from tests.test_cli import fails, runner
 
 SHARDED = "org/blt-1b-hf-sharded"
 
@@ -271,6 +282,92 @@ def test_a_disk_that_is_too_small_is_seen_before_the_download(hub: Hub, monkeypa
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 0, 10))
     assert re.search(r"0\.\d MB are to be downloaded, and \S+ has room for 0\.0 MB; HF_HOME", error("org/blt-1b-hf"))
     assert hub.fetched() == {"config.json"}
+
+
+# The command line
+
+
+def test_every_command_takes_a_name(hub: Hub, tmp_path: Path, repositories: Path) -> None:
+    name = "org/blt-1b"
+    result = runner.invoke(sys.modules["server.cli"].app, ["size", "--config", name, "--json"])
+    assert result.exit_code == 0, result.output
+    assert hub.fetched() == {file for file in NEEDED[name] if file.endswith(".json")}
+    for arguments in (
+        ["inspect", name, "--json"],
+        ["size", "--model", name],
+        ["generate", "--model", name, "--prompt=a", "--max-tokens=2", "--json"],
+        ["init", "--config", name, str(tmp_path / "new")],
+    ):
+        result = runner.invoke(sys.modules["server.cli"].app, arguments)
+        assert result.exit_code == 0, result.output
+        if arguments[0] == "size":
+            assert f"fastblt serve --model {name} " in result.stdout
+    for arguments in (
+        ["inspect", "org/none"],
+        ["size", "--config", "org/none"],
+        ["size", "--model", "org/none"],
+        ["generate", "--model", "org/none", "--prompt=a"],
+        ["eval", "--model", "org/none"],
+        ["init", "--config", "org/none", str(tmp_path / "none")],
+    ):
+        assert "org/none: no such directory, and no such repository at" in fails(*arguments)
+    assert "--write needs a folder" in fails("eval", "--model", name, "--write")
+
+
+def test_serve_takes_a_name_and_answers_as_from_a_folder(hub: Hub, repositories: Path, tmp_path: Path) -> None:
+    """Under a name with a slash, too."""
+    checkpoint = load(repositories / "org" / "tiny")
+    ids = reference.greedy(checkpoint.config, checkpoint.tensors, [BOS_ID, *(b + BYTE_OFFSET for b in b"def ")], 12)
+    expected = bytes(i - BYTE_OFFSET for i in ids if i >= BYTE_OFFSET).decode(errors="replace")
+    with (
+        running_server(Path("org/tiny@v1"), tmp_path / "log", "--served-model-name", "org/tiny") as server,
+        server.client() as http,
+    ):
+        for name in ("org/tiny", "org/tiny:blt-s"):
+            body = {"model": name, "prompt": "def ", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+            answer = http.post("/v1/completions", json=body).json()
+            assert (answer["choices"][0]["text"], answer["model"]) == (expected, name)
+            assert http.get(f"/v1/models/{name}").json()["id"] == name
+            assert http.get(f"/v1/models/{name.replace('/', '%2F')}").json()["id"] == name
+        assert "org/tiny:auto" in [model["id"] for model in http.get("/v1/models").json()["data"]]
+        assert httpx.get(server.url).status_code == 200
+    assert hub.fetched() == NEEDED["org/tiny"]
+    assert "downloading org/tiny@v1: 1.0 MB into " in server.log.read_text()
+
+
+SMALL_PIECES = """
+from huggingface_hub import constants
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 10
+from server.cli import main
+main()
+"""
+"""The command line, whose downloads notice signals with each kilobyte instead of each ten megabytes."""
+
+
+def test_a_signal_ends_a_download_without_a_traceback(hub: Hub, cache: Path) -> None:
+    hub.pause = 0.1
+    command = [sys.executable, "-c", SMALL_PIECES, "serve", "--model", "org/blt-1b-hf", "--port", "0"]
+    processes = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        hub.requests.clear()
+        environment = os.environ | {"HF_HOME": str(cache.parent / number.name)}
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+        processes.append((number, process))
+    wait_for(lambda: [path for _, path, *_ in hub.requests].count("/cdn/org/blt-1b-hf/model.safetensors") == 2)
+    for number, process in processes:
+        process.send_signal(number)
+    for number, process in processes:
+        log = process.communicate(timeout=30)[1]
+        assert process.returncode == 130, log
+        assert "Traceback" not in log and "downloading org/blt-1b-hf" in log
+        assert not list((cache.parent / number.name).rglob("*.incomplete"))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # Names
