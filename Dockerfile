@@ -51,7 +51,7 @@ COPY --from=build /opt/fastblt /opt/fastblt
 # The model that is served where no other is mounted over it.
 COPY models/nano /models
 
-# All that is ever written goes to /tmp and, Triton's compiled kernels, to /cache.
+# All that is ever written goes to /tmp and, Triton's compiled kernels and models from the hub, to /cache.
 ENV PATH=/opt/fastblt/bin:${PATH} \
     HOME=/cache \
     FASTBLT_MODEL=/models \
