@@ -6,7 +6,6 @@ import socket
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -15,7 +14,7 @@ from starlette.types import Message
 from engine import logs
 from engine.client import EngineClient
 from engine.config import EngineConfig
-from engine.hub import local_folder
+from engine.hub import localised
 from server.app import create_app
 from server.run import make_traces
 from server.settings import ServerSettings
@@ -40,8 +39,7 @@ class Replica:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._id = serve.get_replica_context().replica_id.unique_id
         self._traces = make_traces(settings)
-        folder = await asyncio.to_thread(local_folder, config.model)
-        self._client = EngineClient(replace(config, model=str(folder)), logs=settings.logs)
+        self._client = EngineClient(await asyncio.to_thread(localised, config), logs=settings.logs)
         await self._client.start()
         self._app = create_app(settings, self._client, settings.load_api_keys(), self._traces)
 

@@ -54,9 +54,11 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
 
 def application(settings: ServerSettings, config: EngineConfig, options: RaySettings) -> serve.Application:
+    # Replicas may have another working directory.
     if os.path.isdir(config.model):
-        # Replicas may have another working directory.
         config = replace(config, model=os.path.abspath(config.model))
+    if config.patcher and os.path.isdir(config.patcher):
+        config = replace(config, patcher=os.path.abspath(config.patcher))
     if settings.api_key_file:
         settings = settings.model_copy(update={"api_key_file": settings.api_key_file.absolute()})
     gpus = options.replica_gpus if options.replica_gpus is not None else float(config.device == "cuda")
@@ -113,7 +115,7 @@ def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) ->
         # Wrong keys show before anything is started. Each replica loads its own.
         log_access(settings, load_keys(settings))
         # Of a model from the hub, all replicas get the same commit. Each machine downloads it for itself.
-        config = replace(config, model=pinned(config.model))
+        config = pinned(config)
         with _hangups_held_back():
             join(options.ray_address)
     except (HubError, JoinError, ServeError) as error:

@@ -398,7 +398,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _folder_of(patcher: str | None) -> str | None:
-    """Raises HubError."""
+    """Downloaded if need be. Raises HubError."""
     from engine.hub import local_folder
 
     return None if patcher is None else str(local_folder(patcher))

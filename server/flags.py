@@ -36,8 +36,8 @@ ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
     "max_length": ("Most ids per sequence; by default what the model and the caches can hold.", 1),
     "isolate_documents": ("Whether an end-of-sequence id hides what is before it; by default as the model says.", None),
     "patcher": (
-        "Folder of the patcher, for a model in Meta's layout that lies apart from it; by default entropy_model in or "
-        "beside the model's.",
+        "Folder or repository of the patcher, for a model in Meta's layout that lies apart from it; by default "
+        "entropy_model in or beside the model's folder.",
         None,
     ),
     "patching_threshold": (

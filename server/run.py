@@ -8,7 +8,6 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -18,7 +17,7 @@ from fastapi import FastAPI
 from engine import logs
 from engine.client import EngineClient, EngineStartError
 from engine.config import EngineConfig
-from engine.hub import HubError, local_folder
+from engine.hub import HubError, localised
 
 from .addresses import parse_address
 from .admission import Gate
@@ -53,7 +52,7 @@ def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
         keys, tls = load_keys(settings), _make_tls(settings)
         traces = make_traces(settings)
         with closing(_bind(settings)) as port:
-            engine_config = replace(engine_config, model=_find_model(engine_config.model))
+            engine_config = _localised(engine_config)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(serve(settings, engine_config, keys, tls, traces, port))
         log.info("stopped")
@@ -215,10 +214,10 @@ def make_traces(settings: ServerSettings) -> "Traces | None":
         raise ServeError(f"traces: {error}") from error
 
 
-def _find_model(given: str) -> str:
-    """The model's folder, which is downloaded if need be. Raises ServeError."""
+def _localised(config: EngineConfig) -> EngineConfig:
+    """With the folders of the model and its patcher, which are downloaded if need be. Raises ServeError."""
     try:
-        return str(local_folder(given))
+        return localised(config)
     except HubError as error:
         raise ServeError(str(error)) from error
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -22,15 +23,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engine.checkpoint import load, random_tensors
-from engine.config import BOS_ID, BYTE_OFFSET
-from engine.hub import HubError, local_folder, pinned
+from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
+from engine.hub import HubError, local_folder, localised, pinned
 from engine.hub.reference import Reference
 from tests import reference
 from tests.conftest import ROOT
 from tests.hub import TOKEN, WITHOUT_ACCESS, Hub, running_hub
 from tests.models import HF_MODELS
 from tests.serving import running_server
-from tests.test_checkpoint_formats import ENTROPY_ARGS, META_CONFIG, assert_same_tensors, write_meta
+from tests.test_checkpoint_formats import ENTROPY_ARGS, META_CONFIG, assert_same_tensors, meta_name, write_meta
 from tests.test_cli import fails, runner
 
 SHARDED = "org/blt-1b-hf-sharded"
@@ -48,7 +49,8 @@ def repositories(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     shutil.copytree(org / "blt" / "blt_1b", org / "blt" / "blt_7b")
     (org / "blt-entropy").mkdir()
     (org / "blt-entropy" / "config.json").write_text(json.dumps({"args": ENTROPY_ARGS}))
-    save_file({"output.weight": torch.ones(2, 2)}, org / "blt-entropy" / "model.safetensors")
+    apart = {meta_name(name): torch.zeros_like(tensor) for name, tensor in tensors.items() if "patcher" in name}
+    save_file(apart, org / "blt-entropy" / "model.safetensors")
     HF_MODELS["k2"]().save_pretrained(org / "blt-1b-hf")
     HF_MODELS["k2"]().save_pretrained(root / SHARDED, max_shard_size="100kB")
     (root / SHARDED / "not-listed.safetensors").write_bytes(b"x")
@@ -145,7 +147,6 @@ def test_a_layout_comes_with_what_it_needs_and_nothing_else(
 
 @pytest.mark.parametrize("given", ["org/blt-1b", "org/blt/blt_1b"])
 def test_the_path_tells_the_name_by_the_layout_of_the_cache(given: str, hub: Hub, cache: Path) -> None:
-    """Others derive the served name from it, so links must not be followed: .../models--ORG--NAME/snapshots/COMMIT."""
     repository, _, inside = given.partition("/blt_1b")
     commit = hub.commit(repository)
     expected = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
@@ -168,14 +169,26 @@ def test_a_folder_wins_over_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     Path("org/blt-1b").mkdir(parents=True)
     assert local_folder("org/blt-1b") == Path("org/blt-1b")
-    assert pinned("org/blt-1b") == str(tmp_path / "org" / "blt-1b")
+    here = str(tmp_path / "org" / "blt-1b")
+    assert pinned(EngineConfig("org/blt-1b", patcher="org/blt-1b")) == EngineConfig(here, patcher=here)
     assert not hub.requests
 
 
 def test_a_pinned_name_has_the_commit(hub: Hub) -> None:
-    assert pinned("org/blt-1b-hf") == f"org/blt-1b-hf@{hub.commit('org/blt-1b-hf')}"
-    assert pinned("org/blt/blt_1b@v1") == f"org/blt/blt_1b@{hub.commit('org/blt')}"
-    assert local_folder(pinned("org/blt/blt_1b")) == local_folder("org/blt/blt_1b")
+    name, apart = f"org/blt/blt_1b@{hub.commit('org/blt')}", f"org/blt-entropy@{hub.commit('org/blt-entropy')}"
+    given = EngineConfig("org/blt/blt_1b@v1", patcher="org/blt-entropy", dtype="bfloat16")
+    found = pinned(given)
+    assert found == EngineConfig(name, patcher=apart, dtype="bfloat16")
+    assert localised(found) == localised(given)
+
+
+def test_the_patcher_may_be_a_repository_of_its_own(hub: Hub) -> None:
+    config = localised(EngineConfig("org/blt/blt_1b", patcher="org/blt-entropy"))
+    assert config.patcher == str(local_folder("org/blt-entropy"))
+    apart, inside = load(config.model, patcher=config.patcher), load(config.model)
+    assert (apart.config, inside.config) == (inside.config, replace(META_CONFIG, name="org/blt/blt_1b"))
+    assert all(apart.tensors[name].sum() == 0 for name in apart.tensors if "patcher" in name)
+    assert_same_tensors(*({n: t for n, t in c.tensors.items() if "patcher" not in n} for c in (apart, inside)))
 
 
 def test_a_connection_that_breaks_is_resumed(hub: Hub, repositories: Path, monkeypatch: pytest.MonkeyPatch) -> None:

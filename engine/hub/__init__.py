@@ -6,12 +6,14 @@ downloads before it starts the engine's.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ..config import EngineConfig
 from .reference import HubError, Reference
 
-__all__ = ["HubError", "local_folder", "pinned"]
+__all__ = ["HubError", "local_folder", "localised", "pinned"]
 
 USAGE = "give the folder of a checkpoint, or the name of a model on the Hugging Face hub: org/name or org/name@revision"
 
@@ -32,9 +34,23 @@ def local_folder(given: str, *, weights: bool = True) -> Path:
     return download(reference, weights)
 
 
-def pinned(given: str) -> str:
-    """What gives the same model on every machine: the absolute path of a folder, or the name on the hub with the commit
-    as its revision. Downloads the model and raises as `local_folder` does."""
+def localised(config: EngineConfig) -> EngineConfig:
+    """With the model and its patcher in folders on this machine. Raises as `local_folder` does."""
+    return _with_each(config, lambda given: str(local_folder(given)))
+
+
+def pinned(config: EngineConfig) -> EngineConfig:
+    """What gives the same model and patcher on every machine: absolute paths of folders, or names on the hub with the
+    commit as their revision. Downloads and raises as `local_folder` does."""
+    return _with_each(config, _pinned)
+
+
+def _with_each(config: EngineConfig, change: Callable[[str], str]) -> EngineConfig:
+    patcher = config.patcher and change(config.patcher)
+    return replace(config, model=change(config.model), patcher=patcher)
+
+
+def _pinned(given: str) -> str:
     folder = local_folder(given)
     if os.path.isdir(given):
         return str(folder.absolute())
