@@ -167,6 +167,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One per round, if asked for."""
     prompt_logprobs: list[TokenLogprob] = []
     """Sent once, before the first id, complete, one per prompt id."""
+    prompt_patch_starts: list[int] = []
+    """Sent with these: places in the prompt that start patches, of BOS and of the id behind it always."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):

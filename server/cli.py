@@ -20,6 +20,7 @@ from engine.types import MAX_DRAFT, DecoderName, SamplingParams, Unmask
 from .flags import MODEL_HELP, with_settings
 from .options import WrongOption, options_of, parse_bytes, parse_unmask
 from .settings import ServerSettings
+from .texts import CONTEXT, Texts
 
 if TYPE_CHECKING:
     from .offline import Piece
@@ -52,6 +53,13 @@ def _bytes(given: str | int) -> int:
         return parse_bytes(str(given))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+Files = Annotated[list[Path], typer.Argument(metavar="FILE", help="Files of text or anything else; - is stdin.")]
+Context = Annotated[
+    int,
+    typer.Option(parser=_bytes, metavar="BYTES", help="Bytes of a slice, which is read as a text of its own."),
+]
 
 
 def main() -> None:
@@ -251,10 +259,51 @@ def init(
 
 @app.command("eval")
 def evaluate(
+    files: Files,
     model: Model,
-    text: Annotated[
+    context: Context = CONTEXT,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            parser=_bytes,
+            metavar="BYTES",
+            help="Bytes from one slice to the next; what two share is read again, and scored once.",
+            show_default="--context, so that slices share nothing",
+        ),
+    ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            parser=_bytes, metavar="BYTES", help="Most bytes to read, all files together.", show_default="all"
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
+    device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
+    kernels: Annotated[
+        KernelName | None, typer.Option(help="Who computes.", show_default="triton on a CUDA device, native on a CPU")
+    ] = None,
+    weights: Annotated[
+        WeightsName | None, typer.Option(help="Rounds the large matrices to float8.", show_default="as --dtype")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Score files: bits per byte with an interval, mean patch, and what every stage read."""
+    from . import scoring
+
+    config = EngineConfig(str(model), dtype=dtype, device=device, kernels=kernels, weights=weights, prefix_cache=False)
+    with failing_on(ValueError, OSError, RuntimeError, ArithmeticError, AssertionError):
+        result = scoring.evaluate(
+            config, Texts(tuple(files), context, context if stride is None else stride, max_bytes)
+        )
+        typer.echo(json.dumps(scoring.to_json(result), indent=2) if as_json else scoring.render(result))
+
+
+@app.command()
+def compare(
+    model: Model,
+    files: Annotated[
         list[Path] | None,
-        typer.Option(help="File to take prompts from; may be repeated.", show_default="Python's standard library"),
+        typer.Argument(metavar="FILE", help="Files to take prompts from.", show_default="Python's standard library"),
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to continue with every setting.")] = 100,
     max_tokens: Annotated[int, typer.Option(min=1, help="Bytes behind each prompt.")] = 64,
@@ -274,7 +323,7 @@ def evaluate(
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
         folder = local_folder(model)
         # Of the standard library, the files that models/nano did not learn from.
-        texts = [path.read_bytes() for path in text] if text else corpus.standard_library()[1].texts
+        texts = [path.read_bytes() for path in files] if files else corpus.standard_library()[1].texts
         result = decoding.measure(folder, texts, prompts, max_tokens, prefixes, dtype)
         if write:
             decoding.write(result, folder)

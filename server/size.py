@@ -1,17 +1,15 @@
 """`fastblt size`: what is given, measured or assumed of a model's text, and the engine's sizes as tables.
 
-A folder with a `decoders.json`, which `fastblt eval --write` leaves, knows how drafts go with its model. Of others the
-figures of the Fast BLT paper are assumed.
+A folder with a `decoders.json`, which `fastblt compare --write` leaves, knows how drafts go with its model. Of others
+the figures of the Fast BLT paper are assumed.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from engine.checkpoint import load
@@ -20,17 +18,18 @@ from engine.checkpoint.names import HASHES
 from engine.config import ModelConfig
 from engine.sizing import ASSUMED_PATCH, PAPER_ACCEPTANCE, PAPER_PASSES, Drafting, Sizing
 
+from .tables import drawn, number_table
+
 CARD = "decoders.json"
 WRITTEN_ITEMSIZE = 2
 """`fastblt init` writes bfloat16 unless told otherwise."""
-WIDTH = 120
 
 Source = Literal["given", "measured", "assumed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model in question. card: what `fastblt eval` measured, by its settings' names."""
+    """The model in question. card: what `fastblt compare` measured, by its settings' names."""
 
     config: ModelConfig
     hash_itemsize: int = WRITTEN_ITEMSIZE
@@ -106,7 +105,7 @@ def _read_card(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return {row["name"]: row for row in json.loads(path.read_text())["rows"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not what `fastblt eval --write` leaves ({error!r})") from error
+        raise ValueError(f"{path}: not what `fastblt compare --write` leaves ({error!r})") from error
 
 
 def to_json(sizing: Sizing, text: Text) -> dict[str, Any]:
@@ -144,16 +143,18 @@ def _weights(s: Sizing) -> str:
         "rotary tables": s.weights.rotary_tables,
     }
     rows += [(name, count, "a few rows of it per byte") for name, count in tables.items()]
-    return _draw(_bytes_table("weights", [*rows, ("total", s.weights.total, "")]))
+    return drawn(_bytes_table("weights", [*rows, ("total", s.weights.total, "")]))
 
 
 def _caches(s: Sizing) -> str:
-    table = _table(f"cache of a sequence of {s.context:,} bytes", "row", "bytes a row", "rows", "pages", "bytes", "")
+    table = number_table(
+        f"cache of a sequence of {s.context:,} bytes", "row", "bytes a row", "rows", "pages", "bytes", ""
+    )
     for name, held in s.caches.items():
         size = (f"{held.num_bytes:,}", format_size(held.num_bytes))
         table.add_row(name, held.row, f"{held.bytes_per_row:,}", f"{held.rows:,}", f"{held.pages:,}", *size)
     table.add_row("total", "", "", "", "", f"{s.sequence_bytes:,}", format_size(s.sequence_bytes))
-    return _draw(table)
+    return drawn(table)
 
 
 def _memory(s: Sizing) -> str:
@@ -175,7 +176,7 @@ def _memory(s: Sizing) -> str:
         else:
             fits = "too little for the weights"
         rows.append(("given", s.memory, fits))
-    return _draw(_bytes_table("memory", rows))
+    return drawn(_bytes_table("memory", rows))
 
 
 def _flags(s: Sizing, model: str) -> str:
@@ -191,13 +192,13 @@ def _decoders(s: Sizing) -> str:
     calls = ("bytes\na round", "decoder\ncalls", "global\ncalls")
     crowd = f"{s.sequences:,} together"
     bounds = [] if s.bandwidth is None else ["bound alone\nbytes/s", f"{crowd}\nbytes/s"]
-    table = _table("decoder", *calls, "formula\nbytes", "read alone\nbytes", f"{crowd}\nbytes", *bounds)
+    table = number_table("decoder", *calls, "formula\nbytes", "read alone\nbytes", f"{crowd}\nbytes", *bounds)
     for r in s.decoders:
         row = [f"{r.committed:.2f}", f"{r.decoder_calls:.3f}", f"{r.global_calls:.3f}"]
         row += [f"{read:,.0f}" for read in (r.estimated_bytes, r.bytes_read, r.shared_bytes_read)]
         row += [f"{bound:,.0f}" for bound in (r.bytes_per_second, r.shared_bytes_per_second) if bound is not None]
         table.add_row(r.decoder, *row)
-    return _draw(table)
+    return drawn(table)
 
 
 def _notes(s: Sizing, text: Text) -> str:
@@ -222,22 +223,8 @@ def _notes(s: Sizing, text: Text) -> str:
 
 def _bytes_table(name: str, rows: list[tuple[str, int, str]]) -> Table:
     """Bytes as they are and for people, and what they are."""
-    table = _table(name, "bytes", "")
+    table = number_table(name, "bytes", "")
     table.add_column("")
     for what, count, note in rows:
         table.add_row(what, f"{count:,}", format_size(count), note)
     return table
-
-
-def _table(name: str, *columns: str) -> Table:
-    """The first column to the left, the others, numbers, to the right."""
-    table = Table(name, box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _draw(table: Table) -> str:
-    out = StringIO()
-    Console(file=out, width=WIDTH).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

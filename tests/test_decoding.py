@@ -1,4 +1,4 @@
-"""What `fastblt eval` and `fastblt generate --show` tell about decoding."""
+"""What `fastblt compare` and `fastblt generate --show` tell about decoding."""
 
 import io
 import json
@@ -16,6 +16,7 @@ from engine.types import Delta, Request, SamplingParams, Trace
 from server.show import Show
 from tests.engines import make_engine, request, run
 from tests.models import text
+from tests.test_cli import fails
 from training import decoding
 
 NANO = Path(__file__).parents[1] / "models" / "nano"
@@ -70,6 +71,11 @@ def test_a_block_is_checked_from_its_first_byte_on() -> None:
         text_of_blt = run(engine, [request("b", source[:end], len(block))])["b"].ids
         right = next((i for i, (a, b) in enumerate(zip(block, text_of_blt, strict=True)) if a != b), len(block))
         assert count == right
+
+
+def test_compare_says_in_one_line_that_its_files_are_too_short(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "short").write_bytes(b"x" * 500)
+    assert "at least one must have a kilobyte" in fails("compare", "--model", tiny, tmp_path / "short")
 
 
 def make_decoder_of(engine: Engine, **fields: Any) -> Decoder:

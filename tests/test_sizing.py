@@ -325,7 +325,7 @@ def test_a_card_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "decoders.json").unlink()
     assert "assumed" in shown("--model", tmp_path)
     (tmp_path / "decoders.json").write_text("[]")
-    assert "decoders.json: not what `fastblt eval --write` leaves" in refused("--model", tmp_path)
+    assert "decoders.json: not what `fastblt compare --write` leaves" in refused("--model", tmp_path)
 
 
 def test_every_byte_a_patch_needs_no_assumption() -> None:

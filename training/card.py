@@ -60,7 +60,7 @@ differ.
 
 {BEGIN}
 
-Not measured yet: `fastblt eval --model models/nano --write`.
+Not measured yet: `fastblt compare --model models/nano --write`.
 
 {END}
 

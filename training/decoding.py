@@ -1,4 +1,4 @@
-"""What the decoders cost and give on held-out text: the figures and the picture of `fastblt eval`.
+"""What the decoders cost and give on held-out text: the figures and the picture of `fastblt compare`.
 
 Two ways of looking, because greedy text repeats itself and flatters every draft:
 
@@ -32,7 +32,7 @@ GREEDY = SamplingParams(temperature=0)
 PROMPT_BYTES = 200
 WALK_BYTES = 512
 STRIDE = 16
-BEGIN, END = "<!-- decoders: written by fastblt eval -->", "<!-- end of decoders -->"
+BEGIN, END = "<!-- decoders: written by fastblt compare -->", "<!-- end of decoders -->"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ gigabytes per 1,000 bytes of text, by the paper's formula and as really read, pa
 that equal BLT's at the same place, and prompts of which all do. Real prefixes: the share of drafted bytes that BLT
 would have written, and the bytes that a round commits (BLT-D: the bytes of a block up to the first that BLT would not
 have written).
-`fastblt eval` measures it again.
+`fastblt compare` measures it again.
 
 {table(result)}
 

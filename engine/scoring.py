@@ -1,0 +1,65 @@
+"""How well a model predicts texts: what the engine's own prefill gives for each byte, as it is served."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol, TypeVar
+
+from .engine import Engine
+from .types import Delta, Failed, Request
+
+IN_FLIGHT = 2
+"""Texts that the engine holds at once, in running batches: while one ends the next is there."""
+
+
+class Text(Protocol):
+    """Some ids, the first `num_known` of which behind BOS are context and not scored."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+    @property
+    def num_known(self) -> int: ...
+
+
+Given = TypeVar("Given", bound=Text)
+
+
+class Refused(ValueError):
+    """The engine does not take a text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """nats: of all ids that were scored, added up. patches: how many begin with one of them."""
+
+    nats: float
+    patches: int
+
+
+def score(engine: Engine, texts: Iterable[Given]) -> Iterator[tuple[Given, Score]]:
+    """Scores all of them, many at a time, in the order in which they are done. A text's score does not depend on the
+    others. Raises Refused for one that the engine does not take."""
+    waiting = iter(texts)
+    live: dict[str, Given] = {}
+    number = 0
+    while True:
+        for text in islice(waiting, IN_FLIGHT * engine.config.max_sequences - len(live)):
+            live[str(number)] = text
+            engine.add(Request(id=str(number), prompt_ids=text.ids, max_tokens=0, prompt_logprobs=True))
+            number += 1
+        if not live:
+            return
+        for event in engine.step():
+            match event:
+                case Failed(message=message):
+                    raise Refused(message)
+                case Delta(id=name):
+                    text = live.pop(name)
+                    yield text, _score(text.num_known + 1, event)
+
+
+def _score(first: int, told: Delta) -> Score:
+    """Of the ids from place `first` on."""
+    nats = -sum(scored.logprob or 0.0 for scored in told.prompt_logprobs[first:])
+    return Score(nats, sum(start >= first for start in told.prompt_patch_starts))
