@@ -6,9 +6,7 @@ arrives, and never revised (BLT 2.3; Fast BLT 3.4). `kernels.boundary` decides; 
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
-from kernels.boundary import Rule, starts_patch
+from kernels.boundary import Rule
 
 from .config import PatchingRule
 
@@ -67,13 +65,3 @@ class Patching:
             del self._entropies[decided - self._first :]
             while self.starts[-1] > decided:
                 self.starts.pop()
-
-
-def patch_starts(entropies: Sequence[float], rule: PatchingRule) -> list[int]:
-    """All patch starts of a text with these entropies (nats), the one behind it included if there is one."""
-    law, starts = boundary_rule(rule), [0]
-    values = np.array([0.0, *entropies], dtype=np.float32)
-    for byte in range(1, len(values)):
-        if starts_patch(values[byte], values[byte - 1], byte, byte - starts[-1], law):
-            starts.append(byte)
-    return starts

@@ -299,6 +299,44 @@ def evaluate(
 
 
 @app.command()
+def calibrate(
+    files: Files,
+    model: Model,
+    patch_size: Annotated[float, typer.Option(help="Bytes that patches should have on average.")],
+    context: Context = CONTEXT,
+    max_bytes: Annotated[
+        int, typer.Option(parser=_bytes, metavar="BYTES", help="Most bytes to read, all files together.")
+    ] = 10_000_000,
+    dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
+    device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
+    kernels: Annotated[
+        KernelName | None, typer.Option(help="Who computes.", show_default="triton on a CUDA device, native on a CPU")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the histogram into this file (.png, .svg, .pdf) and not into the terminal."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Find the patching threshold at which the patches of files have a wanted length. Reads the patcher alone."""
+    from . import calibration
+
+    config = EngineConfig(str(model), dtype=dtype, device=device, kernels=kernels)
+    with failing_on(ValueError, OSError, RuntimeError, AssertionError):
+        texts = Texts(tuple(files), context, context, max_bytes)
+        if plot:
+            calibration.check_plot(plot)
+        found = calibration.calibrate(config, texts, patch_size)
+        if plot:
+            calibration.draw(found, plot)
+        typer.echo(
+            json.dumps(calibration.to_json(found), indent=2)
+            if as_json
+            else calibration.render(found, histogram=plot is None)
+        )
+
+
+@app.command()
 def compare(
     model: Model,
     files: Annotated[

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers.models.blt.modeling_blt import BltPatcher
 
 from engine.config import PatchingRule
-from engine.patching import Patching, boundary_rule, patch_starts
+from engine.patching import Patching, boundary_rule
 from kernels.dispatch import Kernels, NativeKernels
 from tests import reference
 
@@ -47,7 +47,6 @@ def incremental(rule: PatchingRule, entropies: list[float], chunk: int = 1) -> l
 def test_known_starts(rule: PatchingRule, starts: list[int]) -> None:
     assert reference.patch_starts(rule, ENTROPIES) == starts
     assert incremental(rule, ENTROPIES) == starts
-    assert patch_starts(ENTROPIES, rule) == starts
 
 
 rules = st.builds(
@@ -66,7 +65,6 @@ quarters = st.lists(st.integers(0, 12).map(lambda n: n / 4), min_size=1, max_siz
 def test_incremental_form_equals_whole_form(rule: PatchingRule, entropies: list[float], chunk: int) -> None:
     starts = reference.patch_starts(rule, entropies)
     assert incremental(rule, entropies, chunk) == starts
-    assert patch_starts(entropies, rule) == starts
 
 
 @given(rule=rules, entropies=quarters)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..calibration import Thresholds
 from ..config import BOS_ID, BYTE_OFFSET, HashConfig, ModelConfig, PatchingRule, StackConfig
-from ..patching import patch_starts
 from .names import HASHES, PATCHER, Shape, expected_shapes
 
 PATCHER_HEAD_GAIN = 2.0
@@ -148,18 +148,13 @@ def calibrate(config: ModelConfig, tensors: Mapping[str, Tensor]) -> float:
     text = " ".join(draw.choices(words, k=CALIBRATION_BYTES)).encode()[: CALIBRATION_BYTES - 1]
     ids = torch.tensor([BOS_ID, *(byte + BYTE_OFFSET for byte in text)])
     entropies = _entropies(config.patcher, tensors, ids)
-    judged = entropies.diff() if config.patching.monotonic else entropies
-
-    def distance(threshold: float) -> float:
-        starts = patch_starts(entropies.tolist(), replace(config.patching, threshold=threshold))
-        return abs(len(ids) / len(starts) - MEAN_PATCH)
-
-    candidates: list[float] = judged.quantile(torch.linspace(0.5, 1, 51)).tolist()
-    return min(candidates, key=distance)
+    return Thresholds(config.patching, [entropies.numpy()]).nearest(MEAN_PATCH).threshold
 
 
 def calibrated(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
-    """The configuration with a threshold that suits `tensors`."""
+    """The configuration with a threshold that suits `tensors`; unchanged if it has patches of a byte each."""
+    if config.patching.mode == "bytes":
+        return config
     return replace(config, patching=replace(config.patching, threshold=calibrate(config, tensors)))
 
 

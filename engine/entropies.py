@@ -1,0 +1,75 @@
+"""A model's patcher by itself: the entropies that an engine decides by, without the rest of the model."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kernels.attention import LARGE_TILE
+from kernels.dispatch import choose_kernels
+from kernels.planning import Spans, Tiling
+from kernels.stack import KvCache
+
+from . import checkpoint
+from .caches import cache_specs
+from .config import EngineConfig
+from .graphs import Eager
+from .model.layers import Weights
+from .model.patcher import Patcher
+from .pages import BlockTable, PagePool
+from .plan import plan_attention
+
+CHUNK = 512
+"""Most rows at once."""
+
+
+class Entropies:
+    """Reads texts with the stage that an engine of this configuration runs, one after another. Of the checkpoint only
+    the patcher's tensors are read.
+
+    Raises CheckpointError, and ValueError for a device or kernels that are not there.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self._device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device 'cuda': torch {torch.__version__} finds no CUDA device; 'cpu' needs none")
+        loaded = checkpoint.load(config.model)
+        kernels = choose_kernels(config.kernels, self._device)
+        self.model_config = loaded.config
+        self._patcher = Patcher(loaded.config, Weights(loaded.tensors, dtype, self._device, kernels), kernels)
+        stack, self._spec = loaded.config.patcher, cache_specs(loaded.config, config.page_size)["patcher"]
+        size = self._spec.page_size
+        self._pool = PagePool("patcher", 1 + self._spec.pages_for(loaded.config.max_length, CHUNK))
+        shape = (self._pool.num_total + 1, stack.num_kv_heads, size, stack.head_dim)
+
+        def zeros() -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        self._cache = KvCache((zeros(), zeros()) for _ in range(stack.num_layers))
+        tile, window = kernels.tile or LARGE_TILE, stack.window
+        self._tiling = Tiling(tile, tile, size, window or 0, split=window is None)
+        self._eager = Eager(self._device, 1)
+
+    @torch.inference_mode()
+    def of(self, ids: list[int]) -> NDArray[np.float32]:
+        """The entropy in nats behind each of the ids of a text, (N,). No EOS may be among them, as a document would
+        end there, and no more of them than the model's `max_length`."""
+        table = BlockTable(self._pool, self._spec.page_size)
+        parts = []
+        for start in range(0, len(ids), CHUNK):
+            end = min(start + CHUNK, len(ids))
+            table.extend(end)
+            spans = Spans()
+            spans.add(table.pages, table.first, start, end - start, 0, 0, end - 1)
+            plan = plan_attention(spans, spans, self._tiling, self._eager, end - start)
+            sent = {
+                "ids": torch.tensor(ids[start:end]).to(self._device),
+                "plan": torch.from_numpy(plan.data).to(self._device),
+            }
+            parts.append(self._patcher(sent["ids"], self._cache, plan.on_device(sent, "plan")).cpu())
+            window = self._spec.window
+            table.settle(0 if window is None else max(end - window + 1, 0), end)
+        table.release()
+        return torch.cat(parts).numpy()
