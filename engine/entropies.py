@@ -35,7 +35,7 @@ class Entropies:
         self._device, dtype = torch.device(config.device), getattr(torch, config.dtype)
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device 'cuda': torch {torch.__version__} finds no CUDA device; 'cpu' needs none")
-        loaded = checkpoint.load(config.model)
+        loaded = checkpoint.load(config.model, patcher=config.patcher)
         kernels = choose_kernels(config.kernels, self._device)
         self.model_config = loaded.config
         self._patcher = Patcher(loaded.config, Weights(loaded.tensors, dtype, self._device, kernels), kernels)

@@ -187,11 +187,12 @@ def _bar(share: float) -> str:
 
 
 def _command(f: Found) -> str:
-    dtype = "" if f.config.dtype == "float32" else f" --dtype {f.config.dtype}"
-    device = "" if f.config.device == "cpu" else f" --device {f.config.device}"
-    return (
-        f"fastblt serve --model {shlex.quote(f.config.model)}{dtype}{device} --patching-threshold {f.found.threshold!r}"
-    )
+    config = f.config
+    words = ["fastblt", "serve", "--model", config.model]
+    words += ["--patcher", config.patcher] if config.patcher else []
+    words += ["--dtype", config.dtype] if config.dtype != "float32" else []
+    words += ["--device", config.device] if config.device != "cpu" else []
+    return shlex.join([*words, "--patching-threshold", repr(f.found.threshold)])
 
 
 def check_plot(picture: Path) -> None:

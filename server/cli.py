@@ -55,7 +55,10 @@ def _bytes(given: str | int) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-Files = Annotated[list[Path], typer.Argument(metavar="FILE", help="Files of text or anything else; - is stdin.")]
+Files = Annotated[
+    list[Path] | None, typer.Argument(metavar="FILE", help="Files of text or anything else; - is stdin.")
+]
+Text = Annotated[list[Path] | None, typer.Option(help="Another way to name a file; may be repeated.")]
 Context = Annotated[
     int,
     typer.Option(parser=_bytes, metavar="BYTES", help="Bytes of a slice, which is read as a text of its own."),
@@ -259,8 +262,9 @@ def init(
 
 @app.command("eval")
 def evaluate(
-    files: Files,
     model: Model,
+    files: Files = None,
+    text: Text = None,
     context: Context = CONTEXT,
     stride: Annotated[
         int | None,
@@ -285,24 +289,37 @@ def evaluate(
     weights: Annotated[
         WeightsName | None, typer.Option(help="Rounds the large matrices to float8.", show_default="as --dtype")
     ] = None,
+    patcher: Patcher = None,
+    patching_threshold: PatchingThreshold = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Score files: bits per byte with an interval, mean patch, and what every stage read."""
+    from engine.hub import local_folder
+
     from . import scoring
 
-    config = EngineConfig(str(model), dtype=dtype, device=device, kernels=kernels, weights=weights, prefix_cache=False)
+    texts = Texts(_named(files, text), context, context if stride is None else stride, max_bytes)
     with failing_on(ValueError, OSError, RuntimeError, ArithmeticError, AssertionError):
-        result = scoring.evaluate(
-            config, Texts(tuple(files), context, context if stride is None else stride, max_bytes)
+        config = EngineConfig(
+            str(local_folder(model)),
+            dtype=dtype,
+            device=device,
+            kernels=kernels,
+            weights=weights,
+            prefix_cache=False,
+            patcher=_folder_of(patcher),
+            patching_threshold=patching_threshold,
         )
+        result = scoring.evaluate(config, texts)
         typer.echo(json.dumps(scoring.to_json(result), indent=2) if as_json else scoring.render(result))
 
 
 @app.command()
 def calibrate(
-    files: Files,
     model: Model,
     patch_size: Annotated[float, typer.Option(help="Bytes that patches should have on average.")],
+    files: Files = None,
+    text: Text = None,
     context: Context = CONTEXT,
     max_bytes: Annotated[
         int, typer.Option(parser=_bytes, metavar="BYTES", help="Most bytes to read, all files together.")
@@ -312,6 +329,7 @@ def calibrate(
     kernels: Annotated[
         KernelName | None, typer.Option(help="Who computes.", show_default="triton on a CUDA device, native on a CPU")
     ] = None,
+    patcher: Patcher = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw the histogram into this file (.png, .svg, .pdf) and not into the terminal."),
@@ -319,14 +337,19 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Find the patching threshold at which the patches of files have a wanted length. Reads the patcher alone."""
+    from engine.hub import local_folder
+
     from . import calibration
 
-    config = EngineConfig(str(model), dtype=dtype, device=device, kernels=kernels)
+    texts = Texts(_named(files, text), context, context, max_bytes)
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
-        texts = Texts(tuple(files), context, context, max_bytes)
         if plot:
             calibration.check_plot(plot)
+        folder = str(local_folder(model))
+        config = EngineConfig(folder, dtype=dtype, device=device, kernels=kernels, patcher=_folder_of(patcher))
         found = calibration.calibrate(config, texts, patch_size)
+        # As it was named, for the command that is printed.
+        found = replace(found, config=replace(config, model=model, patcher=patcher))
         if plot:
             calibration.draw(found, plot)
         typer.echo(
@@ -482,6 +505,14 @@ def failing_on(*errors: type[Exception]) -> Iterator[None]:
 def _fail(message: str) -> NoReturn:
     typer.echo(f"fastblt: {message}", err=True)
     raise typer.Exit(1)
+
+
+def _named(files: list[Path] | None, text: list[Path] | None) -> tuple[Path, ...]:
+    """All files, however they were named; there must be one."""
+    named = (*(text or []), *(files or []))
+    if not named:
+        raise typer.BadParameter("name at least one file", param_hint="FILE")
+    return named
 
 
 def _folder_of(patcher: str | None) -> str | None:

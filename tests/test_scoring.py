@@ -213,6 +213,11 @@ def test_eval_prints_one_object(tiny: Path, file: Path, monkeypatch: pytest.Monk
     assert [f["file"] for f in found["files"]] == [str(file)]
     piped = json.loads(runner.invoke(app, [*flags, "-"], input=file.read_bytes()).stdout)
     assert piped["bits_per_byte"] == found["bits_per_byte"]
+    # `--text FILE...`: the first belongs to the flag, the others follow.
+    named = json.loads(runner.invoke(app, [*flags, "--text", str(file), str(file)]).stdout)
+    assert [f["file"] for f in named["files"]][0] == str(file) and named["bits_per_byte"] == found["bits_per_byte"]
+    finer = json.loads(runner.invoke(app, [*flags, "--patching-threshold=-1", str(file)]).stdout)
+    assert finer["mean_patch"] == 1 < found["mean_patch"]
     import lzma
 
     assert found["xz_bits_per_byte"] == 8 * len(lzma.compress(file.read_bytes()[:100], preset=9)) / 100
@@ -240,7 +245,7 @@ def test_eval_says_in_one_line_why_it_cannot(tiny: Path, tmp_path: Path, file: P
     assert "--context: 0 must be 1" in fails(*model, file, "--context=0")
     assert "--max-bytes: 0 must be 1" in fails(*model, file, "--max-bytes=0")
     assert "no such directory" in fails("eval", "--model", tmp_path / "none", file)
-    assert "'FILE'" in fails(*model, code=2)
+    assert "Invalid value for FILE: name at least one file" in fails(*model, code=2)
 
 
 def test_a_context_of_too_many_patches_is_told_with_the_flag(tmp_path: Path, file: Path) -> None:
