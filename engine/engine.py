@@ -68,6 +68,7 @@ class Engine:
             log.warning("fastblt's own CPU kernels are not compiled: torch computes, several times as slowly")
         model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=fp8)
         self.caches = Caches(loaded.config, config)
+        model.check_lengths(self.caches.max_length, self.caches.max_patches)
         self._prefixes = PrefixCache(self.caches) if config.prefix_cache else None
         floors = find_row_floors(model, self.caches.specs, dtype, device)
         if not floors.proven:

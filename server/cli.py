@@ -55,9 +55,7 @@ def _bytes(given: str | int) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-Files = Annotated[
-    list[Path] | None, typer.Argument(metavar="FILE", help="Files of text or anything else; - is stdin.")
-]
+Files = Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="Files of text or anything else; - is stdin.")]
 Text = Annotated[list[Path] | None, typer.Option(help="Another way to name a file; may be repeated.")]
 Context = Annotated[
     int,

@@ -142,7 +142,9 @@ def test_of_the_model_only_the_patcher_is_read(tiny: Path, monkeypatch: pytest.M
             asked.add(name)
             return super().__getitem__(name)
 
-    monkeypatch.setattr("engine.checkpoint.load", lambda path, patcher: replace(loaded, tensors=Watched(loaded.tensors)))
+    monkeypatch.setattr(
+        "engine.checkpoint.load", lambda path, patcher: replace(loaded, tensors=Watched(loaded.tensors))
+    )
     Entropies(EngineConfig(str(tiny))).of([1, 100, 101])
     assert asked == {name for name in loaded.tensors if name.startswith("model.patcher.")}
 

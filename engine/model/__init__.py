@@ -45,8 +45,17 @@ class Model:
         self.encoder = Encoder(config, weights, kernels)
         self.global_transformer = GlobalTransformer(config, weights, kernels)
         self.decoder = Decoder(config, weights, kernels)
+        self.positions = weights.positions
+        """Of every stage, by its name: rows of its rotary table."""
         self.linear_shapes = weights.linear_shapes
         self.matrix_itemsize = weights.matrix_dtype.itemsize
+
+    def check_lengths(self, max_length: int, max_patches: int) -> None:
+        """Raises ValueError if sequences so long would leave a stage's rotary table: kernels do not look."""
+        for stage, positions in self.positions.items():
+            needed = max_patches if stage == "global" else max_length
+            if positions < needed:
+                raise ValueError(f"the {stage} stage has {positions} positions, and sequences may have {needed}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,11 @@ from kernels.linear import Matrix, quantize
 from kernels.rope import rope_table
 from kernels.stack import KeysWeights, LayerWeights, SlotsWeights
 
+from ..checkpoint.names import DECODER, ENCODER, GLOBAL, PATCHER
 from ..config import StackConfig
+
+STAGES = {PATCHER: "patcher", ENCODER: "encoder", GLOBAL: "global", DECODER: "decoder"}
+"""By the names of their tensors."""
 
 
 class Weights:
@@ -33,6 +37,8 @@ class Weights:
         self.matrix_dtype = torch.bfloat16 if kernels.widens and stored == {torch.bfloat16} else dtype
         self.linear_shapes: set[tuple[int, int]] = set()
         """(out, in) of every matrix that was handed out."""
+        self.positions: dict[str, int] = {}
+        """Of every stage whose layers were handed out."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -58,6 +64,7 @@ class Weights:
 def layers_of(config: StackConfig, weights: Weights, prefix: str, *, exact: bool = False) -> list[LayerWeights]:
     """A stack's layers."""
     rope = rope_table(config.head_dim, config.rope_theta, config.max_positions, weights.device)
+    weights.positions[STAGES[prefix]] = len(rope)
 
     def layer(prefix: str) -> LayerWeights:
         return LayerWeights(
