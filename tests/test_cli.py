@@ -215,6 +215,31 @@ def test_inspect_counts_what_is_there(tiny: Path) -> None:
     assert "no such directory" in fails("inspect", tiny / "none")
 
 
+def test_inspect_and_generate_take_a_threshold(tiny: Path) -> None:
+    command = ["inspect", str(tiny), "--patching-threshold=0.25"]
+    assert json.loads(runner.invoke(app, [*command, "--json"]).stdout)["patching"]["threshold"] == 0.25
+    assert "entropy above 0.25 nats" in runner.invoke(app, command).stdout
+    assert "must be a number of nats" in fails("inspect", tiny, "--patching-threshold=nan")
+
+    def global_calls(*flags: str) -> int:
+        command = [
+            "generate",
+            "--model",
+            str(tiny),
+            "--prompt=abc",
+            "--max-tokens=20",
+            "--ignore-eos",
+            "--json",
+            *flags,
+        ]
+        calls: int = json.loads(runner.invoke(app, command).stdout)["usage"]["fastblt"]["global_calls"]
+        return calls
+
+    # Every byte a patch, and as few patches as max_patch_length of the preset, 8, allows.
+    assert global_calls("--patching-threshold=-1") == 20
+    assert global_calls("--patching-threshold=99") < 4
+
+
 def test_serve_says_in_one_line_why_it_cannot(tiny: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -12,6 +12,7 @@ from engine.config import EOS_ID, PatchingRule
 from engine.engine import Engine
 from engine.prefix import BLOCK
 from engine.types import Finished, Request, SamplingParams, Unmask
+from tests import reference
 from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours
 from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
 
@@ -62,6 +63,23 @@ def assert_all_can_be_forgotten(engine: Engine) -> None:
     while engine._prefixes.forget():
         engine.caches.check_integrity()
     assert all(pool.num_free == pool.num_total for pool in engine.caches.pools.values())
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 4.5, 99.0])
+def test_what_is_known_of_a_prefix_goes_by_the_threshold_that_was_given(tmp_path: Path, threshold: float) -> None:
+    config, tensors = OUR_MODELS["fast-blt"]()
+    save_ours(tmp_path, (config, tensors))
+    config = replace(config, patching=replace(config.patching, threshold=threshold))
+    engine = make_engine(tmp_path, patching_threshold=threshold)
+    prompt = text(3 * BLOCK + 20, 1)
+    outputs = [run(engine, [request("a", prompt, 20, trace=True)])["a"] for _ in range(2)]
+    assert cached(outputs[0]) == 0 < cached(outputs[1])
+    whole = prompt + reference.greedy(config, tensors, prompt, 20)
+    starts = reference.patch_starts(config.patching, reference.entropies(config, tensors, whole))
+    for output in outputs:
+        assert output.ids == whole[len(prompt) :]
+        told = [start + len(prompt) for start in output.patch_starts]
+        assert told == [start for start in starts if len(prompt) <= start <= max(told, default=0)]
 
 
 def test_a_known_prefix_changes_nothing_but_the_rows_that_run(model: Path) -> None:
