@@ -234,8 +234,8 @@ def test_a_token_that_is_no_header_is_not_shown(hub: Hub, monkeypatch: pytest.Mo
         ("org/blt-1b@v9", "org/blt-1b@v9: the repository has no revision v9; name a branch, a tag or a commit"),
         ("org/blt", "no BLT is in it; its models are org/blt/blt_1b, org/blt/blt_7b"),
         ("org/blt/blt_3b", "has no folder blt_3b; its models are org/blt/blt_1b, org/blt/blt_7b"),
-        ("org/gguf", "no BLT is in it: that takes config.json or params.json beside model.safetensors"),
-        ("org/llama", "org/llama: no BLT: its config.json has model_type 'llama', only 'blt' is supported"),
+        ("org/gguf", "org/gguf: this is a model in the GGUF format (model.gguf), which is llama.cpp's. fastblt reads"),
+        ("org/llama", "org/llama: this is a model of the kind 'llama'. fastblt reads byte-latent transformers (BLT)"),
         ("org/blt-1b/", "no such directory; give the folder of a checkpoint, or the name of a model on the Hugging"),
         ("./org/blt-1b", "no such directory; give"),
         ("blt-1b", "no such directory; give"),
@@ -320,11 +320,13 @@ def test_every_command_takes_a_name(hub: Hub, tmp_path: Path, repositories: Path
         ["size", "--config", "org/none"],
         ["size", "--model", "org/none"],
         ["generate", "--model", "org/none", "--prompt=a"],
-        ["eval", "--model", "org/none"],
+        ["eval", "--model", "org/none", __file__],
+        ["calibrate", "--model", "org/none", "--patch-size=4", __file__],
+        ["compare", "--model", "org/none"],
         ["init", "--config", "org/none", str(tmp_path / "none")],
     ):
         assert "org/none: no such directory, and no such repository at" in fails(*arguments)
-    assert "--write needs a folder" in fails("eval", "--model", name, "--write")
+    assert "--write needs a folder" in fails("compare", "--model", name, "--write")
 
 
 def test_serve_takes_a_name_and_answers_as_from_a_folder(hub: Hub, repositories: Path, tmp_path: Path) -> None:

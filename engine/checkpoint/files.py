@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from .. import foreign
 from .base import CheckpointError
 from .names import Shape
 
@@ -41,6 +42,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 """What a model may be stored in, as safetensors and torch spell it."""
+LFS_POINTER = b"version https://git-lfs"
 _SHOWN = 4
 """Problems that one message lists."""
 
@@ -72,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except OSError as error:
-        raise CheckpointError(f"{path}: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: {_reason(error, path)}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {_reason(error)}") from error
     if not isinstance(data, dict):
@@ -96,7 +98,9 @@ def validate(kind: type[Validated], data: object, path: Path, inside: str = "") 
 def open_safetensors(folder: Path) -> dict[str, Stored]:
     """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists."""
     single, index = folder / WEIGHTS, folder / WEIGHTS_INDEX
-    if single.exists() or not index.exists():
+    if not os.path.lexists(single) and not index.exists() and (kind := foreign.kind_of_files(os.listdir(folder))):
+        raise CheckpointError(f"{single}: no such file. This is {kind}")
+    if os.path.lexists(single) or not index.exists():
         return _open_safetensors_file(single)
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(
@@ -124,9 +128,10 @@ def _open_safetensors_file(path: Path) -> dict[str, Stored]:
             header = json.loads(file.read(header_bytes))
             whole = _map_file(file.fileno())
     except OSError as error:
-        raise CheckpointError(f"{path}: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: {_reason(error, path)}") from error
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {_reason(error)}") from error
+        broken = f"not a whole safetensors file: {_reason(error)}"
+        raise CheckpointError(f"{path}: {_pointer(path) or broken}") from error
     header.pop("__metadata__", None)
     stored: dict[str, Stored] = {}
     for name, entry in header.items():
@@ -155,9 +160,10 @@ def open_torch(path: Path) -> dict[str, Stored]:
     try:
         data = _load_torch(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: {_reason(error, path)}") from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: not a whole file of tensors by torch.save: {_reason(error)}") from error
+        broken = f"not a whole file of tensors by torch.save: {_reason(error)}"
+        raise CheckpointError(f"{path}: {_pointer(path) or broken}") from error
     state = data.get("model", data) if isinstance(data, dict) else data
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise CheckpointError(f"{path}: expected a state dict of tensors, bare or under 'model'")
@@ -224,7 +230,17 @@ def _listed(problems: list[str]) -> str:
     return "; ".join(problems[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _reason(error: Exception) -> str:
+def _pointer(path: Path) -> str | None:
+    """What a file is that only stands for the weights."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return "a pointer of Git LFS, and not the weights: `git lfs pull` in its repository fetches them"
+    return None
+
+
+def _reason(error: Exception, path: Path | None = None) -> str:
+    if path and isinstance(error, FileNotFoundError) and path.is_symlink():
+        return "a link that leads nowhere, perhaps of a download that was not finished"
     if isinstance(error, OSError):
         return (error.strerror or "no such file").lower()
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -20,9 +20,21 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
+from ..foreign import kind_of_files, models_inside
 from .base import Checkpoint, CheckpointError
 from .fields import Section, unknown_note
-from .files import CONFIG, WEIGHTS, Stored, check, model_name, open_safetensors, open_torch, read_json, validate
+from .files import (
+    CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Stored,
+    check,
+    model_name,
+    open_safetensors,
+    open_torch,
+    read_json,
+    validate,
+)
 from .names import PATCHER, Shape, expected_shapes
 
 PARAMS = "params.json"
@@ -325,8 +337,8 @@ def read_config(path: Path, patcher: Path | None = None) -> tuple[ModelConfig, t
 
     Raises CheckpointError that names the file, the field and its value.
     """
-    file, data, arguments = _arguments(path, "model")
-    entropy_file, _, entropy_arguments = _arguments(_entropy_folder(path, patcher), "entropy_model")
+    file, data, arguments = _arguments(path, "model", of_model=True)
+    entropy_file, _, entropy_arguments = _arguments(_entropy_folder(path, patcher), "entropy_model", of_model=False)
     entropy = validate(_EntropyArgs, entropy_arguments, entropy_file)
     args = validate(_ModelArgs, arguments, file)
     notes = unknown_note(args, str(file)) + unknown_note(entropy, str(entropy_file))
@@ -370,14 +382,23 @@ def read(path: Path, patcher: Path | None = None) -> Checkpoint:
     return Checkpoint(config, {name: stored[name].map() for name in shapes}, "meta", files, notes)
 
 
-def _arguments(path: Path, key: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+def _arguments(path: Path, key: str, *, of_model: bool) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The file with a model's arguments, all that it holds, and the arguments."""
     file, key = (path / PARAMS, key) if (path / PARAMS).exists() else (path / CONFIG, "args")
     data = read_json(file)
     args = data.get(key)
+    patcher = args if key == "args" else data.get("entropy_model")
+    if of_model and not (isinstance(args, dict) and "dim_global" in args) and _is_patcher(patcher):
+        raise CheckpointError(
+            f"{file}: this is a BLT's patcher (entropy model) alone. Name the model itself; --patcher takes this one"
+        )
     if not isinstance(args, dict):
         raise CheckpointError(f"{file}: {key} = {args!r} must be an object with the model's arguments")
     return file, data, args
+
+
+def _is_patcher(args: object) -> bool:
+    return isinstance(args, dict) and {"dim", "n_layers", "vocab_size"} <= args.keys() and "dim_global" not in args
 
 
 def _entropy_folder(path: Path, patcher: Path | None) -> Path:
@@ -395,6 +416,14 @@ def _entropy_folder(path: Path, patcher: Path | None) -> Path:
 
 def _open(path: Path, shapes: Mapping[str, Shape]) -> dict[str, Stored]:
     """The tensors of one of the two models, checked, under canonical names."""
+    if not any((path / name).exists() for name in (CONSOLIDATED, WEIGHTS, WEIGHTS_INDEX)):
+        inside = [name for name in models_inside(path) if (path / name / CONSOLIDATED).exists()]
+        raise CheckpointError(
+            f"{path / CONSOLIDATED}: no such file. The weights are in {path / inside[0]}: name that folder"
+            if inside
+            else f"{path / CONSOLIDATED}: no such file, nor {WEIGHTS}"
+            + (f". This is {kind}" if (kind := kind_of_files(os.listdir(path))) else "")
+        )
     pickled = (path / CONSOLIDATED).exists() and not (path / WEIGHTS).exists()
     stored = open_torch(path / CONSOLIDATED) if pickled else open_safetensors(path)
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith("freqs_cis")}

@@ -1,10 +1,12 @@
 """Which format a folder is in, and reading it."""
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import foreign
 from ..config import ModelConfig
 from . import hf, hf_config, meta
 from .base import Checkpoint, CheckpointError
@@ -59,11 +61,9 @@ def _hf_data(folder: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{folder}: no such directory")
     if (folder / meta.PARAMS).exists():
         return None
+    if not os.path.lexists(folder / CONFIG):
+        raise CheckpointError(foreign.explain_folder(folder))
     data = read_json(folder / CONFIG)
-    if "args" in data:
-        return None
-    if data.get("model_type") != "blt":
-        raise CheckpointError(
-            f"{folder / CONFIG}: model_type = {data.get('model_type')!r} is not supported, only 'blt'"
-        )
-    return data
+    if kind := foreign.kind_of_config(data):
+        raise CheckpointError(f"{folder / CONFIG}: this is {kind}. {foreign.READ_INSTEAD}")
+    return None if "args" in data else data

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .. import foreign
 from .reference import HubError, Reference
 
 CONFIG, PARAMS = "config.json", "params.json"
@@ -24,9 +25,9 @@ def json_files(reference: Reference) -> list[str]:
 def check_is_blt(reference: Reference, root: Path) -> None:
     """Raises HubError if the JSON files, which are in `root`, are those of another kind of model, before gigabytes of
     it are downloaded."""
-    kind = _config(root / reference.folder).get("model_type")
-    if isinstance(kind, str) and kind != "blt" and not _is_metas(root / reference.folder):
-        raise HubError(f"{reference}: no BLT: its {CONFIG} has model_type {kind!r}, only 'blt' is supported")
+    folder = root / reference.folder
+    if not _is_metas(folder) and (kind := foreign.kind_of_config(_config(folder))):
+        raise HubError(f"{reference}: this is {kind}. {foreign.READ_INSTEAD}")
 
 
 def weight_files(reference: Reference, root: Path, files: Collection[str]) -> list[str]:
@@ -59,6 +60,9 @@ def what_is_there(reference: Reference, files: Collection[str]) -> str:
     problem = f"the repository has no folder {reference.folder}" if missing else "no BLT is in it"
     if models:
         return f"{problem}; its models are {', '.join(models)}"
+    inside = [file.removeprefix(f"{reference.folder}/") for file in files]
+    if kind := foreign.kind_of_files(inside):
+        return f"this is {kind}. {foreign.READ_INSTEAD}"
     needed = f"{CONFIG} or {PARAMS} beside {WEIGHTS}, the shards of {INDEX}, or {CONSOLIDATED}"
     shown = ", ".join(sorted(files)[:4]) + (", ..." if len(files) > 4 else "")
     return f"{problem}: that takes {needed}; the repository holds {shown or 'nothing'}"
