@@ -14,13 +14,15 @@ from kernels.dispatch import choose_kernels
 
 from . import bandwidth, checkpoint, trial
 from .accounting import Cost, PaperFormula, StageBytes
-from .caches import Caches
+from .caches import Caches, plan_caches
 from .choosing import results_of
 from .config import BYTE_OFFSET, EOS_ID, EngineConfig, ModelConfig, ModelLimits, is_byte
 from .costs import StageCosts
 from .decoders import Committed, Decoder, Experience, Result, make_decoder
 from .graphs import Eager, Graphs
+from .memory import check_room
 from .model import Model, find_row_floors
+from .model.layers import matrix_dtype
 from .passes import Passes
 from .prefix import PrefixCache
 from .runner import Runner, StageCounts, Work
@@ -66,6 +68,8 @@ class Engine:
         self._kernels = kernels = choose_kernels(config.kernels, device)
         if device.type == "cpu" and config.kernels is None and kernels.name == "torch":
             log.warning("fastblt's own CPU kernels are not compiled: torch computes, several times as slowly")
+        matrices, plan = matrix_dtype(loaded.tensors, dtype, kernels), plan_caches(loaded.config, config)
+        check_room(loaded.config, loaded.tensors, plan, dtype, matrices, device, fp8=fp8)
         model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=fp8)
         self.caches = Caches(loaded.config, config)
         model.check_lengths(self.caches.max_length, self.caches.max_patches)

@@ -44,8 +44,16 @@ class WeightBytes:
     total: int
 
     @classmethod
-    def of(cls, config: ModelConfig, itemsize: int, hash_itemsize: int, *, fp8: bool = False) -> "WeightBytes":
-        stages = StageBytes.of(config, itemsize, hash_itemsize, fp8=fp8).weights
+    def of(
+        cls,
+        config: ModelConfig,
+        itemsize: int,
+        hash_itemsize: int,
+        *,
+        matrix_itemsize: int | None = None,
+        fp8: bool = False,
+    ) -> "WeightBytes":
+        stages = StageBytes.of(config, itemsize, hash_itemsize, matrix_itemsize=matrix_itemsize, fp8=fp8).weights
         shapes = expected_shapes(config).items()
         embeddings = itemsize * sum(prod(shape) for name, shape in shapes if name.endswith("embed_tokens.weight"))
         hashes = hash_itemsize * sum(prod(shape) for name, shape in shapes if name.startswith(HASHES))

@@ -476,7 +476,8 @@ def size(
         sizing = sizing_of(
             subject.config,
             EngineConfig(model or "", dtype=dtype, weights=weights),
-            subject.hash_itemsize,
+            # A device holds them no wider than the model's dtype.
+            min(subject.hash_itemsize, 4 if dtype == "float32" else 2),
             text.drafting,
             context=context,
             patch=text.patch,

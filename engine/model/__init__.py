@@ -19,8 +19,6 @@ from .patcher import Patcher
 
 __all__ = ["Decoder", "Encoder", "GlobalTransformer", "Model", "Patcher", "RowFloors", "find_row_floors"]
 
-HASH_TABLES = "model.encoder_hash_tok_embedding."
-
 
 class Model:
     """All stages of one checkpoint on one device."""
@@ -39,10 +37,10 @@ class Model:
         weights = Weights(tensors, dtype, device, kernels, fp8=fp8)
         self.config = config
         self.kernels = kernels
-        self.hash_itemsize = next(t.dtype.itemsize for n, t in tensors.items() if n.startswith(HASH_TABLES))
         self.parameters = sum(tensor.numel() for tensor in tensors.values())
         self.patcher = Patcher(config, weights, kernels)
         self.encoder = Encoder(config, weights, kernels)
+        self.hash_itemsize = self.encoder.hash_itemsize
         self.global_transformer = GlobalTransformer(config, weights, kernels)
         self.decoder = Decoder(config, weights, kernels)
         self.positions = weights.positions

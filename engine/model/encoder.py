@@ -21,6 +21,7 @@ class Encoder:
         self._embedding = weights.tensor(f"{prefix}.embed_tokens.weight")
         tables = [weights.stored(f"model.encoder_hash_tok_embedding.{t}.weight") for t in range(hashes.num_tables)]
         self._hashes = HashTables(tables, hashes.group_sizes, hashes.num_functions, hashes.rows, weights.device)
+        self.hash_itemsize = tables[0].itemsize
         self._slots = weights.matrix(f"{prefix}.patch_embedding_projection.weight")
         num_cross = encoder_cross_layers(config)
         stored = sum(

@@ -10,11 +10,19 @@ from kernels.linear import Matrix, quantize
 from kernels.rope import rope_table
 from kernels.stack import KeysWeights, LayerWeights, SlotsWeights
 
-from ..checkpoint.names import DECODER, ENCODER, GLOBAL, PATCHER
+from ..checkpoint.names import DECODER, ENCODER, GLOBAL, HASHES, PATCHER
 from ..config import StackConfig
+from .progress import Progress
 
 STAGES = {PATCHER: "patcher", ENCODER: "encoder", GLOBAL: "global", DECODER: "decoder"}
 """By the names of their tensors."""
+
+
+def matrix_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype, kernels: Kernels) -> torch.dtype:
+    """What large matrices are held in. A bfloat16 number is a float32, too: products that widen as they read lose
+    nothing."""
+    stored = {tensor.dtype for name, tensor in tensors.items() if not name.startswith(HASHES)}
+    return torch.bfloat16 if kernels.widens and stored == {torch.bfloat16} else dtype
 
 
 class Weights:
@@ -32,11 +40,11 @@ class Weights:
         self._tensors = tensors
         self._dtype, self.device = dtype, device
         self._kernels, self._fp8 = kernels, fp8
-        # A bfloat16 number is a float32, too: products that widen as they read lose nothing.
-        stored = {tensor.dtype for tensor in tensors.values()}
-        self.matrix_dtype = torch.bfloat16 if kernels.widens and stored == {torch.bfloat16} else dtype
+        self.matrix_dtype = matrix_dtype(tensors, dtype, kernels)
         self.linear_shapes: set[tuple[int, int]] = set()
         """(out, in) of every matrix that was handed out."""
+        read = sum(t.nbytes for name, t in tensors.items() if device.type != "cpu" or not name.startswith(HASHES))
+        self._progress = Progress(read)
         self.positions: dict[str, int] = {}
         """Of every stage whose layers were handed out."""
 
@@ -45,15 +53,21 @@ class Weights:
 
     def tensor(self, name: str) -> Tensor:
         """A norm or an embedding table. Not copied if it is as it should be."""
+        self._progress.advance(self._tensors[name].nbytes)
         return self._tensors[name].to(self.device, self._dtype)
 
     def stored(self, name: str) -> Tensor:
-        """As and where it is stored, unless a GPU must reach it: a byte reads one row of a hash table."""
+        """A hash table, of which a byte reads one row. On a CPU it stays as and where it is stored. A GPU has it in its
+        own memory, and no wider than the model's dtype: what is read of it is rounded to that anyway."""
         tensor = self._tensors[name]
-        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+        if self.device.type == "cpu":
+            return tensor
+        self._progress.advance(tensor.nbytes)
+        return tensor.to(self.device, self._dtype if tensor.itemsize > self._dtype.itemsize else tensor.dtype)
 
     def matrix(self, *names: str, exact: bool = False) -> Matrix:
         """The matrices (out, in) of these names, laid on top of each other. exact: never as float8."""
+        self._progress.advance(sum(self._tensors[name].nbytes for name in names))
         parts = [self._tensors[name].to(self.device, self.matrix_dtype) for name in names]
         self.linear_shapes.add((sum(len(part) for part in parts), parts[0].shape[1]))
         if self._fp8 and not exact:

@@ -1,0 +1,85 @@
+"""What a model takes of the memory where it runs, and what there is: said before gigabytes are read."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .caches import CachePlan
+from .checkpoint.describe import format_size
+from .checkpoint.names import HASHES
+from .config import ModelConfig
+from .sizing import WeightBytes
+
+log = logging.getLogger("fastblt.memory")
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+"""Of the container, or of the whole machine."""
+
+
+def check_room(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    plan: CachePlan,
+    dtype: torch.dtype,
+    matrix_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    fp8: bool,
+) -> None:
+    """Logs what the weights and caches will take and what is available. Nothing is read for it.
+
+    Raises ValueError if a device cannot hold them, or a CPU's memory not the weights: pages of its caches become real
+    only as they are used, and hash tables stay in their file.
+    """
+    on_cpu = device.type == "cpu"
+    tables = next(tensor.dtype for name, tensor in tensors.items() if name.startswith(HASHES))
+    hash_itemsize = tables.itemsize if on_cpu else min(tables.itemsize, dtype.itemsize)
+    sizes = WeightBytes.of(config, dtype.itemsize, hash_itemsize, matrix_itemsize=matrix_dtype.itemsize, fp8=fp8)
+    weights = sizes.total - (sizes.hash_tables if on_cpu else 0)
+    there = available(device)
+    log.info(
+        "%s takes %s for its weights%s and up to %s for its caches; %s",
+        config.name,
+        format_size(weights),
+        f", {format_size(sizes.hash_tables)} of hash tables in their file," if on_cpu else "",
+        format_size(plan.num_bytes),
+        "how much memory is free is not known" if there is None else f"{format_size(there)} are free on {device.type}",
+    )
+    if there is None or weights + plan.num_bytes <= there:
+        return
+    short = (
+        f"{config.name} takes {format_size(weights)} for its weights and {format_size(plan.num_bytes)} for its caches, "
+        f"and {format_size(there)} are free on {device.type}"
+    )
+    if weights > there or not on_cpu:
+        raise ValueError(f"{short}: --cache-bytes makes the caches smaller, and `fastblt size --memory` says what fits")
+    log.warning("%s: it may run out of memory when it is busy; --cache-bytes makes the caches smaller", short)
+
+
+def available(device: torch.device) -> int | None:
+    """Free bytes; of a CPU's memory those that can be freed, swap space included, within the container's limit. None
+    where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        rows = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        free = sum(int(rows[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError, ValueError):
+        return None
+    limit = _container_room()
+    return free if limit is None else min(free, limit)
+
+
+def _container_room() -> int | None:
+    """What the control group leaves, its page cache not counted as taken; None if it has no limit."""
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        taken = int((CGROUP / "memory.current").read_text())
+        rows = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return max(limit - taken + int(rows["inactive_file"]) + int(rows["active_file"]), 0)
+    except (OSError, KeyError, ValueError):
+        return None
