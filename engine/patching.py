@@ -4,6 +4,7 @@ Whether byte i starts a patch depends only on the bytes before it, so every deci
 arrives, and never revised (BLT 2.3; Fast BLT 3.4). `kernels.boundary` decides; this is the record of it.
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
 
 from kernels.boundary import Rule
@@ -26,42 +27,36 @@ class Patching:
     """The patch starts of one growing text.
 
     `starts` holds every decided patch start, ascending; the last may be the not yet existing next byte. `decided` is
-    the number of bytes fed. Drafted bytes may be fed too, if `cut` takes them back when they are not right.
+    the number of bytes fed, `entropies` the entropy (nats, float32) behind each of them. Drafted bytes may be fed too,
+    if `cut` takes them back when they are not right.
     """
 
     def __init__(self) -> None:
-        self._entropies: list[float] = []
-        self._first = 0
-        """The byte behind which the first of them stands."""
+        self.entropies = array("f")
         self.starts = [0]
         self.decided = 0
 
     @property
     def last_entropy(self) -> float:
         """Entropy (nats) behind the byte before the last; 0 at the beginning."""
-        return self._entropies[-1] if self._entropies else 0.0
+        return self.entropies[-1] if self.entropies else 0.0
 
     def take(self, entropies: Sequence[float], opens: Sequence[bool]) -> None:
         """Takes, of the next bytes, the entropy behind each, and whether the byte behind it starts a patch."""
         self.starts += [byte for byte, start in enumerate(opens, self.decided + 1) if start]
         self.decided += len(opens)
-        self._entropies += entropies
+        self.entropies.extend(entropies)
 
-    def entropy_behind(self, byte: int) -> float | None:
-        """None if the byte was decided elsewhere."""
-        return self._entropies[byte - self._first] if byte >= self._first else None
-
-    def resume(self, decided: int, starts: Iterable[int], entropy: float) -> None:
-        """Takes over what was decided elsewhere for the same text: all starts but the first, the last entropy. Does
+    def resume(self, starts: Iterable[int], entropies: "array[float]") -> None:
+        """Takes over what was decided elsewhere for the same text: all starts but the first, and the entropies. Does
         nothing if as much is decided here."""
-        if self.decided < decided:
-            self.decided, self.starts = decided, [0, *starts]
-            self._entropies, self._first = [entropy], decided - 1
+        if self.decided < len(entropies):
+            self.decided, self.starts, self.entropies = len(entropies), [0, *starts], entropies
 
     def cut(self, decided: int) -> None:
         """Makes it as if only the first `decided` bytes had been fed."""
         if decided < self.decided:
             self.decided = decided
-            del self._entropies[decided - self._first :]
+            del self.entropies[decided:]
             while self.starts[-1] > decided:
                 self.starts.pop()

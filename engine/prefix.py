@@ -1,8 +1,9 @@
 """The prefix cache: what was computed of a text serves every later text that begins like it.
 
 A tree over ids, in blocks of `BLOCK`. A node keeps what a sequence needs to go on behind its block: the pages of the
-caches as far as they are live there, where patches start, the last entropy. Pages are shared, not copied, but for those
-that are not full: who goes on behind a node writes into them, and gets a copy of its own (`BlockTable.own`).
+caches as far as they are live there, where patches start, the entropies (4 bytes an id: a request that asks for them
+can begin behind a known prefix too). Pages are shared, not copied, but for those that are not full: who goes on behind
+a node writes into them, and gets a copy of its own (`BlockTable.own`).
 
 Nothing is set aside for it. When a sequence needs pages, those that only this cache keeps are taken back, from the
 prefix that was used longest ago first. A use is that a sequence began there: of a long prompt that many share, the end
@@ -10,6 +11,7 @@ is used, and what lies before it is only passed through. So a node with others b
 what they need, the rows that stay live, and no longer the windows that end at itself, where nobody begins.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -32,8 +34,8 @@ class Node:
     """Patch starts behind the parent's end, up to `end`: that one is decided too."""
     num_closed: int
     """Patches that end before `end`."""
-    entropy: float
-    """Behind the last byte but one, as `Patching.last_entropy`."""
+    entropies: "array[float]"
+    """Behind each byte of the block, as `Patching.entropies`."""
     pages: dict[str, tuple[int, list[int]]]
     """Per cache the index of the first page and the pages: all live ones, or, where all rows stay live, those of the
     rows behind the parent's end. A hollow node has the latter alone."""
@@ -46,7 +48,7 @@ class PrefixCache:
 
     def __init__(self, caches: Caches) -> None:
         self._caches = caches
-        self.root = Node(None, (), 0, [], 0, 0.0, {})
+        self.root = Node(None, (), 0, [], 0, array("f"), {})
         self._by_use: OrderedDict[Node, None] = OrderedDict()
         """All nodes but hollow ones, the one used longest ago first. Who has no children is never hollow."""
         self._lasting = {name for name, spec in caches.specs.items() if name != "open" and spec.window is None}
@@ -67,7 +69,10 @@ class PrefixCache:
             else:
                 table.borrow(*node.pages[name], self._rows(name, node))
         sequence.num_computed = node.end
-        sequence.patching.resume(node.end, (start for n in path for start in n.starts), node.entropy)
+        entropies = array("f")
+        for n in path:
+            entropies += n.entropies
+        sequence.patching.resume((start for n in path for start in n.starts), entropies)
         sequence.note_patch_documents(0, node.num_closed)
         self._by_use.move_to_end(node)
 
@@ -80,8 +85,7 @@ class PrefixCache:
         while node and node.alive and node.end + BLOCK <= end:
             block = tuple(sequence.ids[node.end : node.end + BLOCK])
             node = sequence.prefix = self._child(node, block, sequence)
-            if node:
-                self._by_use.move_to_end(node)
+            self._by_use.move_to_end(node)
 
     def forget(self) -> bool:
         """Gives back pages of the node used longest ago: all, or those that end at it. False if there is none."""
@@ -121,18 +125,14 @@ class PrefixCache:
                 found = node
         return found
 
-    def _child(self, parent: Node, block: tuple[int, ...], sequence: Sequence) -> Node | None:
+    def _child(self, parent: Node, block: tuple[int, ...], sequence: Sequence) -> Node:
         """The node behind the parent, with all that the sequence has for it."""
         node = parent.children.get(block)
         if node is None:
             end = parent.end + BLOCK
-            entropy = sequence.patching.entropy_behind(end - 1)
-            if entropy is None:
-                # Decided by a node that is gone since.
-                return None
             starts, num_closed = sequence.patching.starts, sequence.patch_of(end)
             behind = starts[sequence.patch_of(parent.end) + 1 : num_closed + 1]
-            node = Node(parent, block, end, behind, num_closed, entropy, {})
+            node = Node(parent, block, end, behind, num_closed, sequence.patching.entropies[parent.end : end], {})
             parent.children[block] = node
         if node not in self._by_use:
             start = sequence.patching.starts[node.num_closed]
