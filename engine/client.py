@@ -371,6 +371,7 @@ class _Stream:
         self._output_ids = list(request.output_ids)
         self._logprob = 0.0
         self._prompt_scored = False
+        self._num_entropies = 0
         self._resumed = False
         self._unread = _Unread()
         self._last: Finished | Failed | EngineDead | None = None
@@ -382,6 +383,7 @@ class _Stream:
             self._output_ids += event.ids
             self._logprob += sum(entry.logprob or 0.0 for entry in event.logprobs)
             self._prompt_scored |= bool(event.prompt_logprobs)
+            self._num_entropies += len(event.entropies)
             self._unread.add(event)
             self._news.set()
         elif isinstance(event, Finished) and self._resumed:
@@ -410,11 +412,12 @@ class _Stream:
     def resumed(self) -> Request:
         """The request for an engine that knows nothing of it: goes on where the last one was heard."""
         self._resumed = True
-        timeout = self.request.timeout
+        timeout, patches_from = self.request.timeout, self.request.patches_from
         return msgspec.structs.replace(
             self.request,
             output_ids=list(self._output_ids),
             prompt_logprobs=self.request.prompt_logprobs and not self._prompt_scored,
+            patches_from=None if patches_from is None else patches_from + self._num_entropies,
             timeout=None if timeout is None else max(timeout - (time.monotonic() - self._submitted), 0.0),
         )
 
@@ -429,6 +432,8 @@ class _Unread:
         self._logprobs: list[TokenLogprob] = []
         self._traces: list[Trace] = []
         self._prompt_logprobs: list[TokenLogprob] = []
+        self._entropies: list[float] = []
+        self._patch_starts: list[int] = []
 
     def add(self, delta: Delta) -> None:
         self.empty = False
@@ -437,6 +442,8 @@ class _Unread:
         self._logprobs += delta.logprobs
         self._traces += delta.traces
         self._prompt_logprobs += delta.prompt_logprobs
+        self._entropies += delta.entropies
+        self._patch_starts += delta.patch_starts
 
     def delta(self, request_id: str) -> Delta:
         return Delta(
@@ -446,6 +453,8 @@ class _Unread:
             logprobs=self._logprobs,
             traces=self._traces,
             prompt_logprobs=self._prompt_logprobs,
+            entropies=self._entropies,
+            patch_starts=self._patch_starts,
         )
 
 

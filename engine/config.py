@@ -204,3 +204,4 @@ class ModelLimits:
     parameters: int = 0
     pages: dict[str, int] = field(default_factory=dict)
     """Pages per pool."""
+    patching: PatchingRule = PatchingRule()

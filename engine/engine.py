@@ -116,6 +116,7 @@ class Engine:
             decoders=self._decoders,
             parameters=model.parameters,
             pages={name: pool.num_total for name, pool in self.caches.pools.items()},
+            patching=loaded.config.patching,
         )
 
     def _begin(self) -> None:
@@ -405,6 +406,9 @@ class Engine:
                 self._outgrown(sequence)
             return
         if request.max_tokens == 0:
+            if request.patches_from is not None:
+                entropies, starts = self._decisions(sequence)
+                self._events.append(Delta(id=request.id, entropies=entropies, patch_starts=starts))
             self._finish(sequence, "length", sequence.stopping.flush())
             return
         outcome = sequence.resume(result)
@@ -454,7 +458,18 @@ class Engine:
         sequence.cost.committed += len(ids)
         sequence.cost.patches += self._count_patches(sequence, len(ids))
         traces = self._traces(sequence, outcome, len(ids)) if request.trace else []
-        self._events.append(Delta(id=request.id, ids=ids, text=text, logprobs=scores, traces=traces))
+        entropies, starts = self._decisions(sequence) if request.patches_from is not None else ([], [])
+        self._events.append(
+            Delta(
+                id=request.id,
+                ids=ids,
+                text=text,
+                logprobs=scores,
+                traces=traces,
+                entropies=entropies,
+                patch_starts=starts,
+            )
+        )
         if reason:
             self._finish(sequence, reason, sequence.stopping.flush())
             return
@@ -491,6 +506,13 @@ class Engine:
                 patch_starts=patch_starts,
             )
         ]
+
+    def _decisions(self, sequence: Sequence) -> tuple[list[float], list[int]]:
+        """Entropies and patch starts that have not been told before."""
+        told, patching = sequence.num_told, sequence.patching
+        # More may be known of a round that ends its request: what is told does not depend on how it was decoded.
+        sequence.num_told = end = min(patching.decided, max(len(sequence.ids) - 1, sequence.num_prompt))
+        return patching.decisions(told, end)
 
     def _take(self, sequence: Sequence, token: int) -> tuple[bytes, FinishReason | None]:
         """The bytes that became certain with a committed id, and whether it ends the request. Only bytes are text."""

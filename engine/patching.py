@@ -5,6 +5,7 @@ arrives, and never revised (BLT 2.3; Fast BLT 3.4). `kernels.boundary` decides; 
 """
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
 from kernels.boundary import Rule
@@ -46,6 +47,11 @@ class Patching:
         self.starts += [byte for byte, start in enumerate(opens, self.decided + 1) if start]
         self.decided += len(opens)
         self.entropies.extend(entropies)
+
+    def decisions(self, begin: int, end: int) -> tuple[list[float], list[int]]:
+        """The entropies behind bytes begin..end-1, and the starts that follow from them; byte 0 goes with the first."""
+        first = bisect_right(self.starts, begin) if begin else 0
+        return self.entropies[begin:end].tolist(), self.starts[first : bisect_right(self.starts, end)]
 
     def resume(self, starts: Iterable[int], entropies: "array[float]") -> None:
         """Takes over what was decided elsewhere for the same text: all starts but the first, and the entropies. Does

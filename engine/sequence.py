@@ -72,6 +72,8 @@ class Sequence:
         self.preemptions = 0
         self.num_traced = 0
         """Patch starts that a trace has told."""
+        self.num_told = request.patches_from or 0
+        """Ids whose entropies have been told, if any are."""
         self.num_counted = 0
         """Patch starts that `Cost.patches` has counted, or that lie before what this engine generates."""
         self.prefix: Node | None = None

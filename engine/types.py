@@ -53,7 +53,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prompt_ids: list[int]
     """Token ids, BOS included if it is wanted; never empty."""
     max_tokens: int
-    """Ids to generate; 0 only makes sense with `prompt_logprobs`."""
+    """Ids to generate; 0 only runs the prompt, for `prompt_logprobs` or `patches_from`."""
     sampling: SamplingParams = SamplingParams()
     sample_index: int = 0
     stop: list[bytes] = []
@@ -77,6 +77,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """blt-d: begin blocks only where a patch begins."""
     trace: bool = False
     """Report how every round came to its bytes."""
+    patches_from: int | None = None
+    """Report entropies and patch starts from this id on; 0 is the prompt's first. None reports nothing."""
     exact: bool = True
     """auto: False also allows blt-d."""
     output_ids: list[int] = []
@@ -152,7 +154,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """Places in the output that start patches, as far as decided now and not told before."""
 
 
-class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Newly committed ids, and the text bytes that are now certain.
 
     `text` lags behind `ids` while a stop string may be under way; what was sent is never taken back.
@@ -169,6 +171,12 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Sent once, before the first id, complete, one per prompt id."""
     prompt_patch_starts: list[int] = []
     """Sent with these: places in the prompt that start patches, of BOS and of the id behind it always."""
+    entropies: list[float] = []
+    """If asked for, of the next ids of prompt and output that have been through the patcher: nats behind each, float32.
+    The prompt's come with the first generated id, those of the last id, or of a last block, never."""
+    patch_starts: list[int] = []
+    """Where these entropies let patches start: 0 is the prompt's first id. May name the place behind the last id that
+    has an entropy."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):

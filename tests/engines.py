@@ -29,6 +29,10 @@ class Output:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     patch_starts: list[int] = field(default_factory=list)
+    """As traces tell them."""
+    entropies: list[float] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    """Of prompt and output."""
     end: Finished | Failed | None = None
 
     def take(self, event: Event) -> None:
@@ -40,6 +44,8 @@ class Output:
             self.logprobs += event.logprobs
             self.prompt_logprobs += event.prompt_logprobs
             self.patch_starts += [start for trace in event.traces for start in trace.patch_starts]
+            self.entropies += event.entropies
+            self.starts += event.patch_starts
         else:
             self.end = event
             self.text += event.text if isinstance(event, Finished) else b""

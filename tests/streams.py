@@ -16,6 +16,8 @@ class Transcript:
         self.text = b""
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.entropies: list[float] = []
+        self.patch_starts: list[int] = []
         self.deltas = 0
         self.last: Finished | Failed | None = None
 
@@ -38,6 +40,8 @@ async def read(
             heard.text += event.text
             heard.logprobs += event.logprobs
             heard.prompt_logprobs += event.prompt_logprobs
+            heard.entropies += event.entropies
+            heard.patch_starts += event.patch_starts
             on_delta(heard)
         else:
             heard.last = event

@@ -34,6 +34,7 @@ def requests(stop: bytes) -> list[Request]:
             sample_index=1,
             logprobs=3,
             prompt_logprobs=True,
+            patches_from=0,
             ignore_eos=True,
         ),
         Request(
@@ -72,8 +73,10 @@ async def test_streams_of_a_killed_engine_equal_an_undisturbed_run(tmp_path: Pat
             assert after.finished.usage.completion_tokens == before.finished.usage.completion_tokens
             assert after.logprobs == before.logprobs
             assert after.prompt_logprobs == before.prompt_logprobs
+            assert (after.entropies, after.patch_starts) == (before.entropies, before.patch_starts)
             assert after.finished.cumulative_logprob == before.finished.cumulative_logprob
         assert killed[2].finished.reason == "stop"
         assert len(killed[1].prompt_logprobs) == len(ids("import os"))
+        assert len(killed[1].entropies) == len(ids("import os")) + OUTPUT - 1
     finally:
         await client.stop()
