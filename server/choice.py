@@ -1,15 +1,16 @@
-"""The events of one sequence as pieces of one choice: text, log-probabilities, trace, and why it ended.
+"""The events of one sequence as pieces of one choice: text, log-probabilities, trace, patches, and why it ended.
 
 A response without streaming is the sum of the same pieces, so that both say the same.
 """
 
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 
-from engine.config import BYTE_OFFSET, EOS_ID, SPECIAL_NAMES, is_byte, text_of
+from engine.config import BYTE_OFFSET, EOS_ID, SPECIAL_NAMES, PatchingRule, is_byte, text_of
 from engine.types import Delta, Finished, FinishReason, TokenLogprob, Usage
 
-from .schemas import Logprobs, Trace, TraceRound
+from .schemas import Logprobs, Patches, Trace, TraceRound
 from .text import OffsetTracker, Utf8Stream
 
 ASCII_END = 0x80
@@ -23,11 +24,12 @@ class Piece:
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
     trace: Trace | None = None
+    patches: Patches | None = None
 
     @property
     def is_empty(self) -> bool:
         shown = self.text or self.finish_reason or self.logprobs and self.logprobs.tokens
-        return not (shown or self.trace and self.trace.rounds)
+        return not (shown or self.trace and self.trace.rounds or self.patches and self.patches.entropies)
 
     def add(self, other: "Piece") -> None:
         self.text += other.text
@@ -42,6 +44,8 @@ class Piece:
             self.trace.rounds += other.trace.rounds
             self.trace.patch_starts += other.trace.patch_starts
             self.trace.text_bytes += other.trace.text_bytes
+        if self.patches and other.patches:
+            self.patches.add(other.patches)
 
 
 def token_name(token: int) -> str:
@@ -52,15 +56,28 @@ def token_name(token: int) -> str:
     return chr(byte) if byte < ASCII_END else f"bytes:\\x{byte:02x}"
 
 
+def empty_patches(rule: PatchingRule, num_prompt: int) -> Patches:
+    """None yet, of a text with so many ids of a prompt."""
+    by_entropy = rule.mode == "entropy"
+    return Patches(
+        output_start=num_prompt,
+        threshold=rule.threshold if by_entropy and not rule.monotonic else None,
+        rise=(rule.threshold if rule.monotonic else rule.threshold_add) if by_entropy else None,
+        max_patch_length=rule.max_patch_length if by_entropy else 1,
+    )
+
+
 @dataclass
 class ChoiceStream:
-    """Takes a sequence's events in order. The log-probabilities of a generated id are reported when its byte is in the
-    text, those of a stop string never, and all others at the end. Traces are reported at once."""
+    """Takes a sequence's events in order. Log-probabilities and entropy of a generated id are reported when its byte is
+    in the text, those of a stop string never, and all others at the end. Traces are reported at once."""
 
     prompt_ids: list[int]
     echo: bool
     with_logprobs: bool
     with_trace: bool = False
+    patching: PatchingRule | None = None
+    """The model's, if patches are to be reported."""
     usage: Usage = field(default_factory=Usage)
     cumulative_logprob: float = 0.0
     num_generated: int = 0
@@ -76,6 +93,10 @@ class ChoiceStream:
         self._last_patch_start = -1
         self._last_id: int | None = None
         self._hidden: deque[TokenLogprob] = deque()
+        self._num_certain_ids = len(self.prompt_ids)
+        self._num_entropies = 0
+        self._entropies: list[float] = []
+        self._starts: list[int] = []
 
     @property
     def num_tokens(self) -> int:
@@ -89,7 +110,11 @@ class ChoiceStream:
         return self.cumulative_logprob / max(self.num_generated, 1)
 
     def empty_piece(self) -> Piece:
-        return Piece(logprobs=Logprobs() if self.with_logprobs else None, trace=Trace() if self.with_trace else None)
+        return Piece(
+            logprobs=Logprobs() if self.with_logprobs else None,
+            trace=Trace() if self.with_trace else None,
+            patches=empty_patches(self.patching, len(self.prompt_ids)) if self.patching else None,
+        )
 
     def feed(self, event: Delta | Finished) -> Piece:
         piece = self.empty_piece()
@@ -108,6 +133,9 @@ class ChoiceStream:
             self.num_generated += len(event.ids)
             self._last_id = event.ids[-1] if event.ids else self._last_id
             self._hidden += event.logprobs
+            if self.patching and not event.logprobs:
+                # Entropies wait with their ids too.
+                self._hidden += [TokenLogprob(i, None, {}) for i in event.ids]
         if isinstance(event, Finished):
             piece.text += self._utf8.finish()
             self.finish_reason = piece.finish_reason = event.reason
@@ -120,6 +148,8 @@ class ChoiceStream:
             if isinstance(event, Delta):
                 self._trace(piece.trace, event)
         self._show_certain(piece)
+        if piece.patches:
+            self._add_patches(piece.patches, event)
         return piece
 
     def _trace(self, trace: Trace, event: Delta) -> None:
@@ -133,6 +163,18 @@ class ChoiceStream:
                 if start > self._last_patch_start:
                     self._last_patch_start = start
                     trace.patch_starts.append(start)
+
+    def _add_patches(self, patches: Patches, event: Delta | Finished) -> None:
+        """Those of the prompt, and of generated ids as far as these are in the text."""
+        if isinstance(event, Delta):
+            # Nine digits are a float32, neither more nor less.
+            self._entropies += [float(f"{entropy:.9g}") for entropy in event.entropies]
+            self._starts += event.patch_starts
+        told = self._num_certain_ids - self._num_entropies
+        patches.entropies, self._entropies = self._entropies[:told], self._entropies[told:]
+        self._num_entropies += len(patches.entropies)
+        started = bisect_right(self._starts, self._num_entropies)
+        patches.starts, self._starts = self._starts[:started], self._starts[started:]
 
     def _show_certain(self, piece: Piece) -> None:
         """Reports the ids whose bytes are in the text by now, and the ids between them that are no bytes."""
@@ -150,6 +192,7 @@ class ChoiceStream:
             else:
                 self._num_shown_bytes += 1
                 specials += 1
+            self._num_certain_ids += specials
             for _ in range(specials):
                 self._show(piece, self._hidden.popleft())
 

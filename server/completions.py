@@ -32,6 +32,7 @@ WHOLE_BYTES = 256 << 10
 """Of an answer that is made and written in one piece."""
 ENTRY_BYTES = 64
 """About what a log-probability takes in it, its alternatives aside."""
+ENTROPY_BYTES = 11
 
 
 async def complete(request: Request, service: Service) -> Response:
@@ -72,7 +73,10 @@ async def _understood(request: Request, service: Service, completion_id: str) ->
 
 def _answer(completion: Completion) -> Response:
     """In one piece, or choice by choice where that would be a large one."""
-    size = sum(len(c.text) + ENTRY_BYTES * len(c.logprobs.tokens if c.logprobs else []) for c in completion.choices)
+    size = 0
+    for choice in completion.choices:
+        size += len(choice.text) + ENTRY_BYTES * len(choice.logprobs.tokens if choice.logprobs else [])
+        size += ENTROPY_BYTES * len(choice.patches.entropies if choice.patches else [])
     if size <= WHOLE_BYTES:
         return JsonResponse(completion)
     return StreamingResponse(_pieces(completion), media_type=JsonResponse.media_type)

@@ -54,8 +54,10 @@ class Generation:
         self._ticket = ticket
         self.clocks = [service.metrics.clock(plan.decoder, len(r.prompt_ids)) for r in plan.requests]
         request = plan.request
+        patching = service.client.limits.patching if request.patches else None
         self.streams = [
-            ChoiceStream(r.prompt_ids, request.echo, request.logprobs is not None, request.trace) for r in plan.requests
+            ChoiceStream(r.prompt_ids, request.echo, request.logprobs is not None, request.trace, patching)
+            for r in plan.requests
         ]
         self._scores: dict[int, _PromptScores] = {}
         """By the index of the sequence that computes them, where prompts are scored."""
@@ -152,6 +154,7 @@ class Generation:
             logprobs=piece.logprobs,
             finish_reason=piece.finish_reason,
             trace=piece.trace,
+            patches=piece.patches,
         )
 
     def completion(self, choices: list[Choice], usage: CompletionUsage | None) -> Completion:

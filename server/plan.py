@@ -49,6 +49,7 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
         raise ApiError(400, f"max_tokens: must be at most {limit}, not {request.max_tokens}", param="max_tokens")
     prompts = [_to_ids(text, request, limits) for text in texts]
     _bound_scores(request, prompts, samples, settings.max_scores)
+    _bound_entropies(request, prompts, samples, settings.max_scores)
     ranked = samples > request.n
     requests = []
     bias = _bias(request.logit_bias, limits)
@@ -82,6 +83,7 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
                 priority=request.priority,
                 timeout=request.timeout or settings.default_timeout,
                 trace=request.trace,
+                patches_from=0 if request.patches else None,
                 decoder=decoder,
                 log_fields=log_fields,
                 **options,
@@ -135,6 +137,20 @@ def _bound_scores(request: CompletionRequest, prompts: list[list[int]], samples:
             f"{scores} log-probabilities; at most {most} are allowed"
         )
         raise ApiError(400, message, param="logprobs", code="too_many_scores")
+
+
+def _bound_entropies(request: CompletionRequest, prompts: list[list[int]], samples: int, most: int) -> None:
+    """Those of a prompt come with each of its samples, and in a stream at once."""
+    if not request.patches:
+        return
+    generated = 0 if request.stream else request.max_tokens * len(prompts)
+    length = sum(map(len, prompts)) + generated
+    if length * samples > most:
+        message = (
+            f"patches: prompt{' and max_tokens' if generated else ''} ({length} bytes) times {samples} samples make "
+            f"{length * samples} entropies; at most {most} are allowed"
+        )
+        raise ApiError(400, message, param="patches", code="too_many_scores")
 
 
 def _to_ids(prompt: str | list[int], request: CompletionRequest, limits: ModelLimits) -> list[int]:

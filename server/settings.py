@@ -52,7 +52,8 @@ class ServerSettings(BaseSettings):
     max_scores: int = Field(
         1 << 19,
         ge=1,
-        description="Most log-probabilities in one answer: scored bytes times choices times (logprobs + 1).",
+        description="Most log-probabilities in one answer: scored bytes times choices times (logprobs + 1); also most "
+        "entropies.",
     )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body in bytes; beyond it 413.")
     max_header_bytes: int = Field(

@@ -1,10 +1,11 @@
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import BOS_ID, EOS_ID
+from engine.config import BOS_ID, EOS_ID, PatchingRule
 from engine.stopping import StopMatcher
 from engine.types import Delta, Finished, FinishReason, TokenLogprob, Trace, Usage
-from server.choice import ChoiceStream, Piece, token_name
+from server.choice import ChoiceStream, Piece, empty_patches, token_name
 
 
 def ids_of(data: bytes) -> list[int]:
@@ -95,6 +96,53 @@ def test_patches_that_a_restarted_engine_tells_again_are_told_once() -> None:
     assert [entry.ids for entry in whole.trace.rounds] == [ids_of(b"ab"), ids_of(b"\xc3")]
     # The end flushes half a character as U+FFFD, which stands for one byte.
     assert [piece.trace and piece.trace.text_bytes for piece in pieces] == [2, 0, 1]
+
+
+def with_patches(said: list[Delta | Finished], num_prompt: int, late: int) -> tuple[list[Delta | Finished], list[int]]:
+    """The same events, every id followed by its entropy `late` ids later, and all places where patches start: a third
+    of them, the first two among them."""
+    ids = [token for event in said if isinstance(event, Delta) for token in event.ids]
+    places = [place for place in range(num_prompt + len(ids) + 1) if place < 2 or place % 3 == 2]
+    told, count, out = 0, num_prompt, list[Delta | Finished]()
+    for event in said:
+        if isinstance(event, Delta):
+            count += len(event.ids)
+            end = max(count - late, num_prompt)
+            starts = [place for place in places if (told < place or not told) and place <= end]
+            event = msgspec.structs.replace(
+                event, entropies=[place / 7 for place in range(told, end)], patch_starts=starts
+            )
+            told = end
+        out.append(event)
+    return out, places
+
+
+@given(
+    st.binary(max_size=12),
+    st.lists(st.sampled_from([b"a", b"\xc3\xa9x", b"\x82", b"ab", b"\xe2\x82\xac"]), max_size=2),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_patches_cover_the_prompt_and_what_is_text(data: bytes, stops: list[bytes], late: int, scored: bool) -> None:
+    prompt = [BOS_ID, *ids_of(b"xyz")]
+    data = data + "é€xab".encode()
+    said, places = with_patches(events(ids_of(data), stops), len(prompt), late)
+    whole, pieces = read(ChoiceStream(prompt, False, scored, patching=PatchingRule()), said)
+    assert whole.patches
+    entropies = [place / 7 for place in range(len(prompt) + len(data))]
+    seen, text = Piece(patches=empty_patches(PatchingRule(), len(prompt))), b""
+    for event, piece in zip(said, pieces, strict=True):
+        seen.add(piece)
+        text += event.text
+        assert seen.patches and piece.patches
+        known = len(seen.patches.entropies)
+        assert len(prompt) <= known <= len(prompt) + len(text)
+        assert seen.patches.entropies == [float(f"{entropy:.9g}") for entropy in entropies[:known]]
+        assert seen.patches.starts == [place for place in places if place <= known]
+        assert not piece.is_empty or not piece.patches.entropies
+    assert seen.patches == whole.patches
+    told = sum(len(event.entropies) for event in said if isinstance(event, Delta))
+    assert len(whole.patches.entropies) == min(told, len(prompt) + len(text))
 
 
 def test_the_chosen_byte_is_among_the_alternatives() -> None:
