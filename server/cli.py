@@ -24,6 +24,7 @@ from .texts import CONTEXT, Texts
 
 if TYPE_CHECKING:
     from .offline import Piece
+    from .schemas import Patches
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
@@ -156,7 +157,14 @@ def generate(
     patcher: Patcher = None,
     patching_threshold: PatchingThreshold = None,
     show: Annotated[
-        bool, typer.Option("--show", help="Colour patches, accepted and rejected drafts and the passes of blocks.")
+        bool,
+        typer.Option(
+            "--show", help="Colour patches, the prompt's too, accepted and rejected drafts and the passes of blocks."
+        ),
+    ] = False,
+    patches: Annotated[
+        bool,
+        typer.Option("--patches", help="With --json: also print where patches start, in the prompt too, and why."),
     ] = False,
     as_json: Annotated[
         bool,
@@ -174,6 +182,8 @@ def generate(
         raise typer.BadParameter("several prompts need --json", param_hint="--prompt")
     if show and as_json:
         raise typer.BadParameter("is for people, --json for programs", param_hint="--show")
+    if patches and not as_json:
+        raise typer.BadParameter("needs --json; for people there is --show", param_hint="--patches")
     if not all(stop or []):
         raise typer.BadParameter("must not be empty", param_hint="--stop")
     given = {
@@ -187,6 +197,7 @@ def generate(
         options = options_of(decoder, given)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     texts = [b""] * len(prompts)
+    told: list[list[Patches]] = [[] for _ in prompts]
     results: dict[int, str] = {}
     failure: str | None = None
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
@@ -208,9 +219,10 @@ def generate(
             decoder=decoder,
             options=options,
             trace=show,
+            patches=show or patches,
         )
         if show:
-            return _show(prompts[0], pieces)
+            return _show(offline.prompt_ids(prompts[0]), pieces)
         for piece in pieces:
             if isinstance(piece.end, Failed):
                 failure = failure or piece.end.message
@@ -218,9 +230,12 @@ def generate(
                 sys.stdout.buffer.write(piece.data)
                 sys.stdout.flush()
                 continue
-            texts[piece.index] += piece.data
+            index = piece.index
+            texts[index] += piece.data
+            if piece.patches:
+                told[index].append(piece.patches)
             if piece.end:
-                results[piece.index] = json.dumps(offline.result(texts[piece.index], piece.end, decoder))
+                results[index] = json.dumps(offline.result(texts[index], told[index], piece.end, decoder))
     for index in sorted(results):
         typer.echo(results[index])
     if not as_json and sys.stdout.isatty():
@@ -531,7 +546,7 @@ def _read_prompts(prompts: list[str], file: Path | None) -> list[bytes]:
         return [sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()]
 
 
-def _show(prompt: bytes, pieces: Iterator["Piece"]) -> None:
+def _show(prompt: list[int], pieces: Iterator["Piece"]) -> None:
     from rich.console import Console
 
     from engine.types import Failed
@@ -540,10 +555,9 @@ def _show(prompt: bytes, pieces: Iterator["Piece"]) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(legend())
-    console.print(prompt.decode(errors="replace"), end="", style="dim", markup=False)
-    picture = Show()
+    picture = Show(prompt)
     for piece in pieces:
-        console.print(picture.feed(piece.ids, piece.traces), end="")
+        console.print(picture.feed(piece.ids, piece.traces, piece.patches), end="")
         if isinstance(piece.end, Failed):
             _fail(piece.end.message)
         if piece.end:

@@ -7,7 +7,9 @@ from typing import Any
 from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
 from engine.types import DecoderName, Delta, Failed, Finished, Request, SamplingParams, Trace
 
+from .choice import ChoiceStream
 from .generation import fastblt_usage
+from .schemas import Patches
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,13 @@ class Piece:
     data: bytes
     ids: list[int] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
+    patches: Patches | None = None
     end: Finished | Failed | None = None
+
+
+def prompt_ids(prompt: bytes) -> list[int]:
+    """A begin-of-sequence id and the bytes."""
+    return [BOS_ID, *(byte + BYTE_OFFSET for byte in prompt)]
 
 
 def generate(
@@ -32,45 +40,57 @@ def generate(
     decoder: DecoderName,
     options: dict[str, Any],
     trace: bool = False,
+    patches: bool = False,
 ) -> Iterator[Piece]:
     """Continues all prompts as one batch. Raises what loading raises: CheckpointError, ValueError, RuntimeError."""
     from engine.engine import Engine  # torch takes seconds to import, which --help should not
 
     engine = Engine(config)
+    choices: list[ChoiceStream] = []
     for index, prompt in enumerate(prompts):
+        ids = prompt_ids(prompt)
+        if patches:
+            choices.append(ChoiceStream(ids, echo=False, with_logprobs=False, patching=engine.limits.patching))
         engine.add(
             Request(
                 id=str(index),
-                prompt_ids=[BOS_ID, *(byte + BYTE_OFFSET for byte in prompt)],
+                prompt_ids=ids,
                 max_tokens=max_tokens,
                 sampling=sampling,
                 stop=stop,
                 ignore_eos=ignore_eos,
                 decoder=decoder,
                 trace=trace,
+                patches_from=0 if patches else None,
                 **options,
             )
         )
     while engine.has_work:
         for event in engine.step():
+            index = int(event.id)
+            told = choices[index].feed(event).patches if patches and not isinstance(event, Failed) else None
             match event:
-                case Delta(id=name, text=text):
-                    yield Piece(int(name), text, event.ids, event.traces)
-                case Finished(id=name, text=text):
-                    yield Piece(int(name), text, end=event)
-                case Failed(id=name):
-                    yield Piece(int(name), b"", end=event)
+                case Delta(text=text):
+                    yield Piece(index, text, event.ids, event.traces, told)
+                case Finished(text=text):
+                    yield Piece(index, text, patches=told, end=event)
+                case Failed():
+                    yield Piece(index, b"", end=event)
 
 
-def result(data: bytes, end: Finished | Failed, decoder: DecoderName) -> dict[str, Any]:
-    """What `generate --json` prints for one prompt; `usage` is shaped as in an HTTP response."""
+def result(data: bytes, patches: list[Patches], end: Finished | Failed, decoder: DecoderName) -> dict[str, Any]:
+    """What `generate --json` prints for one prompt; `usage` and `patches`, of which there are pieces if it was asked
+    for, are shaped as in an HTTP response."""
     if isinstance(end, Failed):
         return {"error": {"code": end.code, "message": end.message, "param": end.param}}
+    for later in patches[1:]:
+        patches[0].add(later)
     prompt, completion = end.usage.prompt_tokens, end.usage.completion_tokens
     return {
         "text": data.decode(errors="replace"),
         "bytes": data.hex(),
         "finish_reason": end.reason,
+        **({"patches": patches[0].model_dump()} if patches else {}),
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

@@ -1,24 +1,28 @@
 """Decoding as a picture in the terminal: patches, drafts and the order in which blocks are unmasked, as colours."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 from rich.style import Style
 from rich.text import Text
 
-from engine.config import is_byte, text_of
+from engine.config import BOS_ID, is_byte, text_of
 from engine.types import Trace
 
+from .schemas import Patches
 from .text import Utf8Stream
 
 PATCHES = ("grey15", "grey30")
 """Backgrounds, in turn."""
 OWN, ACCEPTED, REJECTED = "white", "green3", "red3"
+PROMPT = Style(color=OWN, dim=True)
 PASSES = ("green1", "chartreuse3", "yellow3", "orange1", "dark_orange3", "deep_pink3", "medium_purple2", "slate_blue1")
 """Of a block's bytes, by the pass that settled them; the last stands for all later ones."""
 
 
 def legend() -> Text:
-    text = Text("next byte ", style=OWN)
+    text = Text().append("prompt ", style=PROMPT)
+    text.append("next byte ", style=OWN)
     text.append("draft accepted ", style=ACCEPTED)
     text.append("draft rejected", style=Style(color=REJECTED, strike=True))
     text.append(" block, by pass: ", style=OWN)
@@ -28,27 +32,32 @@ def legend() -> Text:
 
 
 class Show:
-    """Takes the ids of one output with their traces, in order, and gives what to print."""
+    """Takes the ids of one output with their traces, in order, and gives what to print: behind the prompt, once it is
+    known where its patches start."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompt: Sequence[int] = ()) -> None:
+        self._num_prompt = len(prompt)
         self._starts: set[int] = set()
-        self._waiting: list[tuple[int, str]] = []
+        self._waiting = deque((token, PROMPT) for token in prompt)
+        """Ids whose patches are not known yet, and how they look."""
         self._rejected: dict[int, list[int]] = {}
         self._place = 0
         self._patch = 0
         self._utf8 = Utf8Stream()
 
-    def feed(self, ids: list[int], traces: list[Trace]) -> Text:
+    def feed(self, ids: list[int], traces: list[Trace], patches: Patches | None = None) -> Text:
         """What is certain by now: whether a byte starts a patch is known a round after it came."""
         at = 0
+        if patches:
+            self._starts |= {start for start in patches.starts if start < self._num_prompt}
         for trace in traces:
             own = ids[at : at + trace.num_ids]
             first = self._place + len(self._waiting)
             for place, token in enumerate(own):
-                self._waiting.append((token, _colour(trace, place)))
+                self._waiting.append((token, Style(color=_colour(trace, place))))
             if trace.accepted < len(own) and trace.accepted < len(trace.drafts):
                 self._rejected[first + trace.accepted] = trace.drafts[trace.accepted :]
-            self._starts |= set(trace.patch_starts)
+            self._starts |= {self._num_prompt + start for start in trace.patch_starts}
             at += trace.num_ids
         return self._print(max(self._starts, default=0))
 
@@ -59,20 +68,23 @@ class Show:
     def _print(self, end: int) -> Text:
         text = Text()
         while self._waiting and self._place < end:
-            token, colour = self._waiting.pop(0)
+            token, style = self._waiting.popleft()
             if self._place in self._starts:
                 self._patch += 1
                 self._starts.discard(self._place)
             background = PATCHES[self._patch % len(PATCHES)]
-            rejected = self._rejected.pop(self._place, [])
-            if rejected:
-                wrong = text_of(rejected)
-                style = Style(color=REJECTED, bgcolor=background, strike=True)
-                text.append("".join(_visible(wrong.decode(errors="replace"))), style=style)
-            shown = self._utf8.feed(text_of([token])) if is_byte(token) else f"<{token}>"
-            text.append(shown, style=Style(color=colour, bgcolor=background))
+            if rejected := self._rejected.pop(self._place, []):
+                wrong_style = Style(color=REJECTED, bgcolor=background, strike=True)
+                wrong = text_of(rejected).decode(errors="replace")
+                text.append("".join(_visible(wrong)), style=wrong_style)
+            text.append(self._character(token), style=style + Style(bgcolor=background))
             self._place += 1
         return text
+
+    def _character(self, token: int) -> str:
+        if is_byte(token):
+            return self._utf8.feed(text_of([token]))
+        return "" if token == BOS_ID and self._place == 0 < self._num_prompt else f"<{token}>"
 
 
 def _colour(trace: Trace, place: int) -> str:

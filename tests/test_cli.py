@@ -136,6 +136,23 @@ def test_generate_stops_before_a_stop_string(tiny: Path) -> None:
     assert bytes.fromhex(stopped["bytes"]) == data[: data.index(stop)]
 
 
+def test_generate_tells_patches_of_prompt_and_output(tiny: Path) -> None:
+    flags = ["--patches", "--max-tokens=30", "--temperature=0.9", "--stop=\x00"]
+    checkpoint = load(tiny)
+    prompts = ["naïve(", "x" * 90]
+    for decoder in ("blt", "blt-s"):
+        found = generate(tiny, *flags, f"--decoder={decoder}", *(f"--prompt={prompt}" for prompt in prompts))
+        for prompt, result in zip(prompts, found, strict=True):
+            data = prompt.encode() + bytes.fromhex(result["bytes"])
+            ids = [BOS_ID, *(byte + BYTE_OFFSET for byte in data)][: len(result["patches"]["entropies"])]
+            entropies = reference.entropies(checkpoint.config, checkpoint.tensors, ids)
+            assert result["patches"]["entropies"] == pytest.approx(entropies.tolist(), abs=1e-4)
+            assert result["patches"]["starts"] == reference.patch_starts(checkpoint.config.patching, entropies)
+            assert result["patches"]["output_start"] == 1 + len(prompt.encode())
+            assert len(ids) >= len(data) - 1
+    assert "patches" not in generate(tiny, "--prompt=a", "--max-tokens=1")[0]
+
+
 def test_generate_draws_what_its_seed_says(tiny: Path) -> None:
     sampled = ["--prompt=abc", "--max-tokens=20", "--temperature=1", "--top-k=50", "--top-p=0.9", "--min-p=0.01"]
     one, again, other = (generate(tiny, *sampled, f"--seed={seed}")[0]["bytes"] for seed in (1, 1, 2))
@@ -146,6 +163,7 @@ def test_generate_refuses_what_it_cannot_do(tiny: Path, tmp_path: Path) -> None:
     model = ("generate", "--model", tiny)
     assert "several prompts need --json" in fails(*model, "--prompt=a", "--prompt=b", code=2)
     assert "--prompt-file" in fails(*model, code=2)
+    assert "needs --json" in fails(*model, "--prompt=a", "--patches", code=2)
     assert "--prompt-file" in fails(*model, "--prompt=a", "--prompt-file=x", code=2)
     assert "--stop" in fails(*model, "--prompt=a", "--stop=", code=2)
     assert "blt-d" in fails(*model, "--prompt=a", "--decoder=magic", code=2)

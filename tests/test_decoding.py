@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from engine.config import BYTE_OFFSET
+from engine.config import BYTE_OFFSET, EngineConfig
 from engine.decoders import Decoder, Experience, Round, make_decoder
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.types import Delta, Request, SamplingParams, Trace
-from server.show import Show
+from server import offline
+from server.show import PATCHES, Show
 from tests.engines import make_engine, request, run
 from tests.models import text
 from tests.test_cli import fails
@@ -141,6 +142,28 @@ def test_traces_add_up_to_the_text(decoder: str) -> None:
     if not any(trace.accepted < len(trace.drafts) for trace in traces):
         data = bytes(token - BYTE_OFFSET for token in ids if token >= BYTE_OFFSET)
         assert rendered(list(parts)).replace("\n", "") == data.decode(errors="replace").replace("\n", "")
+
+
+@pytest.mark.parametrize("decoder", ["blt", "blt-d"])
+def test_the_prompt_is_shown_in_its_patches(decoder: Any) -> None:
+    prompt, show = "naïve = [".encode(), Show(offline.prompt_ids("naïve = [".encode()))
+    config, sampling = EngineConfig(str(NANO)), SamplingParams(temperature=0)
+    given: dict[str, Any] = {"max_tokens": 20, "sampling": sampling, "stop": [], "ignore_eos": True, "options": {}}
+    pieces = list(offline.generate(config, [prompt], decoder=decoder, trace=True, patches=True, **given))
+    shown = [show.feed(piece.ids, piece.traces, piece.patches) for piece in pieces]
+    shown.append(show.finish())
+    output = b"".join(piece.data for piece in pieces)
+    assert rendered(list(shown)) == (prompt + output).decode(errors="replace")
+    told = [piece.patches for piece in pieces if piece.patches]
+    starts = {start for patches in told for start in patches.starts if start < told[0].output_start}
+    assert len(starts) > 3 and told[0].output_start == 1 + len(prompt)
+    # A span per byte, in one of two backgrounds by its patch; a character stands with its last byte.
+    spans = [span.style for text in shown for span in text.spans][: len(prompt) - 1]
+    places = [place for place in range(1, 1 + len(prompt)) if place != 3]
+    numbers = [sum(start <= place for start in starts) for place in places]
+    backgrounds = [style.bgcolor.name for style in spans]
+    assert [PATCHES.index(name) for name in backgrounds] == [number % 2 for number in numbers]
+    assert all(style.dim for style in spans)
 
 
 def test_a_rejected_draft_is_shown_where_it_was_rejected() -> None:
