@@ -12,10 +12,10 @@ export class Lane {
     this.element = document.getElementById("lane").content.firstElementChild.cloneNode(true);
     this.parts = Object.fromEntries([...this.element.querySelectorAll("[data-part]")].map((part) => [part.dataset.part, part]));
     this.controls = Object.fromEntries([...this.element.querySelectorAll("[name]")].map((control) => [control.name, control]));
-    const { text, inspector } = this.parts;
+    const { text, inspector, strip } = this.parts;
     inspector.id = `inspector-${number}`;
     text.setAttribute("aria-describedby", inspector.id);
-    this.#text = new Text(text, inspector);
+    this.#text = new Text(text, inspector, strip);
     this.controls.decoder.append(...Object.keys(DECODERS).map((name) => new Option(name, name, name === decoder, name === decoder)));
     this.controls.decoder.addEventListener("change", () => this.#onDecoder());
     this.controls.rule.addEventListener("change", () => this.#showKnobs());
@@ -56,10 +56,10 @@ export class Lane {
     this.#text.begin(request.prompt, result.checked);
     progress.textContent = "Waiting";
     try {
-      for await (const { choices, usage } of complete({ ...request, ...fields, trace: true }, signal)) {
+      for await (const { choices, usage } of complete({ ...request, ...fields, trace: true, patches: true }, signal)) {
         if (usage) result.usage = usage.fastblt;
         if (!choices.length) continue;
-        this.#text.add(choices[0].trace);
+        this.#text.add(choices[0].trace, choices[0].patches);
         result.seconds = elapsed();
         result.ids = this.#text.ids;
         progress.textContent = `${count(result.ids.length, "byte")}, ${seconds(result.seconds)}`;

@@ -73,13 +73,13 @@ function path(points, x, y) {
     .join("");
 }
 
-function label(text, attributes) {
+export function label(text, attributes) {
   const element = make("text", attributes);
   element.textContent = text;
   return element;
 }
 
-function make(name, attributes) {
+export function make(name, attributes) {
   const element = document.createElementNS(NAMESPACE, name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   return element;

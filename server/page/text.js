@@ -1,27 +1,42 @@
 /** A completion as coloured bytes: where patches begin, which were drafted, which draft was rejected, and in which pass
- * of a block a byte was settled. Everything a model wrote goes in as text, never as HTML. */
+ * of a block a byte was settled; before it the prompt, a patch each. Everything a model wrote goes in as text, never as
+ * HTML. */
+
+import { Strip } from "./strip.js";
 
 const OFFSET = 4;
 const SPECIALS = ["<boe>", "<s>", "</s>", "<pad>"];
 /** Passes that have a colour; the last stands for all later ones. */
 export const PASSES = 8;
+/** The place of the prompt's first byte: before it is the begin-of-sequence id, a patch of its own and no text. */
+const FIRST = 1;
+/** Of a patch of the prompt, most bytes that are named. */
+const NAMED = 24;
 
 export class Text {
   #element;
   #inspector;
+  #strip;
+  #before;
+  #prompt = new Uint8Array();
+  #promptPatches = [];
   #bytes = [];
+  #patches;
   #starts = new Set();
   #rounds = 0;
   #utf8;
   #cursor;
   #checked = true;
 
-  /** element: where the bytes go; inspector: where the one that is pointed at is described. */
-  constructor(element, inspector) {
+  /** element: where the bytes go; inspector: where the one that is pointed at is described; strip: an SVG for the
+   * entropies. */
+  constructor(element, inspector, strip) {
     this.#element = element;
     this.#inspector = inspector;
-    element.addEventListener("pointerover", (event) => this.#point(Number(event.target.dataset.place ?? NaN)));
-    element.addEventListener("click", (event) => this.#point(Number(event.target.dataset.place ?? NaN)));
+    this.#strip = new Strip(strip);
+    for (const kind of ["pointerover", "click"]) {
+      element.addEventListener(kind, ({ target }) => this.#point(Number(target.dataset.place ?? target.dataset.patch ?? NaN)));
+    }
     element.addEventListener("keydown", (event) => this.#onKey(event));
   }
 
@@ -32,28 +47,29 @@ export class Text {
 
   /** checked: whether the model verifies what is drafted. */
   begin(prompt, checked) {
+    this.#prompt = new TextEncoder().encode(prompt);
+    this.#promptPatches = [];
     this.#bytes = [];
     this.#checked = checked;
+    this.#patches = undefined;
     this.#starts.clear();
+    this.#strip.clear();
     this.#rounds = 0;
     this.#utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
     this.#cursor = undefined;
     this.#inspector.textContent = "";
-    const start = document.createElement("span");
-    start.className = "before";
-    start.textContent = prompt;
-    this.#element.replaceChildren(start);
+    this.#before = document.createElement("span");
+    this.#before.className = "before";
+    this.#before.textContent = prompt;
+    this.#element.replaceChildren(this.#before);
   }
 
-  /** Takes the trace of a chunk. */
-  add(trace) {
+  /** Takes the trace and the patches of a chunk. */
+  add(trace, patches) {
     const atEnd = this.#element.scrollTop + this.#element.clientHeight >= this.#element.scrollHeight - 8;
     const fresh = document.createDocumentFragment();
     for (const round of trace.rounds) this.#addRound(round, fresh);
-    for (const start of trace.patch_starts) {
-      this.#starts.add(start);
-      this.#bytes[start]?.element.classList.add("patch");
-    }
+    this.#addPatches(patches);
     this.#element.append(fresh);
     if (atEnd) this.#element.scrollTop = this.#element.scrollHeight;
   }
@@ -63,6 +79,36 @@ export class Text {
     const rest = this.#utf8.decode();
     if (rest) setText(this.#bytes.findLast((byte) => byte.id >= OFFSET).element, rest);
     if (this.#bytes.length) this.#inspector.textContent = "Point at a byte, or go through them with the arrow keys.";
+  }
+
+  #addPatches(patches) {
+    const first = !this.#patches?.entropies.length;
+    if (this.#patches) for (const entropy of patches.entropies) this.#patches.entropies.push(entropy);
+    else this.#patches = patches;
+    for (const start of patches.starts) {
+      this.#starts.add(start);
+      this.#bytes[start - patches.output_start]?.element.classList.add("patch");
+    }
+    // The prompt's come all at once, before all others.
+    if (first && patches.entropies.length) this.#splitPrompt(patches.output_start);
+    if (patches.entropies.length) this.#strip.show(this.#patches);
+  }
+
+  /** Puts the prompt into spans, one per patch. A character stands with the last of its bytes. */
+  #splitPrompt(end) {
+    if (end !== FIRST + this.#prompt.length) return;
+    const starts = [...this.#starts].filter((start) => FIRST <= start && start < end);
+    const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
+    this.#promptPatches = starts.map((start, number) => {
+      const behind = starts[number + 1] ?? end;
+      const element = document.createElement("span");
+      element.className = "patch";
+      element.dataset.patch = number - starts.length;
+      element.textContent = utf8.decode(this.#prompt.subarray(start - FIRST, behind - FIRST), { stream: true });
+      if (!element.textContent) element.dataset.glyph = "·";
+      return { element, start, behind };
+    });
+    this.#before.replaceChildren(...this.#promptPatches.map(({ element }) => element));
   }
 
   #addRound({ ids, drafts, accepted, passes }, fresh) {
@@ -79,7 +125,6 @@ export class Text {
         element.dataset.pass = Math.min(pass, PASSES);
         if (several && passes[place - 1] !== passes[place]) element.dataset.mark = pass;
       }
-      element.classList.toggle("patch", this.#starts.has(this.#bytes.length));
       this.#bytes.push({ id, kind, pass, element, round: this.#rounds });
       this.#write(id, element);
       fresh.append(element);
@@ -104,6 +149,7 @@ export class Text {
   }
 
   #onKey(event) {
+    const first = -this.#promptPatches.length;
     const last = this.#bytes.length - 1;
     const line = this.#lineAbove.bind(this);
     const moves = {
@@ -111,22 +157,27 @@ export class Text {
       ArrowRight: (at) => at + 1,
       ArrowUp: (at) => line(at, -1),
       ArrowDown: (at) => line(at, 1),
-      Home: () => 0,
+      Home: () => first,
       End: () => last,
     };
-    if (last < 0 || !(event.key in moves) || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (last < first || !(event.key in moves) || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     const place = this.#cursor === undefined ? 0 : moves[event.key](this.#cursor);
-    this.#point(Math.max(0, Math.min(last, place)));
-    this.#bytes[this.#cursor].element.scrollIntoView({ block: "nearest", inline: "nearest" });
+    this.#point(Math.max(first, Math.min(last, place)));
+    this.#at(this.#cursor).element.scrollIntoView({ block: "nearest", inline: "nearest" });
+  }
+
+  /** What the cursor can be at: from 0 on the output's bytes, before them, -1 the last, the prompt's patches. */
+  #at(place) {
+    return place < 0 ? this.#promptPatches.at(place) : this.#bytes[place];
   }
 
   /** The byte nearest to this one on the next line that has any. */
   #lineAbove(at, direction) {
-    const box = (place) => this.#bytes[place].element.getBoundingClientRect();
+    const box = (place) => this.#at(place).element.getBoundingClientRect();
     const here = box(at);
     let best = at;
-    for (let place = at + direction; this.#bytes[place]; place += direction) {
+    for (let place = at + direction; this.#at(place); place += direction) {
       const other = box(place);
       if (Math.abs(other.bottom - here.bottom) < 4) continue;
       if (best !== at && Math.abs(other.bottom - box(best).bottom) > 4) break;
@@ -136,11 +187,35 @@ export class Text {
   }
 
   #point(place) {
-    if (!this.#bytes[place]) return;
-    this.#bytes[this.#cursor]?.element.classList.remove("cursor");
+    if (!this.#at(place)) return;
+    this.#at(this.#cursor)?.element.classList.remove("cursor");
     this.#cursor = place;
-    this.#bytes[place].element.classList.add("cursor");
-    this.#inspector.textContent = this.#describe(place);
+    this.#at(place).element.classList.add("cursor");
+    this.#inspector.textContent = place < 0 ? this.#describePatch(place) : this.#describe(place);
+    this.#strip.mark(place < 0 ? this.#at(place).start : place + (this.#patches?.output_start ?? 0));
+  }
+
+  /** A patch of the prompt. */
+  #describePatch(place) {
+    const { start, behind } = this.#at(place);
+    const bytes = this.#prompt.subarray(start - FIRST, behind - FIRST);
+    const named = Array.from(bytes.subarray(0, NAMED), hex).join(" ");
+    const numbers = bytes.length === 1 ? `byte ${start}` : `bytes ${start} to ${behind - 1}`;
+    return [`prompt, ${numbers}: ${named}${bytes.length > NAMED ? " …" : ""}`, ...this.#why(start)].join(" · ");
+  }
+
+  /** Of a place of prompt and output: how uncertain it was, and whether that begins a patch. */
+  #why(at) {
+    if (!this.#patches) return [];
+    const { entropies, threshold, max_patch_length: most } = this.#patches;
+    const entropy = entropies[at - 1];
+    const parts = entropy === undefined ? [] : [`entropy ${entropy.toFixed(2)} nats`];
+    if (this.#starts.has(at)) {
+      const full = most !== null && Array.from({ length: most - 1 }, (_, n) => at - 1 - n).every((place) => !this.#starts.has(place));
+      const above = threshold !== null && entropy > threshold;
+      parts.push(`begins a patch${above ? `, above ${threshold.toFixed(2)}` : full ? `, as the one before has ${most} bytes` : ""}`);
+    }
+    return parts;
   }
 
   #describe(place) {
@@ -148,13 +223,12 @@ export class Text {
     const byte = id - OFFSET;
     const sign = byte > 0x20 && byte < 0x7f ? ` ${String.fromCharCode(byte)}` : "";
     const parts = [
-      `byte ${place + 1}: ${id < OFFSET ? SPECIALS[id] : `0x${byte.toString(16).padStart(2, "0")}${sign}`}`,
+      `byte ${place + 1}: ${id < OFFSET ? SPECIALS[id] : `0x${hex(byte)}${sign}`}`,
       { own: "next byte", draft: "draft, accepted", block: "of a block" }[kind],
       ...(pass ? [`settled in pass ${pass}`] : []),
       `round ${round}`,
     ];
-    if (this.#starts.has(place)) parts.push("begins a patch");
-    return parts.join(" · ");
+    return [...parts, ...this.#why(place + (this.#patches?.output_start ?? 0))].join(" · ");
   }
 }
 
@@ -165,6 +239,10 @@ function rejected(ids) {
   const text = new TextDecoder().decode(Uint8Array.from(ids.filter((id) => id >= OFFSET), (id) => id - OFFSET));
   element.textContent = text.replace(/\n/g, "↵").replace(/\t/g, "→").replace(/\p{Cc}/gu, "·");
   return element;
+}
+
+function hex(byte) {
+  return byte.toString(16).padStart(2, "0");
 }
 
 /** Shows what would not be seen as a glyph beside it. */

@@ -47,6 +47,7 @@ def asked(server: RunningServer, page: Page, **fields: Any) -> dict[str, Any]:
         "temperature": 0.6,
         "seed": SEED,
         "trace": True,
+        "patches": True,
         **fields,
     }
     with server.client() as http:
@@ -95,6 +96,43 @@ def test_the_colours_are_what_the_engine_tells(server: RunningServer, page: Page
     assert {i for i, cell in enumerate(cells) if cell["patch"]} == set(choice["trace"]["patch_starts"]) - {BYTES}
     if decoder != "blt":
         assert len(set(kinds)) + len(set(passes)) > 2
+
+
+def test_patches_of_the_prompt_and_why_they_begin(server: RunningServer, page: Page) -> None:
+    page["prompt"].clear()
+    page["prompt"].send_keys("naïve_values = [entry for entry in ")
+    page["compare"].click()
+    page.run()
+    told = asked(server, page)["patches"]
+    starts, prompt = told["starts"], page["prompt"].get_attribute("value").encode()
+    patches = page.all(".lane:nth-child(1) .before .patch")
+    inner = [start for start in starts if 1 <= start < told["output_start"]]
+    assert len(patches) == len(inner) > 3
+    assert "".join(patch.get_attribute("textContent") for patch in patches) == prompt.decode()
+    inspector = page.all(".lane:nth-child(1) [data-part=inspector]")[0]
+    move, reasons = ActionChains(page.driver), set()
+    for patch, start, behind in zip(patches, inner, [*inner[1:], told["output_start"]], strict=True):
+        move.move_to_element(patch).perform()
+        numbers = f"byte {start}" if behind == start + 1 else f"bytes {start} to {behind - 1}"
+        named = prompt[start - 1 : behind - 1].hex(" ")
+        page.wait(lambda: inspector.text.startswith(f"prompt, {numbers}: {named} · "))  # noqa: B023
+        entropy = told["entropies"][start - 1]
+        assert f"entropy {entropy:.2f} nats · begins a patch" in inspector.text
+        assert ("above" in inspector.text) == (entropy > told["threshold"])
+        reasons.add(inspector.text.rpartition("patch")[2])
+    assert reasons
+    # The arrow keys go on into the output and back.
+    text = page.all(".lane:nth-child(1) [data-part=text]")[0]
+    text.send_keys(Keys.ARROW_RIGHT)
+    page.wait(lambda: inspector.text.startswith("byte 1: 0x"))
+    assert f"entropy {told['entropies'][told['output_start'] - 1]:.2f} nats" in inspector.text
+    text.send_keys(Keys.HOME)
+    page.wait(lambda: inspector.text.startswith("prompt, byte"))
+    strip = page.all(".lane:nth-child(1) [data-part=strip]")[0]
+    page.wait(lambda: strip.find_elements("css selector", ".here"))
+    assert strip.is_displayed() and len(strip.find_elements("css selector", ".threshold, .edge")) == 2
+    (line,) = strip.find_elements("css selector", "path")
+    assert line.get_attribute("d").count("V") == len(told["entropies"]) - 1
 
 
 def test_two_decoders_side_by_side(page: Page) -> None:
