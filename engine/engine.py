@@ -435,9 +435,7 @@ class Engine:
             chosen = sequence.ids[first + 1 : last + 1]
             scored += logprobs_of(logits[first - w.start : last - w.start], chosen, sequence.request.logprobs or 0)
         if len(scored) == sequence.num_prompt:
-            starts = [start for start in sequence.patching.starts if start < sequence.num_prompt]
-            scores = Delta(id=sequence.request.id, prompt_logprobs=list(scored), prompt_patch_starts=starts)
-            self._events.append(scores)
+            self._events.append(Delta(id=sequence.request.id, prompt_logprobs=list(scored)))
 
     def _commit(self, sequence: Sequence, outcome: Committed) -> None:
         """Appends generated ids up to where the request must end, and says so."""

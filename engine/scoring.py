@@ -42,11 +42,13 @@ def score(engine: Engine, texts: Iterable[Given]) -> Iterator[tuple[Given, Score
     others. Raises Refused for one that the engine does not take."""
     waiting = iter(texts)
     live: dict[str, Given] = {}
+    nats: dict[str, float] = {}
     number = 0
     while True:
         for text in islice(waiting, IN_FLIGHT * engine.config.max_sequences - len(live)):
             live[str(number)] = text
-            engine.add(Request(id=str(number), prompt_ids=text.ids, max_tokens=0, prompt_logprobs=True))
+            asked = Request(id=str(number), prompt_ids=text.ids, max_tokens=0, prompt_logprobs=True, patches_from=0)
+            engine.add(asked)
             number += 1
         if not live:
             return
@@ -54,12 +56,10 @@ def score(engine: Engine, texts: Iterable[Given]) -> Iterator[tuple[Given, Score
             match event:
                 case Failed(message=message):
                     raise Refused(message)
-                case Delta(id=name):
+                case Delta(id=name, prompt_logprobs=[_, *_] as scored):
+                    nats[name] = -sum(entry.logprob or 0.0 for entry in scored[live[name].num_known + 1 :])
+                case Delta(id=name, patch_starts=starts):
                     text = live.pop(name)
-                    yield text, _score(text.num_known + 1, event)
-
-
-def _score(first: int, told: Delta) -> Score:
-    """Of the ids from place `first` on."""
-    nats = -sum(scored.logprob or 0.0 for scored in told.prompt_logprobs[first:])
-    return Score(nats, sum(start >= first for start in told.prompt_patch_starts))
+                    # The last of them may be where the text ends.
+                    patches = sum(text.num_known < start < len(text.ids) for start in starts)
+                    yield text, Score(nats.pop(name), patches)

@@ -169,8 +169,6 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=T
     """One per round, if asked for."""
     prompt_logprobs: list[TokenLogprob] = []
     """Sent once, before the first id, complete, one per prompt id."""
-    prompt_patch_starts: list[int] = []
-    """Sent with these: places in the prompt that start patches, of BOS and of the id behind it always."""
     entropies: list[float] = []
     """If asked for, of the next ids of prompt and output that have been through the patcher: nats behind each, float32.
     The prompt's come with the first generated id, those of the last id, or of a last block, never."""

@@ -14,7 +14,7 @@ from transformers import BltForCausalLM
 
 from engine.config import EOS_ID, ModelConfig, PatchingRule
 from engine.engine import Engine
-from engine.patching import Patching, patch_starts
+from engine.patching import Patching
 from engine.prefix import BLOCK
 from engine.types import Delta, Finished, Request, SamplingParams, Unmask
 from tests import reference
@@ -195,7 +195,7 @@ rules = st.builds(
 def test_decisions_add_up_however_they_are_asked_for(
     rule: PatchingRule, entropies: list[float], data: st.DataObject
 ) -> None:
-    patching, starts = Patching(), patch_starts(entropies, rule)
+    patching, starts = Patching(), reference.patch_starts(rule, entropies)
     patching.take(entropies, [byte + 1 in starts for byte in range(len(entropies))])
     told: tuple[list[float], list[int]] = [], []
     while len(told[0]) < len(entropies):

@@ -5,7 +5,10 @@
 import { Strip } from "./strip.js";
 
 const OFFSET = 4;
+const isByte = (id) => id >= OFFSET && id < OFFSET + 256;
 const SPECIALS = ["<boe>", "<s>", "</s>", "<pad>"];
+/** Of an id that is no byte. */
+const nameOf = (id) => SPECIALS[id] ?? `<${id}>`;
 /** Passes that have a colour; the last stands for all later ones. */
 export const PASSES = 8;
 /** The place of the prompt's first byte: before it is the begin-of-sequence id, a patch of its own and no text. */
@@ -77,7 +80,7 @@ export class Text {
   /** Nothing more comes: half a character is none. */
   finish() {
     const rest = this.#utf8.decode();
-    if (rest) setText(this.#bytes.findLast((byte) => byte.id >= OFFSET).element, rest);
+    if (rest) setText(this.#bytes.findLast((byte) => isByte(byte.id)).element, rest);
     if (this.#bytes.length) this.#inspector.textContent = "Point at a byte, or go through them with the arrow keys.";
   }
 
@@ -133,8 +136,8 @@ export class Text {
 
   /** A character stands with the last of its bytes; the others, and U+FFFD for what is no text, hold a place. */
   #write(id, element) {
-    if (id < OFFSET) {
-      element.dataset.glyph = SPECIALS[id];
+    if (!isByte(id)) {
+      element.dataset.glyph = nameOf(id);
       return;
     }
     const byte = id - OFFSET;
@@ -142,7 +145,7 @@ export class Text {
     const leads = byte >= 0xc2 && byte <= 0xf4;
     const own = leads ? "" : (characters.pop() ?? "");
     if (characters.length) {
-      const before = this.#bytes.findLast((other) => other.id >= OFFSET && other.element !== element);
+      const before = this.#bytes.findLast((other) => isByte(other.id) && other.element !== element);
       setText(before.element, characters.join(""));
     }
     setText(element, own);
@@ -223,7 +226,7 @@ export class Text {
     const byte = id - OFFSET;
     const sign = byte > 0x20 && byte < 0x7f ? ` ${String.fromCharCode(byte)}` : "";
     const parts = [
-      `byte ${place + 1}: ${id < OFFSET ? SPECIALS[id] : `0x${hex(byte)}${sign}`}`,
+      `byte ${place + 1}: ${!isByte(id) ? nameOf(id) : `0x${hex(byte)}${sign}`}`,
       { own: "next byte", draft: "draft, accepted", block: "of a block" }[kind],
       ...(pass ? [`settled in pass ${pass}`] : []),
       `round ${round}`,
@@ -236,7 +239,7 @@ function rejected(ids) {
   const element = document.createElement("span");
   element.dataset.kind = "rejected";
   element.ariaHidden = "true";
-  const text = new TextDecoder().decode(Uint8Array.from(ids.filter((id) => id >= OFFSET), (id) => id - OFFSET));
+  const text = new TextDecoder().decode(Uint8Array.from(ids.filter(isByte), (id) => id - OFFSET));
   element.textContent = text.replace(/\n/g, "↵").replace(/\t/g, "→").replace(/\p{Cc}/gu, "·");
   return element;
 }
