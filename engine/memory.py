@@ -13,7 +13,7 @@ from .checkpoint.names import HASHES
 from .config import ModelConfig
 from .sizing import WeightBytes
 
-log = logging.getLogger("fastblt.memory")
+log = logging.getLogger("fastblt.engine")
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")

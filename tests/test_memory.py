@@ -65,7 +65,7 @@ def test_wide_tables_do_not_make_the_matrices_wide(mixed: Path) -> None:
 
 
 def test_it_is_said_what_the_model_takes_and_what_there_is(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "fastblt.memory")
+    caplog.set_level(logging.INFO, "fastblt.engine")
     make_engine(mixed, dtype="bfloat16")
     (line,) = caplog.messages
     # Two functions, two group sizes, 300 rows of 32 numbers of four bytes.
