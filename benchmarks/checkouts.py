@@ -11,7 +11,6 @@ import asyncio
 import os
 import random
 import statistics
-import subprocess
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ import uvloop
 from . import plot, report
 from .generate import prompts
 from .program import Content, Verdict, finish, parser, subject
-from .servers import server, streams
+from .servers import commit_of, server, streams
 from .turns import in_turn, shown, spread
 
 LEAST = 0.95
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for count, found in pairs.items():
                     found += measure(this, other, count, options)
     figures: dict[str, Any] = {
-        "against": _commit(options.against),
+        "against": commit_of(options.against),
         "bytes": options.bytes,
         "turns": options.turns * options.starts,
     }
@@ -104,11 +103,6 @@ def _streamed(address: str, texts: Sequence[list[int]], count: int) -> dict[str,
         "bytes_per_second": sum(stream.tokens for stream in found) / took,
         "first": statistics.median(stream.first for stream in found),
     }
-
-
-def _commit(folder: Path) -> str:
-    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def render(content: Content) -> str:

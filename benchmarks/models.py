@@ -1,13 +1,18 @@
 """Models with random weights, made where they are needed and kept in a folder that runs can share."""
 
+import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from engine.checkpoint import PRESETS, RandomTensors, calibrated, save
+from engine.checkpoint import PRESETS, RandomTensors, calibrated, expected_shapes, save
+from engine.checkpoint.files import CONFIG, DTYPES, WEIGHTS
+from engine.checkpoint.hf_config import render
+from engine.checkpoint.names import FUSED_HASHES, HASHES
 from engine.config import ModelConfig
 
 Form = Literal["fast", "released", "hf"]
@@ -66,6 +71,38 @@ def shaped(shape: str, form: Form) -> ModelConfig:
     # However short the patches of a text are, it has no more of them than bytes.
     global_ = replace(config.global_, max_positions=config.encoder.max_positions)
     return replace(config, global_=global_, isolate_documents=False)
+
+
+def released_model(work: Path, shape: str, tables: Literal["BF16", "F32"]) -> Path:
+    """A folder in `work` with a model of that shape in the files of Hugging Face's conversions: their names, sizes and
+    dtypes. Weights are random; the hash tables are a hole at the end of the file, which reads as zeros and takes no
+    room on the disk."""
+    folder, config = work / f"{shape}-as-released-{tables}", PRESETS[shape]
+    if folder.exists():
+        return folder
+    tensors = Drawn(config, 0, torch.bfloat16, "cpu")
+    shapes = {name: shape for name, shape in expected_shapes(config).items() if not name.startswith(HASHES)}
+    shapes[FUSED_HASHES] = (config.hashes.num_tables * config.hashes.rows, config.encoder.dim)
+    header, end = {}, 0
+    for name, size in shapes.items():
+        dtype = tables if name == FUSED_HASHES else "BF16"
+        start, end = end, end + prod(size) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": size, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with (unfinished / WEIGHTS).open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in shapes:
+            if name != FUSED_HASHES:
+                file.write(tensors[name].view(torch.int16).numpy().tobytes())
+        file.truncate(8 + len(encoded) + end)
+    rendered = render(config, "bfloat16")
+    del rendered["fastblt"]
+    (unfinished / CONFIG).write_text(json.dumps(rendered))
+    unfinished.replace(folder)
+    return folder
 
 
 def described(shape: str, form: Form) -> list[str]:

@@ -43,6 +43,12 @@ def server(model: Path, *flags: str, root: Path = ROOT) -> Iterator[str]:
                     process.kill()
 
 
+def commit_of(folder: Path) -> str:
+    """Of a checkout."""
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
 def _address(process: "subprocess.Popen[bytes]", log: Path) -> str:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:

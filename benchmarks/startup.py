@@ -1,40 +1,89 @@
 """From the command to the first byte: `fastblt serve` is started, and asked as soon as it says where it listens.
 
-In turns with a Python that does no more than import torch, which the server's engine must do too.
+In turns with a Python that does no more than import torch, which the server's engine must do too, or with the server of
+another checkout (`--against`). The model's files are in the system's page cache: a model that was written for this is
+started once before the turns.
 """
 
 import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 from . import report
+from .models import released_model
 from .program import Content, Subject, Verdict, finish, parser, subject
-from .servers import server, stream
+from .report import ROOT
+from .servers import commit_of, server, stream
 from .turns import in_turn, shown, spread
 
 MOST = 5.0
+MOST_OF_RELEASED = 8.0
+"""Seconds, on two cores."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     program = parser("startup", __doc__)
+    program.add_argument(
+        "--tables",
+        choices=("BF16", "F32"),
+        help="with --shape: the released model's own files, its hash tables in that dtype",
+    )
+    program.add_argument("--against", type=Path, help="folder of another checkout")
     options = program.parse_args(arguments)
-    with subject(options) as model:
-        figures = measure(model, options.turns, options.num_threads)
+    if options.tables and not options.shape:
+        program.error("--tables needs --shape")
+    with TemporaryDirectory(prefix="benchmarks-") as temporary, _subject(options, Path(temporary)) as model:
+        figures = measure(model, options.turns, options.num_threads, options.against)
     finish("startup", model, figures, options, arguments)
 
 
-def measure(model: Subject, turns: int, threads: int | None) -> dict[str, Any]:
+@contextmanager
+def _subject(options: Namespace, temporary: Path) -> Iterator[Subject]:
+    if not options.tables:
+        with subject(options) as model:
+            yield model
+        return
+    shape, tables = options.shape, options.tables
+    path = released_model(options.work or temporary, shape, tables)
+    said = f"{shape} as released, hash tables in {tables}"
+    label = f"{shape}-as-released-{tables.lower()}"
+    dtype: Literal["float32", "bfloat16"] = options.dtype or "bfloat16"
+    notes = ["random weights", "hash tables of zeros"]
+    yield Subject(label, said, path, dtype, options.device, drawn=True, replays=False, notes=notes)
+
+
+def measure(model: Subject, turns: int, threads: int | None, against: Path | None) -> dict[str, Any]:
     flags = [f"--dtype={model.dtype}", f"--device={model.device}"]
     flags += [f"--num-threads={threads}"] if threads else []
-    pairs = in_turn(_torch, lambda: _first_byte(model, flags), turns)
-    return {
-        "seconds": spread(first for _, (_, first) in pairs),
-        "listens": spread(listens for _, (listens, _) in pairs),
-        "torch": spread(torch for torch, _ in pairs),
-        "over_torch": spread(first / torch for torch, (_, first) in pairs),
+    this = partial(_first_byte, model, flags)
+    if model.drawn:
+        # It was only just written.
+        this()
+    figures: dict[str, Any] = {}
+    if against:
+        other = in_turn(partial(_first_byte, model, flags, against.resolve()), this, turns)
+        figures = {
+            "against": commit_of(against),
+            "other": spread(first for (_, first), _ in other),
+            "over_other": spread(new / old for (_, old), (_, new) in other),
+        }
+        starts = [start for _, start in other]
+        bare = [_torch() for _ in starts]
+    else:
+        bare, starts = map(list, zip(*in_turn(_torch, this, turns), strict=True))
+    return figures | {
+        "seconds": spread(first for _, first in starts),
+        "listens": spread(listens for listens, _ in starts),
+        "torch": spread(bare),
+        "over_torch": spread(first / torch for torch, (_, first) in zip(bare, starts, strict=True)),
     }
 
 
@@ -44,25 +93,28 @@ def _torch() -> float:
     return time.perf_counter() - began
 
 
-def _first_byte(model: Subject, flags: Sequence[str]) -> tuple[float, float]:
-    """Seconds until the server listens, and until the first byte."""
+def _first_byte(model: Subject, flags: Sequence[str], root: Path = ROOT) -> tuple[float, float]:
+    """Seconds until the server of that checkout listens, and until the first byte."""
     began = time.perf_counter()
-    with server(model.path, *flags) as address:
+    with server(model.path, *flags, root=root) as address:
         listens = time.perf_counter() - began
         body = {"prompt": "def ", "max_tokens": 1, "temperature": 0, "ignore_eos": True}
         return listens, listens + asyncio.run(stream(address, body)).first
 
 
 def render(content: Content) -> str:
-    return report.table(
-        ["to the first byte, s", "of these until it listens", "Python that imports torch", "times as long as that"],
-        [[shown(content[key]) for key in ("seconds", "listens", "torch", "over_torch")]],
-    )
+    header = ["to the first byte, s", "of these until it listens", "Python that imports torch", "times as long as that"]
+    keys = ["seconds", "listens", "torch", "over_torch"]
+    if "against" in content:
+        header += [f"{content['against']}, s", "times as long as that"]
+        keys += ["other", "over_other"]
+    return report.table(header, [[shown(content[key]) for key in keys]])
 
 
 def judge(content: Content) -> list[Verdict]:
     found = content["seconds"]
-    return [Verdict("start-up", f"at most {MOST:.0f} s", f"{shown(found)} s", found["median"] <= MOST)]
+    most = MOST_OF_RELEASED if "as released" in content["subject"]["model"] else MOST
+    return [Verdict("start-up", f"at most {most:.0f} s", f"{shown(found)} s", found["median"] <= most)]
 
 
 if __name__ == "__main__":
