@@ -64,7 +64,9 @@ def available(device: torch.device) -> int | None:
     """Free bytes; of a CPU's memory those that can be freed, swap space included, within the container's limit. None
     where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # torch's allocator keeps the memory of tensors that are gone, and uses it again.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         rows = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
         free = sum(int(rows[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree"))
