@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import PRESETS, RandomTensors, calibrated, expected_shapes, save
-from engine.checkpoint.files import CONFIG, DTYPES, WEIGHTS
+from engine.checkpoint.files import DTYPES
 from engine.checkpoint.hf_config import render
 from engine.checkpoint.names import FUSED_HASHES, HASHES
 from engine.config import ModelConfig
+from engine.layout import CONFIG, WEIGHTS
 
 Form = Literal["fast", "released", "hf"]
 """fast: as in Fast-BLT, with a [MASK] and a decoder that reads bytes. released: as the released BLT, whose decoder

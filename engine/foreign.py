@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from .layout import CONFIG, CONSOLIDATED, ENTROPY_FOLDER, PARAMS
+
 READ_INSTEAD = (
     "fastblt reads byte-latent transformers (BLT): Hugging Face's (config.json with model_type 'blt'), "
     "Meta's (params.json, or config.json with 'args') and its own"
@@ -54,13 +56,9 @@ def kind_of_files(names: Collection[str]) -> str | None:
 
 
 def models_inside(folder: Path) -> list[str]:
-    """Folders inside that look like models, by their paths from it. An entropy model is a part of another."""
-    found = []
-    for file in (*folder.glob("*/config.json"), *folder.glob("*/params.json"), *folder.glob("*/consolidated.pth")):
-        inside = file.parent.relative_to(folder).as_posix()
-        if inside != "entropy_model" and inside not in found:
-            found.append(inside)
-    return sorted(found)
+    """Names of the folders in it that look like models. An entropy model is a part of another."""
+    found = {file.parent.name for name in (CONFIG, PARAMS, CONSOLIDATED) for file in folder.glob(f"*/{name}")}
+    return sorted(found - {ENTROPY_FOLDER})
 
 
 def explain_folder(folder: Path) -> str:

@@ -16,11 +16,11 @@ from engine.checkpoint import load
 from engine.checkpoint.describe import format_size
 from engine.checkpoint.names import HASHES
 from engine.config import ModelConfig
+from engine.layout import DECODERS
 from engine.sizing import ASSUMED_PATCH, PAPER_ACCEPTANCE, PAPER_PASSES, Drafting, Sizing
 
 from .tables import drawn, number_table
 
-CARD = "decoders.json"
 WRITTEN_ITEMSIZE = 2
 """`fastblt init` writes bfloat16 unless told otherwise."""
 
@@ -40,7 +40,7 @@ class Subject:
         """Of a checkpoint, whose tensors are not read. Raises CheckpointError, or ValueError for a broken card."""
         checkpoint = load(folder, patcher=patcher)
         itemsize = next(t.dtype.itemsize for name, t in checkpoint.tensors.items() if name.startswith(HASHES))
-        return cls(checkpoint.config, itemsize, _read_card(folder / CARD))
+        return cls(checkpoint.config, itemsize, _read_card(folder / DECODERS))
 
 
 @dataclass(frozen=True, slots=True)

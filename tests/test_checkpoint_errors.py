@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import PRESETS, CheckpointError, load, random_tensors, read_config, save
-from engine.checkpoint.files import WEIGHTS, WEIGHTS_INDEX
 from engine.config import StackConfig
+from engine.layout import WEIGHTS, WEIGHTS_INDEX
 
 TINY = PRESETS["tiny"]
 HEAD = "lm_head.weight"

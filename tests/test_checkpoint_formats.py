@@ -28,9 +28,10 @@ from engine.checkpoint import (
     read_config,
     save,
 )
-from engine.checkpoint.files import WEIGHTS, open_torch
+from engine.checkpoint.files import open_torch
 from engine.checkpoint.hf_config import render
 from engine.config import HashConfig, ModelConfig, PatchingRule, StackConfig
+from engine.layout import WEIGHTS
 from tests import reference
 from tests.models import HF_MODELS, hf_logits, text
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from engine import memory
 from engine.checkpoint import PRESETS, load, random_tensors, save
-from engine.checkpoint.files import WEIGHTS
 from engine.config import HashConfig
+from engine.layout import WEIGHTS
 from engine.model import progress
 from engine.model.layers import Weights
 from kernels.dispatch import choose_kernels

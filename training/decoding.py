@@ -22,6 +22,7 @@ from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
 from engine.decoders import Call, Committed, Decoder, Experience, Round, SequenceView, make_decoder
 from engine.decoders.calls import verified
 from engine.engine import Engine
+from engine.layout import DECODERS
 from engine.sequence import Sequence as EngineSequence
 from engine.types import Delta, Failed, Finished, Request, SamplingParams, Unmask, Usage
 
@@ -202,7 +203,7 @@ def draw(result: dict[str, Any], picture: Path) -> None:
 
 def write(result: dict[str, Any], folder: Path) -> None:
     """decoders.json and decoders.png, and the table in the folder's model card, if it has the place for it."""
-    (folder / "decoders.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / DECODERS).write_text(json.dumps(result, indent=1) + "\n")
     draw(result, folder / "decoders.png")
     card = folder / "README.md"
     if card.exists() and BEGIN in (text := card.read_text()):

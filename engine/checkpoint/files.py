@@ -26,12 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from .. import foreign
+from ..layout import WEIGHTS, WEIGHTS_INDEX
 from .base import CheckpointError
 from .names import Shape
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
 
 DTYPES = {
     "F32": torch.float32,

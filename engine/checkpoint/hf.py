@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..layout import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from . import hf_config
 from .base import Checkpoint, CheckpointError, Format
-from .files import CONFIG, WEIGHTS, WEIGHTS_INDEX, Stored, check, open_safetensors
+from .files import Stored, check, open_safetensors
 from .names import ENCODER, FUSED_HASHES, Shape, cross_attention, expected_shapes, hash_table
 
 SHARD_BYTES = 2 << 30

@@ -21,26 +21,12 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
 from ..foreign import kind_of_files, models_inside
+from ..layout import CONFIG, CONSOLIDATED, ENTROPY_FOLDER, PARAMS, TRAIN_ARGS, WEIGHTS, WEIGHTS_INDEX
 from .base import Checkpoint, CheckpointError
 from .fields import Section, unknown_note
-from .files import (
-    CONFIG,
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    Stored,
-    check,
-    model_name,
-    open_safetensors,
-    open_torch,
-    read_json,
-    validate,
-)
+from .files import Stored, check, model_name, open_safetensors, open_torch, read_json, validate
 from .names import PATCHER, Shape, expected_shapes
 
-PARAMS = "params.json"
-TRAIN_ARGS = "train_args.json"
-CONSOLIDATED = "consolidated.pth"
-ENTROPY_FOLDER = "entropy_model"
 PATCHER_WINDOW = 512
 
 _META_SEGMENTS = {

@@ -8,9 +8,10 @@ from typing import Any
 
 from .. import foreign
 from ..config import ModelConfig
+from ..layout import CONFIG, PARAMS
 from . import hf, hf_config, meta
 from .base import Checkpoint, CheckpointError
-from .files import CONFIG, read_json
+from .files import read_json
 
 
 def load(path: str | Path, *, patcher: str | Path | None = None, patching_threshold: float | None = None) -> Checkpoint:
@@ -59,7 +60,7 @@ def _hf_data(folder: Path) -> dict[str, Any] | None:
     """What config.json holds; None if the folder is of Meta's making."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory")
-    if (folder / meta.PARAMS).exists():
+    if (folder / PARAMS).exists():
         return None
     if not os.path.lexists(folder / CONFIG):
         raise CheckpointError(foreign.explain_folder(folder))

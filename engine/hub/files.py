@@ -7,13 +7,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import foreign
+from ..layout import (
+    CONFIG,
+    CONSOLIDATED,
+    DECODERS,
+    ENTROPY_FOLDER,
+    PARAMS,
+    TRAIN_ARGS,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+)
 from .reference import HubError, Reference
 
-CONFIG, PARAMS = "config.json", "params.json"
-WEIGHTS, INDEX, CONSOLIDATED = "model.safetensors", "model.safetensors.index.json", "consolidated.pth"
-PATCHER = "entropy_model"
-# The last is what `fastblt eval --write` leaves and `fastblt size` reads.
-_JSON = (CONFIG, PARAMS, "train_args.json", INDEX, "decoders.json")
+_JSON = (CONFIG, PARAMS, TRAIN_ARGS, WEIGHTS_INDEX, DECODERS)
 _SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
 
@@ -54,7 +60,7 @@ def what_is_there(reference: Reference, files: Collection[str]) -> str:
     models = [
         f"{reference.repository}/{folder}".rstrip("/")
         for folder in folders
-        if PurePosixPath(folder).name != PATCHER and folder != reference.folder and _holds_model(folder, files)
+        if PurePosixPath(folder).name != ENTROPY_FOLDER and folder != reference.folder and _holds_model(folder, files)
     ]
     missing = reference.folder and not any(file.startswith(f"{reference.folder}/") for file in files)
     problem = f"the repository has no folder {reference.folder}" if missing else "no BLT is in it"
@@ -63,22 +69,22 @@ def what_is_there(reference: Reference, files: Collection[str]) -> str:
     inside = [file.removeprefix(f"{reference.folder}/") for file in files]
     if kind := foreign.kind_of_files(inside):
         return f"this is {kind}. {foreign.READ_INSTEAD}"
-    needed = f"{CONFIG} or {PARAMS} beside {WEIGHTS}, the shards of {INDEX}, or {CONSOLIDATED}"
+    needed = f"{CONFIG} or {PARAMS} beside {WEIGHTS}, the shards of {WEIGHTS_INDEX}, or {CONSOLIDATED}"
     shown = ", ".join(sorted(files)[:4]) + (", ..." if len(files) > 4 else "")
     return f"{problem}: that takes {needed}; the repository holds {shown or 'nothing'}"
 
 
 def _holds_model(folder: str, files: Collection[str]) -> bool:
     described = any(_join(folder, name) in files for name in (CONFIG, PARAMS))
-    return described and any(_join(folder, name) in files for name in (WEIGHTS, INDEX, CONSOLIDATED))
+    return described and any(_join(folder, name) in files for name in (WEIGHTS, WEIGHTS_INDEX, CONSOLIDATED))
 
 
 def _weights(folder: str, root: Path, files: Collection[str]) -> list[str]:
     """Safetensors rather than what torch.save wrote, and one file rather than shards; [] if there is none."""
     if (single := _join(folder, WEIGHTS)) in files:
         return [single]
-    if _join(folder, INDEX) in files:
-        return [_join(folder, shard) for shard in _shards(root / folder / INDEX)]
+    if _join(folder, WEIGHTS_INDEX) in files:
+        return [_join(folder, shard) for shard in _shards(root / folder / WEIGHTS_INDEX)]
     if (consolidated := _join(folder, CONSOLIDATED)) in files:
         return [consolidated]
     return []
@@ -114,7 +120,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _patchers(folder: str) -> tuple[str, str]:
     """Where the patcher of Meta's models may be: inside the model's folder or beside it."""
     beside = str(PurePosixPath(folder).parent).removeprefix(".") if folder else ""
-    return _join(folder, PATCHER), _join(beside, PATCHER)
+    return _join(folder, ENTROPY_FOLDER), _join(beside, ENTROPY_FOLDER)
 
 
 def _join(folder: str, name: str) -> str:
