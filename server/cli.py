@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from engine.config import EngineConfig, KernelName, ModelConfig, WeightsName
+from engine.hub import HubError, local_folder, localised
 from engine.types import MAX_DRAFT, DecoderName, SamplingParams, Unmask
 
-from .flags import MODEL_HELP, with_settings
+from .flags import ENGINE_FLAGS, with_settings
 from .options import WrongOption, options_of, parse_bytes, parse_unmask
 from .settings import ServerSettings
 from .texts import CONTEXT, Texts
@@ -25,18 +26,6 @@ from .texts import CONTEXT, Texts
 if TYPE_CHECKING:
     from .offline import Piece
     from .schemas import Patches
-
-Dtype = Literal["float32", "bfloat16"]
-Device = Literal["cpu", "cuda"]
-Model = Annotated[str, typer.Option(help=f"{MODEL_HELP}.")]
-Patcher = Annotated[
-    str | None,
-    typer.Option(help="Folder or repository of the patcher, for a model in Meta's layout that lies apart from it."),
-]
-PatchingThreshold = Annotated[
-    float | None,
-    typer.Option(help="Entropy above which a byte starts a patch, in nats.", show_default="the model's own"),
-]
 
 app = typer.Typer(
     name="fastblt",
@@ -56,12 +45,27 @@ def _bytes(given: str | int) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+def _engine_option(name: str) -> Any:
+    """Of a field of EngineConfig, as `fastblt serve` has it."""
+    return typer.Option(help=ENGINE_FLAGS[name][0])
+
+
+# Options that several commands take.
+DtypeName = Literal["float32", "bfloat16"]
+Model = Annotated[str, _engine_option("model")]
+Dtype = Annotated[DtypeName, _engine_option("dtype")]
+Device = Annotated[Literal["cpu", "cuda"], _engine_option("device")]
+Kernels = Annotated[KernelName | None, _engine_option("kernels")]
+Weights = Annotated[WeightsName | None, _engine_option("weights")]
+Patcher = Annotated[str | None, _engine_option("patcher")]
+PatchingThreshold = Annotated[float | None, _engine_option("patching_threshold")]
 Files = Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="Files of text or anything else; - is stdin.")]
 Text = Annotated[list[Path] | None, typer.Option(help="Another way to name a file; may be repeated.")]
 Context = Annotated[
     int,
     typer.Option(parser=_bytes, metavar="BYTES", help="Bytes of a slice, which is read as a text of its own."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
 def main() -> None:
@@ -146,14 +150,10 @@ def generate(
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Fixes every draw.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind an end-of-sequence id.")] = False,
-    dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
-    device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
-    kernels: Annotated[
-        KernelName | None, typer.Option(help="Who computes.", show_default="triton on a CUDA device, native on a CPU")
-    ] = None,
-    weights: Annotated[
-        WeightsName | None, typer.Option(help="Rounds the large matrices to float8.", show_default="as --dtype")
-    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    kernels: Kernels = None,
+    weights: Weights = None,
     patcher: Patcher = None,
     patching_threshold: PatchingThreshold = None,
     show: Annotated[
@@ -172,7 +172,6 @@ def generate(
     ] = False,
 ) -> None:
     """Continue prompts without a server. Without --json the bytes are streamed to standard output as they are."""
-    from engine.hub import local_folder
     from engine.types import Failed
 
     from . import offline
@@ -196,21 +195,22 @@ def generate(
     with failing_on(WrongOption):
         options = options_of(decoder, given)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    config = EngineConfig(
+        model,
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
+        weights=weights,
+        patcher=patcher,
+        patching_threshold=patching_threshold,
+    )
     texts = [b""] * len(prompts)
     told: list[list[Patches]] = [[] for _ in prompts]
     results: dict[int, str] = {}
     failure: str | None = None
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
         pieces = offline.generate(
-            EngineConfig(
-                str(local_folder(model)),
-                dtype=dtype,
-                device=device,
-                kernels=kernels,
-                weights=weights,
-                patcher=_folder_of(patcher),
-                patching_threshold=patching_threshold,
-            ),
+            localised(config),
             prompts,
             max_tokens=max_tokens,
             sampling=sampling,
@@ -255,7 +255,7 @@ def init(
     hash_rows: Annotated[
         int | None, typer.Option(min=1, help="Rows per hash table instead of the configuration's.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="What weights are written in.")] = "bfloat16",
+    dtype: Annotated[DtypeName, typer.Option(help="What weights are written in.")] = "bfloat16",
 ) -> None:
     """Write a checkpoint with random weights and a patching threshold that suits them."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -263,7 +263,6 @@ def init(
     import torch
 
     from engine.checkpoint import CheckpointError, RandomTensors, calibrated, save
-    from engine.hub import HubError
 
     with failing_on(CheckpointError, HubError, OSError):
         model = _read_config(config)
@@ -294,36 +293,30 @@ def evaluate(
             parser=_bytes, metavar="BYTES", help="Most bytes to read, all files together.", show_default="all"
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
-    device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
-    kernels: Annotated[
-        KernelName | None, typer.Option(help="Who computes.", show_default="triton on a CUDA device, native on a CPU")
-    ] = None,
-    weights: Annotated[
-        WeightsName | None, typer.Option(help="Rounds the large matrices to float8.", show_default="as --dtype")
-    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    kernels: Kernels = None,
+    weights: Weights = None,
     patcher: Patcher = None,
     patching_threshold: PatchingThreshold = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score files: bits per byte with an interval, mean patch, and what every stage read."""
-    from engine.hub import local_folder
-
     from . import scoring
 
     texts = Texts(_named(files, text), context, context if stride is None else stride, max_bytes)
+    config = EngineConfig(
+        model,
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
+        weights=weights,
+        prefix_cache=False,
+        patcher=patcher,
+        patching_threshold=patching_threshold,
+    )
     with failing_on(ValueError, OSError, RuntimeError, ArithmeticError, AssertionError):
-        config = EngineConfig(
-            str(local_folder(model)),
-            dtype=dtype,
-            device=device,
-            kernels=kernels,
-            weights=weights,
-            prefix_cache=False,
-            patcher=_folder_of(patcher),
-            patching_threshold=patching_threshold,
-        )
-        result = scoring.evaluate(config, texts)
+        result = scoring.evaluate(localised(config), texts)
         typer.echo(json.dumps(scoring.to_json(result), indent=2) if as_json else scoring.render(result))
 
 
@@ -337,32 +330,26 @@ def calibrate(
     max_bytes: Annotated[
         int, typer.Option(parser=_bytes, metavar="BYTES", help="Most bytes to read, all files together.")
     ] = 10_000_000,
-    dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
-    device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
-    kernels: Annotated[
-        KernelName | None, typer.Option(help="Who computes.", show_default="triton on a CUDA device, native on a CPU")
-    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    kernels: Kernels = None,
     patcher: Patcher = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw the histogram into this file (.png, .svg, .pdf) and not into the terminal."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find the patching threshold at which the patches of files have a wanted length. Reads the patcher alone."""
-    from engine.hub import local_folder
-
     from . import calibration
 
     texts = Texts(_named(files, text), context, context, max_bytes)
+    config = EngineConfig(model, dtype=dtype, device=device, kernels=kernels, patcher=patcher)
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
         if plot:
             calibration.check_plot(plot)
-        folder = str(local_folder(model))
-        config = EngineConfig(folder, dtype=dtype, device=device, kernels=kernels, patcher=_folder_of(patcher))
-        found = calibration.calibrate(config, texts, patch_size)
-        # As it was named, for the command that is printed.
-        found = replace(found, config=replace(config, model=model, patcher=patcher))
+        # The command that is printed names the model as the user did.
+        found = replace(calibration.calibrate(localised(config), texts, patch_size), config=config)
         if plot:
             calibration.draw(found, plot)
         typer.echo(
@@ -382,14 +369,13 @@ def compare(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to continue with every setting.")] = 100,
     max_tokens: Annotated[int, typer.Option(min=1, help="Bytes behind each prompt.")] = 64,
     prefixes: Annotated[int, typer.Option(min=1, help="Prefixes of real text to make one round from.")] = 2000,
-    dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
+    dtype: Dtype = "float32",
     write: Annotated[
         bool,
         typer.Option("--write", help="Leave decoders.json, decoders.png and the card's table in the folder."),
     ] = False,
 ) -> None:
     """Compare the decoders on a model: acceptance, calls, bytes read, agreement with blt. Prints a table."""
-    from engine.hub import local_folder
     from training import corpus, decoding
 
     if write and not os.path.isdir(model):
@@ -406,34 +392,31 @@ def compare(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help=f"{MODEL_HELP}.")],
+    path: Annotated[str, typer.Argument(help=ENGINE_FLAGS["model"][0])],
     patcher: Patcher = None,
     patching_threshold: PatchingThreshold = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print what a checkpoint is: stages, shapes, parameters, bytes, cache bytes per byte and per patch."""
     from engine.checkpoint import CheckpointError, describe, render
-    from engine.hub import HubError, local_folder
 
     with failing_on(CheckpointError, HubError):
-        folder = local_folder(path)
-        description = describe(folder, patcher=_folder_of(patcher), patching_threshold=patching_threshold)
+        found = localised(EngineConfig(path, patcher=patcher))
+        description = describe(found.model, patcher=found.patcher, patching_threshold=patching_threshold)
         typer.echo(json.dumps(asdict(description), indent=2) if as_json else render(description))
 
 
 @app.command()
 def size(
-    model: Annotated[str | None, typer.Option(help=f"{MODEL_HELP}.")] = None,
+    model: Annotated[str | None, _engine_option("model")] = None,
     config: Annotated[
         str | None,
         typer.Option(
             help="Instead of --model, without weights: tiny, nano, 1b, 3b, 7b, or a config.json, or a model as there."
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="What weights are held and computed in.")] = "float32",
-    weights: Annotated[
-        WeightsName | None, typer.Option(help="Rounds the large matrices to float8.", show_default="as --dtype")
-    ] = None,
+    dtype: Dtype = "float32",
+    weights: Weights = None,
     sequences: Annotated[
         int | None,
         typer.Option(min=1, help="Sequences at once.", show_default="64, or what fits into --memory if that is less"),
@@ -466,10 +449,9 @@ def size(
     bandwidth: Annotated[
         int | None, typer.Option(parser=_bytes, metavar="BYTES", help="What the device reads per second: 3.35TB.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print what a model takes and reads in use, how many sequences fit, and the flags to serve them with."""
-    from engine.hub import local_folder
     from engine.sizing import size as sizing_of
 
     from .size import Subject, render, text_of, to_json
@@ -477,9 +459,11 @@ def size(
     if (model is None) == (config is None):
         raise typer.BadParameter("give either --model or --config", param_hint="--model")
     with failing_on(ValueError):
-        subject = (
-            Subject.read(local_folder(model), _folder_of(patcher)) if model else Subject(_read_config(config or ""))
-        )
+        if model:
+            found = localised(EngineConfig(model, patcher=patcher))
+            subject = Subject.read(Path(found.model), found.patcher)
+        else:
+            subject = Subject(_read_config(config or ""))
         text = text_of(
             subject,
             draft_length,
@@ -529,13 +513,6 @@ def _named(files: list[Path] | None, text: list[Path] | None) -> tuple[Path, ...
     return named
 
 
-def _folder_of(patcher: str | None) -> str | None:
-    """Downloaded if need be. Raises HubError."""
-    from engine.hub import local_folder
-
-    return None if patcher is None else str(local_folder(patcher))
-
-
 def _read_prompts(prompts: list[str], file: Path | None) -> list[bytes]:
     """What was given, as the bytes that were typed. Exactly one of the two must be there."""
     if bool(prompts) == (file is not None):
@@ -582,7 +559,6 @@ def _read_config(name: str) -> ModelConfig:
     from engine.checkpoint import PRESETS, read_config
     from engine.checkpoint.files import read_json
     from engine.checkpoint.hf_config import parse
-    from engine.hub import local_folder
 
     if name in PRESETS:
         return PRESETS[name]

@@ -15,9 +15,8 @@ from engine.config import EngineConfig
 
 from .settings import ServerSettings
 
-MODEL_HELP = "Folder of the checkpoint, or a model on the Hugging Face hub: org/name, org/name@revision"
 ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
-    "model": (f"{MODEL_HELP}.", None),
+    "model": ("Folder of the checkpoint, or a model on the Hugging Face hub: org/name, org/name@revision.", None),
     "dtype": ("What weights are held and computed in.", None),
     "device": ("Where the model runs.", None),
     "kernels": ("Who computes; by default triton on a CUDA device, native on a CPU.", None),
@@ -36,7 +35,7 @@ ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
     "max_length": ("Most ids per sequence; by default what the model and the caches can hold.", 1),
     "isolate_documents": ("Whether an end-of-sequence id hides what is before it; by default as the model says.", None),
     "patcher": (
-        "Folder or repository of the patcher, for a model in Meta's layout that lies apart from it; by default "
+        "Folder or repository of the patcher, for a model in Meta's layout whose patcher is elsewhere; by default "
         "entropy_model in or beside the model's folder.",
         None,
     ),
