@@ -30,7 +30,7 @@ class Thresholds:
     own: it is the number of bytes over the number of patches that begin with one."""
 
     def __init__(self, rule: PatchingRule, texts: Iterable[Floats]) -> None:
-        """texts: of each, the entropies (nats) behind BOS and behind every byte, (bytes + 1,) float32.
+        """texts: of each, the entropies (nats) after BOS and after every byte, (bytes + 1,) float32.
 
         Raises ValueError for the mode "bytes", and if there is no byte.
         """

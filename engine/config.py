@@ -187,7 +187,7 @@ class EngineConfig:
     num_threads: int | None = None
     """CPU threads for tensor work; None takes one per core."""
     patcher: str | None = None
-    """Folder of the patcher, for a model of Meta's that lies apart from it."""
+    """Folder of the patcher, for a model in Meta's layout whose patcher is elsewhere."""
     patching_threshold: float | None = None
     """Nats; None takes the checkpoint's."""
 

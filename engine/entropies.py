@@ -54,7 +54,7 @@ class Entropies:
 
     @torch.inference_mode()
     def of(self, ids: list[int]) -> NDArray[np.float32]:
-        """The entropy in nats behind each of the ids of a text, (N,). No EOS may be among them, as a document would
+        """The entropy in nats after each of the ids of a text, (N,). No EOS may be among them, as a document would
         end there, and no more of them than the model's `max_length`."""
         table = BlockTable(self._pool, self._spec.page_size)
         parts = []

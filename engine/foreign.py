@@ -1,4 +1,4 @@
-"""Checkpoints that are something else than a whole BLT: what they are, in the words of whoever has them.
+"""Checkpoints that are not a complete BLT: what they are, in the words that their users know.
 
 Knows only file names and JSON, so that a model from the hub can be refused before its weights are downloaded.
 """
@@ -47,7 +47,7 @@ def kind_of_files(names: Collection[str]) -> str | None:
     if some(".distcp"):
         return "a checkpoint of Meta's training in pieces (.distcp), which its own code joins into consolidated.pth"
     if found := some(".incomplete"):
-        return f"a download that was not finished ({found})"
+        return f"an unfinished download ({found})"
     if any(name.startswith("hnet_") for name in names) and some(".pt"):
         return "H-Net, another kind of byte model"
     if found := some("pytorch_model.bin", "pytorch_model.bin.index.json"):
@@ -71,5 +71,5 @@ def explain_folder(folder: Path) -> str:
         return f"{folder}: this is {kind}. {READ_INSTEAD}"
     if inside := models_inside(folder):
         shown = ", ".join(str(folder / name) for name in inside[:4]) + (", ..." if len(inside) > 4 else "")
-        return f"{folder}: this is no model, but it holds some. Name one of them: {shown}"
+        return f"{folder}: this folder is not a model, but contains some. Name one of them: {shown}"
     return f"{folder}: there is no config.json or params.json. {READ_INSTEAD}"

@@ -13,7 +13,7 @@ IN_FLIGHT = 2
 
 
 class Text(Protocol):
-    """Some ids, the first `num_known` of which behind BOS are context and not scored."""
+    """Some ids, of which the first `num_known` after BOS are context, not scored."""
 
     @property
     def ids(self) -> list[int]: ...

@@ -170,10 +170,10 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=T
     prompt_logprobs: list[TokenLogprob] = []
     """Sent once, before the first id, complete, one per prompt id."""
     entropies: list[float] = []
-    """If asked for, of the next ids of prompt and output that have been through the patcher: nats behind each, float32.
+    """If asked for, of the next ids of prompt and output that have been through the patcher: nats after each, float32.
     The prompt's come with the first generated id, those of the last id, or of a last block, never."""
     patch_starts: list[int] = []
-    """Where these entropies let patches start: 0 is the prompt's first id. May name the place behind the last id that
+    """Where these entropies let patches start: 0 is the prompt's first id. May name the place after the last id that
     has an entropy."""
 
 

@@ -79,8 +79,8 @@ def calibrate(config: EngineConfig, texts: Texts, patch_size: float) -> Found:
             "" if rule.max_patch_length is None else f"; no patch may be longer than {rule.max_patch_length} bytes"
         )
         raise ValueError(
-            f"--patch-size: {patch_size:g} cannot be had: on these files the mean goes from {least:.4f} to {most:.4f}"
-            f"{longest}"
+            f"--patch-size: no threshold gives {patch_size:g}: on these files the mean goes from {least:.4f} to "
+            f"{most:.4f}{longest}"
         )
     lengths = sorted({patch_size, *(patch_size + more for more in NEARBY if least <= patch_size + more <= most)})
     counts, edges = np.histogram(thresholds.judged, BINS)
@@ -104,7 +104,7 @@ def calibrate(config: EngineConfig, texts: Texts, patch_size: float) -> Found:
 def _read(reader: Entropies, text: Slice) -> NDArray[np.float32]:
     entropies = reader.of(text.ids)
     if not np.isfinite(entropies).all():
-        raise ValueError("the patcher's entropies are no numbers: its weights are broken")
+        raise ValueError("the patcher's entropies are not finite: its weights are broken")
     return entropies
 
 
@@ -136,7 +136,7 @@ def render(f: Found, *, histogram: bool) -> str:
         _table(f),
         *([_histogram(f)] if histogram else []),
         f"threshold {f.found.threshold!r}: patches of {f.found.mean_patch:.4f} bytes on average, "
-        f"of {f.range[0]:.4f} to {f.range[1]:.4f} that can be had",
+        f"where thresholds give {f.range[0]:.4f} to {f.range[1]:.4f}",
         _command(f),
     ]
     return "\n\n".join(parts)

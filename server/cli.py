@@ -323,7 +323,7 @@ def evaluate(
 @app.command()
 def calibrate(
     model: Model,
-    patch_size: Annotated[float, typer.Option(help="Bytes that patches should have on average.")],
+    patch_size: Annotated[float, typer.Option(help="Mean bytes per patch to aim for.")],
     files: Files = None,
     text: Text = None,
     context: Context = CONTEXT,
@@ -336,7 +336,7 @@ def calibrate(
     patcher: Patcher = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw the histogram into this file (.png, .svg, .pdf) and not into the terminal."),
+        typer.Option(help="Draw the histogram into this file (.png, .svg, .pdf) instead of the terminal."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -372,7 +372,7 @@ def compare(
     dtype: Dtype = "float32",
     write: Annotated[
         bool,
-        typer.Option("--write", help="Leave decoders.json, decoders.png and the card's table in the folder."),
+        typer.Option("--write", help="Write decoders.json, decoders.png and the card's table in the folder."),
     ] = False,
 ) -> None:
     """Compare the decoders on a model: acceptance, calls, bytes read, agreement with blt. Prints a table."""

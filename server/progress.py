@@ -11,7 +11,7 @@ INTERVAL = 10.0
 
 
 class Progress:
-    """Counts bytes. `total` is None where nobody can tell before the end."""
+    """Counts bytes. `total` is None where only the end tells."""
 
     def __init__(self, doing: str, total: int | None) -> None:
         self._doing, self._total = doing, total

@@ -232,11 +232,11 @@ class Patches(BaseModel):
     """Where patches start in prompt and output together, and why. Place 0 is the prompt's first id."""
 
     entropies: list[float] = Field(
-        [], description="Nats: the patcher's entropy of the byte behind each id, the prompt's ids first."
+        [], description="Nats: the patcher's entropy of the byte after each id, the prompt's ids first."
     )
     starts: list[int] = Field([], description="Places that start patches.")
     output_start: int = Field(description="The place of the first generated id: how many ids the prompt has.")
-    threshold: float | None = Field(description="A patch starts behind an id whose entropy is above this.")
+    threshold: float | None = Field(description="A patch starts after an id whose entropy is above this.")
     rise: float | None = Field(description="The entropy must be so many nats above that of the id before.")
     max_patch_length: int | None = Field(description="A patch also starts where the last one has so many ids.")
 

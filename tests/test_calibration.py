@@ -208,10 +208,10 @@ def test_calibrate_says_in_one_line_why_it_cannot(
 ) -> None:
     command = ("calibrate", "--model", tiny, "--patch-size=4")
     too_long = fails("calibrate", "--model", tiny, "--patch-size=9", file)
-    assert "--patch-size: 9 cannot be had: on these files the mean goes from 1.0000 to 8.0000" in too_long
+    assert "--patch-size: no threshold gives 9: on these files the mean goes from 1.0000 to 8.0000" in too_long
     assert "no patch may be longer than 8 bytes" in too_long
-    assert "0.5 cannot be had" in fails("calibrate", "--model", tiny, "--patch-size=0.5", file)
-    assert "nan cannot be had" in fails("calibrate", "--model", tiny, "--patch-size=nan", file)
+    assert "no threshold gives 0.5" in fails("calibrate", "--model", tiny, "--patch-size=0.5", file)
+    assert "no threshold gives nan" in fails("calibrate", "--model", tiny, "--patch-size=nan", file)
     assert "hold 4096" in fails(*command, "--context=4096", file)
     assert "No such file" in fails(*command, tmp_path / "none")
     assert "must end with .png, .svg or .pdf" in fails(*command, "--plot=a.txt", file)

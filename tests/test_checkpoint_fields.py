@@ -94,7 +94,7 @@ def test_the_special_ids_may_be_named_where_they_are_the_usual_ones(tmp_path: Pa
 def test_a_field_that_is_not_known_is_told(tmp_path: Path) -> None:
     folder = write_hf(tmp_path, {"encoder_config": {"gated": True}}, rotary_pct=0.5, new_thing=None)
     (note,) = load(folder).notes
-    assert note == f"{folder}/config.json: not known, and without effect: rotary_pct = 0.5, encoder_config.gated = True"
+    assert note == f"{folder}/config.json: unknown fields, ignored: rotary_pct = 0.5, encoder_config.gated = True"
 
 
 def test_metas_rules_of_patching_hold_in_transformers_form_too(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_metas_rules_of_patching_hold_in_transformers_form_too(tmp_path: Path) -
     rising = load(write_hf(tmp_path, monotonicity=True, patching_threshold_add=0.2, patching_threshold=0.1))
     assert rising.config.patching == PatchingRule(threshold=0.1, threshold_add=0.2, monotonic=True)
     (note,) = rising.notes
-    assert "monotonicity is followed as in Meta's code; transformers takes no notice of it" in note
+    assert "monotonicity is followed as in Meta's code; transformers ignores it" in note
     added = load(write_hf(tmp_path, monotonicity=False, patching_threshold_add=0.2, patching_threshold=0.1))
     (note,) = added.notes
     assert "patching_threshold_add = 0.2 is followed" in note
@@ -211,8 +211,8 @@ def test_what_is_not_known_of_metas_arguments_is_told(tmp_path: Path) -> None:
     (tmp_path / "m" / "entropy_model" / "params.json").write_text(json.dumps(entropy))
     notes = load(tmp_path / "m").notes
     file = tmp_path / "m" / "params.json"
-    assert f"{file}: not known, and without effect: skip = 1" in notes
-    assert f"{file}: not known, and without effect: data.patcher_args.jitter = 0.1" in notes
+    assert f"{file}: unknown fields, ignored: skip = 1" in notes
+    assert f"{file}: unknown fields, ignored: data.patcher_args.jitter = 0.1" in notes
     assert len(notes) == 3
 
 

@@ -446,10 +446,10 @@ def test_the_patcher_may_lie_anywhere_and_in_either_form(tmp_path: Path) -> None
     loaded = load(tmp_path / "blt_1b", patcher=hub)
     assert loaded.config == META_CONFIG
     assert_same_tensors(loaded.tensors, tensors)
-    with pytest.raises(CheckpointError, match="nowhere: no such directory; it is to hold the patcher"):
+    with pytest.raises(CheckpointError, match="patcher .*nowhere: no such directory"):
         load(tmp_path / "blt_1b", patcher=tmp_path / "nowhere")
     save(tmp_path / "ours", PRESETS["tiny"], random_tensors(PRESETS["tiny"], 0))
-    with pytest.raises(CheckpointError, match="has its own"):
+    with pytest.raises(CheckpointError, match="contains its own"):
         load(tmp_path / "ours", patcher=hub)
 
 
@@ -461,7 +461,7 @@ def test_a_threshold_may_be_given_instead_of_the_checkpoints(tmp_path: Path) -> 
     tiny = PRESETS["tiny"].patching
     assert load(tmp_path, patching_threshold=-0.5).config.patching == replace(tiny, threshold=-0.5)
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(CheckpointError, match=f"patching_threshold {bad}: must be a number of nats"):
+        with pytest.raises(CheckpointError, match=f"patching_threshold {bad}: must be a finite number of nats"):
             load(tmp_path, patching_threshold=bad)
     every_byte = replace(PRESETS["tiny"], patching=PatchingRule(mode="bytes"))
     save(tmp_path, every_byte, random_tensors(every_byte, 0))

@@ -237,7 +237,7 @@ def test_inspect_and_generate_take_a_threshold(tiny: Path) -> None:
     command = ["inspect", str(tiny), "--patching-threshold=0.25"]
     assert json.loads(runner.invoke(app, [*command, "--json"]).stdout)["patching"]["threshold"] == 0.25
     assert "entropy above 0.25 nats" in runner.invoke(app, command).stdout
-    assert "must be a number of nats" in fails("inspect", tiny, "--patching-threshold=nan")
+    assert "must be a finite number of nats" in fails("inspect", tiny, "--patching-threshold=nan")
 
     def global_calls(*flags: str) -> int:
         command = [

@@ -48,7 +48,7 @@ def test_other_models_are_called_by_their_names(config: dict[str, Any], what: st
         (["adapter_config.json", "adapter_model.safetensors"], "a PEFT adapter (adapter_config.json)"),
         (["hnet_1stage_L.pt"], "H-Net, another kind of byte model"),
         ([".metadata", "__0_0.distcp", "train_state_00000.json"], "in pieces (.distcp)"),
-        (["abc.incomplete"], "a download that was not finished (abc.incomplete)"),
+        (["abc.incomplete"], "an unfinished download (abc.incomplete)"),
         ([], "there is no config.json or params.json"),
     ],
 )
@@ -86,7 +86,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9266854
 def test_a_pointer_of_git_lfs_is_not_the_weights(hub: bool, tmp_path: Path) -> None:
     write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=hub, beside=False)
     (tmp_path / "m" / ("model.safetensors" if hub else "consolidated.pth")).write_text(LFS)
-    assert "a pointer of Git LFS, and not the weights: `git lfs pull`" in refusal(tmp_path / "m")
+    assert "a Git LFS pointer, not the weights: run `git lfs pull`" in refusal(tmp_path / "m")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -94,7 +94,7 @@ def test_a_link_that_leads_nowhere_is_said_to(name: str, tmp_path: Path) -> None
     save(tmp_path, PRESETS["tiny"], random_tensors(PRESETS["tiny"], 0))
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("../../blobs/0123")
-    assert f"{name}: a link that leads nowhere, perhaps of a download that was not finished" in refusal(tmp_path)
+    assert f"{name}: a broken link, perhaps from an unfinished download" in refusal(tmp_path)
 
 
 # Meta's folders
@@ -136,7 +136,7 @@ def several(folder: Path) -> None:
         (dump, "The weights are in {folder}/consolidated: name that folder"),
         (unfinished, "consolidated.pth: no such file, nor model.safetensors. This is a checkpoint of Meta's training"),
         (only_configured, "consolidated.pth: no such file, nor model.safetensors"),
-        (several, "this is no model, but it holds some. Name one of them: {folder}/blt_1b, {folder}/blt_7b"),
+        (several, "this folder is not a model, but contains some. Name one of them: {folder}/blt_1b, {folder}/blt_7b"),
     ],
 )
 def test_a_nested_or_unfinished_folder_of_metas_says_where_to_look(

@@ -293,7 +293,7 @@ def test_without_the_hub_the_cache_is_used_with_a_warning(
 def test_a_disk_that_is_too_small_is_seen_before_the_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 0, 10))
-    assert re.search(r"0\.\d MB are to be downloaded, and \S+ has room for 0\.0 MB; HF_HOME", error("org/blt-1b-hf"))
+    assert re.search(r"0\.\d MB to download, but \S+ has room for 0\.0 MB; set HF_HOME", error("org/blt-1b-hf"))
     assert hub.fetched() == {"config.json"}
 
 

@@ -135,7 +135,7 @@ def render(description: Description) -> str:
         f"hashes     {d.hashes.num_tables} tables of {d.hashes.rows:,} rows, groups of {groups} bytes",
         f"sequences  up to {d.max_length:,} ids of {d.vocab_size}, {d.slots} slots per patch"
         + (", documents isolated at EOS" if d.isolate_documents else "")
-        + (", but for the global stage" if d.isolate_documents and not d.isolate_global else ""),
+        + (", except in the global stage" if d.isolate_documents and not d.isolate_global else ""),
         "",
         f"{'stage':9}{'layers':>7}{'width':>7}{'heads':>7}{'kv':>5}{'ffn':>7}{'window':>8}{'positions':>11}{'theta':>9}",
     ]

@@ -2,7 +2,7 @@
 
 A field that a section declares is honoured, or refused by its type, which then allows only the value that this
 architecture has. `immaterial` lists the fields that change nothing about what the model computes, with the reason.
-Any other field with a value is told to the user as not known.
+Any other field with a value is reported to the user as unknown.
 """
 
 from collections.abc import Iterator
@@ -42,4 +42,4 @@ class Section(BaseModel):
 def unknown_note(section: Section, file: str, inside: str = "") -> list[str]:
     """The one note about them, if there are any."""
     unknown = list(section.unknown_fields(inside))
-    return [f"{file}: not known, and without effect: {', '.join(unknown)}"] if unknown else []
+    return [f"{file}: unknown fields, ignored: {', '.join(unknown)}"] if unknown else []

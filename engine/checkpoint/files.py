@@ -231,13 +231,13 @@ def _pointer(path: Path) -> str | None:
     """What a file is that only stands for the weights."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            return "a pointer of Git LFS, and not the weights: `git lfs pull` in its repository fetches them"
+            return "a Git LFS pointer, not the weights: run `git lfs pull` in its repository to fetch them"
     return None
 
 
 def _reason(error: Exception, path: Path | None = None) -> str:
     if path and isinstance(error, FileNotFoundError) and path.is_symlink():
-        return "a link that leads nowhere, perhaps of a download that was not finished"
+        return "a broken link, perhaps from an unfinished download"
     if isinstance(error, OSError):
         return (error.strerror or "no such file").lower()
     return (str(error).splitlines() or [type(error).__name__])[0]

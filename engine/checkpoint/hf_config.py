@@ -264,7 +264,7 @@ class HfConfig(_Section):
         notes = []
         if self.fastblt is None and (self.monotonicity or self.patching_threshold_add is not None):
             rule = "monotonicity" if self.monotonicity else f"patching_threshold_add = {self.patching_threshold_add}"
-            notes.append(f"{path}: {rule} is followed as in Meta's code; transformers takes no notice of it")
+            notes.append(f"{path}: {rule} is followed as in Meta's code; transformers ignores it")
         return notes + unknown_note(self, str(path))
 
 

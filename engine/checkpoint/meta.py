@@ -390,7 +390,7 @@ def _is_patcher(args: object) -> bool:
 def _entropy_folder(path: Path, patcher: Path | None) -> Path:
     if patcher is not None:
         if not patcher.is_dir():
-            raise CheckpointError(f"{patcher}: no such directory; it is to hold the patcher")
+            raise CheckpointError(f"patcher {patcher}: no such directory")
         return patcher
     for folder in (path / ENTROPY_FOLDER, Path(os.path.abspath(path)).parent / ENTROPY_FOLDER):
         if folder.is_dir():

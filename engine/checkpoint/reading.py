@@ -17,8 +17,8 @@ from .files import read_json
 def load(path: str | Path, *, patcher: str | Path | None = None, patching_threshold: float | None = None) -> Checkpoint:
     """The checkpoint in a folder. Every name and shape is checked; no tensor is read.
 
-    patcher: the folder of the patcher, for a model of Meta's that lies apart from it. patching_threshold: in nats,
-    instead of the checkpoint's own.
+    patcher: the folder of the patcher, for a model in Meta's layout whose patcher is elsewhere. patching_threshold: in
+    nats, instead of the checkpoint's own.
 
     Raises CheckpointError.
     """
@@ -43,7 +43,7 @@ def _with_threshold(config: ModelConfig, threshold: float | None) -> ModelConfig
     if threshold is None:
         return config
     if not math.isfinite(threshold):
-        raise CheckpointError(f"patching_threshold {threshold}: must be a number of nats")
+        raise CheckpointError(f"patching_threshold {threshold}: must be a finite number of nats")
     if config.patching.mode == "bytes":
         raise CheckpointError(
             f"patching_threshold {threshold:g}: {config.name} has no threshold, as each of its patches is one byte"
@@ -53,7 +53,9 @@ def _with_threshold(config: ModelConfig, threshold: float | None) -> ModelConfig
 
 def _refuse_patcher(folder: Path, patcher: Path | None) -> None:
     if patcher is not None:
-        raise CheckpointError(f"patcher {patcher}: the model in {folder} has its own; only Meta's formats lie apart")
+        raise CheckpointError(
+            f"patcher {patcher}: the model in {folder} contains its own; only a model in Meta's layout takes one"
+        )
 
 
 def _hf_data(folder: Path) -> dict[str, Any] | None:

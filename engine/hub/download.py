@@ -131,7 +131,7 @@ def _check_room(reference: Reference, needed: int) -> None:
     free = shutil.disk_usage(cache).free
     if needed > free:
         raise HubError(
-            f"{reference}: {_size(needed)} are to be downloaded, and {cache} has room for {_size(free)}; HF_HOME moves "
+            f"{reference}: {_size(needed)} to download, but {cache} has room for {_size(free)}; set HF_HOME to move "
             "the cache"
         )
 
