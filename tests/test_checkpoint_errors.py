@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import PRESETS, CheckpointError, load, random_tensors, read_config, save
+from engine.checkpoint.files import open_torch
 from engine.config import StackConfig
 from engine.layout import WEIGHTS, WEIGHTS_INDEX
+from tests.test_checkpoint_formats import META_ARGS, META_CONFIG, write_meta
 
 TINY = PRESETS["tiny"]
 HEAD = "lm_head.weight"
@@ -181,6 +183,8 @@ def test_a_config_that_is_not_an_object(folder: Path) -> None:
         (lambda c: c["encoder_config"].update(hidden_size="wide"), ["encoder_config.hidden_size = wide", "integer"]),
         (lambda c: c["encoder_config"].update(hidden_size=30), ["dim 30", "4 heads"]),
         (lambda c: c["global_config"].update(num_hidden_layers=0), ["global_config.num_hidden_layers = 0"]),
+        (lambda c: c["global_config"].update(num_hidden_layers=10**9), ["num_hidden_layers = 1000000000", "1000"]),
+        (lambda c: c["global_config"].update(max_position_embeddings=10**400), ["max_position_embeddings = 1000"]),
         (lambda c: c["global_config"].update(num_key_value_heads=3), ["num_kv_heads 3"]),
         (lambda c: c["global_config"].update(head_dim=10), ["head_dim 10", "16"]),
         (lambda c: c["decoder_config"].update(hidden_act="gelu"), ["decoder_config.hidden_act = gelu"]),
@@ -228,9 +232,21 @@ def test_metas_arguments_that_are_not_there_or_of_another_architecture(tmp_path:
     refused(tmp_path, "params.json: model = None must be an object")
 
 
-def test_a_file_of_torchs_that_is_truncated_or_holds_more_than_tensors(tmp_path: Path) -> None:
-    from engine.checkpoint.files import open_torch
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"n_layers_global": 10**9}, ["n_layers_global = 1000000000", "1000"]),
+        ({"dim_global": 10**400}, ["dim_global = 1000"]),
+        ({"ffn_dim_multiplier": 1e308}, ["ffn_dim_multiplier = 1e+308", "1000"]),
+    ],
+)
+def test_numbers_of_metas_that_no_model_has(change: Json, words: list[str], tmp_path: Path) -> None:
+    write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=True, beside=False)
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"args": META_ARGS | change}))
+    refused(tmp_path / "m", "config.json", *words)
 
+
+def test_a_file_of_torchs_that_is_truncated_or_holds_more_than_tensors(tmp_path: Path) -> None:
     file = tmp_path / "consolidated.pth"
     torch.save({"model": {"a": torch.zeros(100)}}, file)
     whole = file.read_bytes()

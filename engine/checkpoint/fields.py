@@ -6,9 +6,14 @@ Any other field with a value is reported to the user as unknown.
 """
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+Size = Annotated[int, Field(ge=1, lt=2**63)]
+"""Beyond it, products with floats overflow."""
+Layers = Annotated[int, Field(ge=1, le=1000)]
+"""Tensors are listed by layer before the files are looked at: a slip in a number must not fill the memory."""
 
 
 class Section(BaseModel):

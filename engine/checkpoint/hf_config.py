@@ -8,11 +8,11 @@ defaults of transformers' `BltConfig`; both spellings of its keys are read (`rms
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
 from .base import CheckpointError
-from .fields import Section, unknown_note
+from .fields import Layers, Section, Size, unknown_note
 from .files import model_name, validate
 
 VERSION = 1
@@ -60,13 +60,13 @@ class _Rope(_Section):
 class _Stack(_Section):
     default_theta: ClassVar[float] = 500000.0
 
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
-    intermediate_size: PositiveInt | None = None
-    max_position_embeddings: PositiveInt
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    intermediate_size: Size | None = None
+    max_position_embeddings: Size
     rms_norm_eps: PositiveFloat = Field(default=1e-5, validation_alias=AliasChoices("rms_norm_eps", "norm_eps"))
     rope_parameters: _Rope | None = None
     rope_theta: PositiveFloat | None = None
@@ -103,13 +103,13 @@ class _Stack(_Section):
 
 
 class _Encoder(_Stack):
-    vocab_size: PositiveInt = 260
-    hidden_size: PositiveInt = 1024
-    num_hidden_layers: PositiveInt = 1
-    num_attention_heads: PositiveInt = 16
-    max_position_embeddings: PositiveInt = 24576
+    vocab_size: Size = 260
+    hidden_size: Size = 1024
+    num_hidden_layers: Layers = 1
+    num_attention_heads: Size = 16
+    max_position_embeddings: Size = 24576
     cross_attn_all_layers: bool | None = False
-    cross_attn_k: PositiveInt = 2
+    cross_attn_k: Size = 2
     pm_size: Literal[0] | None = 0
 
     immaterial = _Stack.immaterial | {
@@ -119,36 +119,36 @@ class _Encoder(_Stack):
 
 
 class _Decoder(_Stack):
-    hidden_size: PositiveInt = 1024
-    num_hidden_layers: PositiveInt = 9
-    num_attention_heads: PositiveInt = 16
-    intermediate_size: PositiveInt | None = 2816
-    max_position_embeddings: PositiveInt = 24576
+    hidden_size: Size = 1024
+    num_hidden_layers: Layers = 9
+    num_attention_heads: Size = 16
+    intermediate_size: Size | None = 2816
+    max_position_embeddings: Size = 24576
     cross_attn_all_layers: bool | None = True
-    cross_attn_k: PositiveInt = 2
-    hidden_size_global: PositiveInt = 2048
+    cross_attn_k: Size = 2
+    hidden_size_global: Size = 2048
 
     immaterial = _Stack.immaterial | {"vocab_size": "the head is made for the vocab_size of the whole configuration"}
 
 
 class _Global(_Stack):
-    hidden_size: PositiveInt = 2048
-    num_hidden_layers: PositiveInt = 25
-    num_attention_heads: PositiveInt = 16
-    intermediate_size: PositiveInt | None = 5632
-    max_position_embeddings: PositiveInt = 4096
+    hidden_size: Size = 2048
+    num_hidden_layers: Layers = 25
+    num_attention_heads: Size = 16
+    intermediate_size: Size | None = 5632
+    max_position_embeddings: Size = 4096
 
 
 class _Patcher(_Stack):
     default_theta: ClassVar[float] = 10000.0
 
-    vocab_size: PositiveInt = 260
-    hidden_size: PositiveInt = 768
-    num_hidden_layers: PositiveInt = 14
-    num_attention_heads: PositiveInt = 12
-    intermediate_size: PositiveInt | None = 2048
-    max_position_embeddings: PositiveInt = 8192
-    sliding_window: PositiveInt | None = 512
+    vocab_size: Size = 260
+    hidden_size: Size = 768
+    num_hidden_layers: Layers = 14
+    num_attention_heads: Size = 12
+    intermediate_size: Size | None = 2048
+    max_position_embeddings: Size = 8192
+    sliding_window: Size | None = 512
 
 
 class _Fastblt(BaseModel):
@@ -157,8 +157,8 @@ class _Fastblt(BaseModel):
     version: Literal[1]
     name: str
     decoder_input: Literal["encoder", "embedding"]
-    mask_id: PositiveInt | None
-    block_size: PositiveInt | None
+    mask_id: Size | None
+    block_size: Size | None
     monotonic: bool
     threshold_add: float | None
     isolate_documents: bool
@@ -170,19 +170,19 @@ class HfConfig(_Section):
     """The file. `model` says what it means."""
 
     model_type: Literal["blt"]
-    vocab_size: PositiveInt = 260
+    vocab_size: Size = 260
     patch_in_forward: Literal[True] = True
     patch_size: PositiveFloat | None = 4
     patching_mode: str | None = "entropy"
     patching_threshold: float = 1.335442066192627
     patching_threshold_add: float | None = None
     monotonicity: bool | None = False
-    max_patch_length: PositiveInt | None = None
-    local_attention_window_len: PositiveInt | None = 512
-    cross_attn_k: PositiveInt = 2
-    encoder_hash_byte_group_size: list[PositiveInt] | None = None
-    encoder_hash_byte_group_vocab: PositiveInt = 500002
-    encoder_hash_byte_group_nb_functions: PositiveInt = Field(default=1, le=11)
+    max_patch_length: Size | None = None
+    local_attention_window_len: Size | None = 512
+    cross_attn_k: Size = 2
+    encoder_hash_byte_group_size: list[Size] | None = None
+    encoder_hash_byte_group_vocab: Size = 500002
+    encoder_hash_byte_group_nb_functions: Size = Field(default=1, le=11)
     encoder_config: _Encoder | None = None
     decoder_config: _Decoder | None = None
     global_config: _Global | None = None

@@ -17,13 +17,13 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, field_validator
 
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
 from ..foreign import kind_of_files, models_inside
 from ..layout import CONFIG, CONSOLIDATED, ENTROPY_FOLDER, PARAMS, TRAIN_ARGS, WEIGHTS, WEIGHTS_INDEX
 from .base import Checkpoint, CheckpointError
-from .fields import Section, unknown_note
+from .fields import Layers, Section, Size, unknown_note
 from .files import Stored, check, model_name, open_safetensors, open_torch, read_json, validate
 from .names import PATCHER, Shape, expected_shapes
 
@@ -55,13 +55,13 @@ _UNUSED = "Meta's code does not use it"
 class _Transformer(Section):
     """Arguments that the main model and the patcher share, with Meta's defaults."""
 
-    head_dim: PositiveInt | None = None
-    n_kv_heads: PositiveInt | None = None
-    ffn_dim_multiplier: PositiveFloat | None = None
-    multiple_of: PositiveInt = 256
+    head_dim: Size | None = None
+    n_kv_heads: Size | None = None
+    ffn_dim_multiplier: float | None = Field(default=None, gt=0, le=1000)
+    multiple_of: Size = 256
     norm_eps: PositiveFloat = 1e-5
     rope_theta: PositiveFloat = 10000.0
-    max_seqlen: PositiveInt = 1024
+    max_seqlen: Size = 1024
     eos_id: Literal[2] = 2
 
     immaterial = {
@@ -91,10 +91,10 @@ class _Transformer(Section):
 
 
 class _EntropyArgs(_Transformer):
-    vocab_size: PositiveInt
-    dim: PositiveInt
-    n_layers: PositiveInt
-    n_heads: PositiveInt
+    vocab_size: Size
+    dim: Size
+    n_layers: Layers
+    n_heads: Size
     weight_tying: Literal[False] = False
 
     immaterial = _Transformer.immaterial | dict.fromkeys(
@@ -107,7 +107,7 @@ class _PatcherArgs(Section):
     threshold: float = 1.335442066192627
     threshold_add: float | None = None
     monotonicity: bool = False
-    max_patch_length: PositiveInt | None = None
+    max_patch_length: Size | None = None
 
     immaterial = {
         **dict.fromkeys(("device", "log_time", "patching_batch_size", "patching_device"), _SPEED),
@@ -152,23 +152,23 @@ class _Data(Section):
 class _ModelArgs(_Transformer):
     """A literal is the one value that this architecture has."""
 
-    vocab_size: PositiveInt
-    pm_size: NonNegativeInt = 0
-    dim_global: PositiveInt
-    dim_local_encoder: PositiveInt
-    dim_local_decoder: PositiveInt
-    n_layers_global: PositiveInt
-    n_layers_local_encoder: PositiveInt
-    n_layers_local_decoder: PositiveInt
-    n_heads_global: PositiveInt
-    n_heads_local_encoder: PositiveInt
-    n_heads_local_decoder: PositiveInt
-    n_kv_heads_global: PositiveInt | None = None
-    ffn_dim_multiplier: PositiveFloat | None = 1.0
-    max_encoder_seq_length: PositiveInt | None = None
-    local_attention_window_len: PositiveInt | None = None
-    cross_attn_k: PositiveInt
-    cross_attn_nheads: PositiveInt
+    vocab_size: Size
+    pm_size: int = Field(default=0, ge=0, lt=2**63)
+    dim_global: Size
+    dim_local_encoder: Size
+    dim_local_decoder: Size
+    n_layers_global: Layers
+    n_layers_local_encoder: Layers
+    n_layers_local_decoder: Layers
+    n_heads_global: Size
+    n_heads_local_encoder: Size
+    n_heads_local_decoder: Size
+    n_kv_heads_global: Size | None = None
+    ffn_dim_multiplier: float | None = Field(default=1.0, gt=0, le=1000)
+    max_encoder_seq_length: Size | None = None
+    local_attention_window_len: Size | None = None
+    cross_attn_k: Size
+    cross_attn_nheads: Size
     cross_attn_all_layers_encoder: bool = False
     cross_attn_all_layers_decoder: bool = False
     cross_attn_encoder: Literal[True]
@@ -181,12 +181,12 @@ class _ModelArgs(_Transformer):
     encoder_enable_byte_ngrams: Literal[False] = False
     use_rope: Literal[True] = True
     attn_bias_type: Literal["block_causal", "causal"] | None = "causal"
-    dim_token: PositiveInt | None = None
+    dim_token: Size | None = None
     patching_mode: Literal["entropy", "byte", "static", "space", "bpe", "bpe_patcher"] | None = None
     patching_threshold: float | None = None
     patching_threshold_add: float | None = None
     monotonicity: bool = False
-    max_patch_length: PositiveInt | None = None
+    max_patch_length: Size | None = None
     alpha_depth: Literal["disabled"] = "disabled"
     architecture: Literal["vanilla"] = "vanilla"
     conv_kernel_size: None = None
@@ -199,9 +199,9 @@ class _ModelArgs(_Transformer):
     tie_local_encoder_decoder: Literal[False] = False
     tie_local_encoder_decoder_logits: Literal[False] = False
     tokenize_with_bpe_delimiter: Literal[False] = False
-    encoder_hash_byte_group_size: list[PositiveInt]
-    encoder_hash_byte_group_vocab: PositiveInt = 30000
-    encoder_hash_byte_group_nb_functions: PositiveInt = Field(default=3, le=11)
+    encoder_hash_byte_group_size: list[Size]
+    encoder_hash_byte_group_vocab: Size = 30000
+    encoder_hash_byte_group_nb_functions: Size = Field(default=3, le=11)
 
     immaterial = {
         **_Transformer.immaterial,
