@@ -262,6 +262,19 @@ def test_a_file_of_torchs_that_is_truncated_or_holds_more_than_tensors(tmp_path:
         open_torch(file)
 
 
+# Anything
+
+
+def test_a_message_is_one_line_whatever_the_files_hold(folder: Path) -> None:
+    edit_config(folder, lambda c: c.update({"a\nb": "c\x1b[31m"}))
+    (note,) = load(folder).notes
+    assert r"a\nb = c\x1b[31m" in note
+    edit_tensors(folder, lambda t: t.update({"more\nand more": torch.zeros(1)}))
+    refused(folder, r"tensor more\nand more of shape [1]")
+    edit_config(folder, lambda c: c.update(vocab_size="2\r60"))
+    refused(folder, r"vocab_size = 2\r60")
+
+
 # Writing
 
 

@@ -12,7 +12,15 @@ Format = Literal["fastblt", "hf", "meta"]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written. One sentence that names the file and what is wrong in it."""
+    """A checkpoint that cannot be read or written. One line that names the file and what is wrong in it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    r"""With escapes (`\n`, `\x1b`) for what cannot be printed: names and values are those of a stranger's file."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .base import printable
+
 Size = Annotated[int, Field(ge=1, lt=2**63)]
 """Beyond it, products with floats overflow."""
 Layers = Annotated[int, Field(ge=1, le=1000)]
@@ -45,6 +47,6 @@ class Section(BaseModel):
 
 
 def unknown_note(section: Section, file: str, inside: str = "") -> list[str]:
-    """The one note about them, if there are any."""
+    """The one note about them, if there are any: a line."""
     unknown = list(section.unknown_fields(inside))
-    return [f"{file}: unknown fields, ignored: {', '.join(unknown)}"] if unknown else []
+    return [printable(f"{file}: unknown fields, ignored: {', '.join(unknown)}")] if unknown else []
