@@ -1,13 +1,18 @@
 """Whatever is wrong with a checkpoint is said in one sentence that names the file, the thing and both values."""
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import PRESETS, CheckpointError, load, random_tensors, read_config, save
@@ -262,7 +267,64 @@ def test_a_file_of_torchs_that_is_truncated_or_holds_more_than_tensors(tmp_path:
         open_torch(file)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"model": {3: torch.zeros(1)}},
+        {(1, 2): torch.zeros(1)},
+        {"a": torch.eye(2).to_sparse()},
+        {"a": torch.empty(2, device="meta")},
+    ],
+    ids=["a number as a name", "a pair as a name", "sparse", "without numbers"],
+)
+def test_a_state_dict_of_something_else_than_named_numbers(state: object, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "consolidated.pth")
+    with pytest.raises(CheckpointError, match="expected a state dict of tensors"):
+        open_torch(tmp_path / "consolidated.pth")
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.filterwarnings("ignore")
+def test_a_broken_pickle_raises_nothing_else(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
+    whole, file = tmp_path / "whole.pth", tmp_path / "consolidated.pth"
+    if not whole.exists():
+        torch.save({"model": {f"layer.{i}": torch.zeros(2, 3) for i in range(3)}}, whole)
+    with ZipFile(whole) as old, ZipFile(file, "w") as new:
+        for name in old.namelist():
+            data = bytearray(old.read(name))
+            if name.endswith("data.pkl"):
+                for at, value in changes:
+                    data[at % len(data)] = value
+            new.writestr(name, bytes(data))
+    with suppress(CheckpointError):
+        open_torch(file)
+
+
 # Anything
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
+def test_what_is_no_file_is_not_waited_for(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    refused(folder, f"{name}: not a regular file")
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    refused(folder, f"{name}: is a directory")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_json_that_is_nested_too_deep(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    refused(folder, "config.json: not JSON")
+
+
+def test_a_shard_with_a_name_that_no_file_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = shard(folder, monkeypatch)
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "x" * 300 + ".safetensors")
+    (folder / WEIGHTS_INDEX).write_text(json.dumps(index))
+    refused(folder, ".safetensors: file name too long")
 
 
 def test_a_message_is_one_line_whatever_the_files_hold(folder: Path) -> None:

@@ -376,6 +376,16 @@ def test_a_checkpoint_in_metas_layout_has_its_meaning(hub: bool, beside: bool, t
     assert_same_tensors(loaded.tensors, tensors)
 
 
+def test_a_file_of_torchs_may_hold_views_and_parameters(tmp_path: Path) -> None:
+    """Kernels read numbers where they lie, one after the other."""
+    tensors = random_tensors(META_CONFIG, 0)
+    views = {name: t.t().contiguous().t() if t.dim() == 2 else torch._neg_view(-t) for name, t in tensors.items()}
+    write_meta(tmp_path / "m", {name: torch.nn.Parameter(t) for name, t in views.items()}, hub=False, beside=False)
+    loaded = load(tmp_path / "m").tensors
+    assert_same_tensors(loaded, tensors)
+    assert all(t.is_contiguous() and not t.is_neg() and not t.requires_grad for t in loaded.values())
+
+
 def test_metas_feed_forward_widths_are_those_of_the_released_models(tmp_path: Path) -> None:
     write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=True, beside=False)
     wide = {"dim_local_encoder": 1024, "dim_local_decoder": 1024, "dim_global": 4096, "multiple_of": 256}

@@ -8,11 +8,12 @@ copies, which it refuses beyond the memory of the machine.
 import json
 import mmap
 import os
-import pickle
+import stat
 import struct
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from errno import EINVAL, EISDIR
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -69,10 +70,11 @@ def model_name(folder: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises CheckpointError if it is not there or not a JSON object."""
     try:
+        _require_file(path)
         data = json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error, path)}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {_reason(error)}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
@@ -118,6 +120,7 @@ def open_safetensors(folder: Path) -> dict[str, Stored]:
 
 def _open_safetensors_file(path: Path) -> dict[str, Stored]:
     try:
+        _require_file(path)
         # Checks the whole file. Of its frameworks, numpy's alone maps a file for reading only.
         safe_open(path, framework="np")
         with path.open("rb") as file:
@@ -135,6 +138,14 @@ def _open_safetensors_file(path: Path) -> dict[str, Stored]:
         shape, offset = tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0]
         stored[name] = Stored(path, shape, entry["dtype"], partial(_view, whole, offset, entry["dtype"], shape))
     return stored
+
+
+def _require_file(path: Path) -> None:
+    """Raises OSError, also for a pipe, which would have to be waited for."""
+    if path.is_dir():
+        raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+    if os.path.lexists(path) and not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(EINVAL, "Not a regular file")
 
 
 def _map_file(descriptor: int) -> mmap.mmap:
@@ -155,20 +166,32 @@ def _view(whole: mmap.mmap, offset: int, dtype: str, shape: Shape) -> Tensor:
 def open_torch(path: Path) -> dict[str, Stored]:
     """The state dict of a file that torch.save wrote, bare or under "model". Only tensors are unpickled."""
     try:
+        _require_file(path)
         data = _load_torch(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error, path)}") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a broken pickle makes torch raise whatever its broken part leads to
         broken = f"not a whole file of tensors by torch.save: {_reason(error)}"
         raise CheckpointError(f"{path}: {_pointer(path) or broken}") from error
     state = data.get("model", data) if isinstance(data, dict) else data
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in state.items()):
         raise CheckpointError(f"{path}: expected a state dict of tensors, bare or under 'model'")
 
     def stored(tensor: Tensor) -> Stored:
-        return Stored(path, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: tensor)
+        # A file may hold transposed and negated views, and parameters. Most hold none, and nothing is copied.
+        return Stored(
+            path,
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            lambda: tensor.detach().resolve_neg().contiguous(),
+        )
 
     return {name: stored(tensor) for name, tensor in state.items()}
+
+
+def _is_plain(given: object) -> bool:
+    """Whether it is a tensor with its numbers in memory, one after the other."""
+    return isinstance(given, Tensor) and given.layout == torch.strided and not given.is_nested and not given.is_meta
 
 
 def _load_torch(path: Path) -> Any:
@@ -236,7 +259,7 @@ def _pointer(path: Path) -> str | None:
 
 
 def _reason(error: Exception, path: Path | None = None) -> str:
-    if path and isinstance(error, FileNotFoundError) and path.is_symlink():
+    if path and isinstance(error, FileNotFoundError) and os.path.islink(path):
         return "a broken link, perhaps from an unfinished download"
     if isinstance(error, OSError):
         return (error.strerror or "no such file").lower()
