@@ -142,8 +142,11 @@ class Runner:
         self._caches, self._prefixes = caches, prefixes
         self.executor = executor
         large = model.kernels.tile or LARGE_TILE
+        # Every slot sees the whole open patch, and there may be more slots than a patch has bytes.
         self._tilings = {
-            name: Tiling(floors.tile, large, spec.page_size, spec.window or 0, split=spec.window is None)
+            name: Tiling(
+                floors.tile, large, spec.page_size, 0 if name == "open" else spec.window or 0, split=spec.window is None
+            )
             for name, spec in caches.specs.items()
         }
         self._of_patches = {name for name, spec in caches.specs.items() if spec.rows_from == "patch"}

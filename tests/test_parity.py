@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import BltForCausalLM
 
 from engine.checkpoint import load
-from engine.config import EOS_ID, ModelConfig
+from engine.config import EOS_ID, ModelConfig, PatchingRule
 from engine.engine import Engine
 from tests import reference
 from tests.engines import engine_logits, make_engine, request, run, save_ours
-from tests.models import HF_MODELS, OUR_MODELS, hf_logits, text
+from tests.models import HF_MODELS, OUR_MODELS, hf_logits, our_config, our_model, text
 
 TOLERANCE = 1e-4
 
@@ -91,6 +91,15 @@ def test_greedy_text_of_every_form_equals_the_plain_models(engine: Engine, ours:
     assert len(found) == 80
     config = isolated(checkpoint.config, engine)
     assert_greedy(partial(reference.forward, config, checkpoint.tensors), prompt, found)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+@pytest.mark.parametrize(("slots", "longest"), [(2, 1), (4, 3)])
+def test_a_patch_may_have_fewer_bytes_than_slots(slots: int, longest: int, kernels: str, tmp_path: Path) -> None:
+    config, tensors = our_model(our_config(slots=slots, patching=PatchingRule(max_patch_length=longest)), 28)
+    ids = text(80, 3)
+    logits = engine_logits(make_engine(save_ours(tmp_path, (config, tensors)), kernels=kernels), ids, 37)
+    torch.testing.assert_close(logits, reference.forward(config, tensors, ids), atol=TOLERANCE, rtol=0)
 
 
 def test_isolation_makes_a_difference(tmp_path: Path) -> None:
