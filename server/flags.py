@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from .settings import ServerSettings
 
 ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
-    "model": ("Folder of the checkpoint, or a model on the Hugging Face hub: org/name, org/name@revision.", None),
+    "model": ("Folder of the checkpoint, or a model on the Hugging Face hub: org/name[/folder][@revision].", None),
     "dtype": ("What weights are held and computed in.", None),
     "device": ("Where the model runs.", None),
     "kernels": ("Who computes; by default triton on a CUDA device, native on a CPU.", None),

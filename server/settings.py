@@ -96,7 +96,7 @@ class ServerSettings(BaseSettings):
     log_level: LevelName = Field("info", description="Least severity to log.")
     log_format: FormatName = Field("human", description="Log lines for people, or one JSON object each.")
     log_content: bool = Field(
-        False, description="Also log prompts and completions, cut short; whoever reads the log reads them."
+        False, description="Also log prompts and completions, cut short. Readers of the log can then read them."
     )
     otlp_endpoint: str | None = Field(
         None,

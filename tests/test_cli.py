@@ -168,7 +168,7 @@ def test_generate_refuses_what_it_cannot_do(tiny: Path, tmp_path: Path) -> None:
     assert "--stop" in fails(*model, "--prompt=a", "--stop=", code=2)
     assert "blt-d" in fails(*model, "--prompt=a", "--decoder=magic", code=2)
     assert "--max-tokens" in fails(*model, "--prompt=a", "--max-tokens=0", code=2)
-    assert "No such file" in fails(*model, "--prompt-file", tmp_path / "none")
+    assert fails(*model, "--prompt-file", none := tmp_path / "none") == f"fastblt: {none}: No such file or directory\n"
     assert "up to 8" in fails(*model, "--prompt=a", "--decoder=blt-d", "--block-size=9")
     assert "option of blt-s" in fails(*model, "--prompt=a", "--draft-length=4")
     assert "entropy:GAMMA" in fails(*model, "--prompt=a", "--decoder=blt-dv", "--unmask=entropy", code=2)

@@ -315,6 +315,9 @@ def test_every_command_takes_a_name(hub: Hub, tmp_path: Path, repositories: Path
         assert result.exit_code == 0, result.output
         if arguments[0] == "size":
             assert f"fastblt serve --model {name} " in result.stdout
+    apart = ["--model", "org/blt/blt_1b", "--patcher", "org/blt-entropy"]
+    result = runner.invoke(sys.modules["server.cli"].app, ["size", *apart])
+    assert f"fastblt serve {' '.join(apart)} " in result.stdout
     for arguments in (
         ["inspect", "org/none"],
         ["size", "--config", "org/none"],

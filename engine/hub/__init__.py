@@ -15,7 +15,7 @@ from .reference import HubError, Reference
 
 __all__ = ["HubError", "local_folder", "localised", "pinned"]
 
-USAGE = "give the folder of a checkpoint, or the name of a model on the Hugging Face hub: org/name or org/name@revision"
+USAGE = "give the folder of a checkpoint, or the name of a model on the Hugging Face hub: org/name[/folder][@revision]"
 
 
 def local_folder(given: str, *, weights: bool = True) -> Path:
