@@ -202,6 +202,7 @@ def test_a_config_that_is_not_an_object(folder: Path) -> None:
         (lambda c: c["patcher_config"].update(vocab_size=256), ["patcher_config.vocab_size 256", "260"]),
         (lambda c: c["patcher_config"].update(rms_norm_eps=-1.0), ["patcher_config.rms_norm_eps = -1.0"]),
         (lambda c: c.update(encoder_hash_byte_group_size=[3, 0]), ["encoder_hash_byte_group_size.1 = 0"]),
+        (lambda c: c.update(encoder_hash_byte_group_size=[10**9]), ["encoder_hash_byte_group_size.0 = 1000000000"]),
         (lambda c: c.update(encoder_hash_byte_group_nb_functions=12), ["encoder_hash_byte_group_nb_functions = 12"]),
         (lambda c: c.update(patching_threshold=float("nan")), ["patching_threshold = nan"]),
         (lambda c: c.update(patch_in_forward=False), ["patch_in_forward = False"]),

@@ -14,8 +14,9 @@ from .base import printable
 
 Size = Annotated[int, Field(ge=1, lt=2**63)]
 """Beyond it, products with floats overflow."""
-Layers = Annotated[int, Field(ge=1, le=1000)]
-"""Tensors are listed by layer before the files are looked at: a slip in a number must not fill the memory."""
+Few = Annotated[int, Field(ge=1, le=1000)]
+"""Layers, whose tensors are listed before a file is looked at, and bytes of a hash group, of which every row keeps as
+many: a slip in a number must not fill the memory."""
 
 
 class Section(BaseModel):

@@ -12,7 +12,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, 
 
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
 from .base import CheckpointError
-from .fields import Layers, Section, Size, unknown_note
+from .fields import Few, Section, Size, unknown_note
 from .files import model_name, validate
 
 VERSION = 1
@@ -61,7 +61,7 @@ class _Stack(_Section):
     default_theta: ClassVar[float] = 500000.0
 
     hidden_size: Size
-    num_hidden_layers: Layers
+    num_hidden_layers: Few
     num_attention_heads: Size
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
@@ -105,7 +105,7 @@ class _Stack(_Section):
 class _Encoder(_Stack):
     vocab_size: Size = 260
     hidden_size: Size = 1024
-    num_hidden_layers: Layers = 1
+    num_hidden_layers: Few = 1
     num_attention_heads: Size = 16
     max_position_embeddings: Size = 24576
     cross_attn_all_layers: bool | None = False
@@ -120,7 +120,7 @@ class _Encoder(_Stack):
 
 class _Decoder(_Stack):
     hidden_size: Size = 1024
-    num_hidden_layers: Layers = 9
+    num_hidden_layers: Few = 9
     num_attention_heads: Size = 16
     intermediate_size: Size | None = 2816
     max_position_embeddings: Size = 24576
@@ -133,7 +133,7 @@ class _Decoder(_Stack):
 
 class _Global(_Stack):
     hidden_size: Size = 2048
-    num_hidden_layers: Layers = 25
+    num_hidden_layers: Few = 25
     num_attention_heads: Size = 16
     intermediate_size: Size | None = 5632
     max_position_embeddings: Size = 4096
@@ -144,7 +144,7 @@ class _Patcher(_Stack):
 
     vocab_size: Size = 260
     hidden_size: Size = 768
-    num_hidden_layers: Layers = 14
+    num_hidden_layers: Few = 14
     num_attention_heads: Size = 12
     intermediate_size: Size | None = 2048
     max_position_embeddings: Size = 8192
@@ -180,7 +180,7 @@ class HfConfig(_Section):
     max_patch_length: Size | None = None
     local_attention_window_len: Size | None = 512
     cross_attn_k: Size = 2
-    encoder_hash_byte_group_size: list[Size] | None = None
+    encoder_hash_byte_group_size: list[Few] | None = None
     encoder_hash_byte_group_vocab: Size = 500002
     encoder_hash_byte_group_nb_functions: Size = Field(default=1, le=11)
     encoder_config: _Encoder | None = None

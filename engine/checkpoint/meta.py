@@ -23,7 +23,7 @@ from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
 from ..foreign import kind_of_files, models_inside
 from ..layout import CONFIG, CONSOLIDATED, ENTROPY_FOLDER, PARAMS, TRAIN_ARGS, WEIGHTS, WEIGHTS_INDEX
 from .base import Checkpoint, CheckpointError
-from .fields import Layers, Section, Size, unknown_note
+from .fields import Few, Section, Size, unknown_note
 from .files import Stored, check, model_name, open_safetensors, open_torch, read_json, validate
 from .names import PATCHER, Shape, expected_shapes
 
@@ -93,7 +93,7 @@ class _Transformer(Section):
 class _EntropyArgs(_Transformer):
     vocab_size: Size
     dim: Size
-    n_layers: Layers
+    n_layers: Few
     n_heads: Size
     weight_tying: Literal[False] = False
 
@@ -157,9 +157,9 @@ class _ModelArgs(_Transformer):
     dim_global: Size
     dim_local_encoder: Size
     dim_local_decoder: Size
-    n_layers_global: Layers
-    n_layers_local_encoder: Layers
-    n_layers_local_decoder: Layers
+    n_layers_global: Few
+    n_layers_local_encoder: Few
+    n_layers_local_decoder: Few
     n_heads_global: Size
     n_heads_local_encoder: Size
     n_heads_local_decoder: Size
@@ -199,7 +199,7 @@ class _ModelArgs(_Transformer):
     tie_local_encoder_decoder: Literal[False] = False
     tie_local_encoder_decoder_logits: Literal[False] = False
     tokenize_with_bpe_delimiter: Literal[False] = False
-    encoder_hash_byte_group_size: list[Size]
+    encoder_hash_byte_group_size: list[Few]
     encoder_hash_byte_group_vocab: Size = 30000
     encoder_hash_byte_group_nb_functions: Size = Field(default=3, le=11)
 
