@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import PRESETS, CheckpointError, load, random_tensors, read_config, save
-from engine.checkpoint.files import open_torch
+from engine.checkpoint.files import model_name, open_torch
 from engine.config import StackConfig
 from engine.layout import WEIGHTS, WEIGHTS_INDEX
 from tests.test_checkpoint_formats import META_ARGS, META_CONFIG, write_meta
@@ -336,6 +336,12 @@ def test_a_message_is_one_line_whatever_the_files_hold(folder: Path) -> None:
     refused(folder, r"tensor more\nand more of shape [1]")
     edit_config(folder, lambda c: c.update(vocab_size="2\r60"))
     refused(folder, r"vocab_size = 2\r60")
+
+
+def test_a_name_can_be_sent_and_printed(folder: Path) -> None:
+    edit_config(folder, lambda c: c["fastblt"].update(name="tiny\ud800\n"))
+    assert load(folder).config.name == r"tiny\ud800\n"
+    assert model_name(Path("/models/tiny\udcff")) == r"tiny\udcff"
 
 
 # Writing

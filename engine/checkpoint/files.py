@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import foreign
 from ..layout import WEIGHTS, WEIGHTS_INDEX
-from .base import CheckpointError
+from .base import CheckpointError, printable
 from .names import Shape
 
 DTYPES = {
@@ -63,8 +63,8 @@ def model_name(folder: Path) -> str:
     parts = Path(os.path.abspath(folder)).parts
     for at, part in enumerate(parts):
         if part.startswith("models--") and parts[at + 1 : at + 2] == ("snapshots",) and len(parts) > at + 2:
-            return "/".join([*part.removeprefix("models--").split("--"), *parts[at + 3 :]])
-    return parts[-1]
+            return printable("/".join([*part.removeprefix("models--").split("--"), *parts[at + 3 :]]))
+    return printable(parts[-1])
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
-from .base import CheckpointError
+from .base import CheckpointError, printable
 from .fields import Few, Section, Size, unknown_note
 from .files import model_name, validate
 
@@ -230,7 +230,7 @@ class HfConfig(_Section):
         )
         window, own = self.local_attention_window_len, self.fastblt
         return ModelConfig(
-            name=own.name if own else name,
+            name=printable(own.name) if own else name,
             vocab_size=self.vocab_size,
             slots=self.cross_attn_k,
             encoder=encoder.stack(window),
