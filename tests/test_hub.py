@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from engine.checkpoint import load, random_tensors
 from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
 from engine.hub import HubError, local_folder, localised, pinned
+from engine.hub.files import check_is_blt
 from engine.hub.reference import Reference
 from tests import reference
 from tests.conftest import ROOT
@@ -406,3 +407,9 @@ def test_a_reference_never_leaves_the_cache(text: str) -> None:
         assert str(found) == text
         for path in (found.repository, found.folder, found.revision or ""):
             assert not path.startswith(("/", ".", "~")) and ".." not in path and "\\" not in path and "\n" not in path
+
+
+def test_json_of_a_repository_that_is_nested_too_deep(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(HubError, match=r"config\.json: not JSON"):
+        check_is_blt(Reference("org/name"), tmp_path)

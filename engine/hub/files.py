@@ -110,7 +110,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HubError(f"{path}: not JSON: {error}") from error
     if not isinstance(data, dict):
         raise HubError(f"{path}: expected a JSON object, found {type(data).__name__}")
