@@ -69,7 +69,17 @@ class Engine:
         if device.type == "cpu" and config.kernels is None and kernels.name == "torch":
             log.warning("fastblt's own CPU kernels are not compiled: torch computes, several times as slowly")
         matrices, plan = matrix_dtype(loaded.tensors, dtype, kernels), plan_caches(loaded.config, config)
-        check_room(loaded.config, loaded.tensors, plan, dtype, matrices, device, fp8=fp8)
+        check_room(
+            loaded.config,
+            loaded.tensors,
+            plan,
+            dtype,
+            matrices,
+            device,
+            # Our own products hold them as bfloat16, and in panels.
+            fp8=fp8 and not kernels.widens,
+            mapped=kernels.name == "torch",
+        )
         model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=fp8)
         self.caches = Caches(loaded.config, config)
         model.check_lengths(self.caches.max_length, self.caches.max_patches)

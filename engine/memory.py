@@ -29,11 +29,13 @@ def check_room(
     device: torch.device,
     *,
     fp8: bool,
+    mapped: bool,
 ) -> None:
     """Logs what the weights and caches will take and what is available. Nothing is read for it.
 
-    Raises ValueError if a device cannot hold them, or a CPU's memory not the weights: pages of its caches become real
-    only as they are used, and hash tables stay in their file.
+    mapped: whether matrices may be used where they are in the file. Raises ValueError if a device cannot hold all this,
+    or a CPU's memory not the weights that are copied into it: pages of its caches become real only as they are used,
+    and hash tables stay in their file.
     """
     on_cpu = device.type == "cpu"
     tables = next(tensor.dtype for name, tensor in tensors.items() if name.startswith(HASHES))
@@ -55,7 +57,7 @@ def check_room(
         f"{config.name} takes {format_size(weights)} for its weights and {format_size(plan.num_bytes)} for its caches, "
         f"and {format_size(there)} are free on {device.type}"
     )
-    if weights > there or not on_cpu:
+    if not on_cpu or (weights > there and not mapped):
         raise ValueError(f"{short}: --cache-bytes makes the caches smaller, and `fastblt size --memory` says what fits")
     log.warning("%s: it may run out of memory when it is busy; --cache-bytes makes the caches smaller", short)
 
