@@ -200,6 +200,7 @@ def test_a_config_that_is_not_an_object(folder: Path) -> None:
             ["patcher_config.rope_scaling.rope_type = yarn"],
         ),
         (lambda c: c["patcher_config"].update(vocab_size=256), ["patcher_config.vocab_size 256", "260"]),
+        (lambda c: c["decoder_config"].update(rope_theta=1e-300), ["decoder_config.rope_theta = 1e-300", "equal to 1"]),
         (lambda c: c["patcher_config"].update(rms_norm_eps=-1.0), ["patcher_config.rms_norm_eps = -1.0"]),
         (lambda c: c.update(encoder_hash_byte_group_size=[3, 0]), ["encoder_hash_byte_group_size.1 = 0"]),
         (lambda c: c.update(encoder_hash_byte_group_size=[10**9]), ["encoder_hash_byte_group_size.0 = 1000000000"]),

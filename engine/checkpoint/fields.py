@@ -19,6 +19,10 @@ Few = Annotated[int, Field(ge=1, le=1000)]
 many: a slip in a number must not fill the memory."""
 
 
+Theta = Annotated[float, Field(ge=1, le=1e15)]
+"""Base of the rotary angles. One far below 1 would turn them into infinities."""
+
+
 class Section(BaseModel):
     """A part of a configuration file."""
 

@@ -12,7 +12,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, 
 
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
 from .base import CheckpointError, printable
-from .fields import Few, Section, Size, unknown_note
+from .fields import Few, Section, Size, Theta, unknown_note
 from .files import model_name, validate
 
 VERSION = 1
@@ -53,7 +53,7 @@ class _Section(Section):
 
 class _Rope(_Section):
     rope_type: Literal["default"] = Field(default="default", validation_alias=AliasChoices("rope_type", "type"))
-    rope_theta: PositiveFloat | None = None
+    rope_theta: Theta | None = None
     partial_rotary_factor: float = Field(default=1.0, ge=1, le=1)
 
 
@@ -69,7 +69,7 @@ class _Stack(_Section):
     max_position_embeddings: Size
     rms_norm_eps: PositiveFloat = Field(default=1e-5, validation_alias=AliasChoices("rms_norm_eps", "norm_eps"))
     rope_parameters: _Rope | None = None
-    rope_theta: PositiveFloat | None = None
+    rope_theta: Theta | None = None
     rope_scaling: _Rope | None = None
     hidden_act: Literal["silu"] = "silu"
 

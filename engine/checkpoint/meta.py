@@ -23,7 +23,7 @@ from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
 from ..foreign import kind_of_files, models_inside
 from ..layout import CONFIG, CONSOLIDATED, ENTROPY_FOLDER, PARAMS, TRAIN_ARGS, WEIGHTS, WEIGHTS_INDEX
 from .base import Checkpoint, CheckpointError
-from .fields import Few, Section, Size, unknown_note
+from .fields import Few, Section, Size, Theta, unknown_note
 from .files import Stored, check, model_name, open_safetensors, open_torch, read_json, validate
 from .names import PATCHER, Shape, expected_shapes
 
@@ -60,7 +60,7 @@ class _Transformer(Section):
     ffn_dim_multiplier: float | None = Field(default=None, gt=0, le=1000)
     multiple_of: Size = 256
     norm_eps: PositiveFloat = 1e-5
-    rope_theta: PositiveFloat = 10000.0
+    rope_theta: Theta = 10000.0
     max_seqlen: Size = 1024
     eos_id: Literal[2] = 2
 
