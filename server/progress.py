@@ -2,9 +2,11 @@
 
 import sys
 import time
-from typing import Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 INTERVAL = 10.0
 """Seconds between lines."""
@@ -17,29 +19,26 @@ class Progress:
         self._doing, self._total = doing, total
         self._count = 0
         self._told = time.monotonic()
-        self._bar = _bar(doing, total) if sys.stderr.isatty() else None
+        self._bar: Bar | None = None
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=Console(file=sys.stderr), transient=True)
+            self._task = self._bar.add_task(doing, total=total)
 
     def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar:
-            self._bar.close()
+            self._bar.stop()
 
     def advance(self, count: int) -> None:
         self._count += count
         if self._bar:
-            self._bar.update(count)
+            self._bar.advance(self._task, count)
         elif (now := time.monotonic()) - self._told >= INTERVAL:
             self._told = now
             of = "" if self._total is None else f" of {self._total:,}"
             typer.echo(f"{self._doing}: {self._count:,}{of} bytes", err=True)
-
-
-def _bar(doing: str, total: int | None) -> Any:
-    """None without tqdm, which is in the extra `train`: then there are lines on a terminal, too."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(desc=doing, total=total, unit="B", unit_scale=True, leave=False)
