@@ -244,6 +244,7 @@ def test_metas_arguments_that_are_not_there_or_of_another_architecture(tmp_path:
     [
         ({"n_layers_global": 10**9}, ["n_layers_global = 1000000000", "1000"]),
         ({"dim_global": 10**400}, ["dim_global = 1000"]),
+        ({"encoder_hash_byte_group_size": ""}, ["encoder_hash_byte_group_size", "at least 1 item"]),
         ({"ffn_dim_multiplier": 1e308}, ["ffn_dim_multiplier = 1e+308", "1000"]),
     ],
 )

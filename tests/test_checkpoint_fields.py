@@ -203,6 +203,16 @@ def test_so_is_a_tokenizer_or_a_patching_that_is_not_ours(data: dict[str, Any], 
     assert "train_args.json" in str(caught.value)
 
 
+def test_an_error_names_the_file_that_it_is_in(tmp_path: Path) -> None:
+    """Where two files say how to patch."""
+    write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=True, beside=False)
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"args": META_ARGS | {"patching_mode": "static"}}))
+    (tmp_path / "m" / "train_args.json").write_text(json.dumps({"data": {"patcher_args": {"threshold": 1.3}}}))
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path / "m")
+    assert str(caught.value).startswith(f"{tmp_path / 'm' / 'config.json'}: patching_mode = static")
+
+
 def test_what_is_not_known_of_metas_arguments_is_told(tmp_path: Path) -> None:
     write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=False, beside=False)
     params = {"model": META_ARGS | {"skip": 1}, "data": {"patcher_args": PATCHER_ARGS | {"jitter": 0.1}}}

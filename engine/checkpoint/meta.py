@@ -199,7 +199,7 @@ class _ModelArgs(_Transformer):
     tie_local_encoder_decoder: Literal[False] = False
     tie_local_encoder_decoder_logits: Literal[False] = False
     tokenize_with_bpe_delimiter: Literal[False] = False
-    encoder_hash_byte_group_size: list[Few]
+    encoder_hash_byte_group_size: list[Few] = Field(min_length=1)
     encoder_hash_byte_group_vocab: Size = 30000
     encoder_hash_byte_group_nb_functions: Size = Field(default=3, le=11)
 
@@ -336,9 +336,9 @@ def read_config(path: Path, patcher: Path | None = None) -> tuple[ModelConfig, t
     found = validate(_Data, training.get("data") or {}, training_file, "data")
     notes += unknown_note(found.tokenizer_args, str(training_file), "data.tokenizer_args.")
     said = found.patcher_args
-    patching = validate(
-        _PatcherArgs, args.patching | said, training_file if said else file, "data.patcher_args" * bool(said)
-    )
+    # Apart first, so that an error names the file that it is in.
+    validate(_PatcherArgs, said, training_file, "data.patcher_args")
+    patching = validate(_PatcherArgs, args.patching | said, file)
     notes += unknown_note(patching, str(training_file), "data.patcher_args.")
     for name, value in args.patching.items():
         if said.get(name, value) != value:
