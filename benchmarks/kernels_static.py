@@ -1,8 +1,8 @@
 """What the compiler makes of every Triton kernel, without a GPU: registers, spills, shared memory, expected bytes.
 
 `python -m benchmarks.kernels_static` runs the stages of the models' real shapes on tensors without storage, notes every
-kernel that they launch, and compiles each for every architecture. Exits with 1 if a kernel spills registers or wants
-more shared memory than the device has.
+kernel that they launch, and compiles each for every architecture. Exits with 1 if a kernel spills registers, wants
+more shared memory than the device has, or asks for its weights too late.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from benchmarks.gpu_check.handover import signals, stack, tile
+from benchmarks.gpu_check.handover.scale import scale_for
 from engine.caches import Caches
 from engine.checkpoint import PRESETS, expected_shapes
 from engine.config import EngineConfig, ModelConfig
@@ -40,7 +42,7 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes of shared memory that a program may have, by architecture (CUDA programming guide, compute capabilities)."""
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv", torch.float64: "fp64",
-    torch.int64: "i64", torch.bool: "i1",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 ROWS = (1, 8, 64)
 """Rows of the recorded passes: one byte, a draft, a crowd."""
@@ -71,17 +73,19 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came out for one architecture."""
+    """What came out for one architecture. early: loads from memory that stand before the wait for the kernel before;
+    None where it does not wait."""
 
     launch: Launch
     arch: int
     registers: int
     spilled: int
     shared: int
+    early: int | None = None
 
     @property
     def fits(self) -> bool:
-        return not self.spilled and self.shared <= SHARED_LIMIT[self.arch]
+        return not self.spilled and self.shared <= SHARED_LIMIT[self.arch] and self.early != 0
 
 
 class Recorder:
@@ -264,9 +268,37 @@ def record_ones(recorder: Recorder) -> None:
         kernels.accepted(ones(1, 1, dtype=torch.int64), ones(1, 1, dtype=torch.int64), one())
 
 
-def compile_for(launch: Launch, arch: int) -> Compiled:
+def record_handover(recorder: Recorder) -> None:
+    """Notes what the GPU check measures hand-overs with, where it holds most in registers: products in segments that
+    ask for their weights before they wait, float8 by bits, words, a stack as one kernel."""
+    meta = torch.device("meta")
+    scale = replace(scale_for("cuda", quick=False), device=meta)
+
+    def rows(width: int) -> Tensor:
+        return torch.empty(1, width, dtype=torch.bfloat16, device=meta)
+
+    def matrix(name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        stack, _, of = name.partition(" ")
+        return torch.empty(scale.stacks[stack].matrices[of], dtype=dtype, device=meta)
+
+    with recorder.recording():
+        for name in ("patcher o", "decoder down", "global down", "global qkv"):
+            out, width = matrix(name).shape
+            tile.product(rows(width), matrix(name), rows(out), overlaps=False)
+        tile.product(rows(2048), matrix("global qkv"), rows(6144), norm=rows(2048)[0], overlaps=False)
+        tile.product(rows(5632), matrix("global down", torch.uint8), rows(2048), widening=tile.BITS, overlaps=False)
+        words = torch.empty(2, signals.WORDS, dtype=torch.int32, device=meta)
+        signals.words_kernel[(128,)](words, 0, 2000, WORDS=1024, OWN=8, MOST=tile.MOST_POLLS, num_warps=tile.WARPS)
+        of = scale.stacks["patcher"]
+        stack.run(scale, of, stack.draw(scale, of), rows(of.dim), 500, apart=False)
+
+
+def compile_for(launch: Launch, arch: int, *, disassembled: bool = False) -> Compiled:
+    """disassembled: also looks for the loads before the wait."""
     # As `kernels.lang.overlap` decides.
-    constants = dict(launch.constants) | {"OVERLAP": arch >= 90}
+    constants = dict(launch.constants)
+    if "OVERLAP" in constants:
+        constants["OVERLAP"] = arch >= 90
     source = ASTSource(
         launch.kernel,
         dict(launch.signature),
@@ -275,7 +307,8 @@ def compile_for(launch: Launch, arch: int) -> Compiled:
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
     registers, spilled = _resources(compiled.asm["cubin"])
-    return Compiled(launch, arch, registers, spilled, compiled.metadata.shared)
+    early = _early_loads(compiled.asm["cubin"]) if disassembled else None
+    return Compiled(launch, arch, registers, spilled, compiled.metadata.shared, early)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -290,15 +323,30 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
+def _early_loads(cubin: bytes) -> int | None:
+    """Loads from global memory before ACQBULK, where a kernel waits for the one before; None where it does not."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", said)
+    waits = next((i for i, name in enumerate(found) if name.startswith("ACQBULK")), None)
+    return None if waits is None else sum(name.startswith("LDG") for name in found[:waits])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels_static", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=PRESETS, default=["1b", "7b"])
     parser.add_argument("--arch", nargs="+", type=int, choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--ones", action="store_true", help="also with every size 1")
+    parser.add_argument("--handover", action="store_true", help="what the GPU check measures hand-overs with, alone")
     options = parser.parse_args()
     recorder = Recorder()
-    for name in options.models:
+    if options.handover:
+        record_handover(recorder)
+    for name in () if options.handover else options.models:
         for fp8 in (False, True):
             record(PRESETS[name], fp8=fp8, recorder=recorder, rows=tuple(options.rows))
     if options.ones:
@@ -313,7 +361,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|---|")
     fits = True
     for launch, arch in tqdm(jobs, disable=not sys.stderr.isatty()):
-        c = compile_for(launch, arch)
+        c = compile_for(launch, arch, disassembled=options.handover)
         fits &= c.fits
         print(
             f"| {launch.name} | {launch.variant} | {arch} | {c.registers} | {c.spilled} | {c.shared} | {launch.rows} | "

@@ -31,6 +31,7 @@ def test_a_spill_and_too_much_shared_memory_do_not_fit() -> None:
     assert Compiled(None, 90, 255, 0, limit).fits  # type: ignore[arg-type]
     assert not Compiled(None, 90, 255, 8, limit).fits  # type: ignore[arg-type]
     assert not Compiled(None, 80, 255, 0, limit).fits  # type: ignore[arg-type]
+    assert not Compiled(None, 90, 255, 0, limit, early=0).fits  # type: ignore[arg-type]
 
 
 def test_blocks_can_be_tried() -> None:
