@@ -2,9 +2,10 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .generate import Reading
+if TYPE_CHECKING:
+    from .generate import Reading
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -26,7 +27,7 @@ def shown(of: dict[str, float], form: str = ".2f") -> str:
     return f"{of['median']:{form}} ({of['least']:{form}} to {of['most']:{form}})"
 
 
-def figures(pairs: Sequence[tuple[Reading, Reading]], peaks: Sequence[float]) -> dict[str, Any]:
+def figures(pairs: "Sequence[tuple[Reading, Reading]]", peaks: Sequence[float]) -> dict[str, Any]:
     """What turns of blt and another way say. peaks: bytes per second that the memory gave in each of them.
 
     realisation: the speed-up by the clock over the one that the bytes read predict. bandwidth_use: bytes read per

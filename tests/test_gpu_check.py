@@ -1,7 +1,9 @@
 """The GPU check without a GPU: parts that run, break, find something wrong, are cut and go on; all at toy size."""
 
 import ast
+import dataclasses
 import json
+import math
 import random
 import re
 import sys
@@ -17,7 +19,18 @@ import torch
 
 from benchmarks import replay, ways
 from benchmarks.generate import generate, prompts
-from benchmarks.gpu_check import check, exactness, kernel_tests, nano, probe, profiling, shape_1b
+from benchmarks.gpu_check import (
+    ahead,
+    check,
+    crowd,
+    exactness,
+    forms,
+    kernel_tests,
+    nano,
+    probe,
+    profiling,
+    shape_1b,
+)
 from benchmarks.gpu_check.__main__ import main
 from benchmarks.gpu_check.check import FAILED, MISSING, PARTS, PASSED, Check, Part
 from benchmarks.gpu_check.piece import Piece
@@ -33,6 +46,7 @@ FAKES = {
     "wrong": "piece.fail('two and two are five')",
     "broken": "piece.put(before=1)\n    raise RuntimeError('no such kernel')",
     "endless": "piece.put(before=1)\n    import time; time.sleep(60)",
+    "slow": "import time\n    for i in range(60):\n        piece.row('rows', {'i': i}); time.sleep(0.5)",
 }
 Figures = dict[str, Any]
 
@@ -74,7 +88,7 @@ def test_what_parts_find_or_break_on_is_written_and_the_rest_goes_on(fakes: Path
     assert checked.path.name == "gpu_check-some-device-tm-9-quick.json"
     content = json.loads(checked.path.read_text())
     parts = content["parts"]
-    assert list(parts) == list(FAKES)
+    assert list(parts) == ["good", "wrong", "broken", "endless"], "in the order of the list"
     assert {name: part["status"] for name, part in parts.items()} == {
         "good": "passed", "wrong": "failed", "broken": "broke", "endless": "broke"
     }  # fmt: skip
@@ -120,6 +134,51 @@ def test_a_part_that_the_whole_checks_time_cuts_is_missing(fakes: Path, monkeypa
     assert checked.run(["endless", "good"], [], 1.5) == MISSING
     parts = json.loads(checked.path.read_text())["parts"]
     assert parts["endless"]["status"] == "cut" and parts["endless"]["figures"] == {"before": 1} and "good" not in parts
+
+
+def test_a_budget_that_runs_out_in_mid_list_leaves_a_report_and_the_same_command_goes_on(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first part had its time, the second is cut with rows, the others are not begun; then what is missing runs."""
+    monkeypatch.setattr(check, "LEAST_SECONDS", 1)
+    every = ["good", "slow", "wrong"]
+    written: list[list[str]] = []
+    write = Check._write
+
+    def noting(self: Check, pieces: Figures, sources: str) -> None:
+        write(self, pieces, sources)
+        written.append(re.findall(r"^## (\w+)$", self.path.with_suffix(".md").read_text(), re.M))
+
+    monkeypatch.setattr(Check, "_write", noting)
+    checked = checking(fakes)
+    assert checked.run(every, [], 3) == MISSING
+    assert ran(fakes) == ["good", "slow"]
+    assert written[:2] == [["good"], ["good", "slow"]], "the report is written after every part"
+    content = json.loads(checked.path.read_text())["parts"]
+    assert content["good"]["status"] == "passed" and content["slow"]["status"] == "cut" and "wrong" not in content
+    assert content["slow"]["figures"]["rows"][0] == {"i": 0} and len(content["slow"]["figures"]["rows"]) < 60
+    report = checked.path.with_suffix(".md").read_text()
+    assert "| slow | cut |" in report and "| wrong | not run |" in report
+    assert "wrong: not begun, the time is up; the same command goes on here" in capsys.readouterr().out
+    # The same command: nothing that was done is done again.
+    assert checked.run(every, [], 5) in (FAILED, MISSING)
+    assert ran(fakes)[0] == "slow"
+
+
+def test_what_figures_decide_is_said(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (fakes / "fake_good.py").write_text(
+        "def measure(setting, piece):\n    piece.put(decided={'T0, is it so': 'it is.'})\n"
+    )
+    checking(fakes).run(["good"], [], 100)
+    assert "    T0, is it so: it is." in capsys.readouterr().out
+
+
+def test_the_report_names_card_torch_triton_and_driver(fakes: Path) -> None:
+    checked = checking(fakes, driver="580.1")
+    checked.run(["good"], [], 100)
+    head = checked.path.with_suffix(".md").read_text()[:900]
+    assert "Some Device (TM) 9" in head and "driver 580.1" in head and f"torch {torch.__version__}" in head
+    assert "triton" in head
 
 
 def test_the_fingerprint_is_of_the_sources() -> None:
@@ -215,7 +274,10 @@ def test_nano(setting: Setting) -> None:
 
 def test_1b_with_replayed_acceptance(setting: Setting) -> None:
     figures = figures_of(shape_1b, setting)
-    rows = {(row["form"], row["weights"], row["decoder"]): row for row in figures["speed"]}
+    assert [row["decoder"] for row in figures["speed"]] == list(ways.RANDOM["fast"])
+    assert all(0 <= row["host_gap"] <= 1 and row["host_us_per_byte"] >= 0 for row in figures["speed"])
+    others = figures_of(forms, setting)
+    rows = {(row["form"], row["weights"], row["decoder"]): row for row in figures["speed"] + others["speed"]}
     assert len(rows) == 2 * sum(map(len, ways.RANDOM.values()))
     for (_, _, way), row in rows.items():
         assert row["realisation"] > 0 and row["acceptance"] == (
@@ -224,6 +286,47 @@ def test_1b_with_replayed_acceptance(setting: Setting) -> None:
     drafted = rows["fast", "bfloat16", "blt-s k=8"]
     assert drafted["bytes_per_round"] > 2, "more than random weights would accept"
     assert "replayed acceptance" in told("1b", figures) and "hash tables of 251 rows" in told("1b", figures)
+
+
+def test_a_crowd(setting: Setting) -> None:
+    rows = figures_of(crowd, setting)["speed"]
+    assert [(row["concurrency"], row["decoder"]) for row in rows] == [(n, way) for n in (2, 3) for way in crowd.WAYS]
+    assert all(row["bytes_per_second"] > 0 and row["bandwidth_use"] > 0 for row in rows)
+    assert "| 3 | blt-dv B=8 |" in told("crowd", {"speed": rows})
+
+
+def test_running_ahead_writes_the_same_text(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = figures_of(ahead, setting)
+    rows = figures["ahead"]
+    assert [(row["decoder"], row["ahead"]) for row in rows] == [
+        (way, when) for way in ahead.WAYS for when in ahead.AHEAD
+    ]
+    assert all(row["same_text"] for row in rows)
+    assert figures["decided"]["T9, running ahead"].startswith("blt is fastest with ahead: ")
+    assert "| blt-d B=8 | never |" in told("ahead", figures)
+
+
+def test_another_text_ahead_is_found_and_the_costs_come_back(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = iter(range(1000))
+    real = ahead.generate
+
+    def other(*given: Any) -> Any:
+        found = real(*given)
+        return dataclasses.replace(found, texts=[[next(texts)]])
+
+    monkeypatch.setattr(ahead, "generate", other)
+    monkeypatch.setattr(ahead, "WAYS", {"blt": ahead.WAYS["blt"]})
+    piece = Piece(setting.work / "other.json")
+    ahead.measure(setting, piece)
+    failures = json.loads((setting.work / "other.json").read_text())["failures"]
+    assert len(failures) == 4 and "another text than without running ahead" in failures[0]
+
+    engine = setting.engine(random_model(setting.work, "tiny", "fast"))
+    costs = engine.runner.costs
+    ahead.run_ahead(engine, "never")
+    assert costs.feeding(1, 4.0) == math.inf
+    ahead.run_ahead(engine, "as now")
+    assert "feeding" not in vars(costs) and costs.feeding(1, 4.0) == 1.0
 
 
 def test_profile(setting: Setting) -> None:

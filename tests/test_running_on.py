@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.gpu_check import exactness
+from benchmarks.gpu_check.ahead import run_ahead
 from engine.config import EOS_ID, PatchingRule
 from engine.engine import Engine
 from engine.types import Finished, Request, SamplingParams, Unmask
@@ -121,7 +121,7 @@ SETTINGS = st.fixed_dictionaries(
 def launching_ahead(engine: Engine, *, passes: bool) -> Engine:
     """Wherever it can; and what a stage gave is gone once the stage has run again, as with a recorded graph. passes:
     behind steps of blt come passes, or the next step is begun."""
-    exactness.launch_ahead(engine, passes=passes)
+    run_ahead(engine, "always, passes" if passes else "always, the next step")
     launch = engine.runner.executor.run
     last: dict[str, Tensor] = {}
 

@@ -11,6 +11,7 @@ import torch
 from benchmarks import report
 
 from .check import PARTS, Check
+from .device import nvidia_smi
 
 
 def main() -> int:
@@ -42,6 +43,7 @@ def main() -> int:
         options.device,
         torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         f'make gpu-check ARGS="{arguments}"' if arguments else "make gpu-check",
+        nvidia_smi().get("driver_version") if options.device == "cuda" else None,
         quick=options.quick,
         keep=options.keep,
         trace=options.trace,

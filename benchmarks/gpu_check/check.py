@@ -37,19 +37,26 @@ SOURCES = (
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """module: has `measure(setting, piece)`. limit_s: seconds it may take. gate: whether it judges correctness."""
+    """module: has `measure(setting, piece)`. limit_s: seconds it may take. gate: whether it judges correctness.
+    interpreted: whether its kernels run in Triton's interpreter where there is no GPU."""
 
     module: str
     limit_s: float
     gate: bool = False
+    interpreted: bool = False
 
 
+# What a card is asked for first comes first: a lease may end at any time.
 PARTS: dict[str, Part] = {
-    "probe": Part("benchmarks.gpu_check.probe", 90),
+    "handover": Part("benchmarks.gpu_check.handover", 220, interpreted=True),
+    "1b": Part("benchmarks.gpu_check.shape_1b", 150),
+    "crowd": Part("benchmarks.gpu_check.crowd", 150),
+    "ahead": Part("benchmarks.gpu_check.ahead", 120, gate=True),
+    "nano": Part("benchmarks.gpu_check.nano", 120),
     "kernels": Part("benchmarks.gpu_check.kernel_tests", 240, gate=True),
     "exactness": Part("benchmarks.gpu_check.exactness", 180, gate=True),
-    "nano": Part("benchmarks.gpu_check.nano", 120),
-    "1b": Part("benchmarks.gpu_check.shape_1b", 240),
+    "probe": Part("benchmarks.gpu_check.probe", 90),
+    "forms": Part("benchmarks.gpu_check.forms", 200),
     "profile": Part("benchmarks.gpu_check.profiling", 150),
 }
 
@@ -63,6 +70,7 @@ class Check:
     device: Literal["cpu", "cuda"]
     device_name: str
     command: str
+    driver: str | None = None
     quick: bool = False
     keep: bool = False
     trace: bool = False
@@ -99,6 +107,7 @@ class Check:
                         [
                             f"{name}: {pieces[name]['status']} after {pieces[name]['seconds']:.0f} s",
                             *trouble(pieces[name]),
+                            *decided(pieces[name]),
                         ]
                     )
                 )
@@ -148,6 +157,8 @@ class Check:
         command += ["--trace", str(self.folder / f"{self.name}-traces")] if self.trace else []
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        if part.interpreted and self.device == "cpu":
+            environment["TRITON_INTERPRET"] = "1"
         with (
             log.open("w") as out,
             subprocess.Popen(
@@ -171,8 +182,8 @@ class Check:
 
     def _write(self, pieces: Mapping[str, Any], sources: str) -> None:
         ordered = {name: pieces[name] for name in self.parts if name in pieces}
-        figures = {"device": self.device_name, "quick": self.quick, "sources": sources, "parts": ordered}
-        report.write(self.name, self.command, figures, self.folder)
+        about = {"device": self.device_name, "driver": self.driver, "quick": self.quick, "sources": sources}
+        report.write(self.name, self.command, {**about, "parts": ordered}, self.folder)
         missing = [name for name in self.parts if name not in ordered]
         self.path.with_suffix(".md").write_text(render(json.loads(self.path.read_text()), missing))
 
@@ -187,7 +198,7 @@ def fingerprint() -> str:
     digest = blake2b(digest_size=6)
     for source in SOURCES:
         path = ROOT / source
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+        for file in [path] if path.is_file() else sorted(path.rglob("*.[pc][yu]")):
             digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
@@ -197,6 +208,11 @@ def trouble(piece: Mapping[str, Any]) -> list[str]:
     if piece["status"] == "passed":
         return []
     return [f"    {line}" for line in piece["failures"] or piece["last_lines"][-12:]]
+
+
+def decided(piece: Mapping[str, Any]) -> list[str]:
+    """What a part's figures decide, where it asks for that."""
+    return [f"    {question}: {decides}" for question, decides in piece["figures"].get("decided", {}).items()]
 
 
 def say(what: str) -> None:

@@ -6,7 +6,6 @@ torch's kernels on the same device. In float32 the exact decoders must equal `bl
 launched ahead must equal single launches; how often other sums of the same numbers lead elsewhere is only told.
 """
 
-import math
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +20,7 @@ from engine.decoders import EXACT
 from engine.engine import Engine
 from engine.types import Delta, Failed, Request, SamplingParams, Unmask
 
+from .ahead import run_ahead
 from .piece import Piece
 from .setting import Setting
 
@@ -78,7 +78,8 @@ def texts_of_variants(setting: Setting, model: Path, dtype: str) -> dict[str, Te
         engine = setting.engine(model, dtype=dtype, **choices)
         alone = AHEAD in variant or BEGUN in variant
         if alone:
-            launch_ahead(engine, passes=AHEAD in variant)
+            # As if the host took forever: all that can be launched before it has heard of what came before is.
+            run_ahead(engine, "always, passes" if AHEAD in variant else "always, the next step")
         found[variant] = texts_of(engine, num_prompts, count, mixed=not alone)
         del engine
     return found
@@ -110,14 +111,6 @@ def judge(model: str, row: dict[str, Any], piece: Piece) -> None:
 
 def _differ(texts: list[list[int]], others: list[list[int]]) -> float:
     return sum(a != b for a, b in zip(texts, others, strict=True)) / len(texts)
-
-
-def launch_ahead(engine: Engine, *, passes: bool = True) -> None:
-    """As if the host took forever: all that can be launched before it has heard of what came before is. passes: behind
-    a step of blt, further passes of the local stages; or the next step is begun."""
-    engine.runner.costs.feeding = lambda sequences, patch: 0.0 if passes else math.inf  # type: ignore[method-assign]
-    engine.runner.costs.starting = lambda sequences: 0.0  # type: ignore[method-assign]
-    engine.runner.costs.asking = lambda rows: math.inf  # type: ignore[method-assign]
 
 
 def texts_of(engine: Engine, num_prompts: int, count: int, *, mixed: bool = True) -> Texts:

@@ -4,8 +4,6 @@ A step of a model that is bound by reading weights can at best stream them as fa
 1B preset; every matrix is there so many times that no cache holds them, and all products run as one graph.
 """
 
-import os
-import subprocess
 from typing import Any
 
 import torch
@@ -13,10 +11,10 @@ from torch import Tensor
 
 from engine import bandwidth
 from engine.checkpoint import PRESETS
-from kernels import native
 from kernels.dispatch import Kernels, choose_kernels
 from kernels.linear import Matrix, quantize
 
+from .device import describe
 from .piece import Piece
 from .setting import Setting
 
@@ -51,35 +49,6 @@ def measure(setting: Setting, piece: Piece) -> None:
 def copy_size(setting: Setting) -> int:
     """Bytes to copy, far more than any cache holds."""
     return (16 << 20) if setting.quick else (1 << 30) if setting.on_gpu else (256 << 20)
-
-
-def describe(setting: Setting) -> dict[str, Any]:
-    """What the device is, and whether the host plans for it in C."""
-    planner = {"native planner": native.LIBRARY is not None}
-    if not setting.on_gpu:
-        capability = torch.backends.cpu.get_cpu_capability()
-        return {"name": "CPU", "cores": os.cpu_count(), "capability": capability, **planner}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "compute capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory GB": round(properties.total_memory / 1e9, 1),
-        "L2 MB": round(getattr(properties, "L2_cache_size", 0) / 1e6, 1),
-        "CUDA": torch.version.cuda,
-        **planner,
-        **_nvidia_smi(),
-    }
-
-
-def _nvidia_smi() -> dict[str, str]:
-    fields = ("driver_version", "power.limit", "clocks.max.memory", "clocks.max.sm", "utilization.gpu", "memory.used")
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(fields, (value.strip() for value in said.split(",")), strict=False))
 
 
 def _shapes(setting: Setting) -> dict[str, tuple[int, int]]:

@@ -41,14 +41,16 @@ def measure(setting: Setting, piece: Piece) -> None:
         engine = setting.engine(model, dtype="bfloat16", max_sequences=4, cache_bytes=cache_bytes)
         for way, how in list(WAYS.items())[: 2 if setting.quick else None]:
             trace = setting.trace / f"{name}-{how['decoder']}.json" if setting.trace else None
-            row = _profile(engine, how, None if name == "nano" else replayed(engine), setting, trace)
+            row = profile_steps(engine, how, None if name == "nano" else replayed(engine), setting, trace)
             piece.row("steps", {"model": name, "decoder": way, **row})
         del engine
 
 
-def _profile(
-    engine: Engine, how: dict[str, Any], wrap: Wrap | None, setting: Setting, trace: Path | None
+def profile_steps(
+    engine: Engine, how: dict[str, Any], wrap: Wrap | None, setting: Setting, trace: Path | None = None
 ) -> dict[str, Any]:
+    """What a step of one request takes, of the device and of the host. Raises RuntimeError if the profiler sees no
+    kernel."""
     steps = 2 if setting.quick else STEPS
     # The same steps three times: what they need is compiled and recorded in the first.
     _window(engine, how, wrap, steps)

@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.report import table
+from benchmarks.turns import shown
+
+from .handover import QUESTIONS
 
 Figures = Mapping[str, Any]
 
@@ -11,6 +14,7 @@ Figures = Mapping[str, Any]
 def render(content: Figures, missing: Sequence[str]) -> str:
     """The whole report. missing: parts that have not run."""
     taken = content["taken"]
+    taken = {**taken, "driver": content.get("driver")}
     where = ", ".join(f"{name} {value}" for name, value in taken.items() if value is not None)
     sections = [
         f"# GPU check: {content['device']}{' (toy sizes)' if content['quick'] else ''}",
@@ -136,13 +140,14 @@ def _shape_1b(figures: Figures) -> list[str]:
         "decoder calls a byte",
         "global calls a byte",
     ]
-    header += ["ms a step"]
+    header += ["ms a step", "host gap", "host, us a byte"]
     rows = [
         [row["form"], row["weights"], row["decoder"], row["acceptance"], f"{row['bytes_per_second']:,.0f}", _ratio(row)]
         + [f"{row['predicted']:.2f}", f"{row['realisation']:.2f}", f"{row['read_gb_s']:,.1f}"]
         + [f"{row['bandwidth_use']:.0%}", f"{row['read_mb_per_byte']:,.1f}", f"{row['bytes_per_round']:.2f}"]
         + [f"{row['decoder_calls_per_byte']:.2f}"]
         + [f"{row['global_calls_per_byte']:.2f}", f"{row['ms_per_step']:.2f}"]
+        + ([f"{row['host_gap']:.0%}", f"{row['host_us_per_byte']:,.0f}"] if "host_gap" in row else ["", ""])
         for row in figures.get("speed", [])
     ]
     said = (
@@ -175,7 +180,51 @@ def _profile(figures: Figures) -> list[str]:
     return [table(header, rows) if rows else "", *tops]
 
 
+def _handover(figures: Figures) -> list[str]:
+    """A line per question on what it decides; then all rows."""
+    said = "Microseconds per link of a chain that is one graph (T2 and T5: per phase), the median of five."
+    parts = [said, _decided(figures)]
+    for name, rows in figures.items():
+        if name not in QUESTIONS:
+            continue
+        header = list(dict.fromkeys(key for row in rows for key in row))
+        parts += [f"{name}:", table(header, [[_cell(row.get(key, "")) for key in header] for row in rows])]
+    if not_here := figures.get("not_here"):
+        cases = [", ".join(str(value) for key, value in row.items() if key != "why") for row in not_here]
+        parts.append("\n".join(f"* not here: {case}: {row['why']}" for case, row in zip(cases, not_here, strict=True)))
+    return [*parts, figures.get("left_out", "")]
+
+
+def _decided(figures: Figures) -> str:
+    return "\n".join(f"* **{question}**: {decides}" for question, decides in figures.get("decided", {}).items())
+
+
+def _crowd(figures: Figures) -> list[str]:
+    header = ["at a time", "decoder", "bytes/s", "over blt", "predicted", "GB/s read", "bandwidth use", "ms a step"]
+    rows = [
+        [str(row["concurrency"]), row["decoder"], f"{row['bytes_per_second']:,.0f}", _ratio(row)]
+        + [f"{row['predicted']:.2f}", f"{row['read_gb_s']:,.1f}", f"{row['bandwidth_use']:.0%}"]
+        + [f"{row['ms_per_step']:.2f}"]
+        for row in figures.get("speed", [])
+    ]
+    return [table(header, rows) if rows else ""]
+
+
+def _ahead(figures: Figures) -> list[str]:
+    header = ["decoder", "ahead", "bytes/s", "over never", "host, us a byte", "same text"]
+    rows = [
+        [row["decoder"], row["ahead"], f"{row['bytes_per_second']:,.0f}", shown(row["over_never"])]
+        + [f"{row['host_us_per_byte']:,.0f}", "yes" if row["same_text"] else "**no**"]
+        for row in figures.get("ahead", [])
+    ]
+    return [_decided(figures), table(header, rows)] if rows else []
+
+
 SECTIONS: dict[str, Callable[[Figures], list[str]]] = {
+    "handover": _handover,
+    "crowd": _crowd,
+    "ahead": _ahead,
+    "forms": _shape_1b,
     "probe": _probe,
     "kernels": _kernels,
     "exactness": _exactness,
@@ -187,6 +236,10 @@ SECTIONS: dict[str, Callable[[Figures], list[str]]] = {
 
 def _ratio(row: Figures) -> str:
     return f"{row['over_blt']:.2f} ({row['range'][0]:.2f} to {row['range'][1]:.2f})"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: float | None) -> str:
