@@ -290,7 +290,7 @@ def record_handover(recorder: Recorder) -> None:
         words = torch.empty(2, signals.WORDS, dtype=torch.int32, device=meta)
         signals.words_kernel[(128,)](words, 0, 2000, WORDS=1024, OWN=8, MOST=tile.MOST_POLLS, num_warps=tile.WARPS)
         of = scale.stacks["patcher"]
-        stack.run(scale, of, stack.draw(scale, of), rows(of.dim), 500, apart=False)
+        stack.Run(scale, of, stack.draw(scale, of), rows(of.dim), 500)(apart=False)
 
 
 def compile_for(launch: Launch, arch: int, *, disassembled: bool = False) -> Compiled:

@@ -111,9 +111,11 @@ def test_a_stack_is_what_torch_makes_of_it_whatever_its_company() -> None:
     shape = TOY.stacks["decoder"]
     weights, x = stack.draw(TOY, shape), TOY.rows_of(3, shape.dim)
     for length in (5, stack.PAGE):
-        found = stack.run(TOY, shape, weights, x, length, apart=True)
+        run = stack.Run(TOY, shape, weights, x, length)
+        found = run(apart=True).clone()
         torch.testing.assert_close(found, stack.expected(shape, weights, x, length), atol=0.05, rtol=0.05)
-        assert torch.equal(stack.run(TOY, shape, weights, x[2:], length, apart=True)[0], found[2])
+        assert torch.equal(run(apart=True), found)
+        assert torch.equal(stack.Run(TOY, shape, weights, x[2:], length)(apart=True)[0], found[2])
 
 
 def test_phases_that_do_not_wait_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

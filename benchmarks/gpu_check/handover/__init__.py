@@ -42,7 +42,7 @@ CASE_S = 15.0
 def measure(
     setting: Setting, piece: Piece, *, budget_s: float = BUDGET_S, questions: Mapping[str, str] = QUESTIONS
 ) -> None:
-    scale = scale_for(setting.device, quick=setting.quick)
+    scale, worker = scale_for(setting.device, quick=setting.quick), Worker()
     if scale.on_gpu:
         piece.put(capability="sm_{}{}".format(*torch.cuda.get_device_capability()))
         began = time.monotonic()
@@ -51,7 +51,6 @@ def measure(
     began = time.monotonic()
     limit = CASE_S if scale.on_gpu else 60.0
     rows: dict[str, list[Case]] = {name: [] for name in questions}
-    worker = Worker()
     try:
         for name, case in _cases(scale, questions):
             if time.monotonic() - began > budget_s:

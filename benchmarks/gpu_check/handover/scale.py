@@ -88,10 +88,11 @@ class Scale:
 
         return self.work_us(bandwidth.recorded(work, self.device)) / len(links)
 
-    def work_us(self, work: Callable[[], object]) -> float:
-        """Microseconds of one `work()`: the median of five, or in the interpreter, whose times mean nothing, of one."""
+    def work_us(self, work: Callable[[], object], *, times: int = 3) -> float:
+        """Microseconds of one `work()` among `times` in a row, more of them the shorter it is, so that the host's first
+        launch does not count; the median of five. In the interpreter, whose times mean nothing, of one."""
         if self.on_gpu:
-            return 1e6 * bandwidth.seconds(work, self.device)
+            return 1e6 * bandwidth.seconds(work, self.device, times=times)
         began = time.perf_counter()
         work()
         return 1e6 * (time.perf_counter() - began)

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from kernels.linear import FP8, quantize
+from kernels.linear import quantize
 
 from .question import UNDECIDED, Case, NotHere, find
 from .scale import Scale
@@ -28,16 +28,16 @@ def measure(scale: Scale, case: Case) -> Case:
     if widening == CAST and scale.on_gpu and torch.cuda.get_device_capability() < (8, 9):
         raise NotHere("this device has no e4m3 numbers")
     out, width = scale.stacks["global"].matrices[case["matrix"].removeprefix("global ")]
-    drawn = scale.matrices(out, width)
+    drawn = list(scale.matrices(out, width))
     if widening != PLAIN:
-        drawn = torch.stack([quantize(matrix).data for matrix in drawn])
+        drawn = [quantize(matrix).data for matrix in drawn]
     x, y = scale.rows_of(1, width), torch.empty(1, out, device=scale.device, dtype=torch.bfloat16)
-    weights = drawn.view(torch.uint8) if widening in (BITS, ASM) else drawn
+    weights = [matrix.view(torch.uint8) for matrix in drawn] if widening in (BITS, ASM) else drawn
     links = [partial(product, x, weight, y, widening=widening, overlaps=scale.overlaps) for weight in weights]
     us = scale.chain_us([links[i % len(links)] for i in range(scale.links)])
     last = drawn[(scale.links - 1) % len(links)].float()
     torch.testing.assert_close(y.float(), x.float() @ last.T, atol=0.02 * float(last.abs().max()) * 8, rtol=0.02)
-    return {"us": us, "GB/s": out * width * (1 if drawn.dtype == FP8 else 2) / us / 1e3}
+    return {"us": us, "GB/s": out * width * drawn[0].itemsize / us / 1e3}
 
 
 def decide(rows: list[Case]) -> str:
