@@ -17,7 +17,7 @@ import torch
 
 from ..piece import Piece
 from ..setting import Setting
-from .question import Case, NotHere
+from .question import Case, NotHere, Question
 from .scale import Scale, scale_for
 from .worker import Worker
 
@@ -105,10 +105,15 @@ def compile_all(scale: Scale, questions: Mapping[str, str]) -> None:
 
 def _cases(scale: Scale, questions: Mapping[str, str]) -> Iterator[tuple[str, Case]]:
     for name, module in questions.items():
-        for case in import_module(module).cases(scale):
+        for case in _question(module).cases(scale):
             yield name, case
 
 
+def _question(module: str) -> Question:
+    found: Question = import_module(module)  # type: ignore[assignment]
+    return found
+
+
 def _decided(module: str, name: str, rows: list[Case]) -> tuple[str, str]:
-    question = import_module(module)
+    question = _question(module)
     return f"{name}, {question.TITLE}", question.decide(rows)
