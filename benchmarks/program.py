@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -29,6 +30,8 @@ Content = Mapping[str, Any]
 SHAPES = ("tiny", "nano", "1b", "3b", "7b")
 PRIVATE = ("--work", "--out")
 """Arguments that no figure depends on."""
+EXTRAS = {"against_tokens": ("tokens", ("gguf", "llama_cpp"))}
+"""Programs that need more than `make bench` installs: an extra, and the modules that it brings."""
 
 
 class Verdict(NamedTuple):
@@ -71,6 +74,15 @@ class Subject:
             "notes": [*self.notes, *(["replayed acceptance"] if self.replays else [])],
             "replays": self.replays,
         }
+
+
+def lacking(name: str) -> str | None:
+    """What must be installed before that program can run, in a line; None where nothing is missing."""
+    extra, modules = EXTRAS.get(name, ("", ()))
+    missing = [module for module in modules if find_spec(module) is None]
+    if not missing:
+        return None
+    return f"{name} needs {' and '.join(missing)}: .venv/bin/pip install -e '.[{extra}]' (it compiles, for ten minutes)"
 
 
 def parser(

@@ -17,11 +17,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from . import report, summary
+from .program import lacking
 
 RUNS = (
     "startup",
     "realisation --shape 1b --turns 2 --bytes 24 --ways 'blt-s k=8' 'blt-d B=8' 'blt-dv B=8'",
     "batching --shape 1b --turns 1 --concurrency 4",
+    "against_tokens --turns 2 --bytes 44 --ways blt 'blt-s k=8' 'blt-dv B=8' --formats f16 q8_0",
     "against_hf --turns 2 --lengths 64 256 512",
     "growth --turns 2 --hf-most 2048",
     "realisation --model models/nano --turns 2 --bytes 128",
@@ -40,7 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show the commands and run none")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON files and the page")
     options = parser.parse_args(arguments)
-    runs = [run for run in RUNS if not options.only or run.split()[0] in options.only]
+    runs = []
+    for run in RUNS:
+        name = run.split()[0]
+        if options.only and name not in options.only:
+            continue
+        if lacks := lacking(name):
+            print(f"left out: {lacks}", file=sys.stderr, flush=True)
+        else:
+            runs.append(run)
     if options.list:
         print("\n".join(f"python -m benchmarks.{run}" for run in runs))
         return 0

@@ -14,6 +14,7 @@ from .program import Content, Verdict
 
 PROGRAMS = {
     "against_hf": "Against Hugging Face transformers",
+    "against_tokens": "Against llama.cpp",
     "realisation": "Realisation, bandwidth use, host cost",
     "rates": "Bytes per second, and what holds them back",
     "decoders": "The decoders on text of three kinds",
