@@ -91,6 +91,8 @@ class Check:
         ends = time.monotonic() + budget_s
         sources = fingerprint()
         pieces = self._read()
+        if self.quick:
+            say("toy sizes: does everything run? Figures, and what they decide, mean nothing.")
         with tempfile.TemporaryDirectory(prefix="gpu_check-") as work:
             for name in names:
                 if name not in again and self._is_there(pieces.get(name), sources):
