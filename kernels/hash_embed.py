@@ -71,10 +71,13 @@ def ngram_hashes(windows: Tensor, group_sizes: Sequence[int], num_functions: int
     The oldest id of a group is weighted by base^0, arithmetic wraps around at 64 bits, the modulus is floored.
     """
     hashes = []
-    for function in range(num_functions):
-        powers = torch.tensor(_powers(PRIMES[function], max(group_sizes)), device=windows.device)
+    for base in PRIMES[:num_functions]:
         for size in group_sizes:
-            hashes.append((windows[:, -size:] * powers[:size]).sum(-1).remainder(rows))
+            # By Horner's rule: no tensor of powers that would have to be sent to the device first.
+            hashed = windows[:, -1]
+            for i in range(2, size + 1):
+                hashed = hashed * base + windows[:, -i]
+            hashes.append(hashed.remainder(rows))
     return torch.stack(hashes, dim=1)
 
 

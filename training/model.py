@@ -1,7 +1,8 @@
 """The model as one differentiable pass over a padded batch, for training.
 
 The same maths as the engine's stages on the same canonical tensors, without caches: `weights` is what
-`engine.checkpoint` saves. Rows are matrix products in `dtype`; the residual streams stay float32.
+`engine.checkpoint` saves. Rows are matrix products in `dtype`; the residual streams stay float32. All runs on the
+device of its tensors; only `patch` waits for it, once, to learn how many patches there are.
 
     patch       texts -> where patches start, decided by the patcher as when served     (BLT 2.3)
     latents     texts, patches -> what the global transformer knows after each patch     (BLT 3)
@@ -54,7 +55,7 @@ class Blocks:
     @property
     def positions(self) -> Tensor:
         """The original index of each cell: (B, S * K)."""
-        return (self.starts[..., None] + torch.arange(self.ids.shape[-1])).flatten(1)
+        return (self.starts[..., None] + torch.arange(self.ids.shape[-1], device=self.ids.device)).flatten(1)
 
 
 def initial_weights(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ def initial_weights(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], 
 
 def patcher_logits(config: ModelConfig, weights: Weights, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Next-byte logits of the patcher, ids (B, T) -> (B, T, vocab) float32."""
-    positions = torch.arange(ids.shape[1])
+    positions = torch.arange(ids.shape[1], device=ids.device)
     x = F.embedding(ids, weights["model.patcher.embed_tokens.weight"])
     x = _stack(x, weights, "model.patcher", config.patcher, positions, dtype)
     return _project(
@@ -92,21 +93,21 @@ def patch(rule: PatchingRule, entropy: Tensor) -> Patches:
     """Cuts texts into patches by entropy (B, T), the next byte's place counted in, as `engine.patching` does."""
     if rule.mode != "entropy" or rule.monotonic or rule.threshold_add is not None or rule.max_patch_length is None:
         raise ValueError("training knows the plain entropy threshold with a longest patch")
-    count, length = entropy.shape
+    (count, length), device = entropy.shape, entropy.device
     longest = rule.max_patch_length
-    index = torch.arange(length + 1)
-    natural = torch.ones(count, length + 1, dtype=torch.bool)
+    index = torch.arange(length + 1, device=device)
+    natural = torch.ones(count, length + 1, dtype=torch.bool, device=device)
     natural[:, 2:] = entropy[:, 1:] > rule.threshold
     since = index - torch.where(natural, index, 0).cummax(1).values
     opens = since % longest == 0
     patch_of = opens.cumsum(1) - 1
     own, reads = patch_of[:, :-1], patch_of[:, 1:] - 1
     counts = own[:, -1] + 1
-    starts = torch.full((count, int(counts.max()) + 2), length)
+    starts = torch.full((count, int(counts.max()) + 2), length, device=device)
     starts.scatter_(1, torch.where(opens, patch_of, starts.shape[1] - 1), index.expand(count, -1))
     starts = starts[:, :-1].clamp(max=length)
-    starts[torch.arange(starts.shape[1]) > counts[:, None]] = length
-    inside = starts[:, :-1, None] + torch.arange(longest)
+    starts = starts.masked_fill(index[: starts.shape[1]] > counts[:, None], length)
+    inside = starts[:, :-1, None] + torch.arange(longest, device=device)
     holds = inside < starts[:, 1:, None]
     return Patches(own, reads, starts[:, :-1], inside.clamp(max=length - 1), holds, counts)
 
@@ -121,7 +122,7 @@ def latents(config: ModelConfig, weights: Weights, ids: Tensor, patches: Patches
     for t in range(config.hashes.num_tables):
         table = weights[f"model.encoder_hash_tok_embedding.{t}.weight"]
         x = x + F.embedding(rows[:, t].view_as(ids), table)
-    x = _stack(x, weights, "model.local_encoder", enc, torch.arange(ids.shape[1]), dtype)
+    x = _stack(x, weights, "model.local_encoder", enc, torch.arange(ids.shape[1], device=ids.device), dtype)
 
     name = "model.local_encoder.cross_attn_layers.0"
     key_value = _project(_norm(x, weights, f"{name}.k_norm", enc, dtype), weights, f"{name}.k_proj", f"{name}.v_proj")
@@ -142,7 +143,8 @@ def latents(config: ModelConfig, weights: Weights, ids: Tensor, patches: Patches
     x = slots.flatten(2)
     if config.projects_latent:
         x = _project(x.to(dtype), weights, "model.global_transformer.token_embedding_projection").float()
-    x = _stack(x, weights, "model.global_transformer", config.global_, torch.arange(x.shape[1]), dtype)
+    positions = torch.arange(x.shape[1], device=x.device)
+    x = _stack(x, weights, "model.global_transformer", config.global_, positions, dtype)
     out = _project(x.to(dtype), weights, "model.local_decoder.patch_embedding_projection")
     return out.unflatten(-1, (config.slots, config.decoder.dim)).float()
 
@@ -162,11 +164,11 @@ def decode(
     block; its position is its original index.
     """
     dec, length = config.decoder, ids.shape[1]
-    positions, blind = torch.arange(length), None
+    positions, blind = torch.arange(length, device=ids.device), None
     if blocks is not None:
         cells = blocks.positions
         ids = torch.cat([ids, blocks.ids.flatten(1)], 1)
-        reads = torch.cat([reads, blocks.patches.repeat_interleave(blocks.ids.shape[2], 1)], 1)
+        reads = torch.cat([reads, _repeated(blocks.patches, blocks.ids.shape[2])], 1)
         positions = torch.cat([positions.expand(len(ids), -1), cells], 1)
         blind = _block_mask(blocks, length, dec.window).to(dtype)
     turns = _turns(positions, dec)
@@ -188,14 +190,19 @@ def logits(weights: Weights, states: Tensor) -> Tensor:
 def _block_mask(blocks: Blocks, length: int, window: int | None) -> Tensor:
     """0 where a cell sees a clean row or another cell, -inf elsewhere: (B, 1, S * K, T + S * K)."""
     _, count, size = blocks.ids.shape
-    cells = blocks.positions
-    clean = torch.arange(length)
-    seen = clean < blocks.starts.repeat_interleave(size, 1)[..., None]
+    cells, device = blocks.positions, blocks.ids.device
+    clean = torch.arange(length, device=device)
+    seen = clean < _repeated(blocks.starts, size)[..., None]
     if window is not None:
         seen &= clean > cells[..., None] - window
-    block = torch.arange(count).repeat_interleave(size)
+    block = torch.arange(count * size, device=device) // size
     own = (block[:, None] == block).expand(len(cells), -1, -1)
-    return torch.zeros(()).where(torch.cat([seen, own], 2), float("-inf"))[:, None]
+    return torch.where(torch.cat([seen, own], 2), 0.0, float("-inf"))[:, None]
+
+
+def _repeated(x: Tensor, count: int) -> Tensor:
+    """Every element `count` times in a row, (B, S) -> (B, S * count)."""
+    return x[..., None].expand(-1, -1, count).flatten(1)
 
 
 def _read_latent(
@@ -237,8 +244,7 @@ def _layer(
     n = _norm(x, weights, f"{prefix}.input_layernorm", stack, dtype)
     qkv = _project(n, weights, f"{attn}.q_proj", f"{attn}.k_proj", f"{attn}.v_proj").unflatten(-1, (-1, stack.head_dim))
     heads, kv_heads = stack.num_heads, stack.num_kv_heads
-    turned = torch.view_as_complex(qkv[:, :, : heads + kv_heads].float().unflatten(-1, (-1, 2))) * turns
-    turned = torch.view_as_real(turned).flatten(-2).to(dtype).transpose(1, 2)
+    turned = _turned(qkv[:, :, : heads + kv_heads].float(), turns).to(dtype).transpose(1, 2)
     q, k, v = turned[:, :heads], turned[:, heads:], qkv[:, :, heads + kv_heads :].transpose(1, 2)
     attended = _causal(q[:, :, :clean], k[:, :, :clean], v[:, :, :clean], stack.window)
     if blind is not None:
@@ -260,7 +266,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     chunks = q.shape[2] // window
     q = q.unflatten(2, (chunks, window)).transpose(1, 2).flatten(0, 1)
     k, v = (t.unfold(2, 2 * window, window).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k, v))
-    ahead = torch.arange(2 * window) - torch.arange(window)[:, None]
+    index = torch.arange(2 * window, device=q.device)
+    ahead = index - index[:window, None]
     seen = ((ahead > 0) & (ahead <= window)).expand(chunks, -1, -1).clone()
     seen[0, :, :window] = False
     seen = seen.repeat(len(q) // chunks, 1, 1)[:, None]
@@ -269,10 +276,16 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 
 def _turns(positions: Tensor, stack: StackConfig) -> Tensor:
-    """Unit complex numbers that rotary positions multiply pairs by: (..., R, 1, head_dim / 2)."""
-    frequencies = stack.rope_theta ** (-torch.arange(0, stack.head_dim, 2) / stack.head_dim)
+    """Cosines and sines of the angles that rotary positions turn pairs by: (2, ..., R, 1, head_dim / 2)."""
+    frequencies = stack.rope_theta ** (-torch.arange(0, stack.head_dim, 2, device=positions.device) / stack.head_dim)
     angles = positions[..., None, None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def _turned(x: Tensor, turns: Tensor) -> Tensor:
+    """x (B, R, H, head_dim) with its neighbouring pairs turned. Not with complex numbers: compilers know none."""
+    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), turns
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 def _norm(x: Tensor, weights: Weights, name: str, stack: StackConfig, dtype: torch.dtype) -> Tensor:
@@ -287,5 +300,5 @@ def _project(x: Tensor, weights: Weights, *names: str) -> Tensor:
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """x (B, N, C) at index (B, ...) -> (B, ..., C)."""
-    offset = torch.arange(len(x)).view(-1, *[1] * (index.dim() - 1)) * x.shape[1]
+    offset = torch.arange(len(x), device=x.device).view(-1, *[1] * (index.dim() - 1)) * x.shape[1]
     return F.embedding(index + offset, x.flatten(0, 1))

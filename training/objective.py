@@ -3,6 +3,8 @@
 Fast BLT 3.2, equations 5 to 7, with three choices that leave the expected loss what it is and make it less noisy or
 cheaper: only some of a text's blocks are drawn, each weighing as many as it stands for; every block has a corruption
 rate of its own; the rates are spread evenly over a batch. Rates below `MIN_RATE` are not drawn, for 1/t explodes.
+
+All runs on the device of its tensors, but for random numbers: the host draws them, the same for every device.
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import PAD_ID, ModelConfig
+from engine.copies import sent
 
 from . import model
 from .model import Blocks, Patches, Weights
@@ -36,12 +39,13 @@ class Corruption:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """`clean` and `mask` in nats per byte of text, differentiable; `..._right`: shares guessed."""
+    """Numbers, still on their device. `clean` and `mask` in nats per byte of text, differentiable; `..._right`: shares
+    guessed."""
 
     clean: Tensor
     mask: Tensor
-    clean_right: float
-    mask_right: float
+    clean_right: Tensor
+    mask_right: Tensor
 
 
 def corrupt(
@@ -54,25 +58,29 @@ def corrupt(
     """
     assert config.block_size is not None and config.mask_id is not None
     count, size, width = len(row), config.block_size, row.shape[1]
-    most = patches.starts.shape[1]
-    eligible = torch.arange(most) < patches.counts[:, None]
+    most, device = patches.starts.shape[1], row.device
+
+    def uniform(*shape: int) -> Tensor:
+        return sent(torch.rand(shape, generator=draw).numpy(), device)
+
+    eligible = torch.arange(most, device=device) < patches.counts[:, None]
     eligible[:, 0] = False
     eligible &= row.gather(1, patches.starts.clamp(max=width - 1)) != PAD_ID
-    lottery = torch.rand(count, most, generator=draw).masked_fill(~eligible, 2.0)
+    # As many as there can be patches: how many there are may differ by a near-tie from device to device.
+    lottery = uniform(count, width)[:, :most].masked_fill(~eligible, 2.0)
     drawn = lottery.topk(min(per_text, most), largest=False)
     chosen, real = drawn.indices, drawn.values < 2.0
     starts = patches.starts.gather(1, chosen)
-    cells = starts[..., None] + torch.arange(size)
+    cells = starts[..., None] + torch.arange(size, device=device)
     targets = row.gather(1, cells.clamp(max=width - 1).flatten(1)).view_as(cells)
     targets = targets.masked_fill(cells >= width, PAD_ID)
 
     if rate is None:
-        places = torch.randperm(chosen.numel(), generator=draw).view_as(chosen)
-        jitter = torch.rand(chosen.shape, generator=draw)
-        rates = MIN_RATE + (1 - MIN_RATE) * (places + jitter) / chosen.numel()
+        places = sent(torch.randperm(chosen.numel(), generator=draw).numpy(), device).view_as(chosen)
+        rates = MIN_RATE + (1 - MIN_RATE) * (places + uniform(*chosen.shape)) / chosen.numel()
     else:
-        rates = torch.full(chosen.shape, rate)
-    masked = torch.rand(cells.shape, generator=draw) < rates[..., None]
+        rates = torch.full(chosen.shape, rate, device=device)
+    masked = uniform(*cells.shape) < rates[..., None]
     masked &= targets != PAD_ID
     blocks = Blocks(targets.masked_fill(masked, config.mask_id), starts, (chosen - 1).clamp(min=0))
     stands_for = eligible.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1) * real
@@ -82,21 +90,22 @@ def corrupt(
 def losses(
     config: ModelConfig, weights: Weights, row: Tensor, patches: Patches, corruption: Corruption, dtype: torch.dtype
 ) -> Losses:
-    """Both losses of the texts in `row` (B, T + 1): clean row j is asked for byte j + 1, the last included."""
+    """Both losses of the texts in `row` (B, T + 1): clean row j is asked for byte j + 1, the last included.
+
+    What is not asked for is computed and weighs nothing: to pick out the rest, the host would wait for the device.
+    """
     ids, after = row[:, :-1], row[:, 1:]
-    asked = after != PAD_ID
+    asked, scores, targets = after != PAD_ID, corruption.scores, corruption.targets
     slots = model.latents(config, weights, ids, patches, dtype)
     clean, cells = model.decode(config, weights, ids, patches.reads, slots, dtype, corruption.blocks)
-    next_logits = model.logits(weights, clean[asked])
-    cell_logits = model.logits(weights, cells[corruption.scores])
-    next_bytes, cell_bytes = after[asked], corruption.targets[corruption.scores]
-    weight = (corruption.stands_for / corruption.rates)[..., None].expand_as(corruption.scores)[corruption.scores]
-    cell_loss = (F.cross_entropy(cell_logits, cell_bytes, reduction="none") * weight).sum()
+    next_logits, cell_logits = model.logits(weights, clean), model.logits(weights, cells)
+    weight = (corruption.stands_for / corruption.rates)[..., None] * scores
+    cell_loss = F.cross_entropy(cell_logits.flatten(0, 2), targets.flatten(), reduction="none")
     return Losses(
-        F.cross_entropy(next_logits, next_bytes),
-        cell_loss / len(next_bytes),
-        _share_right(next_logits, next_bytes),
-        _share_right(cell_logits, cell_bytes),
+        F.cross_entropy(next_logits.flatten(0, 1), after.flatten(), ignore_index=PAD_ID),
+        (cell_loss * weight.flatten()).sum() / asked.sum(),
+        _share_right(next_logits, after, asked),
+        _share_right(cell_logits, targets, scores),
     )
 
 
@@ -106,5 +115,5 @@ def patcher_loss(config: ModelConfig, weights: Weights, row: Tensor, dtype: torc
     return F.cross_entropy(found, row[:, 1:].flatten(), ignore_index=PAD_ID)
 
 
-def _share_right(found: Tensor, wanted: Tensor) -> float:
-    return float((found.detach().argmax(-1) == wanted).float().mean())
+def _share_right(found: Tensor, wanted: Tensor, asked: Tensor) -> Tensor:
+    return ((found.detach().argmax(-1) == wanted) & asked).sum() / asked.sum()
