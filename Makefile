@@ -70,6 +70,10 @@ kernels-static: .venv/.dev  ## what the compiler makes of every Triton kernel, w
 gpu-check:  ## prove and measure on this machine's GPU; uses python3 and its torch, neither .venv nor network (docs/gpu.md)
 	@deploy/gpu_check.sh $(ARGS)
 
+.PHONY: gpu-train
+gpu-train:  ## train a stage on this machine's GPU, without .venv and network (docs/training.md); ARGS="--device cuda ..."
+	@deploy/gpu_train.sh $(ARGS)
+
 # What `gpu-check` needs beside torch, triton and numpy; each brings what it needs itself.
 GPU_WHEELS := msgspec safetensors pydantic pytest hypothesis
 gpu-wheels:  ## download into .whl what gpu-check needs on a machine with torch, for Python 3.12 on x86-64 Linux

@@ -1,6 +1,5 @@
 """A training run: its corpus, that stopping it changes nothing, and the model folder it ends in."""
 
-import json
 import os
 import signal
 from dataclasses import replace
@@ -15,8 +14,9 @@ from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
 from tests.models import our_config
 from training.corpus import Corpus, standard_library
 from training.export import export
-from training.state import Settings, State
-from training.train import Stopped, fraction, row_length, train
+from training.metrics import read_metrics
+from training.state import Settings, State, fraction
+from training.train import Stopped, row_length, train
 
 TEXTS = tuple(f"def f{i}(x):\n    return x + {i}\n".encode() * (1 + i % 7) for i in range(20))
 CORPUS = Corpus(tuple(f"{i}.py" for i in range(20)), TEXTS)
@@ -77,17 +77,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, stop_at: in
     InterruptedCorpus.at = stop_at
     with pytest.raises(Stopped):
         train(State.new(SETTINGS, CONFIG), InterruptedCorpus(CORPUS.names, CORPUS.texts), tmp_path / "halves")
-    resumed = State.load(tmp_path / "halves" / "state.pt", CONFIG)
+    resumed = State.load(tmp_path / "halves", CONFIG)
     assert sum(phase.step for phase in resumed.phases.values()) in (stop_at - 1, stop_at)
     train(resumed, CORPUS, tmp_path / "halves")
 
     assert resumed.config == whole.config
     for name, weight in whole.weights.items():
         assert torch.equal(resumed.weights[name], weight), name
-    losses = [
-        [json.loads(line)["bits"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "halves")
-    ]
+    losses = [[line["bits"] for line in read_metrics(tmp_path / name)] for name in ("whole", "halves")]
     assert losses[0] == losses[1] and len(losses[0]) == 2 * (SETTINGS.steps or 0)
 
 
@@ -128,13 +125,12 @@ def test_an_ablation_takes_the_patcher_of_another_run(tmp_path: Path) -> None:
     train(first, CORPUS, tmp_path / "first")
 
     ablation = State.new(replace(SETTINGS, mask_weight=0.0, seed=1), CONFIG)
-    ablation.adopt_patcher(State.load(tmp_path / "first" / "state.pt", CONFIG))
+    ablation.adopt_patcher(State.load(tmp_path / "first", CONFIG))
     train(ablation, CORPUS, tmp_path / "ablation")
     assert ablation.config.patching == first.config.patching
     assert ablation.phases["patcher"].bytes == first.phases["patcher"].bytes
     for name, weight in ablation.weights.items():
         assert torch.equal(weight, first.weights[name]) == name.startswith("model.patcher."), name
-    phases = {json.loads(line)["phase"] for line in (tmp_path / "ablation" / "metrics.jsonl").read_text().splitlines()}
-    assert phases == {"model"}
+    assert {line["phase"] for line in read_metrics(tmp_path / "ablation")} == {"model"}
     result = export(ablation, CORPUS, CORPUS, tmp_path / "ablation", tmp_path / "out")
     assert result.bits_per_byte > 0

@@ -1,16 +1,13 @@
 """The model card of a trained model: what it is, what it learnt from, how good it is, what it is not."""
 
-import platform
 from collections.abc import Sequence
-
-import torch
 
 from engine.config import ModelConfig
 
 from .corpus import HELD_OUT_ONE_IN, Corpus
 from .decoding import BEGIN, END
 from .evaluate import PROMPTS, Evaluation
-from .state import PATCHER, State
+from .state import PATCHER, State, fraction
 
 
 def card(state: State, training: Corpus, result: Evaluation, texts: Sequence[str]) -> str:
@@ -38,7 +35,7 @@ counted; the bfloat16 weights of this folder, float32 arithmetic. `python -m tra
 
 ## Data and licence
 
-The `.py` files of the standard library of CPython {platform.python_version()} (PSF License Agreement, version 2), as
+The `.py` files of the standard library of CPython {training.python} (PSF License Agreement, version 2), as
 they lie next to the interpreter, without installed packages: {training.num_bytes / 1e6:.1f} MB to learn from. One file
 in {HELD_OUT_ONE_IN}, by a hash of its name, is held out. A document is BOS, the file's bytes, EOS. The weights are
 under this project's licence, Apache-2.0; text that the model repeats from its data stays under the PSF's.
@@ -104,6 +101,9 @@ up in a table of its own, with [MASK] = {config.mask_id}."""
 def _training(state: State) -> str:
     settings, patcher, main = state.settings, state.phases["patcher"], state.phases["model"]
     lengths = ", ".join(f"{length} bytes from {start:.0%} on" for start, length in settings.lengths)
+    machines = ", ".join(f"{machine} ({seconds / 60:.0f} minutes)" for machine, seconds in state.machines.items())
+    done = fraction(state, main)
+    unfinished = f"\n* The run is not finished: {done:.0%} of it is done." if done < 1 else ""
     return f"""\
 * Objective: Fast BLT (arXiv 2605.08044), section 3.2: next-byte loss plus masked blocks of {state.config.block_size}
   cells that start at patch starts, weighted 1/t, t from 0.05 to 1. Departures: the block term has weight
@@ -115,7 +115,7 @@ def _training(state: State) -> str:
 * Rows: {lengths}; {settings.batch_bytes} bytes per step. Muon {settings.matrix_rate} for matrices, AdamW
   {settings.table_rate} for tables, head and norms; {settings.warm_up} steps of warm-up, cosine to 0, gradient norm
   clipped at 1, bfloat16 products.
-* Machine: {torch.get_num_threads()} CPU cores ({platform.machine()}) shared with other work, no GPU."""
+* Trained on: {machines}.{unfinished}"""
 
 
 def _samples(texts: Sequence[str]) -> str:

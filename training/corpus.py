@@ -1,12 +1,23 @@
 """The corpus: Python's own standard library, as it lies next to the running interpreter.
 
 A document is one `.py` file: BOS, its bytes, EOS. One file in twenty, chosen by a hash of its name, is held out.
+
+`python -m training.corpus --out corpus.tar.xz` puts it into an archive of some 5 MB, for a run that goes on where
+another Python is: a run keeps the text that it began with.
 """
 
+import argparse
+import io
+import lzma
+import platform
+import sys
 import sysconfig
+import tarfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +33,26 @@ START_WEIGHT = 64
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as byte strings, with their names relative to the library's root, in the order of the names."""
+    """Documents as byte strings, with their names relative to the library's root, in the order of the names.
+
+    python: the version of CPython whose library they are.
+    """
 
     names: tuple[str, ...]
     texts: tuple[bytes, ...]
+    python: str = field(default_factory=platform.python_version)
 
     @property
     def num_bytes(self) -> int:
         return sum(map(len, self.texts))
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of all names and texts, in hexadecimal."""
+        found = sha256()
+        for name, text in zip(self.names, self.texts, strict=True):
+            found.update(f"{name}\0{len(text)}\0".encode() + text)
+        return found.hexdigest()
 
     @cached_property
     def _encoded(self) -> list[np.ndarray]:
@@ -69,8 +92,53 @@ class Corpus:
 def standard_library(root: Path | None = None) -> tuple[Corpus, Corpus]:
     """(training, held-out) documents: every `.py` file below `root` that is UTF-8, installed packages left out."""
     root = root or Path(sysconfig.get_path("stdlib"))
-    training: dict[str, bytes] = {}
-    held_out: dict[str, bytes] = {}
+    found = _split(_files(root), platform.python_version())
+    if not found[0].names:
+        raise FileNotFoundError(f"no Python files below {root}")
+    return found
+
+
+def write_archive(path: Path, root: Path | None = None) -> int:
+    """Writes the files of `standard_library(root)` into a .tar.xz, the same bytes each time; gives their number."""
+    found = standard_library(root)
+    documents = sorted(pair for corpus in found for pair in zip(corpus.names, corpus.texts, strict=True))
+    with tarfile.open(path, "w:xz", format=tarfile.PAX_FORMAT) as archive:
+        for name, text in documents:
+            member = tarfile.TarInfo(f"cpython-{found[0].python}/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+    return len(documents)
+
+
+def read_archive(path: Path) -> tuple[Corpus, Corpus]:
+    """(training, held-out) documents of what `write_archive` wrote. Raises ValueError for anything else."""
+    versions: set[str] = set()
+
+    def documents() -> Iterator[tuple[str, bytes]]:
+        with tarfile.open(path, "r:xz") as archive:
+            for member in archive:
+                folder, _, name = member.name.partition("/")
+                file = archive.extractfile(member)
+                if file is None or not name or not folder.startswith("cpython-"):
+                    raise ValueError(f"{path}: {member.name} is no file of a folder cpython-VERSION")
+                versions.add(folder.removeprefix("cpython-"))
+                yield name, file.read()
+
+    try:
+        found = list(documents())
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path} is no archive of `python -m training.corpus`: {error}") from None
+    if len(versions) != 1:
+        raise ValueError(f"{path} holds {len(versions)} folders cpython-VERSION instead of one")
+    return _split(found, versions.pop())
+
+
+def corpora(path: Path | None) -> tuple[Corpus, Corpus]:
+    """(training, held-out) documents of an archive, or of the standard library. Raises OSError or ValueError."""
+    return read_archive(path) if path else standard_library()
+
+
+def _files(root: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if "site-packages" in name or "dist-packages" in name:
@@ -80,10 +148,30 @@ def standard_library(root: Path | None = None) -> tuple[Corpus, Corpus]:
             text.decode()
         except UnicodeDecodeError:
             continue
+        yield name, text
+
+
+def _split(documents: Iterable[tuple[str, bytes]], python: str) -> tuple[Corpus, Corpus]:
+    training: dict[str, bytes] = {}
+    held_out: dict[str, bytes] = {}
+    for name, text in sorted(documents):
         (held_out if zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0 else training)[name] = text
-    if not training:
-        raise FileNotFoundError(f"no Python files below {root}")
     return (
-        Corpus(tuple(training), tuple(training.values())),
-        Corpus(tuple(held_out), tuple(held_out.values())),
+        Corpus(tuple(training), tuple(training.values()), python),
+        Corpus(tuple(held_out), tuple(held_out.values()), python),
     )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.corpus", description="Writes Python's standard library as an archive to train on."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the archive, a .tar.xz")
+    options = parser.parse_args(arguments)
+    count = write_archive(options.out)
+    print(f"{options.out}: {count} files of CPython {platform.python_version()}, {options.out.stat().st_size} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

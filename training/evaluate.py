@@ -21,7 +21,8 @@ from engine.types import Delta, Failed, Finished, Request, SamplingParams
 from kernels.linear import quantize
 
 from . import model, objective
-from .corpus import Corpus, standard_library
+from .corpus import Corpus, corpora
+from .device import chosen_device
 from .state import PATCHER
 
 PROMPTS = ("def read_lines(path):\n", "import os\nimport sys\n\n\nclass ", "    def __init__(self, ")
@@ -48,16 +49,18 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, context: int = 1024) -> Evaluation:
-    """Reads all of `corpus` in slices of `context` bytes, each a text of its own that begins with BOS.
+    """Reads all of `corpus` in slices of `context` bytes, each a text of its own that begins with BOS, on the device of
+    `weights`.
 
     Raises ValueError for a model without block diffusion, and for a rule of patching that training does not know.
     """
     block_size = _block_size(config)
-    rows = corpus.slices(context)
+    rows, device = corpus.slices(context), next(iter(weights.values())).device
     draw = torch.Generator().manual_seed(0)
     nats = asked = right = patches_seen = bytes_seen = 0.0
-    hits, cells = torch.zeros(block_size), torch.zeros(block_size)
+    hits, cells = torch.zeros(2, block_size, device=device)
     for row in tqdm(rows.split(ROWS_AT_ONCE), desc="evaluating", disable=not sys.stderr.isatty()):
+        row = row.to(device)
         ids, wanted = row[:, :-1], row[:, 1:]
         text = wanted != PAD_ID
         patches = model.patch(config.patching, model.entropies(config, weights, ids))
@@ -129,15 +132,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="a model folder")
     parser.add_argument("--context", type=int, default=1024, help="bytes per slice of a file")
     parser.add_argument("--float8", action="store_true", help="with what `--weights float8` rounds rounded")
+    parser.add_argument(
+        "--corpus", type=Path, help="archive of python -m training.corpus (default: this Python's library)"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what computes (default cpu)")
     options = parser.parse_args(arguments)
     try:
+        device = chosen_device(options.device)
         loaded = checkpoint.load(options.model)
         _block_size(loaded.config)
-        weights = {name: tensor.float() for name, tensor in loaded.tensors.items()}
+        weights = {name: tensor.float().to(device) for name, tensor in loaded.tensors.items()}
         if options.float8:
             weights = as_float8(weights)
-        result = evaluate(loaded.config, weights, standard_library()[1], options.context)
-    except ValueError as error:
+        result = evaluate(loaded.config, weights, corpora(options.corpus)[1], options.context)
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     print(json.dumps(asdict(result), indent=2))

@@ -1,20 +1,29 @@
-"""All that a training run must remember, and its file: a run that is stopped goes on as if it had not been."""
+"""All that a training run must remember, and its files: a run that is stopped goes on as if it had not been.
 
-import os
-from dataclasses import asdict, dataclass, field, replace
+A run's folder holds `state.json` (settings, progress, which tensors there are, which parts) and the tensors' bytes in
+`state-NUMBER-DIGEST.part`. No byte says on which machine or device they were written: any other goes on with them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 
 from engine.checkpoint import PRESETS, expected_shapes
 from engine.config import ModelConfig
 
 from .model import initial_weights
+from .muon import Muon
+from .packing import packed, unpacked
+from .parts import PART_BYTES, Part, read_parts, remove_others, write_parts, write_whole
 
 PATCHER = "model.patcher."
+MANIFEST = "state.json"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +59,12 @@ class Settings:
 
 @dataclass(slots=True)
 class Phase:
-    """Training of some of the weights: matrices inside layers by Muon, tables, heads and norms by AdamW."""
+    """Training of some of the weights: matrices inside layers by Muon, tables, heads and norms by AdamW.
 
+    names: of the weights of each optimizer.
+    """
+
+    names: tuple[tuple[str, ...], ...]
     optimizers: tuple[torch.optim.Optimizer, ...]
     rates: tuple[float, ...]
     step: int = 0
@@ -60,19 +73,49 @@ class Phase:
 
     @classmethod
     def of(cls, weights: dict[str, Tensor], settings: Settings) -> "Phase":
-        matrices = {n for n, w in weights.items() if w.dim() == 2 and ("layers." in n or "projection" in n)}
+        matrices = tuple(n for n, w in weights.items() if w.dim() == 2 and ("layers." in n or "projection" in n))
+        others = tuple(n for n in weights if n not in matrices)
         return cls(
+            (matrices, others),
             (
-                Muon([w for n, w in weights.items() if n in matrices], weight_decay=0.01),
-                AdamW(
-                    [w for n, w in weights.items() if n not in matrices],
-                    betas=(0.9, 0.95),
-                    weight_decay=0.0,
-                    fused=True,
-                ),
+                Muon([weights[n] for n in matrices], weight_decay=0.01),
+                AdamW([weights[n] for n in others], betas=(0.9, 0.95), weight_decay=0.0, fused=True),
             ),
             (settings.matrix_rate, settings.table_rate),
         )
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a phase is."""
+
+    step: int
+    seconds: float
+    bytes: int
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A float32 tensor and how many bytes it takes packed; they lie end to end in the parts."""
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """`state.json`."""
+
+    settings: Settings
+    threshold: float
+    settled: bool
+    corpus: str | None
+    machines: dict[str, float]
+    phases: dict[str, Progress]
+    tensors: list[Entry]
+    parts: list[Part]
+
+
+class StateError(ValueError):
+    """A run's folder does not hold a state that can be gone on with."""
 
 
 @dataclass(slots=True)
@@ -85,56 +128,102 @@ class State:
     phases: dict[str, Phase] = field(default_factory=dict)
     settled: bool = False
     """The patcher is as it will be stored, and the threshold is set."""
+    corpus: str | None = None
+    """The digest of the text that it learns from, from the first step on."""
+    machines: dict[str, float] = field(default_factory=dict)
+    """Seconds of steps by what they ran on."""
 
     @classmethod
-    def new(cls, settings: Settings, config: ModelConfig | None = None) -> "State":
+    def new(cls, settings: Settings, config: ModelConfig | None = None, device: torch.device = CPU) -> "State":
         config = config or PRESETS[settings.preset]
-        weights = initial_weights(config, expected_shapes(config), settings.seed)
-        for weight in weights.values():
-            weight.requires_grad_()
+        # Drawn by the host: the same on every device.
+        drawn = initial_weights(config, expected_shapes(config), settings.seed)
+        weights = {name: weight.to(device).requires_grad_() for name, weight in drawn.items()}
         patcher = {n: w for n, w in weights.items() if n.startswith(PATCHER)}
         rest = {n: w for n, w in weights.items() if n not in patcher}
         return cls(
             settings, config, weights, {"patcher": Phase.of(patcher, settings), "model": Phase.of(rest, settings)}
         )
 
-    def save(self, path: Path) -> None:
-        """Writes the run to a file, at once or not at all."""
-        data = {
-            "settings": asdict(self.settings),
-            "threshold": self.config.patching.threshold,
-            "settled": self.settled,
-            "weights": {n: w.detach() for n, w in self.weights.items()},
-            "phases": {
-                name: {
-                    "optimizers": [o.state_dict() for o in phase.optimizers],
-                    "step": phase.step,
-                    "seconds": phase.seconds,
-                    "bytes": phase.bytes,
-                }
-                for name, phase in self.phases.items()
-            },
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        torch.save(data, unfinished)
-        os.replace(unfinished, path)
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
+    @property
+    def steps(self) -> int:
+        """Of both phases."""
+        return sum(phase.step for phase in self.phases.values())
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights, then what the optimizers remember of each, all float32."""
+        yield from self.weights.items()
+        for phase in self.phases.values():
+            for names, optimizer in zip(phase.names, phase.optimizers, strict=True):
+                for name in names:
+                    kept = optimizer.state.get(self.weights[name], {})
+                    yield from ((f"{name} {key}", tensor) for key, tensor in kept.items())
+
+    def save(self, run: Path, most: int = PART_BYTES) -> None:
+        """Writes the run into its folder, at once or not at all, in parts of at most `most` bytes."""
+        run.mkdir(parents=True, exist_ok=True)
+        entries, pieces = [], []
+        for name, tensor in self._tensors():
+            pieces.append(packed(tensor))
+            entries.append(Entry(name, tuple(tensor.shape), len(pieces[-1])))
+        parts = write_parts(run, "state", b"".join(pieces), most)
+        manifest = Manifest(
+            self.settings,
+            self.config.patching.threshold,
+            self.settled,
+            self.corpus,
+            self.machines,
+            {name: Progress(phase.step, phase.seconds, phase.bytes) for name, phase in self.phases.items()},
+            entries,
+            parts,
+        )
+        write_whole(run / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)))
+        remove_others(run, "state", parts)
 
     @classmethod
-    def load(cls, path: Path, config: ModelConfig | None = None) -> "State":
-        """The run as it was saved; `config` is needed only for a shape that is no preset."""
-        data: dict[str, Any] = torch.load(path, weights_only=True)
-        state = cls.new(Settings(**data["settings"]), config)
-        state.set_threshold(data["threshold"])
-        state.settled = data["settled"]
+    def load(cls, run: Path, config: ModelConfig | None = None, device: torch.device = CPU) -> "State":
+        """The run as it was saved into a folder; `config` is needed only for a shape that is no preset.
+
+        Raises StateError or PartError, which name the file that is missing or wrong.
+        """
+        path = run / MANIFEST
+        try:
+            manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        except FileNotFoundError:
+            raise StateError(f"{path} does not exist: there is no run in {run}") from None
+        except msgspec.DecodeError as error:
+            raise StateError(f"{path}: {error}") from None
+        data = memoryview(read_parts(run, manifest.parts))
+        found: dict[str, Tensor] = {}
+        for entry in manifest.tensors:
+            try:
+                found[entry.name] = unpacked(bytes(data[: entry.bytes]), entry.shape)
+            except ValueError as error:
+                raise StateError(f"{path}: {entry.name}: {error}") from None
+            data = data[entry.bytes :]
+
+        state = cls.new(manifest.settings, config, device)
+        state.set_threshold(manifest.threshold)
+        state.settled, state.corpus, state.machines = manifest.settled, manifest.corpus, manifest.machines
+        if missing := state.weights.keys() - found.keys():
+            raise StateError(f"{path} lacks {min(missing)}: it is a run of another shape")
         with torch.no_grad():
             for name, weight in state.weights.items():
-                weight.copy_(data["weights"][name])
+                weight.copy_(found.pop(name))
         for name, phase in state.phases.items():
-            saved = data["phases"][name]
-            for optimizer, optimizer_state in zip(phase.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(optimizer_state)
-            phase.step, phase.seconds, phase.bytes = saved["step"], saved["seconds"], saved["bytes"]
+            done = manifest.phases[name]
+            phase.step, phase.seconds, phase.bytes = done.step, done.seconds, done.bytes
+            for names, optimizer in zip(phase.names, phase.optimizers, strict=True):
+                kept: dict[int, dict[str, Tensor]] = {}
+                for i, weight_name in enumerate(names):
+                    start = f"{weight_name} "
+                    if of_weight := {n[len(start) :]: t for n, t in found.items() if n.startswith(start)}:
+                        kept[i] = of_weight
+                optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
         return state
 
     def adopt_patcher(self, other: "State") -> None:
@@ -152,3 +241,14 @@ class State:
 
     def set_threshold(self, threshold: float) -> None:
         self.config = replace(self.config, patching=replace(self.config.patching, threshold=threshold))
+
+
+def fraction(state: State, phase: Phase) -> float:
+    """How much of a phase is done, 0..1: of its steps, or of its share of the minutes."""
+    settings = state.settings
+    if settings.steps is not None:
+        return min(1.0, phase.step / settings.steps)
+    assert settings.minutes is not None
+    is_patcher = phase is state.phases["patcher"]
+    share = settings.patcher_share if is_patcher else 1 - settings.patcher_share
+    return min(1.0, phase.seconds / (60 * settings.minutes * share))

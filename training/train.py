@@ -5,56 +5,103 @@ folder of its own: its state (saved every two minutes and when it is stopped), i
 """
 
 import argparse
-import json
 import math
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from . import model, objective
-from .corpus import Corpus, standard_library
-from .export import export
-from .state import PATCHER, Phase, Settings, State
+from engine.checkpoint import PRESETS
+from engine.copies import sent
+
+from . import STARTED, model, objective
+from .corpus import Corpus, corpora
+from .device import chosen_device, description, synchronize
+from .metrics import Metrics
+from .passes import Pass, Passes
+from .progress import Progress
+from .state import MANIFEST, PATCHER, Phase, Settings, State, fraction
 
 SAVE_SECONDS = 120.0
-LOG_SECONDS = 15.0
+SPARE_SECONDS = 2.0
+"""For the process to end in when a stage's state is saved."""
+MORE_TO_DO = 3
+"""Exit code of a stage after which the run is not finished."""
 
-Step = Callable[[Tensor, torch.Generator], dict[str, Tensor | float]]
+Step = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
 
 
 class Stopped(Exception):
     """The run was asked to stop; its state is saved."""
 
 
-def train(state: State, corpus: Corpus, run: Path) -> None:
-    """Runs what is left of both phases. Raises Stopped after SIGINT or SIGTERM, with the state saved."""
-    with _stop_requests() as stopping:
-        patcher, main = state.phases["patcher"], state.phases["model"]
+class StageOver(Exception):
+    """The stage's time is up, and there is more to do; the state is saved."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the phases of a run share while a process works on it."""
+
+    state: State
+    corpus: Corpus
+    folder: Path
+    metrics: Metrics
+    passes: Passes
+    asked: Callable[[], bool]
+    deadline: float | None
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    """What the last steps took."""
+    saved: float = field(default_factory=time.monotonic)
+    save_seconds: float = 0.0
+
+    def save(self) -> None:
+        synchronize(self.state.device)
+        began = time.monotonic()
+        self.state.save(self.folder)
+        self.saved = time.monotonic()
+        self.save_seconds = max(self.save_seconds, self.saved - began)
+
+    def is_due(self) -> bool:
+        """Whether another step might leave too little time to save the state, should that take twice as long."""
+        needed = max(self.seconds) + 2 * self.save_seconds + SPARE_SECONDS
+        return self.deadline is not None and time.monotonic() + needed > self.deadline
+
+
+def train(
+    state: State, corpus: Corpus, folder: Path, passes: Passes | None = None, deadline: float | None = None
+) -> None:
+    """Runs what is left of both phases.
+
+    Raises Stopped after SIGINT or SIGTERM, and StageOver in time before `deadline` (seconds of `time.monotonic`), if
+    only after one step; both with the state saved. Raises ValueError for another text than the run began with.
+    """
+    if state.corpus not in (None, corpus.digest):
+        raise ValueError(
+            f"the run in {folder} began with another text (SHA-256 {state.corpus:.12}, this one {corpus.digest:.12}): "
+            "give the --corpus that it began with (Python's library differs from version to version)"
+        )
+    state.corpus = corpus.digest
+    folder.mkdir(parents=True, exist_ok=True)
+    with _stop_requests() as asked, Metrics(folder, state.steps) as metrics:
+        run = _Run(state, corpus, folder, metrics, passes or Passes(), asked, deadline)
+        # At once: a folder that cannot be written is known before there is something to lose, and how long it takes.
+        run.save()
         if not state.settled:
-            _run(state, patcher, _patcher_step(state), corpus, run, stopping)
+            _phase(run, "patcher", _patcher_step(state, run.passes))
             _settle_patcher(state, corpus)
-        _run(state, main, _model_step(state), corpus, run, stopping)
-
-
-def fraction(state: State, phase: Phase) -> float:
-    """How much of a phase is done, 0..1: of its steps, or of its share of the minutes."""
-    settings = state.settings
-    if settings.steps is not None:
-        return min(1.0, phase.step / settings.steps)
-    assert settings.minutes is not None
-    is_patcher = phase is state.phases["patcher"]
-    share = settings.patcher_share if is_patcher else 1 - settings.patcher_share
-    return min(1.0, phase.seconds / (60 * settings.minutes * share))
+            run.save()
+        _phase(run, "model", _model_step(state, run.passes))
 
 
 def row_length(settings: Settings, done: float) -> int:
@@ -66,85 +113,101 @@ def _finished(state: State, phase: Phase) -> bool:
     return fraction(state, phase) >= 1.0
 
 
-def _run(state: State, phase: Phase, step: Step, corpus: Corpus, run: Path, stopping: Callable[[], bool]) -> None:
-    name = next(n for n, p in state.phases.items() if p is phase)
-    settings = state.settings
-    saved = logged = time.monotonic()
-    on_terminal = sys.stderr.isatty()
-    run.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=1.0, initial=fraction(state, phase), desc=name, disable=not on_terminal,
-              bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar, \
-         (run / "metrics.jsonl").open("a") as metrics:  # fmt: skip
+def _phase(run: _Run, name: str, step: Step) -> None:
+    state, settings, phase = run.state, run.state.settings, run.state.phases[name]
+    machine = description(state.device)
+    with Progress(name, fraction(state, phase)) as progress:
         while not _finished(state, phase):
-            began, done = time.monotonic(), fraction(state, phase)
+            began, chosen = time.monotonic(), run.passes.seconds
+            done = fraction(state, phase)
             length = row_length(settings, done)
             # A step's draws depend on the seed, the phase and the step alone: a resumed run draws the same.
             seed = np.random.SeedSequence([settings.seed, name == "model", phase.step])
-            row = corpus.rows(np.random.default_rng(seed), max(1, settings.batch_bytes // length), length)
+            rows = run.corpus.rows(np.random.default_rng(seed), max(1, settings.batch_bytes // length), length)
+            draw = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
+            figures = step(sent(rows.numpy(), state.device), draw)
             rate = min(1.0, (phase.step + 1) / settings.warm_up) * (0.5 + 0.5 * math.cos(math.pi * done))
-            found = step(row, torch.Generator().manual_seed(int(seed.generate_state(1)[0])))
             for optimizer, base in zip(phase.optimizers, phase.rates, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = base * rate
                 optimizer.step()
                 optimizer.zero_grad()
             phase.step += 1
-            phase.bytes += row.shape[0] * length
-            now = time.monotonic()
-            phase.seconds += now - began
+            phase.bytes += rows.shape[0] * length
+            seconds = time.monotonic() - began - (run.passes.seconds - chosen)
+            phase.seconds += seconds
+            run.seconds.append(seconds)
+            state.machines[machine] = state.machines.get(machine, 0.0) + seconds
 
-            figures = {key: float(value) for key, value in found.items()}
-            line = {"phase": name, "step": phase.step, "seconds": phase.seconds, "bytes": phase.bytes, **figures}
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
-            bar.set_postfix_str(
-                f", {figures['bits']:.3f} bits/byte, {row.shape[0] * length / (now - began) / 1e3:.1f} kB/s"
-            )
-            bar.update(min(1.0, fraction(state, phase)) - bar.n)
-            if not on_terminal and (now - logged > LOG_SECONDS or _finished(state, phase)):
-                logged = now
-                shown = " ".join(f"{k}={v:.3f}" for k, v in figures.items())
-                print(f"{name} {fraction(state, phase):6.1%} step={phase.step} MB={phase.bytes / 1e6:.2f} "
-                      f"kB/s={phase.bytes / phase.seconds / 1e3:.2f} {shown}", flush=True)  # fmt: skip
-            if stopping() or now - saved > SAVE_SECONDS or _finished(state, phase):
-                saved = now
-                state.save(run / "state.pt")
-            if stopping():
+            line = {"phase": name, "step": phase.step, "seconds": round(phase.seconds, 3), "bytes": phase.bytes}
+            shown = run.metrics.add(line, figures)
+            finished, due, asked = _finished(state, phase), run.is_due(), run.asked()
+            if finished or due or asked:
+                shown = run.metrics.flush() or shown
+            progress.show(fraction(state, phase), shown, last=finished or due or asked)
+            if finished or due or asked or time.monotonic() - run.saved > SAVE_SECONDS:
+                run.save()
+            if asked:
                 raise Stopped
+            if due and not (finished and name == "model"):
+                raise StageOver
 
 
-def _patcher_step(state: State) -> Step:
-    def step(row: Tensor, draw: torch.Generator) -> dict[str, Tensor | float]:
-        loss = objective.patcher_loss(state.config, state.weights, row, state.settings.dtype)
-        loss.backward()
-        return {"bits": loss.detach() / math.log(2)}
+def _patcher_step(state: State, passes: Passes) -> Step:
+    def step(row: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
+        def loss(function: Pass) -> Tensor:
+            found: Tensor = function(state.config, state.weights, row, state.settings.dtype)
+            found.backward()
+            return found
+
+        found = loss(passes.choose(objective.patcher_loss, row.shape, _without_trace(loss, state)))
+        return {"bits": found / math.log(2)}
 
     return step
 
 
-def _model_step(state: State) -> Step:
+def _model_step(state: State, passes: Passes) -> Step:
     settings = state.settings
     trained = [w for n, w in state.weights.items() if not n.startswith(PATCHER)]
 
-    def step(row: Tensor, draw: torch.Generator) -> dict[str, Tensor | float]:
+    def step(row: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
         with torch.no_grad():
             patches = model.patch(state.config.patching, model.entropies(state.config, state.weights, row[:, :-1]))
+        passes.vary(patches.starts, patches.bytes, patches.holds)
         # Without weight a single block, so that its loss is still seen.
         wanted = settings.blocks_per_kib if settings.mask_weight else 0
         per_text = max(1, wanted * (row.shape[1] - 1) // 1024)
         corruption = objective.corrupt(state.config, row, patches, per_text, draw)
-        losses = objective.losses(state.config, state.weights, row, patches, corruption, settings.dtype)
-        (losses.clean + settings.mask_weight * losses.mask).backward()
+
+        def losses(function: Pass) -> objective.Losses:
+            found: objective.Losses = function(state.config, state.weights, row, patches, corruption, settings.dtype)
+            (found.clean + settings.mask_weight * found.mask).backward()
+            return found
+
+        found = losses(passes.choose(objective.losses, row.shape, _without_trace(losses, state)))
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         return {
-            "bits": losses.clean.detach() / math.log(2),
-            "mask": losses.mask.detach() / math.log(2),
-            "right": losses.clean_right,
-            "mask_right": losses.mask_right,
+            "bits": found.clean / math.log(2),
+            "mask": found.mask / math.log(2),
+            "right": found.clean_right,
+            "mask_right": found.mask_right,
             "norm": norm,
         }
 
     return step
+
+
+def _without_trace(losses: Callable[[Pass], Any], state: State) -> Callable[[Pass], None]:
+    """The same, with the gradients gone after it."""
+
+    def attempt(function: Pass) -> None:
+        try:
+            losses(function)
+        finally:
+            for weight in state.weights.values():
+                weight.grad = None
+
+    return attempt
 
 
 def _settle_patcher(state: State, corpus: Corpus) -> None:
@@ -153,8 +216,8 @@ def _settle_patcher(state: State, corpus: Corpus) -> None:
         for name, weight in state.weights.items():
             if name.startswith(PATCHER):
                 weight.copy_(weight.to(torch.bfloat16))
-        ids = corpus.rows(np.random.default_rng(state.settings.seed), 64, 1024)[:, :-1]
-        entropy = model.entropies(state.config, state.weights, ids)
+        rows = corpus.rows(np.random.default_rng(state.settings.seed), 64, 1024)
+        entropy = model.entropies(state.config, state.weights, rows[:, :-1].to(state.device))
     low, high = 0.0, math.log(state.config.vocab_size)
     for _ in range(20):
         middle = (low + high) / 2
@@ -185,47 +248,100 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
+
+
+def _minutes(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise ValueError(text)
+    return number
+
+
+_positive.__name__, _minutes.__name__ = "number above 0", "number of minutes above 0"  # for argparse's messages
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("models/nano"), help="where the finished model goes")
+    parser.add_argument("--out", type=Path, help="where the finished model goes (default models/nano; not with stages)")
     parser.add_argument("--run", type=Path, default=Path("runs/nano"), help="where the run lives while it lasts")
-    bound = parser.add_mutually_exclusive_group()
-    bound.add_argument("--minutes", type=float, help="length of the run, both phases together (default 60)")
-    bound.add_argument("--steps", type=int, help="steps of each phase, instead of minutes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mask-weight", type=float, help="weight of the block term; 0 trains a plain BLT (ablation)")
-    parser.add_argument("--patcher-of", type=Path, help="take the patcher of the run in this folder, do not train one")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run, with its own settings")
+    choices = parser.add_argument_group("settings of a new run")
+    bound = choices.add_mutually_exclusive_group()
+    bound.add_argument("--minutes", type=_minutes, help="minutes of steps, both phases together (default 60)")
+    bound.add_argument("--steps", type=_positive, help="steps of each phase, instead of minutes")
+    trainable = [name for name, config in PRESETS.items() if config.block_size and config.patching.max_patch_length]
+    choices.add_argument("--preset", choices=trainable, help="shape of the model (default nano)")
+    choices.add_argument("--batch-bytes", type=_positive, help="bytes of text per step (default 6144)")
+    choices.add_argument("--seed", type=int, help="of weights and draws (default 0)")
+    choices.add_argument("--mask-weight", type=float, help="weight of the block term; 0 trains a plain BLT (ablation)")
+    choices.add_argument("--patcher-of", type=Path, help="take the patcher of the run in this folder, do not train one")
+    here = parser.add_argument_group("how this process works on it")
+    here.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what trains (default cpu)")
+    more = f"end after this long at most, with exit code {MORE_TO_DO} if there is more to do"
+    here.add_argument("--stage-minutes", type=_minutes, help=more)
+    text = "archive of python -m training.corpus (default: the library of this Python)"
+    here.add_argument("--corpus", type=Path, help=text)
+    compiled = "compile the passes; auto: on cuda, where it is measured to be faster (default auto)"
+    here.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help=compiled)
+    here.add_argument("--threads", type=_positive, help="CPU threads (default: one per core)")
     options = parser.parse_args(arguments)
 
+    if options.out and options.stage_minutes:
+        parser.error("--out is not for stages: they leave a state, of which python -m training.export makes a model")
     if options.threads:
         torch.set_num_threads(options.threads)
-    saved = options.run / "state.pt"
-    if options.resume:
-        if not saved.exists():
-            parser.error(f"nothing to resume: {saved} does not exist")
-        state = State.load(saved)
-    else:
-        options.run.mkdir(parents=True, exist_ok=True)
-        (options.run / "metrics.jsonl").unlink(missing_ok=True)
-        minutes = None if options.steps else options.minutes or 60.0
-        settings = Settings(minutes=minutes, steps=options.steps, seed=options.seed)
-        if options.mask_weight is not None:
-            settings = replace(settings, mask_weight=options.mask_weight)
-        state = State.new(settings)
-        if options.patcher_of:
-            state.adopt_patcher(State.load(options.patcher_of / "state.pt"))
-    training, held_out = standard_library()
-    print(f"{training.num_bytes / 1e6:.1f} MB to learn from, {held_out.num_bytes / 1e6:.1f} MB held out", flush=True)
     try:
-        train(state, training, options.run)
+        device = chosen_device(options.device)
+        state = _state(options, device)
+        training, held_out = corpora(options.corpus)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(f"{training.num_bytes / 1e6:.1f} MB to learn from, {held_out.num_bytes / 1e6:.1f} MB held out", flush=True)
+    deadline = STARTED + 60 * options.stage_minutes if options.stage_minutes else None
+    again = f"--resume --run {options.run}"
+    try:
+        train(state, training, options.run, Passes(options.compile, device, deadline), deadline)
     except Stopped:
-        print(f"stopped; go on with --resume --run {options.run}", file=sys.stderr)
+        print(f"stopped; go on with {again}", file=sys.stderr)
         return 130
-    result = export(state, training, held_out, options.run, options.out)
-    print(f"{options.out}: {result.bits_per_byte:.3f} bits per byte held out", flush=True)
+    except StageOver:
+        print(f"the stage is over; go on with {again}", file=sys.stderr)
+        return MORE_TO_DO
+    except ValueError as error:
+        parser.error(str(error))
+    if options.stage_minutes:
+        print(f"finished; python -m training.export --run {options.run} --out FOLDER makes the model", flush=True)
+        return 0
+    from .export import export  # draws a picture, which no stage needs
+
+    out = options.out or Path("models/nano")
+    result = export(state, training, held_out, options.run, out)
+    print(f"{out}: {result.bits_per_byte:.3f} bits per byte held out", flush=True)
     return 0
+
+
+def _state(options: argparse.Namespace, device: torch.device) -> State:
+    """The run to go on with, or a new one. Raises ValueError where the options contradict what is there."""
+    names = {field.name for field in fields(Settings)}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    if options.resume:
+        state = State.load(options.run, device=device)
+        for name, value in given.items():
+            if value != (theirs := getattr(state.settings, name)):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {value}: the run in {options.run} has {theirs}, and keeps its settings")
+        return state
+    if (options.run / MANIFEST).exists():
+        raise ValueError(f"{options.run} holds a run already: --resume goes on with it; to begin anew, delete it")
+    if "steps" not in given:
+        given.setdefault("minutes", 60.0)
+    state = State.new(Settings(**given), device=device)
+    if options.patcher_of:
+        state.adopt_patcher(State.load(options.patcher_of))
+    return state
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""What a run's steps measured: one JSON object a line, in `metrics-STEPS.jsonl` of the run's folder.
+
+Every process writes a file of its own, named after the steps that the run had behind it when the process began. So a
+stage on another machine needs no earlier file, and none grows with the run. Where files overlap, since a process went
+on from an older state than the last that was written, the later one counts.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+READ_SECONDS = 1.0
+Line = dict[str, Any]
+
+
+class Metrics:
+    """Writes lines. Figures that are tensors are read some steps late, so that no step waits for its own."""
+
+    def __init__(self, run: Path, steps: int) -> None:
+        for path in _files(run):
+            if _first(path) >= steps:
+                path.unlink()
+        self._file = (run / f"metrics-{steps:08d}.jsonl").open("w")
+        self._pending: list[tuple[Line, tuple[str, ...], Tensor]] = []
+        self._read = time.monotonic()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+    def add(self, line: Line, figures: Mapping[str, Tensor]) -> Line | None:
+        """A step's line and its numbers on the device; gives the last line that was read, if any was."""
+        values = torch.stack([figure.detach().float() for figure in figures.values()])
+        self._pending.append((line, tuple(figures), values))
+        return self.flush() if time.monotonic() - self._read > READ_SECONDS else None
+
+    def flush(self) -> Line | None:
+        """Reads and writes all that were added."""
+        line = None
+        for (line, names, _), values in zip(self._pending, self._values(), strict=True):
+            line |= dict(zip(names, values, strict=True))
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._pending.clear()
+        self._read = time.monotonic()
+        return line
+
+    def _values(self) -> list[list[float]]:
+        return torch.stack([values for _, _, values in self._pending]).cpu().tolist() if self._pending else []
+
+
+def read_metrics(run: Path) -> list[Line]:
+    """The lines of all steps, first to last. Raises FileNotFoundError if there are none."""
+    files = _files(run)
+    if not files:
+        raise FileNotFoundError(f"{run} has no metrics-*.jsonl: copy those of all stages there")
+    lines = []
+    for path, after in zip(files, [*files[1:], None], strict=True):
+        found = path.read_text().splitlines()
+        lines += found[: _first(after) - _first(path)] if after else found
+    return [json.loads(line) for line in lines]
+
+
+def _files(run: Path) -> list[Path]:
+    return sorted(run.glob("metrics-*.jsonl"))
+
+
+def _first(path: Path) -> int:
+    """Steps before the file's first line."""
+    return int(path.stem.partition("-")[2])
