@@ -25,6 +25,8 @@ PHASES = 5
 OUTPUTS = 8
 """Of a program, at a time."""
 PAGE = 64
+REPEATS = 1000
+"""Runs of the one kernel that must give the bits of a kernel per phase: a hand-over that is too early may be rare."""
 TOO_SLOW_US = 1.5
 """A phase, from where on the ring is worth its trouble."""
 
@@ -273,8 +275,11 @@ def measure(scale: Scale, case: Case) -> Case:
     if not off < 0.05:
         raise RuntimeError(f"the stack is off by {off:.1%}")
     if case["as"] == "one kernel" and not IN_INTERPRETER:
-        if not torch.equal(run(apart=False), found):
-            raise RuntimeError("one kernel and a kernel per phase differ")
+        differ = torch.zeros((), dtype=torch.int64, device=scale.device)
+        for _ in range(REPEATS):
+            differ += (run(apart=False) != found).any()
+        if int(differ):
+            raise RuntimeError(f"one kernel and a kernel per phase differ in {int(differ)} of {REPEATS} runs")
         us = scale.work_us(partial(run, apart=False), times=20)
     else:
         us = scale.chain_us([partial(run, apart=True)])
