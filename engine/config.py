@@ -11,6 +11,7 @@ from typing import Literal
 
 KernelName = Literal["torch", "triton", "native"]
 WeightsName = Literal["float8"]
+Policy = Literal["measured", "always", "never"]
 
 BOE_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 SPECIAL_NAMES = {BOE_ID: "<boe>", BOS_ID: "<s>", EOS_ID: "</s>", PAD_ID: "<pad>"}
@@ -190,6 +191,9 @@ class EngineConfig:
     """Folder of the patcher, for a model in Meta's layout whose patcher is elsewhere."""
     patching_threshold: float | None = None
     """Nats; None takes the checkpoint's."""
+    run_ahead: Policy = "measured"
+    """When the host launches work before it has read what earlier work gave: where measured times say that it pays,
+    wherever it can, or not at all. No text depends on it. See `engine.ahead`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from kernels.dispatch import choose_kernels
 
 from . import bandwidth, checkpoint, trial
 from .accounting import Cost, PaperFormula, StageBytes
+from .ahead import RunAhead
 from .caches import Caches, plan_caches
 from .choosing import results_of
 from .config import BYTE_OFFSET, EOS_ID, EngineConfig, ModelConfig, ModelLimits, is_byte
@@ -111,6 +112,7 @@ class Engine:
             device=device,
             stage_bytes=self._stage_bytes,
             costs=StageCosts(loaded.config.decoder_input == "encoder", has_device=device.type != "cpu"),
+            ahead=RunAhead.everywhere(config.run_ahead),
         )
         self._passes = Passes(self.runner, kernels)
         self._formula = PaperFormula.of(loaded.config, itemsize)

@@ -29,6 +29,7 @@ from kernels.attention import LARGE_TILE
 from kernels.planning import Spans, Tiling
 
 from .accounting import STAGES, StageBytes
+from .ahead import RunAhead
 from .caches import Caches
 from .config import BYTE_OFFSET
 from .copies import Readback, marked, sent
@@ -136,6 +137,7 @@ class Runner:
         device: torch.device,
         stage_bytes: StageBytes,
         costs: StageCosts,
+        ahead: RunAhead,
     ) -> None:
         self._model = model
         self._config = model.config
@@ -161,6 +163,7 @@ class Runner:
         self._running: deque[StageCall] = deque()
         """Stages on a CUDA device whose time is not known yet."""
         self.costs = costs
+        self.ahead = ahead
 
     def can_reserve(self, sequence: Sequence, end: int, reach: int) -> bool:
         """Whether `reserve` will find its pages. Prefixes are forgotten for it, unless that would not be enough."""

@@ -44,6 +44,11 @@ ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
         "one for a mean patch length.",
         None,
     ),
+    "run_ahead": (
+        "When the host launches work before it has read what earlier work gave: measured (where it pays), always or "
+        "never. No text depends on it.",
+        None,
+    ),
     "num_threads": ("CPU threads for tensor work; by default one per core.", 1),
 }
 """Help and least value per field of EngineConfig."""

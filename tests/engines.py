@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from math import inf
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +66,8 @@ def make_engine(model: Path, **choices: Any) -> Engine:
 
 
 def feeding(engine: Engine, *, runs_on: bool) -> Engine:
-    """Lets passes behind a step of blt always seem worth their time, or never."""
-    engine.runner.costs.feeding = lambda sequences, patch: 0.0 if runs_on else inf  # type: ignore[method-assign]
+    """Lets further bytes of blt always follow a step, or never."""
+    engine.runner.ahead = replace(engine.runner.ahead, bytes="always" if runs_on else "never")
     return engine
 
 

@@ -9,6 +9,7 @@ import pytest
 from engine.checkpoint import load
 from engine.config import EOS_ID
 from engine.costs import StageCosts
+from engine.engine import Engine
 from engine.passes.feeding import PROBE_INTERVAL
 from engine.types import Request, SamplingParams
 from tests.engines import bill, crowded_engine, feeding, make_engine, request, run, save_ours, usage
@@ -134,9 +135,16 @@ def test_the_last_patch_that_fits_has_as_many_bytes_as_without(model: Path, tmp_
     assert ahead.snapshot().steps < plain.snapshot().steps
 
 
+def unpromising(model: Path) -> Engine:
+    """Once a pass took a quarter of an hour."""
+    engine = make_engine(model)
+    engine.runner.costs.starts_at("behind", 1, 1e3)
+    return engine
+
+
 def test_a_pass_is_tried_now_and_then(model: Path) -> None:
     """Else one unlucky measurement would rule them out for good."""
-    engine = feeding(make_engine(model), runs_on=False)
+    engine = unpromising(model)
     tried: list[str] = []
     saw = engine.runner.costs.saw
     engine.runner.costs.saw = lambda stage, *rest: (tried.append(stage), saw(stage, *rest))[1]  # type: ignore[method-assign]
@@ -145,7 +153,7 @@ def test_a_pass_is_tried_now_and_then(model: Path) -> None:
 
 
 def test_but_not_where_no_byte_could_follow(model: Path) -> None:
-    engine = feeding(make_engine(model), runs_on=False)
+    engine = unpromising(model)
     engine.runner.costs.saw = lambda stage, *_: pytest.fail("tried") if stage == "behind" else None  # type: ignore[method-assign]
     for n in range(PROBE_INTERVAL + 1):
         run(engine, [request(str(n), [1, 5], 1)])

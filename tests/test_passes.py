@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from engine.accounting import STAGES
+from engine.ahead import RunAhead
 from engine.config import EOS_ID
 from engine.engine import Engine
 from engine.runner import StageCall
@@ -168,7 +169,7 @@ def test_where_asking_takes_longest_every_block_is_one_launch(model: Path) -> No
     wanted = run(make_engine(model), [asked])["a"]
     engine = make_engine(model)
     run(engine, [asked])
-    engine.runner.costs.asking = lambda rows: 1e9  # type: ignore[method-assign]
+    engine.runner.ahead = RunAhead(blocks="always")
     steps = engine.snapshot().steps
     found = run(engine, [asked])["a"]
     assert found.ids == wanted.ids and counted(usage(found))[:5] == counted(usage(wanted))[:5]
@@ -226,7 +227,7 @@ def test_what_blocks_had_no_need_of_is_counted_for_nobody_and_took_its_time(mode
         for name, count, alpha in (("slow", 24, 0.999), ("quick", 60, 0.03))
     )
     engine = make_engine(model)
-    engine.runner.costs.asking = lambda rows: 1e9  # type: ignore[method-assign]
+    engine.runner.ahead = RunAhead(blocks="always")
     run(engine, [slow])
     launched: list[tuple[int, StageCall]] = []
     launch = engine.runner.decode_passes

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.gpu_check.ahead import run_ahead
+from benchmarks.gpu_check.ahead import AHEAD
+from engine.ahead import RunAhead
 from engine.config import EOS_ID, PatchingRule
 from engine.engine import Engine
 from engine.types import Finished, Request, SamplingParams, Unmask
-from tests.engines import Output, crowded_engine, feeding, make_engine, request, save_ours
+from tests.engines import Output, crowded_engine, make_engine, request, save_ours
 from tests.models import our_config, our_model, text
 
 LONGEST, BLOCK = 128, 6
@@ -121,7 +122,7 @@ SETTINGS = st.fixed_dictionaries(
 def launching_ahead(engine: Engine, *, passes: bool) -> Engine:
     """Wherever it can; and what a stage gave is gone once the stage has run again, as with a recorded graph. passes:
     behind steps of blt come passes, or the next step is begun."""
-    run_ahead(engine, "always, passes" if passes else "always, the next step")
+    engine.runner.ahead = AHEAD["always, passes" if passes else "always, the next step"]
     launch = engine.runner.executor.run
     last: dict[str, Tensor] = {}
 
@@ -137,8 +138,8 @@ def launching_ahead(engine: Engine, *, passes: bool) -> Engine:
 
 
 def asking_always(engine: Engine) -> Engine:
-    engine.runner.costs.asking = lambda rows: 0.0  # type: ignore[method-assign]
-    return feeding(engine, runs_on=False)
+    engine.runner.ahead = RunAhead.everywhere("never")
+    return engine
 
 
 def run(engine: Engine, asked: Sequence[Asked]) -> dict[str, Output]:

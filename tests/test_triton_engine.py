@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu_check.ahead import run_ahead
+from benchmarks.gpu_check.ahead import AHEAD
 from engine import checkpoint
 from engine.config import PatchingRule
 from engine.graphs import Eager, Graphs, pack, padded, unpack
@@ -53,7 +53,7 @@ def test_so_it_does_alone_and_launched_ahead(model: Path, name: str, passes: boo
     """Behind a step of blt, over a draft, over a block, the host does not see what is fed."""
     asked = [request(name, text(3, 1), 4, **DECODERS[name])]
     engine = make_engine(model, kernels="triton")
-    run_ahead(engine, "always, passes" if passes else "always, the next step")
+    engine.runner.ahead = AHEAD["always, passes" if passes else "always, the next step"]
     start, begun = engine.runner.start, []
     engine.runner.start = lambda *rows: begun.append(rows) or start(*rows)  # type: ignore[method-assign, func-returns-value]
     found = {key: output.ids for key, output in run(engine, asked).items()}

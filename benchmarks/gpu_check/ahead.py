@@ -4,8 +4,6 @@ The 1B shape, one request at a time: never, as the engine decides by its measure
 the local stages behind a step of blt, or the next step begun; passes over a block of blt-d without asking between.
 """
 
-import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,39 +12,22 @@ from benchmarks.models import random_model
 from benchmarks.replay import replayed
 from benchmarks.turns import in_turn, spread
 from benchmarks.ways import RANDOM
-from engine.engine import Engine
+from engine.ahead import RunAhead
 
 from .piece import Piece
 from .profiling import profile_steps
 from .setting import Setting
 from .shape_1b import shape_of
 
-AHEAD: dict[str, dict[str, float] | None] = {
-    "never": {"feeding": math.inf, "starting": math.inf, "asking": -0.999},
-    "as now": None,
-    "always, the next step": {"feeding": math.inf, "starting": 0.0, "asking": math.inf},
-    "always, passes": {"feeding": 0.0, "starting": 0.0, "asking": math.inf},
+AHEAD = {
+    "never": RunAhead.everywhere("never"),
+    "as now": RunAhead(),
+    "always, the next step": RunAhead(bytes="never", next_step="always", drafts="always", blocks="always"),
+    "always, passes": RunAhead.everywhere("always"),
 }
-"""What `StageCosts` says in each way of running ahead; None for what it measured. To ask after every pass, asking must
-seem to save time."""
 WAYS = {name: RANDOM["fast"][name] for name in ("blt", "blt-s k=8", "blt-d B=8", "blt-dv B=8")}
 HOPED_US = 180.0
 """A byte of blt: exposed host time with the next step begun."""
-
-
-def run_ahead(engine: Engine, when: str) -> None:
-    """From here on the engine runs ahead as `AHEAD` has it."""
-    costs = engine.runner.costs
-    said = AHEAD[when]
-    for name in ("feeding", "starting", "asking"):
-        if said is None:
-            vars(costs).pop(name, None)
-        else:
-            setattr(costs, name, _constant(said[name]))
-
-
-def _constant(value: float) -> Callable[..., float]:
-    return lambda *_: value
 
 
 def measure(setting: Setting, piece: Piece) -> None:
@@ -57,7 +38,7 @@ def measure(setting: Setting, piece: Piece) -> None:
     prompt, wrap = prompts(1, 20 if setting.quick else 100), replayed(engine)
 
     def run(how: dict[str, Any], when: str) -> Reading:
-        run_ahead(engine, when)
+        engine.runner.ahead = AHEAD[when]
         return generate(engine, prompt, count, how, wrap)
 
     rows: list[dict[str, Any]] = []
@@ -65,7 +46,7 @@ def measure(setting: Setting, piece: Piece) -> None:
         for when in AHEAD:
             run(how, when)
             pairs = in_turn(partial(run, how, "never"), partial(run, how, when), turns)
-            run_ahead(engine, when)
+            engine.runner.ahead = AHEAD[when]
             steps = profile_steps(engine, how, wrap, setting)
             idle = max(0.0, steps["ms_per_step"] - steps["busy_ms_per_step"])
             found = pairs[-1][1]
@@ -83,7 +64,6 @@ def measure(setting: Setting, piece: Piece) -> None:
             piece.put(decided={"T9, running ahead": decide(rows)})
             if not same:
                 piece.fail(f"{way}, ahead {when}: another text than without running ahead")
-    run_ahead(engine, "as now")
 
 
 def decide(rows: list[dict[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from engine.decoders import EXACT
 from engine.engine import Engine
 from engine.types import Delta, Failed, Request, SamplingParams, Unmask
 
-from .ahead import run_ahead
+from .ahead import AHEAD as POLICIES
 from .piece import Piece
 from .setting import Setting
 
@@ -79,7 +79,7 @@ def texts_of_variants(setting: Setting, model: Path, dtype: str) -> dict[str, Te
         alone = AHEAD in variant or BEGUN in variant
         if alone:
             # As if the host took forever: all that can be launched before it has heard of what came before is.
-            run_ahead(engine, "always, passes" if AHEAD in variant else "always, the next step")
+            engine.runner.ahead = POLICIES["always, passes" if AHEAD in variant else "always, the next step"]
         found[variant] = texts_of(engine, num_prompts, count, mixed=not alone)
         del engine
     return found

@@ -39,6 +39,8 @@ class Passes:
             return None
         if all(call.block and not call.causal for call in calls):
             return self._unmasking.run(batch, calls)
+        if self._runner.ahead.drafts == "never":
+            return None
         if all(len(call.causal) == 1 and not call.block and not call.runs_clean and call.ahead for call in calls):
             return draft(self._runner, self._kernels, batch, calls)
         return None

@@ -68,11 +68,13 @@ class Feeding:
     def _worthwhile(self, batch: Sequence[Work], calls: Sequence[Call]) -> int:
         """How many passes promise to feed more bytes than further steps would in their time, if there are pages."""
         runner, size, most = self._runner, len(batch), min(max(call.ahead for call in calls), MOST_PASSES)
-        if not most:
+        if not most or runner.ahead.bytes == "never":
             return 0
         # Behind a BOS alone there are more starts than bytes.
         patches = [max(w.sequence.mean_patch, 1.0) for w in batch]
-        needed = size * runner.costs.feeding(size, size / sum(1 / patch for patch in patches))
+        needed = 0.0
+        if runner.ahead.bytes == "measured":
+            needed = size * runner.costs.feeding(size, size / sum(1 / patch for patch in patches))
         passes = 0
         while passes < most:
             lasts = [1 - 1 / patch for patch, call in zip(patches, calls, strict=True) if call.ahead > passes]

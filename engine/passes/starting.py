@@ -58,9 +58,10 @@ class Starting:
         """Whether the device has more to do than it takes the host to begin it, all sequences go on, and there are
         pages."""
         runner = self._runner
-        if not all(call.ahead for call in calls):
+        policy = runner.ahead.next_step
+        if policy == "never" or not all(call.ahead for call in calls):
             return False
-        wanted = runner.costs.starting(len(batch)) < 1
+        wanted = policy == "always" or runner.costs.starting(len(batch)) < 1
         self._idle = 0 if wanted else self._idle + 1
         if self._idle > PROBE_INTERVAL and runner.device.type != "cpu":
             self._idle, wanted = 0, True

@@ -86,8 +86,9 @@ class Unmasking:
             return 1 - (1 - share) ** len(sizes)
 
         behind = 0
-        if self._needed and (undone := chance(known + 1)):
-            needed = undone / (1 + self._runner.costs.asking(rows))
+        policy = self._runner.ahead.blocks
+        if policy != "never" and self._needed and (undone := chance(known + 1)):
+            needed = 0.0 if policy == "always" else undone / (1 + self._runner.costs.asking(rows))
             while known + 1 + behind < most and chance(known + 2 + behind) >= needed:
                 behind += 1
         return behind

@@ -1,0 +1,23 @@
+"""When the host launches work before it has read what earlier work gave: a seam for operators, tests, measurements."""
+
+from dataclasses import dataclass
+
+from .config import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class RunAhead:
+    """A policy for each kind of work, see `engine.passes`.
+
+    bytes: further bytes of blt after a step. next_step: patcher and encoder of the next step of blt. drafts: all passes
+    of a draft in one launch, and its verification. blocks: passes over a block.
+    """
+
+    bytes: Policy = "measured"
+    next_step: Policy = "measured"
+    drafts: Policy = "measured"
+    blocks: Policy = "measured"
+
+    @classmethod
+    def everywhere(cls, policy: Policy) -> "RunAhead":
+        return cls(policy, policy, policy, policy)
