@@ -18,6 +18,7 @@ PROGRAMS = {
     "realisation": "Realisation, bandwidth use, host cost",
     "rates": "Bytes per second, and what holds them back",
     "decoders": "The decoders on text of three kinds",
+    "running_ahead": "Running ahead of the results",
     "batching": "Batching",
     "serving": "Server cost",
     "checkouts": "Against an earlier server",
