@@ -324,7 +324,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _early_loads(cubin: bytes) -> int | None:
-    """Loads from global memory before ACQBULK, where a kernel waits for the one before; None where it does not."""
+    """Loads from global memory before ACQBULK, where a kernel waits for the one before; None where it does not. 0 if
+    any of them is put into shared memory before, as the loads after it are then asked for when it has come."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -332,7 +333,10 @@ def _early_loads(cubin: bytes) -> int | None:
         said = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", said)
     waits = next((i for i, name in enumerate(found) if name.startswith("ACQBULK")), None)
-    return None if waits is None else sum(name.startswith("LDG") for name in found[:waits])
+    if waits is None:
+        return None
+    before = [name[:3] for name in found[:waits]]
+    return 0 if "STS" in before else before.count("LDG")
 
 
 def main() -> int:

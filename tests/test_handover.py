@@ -38,7 +38,7 @@ def test_a_question_is_measured_and_decides(name: str) -> None:
             refused.append(str(why))
     assert all(row["us"] > 0 for row in rows)
     assert question.decide([]).startswith("not decided")
-    full = [{**case, **dict.fromkeys(("us", "GB/s", "bytes/s"), 1.5)} for case in cases]
+    full = [{**case, **dict.fromkeys(("us", "exposed us", "GB/s", "bytes/s"), 1.5)} for case in cases]
     assert not question.decide(full).startswith("not decided")
     assert "." in question.decide(full) and len(cases) == len({str(case) for case in cases})
 

@@ -256,8 +256,10 @@ def test_a_pass_is_compiled_where_there_is_time_and_a_compiler(
     # What the compiler made is real, but that it is not C++, which takes it half a minute.
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager"))
-    passes = Passes("on")
+    saved: list[bool] = []
+    passes = Passes("on", before=lambda: saved.append(True))
     compiled = passes.choose(double, row.shape, attempt)
+    assert saved == [True], "before minutes that may be lost"
     assert compiled is not double and torch.equal(compiled(row), double(row)) and passes.seconds > 0
     assert "compiled in" in capsys.readouterr().err
     torch._dynamo.reset()

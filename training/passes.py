@@ -18,19 +18,22 @@ Pass = Callable[..., Any]
 TRIALS = 5
 """Timed runs of each."""
 COMPILE_SECONDS = 150.0
-"""Nothing is compiled that may not be ready when a stage ends: in this time, or twice what another pass took."""
+"""Nothing is compiled that may not be ready when a stage ends: in this time, or four times what another pass took. (The
+second row length of a pass is compiled for any, which took 3.5 times as long as the first.)"""
 
 
 @dataclass(slots=True)
 class Passes:
     """Chooses for every pass and shape, when it first comes. Only `cuda` compiles by itself (`auto`): there it can pay.
 
-    deadline: when the process must have ended, in seconds of `time.monotonic`. seconds: what choosing took so far.
+    deadline: when the process must have ended, in seconds of `time.monotonic`. before: called before something is
+    compiled, which may take minutes. seconds: what choosing took so far.
     """
 
     mode: Mode = "off"
     device: torch.device = torch.device("cpu")
     deadline: float | None = None
+    before: Callable[[], None] = lambda: None
     seconds: float = 0.0
     _longest: float = 0.0
     _compiled: dict[Pass, Pass] = field(default_factory=dict)
@@ -60,9 +63,10 @@ class Passes:
 
     def _choice(self, function: Pass, shape: torch.Size, attempt: Callable[[Pass], None]) -> Pass:
         name = f"{function.__name__} of {shape[0]} rows of {shape[1] - 1} bytes"
-        if self.deadline is not None and time.monotonic() + max(COMPILE_SECONDS, 2 * self._longest) > self.deadline:
+        if self.deadline is not None and time.monotonic() + max(COMPILE_SECONDS, 4 * self._longest) > self.deadline:
             self._tell(f"{name}: not compiled, the stage ends soon")
             return function
+        self.before()
         compiled = self._compiled.setdefault(function, torch.compile(function))
         began = time.monotonic()
         try:

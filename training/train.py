@@ -95,6 +95,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     with _stop_requests() as asked, Metrics(folder, state.steps) as metrics:
         run = _Run(state, corpus, folder, metrics, passes or Passes(), asked, deadline)
+        # A compiler that takes longer than the stage has costs no step that was made.
+        run.passes.before = run.save
         # At once: a folder that cannot be written is known before there is something to lose, and how long it takes.
         run.save()
         if not state.settled:

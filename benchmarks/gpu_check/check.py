@@ -48,7 +48,7 @@ class Part:
 
 # What a card is asked for first comes first: a lease may end at any time.
 PARTS: dict[str, Part] = {
-    "handover": Part("benchmarks.gpu_check.handover", 220, interpreted=True),
+    "handover": Part("benchmarks.gpu_check.handover", 240, interpreted=True),
     "1b": Part("benchmarks.gpu_check.shape_1b", 150),
     "crowd": Part("benchmarks.gpu_check.crowd", 150),
     "ahead": Part("benchmarks.gpu_check.ahead", 120, gate=True),

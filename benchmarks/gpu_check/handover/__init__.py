@@ -19,7 +19,7 @@ from ..piece import Piece
 from ..setting import Setting
 from .question import Case, NotHere, Question
 from .scale import Scale, scale_for
-from .worker import Worker
+from .worker import CaseFailed, Lost, Worker
 
 QUESTIONS = {
     "T1": f"{__name__}.empty",
@@ -36,6 +36,7 @@ QUESTIONS = {
 """Most valuable first; those whose programs wait for each other, and might do so for ever, come late."""
 BUDGET_S = 90.0
 COMPILING_S = 120.0
+COMPILING_CASE_S = 40.0
 CASE_S = 15.0
 
 
@@ -61,10 +62,11 @@ def measure(
             except NotHere as why:
                 piece.row("not_here", {"question": name, **case, "why": str(why)})
                 continue
-            except RuntimeError as error:
+            except (CaseFailed, Lost) as error:
                 piece.fail(f"{name} {case}: {error}")
-                worker.stop()
-                worker = Worker()
+                if isinstance(error, Lost):
+                    worker.stop()
+                    worker = Worker()
                 continue
             rows[name].append(row)
             piece.row(name, row)
@@ -89,10 +91,10 @@ def compile_all(scale: Scale, questions: Mapping[str, str]) -> None:
             while (left := ends - time.monotonic()) > 0:
                 name, case = queue.get_nowait()
                 try:
-                    worker.measure(questions[name], brief, case, left)
-                except NotHere:
+                    worker.measure(questions[name], brief, case, min(left, COMPILING_CASE_S))
+                except (NotHere, CaseFailed):
                     continue
-                except RuntimeError:
+                except Lost:
                     worker.stop()
                     worker = Worker()
         worker.stop()

@@ -54,8 +54,8 @@ def expected(weights: Tensor, x: Tensor) -> Tensor:
     return x
 
 
-def measure(scale: Scale, dim: int) -> Case:
-    """Raises NotHere off a device with the copy engine (sm_90 and later)."""
+def measure(scale: Scale, dim: int, peak: float) -> Case:
+    """peak: GB/s that the memory gives. Raises NotHere off a device with the copy engine (sm_90 and later)."""
     if not scale.on_gpu or (major := torch.cuda.get_device_capability()[0]) < 9:
         raise NotHere("the ring takes a device of sm_90 or later")
     cubin = compile_cubin(SOURCE, f"sm_{major}{torch.cuda.get_device_capability()[1]}a", defines(dim))
@@ -78,4 +78,5 @@ def measure(scale: Scale, dim: int) -> Case:
     if not torch.equal(first, chain()):
         raise RuntimeError("two runs of the ring differ")
     us = scale.work_us(chain, times=10)
-    return {"us": us / phases, "GB/s": weights.nbytes / us / 1e3}
+    exposed = (us - weights.nbytes / peak / 1e3) / phases
+    return {"us": us / phases, "exposed us": exposed, "GB/s": weights.nbytes / us / 1e3}

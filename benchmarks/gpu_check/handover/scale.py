@@ -1,5 +1,6 @@
 """At what size the questions are asked: the 1B shape's matrices on a GPU, toy ones in Triton's interpreter."""
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ class TokenModel(NamedTuple):
 class Scale:
     """links: kernels, or phases of a persistent kernel, in a chain. programs: of a kernel that fills the device.
     rows: how many a product is tried with, fewest first. streamed: bytes of matrices that a chain goes through before
-    it meets one again, more than a cache holds. resident: bytes that the second-level cache holds."""
+    it meets one again, more than a cache holds. resident: bytes that each half of the second-level cache holds."""
 
     device: torch.device
     links: int
@@ -89,13 +90,25 @@ class Scale:
         return self.work_us(bandwidth.recorded(work, self.device)) / len(links)
 
     def work_us(self, work: Callable[[], object], *, times: int = 3) -> float:
-        """Microseconds of one `work()` among `times` in a row, more of them the shorter it is, so that the host's first
-        launch does not count; the median of five. In the interpreter, whose times mean nothing, of one."""
-        if self.on_gpu:
-            return 1e6 * bandwidth.seconds(work, self.device, times=times)
-        began = time.perf_counter()
-        work()
-        return 1e6 * (time.perf_counter() - began)
+        """Microseconds of one `work()` among `times` in a row, after one that does not count, so that the device never
+        waits for a launch; the median of five. In the interpreter, whose times mean nothing, of one."""
+        if not self.on_gpu:
+            start = time.perf_counter()
+            work()
+            return 1e6 * (time.perf_counter() - start)
+        found: list[float] = []
+        for _ in range(bandwidth.REPEATS):
+            # This stream alone: others may run beside it on purpose.
+            torch.cuda.current_stream().synchronize()
+            began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            work()
+            began.record()
+            for _ in range(times):
+                work()
+            ended.record()
+            ended.synchronize()
+            found.append(1000 * began.elapsed_time(ended) / times)
+        return statistics.median(found)
 
     def _generator(self) -> torch.Generator | None:
         # Tensors without storage hold no numbers to draw.
@@ -111,4 +124,4 @@ def scale_for(device: str, *, quick: bool) -> Scale:
     stacks = {
         "patcher": Stack(14, 768, 2048, 12), "decoder": Stack(9, 1024, 2816, 16), "global": Stack(25, 2048, 5632, 16)
     }  # fmt: skip
-    return Scale(where, 200, 128, (1, 8, 16), stacks, TokenModel(16, 2048, 8192, 512, 128_256), 512 << 20, 24 << 20)
+    return Scale(where, 200, 128, (1, 8, 16), stacks, TokenModel(16, 2048, 8192, 512, 128_256), 512 << 20, 16 << 20)

@@ -37,6 +37,17 @@ def load_weights(w_ptr, i_out, first, IN: tl.constexpr, SEGMENTS: tl.constexpr, 
 
 
 @jit
+def held(w):
+    """The same weights, with nothing that uses them moved up to where they are asked for: all are asked for first, and
+    none goes through shared memory before the last."""
+    if INTERPRETED:
+        return w
+    else:
+        PACK: tl.constexpr = 32 // w.dtype.primitive_bitwidth
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], dtype=w.dtype, is_pure=False, pack=PACK)
+
+
+@jit
 def widen(w, HOW: tl.constexpr):
     """Weights in bfloat16, exactly. The bits of an e4m3 number, moved, are a bfloat16 whose exponent is 120 too low."""
     if HOW == 0:
@@ -116,6 +127,11 @@ def product_kernel(
         w1 = load_weights(w_ptr, i_out, SEGMENTS, IN, SEGMENTS, WIDTH)
     if ROUNDS > 2:
         w2 = load_weights(w_ptr, i_out, 2 * SEGMENTS, IN, SEGMENTS, WIDTH)
+    w0 = held(w0)
+    if ROUNDS > 1:
+        w1 = held(w1)
+    if ROUNDS > 2:
+        w2 = held(w2)
     if WEIGHTS_FIRST:
         await_inputs(OVERLAP)
     inverse = tl.zeros((ROWS,), tl.float32)
@@ -162,7 +178,8 @@ def product(
     R at most 16; O a multiple of 8; I at most 6144. norm (I,): RMS normalisation of the rows before.
     """
     height, width = weight.shape
-    outputs = 16 if height // 16 >= 128 and width <= 2048 else 8
+    # So that two programs fit a multiprocessor's shared memory: this kernel's, and one of the next, which comes early.
+    outputs = 16 if height // 16 >= 128 and width <= 1024 else 8
     if len(x) > 16 or height % outputs or width > 6144:
         raise ValueError(f"no product of {len(x)} rows with a matrix ({height}, {width})")
     product_kernel[(height // outputs,)](

@@ -6,8 +6,18 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 from .question import Case, NotHere
 from .scale import Scale
+
+
+class CaseFailed(Exception):
+    """A case could not be measured, or what it computed is wrong."""
+
+
+class Lost(Exception):
+    """A process, or its device, with it."""
 
 
 class Worker:
@@ -19,20 +29,21 @@ class Worker:
         theirs.close()
 
     def measure(self, module: str, scale: Scale, case: Case, limit_s: float) -> Case:
-        """The case's figures, by the question in `module`. Raises NotHere as that does, RuntimeError if it failed, came
-        to no end within `limit_s` or took the process with it; the worker is of no more use then."""
-        self._pipe.send((module, scale, case))
-        if not self._pipe.poll(limit_s):
-            raise RuntimeError(f"no answer within {limit_s:.0f} s")
+        """The case's figures, by the question in `module`. Raises NotHere as that does, CaseFailed if it failed and the
+        device is sound, and Lost if it came to no end within `limit_s` or took the process or the device with it: then
+        this worker is of no more use."""
         try:
+            self._pipe.send((module, scale, case))
+            if not self._pipe.poll(limit_s):
+                raise Lost(f"no answer within {limit_s:.0f} s")
             kind, told = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join()
-            raise RuntimeError(f"its process ended with {self._process.exitcode}") from None
+            raise Lost(f"its process ended with {self._process.exitcode}") from None
         if kind == "figures":
             figures: Case = told
             return figures
-        raise NotHere(told) if kind == "not here" else RuntimeError(told)
+        raise {"not here": NotHere, "failed": CaseFailed, "lost": Lost}[kind](told)
 
     def stop(self) -> None:
         self._process.kill()
@@ -52,4 +63,14 @@ def _serve(pipe: "Connection[Any, Any]") -> None:
             pipe.send(("not here", str(why)))
         except Exception as error:  # whatever it is, the report has it
             traceback.print_exc()
-            pipe.send(("failed", f"{type(error).__name__}: {error}"))
+            pipe.send(("failed" if _is_sound(scale) else "lost", f"{type(error).__name__}: {error}"))
+
+
+def _is_sound(scale: Scale) -> bool:
+    """Whether the device still answers: after some errors it does not, whatever it is asked."""
+    try:
+        if scale.on_gpu:
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
