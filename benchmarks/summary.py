@@ -92,6 +92,33 @@ def machine(content: Content) -> str:
     return f"{device}, {threads}, torch {taken['torch']}, commit {taken['commit']}, {taken['date']}"
 
 
+def speed(folder: Path) -> str:
+    """The table of the project's README: the 1B shape in bfloat16, one request at a time, a row for each decoder."""
+
+    def read(name: str) -> Content:
+        content: Content = json.loads((folder / f"{name}.json").read_text())
+        return content
+
+    cpu = {row["decoder"]: row for row in read("realisation-1b-shape")["rows"]}
+    tokens = {row["decoder"]: row["against"] for row in read("against_tokens-1b-shape")["rows"]}
+    gpu = {
+        row["decoder"]: row
+        for row in read("gpu_check-nvidia-h200")["parts"]["1b"]["figures"]["speed"]
+        if row["form"] == "fast" and row["weights"] == "bfloat16"
+    }
+    rows = []
+    for way, row in gpu.items():
+        here, against = cpu.get(way), tokens[way]
+        times = [f"{against[form]['ratio']['median']:.2f}" for form in ("f16", "q8_0")]
+        rows.append(
+            [way, f"{here['over_blt']:.2f} ({here['predicted']:.2f})" if here else "", *times]
+            + [f"{row['bytes_per_second']:,.0f}", f"{row['over_blt']:.2f} ({row['predicted']:.2f})"]
+            + [f"{row['bandwidth_use']:.2f}"]
+        )
+    header = ["", "2 cores: times blt (predicted)", "times llama.cpp, f16", "q8_0", "H200: bytes/s"]
+    return report.table([*header, "times blt (predicted)", "of the bandwidth"], rows)
+
+
 def verdicts(content: Content) -> list[Verdict]:
     found: list[Verdict] = _module(content).judge(content)
     return found
