@@ -1,5 +1,7 @@
 """Compiles kernels/native when the package is built or installed; `python hatch_build.py` does it in place.
 
+A wheel also gets the embedded model, where `server/embedded.py` looks for it.
+
 A C compiler is taken where there is one. Where there is none, pip is asked for one in a wheel (ziglang), which is gone
 again when the build is over. If neither works the package is built all the same, and torch computes.
 """
@@ -14,7 +16,10 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "kernels" / "native"
+ROOT = Path(__file__).parent
+FOLDER = ROOT / "kernels" / "native"
+MODEL = ("README.md", "config.json", "decoders.json", "model.safetensors")
+"""Of models/nano, what a wheel has: without the pictures of its card."""
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
 """Of x86-64: any processor of the last 15 years, with AVX2, with AVX-512. What is best is chosen when it is loaded."""
 FLAGS = (
@@ -60,6 +65,10 @@ def get_build_hook() -> type:
             return [] if compiler() else ["ziglang>=0.13"]
 
         def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+            # An editable installation uses those of the checkout.
+            if version != "editable":
+                for name in MODEL:
+                    build_data["force_include"][f"models/nano/{name}"] = f"server/models/nano/{name}"
             try:
                 compile_all()
             except (OSError, subprocess.CalledProcessError) as error:

@@ -19,7 +19,8 @@ from engine.config import EngineConfig, KernelName, ModelConfig, WeightsName
 from engine.hub import HubError, local_folder, localised
 from engine.types import MAX_DRAFT, DecoderName, SamplingParams, Unmask
 
-from .flags import ENGINE_FLAGS, with_settings
+from .embedded import embedded_model
+from .flags import EMBEDDED, ENGINE_FLAGS, with_settings
 from .options import WrongOption, options_of, parse_bytes, parse_unmask
 from .settings import ServerSettings
 from .texts import CONTEXT, Texts
@@ -51,9 +52,17 @@ def _engine_option(name: str) -> Any:
     return typer.Option(help=ENGINE_FLAGS[name][0])
 
 
+def _embedded() -> str:
+    return str(embedded_model())
+
+
 # Options that several commands take.
 DtypeName = Literal["float32", "bfloat16"]
 Model = Annotated[str, _engine_option("model")]
+"""Of commands that measure: a figure is of no use unless the user knows which model it is of."""
+ModelOrEmbedded = Annotated[
+    str, typer.Option(help=ENGINE_FLAGS["model"][0], default_factory=_embedded, show_default=EMBEDDED)
+]
 Dtype = Annotated[DtypeName, _engine_option("dtype")]
 Device = Annotated[Literal["cpu", "cuda"], _engine_option("device")]
 Kernels = Annotated[KernelName | None, _engine_option("kernels")]
@@ -116,7 +125,7 @@ def client(
 
 @app.command()
 def generate(
-    model: Model,
+    model: ModelOrEmbedded,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to continue; several, which need --json, run as one batch.")
     ] = None,
@@ -402,7 +411,9 @@ def compare(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help=ENGINE_FLAGS["model"][0])],
+    path: Annotated[
+        str, typer.Argument(help=ENGINE_FLAGS["model"][0], default_factory=_embedded, show_default=EMBEDDED)
+    ],
     patcher: Patcher = None,
     patching_threshold: PatchingThreshold = None,
     as_json: AsJson = False,

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings
 
 from engine.config import EngineConfig
 
+from .embedded import NAME, embedded_model
 from .settings import ServerSettings
 
 ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
@@ -52,6 +53,8 @@ ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
     "num_threads": ("CPU threads for tensor work; by default one per core.", 1),
 }
 """Help and least value per field of EngineConfig."""
+EMBEDDED = f"{NAME}, which comes with fastblt"
+"""The default of "model", for people."""
 
 
 def with_settings(command: Callable[..., None], *further: type[BaseSettings]) -> Callable[..., None]:
@@ -66,7 +69,8 @@ def with_settings(command: Callable[..., None], *further: type[BaseSettings]) ->
         given = {name: value for name, value in given.items() if value not in (None, [])}
         # As in the environment, so that one flag may also hold several values.
         given = {name: ",".join(value) if isinstance(value, list) else value for name, value in given.items()}
-        config = EngineConfig(**{name: given.pop(name) for name in ENGINE_FLAGS if name in given})
+        of_engine = {name: given.pop(name) for name in ENGINE_FLAGS if name in given}
+        config = EngineConfig(**({"model": str(embedded_model())} | of_engine))
         try:
             settings = [kind(**{name: given[name] for name in kind.model_fields if name in given}) for kind in kinds]
         except ValidationError as error:
@@ -81,10 +85,10 @@ def with_settings(command: Callable[..., None], *further: type[BaseSettings]) ->
 def _engine_parameter(name: str) -> inspect.Parameter:
     field = next(f for f in fields(EngineConfig) if f.name == name)
     help_text, least = ENGINE_FLAGS[name]
-    required = field.default is MISSING
-    default = None if required or field.default is None else str(field.default)
-    kind, variable = _plain(field.type), _variable(name)
-    return _parameter(name, kind, help_text, default, envvar=variable, required=required, least=least)
+    # The model alone has no default that is the same on every machine.
+    shown = EMBEDDED if field.default is MISSING else field.default
+    default = None if shown is None else str(shown)
+    return _parameter(name, _plain(field.type), help_text, default, envvar=_variable(name), least=least)
 
 
 def _setting_parameter(name: str, info: FieldInfo) -> inspect.Parameter:
@@ -104,7 +108,6 @@ def _parameter(
     default: str | None,
     *,
     envvar: str | None = None,
-    required: bool = False,
     least: int | None = None,
 ) -> inspect.Parameter:
     flag = name.replace("_", "-")
@@ -112,9 +115,8 @@ def _parameter(
     if default is not None:
         help_text += f" [default: {default}]"
     option = typer.Option(declared, help=help_text, envvar=envvar, show_envvar=True, min=least, show_default=False)
-    annotation: Any = Annotated[kind if required else kind | None, option]
-    nothing = inspect.Parameter.empty if required else None
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=nothing, annotation=annotation)
+    annotation: Any = Annotated[kind | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _variable(name: str) -> str:

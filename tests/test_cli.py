@@ -18,6 +18,8 @@ from server.settings import ServerSettings
 from tests import reference
 from tests.conftest import COMMAND, ROOT
 
+NANO = ROOT / "models" / "nano"
+
 runner = CliRunner()
 
 
@@ -48,11 +50,11 @@ class TestServeFlags:
 
     @pytest.fixture
     def parse(self):
-        def parse(*flags: str) -> tuple[ServerSettings, EngineConfig]:
+        def parse(*flags: str, model: bool = True) -> tuple[ServerSettings, EngineConfig]:
             taken: list[tuple[ServerSettings, EngineConfig]] = []
             serve = typer.Typer(rich_markup_mode=None)
             serve.command()(with_settings(lambda settings, config: taken.append((settings, config))))
-            result = runner.invoke(serve, ["--model", "here", *flags])
+            result = runner.invoke(serve, [*(["--model", "here"] if model else []), *flags])
             if result.exit_code:
                 raise ValueError(result.stderr)
             return taken[0]
@@ -65,6 +67,12 @@ class TestServeFlags:
 
     def test_leave_the_defaults_in_force(self, parse) -> None:
         assert parse() == (ServerSettings(), EngineConfig("here"))
+
+    def test_name_the_embedded_model_where_none_is_given(self, parse, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert parse(model=False)[1] == EngineConfig(str(ROOT / "models" / "nano"))
+        monkeypatch.setenv("FASTBLT_MODEL", "there")
+        assert parse(model=False)[1] == EngineConfig("there")
+        assert parse()[1] == EngineConfig("here")
 
     def test_set_what_they_say(self, parse) -> None:
         flags = ["--port=0", "--dtype=bfloat16", "--no-isolate-documents", "--default-timeout=1.5", "--max-length=9"]
@@ -231,6 +239,20 @@ def test_inspect_counts_what_is_there(tiny: Path) -> None:
     shown = runner.invoke(app, ["inspect", str(tiny)]).stdout
     assert f"{described['parameters']['total']:,} parameters" in shown
     assert "no such directory" in fails("inspect", tiny / "none")
+
+
+def test_inspect_and_generate_take_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # From any folder.
+    monkeypatch.chdir(tmp_path)
+    assert runner.invoke(app, ["inspect"]).stdout.startswith("nano: fastblt format, ")
+    written = runner.invoke(app, ["generate", "--prompt=for i in ", "--max-tokens=6"]).stdout
+    named = runner.invoke(app, ["generate", f"--model={NANO}", "--prompt=for i in ", "--max-tokens=6"]).stdout
+    assert written == named != ""
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate", "compare"])
+def test_what_measures_a_model_wants_its_name(command: str) -> None:
+    assert "Missing option '--model'" in fails(command, "file", code=2)
 
 
 def test_inspect_and_generate_take_a_threshold(tiny: Path) -> None:

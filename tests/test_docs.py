@@ -17,6 +17,7 @@ from benchmarks.gpu_check import render as gpu_check_render
 from engine.config import EngineConfig
 from server.cli import app
 from server.errors import Code, ErrorDetail
+from server.flags import EMBEDDED
 from server.schemas import Completion, CompletionRequest
 from server.settings import ServerSettings
 from tests.examples import ADDRESS, Example, examples
@@ -56,6 +57,7 @@ def test_every_option_has_help() -> None:
 def test_every_setting_is_there_with_its_variable_and_default(name: str) -> None:
     row = next(line for line in SECTIONS["serve"].splitlines() if line.startswith(f"| `--{name.replace('_', '-')}`"))
     default = DEFAULTS.get(name)
+    assert name != "model" or f"default: {EMBEDDED}" in row
     assert f"`FASTBLT_{name.upper()}`" in row
     shown = str(default).lower() if isinstance(default, bool) else default
     assert default in (None, []) or f"default `{shown}`" in row
