@@ -32,7 +32,8 @@ RUN python3 -m venv /opt/fastblt && /opt/fastblt/bin/pip install torch
 
 # .dockerignore says what this is.
 COPY . .
-RUN /opt/fastblt/bin/pip install .[traces]
+ARG REVISION
+RUN FASTBLT_COMMIT="${REVISION}" /opt/fastblt/bin/pip install .[traces]
 
 
 FROM ${BASE}

@@ -1,6 +1,7 @@
 """Compiles kernels/native when the package is built or installed; `python hatch_build.py` does it in place.
 
-A wheel also gets the embedded model, where `server/embedded.py` looks for it.
+A wheel also gets the embedded model, where `server/embedded.py` looks for it, and the commit, where `engine/commit.py`
+does.
 
 A C compiler is taken where there is one. Where there is none, pip is asked for one in a wheel (ziglang), which is gone
 again when the build is over. If neither works the package is built all the same, and torch computes.
@@ -8,6 +9,7 @@ again when the build is over. If neither works the package is built all the same
 
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -56,6 +58,18 @@ def compile_all() -> list[Path]:
     return libraries
 
 
+def write_commit() -> Path | None:
+    """A file with the commit: as FASTBLT_COMMIT says, where git or the repository is missing, else as git does."""
+    commit_of = runpy.run_path(str(ROOT / "engine" / "commit.py"))["commit_of"]
+    commit = os.environ.get("FASTBLT_COMMIT", "")[:12] or commit_of(ROOT)
+    if not commit:
+        return None
+    file = ROOT / "build" / "COMMIT"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"{commit}\n")
+    return file
+
+
 def get_build_hook() -> type:
     """What hatchling asks for; to compile in place needs no hatchling."""
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -69,6 +83,8 @@ def get_build_hook() -> type:
             if version != "editable":
                 for name in MODEL:
                     build_data["force_include"][f"models/nano/{name}"] = f"server/models/nano/{name}"
+                if file := write_commit():
+                    build_data["force_include"][str(file)] = "engine/COMMIT"
             try:
                 compile_all()
             except (OSError, subprocess.CalledProcessError) as error:

@@ -2,13 +2,13 @@
 know."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import (
     attention,
+    available,
     boundary,
     cross_attention,
     entropy,
@@ -22,10 +22,9 @@ from . import (
     store,
     unmasking,
 )
+from .available import KernelName
 from .linear import Matrix
 from .stack import KeysFunction, KeysWeights, StackFunction, StackWeights, composed_keys, composed_stack
-
-KernelName = Literal["torch", "triton", "native"]
 
 plan = native.plan if native.LIBRARY else planning.plan
 """See `kernels.planning`: on the host, whatever device computes."""
@@ -136,10 +135,7 @@ def choose_kernels(name: KernelName | None, device: torch.device) -> Kernels:
     Raises ValueError where the named ones cannot run.
     """
     if name is None:
-        if device.type == "cuda":
-            name = "triton" if lang.AVAILABLE else "torch"
-        else:
-            name = "native" if native.LIBRARY and device.type == "cpu" else "torch"
+        name = available.preferred(device.type, native.LIBRARY is not None, lang.AVAILABLE)
     if name == "torch":
         return Kernels()
     if name == "native":

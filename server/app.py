@@ -1,6 +1,5 @@
 """The HTTP application over a running engine."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI, Request
@@ -9,6 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import PlainTextResponse, Response
 
 from engine.client import EngineClient
+from engine.installed import installed
 
 from .admission import Gate
 from .completions import complete
@@ -28,14 +28,6 @@ if TYPE_CHECKING:
     from .traces import Traces
 
 
-def server_version() -> str:
-    """Of the installed distribution, or "unknown" in a bare clone."""
-    try:
-        return version("fastblt")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def create_app(
     settings: ServerSettings, client: EngineClient, keys: tuple[bytes, ...] = (), traces: "Traces | None" = None
 ) -> FastAPI:
@@ -45,9 +37,10 @@ def create_app(
     """
     gate = Gate(settings)
     connections = Connections(settings)
-    metrics = Metrics(client, gate, connections, server_version())
+    version = installed().version
+    metrics = Metrics(client, gate, connections, version)
     service = Service(settings, client, gate, metrics)
-    app = Application(title="fastblt", version=server_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = Application(title="fastblt", version=version, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gate, app.state.connections = gate, connections
     app.include_router(_api(service))
     app.include_router(_operations(service))
@@ -128,11 +121,16 @@ def _operations(service: Service) -> APIRouter:
 
     @router.get("/version", response_model=Version, responses=errors())
     async def version_of() -> Response:
-        """The server's version and what it serves."""
-        limits = client.limits
+        """The server's version, what it runs on and what it serves."""
+        limits, here, kernels = client.limits, installed(), client.facts.kernels
         return JsonResponse(
             Version(
-                version=server_version(),
+                version=here.version,
+                commit=here.commit,
+                torch=here.torch,
+                triton=here.triton,
+                kernels=kernels,
+                instruction_set=here.instruction_set if kernels == "native" else None,
                 model=limits.name,
                 parameters=limits.parameters,
                 max_length=limits.max_length,

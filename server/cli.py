@@ -17,6 +17,7 @@ import typer
 
 from engine.config import EngineConfig, KernelName, ModelConfig, WeightsName
 from engine.hub import HubError, local_folder, localised
+from engine.installed import installed
 from engine.types import MAX_DRAFT, DecoderName, SamplingParams, Unmask
 
 from .embedded import embedded_model
@@ -76,6 +77,28 @@ Context = Annotated[
     typer.Option(parser=_bytes, metavar="BYTES", help="Bytes of a slice, which is read as a text of its own."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    here = installed()
+    on_cpu, on_gpu = (here.detailed(here.preferred(device)) for device in ("cpu", "cuda"))
+    for name, value in (here.rows() | {"kernels": f"{on_cpu} on a CPU, {on_gpu} on a CUDA device"}).items():
+        typer.echo(f"{name:<7} {value}")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the versions of what is installed."
+        ),
+    ] = False,
+) -> None:
+    """Of `fastblt` itself."""
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -18,10 +19,11 @@ from engine import logs
 from engine.client import EngineClient, EngineStartError
 from engine.config import EngineConfig
 from engine.hub import HubError, localised
+from engine.installed import installed
 
 from .addresses import parse_address
 from .admission import Gate
-from .app import create_app, server_version
+from .app import create_app
 from .http import Connections, HttpLimits, Listener, bind
 from .http.connection import HttpConnection
 from .settings import ServerSettings
@@ -52,6 +54,7 @@ def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
         keys, tls = load_keys(settings), _make_tls(settings)
         traces = make_traces(settings)
         with closing(_bind(settings)) as port:
+            log_installed(engine_config)
             engine_config = _localised(engine_config)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(serve(settings, engine_config, keys, tls, traces, port))
@@ -188,6 +191,14 @@ class HttpServer(uvicorn.Server):
         yield
 
 
+def log_installed(config: EngineConfig) -> None:
+    """Says in the log what starts. A wrong setting needs no such line, a model that cannot be loaded does."""
+    here = installed()
+    kernels = config.kernels or here.preferred(config.device)
+    versions = ", ".join(f"{name} {value}" for name, value in here.rows().items())
+    log.info("%s, kernels %s", versions, here.detailed(kernels), extra=asdict(here) | {"kernels": kernels})
+
+
 def log_access(settings: ServerSettings, keys: tuple[bytes, ...]) -> None:
     """Says in the log who may come in."""
     if keys:
@@ -207,7 +218,7 @@ def make_traces(settings: ServerSettings) -> "Traces | None":
     try:
         from .traces import Traces
 
-        return Traces(settings.otlp_endpoint, server_version())
+        return Traces(settings.otlp_endpoint, installed().version)
     except ImportError as error:
         raise ServeError(f'{asked[0]} asks for traces, which need: pip install "fastblt[traces]" ({error})') from error
     except ValueError as error:

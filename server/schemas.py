@@ -333,6 +333,15 @@ class Version(BaseModel):
     """What is served, and by what."""
 
     version: str
+    commit: str | None = Field(
+        description="Its first 12 digits, with '-dirty' after them if files were changed since; null if unknown."
+    )
+    torch: str | None = Field(description="Version of PyTorch.")
+    triton: str | None = Field(description="Version of Triton; null if it is not installed.")
+    kernels: str = Field(description="Who computes: native, triton or torch.")
+    instruction_set: str | None = Field(
+        description="What the native kernels in use were compiled for, such as x86-64-v3; null with others."
+    )
     model: str
     parameters: int
     max_length: int = Field(description="Most ids of a sequence.")

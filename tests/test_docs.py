@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from server.cli import app
 from server.errors import Code, ErrorDetail
 from server.flags import EMBEDDED
-from server.schemas import Completion, CompletionRequest
+from server.schemas import Completion, CompletionRequest, Version
 from server.settings import ServerSettings
 from tests.examples import ADDRESS, Example, examples
 from tests.serving import RunningServer, running_server
@@ -42,6 +42,11 @@ def test_the_section_of_a_command_has_its_flags_and_no_others(command: str) -> N
     flags = {flag for option in options for flag in [*option.opts, *option.secondary_opts]}
     rows = [line for line in SECTIONS[command].splitlines() if line.startswith("| `--")]
     assert {flag for row in rows for flag in re.findall(r"`(--[\w-]+)`", row.split("|")[1])} == flags
+
+
+def test_the_options_of_the_command_itself_are_there() -> None:
+    options = [flag for option in typer.main.get_command(app).params for flag in option.opts if flag != "--help"]
+    assert options and all(f"`fastblt {flag}`" in DOCS["command-line.md"] for flag in options)
 
 
 def test_every_option_has_help() -> None:
@@ -76,7 +81,13 @@ def fields_of(model: type[BaseModel]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("section", "model"), [("The request", CompletionRequest), ("The response", Completion), ("Errors", ErrorDetail)]
+    ("section", "model"),
+    [
+        ("The request", CompletionRequest),
+        ("The response", Completion),
+        ("Errors", ErrorDetail),
+        ("The version", Version),
+    ],
 )
 def test_every_field_is_in_its_section_and_no_other(section: str, model: type[BaseModel]) -> None:
     text = re.search(rf"^## {section}\n(.*?)^## ", DOCS["api.md"], re.M | re.S)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoint import load
+from engine.commit import commit_of
 from server.embedded import embedded_model
 from tests.conftest import ROOT
 
@@ -43,6 +44,13 @@ def run(site: Path, cwd: Path, *arguments: str) -> str:
     done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_knows_its_commit(site: Path, tmp_path: Path) -> None:
+    told = run(site, tmp_path, "-m", "server", "--version").splitlines()
+    assert told[1].split() == ["commit", commit_of(ROOT) or "unknown"]
+    assert (site / "engine" / "COMMIT").exists() == (commit_of(ROOT) is not None)
 
 
 @pytest.mark.slow

@@ -7,11 +7,9 @@ compiles the C when the package is installed; where that was not possible, torch
 """
 
 import ctypes
-import platform
 import threading
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import available
 from ..attention import AttentionPlan, PlanShape
 from ..boundary import Rule
 from ..hash_embed import HashTables
@@ -31,16 +30,8 @@ _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
 def _library() -> ctypes.CDLL | None:
-    """The best one that was compiled and that this processor can run."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    machine = platform.machine().lower()
-    levels = {"AVX512": ("v4", "v3", "v2"), "AVX2": ("v3", "v2")}.get(capability, ("v2",))
-    names = [f"x86-64-{level}" for level in levels] if machine in ("x86_64", "amd64") else [machine]
-    for name in names:
-        path = Path(__file__).with_name(f"{name}.so")
-        if path.exists():
-            return _declared(ctypes.CDLL(str(path)))
-    return None
+    path = available.library()
+    return _declared(ctypes.CDLL(str(path))) if path else None
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

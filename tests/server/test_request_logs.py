@@ -196,6 +196,18 @@ def test_an_error_is_named_by_its_code_and_field(entries: list[dict[str, Any]]) 
     assert [(entry["status"], entry["error"]) for entry in keys] == [(401, "invalid_api_key")] * 3
 
 
+def test_the_first_line_says_what_was_started(
+    entries: list[dict[str, Any]], logged: dict[FormatName, str], server: RunningServer
+) -> None:
+    with server.client() as http:
+        about = http.get("/version").json()
+    names = ("version", "commit", "torch", "triton", "kernels", "instruction_set")
+    assert {name: entries[0][name] for name in names} == {name: about[name] for name in names}
+    assert (entries[0]["level"], entries[0]["logger"]) == ("info", "fastblt.server")
+    told = f"fastblt {about['version']}, commit {about['commit'] or 'unknown'}, torch {about['torch']}, triton "
+    assert told in logged["human"].splitlines()[0] and told in entries[0]["message"]
+
+
 def test_probes_only_show_at_debug_level(entries: list[dict[str, Any]], server: RunningServer) -> None:
     assert {e["level"] for e in entries if e.get("path") == "/health/ready"} == {"debug"}
     with server.client() as http:
@@ -257,5 +269,6 @@ def test_a_server_that_cannot_start_says_so_in_the_format_that_is_read(tmp_path:
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--log-format", "json"]
     ended = subprocess.run([*command, "--model", str(tmp_path / "none")], cwd=ROOT, capture_output=True, timeout=60)
     assert ended.returncode == 1
-    (entry,) = map(json.loads, ended.stderr.splitlines())
+    started, entry = map(json.loads, ended.stderr.splitlines())
+    assert started["message"].startswith("fastblt ")
     assert entry["level"] == "critical" and "none" in entry["message"]

@@ -1,0 +1,51 @@
+"""Who can compute on this machine, found without loading torch: a server says so in the first line of its log."""
+
+import platform
+from collections.abc import Set
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+KernelName = Literal["torch", "triton", "native"]
+
+FOLDER = Path(__file__).parent / "native"
+CPUINFO = Path("/proc/cpuinfo")
+X86_64_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+X86_64_V4 = X86_64_V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+"""What the levels of x86-64 ask for beyond the first two, under Linux's names (abm is LZCNT)."""
+
+
+@cache
+def library() -> Path | None:
+    """The best library of kernels/native that was compiled and that this processor can run."""
+    machine = platform.machine().lower()
+    names = levels(cpu_flags()) if machine in ("x86_64", "amd64") else [machine]
+    return next((path for name in names if (path := FOLDER / f"{name}.so").exists()), None)
+
+
+def levels(flags: Set[str]) -> list[str]:
+    """The levels of x86-64 that a processor with these flags can run, the best first."""
+    wanted = {"x86-64-v4": X86_64_V4, "x86-64-v3": X86_64_V3, "x86-64-v2": set[str]()}
+    return [name for name, needed in wanted.items() if needed <= flags]
+
+
+def cpu_flags() -> set[str]:
+    """Of the processor, as Linux names them; empty where there is no such file."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def has_triton() -> bool:
+    """Whether the package is installed."""
+    return find_spec("triton") is not None
+
+
+def preferred(device: str, native: bool, triton: bool) -> KernelName:
+    """Who computes on a device ("cpu", "cuda") unless the user chooses, where our C is compiled, Triton installed."""
+    if device == "cuda":
+        return "triton" if triton else "torch"
+    return "native" if native and device == "cpu" else "torch"
