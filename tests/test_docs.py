@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tomllib
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, get_args
 
 import pytest
 import typer.main
+import yaml
 from pydantic import BaseModel
 
 from benchmarks import summary
@@ -24,7 +26,8 @@ from tests.examples import ADDRESS, Example, examples
 from tests.serving import RunningServer, running_server
 
 ROOT = Path(__file__).parent.parent
-DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+FOLDERS = {path.name: path.parent for folder in (ROOT, ROOT / "docs") for path in folder.glob("*.md")}
+DOCS = {name: (folder / name).read_text() for name, folder in FOLDERS.items()}
 NANO = ROOT / "models" / "nano"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SECTIONS = dict(re.findall(r"^## fastblt (\w+)\n(.*?)(?=^## |\Z)", DOCS["command-line.md"], re.M | re.S))
@@ -157,7 +160,7 @@ def slug(heading: str) -> str:
 
 def test_every_anchor_is_a_heading() -> None:
     for name, text in DOCS.items():
-        folder = ROOT if name == "README.md" else ROOT / "docs"
+        folder = FOLDERS[name]
         for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
             headings = re.findall(r"^#+ (.*)$", (folder / (target or name)).read_text(), re.M)
             assert anchor in map(slug, headings), (name, target, anchor)
@@ -242,9 +245,29 @@ def test_every_command_of_the_documentation_exists() -> None:
 
 def test_every_link_leads_somewhere() -> None:
     for name, text in DOCS.items():
-        folder = ROOT if name == "README.md" else ROOT / "docs"
+        folder = FOLDERS[name]
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (folder / target).exists() or target == "models/nano/README.md", (name, target)
+
+
+def test_every_file_that_contributors_are_sent_to_exists() -> None:
+    named = set(re.findall(r"`((?:[\w.-]+/)+(?:[\w.-]+)?)`", DOCS["CONTRIBUTING.md"]))
+    assert len(named) > 30 and not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_changelog_begins_with_what_is_not_released_and_has_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = re.findall(r"^## (\S+)", DOCS["CHANGELOG.md"], re.M)
+    assert versions[:2] == ["Unreleased", project["version"]]
+
+
+def test_the_workflow_runs_the_commands_of_the_readme() -> None:
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"].values()
+    steps = [step["run"].split() for step in job["steps"] if "run" in step]
+    (asked,) = [example.code.split() for example in examples(ROOT / "README.md") if "curl" in example.code]
+    assert steps[0] == ["make", "test"] and steps[1][:3] == ["make", "serve", "&"]
+    assert " ".join(asked) in " ".join(steps[1])
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
 
 
 def test_the_tables_of_benchmarks_are_the_measured_ones() -> None:
