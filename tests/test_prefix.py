@@ -123,6 +123,27 @@ def test_the_whole_prompt_again_leaves_one_row(model: Path) -> None:
     assert cached(run(engine, [longer])["it"]) == 2 * BLOCK
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [PatchingRule(monotonic=True), PatchingRule(threshold_add=0.1, max_patch_length=6)],
+    ids=["monotonic", "threshold-add"],
+)
+def test_where_a_patch_starts_by_the_rise_of_entropy_a_prefix_hit_writes_the_same_ids(
+    tmp_path: Path, rule: PatchingRule
+) -> None:
+    """Meta's rules: the first decision after a prefix compares with the entropy of its last byte, whose row does not
+    run again."""
+    folder = save_ours(tmp_path / "model", our_model(our_config(patching=rule), 34))
+    engine = make_engine(folder)
+    # Each has a prefix of its own, of one block or two.
+    requests = [request(f"{i}", text((1 + i % 2) * BLOCK + 1 + i % 3, 60 + i), 16) for i in range(48)]
+    wanted = run(make_engine(folder, prefix_cache=False), requests)
+    run(engine, requests)
+    found = run(engine, requests)
+    assert all(cached(output) == (1 + int(name) % 2) * BLOCK for name, output in found.items())
+    assert {name: output.ids for name, output in found.items()} == {name: output.ids for name, output in wanted.items()}
+
+
 def test_scores_of_a_prompt_come_from_rows_that_ran(model: Path) -> None:
     engine = make_engine(model)
     plain = request("it", text(2 * BLOCK + 9, 6), 20)
