@@ -8,7 +8,7 @@ import pytest
 
 from engine.costs import Line, StageCosts
 from engine.decoders import Experience
-from engine.decoders.auto import PROBE_INTERVAL, Auto
+from engine.decoders.auto import PROBE_INTERVAL, Agreement, Auto
 from engine.decoders.blt import Autoregressive
 from engine.decoders.blt_d import Diffusion
 from engine.decoders.blt_dv import Verified
@@ -77,6 +77,27 @@ def test_a_crowd_that_shares_the_weights_does_not_draft() -> None:
     crowded.company = 60
     assert type(choice(auto(alone, 0.97, 0.3))) in (Draft, Verified)
     assert type(choice(auto(crowded, 0.97, 0.3))) is Autoregressive
+
+
+def test_of_rejected_drafts_only_the_first_counts_as_checked() -> None:
+    """What comes after it was drafted behind a wrong byte and says nothing of the model."""
+    ended, whole = Agreement(0.5), Agreement(0.5)
+    ended.saw(8, 3)
+    whole.saw(8, 8)
+    assert (ended.right, ended.checked) == (3, 4)
+    assert (whole.right, whole.checked) == (8, 8)
+
+
+@pytest.mark.parametrize("drafted", [2, 8, 32])
+def test_the_rate_of_agreement_is_a_bytes_chance_however_long_drafts_are(drafted: int) -> None:
+    draw, chance, rates = random.Random(drafted), 0.8, []
+    agreement = Agreement(0.5)
+    for _ in range(2000):
+        accepted = next((n for n in range(drafted) if draw.random() >= chance), drafted)
+        agreement.saw(drafted, accepted)
+        rates.append(agreement.rate)
+    # The prior keeps its part beside what the last ten rounds or so have checked.
+    assert 0.65 < sum(rates) / len(rates) < 0.85
 
 
 def test_what_was_given_up_is_tried_again() -> None:
