@@ -1,5 +1,6 @@
 """The next step of blt, begun before the host has heard of the last: the same bytes, the same bill."""
 
+from collections import Counter
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -114,9 +115,8 @@ def test_nor_does_it_begin_for_cells_that_are_encoded(model: Path, monkeypatch: 
     assert True in seen
 
 
-def test_what_was_begun_in_vain_is_nobodys(model: Path) -> None:
+def overtaken(engine: Engine) -> dict[str, Output]:
     """Another request comes behind every step, so that none is the one that was begun."""
-    engine = starting(make_engine(model), begins=True)
     requests = [request(str(n), [1], 6) for n in range(5)]
     outputs = {r.id: Output() for r in requests}
     waiting = list(requests)
@@ -125,9 +125,30 @@ def test_what_was_begun_in_vain_is_nobodys(model: Path) -> None:
             engine.add(waiting.pop())
         for event in engine.step():
             outputs[event.id].take(event)
+    return outputs
+
+
+def test_what_was_begun_in_vain_is_nobodys(model: Path) -> None:
+    engine = starting(make_engine(model), begins=True)
+    outputs = overtaken(engine)
     usages = [usage(output) for output in outputs.values()]
     for stage, rows in engine.runner.counts.rows.items():
         assert rows == sum(u.rows[stage] for u in usages), stage
+
+
+def test_a_launch_ahead_that_no_step_used_is_timed_like_any_other(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which every launch takes one second."""
+    engine = starting(make_engine(model), begins=True)
+    seen, clock, launched, learnt = watched(monkeypatch), iter(range(10**6)), Counter[str](), Counter[str]()
+    engine.runner._mark = lambda: float(next(clock))  # type: ignore[method-assign]
+    launch = engine.runner.executor.run
+    engine.runner.executor.run = lambda stage, *rest: (launched.update([stage]), launch(stage, *rest))[1]  # type: ignore[method-assign]
+    engine.runner.costs.saw = lambda stage, *_: learnt.update([stage])  # type: ignore[method-assign]
+    overtaken(engine)
+    assert False in seen and engine.runner._started is None
+    assert launched["patcher"] > engine.runner.counts.calls["patcher"], "some served nobody"
+    assert engine.runner.counts.seconds == dict(launched), "seconds of each stage"
+    assert {stage: learnt[stage] for stage in launched} == dict(launched), "what costs were learnt from"
 
 
 def test_nothing_is_begun_behind_the_last_byte_nor_without_pages(model: Path) -> None:
