@@ -11,6 +11,7 @@ from engine.accounting import STAGES
 from engine.ahead import RunAhead
 from engine.config import EOS_ID
 from engine.engine import Engine
+from engine.model import Decoder
 from engine.runner import StageCall
 from engine.types import Delta, Finished, Request, SamplingParams, Unmask, Usage
 from tests.engines import Output, make_engine, request, run, save_ours
@@ -244,3 +245,58 @@ def test_what_blocks_had_no_need_of_is_counted_for_nobody_and_took_its_time(mode
         assert rows - before[stage] == sum(u.rows[stage] for u in usages), stage
     assert any(call.charged < times for times, call in launched), "some passes were in vain"
     assert all(call.passes == times for times, call in launched), "and took as long as others"
+
+
+@pytest.fixture
+def decoder_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every pass of the decoder that runs, needed or not; grows while engines run."""
+    seen: list[int] = []
+    forward = Decoder.__call__
+
+    def noted(decoder: Decoder, x: Any, *rest: Any) -> Any:
+        seen.append(len(x))
+        return forward(decoder, x, *rest)
+
+    monkeypatch.setattr(Decoder, "__call__", noted)
+    return seen
+
+
+@pytest.mark.parametrize("scores", [{}, {"logprobs": 0}], ids=["", "scored"])
+def test_the_decoder_runs_no_pass_over_a_block_that_is_surely_done(
+    model: Path, decoder_passes: list[int], scores: dict[str, Any]
+) -> None:
+    """Even where asking takes longest, and whatever the blocks before needed."""
+    engine = make_engine(model)
+    engine.runner.costs.asking = lambda rows: 1e9  # type: ignore[method-assign]
+
+    def passes(way: str, unmask: Unmask) -> tuple[int, Usage]:
+        decoder_passes.clear()
+        u = usage(run(engine, [request("a", [1], 60, decoder=way, unmask=unmask, **scores)])["a"])
+        return len(decoder_passes), u
+
+    # No confidence is above 1: a cell a pass, of the 6 in a block.
+    ran, u = passes("blt-d", Unmask(rule="confidence", alpha=1.0))
+    assert ran == u.decoder_calls == 6 * u.rounds
+    ran, u = passes("blt-d", Unmask(rule="one_step"))
+    assert ran == u.decoder_calls == u.rounds
+    # A pass over the block and one that verifies it.
+    ran, u = passes("blt-dv", Unmask(rule="one_step"))
+    assert ran == u.decoder_calls <= 2 * u.rounds
+
+
+def test_no_more_passes_are_launched_unasked_than_the_slowest_remembered_block_needed(
+    model: Path, decoder_passes: list[int]
+) -> None:
+    """A block each, by the rule of which one needs more passes than another; all of them are remembered."""
+    engine = make_engine(model)
+    engine.runner.costs.asking = lambda rows: 1e9  # type: ignore[method-assign]
+    asked = [
+        request(str(n), text(10 + n, n), 6, decoder="blt-d", unmask=Unmask(rule="confidence", alpha=0.03))
+        for n in range(12)
+    ]
+    needed = [usage(run(engine, [r])[r.id]).decoder_calls for r in asked]
+    assert len(set(needed)) > 1 and max(needed) < 6, "of 6 that a block can need"
+    for r, own in zip(asked, needed, strict=True):
+        decoder_passes.clear()
+        assert usage(run(engine, [r])[r.id]).decoder_calls == own
+        assert len(decoder_passes) == max(needed)
