@@ -6,7 +6,7 @@
 | encoder | a byte               | self-attention K/V of every layer                  | the window                |
 | open    | a byte               | its state to pool, K/V for the patch's queries     | the open patch            |
 | global  | a patch              | self-attention K/V of every layer                  | everything                |
-| latent  | a patch              | cross-attention K/V of its slots, every layer      | the current and last one  |
+| latent  | a patch              | cross-attention K/V of its slots, every layer      | the newest                |
 | decoder | a byte               | self-attention K/V of every layer                  | the window                |
 """
 
@@ -25,8 +25,8 @@ from .types import MAX_DRAFT
 
 LONGEST_DRAFT = MAX_DRAFT + 2
 """Most rows of a draft and its verification. A block comes with the clean rows of the one before it."""
-LATENTS_KEPT = 2
-"""The current latent and the one before it."""
+LATENTS_KEPT = 1
+"""The newest: a row reads the latent of the patch before the one that holds its next byte, or a newer one."""
 TYPICAL_BYTES = 2048
 """The length that pools are made for."""
 

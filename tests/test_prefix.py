@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from engine.config import EOS_ID, PatchingRule
+from engine import caches
+from engine.caches import CacheSpec, cache_specs
+from engine.config import EOS_ID, ModelConfig, PatchingRule
 from engine.engine import Engine
 from engine.prefix import BLOCK
-from engine.types import Finished, Request, SamplingParams, Unmask
+from engine.types import Event, Finished, Request, SamplingParams, Unmask
 from tests import reference
 from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours
 from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
@@ -197,6 +200,36 @@ def test_crowds_with_little_memory(model: Path, room: int) -> None:
         engine.step()
     assert not any(pool.used for pool in engine.snapshot().pools.values())
     assert_all_can_be_forgotten(engine)
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True], ids=["no-prefix-cache", "prefix-cache"])
+def test_no_row_reads_a_latent_that_its_sequence_no_longer_keeps(
+    model: Path, prefix_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages have one latent each, and those of free pages are NaN."""
+    plain = make_engine(model, prefix_cache=False)
+
+    def single(config: ModelConfig, page_size: int) -> dict[str, CacheSpec]:
+        specs = cache_specs(config, page_size)
+        return specs | {"latent": replace(specs["latent"], page_size=1)}
+
+    monkeypatch.setattr(caches, "cache_specs", single)
+    choices = {"max_sequences": 5, "max_step_rows": 48, "max_length": 300, "prefix_cache": prefix_cache}
+    engine = crowded_engine(model, **choices)
+    step, pool = engine.step, engine.caches.pools["latent"]
+
+    def spoil() -> list[Event]:
+        events = step()
+        for keys_and_values in engine.caches.latent:
+            for tensor in keys_and_values:
+                tensor[pool._free] = torch.nan
+        return events
+
+    engine.step = spoil  # type: ignore[method-assign]
+    requests = tangled(24, list(ways_of(engine)), random.Random(5))
+    found, wanted = run(engine, requests), run(plain, requests)
+    for r in requests:
+        assert_same(found[r.id], wanted[r.id])
 
 
 def test_the_prefix_used_longest_ago_goes_first(tmp_path: Path) -> None:
