@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # As `server.cli` does, and for the same reason: tests share their machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -18,6 +19,10 @@ if not Path("/dev/nvidiactl").exists():
 # One core per worker: torch reads this when it is imported, and so do the processes that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# That an example takes long, to draw or to run, proves nothing where tests share their machine.
+settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared-machine")
 
 COMMAND = [sys.executable, "-m", "server"]
 ROOT = Path(__file__).parent.parent

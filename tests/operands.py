@@ -24,7 +24,8 @@ RULES = [
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
 SEEDS = st.integers(0, 2**20)
 few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""The interpreter takes about a millisecond per program and operation."""
+"""The interpreter takes about a millisecond per program and operation. The GPU check reads no
+conftest.py, so everything is said here."""
 Layout = tuple[int, int, list[tuple[int, int, int, int]]]
 """A page size, a window (0 for none), and per sequence: rows before, rows now, the lowest that they see, and how many
 of the last rows see each other."""

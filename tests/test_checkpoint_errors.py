@@ -287,7 +287,7 @@ def test_a_state_dict_of_something_else_than_named_numbers(state: object, tmp_pa
 
 
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @pytest.mark.filterwarnings("ignore")
 def test_a_broken_pickle_raises_nothing_else(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
     whole, file = tmp_path / "whole.pth", tmp_path / "consolidated.pth"

@@ -34,7 +34,7 @@ def test_both_sides_use_the_same_primes() -> None:
     assert PRIMES == reference.PRIMES
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ids=st.lists(st.integers(0, 259), min_size=1, max_size=30),
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4, unique=True),

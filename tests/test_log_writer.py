@@ -125,7 +125,7 @@ STEPS = st.lists(
 
 
 @given(STEPS, st.sampled_from([400, 5000]), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_read_with_its_gaps_filled_is_what_was_put(
     steps: list[tuple[str, int]], limit_bytes: int, blocking: bool
 ) -> None:

@@ -119,7 +119,7 @@ class SeveralTablesOnOnePool(RuleBasedStateMachine):
         assert sorted(self.pool.take(NUM_PAGES - 1)) == list(range(1, NUM_PAGES))
 
 
-SeveralTablesOnOnePool.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+SeveralTablesOnOnePool.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestSeveralTablesOnOnePool = SeveralTablesOnOnePool.TestCase
 
 

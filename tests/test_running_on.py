@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -183,7 +183,7 @@ def bill(a: Asked, output: Output) -> tuple[Any, ...] | None:
     return u.completion_tokens, u.rounds, u.drafted, u.accepted, u.decoder_calls, u.global_calls, u.rows
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(
     rule=st.sampled_from(list(RULES)),
     reads=st.sampled_from(["embedding", "encoder"]),

@@ -80,7 +80,7 @@ ROWS = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(ROWS, min_size=1, max_size=5))
 def test_every_row_follows_the_reference_law(
     rows: list[tuple[list[float], SamplingParams, dict[int, int], float]],

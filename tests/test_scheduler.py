@@ -108,7 +108,7 @@ jobs = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     jobs=jobs, budget=st.integers(1, 30), prompts=st.integers(1, 30), most=st.integers(1, 6), total=st.integers(60, 120)
 )
@@ -198,7 +198,7 @@ def test_waiting_makes_up_for_priority() -> None:
     assert scheduler.waiting == [urgent, patient, late]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(priorities=st.lists(st.integers(-MOST_PRIORITY, MOST_PRIORITY), min_size=1, max_size=10), data=st.data())
 def test_those_that_come_together_go_by_priority_then_arrival(priorities: list[int], data: st.DataObject) -> None:
     scheduler = Scheduler(Memory(1000), max_sequences=1, max_step_rows=16)
@@ -214,7 +214,7 @@ LONG, OUTPUT = 60, 6
 """Most rows of a prompt and of an output in an endless stream."""
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     most=st.integers(1, 6),
     queue=st.integers(1, 6),
@@ -245,7 +245,7 @@ def test_nobody_starves_behind_an_endless_stream_of_better_priorities(
         assert steps <= worse * STEPS_PER_PRIORITY + (most + queue + 1) * alone
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     rows=st.integers(8, 64),
     shorts=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 100)), min_size=1, max_size=8),
@@ -299,7 +299,7 @@ def test_while_memory_is_short_short_prompts_leave_pages_to_the_first_in_line() 
 small = st.floats(0.0, 0.01)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     fixed=st.floats(0.001, 0.1),
     per_row=small,

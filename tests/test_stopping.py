@@ -18,7 +18,7 @@ def search(text: bytes, stops: list[bytes]) -> tuple[bytes, int | None]:
     return text, None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(TEXTS, STOPS)
 def test_feeding_byte_by_byte_equals_a_search_of_the_whole_text(text: bytes, stops: list[bytes]) -> None:
     expected, end = search(text, stops)
@@ -39,7 +39,7 @@ def test_feeding_byte_by_byte_equals_a_search_of_the_whole_text(text: bytes, sto
     assert matcher.flush() == b""
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TEXTS, STOPS, st.data())
 def test_a_matcher_fed_the_same_bytes_again_goes_on_where_the_first_one_was(
     text: bytes, stops: list[bytes], data: st.DataObject

@@ -87,7 +87,7 @@ def echo() -> Iterator[tuple[asyncio.Runner, int]]:
         runner.run(server.__aexit__(None, None, None))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(REQUEST, min_size=1, max_size=8), st.lists(st.integers(1, 60), max_size=12))
 def test_pipelined_requests_in_any_pieces_are_answered_in_order(
     echo: tuple[asyncio.Runner, int], asked: list[tuple[str, str, bytes, str]], cuts: list[int]

@@ -78,7 +78,7 @@ PROMPT = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(PROMPT, st.booleans(), st.sampled_from([None, 2]))
 def test_no_prompt_that_is_right_is_refused(prompt: Any, ascii: bool, indent: int | None) -> None:
     body = json.dumps({"prompt": prompt}, ensure_ascii=ascii, indent=indent).encode()
