@@ -148,15 +148,21 @@ def test_a_pass_is_tried_now_and_then(model: Path) -> None:
     tried: list[str] = []
     saw = engine.runner.costs.saw
     engine.runner.costs.saw = lambda stage, *rest: (tried.append(stage), saw(stage, *rest))[1]  # type: ignore[method-assign]
-    run(engine, [request("a", text(20, 1), 2 * PROBE_INTERVAL)])
+    run(engine, [request(name, text(20, 1), 2 * PROBE_INTERVAL) for name in "ab"])
     assert 1 <= tried.count("behind") <= 2
+
+
+def test_a_cpu_does_not_try_a_pass_for_a_sequence_alone(model: Path) -> None:
+    engine = unpromising(model)
+    engine.runner.costs.saw = lambda stage, *_: pytest.fail("tried") if stage == "behind" else None  # type: ignore[method-assign]
+    run(engine, [request("a", text(20, 1), PROBE_INTERVAL + 10)])
 
 
 def test_but_not_where_no_byte_could_follow(model: Path) -> None:
     engine = unpromising(model)
     engine.runner.costs.saw = lambda stage, *_: pytest.fail("tried") if stage == "behind" else None  # type: ignore[method-assign]
     for n in range(PROBE_INTERVAL + 1):
-        run(engine, [request(str(n), [1, 5], 1)])
+        run(engine, [request(name, [1, 5], 1) for name in (f"{n}", f"{n} too")])
 
 
 def test_no_patch_is_shorter_than_a_byte(model: Path) -> None:

@@ -70,6 +70,9 @@ class Feeding:
         runner, size, most = self._runner, len(batch), min(max(call.ahead for call in calls), MOST_PASSES)
         if not most or runner.ahead.bytes == "never":
             return 0
+        if size == 1 and runner.ahead.bytes == "measured" and runner.device.type == "cpu":
+            # There the host computes: all that passes could save is the global stage's weights, read for several.
+            return 0
         # Behind a BOS alone there are more starts than bytes.
         patches = [max(w.sequence.mean_patch, 1.0) for w in batch]
         needed = 0.0
