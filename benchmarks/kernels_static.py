@@ -313,11 +313,7 @@ def compile_for(launch: Launch, arch: int, *, disassembled: bool = False) -> Com
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers per thread, and bytes of its stack, where spilled registers go."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    said = _tell("cuobjdump", "-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", said)
     assert found, said
     return int(found[1]), int(found[2]) + int(found[3])
@@ -326,17 +322,22 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def _early_loads(cubin: bytes) -> int | None:
     """Loads from global memory before ACQBULK, where a kernel waits for the one before; None where it does not. 0 if
     any of them is put into shared memory before, as the loads after it are then asked for when it has come."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    said = _tell("nvdisasm", "-c", cubin)
     found = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", said)
     waits = next((i for i, name in enumerate(found) if name.startswith("ACQBULK")), None)
     if waits is None:
         return None
     before = [name[:3] for name in found[:waits]]
     return 0 if "STS" in before else before.count("LDG")
+
+
+def _tell(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool that Triton brings along says of a cubin."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main() -> int:
