@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from engine.checkpoint import count_parameters
-from engine.prefix import BLOCK
+from engine.memory.prefix import BLOCK
 
 from . import plot, report
 from .generate import Reading, generate, prompts

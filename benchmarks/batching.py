@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine import bandwidth
+from engine.costs import bandwidth
 from engine.engine import Engine
-from engine.prefix import BLOCK
+from engine.memory.prefix import BLOCK
 from engine.types import Delta, Request, SamplingParams
 from kernels.dispatch import choose_kernels
 from kernels.linear import Matrix

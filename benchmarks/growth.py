@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from engine.accounting import STAGES
 from engine.config import BOS_ID, BYTE_OFFSET
+from engine.costs.accounting import STAGES
 from engine.engine import Engine
 from engine.types import Delta, Failed, Request, Snapshot
 

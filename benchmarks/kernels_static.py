@@ -27,9 +27,9 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu_check.handover import signals, stack, tile
 from benchmarks.gpu_check.handover.scale import scale_for
-from engine.caches import Caches
 from engine.checkpoint import PRESETS, expected_shapes
 from engine.config import EngineConfig, ModelConfig
+from engine.memory.caches import Caches
 from engine.model import Model
 from kernels import attention, boundary, cross_attention, entropy, hash_embed, linear, norm, pooling, sampling, store
 from kernels import unmasking as unmask_file

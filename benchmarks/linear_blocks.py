@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.report import table
-from engine import bandwidth
 from engine.checkpoint import PRESETS
+from engine.costs import bandwidth
 from kernels import linear
 from kernels.linear import Matrix, linear_triton, quantize
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine import bandwidth
-from engine.accounting import STAGES
+from engine.costs import bandwidth
+from engine.costs.accounting import STAGES
 from engine.engine import Engine
 from kernels.dispatch import choose_kernels
 from kernels.linear import Matrix

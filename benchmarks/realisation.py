@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine import bandwidth
-from engine.prefix import BLOCK
+from engine.costs import bandwidth
+from engine.memory.prefix import BLOCK
 from kernels.dispatch import choose_kernels
 
 from . import plot, report

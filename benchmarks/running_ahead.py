@@ -1,7 +1,7 @@
 """What running ahead gains: each kind of it always, and as the engine decides, in turns with never.
 
 Further bytes of blt after a step, the next step of blt, all passes of a draft in one launch, passes over a block
-(`engine.ahead`). The text must be the same.
+(`engine.step.ahead.policy`). The text must be the same.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.ahead import RunAhead
+from engine.step.ahead.policy import RunAhead
 
 from . import plot, report
 from .generate import Reading, generate, prompts

@@ -12,9 +12,9 @@ from ray import serve
 from starlette.types import Message
 
 from engine import logs
-from engine.client import EngineClient
 from engine.config import EngineConfig
 from engine.hub import localised
+from engine.process.client import EngineClient
 from server.app import create_app
 from server.run import make_traces
 from server.settings import ServerSettings

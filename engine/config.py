@@ -193,7 +193,7 @@ class EngineConfig:
     """Nats; None takes the checkpoint's."""
     run_ahead: Policy = "measured"
     """When the host launches work before it has read what earlier work gave: where measured times say that it pays,
-    wherever it can, or not at all. No text depends on it. See `engine.ahead`."""
+    wherever it can, or not at all. No text depends on it. See `engine.step.ahead.policy`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,24 +12,25 @@ from torch import Tensor
 
 from kernels.dispatch import choose_kernels
 
-from . import bandwidth, checkpoint, trial
-from .accounting import Cost, PaperFormula, StageBytes
-from .ahead import RunAhead
-from .caches import Caches, plan_caches
-from .choosing import results_of
+from . import checkpoint
 from .config import BYTE_OFFSET, EOS_ID, EngineConfig, ModelConfig, ModelLimits, is_byte
-from .costs import StageCosts
+from .costs import bandwidth, calibration
+from .costs.accounting import Cost, PaperFormula, StageBytes
+from .costs.latency import StageCosts
 from .decoders import Committed, Decoder, Experience, Result, make_decoder
-from .graphs import Eager, Graphs
-from .memory import check_room
+from .memory.caches import Caches, plan_caches
+from .memory.prefix import PrefixCache
+from .memory.room import check_room
 from .model import Model, find_row_floors
 from .model.layers import matrix_dtype
-from .passes import Passes
-from .prefix import PrefixCache
-from .runner import Runner, StageCounts, Work
-from .sampling import logprobs_of
 from .scheduler import Part, Scheduler
 from .sequence import Sequence
+from .step.ahead import Passes
+from .step.ahead.policy import RunAhead
+from .step.graphs import Eager, Graphs
+from .step.results import results_of
+from .step.runner import Runner, StageCounts, Work
+from .step.sampling import logprobs_of
 from .types import (
     MAX_DRAFT,
     DecoderCounts,
@@ -153,15 +154,15 @@ class Engine:
         """
         config, facts = self.config, self._identity()
         path = Path(config.stage_costs) if config.stage_costs else None
-        steps = trial.read(path, facts) if path else None
+        steps = calibration.read(path, facts) if path else None
         if steps is None:
             steps = self._try_steps()
             if path:
-                trial.write(path, facts, steps)
+                calibration.write(path, facts, steps)
         for tried in steps:
             for stage, (rows, seconds) in tried.stages.items():
                 self.runner.costs.starts_at(stage, rows, seconds)
-        rows = trial.prompt_rows(steps, config.max_stall_ms / 1000, config.max_step_rows)
+        rows = calibration.prompt_rows(steps, config.max_stall_ms / 1000, config.max_step_rows)
         self._scheduler.max_prompt_rows = rows
         log.info("steps take %.3g ms or more, and up to %d rows of prompts", 1000 * steps[0].seconds, rows)
 
@@ -179,14 +180,14 @@ class Engine:
             "threads": torch.get_num_threads(),
         }
 
-    def _try_steps(self) -> list[trial.TriedStep]:
+    def _try_steps(self) -> list[calibration.TriedStep]:
         """Leaves no trace but in the time that has passed."""
-        heard = trial.Heard()
+        heard = calibration.Heard()
         costs, self.runner.costs = self.runner.costs, heard
         prefixes, self._prefixes = self._prefixes, None
 
-        def step(rows: int) -> trial.TriedStep:
-            self.add(Request(id="trial", prompt_ids=trial.PROMPT[:rows], max_tokens=1, ignore_eos=True))
+        def step(rows: int) -> calibration.TriedStep:
+            self.add(Request(id="trial", prompt_ids=calibration.PROMPT[:rows], max_tokens=1, ignore_eos=True))
             began = time.perf_counter()
             while self.has_work:
                 self.step()
@@ -196,7 +197,7 @@ class Engine:
 
         try:
             most_rows = min(self.config.max_step_rows, self.caches.max_length - 1)
-            return trial.try_steps(step, most_rows, lambda: self.runner.executor.num_recorded)
+            return calibration.try_steps(step, most_rows, lambda: self.runner.executor.num_recorded)
         finally:
             self.runner.costs, self._prefixes = costs, prefixes
             self._begin()

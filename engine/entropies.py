@@ -10,13 +10,13 @@ from kernels.planning import Spans, Tiling
 from kernels.stack import KvCache
 
 from . import checkpoint
-from .caches import cache_specs
 from .config import EngineConfig
-from .graphs import Eager
+from .memory.caches import cache_specs
+from .memory.pages import BlockTable, PagePool
 from .model.layers import Weights
 from .model.patcher import Patcher
-from .pages import BlockTable, PagePool
-from .plan import plan_attention
+from .step.graphs import Eager
+from .step.plan import plan_attention
 
 CHUNK = 512
 """Most rows at once."""

@@ -18,7 +18,7 @@ from typing import IO, Any, Literal
 
 import msgspec
 
-from .log_writer import LogWriter
+from .process.log_writer import LogWriter
 
 LevelName = Literal["debug", "info", "warning", "error"]
 FormatName = Literal["human", "json"]

@@ -6,17 +6,17 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from .accounting import Cost, PaperFormula
 from .config import EOS_ID
+from .costs.accounting import Cost, PaperFormula
 from .decoders import Call, Committed, Decoder, Result, Round
 from .decoders.blt import Autoregressive
-from .pages import BlockTable
+from .memory.pages import BlockTable
 from .patching import Patching
 from .stopping import StopMatcher
 from .types import Request, TokenLogprob, Usage
 
 if TYPE_CHECKING:
-    from .prefix import Node
+    from .memory.prefix import Node
 
 
 def start_of(documents: list[int], place: int) -> int:

@@ -9,11 +9,11 @@ from math import ceil, inf, prod
 
 import torch
 
-from .accounting import STAGES, PaperFormula, StageBytes
-from .caches import CacheSpec, cache_specs, longest_draft, plan_caches, typical_pages
 from .checkpoint import count_parameters, expected_shapes
 from .checkpoint.names import HASHES
 from .config import EngineConfig, ModelConfig
+from .costs.accounting import STAGES, PaperFormula, StageBytes
+from .memory.caches import CacheSpec, cache_specs, longest_draft, plan_caches, typical_pages
 from .types import MAX_DRAFT
 
 ASSUMED_PATCH = 4.5

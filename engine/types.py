@@ -269,7 +269,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     page_bytes: dict[str, int] = {}
     """Per pool: the size of a page."""
     peak_bandwidth: dict[str, float] = {}
-    """Bytes per second that this machine's memory gave when it was tried; see `engine.bandwidth.probe`."""
+    """Bytes per second that this machine's memory gave when it was tried; see `engine.costs.bandwidth.probe`."""
     prompt_rows: int = 0
     """Most rows of prompts in a step."""
 

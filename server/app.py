@@ -7,8 +7,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import PlainTextResponse, Response
 
-from engine.client import EngineClient
 from engine.installed import installed
+from engine.process.client import EngineClient
 
 from .admission import Gate
 from .completions import complete

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.calibration import Calibration, Thresholds
 from engine.config import EngineConfig, PatchingRule
 from engine.entropies import Entropies
+from engine.thresholds import Calibration, Thresholds
 
 from .progress import Progress
 from .tables import drawn, number_table

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from engine.client import EngineClient, EngineDead
+from engine.process.client import EngineClient, EngineDead
 from engine.types import DecoderName, Delta, Event, Failed, Finished, Request, TokenLogprob, Usage
 
 from .admission import Gate, Ticket

@@ -9,7 +9,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from engine import logs
-from engine.client import EngineClient
+from engine.process.client import EngineClient
 from engine.types import DecoderCounts, Snapshot, Usage
 
 from .admission import Gate

@@ -16,10 +16,10 @@ import uvloop
 from fastapi import FastAPI
 
 from engine import logs
-from engine.client import EngineClient, EngineStartError
 from engine.config import EngineConfig
 from engine.hub import HubError, localised
 from engine.installed import installed
+from engine.process.client import EngineClient, EngineStartError
 
 from .addresses import parse_address
 from .admission import Gate

@@ -12,8 +12,8 @@ from torch import Tensor
 from engine.checkpoint import save
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
-from engine.runner import Work
 from engine.sequence import Sequence as EngineSequence
+from engine.step.runner import Work
 from engine.types import Delta, Event, Failed, Finished, Request, SamplingParams, TokenLogprob, Usage
 
 GREEDY = SamplingParams(temperature=0)

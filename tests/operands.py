@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.graphs import Eager
-from engine.pages import BlockTable, PagePool
-from engine.plan import Plan, plan_attention
+from engine.memory.pages import BlockTable, PagePool
+from engine.step.graphs import Eager
+from engine.step.plan import Plan, plan_attention
 from kernels.attention import TILE, AttentionPlan
 from kernels.boundary import Rule
 from kernels.planning import Spans, Tiling

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from engine.config import BYTE_OFFSET, EngineConfig, ModelLimits
-from engine.log_writer import LIMIT_BYTES
+from engine.process.log_writer import LIMIT_BYTES
 from engine.stopping import StopMatcher
 from engine.types import Delta, Event, Facts, Finished, FinishReason, Request, Snapshot, TokenLogprob, Usage
 

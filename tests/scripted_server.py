@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from engine.client import EngineClient, EngineDead
 from engine.config import ModelLimits
+from engine.process.client import EngineClient, EngineDead
 from engine.types import Delta, Event, Facts, Failed, Finished, Request, Snapshot, TokenLogprob, Usage
 from server.app import create_app
 from server.http import bind

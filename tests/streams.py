@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 
-from engine.client import EngineClient
+from engine.process.client import EngineClient
 from engine.types import Delta, Failed, Finished, Request, TokenLogprob
 
 

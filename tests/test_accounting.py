@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from engine.accounting import PaperFormula, StageBytes
 from engine.checkpoint import PRESETS, count_parameters
+from engine.costs.accounting import PaperFormula, StageBytes
 from engine.types import Finished, Unmask
 from tests.engines import make_engine, request, run
 from tests.models import text

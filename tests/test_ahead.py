@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from engine.ahead import RunAhead
 from engine.config import Policy
 from engine.engine import Engine
+from engine.step.ahead.policy import RunAhead
 from engine.types import Request, Unmask
 from tests.engines import bill, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text

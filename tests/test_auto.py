@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.costs import Line, StageCosts
+from engine.costs.latency import Line, StageCosts
 from engine.decoders import Experience
 from engine.decoders.auto import PROBE_INTERVAL, Agreement, Auto
 from engine.decoders.blt import Autoregressive

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from engine.calibration import Thresholds
 from engine.checkpoint import load, save
 from engine.config import EngineConfig, PatchingRule
 from engine.engine import Engine
 from engine.entropies import CHUNK, Entropies
-from engine.runner import Work
 from engine.sequence import Sequence
+from engine.step.runner import Work
+from engine.thresholds import Thresholds
 from server.cli import app
 from tests import reference
 from tests.engines import make_engine, request, save_ours

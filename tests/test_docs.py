@@ -172,7 +172,7 @@ def test_operations_name_metrics_flags_and_log_lines_that_exist() -> None:
     assert metrics and metrics <= set(re.findall(r"^\| `(fastblt_\w+)` \|", DOCS["metrics.md"], re.M))
     flags = set(re.findall(r"`[^`\n]*?(--[a-z][\w-]*)", text)) - {"--pid"}
     assert flags and flags <= set(re.findall(r"`(--[\w-]+)`", DOCS["command-line.md"]))
-    source = "".join(path.read_text() for part in ("server", "engine") for path in (ROOT / part).glob("*.py"))
+    source = "".join(path.read_text() for part in ("server", "engine") for path in (ROOT / part).rglob("*.py"))
     for line in LOG_LINES:
         assert f"`{line}`" in text
         assert all(piece.strip() in source for piece in line.split("…")), line

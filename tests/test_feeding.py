@@ -8,9 +8,9 @@ import pytest
 
 from engine.checkpoint import load
 from engine.config import EOS_ID
-from engine.costs import StageCosts
+from engine.costs.latency import StageCosts
 from engine.engine import Engine
-from engine.passes.feeding import PROBE_INTERVAL
+from engine.step.ahead.bytes import PROBE_INTERVAL
 from engine.types import Request, SamplingParams
 from tests.engines import bill, crowded_engine, feeding, make_engine, request, run, save_ours, usage
 from tests.models import our_config, our_model, text

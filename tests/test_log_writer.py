@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.log_writer import LogWriter
+from engine.process.log_writer import LogWriter
 
 PIPE_BYTES = 1 << 16
 SECONDS = 10.0

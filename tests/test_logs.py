@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from engine import logs
-from engine.log_writer import LIMIT_BYTES
 from engine.logs import FormatName, HumanFormatter, LevelName, LogSettings
+from engine.process.log_writer import LIMIT_BYTES
 from tests.conftest import ROOT
 
 Log = Callable[[FormatName, LevelName], io.StringIO]

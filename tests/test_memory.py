@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import memory
 from engine.checkpoint import PRESETS, load, random_tensors, save
 from engine.config import HashConfig
 from engine.layout import WEIGHTS
+from engine.memory import room
 from engine.model import progress
 from engine.model.layers import Weights
 from kernels.dispatch import choose_kernels
@@ -76,34 +76,34 @@ def test_it_is_said_what_the_model_takes_and_what_there_is(mixed: Path, caplog: 
 def test_what_cannot_fit_is_refused_before_it_is_read(
     mixed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(memory, "available", lambda device: 100_000)
+    monkeypatch.setattr(room, "available", lambda device: 100_000)
     with pytest.raises(ValueError, match=r"and 97\.7 KiB are free on cpu: --cache-bytes makes the caches smaller"):
         make_engine(mixed)
     # Torch may use them where they are, in the file: that is slow, and works.
     make_engine(mixed, kernels="torch")
     # Enough for the weights: pages of the caches are not there before they are used.
-    monkeypatch.setattr(memory, "available", lambda device: 10 << 20)
+    monkeypatch.setattr(room, "available", lambda device: 10 << 20)
     make_engine(mixed)
     assert "it may run out of memory when it is busy" in caplog.text
-    monkeypatch.setattr(memory, "available", lambda device: None)
+    monkeypatch.setattr(room, "available", lambda device: None)
     make_engine(mixed)
 
 
 def test_free_memory_is_what_can_be_freed_within_the_limit_of_the_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert 0 < (memory.available(CPU) or 0) < 1 << 50
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    assert memory.available(CPU) is None
+    assert 0 < (room.available(CPU) or 0) < 1 << 50
+    monkeypatch.setattr(room, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(room, "CGROUP", tmp_path)
+    assert room.available(CPU) is None
     (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:  50 kB\nMemAvailable:  7000 kB\nSwapFree:  5 kB\n")
-    assert memory.available(CPU) == 7005 << 10
+    assert room.available(CPU) == 7005 << 10
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available(CPU) == 7005 << 10
+    assert room.available(CPU) == 7005 << 10
     (tmp_path / "memory.max").write_text(f"{5000 << 10}\n")
     (tmp_path / "memory.current").write_text(f"{4000 << 10}\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 102400\nactive_file 1024\n")
-    assert memory.available(CPU) == (1000 << 10) + 102400 + 1024
+    assert room.available(CPU) == (1000 << 10) + 102400 + 1024
 
 
 def test_a_large_model_is_seen_to_come(

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from engine.pages import BlockTable, OutOfPages, PagePool
+from engine.memory.pages import BlockTable, OutOfPages, PagePool
 
 NUM_PAGES, PAGE_SIZE, NUM_TABLES = 9, 4, 3
 TABLES, ROWS = st.integers(0, NUM_TABLES - 1), st.integers(0, 60)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from engine.accounting import STAGES
-from engine.ahead import RunAhead
 from engine.config import EOS_ID
+from engine.costs.accounting import STAGES
 from engine.engine import Engine
 from engine.model import Decoder
-from engine.runner import StageCall
+from engine.step.ahead.policy import RunAhead
+from engine.step.runner import StageCall
 from engine.types import Delta, Finished, Request, SamplingParams, Unmask, Usage
 from tests.engines import Output, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text

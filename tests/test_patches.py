@@ -14,8 +14,8 @@ from transformers import BltForCausalLM
 
 from engine.config import EOS_ID, ModelConfig, PatchingRule
 from engine.engine import Engine
+from engine.memory.prefix import BLOCK
 from engine.patching import Patching
-from engine.prefix import BLOCK
 from engine.types import Delta, Finished, Request, SamplingParams, Unmask
 from tests import reference
 from tests.engines import Output, crowded_engine, feeding, make_engine, request, run, save_ours

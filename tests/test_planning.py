@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.pages import BlockTable, PagePool
+from engine.memory.pages import BlockTable, PagePool
 from kernels import native, planning
 from kernels.attention import SEGMENT, AttentionPlan, PlanShape
 from kernels.planning import Lengths, Spans, Tiling

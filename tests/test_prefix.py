@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine import caches
-from engine.caches import CacheSpec, cache_specs
 from engine.config import EOS_ID, ModelConfig, PatchingRule
 from engine.engine import Engine
-from engine.prefix import BLOCK
+from engine.memory import caches
+from engine.memory.caches import CacheSpec, cache_specs
+from engine.memory.prefix import BLOCK
 from engine.types import Event, Finished, Request, SamplingParams, Unmask
 from tests import reference
 from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours

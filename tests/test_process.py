@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.client import EngineClient, EngineDead, EngineStartError
 from engine.config import BYTE_OFFSET, EngineConfig
+from engine.process.client import EngineClient, EngineDead, EngineStartError
 from engine.types import Delta, Failed, Finished, Request, TokenLogprob
 from tests.scripted_engine import prompt_ids, scripted_ids, scripted_logprob
 from tests.streams import Transcript, kill, killer, read
@@ -279,7 +279,7 @@ async def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.Monkey
 
 PARENT = """
 import asyncio, os, sys
-from engine.client import EngineClient
+from engine.process.client import EngineClient
 from engine.config import EngineConfig
 
 async def main():
@@ -309,7 +309,9 @@ async def test_the_engine_does_not_outlive_its_parent(model: str) -> None:
     await eventually(lambda: not exists(pid) or not Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
-@pytest.mark.parametrize(("module", "foreign"), [("engine.client", "torch"), ("engine.process", "fastapi")])
+@pytest.mark.parametrize(
+    ("module", "foreign"), [("engine.process.client", "torch"), ("engine.process.child", "fastapi")]
+)
 async def test_each_side_imports_only_its_own(module: str, foreign: str) -> None:
     code = f"import sys, {module}; sys.exit({foreign!r} in sys.modules)"
     assert await (await asyncio.create_subprocess_exec(sys.executable, "-c", code)).wait() == 0

@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from engine.checkpoint import PRESETS, calibrated, random_tensors, save
-from engine.client import EngineClient
 from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
+from engine.process.client import EngineClient
 from engine.types import Request, SamplingParams
 from tests.streams import killer, read
 

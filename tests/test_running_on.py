@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.gpu_check.ahead import AHEAD
-from engine.ahead import RunAhead
 from engine.config import EOS_ID, PatchingRule
 from engine.engine import Engine
+from engine.step.ahead.policy import RunAhead
 from engine.types import Finished, Request, SamplingParams, Unmask
 from tests.engines import Output, crowded_engine, make_engine, request, save_ours
 from tests.models import our_config, our_model, text

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine import sampling
-from engine.sampling import draw, logprobs_of
+from engine.step import sampling
+from engine.step.sampling import draw, logprobs_of
 from engine.types import SamplingParams
 from kernels.dispatch import Kernels, NativeKernels
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.costs.calibration import LEAST_PROMPT_ROWS, TRIED_ROWS, TriedStep, prompt_rows
 from engine.decoders import Decoder, Result
 from engine.decoders.blt_d import Diffusion
 from engine.decoders.blt_dv import Verified
 from engine.decoders.blt_s import Draft
 from engine.scheduler import MOST_PRIORITY, STEPS_PER_PRIORITY, Part, Scheduler
 from engine.sequence import Sequence
-from engine.trial import LEAST_PROMPT_ROWS, TRIED_ROWS, TriedStep, prompt_rows
 from engine.types import MAX_DRAFT, Request, Unmask
 
 

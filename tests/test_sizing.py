@@ -12,11 +12,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from benchmarks.generate import TEXT
-from engine.accounting import PaperFormula, StageBytes
-from engine.caches import longest_draft, plan_caches
 from engine.checkpoint import PRESETS, load
 from engine.config import EngineConfig, PatchingRule
+from engine.costs.accounting import PaperFormula, StageBytes
 from engine.engine import Engine
+from engine.memory.caches import longest_draft, plan_caches
 from engine.sizing import Drafting, Load, Sizing, WeightBytes, caches_held, engine_for, readings, size
 from engine.types import Finished, Usage
 from kernels.stack import StackWeights

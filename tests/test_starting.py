@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from engine.config import EOS_ID
-from engine.costs import StageCosts
+from engine.costs.latency import StageCosts
 from engine.engine import Engine
-from engine.runner import Started
+from engine.step.runner import Started
 from engine.types import Request, SamplingParams
 from tests.engines import Output, bill, feeding, make_engine, request, run, save_ours, usage
 from tests.models import our_config, our_model, text

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import trial
 from engine.config import EngineConfig
-from engine.costs import StageCosts
-from engine.trial import LEAST_PROMPT_ROWS, TriedStep, prompt_rows, try_steps
+from engine.costs import calibration as trial
+from engine.costs.calibration import LEAST_PROMPT_ROWS, TriedStep, prompt_rows, try_steps
+from engine.costs.latency import StageCosts
 from tests.engines import make_engine, request, run
 
 STAGES = {"patcher", "encoder", "global", "decoder", "step"}

@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu_check.ahead import AHEAD
 from engine import checkpoint
 from engine.config import PatchingRule
-from engine.graphs import Eager, Graphs, pack, padded, unpack
+from engine.step.graphs import Eager, Graphs, pack, padded, unpack
 from engine.types import Request, SamplingParams, Unmask
 from tests.engines import engine_logits, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text

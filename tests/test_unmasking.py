@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.blocks import rule_and_bound
+from engine.step.blocks import rule_and_bound
 from engine.types import Unmask
 from kernels.dispatch import Kernels, NativeKernels
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import PAD_ID, ModelConfig
-from engine.copies import sent
+from engine.step.transfer import sent
 
 from . import model
 from .model import Blocks, Patches, Weights

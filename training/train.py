@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import PRESETS
-from engine.copies import sent
+from engine.step.transfer import sent
 
 from . import STARTED, model, objective
 from .corpus import Corpus, corpora

@@ -12,7 +12,7 @@ from benchmarks.models import random_model
 from benchmarks.replay import replayed
 from benchmarks.turns import in_turn, spread
 from benchmarks.ways import RANDOM
-from engine.ahead import RunAhead
+from engine.step.ahead.policy import RunAhead
 
 from .piece import Piece
 from .profiling import profile_steps

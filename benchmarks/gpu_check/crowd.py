@@ -9,7 +9,7 @@ from benchmarks.models import random_model
 from benchmarks.replay import replayed
 from benchmarks.turns import figures, in_turn
 from benchmarks.ways import RANDOM
-from engine import bandwidth
+from engine.costs import bandwidth
 
 from .piece import Piece
 from .probe import copy_size

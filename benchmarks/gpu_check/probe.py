@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import bandwidth
 from engine.checkpoint import PRESETS
+from engine.costs import bandwidth
 from kernels.dispatch import Kernels, choose_kernels
 from kernels.linear import Matrix, quantize
 

@@ -21,7 +21,7 @@ from benchmarks.models import Form, random_model, shaped
 from benchmarks.replay import replayed
 from benchmarks.turns import figures, in_turn
 from benchmarks.ways import RANDOM, acceptance
-from engine import bandwidth
+from engine.costs import bandwidth
 from engine.engine import Engine
 
 from .piece import Piece

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from ..caches import cache_specs
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
+from ..memory.caches import cache_specs
 from .base import Format
 from .names import DECODER, ENCODER, GLOBAL, HASHES, PATCHER, expected_shapes
 from .reading import load

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibration import Thresholds
 from ..config import BOS_ID, BYTE_OFFSET, HashConfig, ModelConfig, PatchingRule, StackConfig
+from ..thresholds import Thresholds
 from .names import HASHES, PATCHER, Shape, expected_shapes
 
 PATCHER_HEAD_GAIN = 2.0

@@ -19,7 +19,7 @@ PROBE_INTERVAL = 64
 
 
 class Costs(Protocol):
-    """Seconds that the stages take, as measured so far; see `engine.costs`."""
+    """Seconds that the stages take, as measured so far; see `engine.costs.latency`."""
 
     def feed(self, patch: float) -> float:
         """One byte by blt, a global pass every `patch` bytes."""

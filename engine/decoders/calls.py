@@ -5,7 +5,7 @@ from typing import Protocol
 
 import msgspec
 
-from ..accounting import Cost
+from ..costs.accounting import Cost
 from ..types import Request, TokenLogprob, Unmask
 
 

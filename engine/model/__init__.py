@@ -9,8 +9,8 @@ from torch import Tensor
 from kernels.dispatch import Kernels
 from kernels.linear import batched_row_floor, row_floor
 
-from ..caches import CacheSpec
 from ..config import ModelConfig, StackConfig
+from ..memory.caches import CacheSpec
 from .decoder import Decoder
 from .encoder import Encoder
 from .global_transformer import GlobalTransformer

@@ -6,8 +6,8 @@ from kernels.attention import AttentionPlan
 from kernels.dispatch import Kernels
 from kernels.stack import Beside, HeadWeights, KvCache, StackWeights
 
-from ..caches import decoder_cross_layers
 from ..config import ModelConfig
+from ..memory.caches import decoder_cross_layers
 from .layers import CrossAttention, Weights, layers_of
 
 

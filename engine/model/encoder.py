@@ -7,8 +7,8 @@ from kernels.dispatch import Kernels
 from kernels.hash_embed import HashTables
 from kernels.stack import Beside, KvCache, StackWeights
 
-from ..caches import encoder_cross_layers
 from ..config import ModelConfig
+from ..memory.caches import encoder_cross_layers
 from .layers import CrossAttention, Weights, layers_of
 
 

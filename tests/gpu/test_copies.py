@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.copies import reading
+from engine.step.transfer import reading
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

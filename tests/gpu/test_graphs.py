@@ -13,7 +13,7 @@ from benchmarks.gpu_check.setting import Setting
 from benchmarks.models import Form, random_model
 from benchmarks.report import NANO
 from engine.decoders import EXACT
-from engine.graphs import Graphs, _Recorder
+from engine.step.graphs import Graphs, _Recorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.graphs import Eager
-from engine.pages import BlockTable, PagePool
-from engine.plan import plan_attention
+from engine.memory.pages import BlockTable, PagePool
+from engine.step.graphs import Eager
+from engine.step.plan import plan_attention
 from kernels.attention import TILE, AttentionPlan, attention_triton
 from kernels.linear import Matrix, linear_triton, quantize
 from kernels.planning import Spans, Tiling

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.client import STOP_SECONDS
+from engine.process.client import STOP_SECONDS
 from server.flags import ENGINE_FLAGS
 from server.run import LAST_RESPONSES_SECONDS
 from server.settings import ServerSettings

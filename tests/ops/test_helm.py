@@ -13,7 +13,7 @@ import pytest
 import typer.main
 import yaml
 
-from engine.client import STOP_SECONDS
+from engine.process.client import STOP_SECONDS
 from server.cli import app
 from server.run import LAST_RESPONSES_SECONDS
 from server.settings import ServerSettings

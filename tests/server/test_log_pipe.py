@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from engine.log_writer import LIMIT_BYTES
+from engine.process.log_writer import LIMIT_BYTES
 from tests.serving import ROOT
 
 PIPE_BYTES = 1 << 16

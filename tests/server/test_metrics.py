@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.config import EngineConfig
-from engine.trial import LEAST_PROMPT_ROWS
+from engine.costs.calibration import LEAST_PROMPT_ROWS
 from tests.serving import RunningServer, running_server
 
 DECODERS = ("blt", "blt-s", "blt-d", "blt-dv", "auto")

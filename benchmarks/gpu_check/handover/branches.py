@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from engine import bandwidth
+from engine.costs import bandwidth
 
 from .question import UNDECIDED, Case, find
 from .scale import Scale

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from engine import bandwidth
+from engine.costs import bandwidth
 from kernels.lang import await_inputs, jit, let_next_begin, tl
 
 from .empty import empty_kernel

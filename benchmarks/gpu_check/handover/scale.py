@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine import bandwidth
+from engine.costs import bandwidth
 from kernels.lang import blocks, overlap
 
 

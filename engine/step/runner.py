@@ -28,21 +28,21 @@ from torch.nn.functional import pad
 from kernels.attention import LARGE_TILE
 from kernels.planning import Spans, Tiling
 
-from .accounting import STAGES, StageBytes
-from .ahead import RunAhead
-from .caches import Caches
-from .config import BYTE_OFFSET
-from .copies import Readback, marked, sent
-from .costs import StageCosts
-from .decoders import Call
+from ..config import BYTE_OFFSET
+from ..costs.accounting import STAGES, StageBytes
+from ..costs.latency import StageCosts
+from ..decoders import Call
+from ..memory.caches import Caches
+from ..memory.pages import BlockTable
+from ..memory.prefix import PrefixCache
+from ..model import Model, RowFloors
+from ..model.encoder import ngram_windows
+from ..patching import boundary_rule
+from ..sequence import Sequence, pieces, start_of
+from .ahead.policy import RunAhead
 from .graphs import Eager, Stage
-from .model import Model, RowFloors
-from .model.encoder import ngram_windows
-from .pages import BlockTable
-from .patching import boundary_rule
 from .plan import Arrays, Plan, padded_array, plan_attention
-from .prefix import PrefixCache
-from .sequence import Sequence, pieces, start_of
+from .transfer import Readback, marked, sent
 
 NO_DOCUMENTS = [0]
 """Where documents begin if they are not told apart."""

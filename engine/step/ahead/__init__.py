@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from kernels.dispatch import Kernels
 
-from ..decoders import Result
+from ...decoders import Result
 from ..runner import Runner, Work
-from .drafting import draft
-from .feeding import Feeding
-from .starting import Starting
-from .unmasking import Unmasking
+from .blocks import Unmasking
+from .bytes import Feeding
+from .drafts import draft
+from .next_step import Starting
 
 __all__ = ["Passes"]
 

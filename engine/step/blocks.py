@@ -10,9 +10,9 @@ from torch.nn.functional import pad
 from kernels.dispatch import Kernels
 from kernels.unmasking import CONFIDENCE, ENTROPY, ENTROPY_MINUS_MAX, ONE_STEP
 
-from .config import BOE_ID, BOS_ID, PAD_ID
-from .copies import sent
-from .types import Unmask
+from ..config import BOE_ID, BOS_ID, PAD_ID
+from ..types import Unmask
+from .transfer import sent
 
 BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
 """Ids that a block's cell never becomes."""

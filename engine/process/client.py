@@ -22,9 +22,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from .config import EngineConfig, ModelLimits
-from .logs import LogSettings
-from .types import (
+from ..config import EngineConfig, ModelLimits
+from ..logs import LogSettings
+from ..types import (
     Abort,
     Command,
     Delta,
@@ -306,7 +306,7 @@ class _Child:
         end, self._lifeline = os.pipe()
         try:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "engine.process"),
+                *(sys.executable, "-P", "-m", "engine.process.child"),
                 *(self._address, str(end), factory),
                 *(msgspec.json.encode(config).decode(), msgspec.json.encode(logs).decode()),
                 stdin=asyncio.subprocess.DEVNULL,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from .config import BOS_ID, BYTE_OFFSET
-from .costs import StageCosts
+from ..config import BOS_ID, BYTE_OFFSET
+from .latency import StageCosts
 
 TRIED_ROWS = (1, 4, 16, 64, 256)
 """One row as while a sequence is alone, a few as drafts and crowds have, many as of prompts."""

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from .config import Policy
+from ...config import Policy
 
 
 @dataclass(frozen=True, slots=True)
 class RunAhead:
-    """A policy for each kind of work, see `engine.passes`.
+    """A policy for each kind of work, see `engine.step.ahead`.
 
     bytes: further bytes of blt after a step. next_step: patcher and encoder of the next step of blt. drafts: all passes
     of a draft in one launch, and its verification. blocks: passes over a block.

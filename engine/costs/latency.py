@@ -1,4 +1,4 @@
-"""How long the stages take, measured at the start (`engine.trial`) and learnt from the steps since."""
+"""How long the stages take, measured at the start (`engine.costs.calibration`) and learnt from the steps since."""
 
 from dataclasses import dataclass
 from math import inf

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.describe import format_size
+from ..checkpoint.names import HASHES
+from ..config import ModelConfig
+from ..sizing import WeightBytes
 from .caches import CachePlan
-from .checkpoint.describe import format_size
-from .checkpoint.names import HASHES
-from .config import ModelConfig
-from .sizing import WeightBytes
 
 log = logging.getLogger("fastblt.engine")
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 
-from ..choosing import uniform
-from ..copies import reading, sent
-from ..decoders import Call, Result
+from ...decoders import Call, Result
+from ..results import uniform
 from ..runner import STAND_IN, Runner, Started, Work
 from ..sampling import check, draw_ids, padded_laws, uniforms_for
+from ..transfer import reading, sent
 
 
 def draft(runner: Runner, kernels: Kernels, batch: Sequence[Work], calls: Sequence[Call]) -> list[Result]:
@@ -70,7 +70,7 @@ def _verification(runner: Runner, batch: Sequence[Work], calls: Sequence[Call], 
 
 
 class _Drafting:
-    """Passes each of which is fed with what was drawn from the one before; see `engine.runner.PassState`."""
+    """Passes each of which is fed with what was drawn from the one before; see `engine.step.runner.PassState`."""
 
     def __init__(self, kernels: Kernels, tensors: Mapping[str, Tensor]) -> None:
         self._kernels, self._tensors = kernels, tensors

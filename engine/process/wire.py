@@ -2,8 +2,8 @@
 
 import msgspec
 
-from .config import ModelLimits
-from .types import Command, Event, Facts, Snapshot
+from ..config import ModelLimits
+from ..types import Command, Event, Facts, Snapshot
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):

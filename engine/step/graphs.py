@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .copies import marked, sent
 from .plan import Arrays
+from .transfer import marked, sent
 
 Stage = Callable[[Mapping[str, Tensor]], Tensor]
 """From a stage's inputs to its output; also writes caches."""
@@ -30,7 +30,7 @@ LEAST_PAGES = 64
 
 
 class Eager:
-    """Pads as `engine.plan.Padding`, and runs stages at once.
+    """Pads as `engine.step.plan.Padding`, and runs stages at once.
 
     floor: fewest rows that make rows independent of each other.
     """

@@ -1,4 +1,6 @@
-"""The engine process: `python -m engine.process ADDRESS LIFELINE FACTORY CONFIG LOGS`, started by `engine.client`.
+"""The engine process, started by `engine.process.client`.
+
+    python -m engine.process.child ADDRESS LIFELINE FACTORY CONFIG LOGS
 
 It connects to the ZeroMQ address, loads the engine (`FACTORY` is "module:callable", `CONFIG` an EngineConfig and `LOGS`
 LogSettings as JSON) and steps it as long as there is work. Exit codes: 0 asked to leave, 1 failed. LIFELINE is the
@@ -18,9 +20,9 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from . import logs
-from .config import EngineConfig, ModelLimits
-from .types import Abort, Event, Facts, Request, Shutdown, Snapshot
+from .. import logs
+from ..config import EngineConfig, ModelLimits
+from ..types import Abort, Event, Facts, Request, Shutdown, Snapshot
 from .wire import Batch, Message, Started, StartFailed, decode_command, encode
 
 log = logging.getLogger("fastblt.engine.process")

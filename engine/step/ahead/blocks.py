@@ -15,13 +15,13 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 
+from ...decoders import Call, Result
+from ...types import Unmask
 from ..blocks import BlockPasses, block_tensors
-from ..choosing import cell_params, uniform
-from ..copies import read
-from ..decoders import Call, Result
+from ..results import cell_params, uniform
 from ..runner import DecoderRows, Runner, StageCall, Work, padded_tensor
 from ..sampling import draw_ids, padded_laws, uniforms_for
-from ..types import Unmask
+from ..transfer import read
 
 REMEMBERED = 32
 """Blocks that tell how many passes one needs."""
@@ -115,7 +115,7 @@ class Unmasking:
 
 
 class _Passes(BlockPasses):
-    """See `engine.runner.PassState`."""
+    """See `engine.step.runner.PassState`."""
 
     def take(self, logits: Tensor) -> None:
         law = self.law(logits)

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 
+from ..decoders import Call, Result
+from ..sequence import Sequence as SequenceState
+from ..types import Request, SamplingParams
 from .blocks import BlockPasses, block_tensors
-from .copies import read, sent
-from .decoders import Call, Result
 from .runner import Work
 from .sampling import check, choose, draw, logprobs_of
-from .sequence import Sequence as SequenceState
-from .types import Request, SamplingParams
+from .transfer import read, sent
 
 
 class _Draws(msgspec.Struct, frozen=True):

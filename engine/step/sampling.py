@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 
-from .copies import sent
-from .types import SamplingParams, TokenLogprob
+from ..types import SamplingParams, TokenLogprob
+from .transfer import sent
 
 _MASK_64 = 2**64 - 1
 _PADDING = SamplingParams(temperature=0)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from kernels.stack import KvCache
 
-from .config import EngineConfig, ModelConfig, StackConfig
+from ..config import EngineConfig, ModelConfig, StackConfig
+from ..types import MAX_DRAFT
 from .pages import BlockTable, PagePool
-from .types import MAX_DRAFT
 
 LONGEST_DRAFT = MAX_DRAFT + 2
 """Most rows of a draft and its verification. A block comes with the clean rows of the one before it."""

@@ -16,8 +16,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from ..sequence import Sequence
 from .caches import Caches
-from .sequence import Sequence
 
 BLOCK = 64
 """Ids between two places where a cached prefix can end."""

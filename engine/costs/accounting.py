@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from kernels import attention, cross_attention, hash_embed, linear
 
-from .caches import decoder_cross_layers, encoder_cross_layers
-from .checkpoint import count_parameters
-from .config import ModelConfig, StackConfig
+from ..checkpoint import count_parameters
+from ..config import ModelConfig, StackConfig
+from ..memory.caches import decoder_cross_layers, encoder_cross_layers
 
 STAGES = ("patcher", "encoder", "global", "decoder")
 

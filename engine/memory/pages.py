@@ -1,4 +1,4 @@
-"""Page accounting: who holds which page. Integers only; the tensors behind the pages are `engine.caches`."""
+"""Page accounting: who holds which page. Integers only; the tensors behind the pages are `engine.memory.caches`."""
 
 from array import array
 from collections.abc import Iterable

@@ -12,11 +12,11 @@ import torch
 
 from kernels.dispatch import Kernels
 
-from ..choosing import uniform
-from ..copies import reading
-from ..decoders import Call, Result
+from ...decoders import Call, Result
+from ..results import uniform
 from ..runner import STAND_IN, Runner, Work
 from ..sampling import check, draw_ids, padded_laws, uniforms_for
+from ..transfer import reading
 
 PROBE_INTERVAL = 256
 """Steps after which one is begun though it did not seem worth it: what that takes is only learnt from doing it."""

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 
-from ..choosing import uniform
-from ..config import EOS_ID
-from ..copies import read
-from ..decoders import Call, Result
+from ...config import EOS_ID
+from ...decoders import Call, Result
+from ..results import uniform
 from ..runner import STAND_IN, Runner, Unpaid, Work
 from ..sampling import check, draw_ids, on_device, padded_laws, uniforms_for
+from ..transfer import read
 
 MOST_PASSES = 8
 PROBE_INTERVAL = 256
@@ -94,7 +94,7 @@ class Feeding:
         self, batch: Sequence[Work], logits: Tensor, laws: Mapping[str, Tensor], passes: int
     ) -> tuple[list[Tensor], list[Tensor], Unpaid]:
         """What was drawn and its largest logits, (2, S) float64 for the step and each pass; what the patcher said of
-        each, (2, S) float32; the launches. logits (S, V): the step's. laws: see `engine.sampling.draw_ids`."""
+        each, (2, S) float32; the launches. logits (S, V): the step's. laws: see `engine.step.sampling.draw_ids`."""
         runner = self._runner
         windows = runner.windows((w.sequence, w.end - 1) for w in batch)
         entropies = on_device([w.sequence.patching.last_entropy for w in batch], runner.device)
