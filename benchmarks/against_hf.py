@@ -15,8 +15,8 @@ from engine.types import Delta, Failed, Request
 
 from . import plot, report
 from .generate import GREEDY, prompts
+from .paired import in_turn, shown, spread
 from .program import Content, Verdict, finish, parser, subject
-from .turns import in_turn, shown, spread
 
 if TYPE_CHECKING:
     from transformers import BltForCausalLM

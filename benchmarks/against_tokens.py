@@ -20,11 +20,11 @@ from engine.memory.prefix import BLOCK
 
 from . import plot, report
 from .generate import Reading, generate, prompts
+from .paired import shown, spread
 from .program import Content, Subject, Verdict, finish, lacking, parser, subject
 from .token_engine import TokenReading, token_engine
 from .token_models import FORMATS, LLAMAS, Llama, token_model
-from .turns import shown, spread
-from .ways import TRAINED, acceptance, ways_of
+from .variants import TRAINED, acceptance, ways_of
 
 BYTES_PER_TOKEN = 4.4
 PROMPT_BYTES = 2 * BLOCK

@@ -25,9 +25,9 @@ from kernels.linear import Matrix
 
 from . import plot, report
 from .generate import Wrap, abandon, begin, prompts
+from .paired import shown, spread
 from .program import Content, Subject, Verdict, finish, parser, subject
-from .turns import shown, spread
-from .ways import Ways, ways_of
+from .variants import Ways, ways_of
 
 LEAST = 0.8
 WAYS = ("blt", "blt-s k=8", "blt-d B=8", "blt-dv B=8")

@@ -20,9 +20,9 @@ import uvloop
 
 from . import plot, report
 from .generate import prompts
+from .paired import in_turn, shown, spread
 from .program import Content, Verdict, finish, parser, subject
 from .servers import commit_of, server, streams
-from .turns import in_turn, shown, spread
 
 LEAST = 0.95
 CONFIDENCE = 0.95

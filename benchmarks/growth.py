@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from engine.config import BOS_ID, BYTE_OFFSET
-from engine.costs.accounting import STAGES
+from engine.counts import STAGES
 from engine.engine import Engine
 from engine.types import Delta, Failed, Request, Snapshot
 

@@ -18,8 +18,8 @@ from engine.types import Delta, Request
 
 from . import plot, report
 from .generate import GREEDY, abandon, begin, prompts
+from .paired import shown, spread
 from .program import Content, Verdict, finish, parser, subject
-from .turns import shown, spread
 
 STREAM_BYTES = 64
 """Of the prompts of what streams already."""

@@ -14,16 +14,16 @@ import torch
 from tqdm import tqdm
 
 from engine.costs import bandwidth
-from engine.costs.accounting import STAGES
+from engine.counts import STAGES
 from engine.engine import Engine
 from kernels.dispatch import choose_kernels
 from kernels.linear import Matrix
 
 from . import plot, report
 from .generate import Reading, generate, prompts
+from .paired import shown, spread
 from .program import Content, Subject, Verdict, finish, parser, subject
-from .turns import shown, spread
-from .ways import ways_of
+from .variants import ways_of
 
 PROMPT_BYTES = 100
 AIMS = {1: 1_000, 32: 10_000}

@@ -20,9 +20,9 @@ from kernels.dispatch import choose_kernels
 
 from . import plot, report
 from .generate import Reading, generate, prompts
+from .paired import figures
 from .program import Content, Subject, Verdict, finish, parser, subject
-from .turns import figures
-from .ways import TRAINED, acceptance, ways_of
+from .variants import TRAINED, acceptance, ways_of
 
 BOUND_BY_MEMORY = ("1b", "3b", "7b")
 """Shapes whose weights no cache holds: the aims are theirs."""

@@ -15,9 +15,9 @@ from engine.step.ahead.policy import RunAhead
 
 from . import plot, report
 from .generate import Reading, generate, prompts
+from .paired import in_turn, shown, spread
 from .program import Content, Subject, Verdict, finish, parser, subject
-from .turns import in_turn, shown, spread
-from .ways import ways_of
+from .variants import ways_of
 
 PROMPT_BYTES = 100
 NEVER = RunAhead.everywhere("never")

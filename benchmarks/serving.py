@@ -20,9 +20,9 @@ from engine.types import Delta, Failed, Request
 
 from . import plot, report
 from .generate import GREEDY, prompts
+from .paired import in_turn, shown, spread
 from .program import Content, Verdict, finish, parser, subject
 from .servers import server, streams
-from .turns import in_turn, shown, spread
 
 LEAST = 0.95
 PROMPT_BYTES = 100

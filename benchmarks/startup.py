@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 from . import report
 from .models import released_model
+from .paired import in_turn, shown, spread
 from .program import Content, Subject, Verdict, finish, parser, subject
 from .report import ROOT
 from .servers import commit_of, server, stream
-from .turns import in_turn, shown, spread
 
 MOST = 5.0
 MOST_OF_RELEASED = 8.0

@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.hub import localised
 from engine.process.client import EngineClient
 from server.app import create_app
-from server.run import make_traces
+from server.lifecycle import make_traces
 from server.settings import ServerSettings
 
 from .ray_router import Call

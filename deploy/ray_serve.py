@@ -24,7 +24,7 @@ from engine.config import EngineConfig
 from engine.hub import HubError, pinned
 from server.embedded import embedded_model
 from server.flags import with_settings
-from server.run import ServeError, load_keys, log_access
+from server.lifecycle import ServeError, load_keys, log_access
 from server.settings import ServerSettings
 
 from .ray_ingress import Ingress

@@ -15,8 +15,9 @@ from kernels.dispatch import choose_kernels
 from . import checkpoint
 from .config import BYTE_OFFSET, EOS_ID, EngineConfig, ModelConfig, ModelLimits, is_byte
 from .costs import bandwidth, calibration
-from .costs.accounting import Cost, PaperFormula, StageBytes
+from .costs.accounting import PaperFormula, StageBytes
 from .costs.latency import StageCosts
+from .counts import Counts
 from .decoders import Committed, Decoder, Experience, Result, make_decoder
 from .memory.caches import Caches, plan_caches
 from .memory.prefix import PrefixCache
@@ -142,7 +143,7 @@ class Engine:
         self._events: list[Event] = []
         self._steps = self._prompt_rows = self._cached_rows = 0
         self._step_seconds = 0.0
-        self._costs = {decoder: Cost() for decoder in self._decoders}
+        self._costs = {decoder: Counts() for decoder in self._decoders}
         """Of requests that have ended."""
 
     def calibrate(self) -> None:
@@ -276,7 +277,7 @@ class Engine:
     def snapshot(self) -> Snapshot:
         self.runner.hear()
         counts = self.runner.counts
-        costs = {decoder: Cost() for decoder in self._decoders}
+        costs = {decoder: Counts() for decoder in self._decoders}
         for decoder, cost in self._costs.items():
             costs[decoder].add(cost)
         for sequence in self._sequences.values():
@@ -307,7 +308,7 @@ class Engine:
         free, total = torch.cuda.mem_get_info(self.runner.device)
         return total - free, total
 
-    def _summary(self, decoder: str, cost: Cost) -> DecoderCounts:
+    def _summary(self, decoder: str, cost: Counts) -> DecoderCounts:
         estimated = self._formula.by_stage(cost.decoder_calls, cost.global_calls)
         return DecoderCounts(
             committed=cost.committed,

@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .config import EOS_ID
-from .costs.accounting import Cost, PaperFormula
+from .costs.accounting import PaperFormula
+from .counts import Counts
 from .decoders import Call, Committed, Decoder, Result, Round
 from .decoders.blt import Autoregressive
 from .memory.pages import BlockTable
@@ -67,7 +68,7 @@ class Sequence:
         self.counts: dict[int, int] = {}
         self.prompt_logprobs: list[TokenLogprob] = []
         self.cumulative_logprob = 0.0
-        self.cost = Cost()
+        self.cost = Counts()
         """Of all rounds, the one under way included."""
         self.preemptions = 0
         self.num_traced = 0
@@ -75,7 +76,7 @@ class Sequence:
         self.num_told = request.patches_from or 0
         """Ids whose entropies have been told, if any are."""
         self.num_counted = 0
-        """Patch starts that `Cost.patches` has counted, or that lie before what this engine generates."""
+        """Patch starts that `Counts.patches` has counted, or that lie before what this engine generates."""
         self.prefix: Node | None = None
         """How far the prefix cache knows its ids, if it takes part."""
         self.num_cached = 0

@@ -12,7 +12,8 @@ import torch
 from .checkpoint import count_parameters, expected_shapes
 from .checkpoint.names import HASHES
 from .config import EngineConfig, ModelConfig
-from .costs.accounting import STAGES, PaperFormula, StageBytes
+from .costs.accounting import PaperFormula, StageBytes
+from .counts import STAGES
 from .memory.caches import CacheSpec, cache_specs, longest_draft, plan_caches, typical_pages
 from .types import MAX_DRAFT
 

@@ -17,15 +17,15 @@ from .generation import Service
 from .http import Connections
 from .metrics import Metrics
 from .middleware import ApiKeys, Failures, RequestContext
-from .names import check_model, offered_models
+from .model_names import check_model, offered_models
 from .openapi import COMPLETION_ANSWERS, COMPLETION_BODY, Application, errors
-from .page import page_router
 from .responses import JsonResponse
 from .schemas import Completion, Health, ModelCard, ModelList, Version
 from .settings import ServerSettings
+from .ui import page_router
 
 if TYPE_CHECKING:
-    from .traces import Traces
+    from .telemetry import Traces
 
 
 def create_app(

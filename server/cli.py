@@ -113,7 +113,7 @@ def main() -> None:
 @with_settings
 def serve(settings: ServerSettings, config: EngineConfig) -> None:
     """Serve a checkpoint over HTTP, as OpenAI's completions API."""
-    from .run import ServeError, run
+    from .lifecycle import ServeError, run
 
     with failing_on(ServeError):
         run(settings, config)
@@ -585,7 +585,7 @@ def _show(prompt: list[int], pieces: Iterator["Piece"]) -> None:
 
     from engine.types import Failed
 
-    from .show import Show, legend
+    from .terminal_view import Show, legend
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(legend())

@@ -11,13 +11,13 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from .access import Access
+from .access_log import Access
 from .body import ClientLeft, check_content, read_body
 from .choice import Piece
 from .errors import ApiError, internal_error
 from .generation import Generation, Service
 from .parsing import off_the_loop, parse
-from .plan import Plan, make_plan
+from .requests import Plan, make_plan
 from .responses import JsonResponse, to_json
 from .schemas import Completion
 

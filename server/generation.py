@@ -17,7 +17,7 @@ from .choice import ChoiceStream, Piece
 from .errors import ApiError, Code
 from .merge import merge
 from .metrics import Metrics
-from .plan import Plan
+from .requests import Plan
 from .schemas import Choice, Completion, CompletionUsage, FastBltUsage, PromptTokensDetails
 from .settings import ServerSettings
 

@@ -14,14 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import logs
 
-from .access import CLIENT_LEFT, Access
+from .access_log import CLIENT_LEFT, Access
 from .addresses import is_in, parse_address
 from .body import ClientLeft
 from .errors import ApiError, internal_error
 from .metrics import Metrics
 
 if TYPE_CHECKING:
-    from .traces import Traces
+    from .telemetry import Traces
 
 log = logging.getLogger("fastblt.server")
 

@@ -15,7 +15,7 @@ from engine.process.client import EngineClient, EngineDead
 from engine.types import Delta, Event, Facts, Failed, Finished, Request, Snapshot, TokenLogprob, Usage
 from server.app import create_app
 from server.http import bind
-from server.run import HttpServer
+from server.lifecycle import HttpServer
 from server.settings import ServerSettings
 
 

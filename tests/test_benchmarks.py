@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks import generate, program, short, summary
 from benchmarks.models import Form, described, shaped
+from benchmarks.paired import in_turn, shown, spread
 from benchmarks.program import Verdict
-from benchmarks.turns import in_turn, shown, spread
 from engine.checkpoint import PRESETS
 from engine.config import BYTE_OFFSET
 

@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.types import Delta, Request, SamplingParams, Trace
 from server import offline
-from server.show import PATCHES, Show
+from server.terminal_view import PATCHES, Show
 from tests.engines import make_engine, request, run
 from tests.models import text
 from tests.test_cli import fails

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import replay, ways
+from benchmarks import replay, variants
 from benchmarks.generate import generate, prompts
 from benchmarks.gpu_check import (
     ahead,
@@ -273,11 +273,11 @@ def test_nano(setting: Setting) -> None:
 
 def test_1b_with_replayed_acceptance(setting: Setting) -> None:
     figures = figures_of(shape_1b, setting)
-    assert [row["decoder"] for row in figures["speed"]] == list(ways.RANDOM["fast"])
+    assert [row["decoder"] for row in figures["speed"]] == list(variants.RANDOM["fast"])
     assert all(0 <= row["host_gap"] <= 1 and row["host_us_per_byte"] >= 0 for row in figures["speed"])
     others = figures_of(forms, setting)
     rows = {(row["form"], row["weights"], row["decoder"]): row for row in figures["speed"] + others["speed"]}
-    assert len(rows) == 2 * sum(map(len, ways.RANDOM.values()))
+    assert len(rows) == 2 * sum(map(len, variants.RANDOM.values()))
     for (_, _, way), row in rows.items():
         assert row["realisation"] > 0 and row["acceptance"] == (
             "none needed" if way == "blt" else "replayed acceptance"
@@ -373,7 +373,7 @@ def test_replayed_text_leaves_a_sound_sequence(setting: Setting) -> None:
     engine = setting.engine(random_model(setting.work, "tiny", "fast"), dtype="float32")
     prompt = prompts(1, 30)
     for way in ("blt-s k=8", "blt-dv B=8", "blt-d B=8"):
-        texts = generate(engine, prompt, 40, ways.RANDOM["fast"][way], replay.replayed(engine)).texts
+        texts = generate(engine, prompt, 40, variants.RANDOM["fast"][way], replay.replayed(engine)).texts
         grown = [[*prompt[0], *texts[0]]]
         assert len(texts[0]) == 40
         assert generate(engine, grown, 6, {"decoder": "blt-s"}).texts == generate(engine, grown, 6, {}).texts

@@ -61,7 +61,7 @@ def test_the_copyable_client_needs_httpx_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "modules", ["engine.config, engine.types, engine.process.client", "server.app, server.run, server.cli"]
+    "modules", ["engine.config, engine.types, engine.process.client", "server.app, server.lifecycle, server.cli"]
 )
 def test_the_http_process_never_loads_torch(modules: str) -> None:
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"

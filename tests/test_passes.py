@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.config import EOS_ID
-from engine.costs.accounting import STAGES
+from engine.counts import STAGES
 from engine.engine import Engine
 from engine.model import Decoder
 from engine.step.ahead.policy import RunAhead

@@ -9,9 +9,9 @@ from typing import Any
 
 from benchmarks.generate import Reading, generate, prompts
 from benchmarks.models import random_model
+from benchmarks.paired import in_turn, spread
 from benchmarks.replay import replayed
-from benchmarks.turns import in_turn, spread
-from benchmarks.ways import RANDOM
+from benchmarks.variants import RANDOM
 from engine.step.ahead.policy import RunAhead
 
 from .piece import Piece

@@ -6,9 +6,9 @@ import torch
 
 from benchmarks.generate import generate, prompts
 from benchmarks.models import random_model
+from benchmarks.paired import figures, in_turn
 from benchmarks.replay import replayed
-from benchmarks.turns import figures, in_turn
-from benchmarks.ways import RANDOM
+from benchmarks.variants import RANDOM
 from engine.costs import bandwidth
 
 from .piece import Piece

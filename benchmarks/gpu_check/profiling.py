@@ -19,7 +19,7 @@ from benchmarks.generate import GREEDY, Wrap, prompts
 from benchmarks.models import random_model
 from benchmarks.replay import replayed
 from benchmarks.report import NANO
-from benchmarks.ways import RANDOM
+from benchmarks.variants import RANDOM
 from engine.engine import Engine
 from engine.types import Delta, Request
 

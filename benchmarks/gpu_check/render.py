@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.paired import shown
 from benchmarks.report import table
-from benchmarks.turns import shown
 
 from .handover import QUESTIONS
 

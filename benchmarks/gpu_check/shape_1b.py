@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.generate import generate, prompts
 from benchmarks.models import Form, random_model, shaped
+from benchmarks.paired import figures, in_turn
 from benchmarks.replay import replayed
-from benchmarks.turns import figures, in_turn
-from benchmarks.ways import RANDOM, acceptance
+from benchmarks.variants import RANDOM, acceptance
 from engine.costs import bandwidth
 from engine.engine import Engine
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import msgspec
 
-from ..costs.accounting import Cost
+from ..counts import Counts
 from ..types import Request, TokenLogprob, Unmask
 
 
@@ -37,7 +37,7 @@ class SequenceView(Protocol):
     def mask_id(self) -> int: ...
 
     @property
-    def cost(self) -> Cost: ...
+    def cost(self) -> Counts: ...
 
 
 class Call(msgspec.Struct, frozen=True):

@@ -29,8 +29,9 @@ from kernels.attention import LARGE_TILE
 from kernels.planning import Spans, Tiling
 
 from ..config import BYTE_OFFSET
-from ..costs.accounting import STAGES, StageBytes
+from ..costs.accounting import StageBytes
 from ..costs.latency import StageCosts
+from ..counts import STAGES
 from ..decoders import Call
 from ..memory.caches import Caches
 from ..memory.pages import BlockTable

@@ -47,16 +47,16 @@ class Page:
         self["run"].click()
         self.wait(lambda: self["stop"].get_attribute("aria-disabled") == "true" and self["results"].is_displayed())
 
-    def cells(self, lane: int) -> list[dict[str, Any]]:
+    def cells(self, pane: int) -> list[dict[str, Any]]:
         """Of every byte of a column: its kind, its pass, whether it begins a patch."""
         script = """
-            const lane = document.querySelectorAll(".lane")[arguments[0]];
-            return [...lane.querySelectorAll("[data-place]")].map((cell) => ({
+            const pane = document.querySelectorAll(".pane")[arguments[0]];
+            return [...pane.querySelectorAll("[data-place]")].map((cell) => ({
                 kind: cell.dataset.kind, pass: Number(cell.dataset.pass ?? 0),
                 patch: cell.classList.contains("patch"), text: cell.textContent,
             }));
         """
-        found: list[dict[str, Any]] = self.driver.execute_script(script, lane)
+        found: list[dict[str, Any]] = self.driver.execute_script(script, pane)
         return found
 
     def complaints(self) -> list[str]:

@@ -14,14 +14,14 @@ def main() -> None:
     with TemporaryDirectory() as folder, running_server(ROOT / "models" / "nano", Path(folder) / "log") as server:
         with browser(1280, 1270) as driver:
             page = Page(driver, server.url)
-            page.set(".lane:nth-child(2) [name=decoder]", "blt-dv")
+            page.set(".pane:nth-child(2) [name=decoder]", "blt-dv")
             page.run()
             page.wait(lambda: page.all("#throughput path, #throughput polyline"))
             driver.save_screenshot(str(IMAGES / "page-compare.png"))
         with browser(390, 1270, dark=True) as driver:
             page = Page(driver, server.url)
             page["compare"].click()
-            page.set(".lane:nth-child(1) [name=decoder]", "blt-d")
+            page.set(".pane:nth-child(1) [name=decoder]", "blt-d")
             page.run()
             driver.save_screenshot(str(IMAGES / "page-phone.png"))
 

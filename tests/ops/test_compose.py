@@ -12,7 +12,7 @@ import yaml
 
 from engine.process.client import STOP_SECONDS
 from server.flags import ENGINE_FLAGS
-from server.run import LAST_RESPONSES_SECONDS
+from server.lifecycle import LAST_RESPONSES_SECONDS
 from server.settings import ServerSettings
 from tests.conftest import ROOT
 

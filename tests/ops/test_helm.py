@@ -15,7 +15,7 @@ import yaml
 
 from engine.process.client import STOP_SECONDS
 from server.cli import app
-from server.run import LAST_RESPONSES_SECONDS
+from server.lifecycle import LAST_RESPONSES_SECONDS
 from server.settings import ServerSettings
 from tests.conftest import ROOT
 

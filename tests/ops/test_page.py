@@ -67,17 +67,17 @@ CASES: dict[str, dict[str, Any]] = {
 def test_the_colours_are_what_the_engine_tells(server: RunningServer, page: Page, decoder: str) -> None:
     fields = CASES[decoder]
     page["compare"].click()
-    lane = ".lane:nth-child(1)"
-    page.set(f"{lane} [name=decoder]", decoder)
+    pane = ".pane:nth-child(1)"
+    page.set(f"{pane} [name=decoder]", decoder)
     for name, value in fields.items():
         if name == "unmask":
-            page.set(f"{lane} [name=rule]", value["rule"])
+            page.set(f"{pane} [name=rule]", value["rule"])
             page.set(
-                f"{lane} [name={'alpha' if 'alpha' in value else 'gamma'}]", value.get("alpha", value.get("gamma"))
+                f"{pane} [name={'alpha' if 'alpha' in value else 'gamma'}]", value.get("alpha", value.get("gamma"))
             )
         else:
-            page.set(f"{lane} [name={name}]", value)
-    knobs = {control.get_attribute("name") for control in page.all(f"{lane} [name]") if control.is_displayed()}
+            page.set(f"{pane} [name={name}]", value)
+    knobs = {control.get_attribute("name") for control in page.all(f"{pane} [name]") if control.is_displayed()}
     expected_knobs = {"decoder", *(name for name in fields if name != "unmask")}
     if "unmask" in fields:
         expected_knobs |= {"rule", "alpha" if "alpha" in fields["unmask"] else "gamma"}
@@ -105,11 +105,11 @@ def test_patches_of_the_prompt_and_why_they_begin(server: RunningServer, page: P
     page.run()
     told = asked(server, page)["patches"]
     starts, prompt = told["starts"], page["prompt"].get_attribute("value").encode()
-    patches = page.all(".lane:nth-child(1) .before .patch")
+    patches = page.all(".pane:nth-child(1) .before .patch")
     inner = [start for start in starts if 1 <= start < told["output_start"]]
     assert len(patches) == len(inner) > 3
     assert "".join(patch.get_attribute("textContent") for patch in patches) == prompt.decode()
-    inspector = page.all(".lane:nth-child(1) [data-part=inspector]")[0]
+    inspector = page.all(".pane:nth-child(1) [data-part=inspector]")[0]
     move, reasons = ActionChains(page.driver), set()
     for patch, start, behind in zip(patches, inner, [*inner[1:], told["output_start"]], strict=True):
         move.move_to_element(patch).perform()
@@ -122,13 +122,13 @@ def test_patches_of_the_prompt_and_why_they_begin(server: RunningServer, page: P
         reasons.add(inspector.text.rpartition("patch")[2])
     assert reasons
     # The arrow keys go on into the output and back.
-    text = page.all(".lane:nth-child(1) [data-part=text]")[0]
+    text = page.all(".pane:nth-child(1) [data-part=text]")[0]
     text.send_keys(Keys.ARROW_RIGHT)
     page.wait(lambda: inspector.text.startswith("byte 1: 0x"))
     assert f"entropy {told['entropies'][told['output_start'] - 1]:.2f} nats" in inspector.text
     text.send_keys(Keys.HOME)
     page.wait(lambda: inspector.text.startswith("prompt, byte"))
-    strip = page.all(".lane:nth-child(1) [data-part=strip]")[0]
+    strip = page.all(".pane:nth-child(1) [data-part=strip]")[0]
     page.wait(lambda: strip.find_elements("css selector", ".here"))
     assert strip.is_displayed() and len(strip.find_elements("css selector", ".threshold, .edge")) == 2
     (line,) = strip.find_elements("css selector", "path")
@@ -142,7 +142,7 @@ def test_two_decoders_side_by_side(page: Page) -> None:
     assert {"Bytes read", "Bytes read, as the paper estimates", "Decoder passes", "Time"} <= rows
     figures = [cell.text for cell in page.all("#costs tbody td")]
     assert len(figures) == 3 * len(rows) and sum("×" in figure for figure in figures) == len(rows) - 1
-    page.set(".lane:nth-child(2) [name=decoder]", "blt-d")
+    page.set(".pane:nth-child(2) [name=decoder]", "blt-d")
     page.run()
     assert "The texts" in page["verdict"].text
 
@@ -157,9 +157,9 @@ def test_by_keyboard_alone(page: Page) -> None:
     keys.send_keys(Keys.ESCAPE).perform()
     page.wait(lambda: page["stop"].get_attribute("aria-disabled") == "true")
     assert 20 < len(page.cells(0)) < 3000
-    text = page.all(".lane:nth-child(1) [data-part=text]")[0]
+    text = page.all(".pane:nth-child(1) [data-part=text]")[0]
     text.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-    page.wait(lambda: page.all(".lane:nth-child(1) [data-part=inspector]")[0].text.startswith("byte 2: 0x"))
+    page.wait(lambda: page.all(".pane:nth-child(1) [data-part=inspector]")[0].text.startswith("byte 2: 0x"))
     focusable = set()
     page.driver.execute_script("document.activeElement.blur()")
     for _ in range(25):
@@ -182,16 +182,16 @@ def test_refusals_are_told_in_words(page: Page) -> None:
     page["prompt"].clear()
     page.driver.execute_script("document.getElementById('prompt').value = 'x'.repeat(60000)")
     page["run"].click()
-    page.wait(lambda: any(problem.text for problem in page.all(".lane .problem")))
-    assert "max_tokens" in next(problem.text for problem in page.all(".lane .problem") if problem.text)
+    page.wait(lambda: any(problem.text for problem in page.all(".pane .problem")))
+    assert "max_tokens" in next(problem.text for problem in page.all(".pane .problem") if problem.text)
 
 
 def test_what_a_model_writes_is_no_html(page: Page) -> None:
     page["prompt"].clear()
     page["prompt"].send_keys("<img src=x onerror=alert(1)><b>")
     page.run()
-    assert not page.all(".lane img, .lane pre b")
-    assert page.all(".lane:nth-child(1) .before")[0].text == "<img src=x onerror=alert(1)><b>"
+    assert not page.all(".pane img, .pane pre b")
+    assert page.all(".pane:nth-child(1) .before")[0].text == "<img src=x onerror=alert(1)><b>"
 
 
 def test_plots_move_with_the_server(page: Page) -> None:
@@ -230,7 +230,7 @@ def test_on_a_phone(server: RunningServer, dark: bool) -> None:
     with browser(360, 740, dark=dark) as driver:
         page = Page(driver, server.url)
         page.set("#max-tokens", BYTES)
-        page.set(".lane:nth-child(2) [name=decoder]", "blt-dv")
+        page.set(".pane:nth-child(2) [name=decoder]", "blt-dv")
         page.run()
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
         background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")

@@ -17,8 +17,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from server.access import Access
-from server.traces import FLUSH_SECONDS, Traces
+from server.access_log import Access
+from server.telemetry import FLUSH_SECONDS, Traces
 from tests.serving import ROOT, RunningServer, running_server
 
 MARK, KEY = "Zq7content", "Zq7key-of-these-tests"

@@ -16,7 +16,7 @@ import pytest
 
 from server.app import create_app
 from server.http import bind
-from server.run import HttpServer
+from server.lifecycle import HttpServer
 from server.settings import ServerSettings
 from tests.scripted_server import ScriptedClient, until
 from tests.serving import ROOT, RunningServer, StartServer

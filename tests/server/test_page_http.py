@@ -5,7 +5,7 @@ import re
 import httpx
 import pytest
 
-from server.page import FOLDER
+from server.ui import FOLDER
 from tests.serving import RunningServer, StartServer
 
 FILES = sorted(path.name for path in FOLDER.iterdir())

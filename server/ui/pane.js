@@ -5,11 +5,11 @@ import { DECODERS, DEFAULT_RULE, checks, fieldsOf, knobsOf, nameOf } from "./dec
 import { Text } from "./text.js";
 import { count, seconds } from "./units.js";
 
-export class Lane {
+export class Pane {
   #text;
 
   constructor(number, decoder) {
-    this.element = document.getElementById("lane").content.firstElementChild.cloneNode(true);
+    this.element = document.getElementById("pane").content.firstElementChild.cloneNode(true);
     this.parts = Object.fromEntries([...this.element.querySelectorAll("[data-part]")].map((part) => [part.dataset.part, part]));
     this.controls = Object.fromEntries([...this.element.querySelectorAll("[name]")].map((control) => [control.name, control]));
     const { text, inspector, strip } = this.parts;

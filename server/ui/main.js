@@ -2,7 +2,7 @@
 
 import { ServerError, describe, keepKey } from "./api.js";
 import { showCosts, verdict } from "./costs.js";
-import { Lane } from "./lane.js";
+import { Pane } from "./pane.js";
 import { Live } from "./live.js";
 import { PASSES } from "./text.js";
 import { seconds, count } from "./units.js";
@@ -11,7 +11,7 @@ const MOST_BYTES = 4096;
 const PROMPT = 'def read_lines(path):\n    """Return the lines of a file."""\n    ';
 
 const $ = (id) => document.getElementById(id);
-const lanes = [new Lane(1, "blt"), new Lane(2, "blt-s")];
+const panes = [new Pane(1, "blt"), new Pane(2, "blt-s")];
 let model;
 let stop;
 
@@ -21,7 +21,7 @@ async function connect() {
     const served = await describe();
     $("model").textContent = `${served.name} · ${(served.parameters / 1e6).toLocaleString("en", { maximumSignificantDigits: 3 })} million parameters`;
     $("max-tokens").max = Math.min(MOST_BYTES, served.max_length - 1);
-    for (const lane of lanes) lane.offer(served);
+    for (const pane of panes) pane.offer(served);
     model = served.name;
     $("problem").textContent = "";
   } catch (error) {
@@ -48,15 +48,15 @@ async function run() {
     temperature: $("temperature").valueAsNumber,
     seed: $("seed").valueAsNumber,
   };
-  const shown = lanes.filter((lane) => lane.shown);
+  const shown = panes.filter((pane) => pane.shown);
   const runs = [];
   $("problem").textContent = "";
-  for (const lane of shown) lane.clear();
+  for (const pane of shown) pane.clear();
   try {
     // One after the other, so that neither slows the other.
-    for (const lane of shown) {
-      $("status").textContent = `Running ${lane.controls.decoder.value}`;
-      runs.push(await lane.run(request, stop.signal));
+    for (const pane of shown) {
+      $("status").textContent = `Running ${pane.controls.decoder.value}`;
+      runs.push(await pane.run(request, stop.signal));
       if (stop.signal.aborted) break;
     }
     $("status").textContent = stop.signal.aborted
@@ -78,8 +78,8 @@ async function run() {
 }
 
 function showLanes() {
-  lanes[1].shown = $("compare").checked;
-  $("lanes").classList.toggle("two", $("compare").checked);
+  panes[1].shown = $("compare").checked;
+  $("panes").classList.toggle("two", $("compare").checked);
 }
 
 for (let pass = 1; pass <= PASSES; pass += 1) {
@@ -88,10 +88,10 @@ for (let pass = 1; pass <= PASSES; pass += 1) {
   sample.textContent = pass < PASSES ? pass : `${pass}+`;
   $("passes").append(sample);
 }
-$("lanes").append(...lanes.map((lane) => lane.element));
+$("panes").append(...panes.map((pane) => pane.element));
 $("prompt").value = PROMPT;
 $("compare").addEventListener("change", showLanes);
-$("rejected").addEventListener("change", () => $("lanes").classList.toggle("no-rejected", !$("rejected").checked));
+$("rejected").addEventListener("change", () => $("panes").classList.toggle("no-rejected", !$("rejected").checked));
 $("request").addEventListener("submit", (event) => {
   event.preventDefault();
   run();

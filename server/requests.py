@@ -9,7 +9,7 @@ from engine.config import BOS_ID, BYTE_OFFSET, ModelLimits
 from engine.types import DecoderName, Request, SamplingParams, Unmask
 
 from .errors import ApiError
-from .names import choose_decoder, default_model
+from .model_names import choose_decoder, default_model
 from .options import OPTIONS, WrongOption, options_of
 from .schemas import CompletionRequest
 from .settings import ServerSettings

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
-FOLDER = Path(__file__).parent / "page"
+FOLDER = Path(__file__).parent / "ui"
 POLICY = {
     "default-src": "'none'",
     "script-src": "'self'",

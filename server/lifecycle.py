@@ -30,7 +30,7 @@ from .settings import ServerSettings
 from .tls import make_context
 
 if TYPE_CHECKING:
-    from .traces import Traces
+    from .telemetry import Traces
 
 log = logging.getLogger("fastblt.server")
 
@@ -216,7 +216,7 @@ def make_traces(settings: ServerSettings) -> "Traces | None":
     if not asked or disabled or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
         return None
     try:
-        from .traces import Traces
+        from .telemetry import Traces
 
         return Traces(settings.otlp_endpoint, installed().version)
     except ImportError as error:

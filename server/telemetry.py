@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: what `server.access` tells in a line, as spans with times of their own.
+"""OpenTelemetry traces: what `server.access_log` tells in a line, as spans with times of their own.
 
 Importing this needs the extra `traces`; nothing does that unless traces are asked for. Names are those of
 OpenTelemetry's conventions for HTTP servers and generative models; what these do not know begins with `fastblt.`.
@@ -22,7 +22,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from .access import CLIENT_LEFT, Access
+from .access_log import CLIENT_LEFT, Access
 from .generation import Generation
 
 log = logging.getLogger("fastblt.traces")

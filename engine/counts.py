@@ -1,0 +1,38 @@
+"""What decoding has done and read, counted per stage."""
+
+from dataclasses import dataclass, field
+
+STAGES = ("patcher", "encoder", "global", "decoder")
+
+
+@dataclass(slots=True)
+class Counts:
+    """What decoding has cost, a prompt's prefill left out; calls, rows and bytes read per stage."""
+
+    committed: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    patches: int = 0
+    """Patches that the committed ids begin: the global calls of plain BLT for the same text."""
+    calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
+    rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
+    bytes_read: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    @property
+    def decoder_calls(self) -> int:
+        """The paper's decoder NFE."""
+        return self.calls["decoder"]
+
+    @property
+    def global_calls(self) -> int:
+        """The paper's encoder/global NFE."""
+        return self.calls["global"]
+
+    def add(self, other: "Counts") -> None:
+        for name in ("committed", "rounds", "drafted", "accepted", "patches"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for stage in STAGES:
+            self.calls[stage] += other.calls[stage]
+            self.rows[stage] += other.rows[stage]
+            self.bytes_read[stage] += other.bytes_read[stage]
