@@ -28,7 +28,7 @@ LINES_KEPT = 40
 LEAST_SECONDS = 10
 """No part is begun with less left."""
 PASSED, FAILED, MISSING = 0, 1, 3
-SHARED = ("generate", "models", "replay", "report", "turns", "ways")
+SHARED = ("generate", "models", "paired", "replay", "report", "variants")
 SOURCES = (
     *("kernels", "engine", "benchmarks/gpu_check", "benchmarks/code.txt", "tests/gpu", "tests/test_triton.py"),
     *(f"benchmarks/{name}.py" for name in SHARED),
