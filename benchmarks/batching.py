@@ -109,7 +109,7 @@ def _window(engine: Engine, ways: Ways, count: int, seconds: float, wrap: Wrap |
 
 def _product(engine: Engine, rows: float) -> float:
     """Seconds of a product of so many rows with the largest matrix of the global transformer, streamed as there."""
-    stack, device, dtype = engine.model_config.global_, engine.runner.device, getattr(torch, engine.config.dtype)
+    stack, device, dtype = engine.model_config.global_, engine.stepper.device, getattr(torch, engine.config.dtype)
     size = 2 * stack.ffn_dim * stack.dim * dtype.itemsize
     copies = max(1, min(stack.num_layers, PRODUCT_BYTES // size))
     x = torch.ones(max(1, round(rows)), stack.dim, dtype=dtype, device=device)

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # As many as it takes for the caches to hold one sequence of the longest text: its open patch has no bound. The
         # prefix cache leaves of a prompt what is longer than the one before.
         engine = model.engine(max_sequences=1 + max(options.lengths) // 1024)
-        window = max(spec.window or 0 for spec in engine.caches.specs.values())
+        window = max(spec.window or 0 for spec in engine.memory.caches.specs.values())
         theirs = BltForCausalLM.from_pretrained(model.path, dtype=getattr(torch, model.dtype))
         theirs.to(model.device)  # type: ignore[arg-type]
         rows = []
@@ -112,13 +112,13 @@ def _ours(engine: Engine, prompt: list[int], count: int) -> tuple[list[Step], li
     while engine.has_work:
         if not ids:
             before = engine.snapshot()
-        known, closed, began = len(ids), engine.runner.counts.calls["global"], time.perf_counter()
+        known, closed, began = len(ids), engine.ledger.total.calls["global"], time.perf_counter()
         for event in engine.step():
             if isinstance(event, Failed):
                 raise RuntimeError(event.message)
             ids += event.ids if isinstance(event, Delta) else []
         if known:
-            closes = engine.runner.counts.calls["global"] > closed
+            closes = engine.ledger.total.calls["global"] > closed
             steps.append(Step(time.perf_counter() - began, closes, len(ids) - known))
     return steps, ids, before, engine.snapshot()
 

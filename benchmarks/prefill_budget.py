@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             engine.calibrate()
             _turn(engine, options)
             turns = [_turn(engine, options) for _ in range(options.turns)]
-            said = {"budget": engine.facts().prompt_rows, "chosen": budget is None}
+            said = {"budget": engine.info().prompt_rows, "chosen": budget is None}
             rows.append({**said, **{name: spread(turn[name] for turn in turns) for name in turns[0]}})
     figures = {"streams": options.streams, "prompt_bytes": options.prompt_bytes, "rows": rows}
     finish("prefill_budget", model, figures, options, arguments)

@@ -73,7 +73,8 @@ def _row(
     last, itemsize = readings[-1], getattr(torch, engine.config.dtype).itemsize
     seconds = {stage: statistics.median(r.stage_seconds[stage] / r.committed for r in readings) for stage in STAGES}
     total = statistics.median(r.seconds / r.committed for r in readings)
-    multiplied = sum(last.rows[stage] * engine.stage_weights[stage] / itemsize for stage in STAGES) / last.committed
+    weights = engine.parts.stage_bytes.weights
+    multiplied = sum(last.rows[stage] * weights[stage] / itemsize for stage in STAGES) / last.committed
     return {
         "at_a_time": number,
         "decoder": way,
@@ -87,13 +88,13 @@ def _row(
 
 
 def _probe(engine: Engine) -> dict[str, float]:
-    device = engine.runner.device
+    device = engine.stepper.device
     return bandwidth.probe(choose_kernels(None, device), getattr(torch, engine.config.dtype), device)
 
 
 def _products_per_second(engine: Engine) -> float:
     """Multiplications and additions per second of a product that need not wait for memory."""
-    device, dtype, size = engine.runner.device, getattr(torch, engine.config.dtype), PRODUCT_SIZE
+    device, dtype, size = engine.stepper.device, getattr(torch, engine.config.dtype), PRODUCT_SIZE
     kernels = choose_kernels(None, device)
     matrix = kernels.matrix(Matrix(torch.ones(size, size, dtype=dtype, device=device)))
     x = torch.ones(PRODUCT_ROWS, size, dtype=dtype, device=device)

@@ -44,7 +44,7 @@ def measure(model: Subject, wanted: Sequence[str], count: int, turns: int) -> li
     # The prompt is known to the prefix cache but for its last id, so that no turn computes it again.
     engine = model.engine(max_sequences=4, cache_bytes=1 << 30)
     prompt, wrap = prompts(1, PROMPT_BYTES), model.wrap(engine)
-    device, dtype = engine.runner.device, getattr(torch, engine.config.dtype)
+    device, dtype = engine.stepper.device, getattr(torch, engine.config.dtype)
     probe = partial(bandwidth.probe, choose_kernels(None, device), dtype, device)
     ways = ways_of(engine, drawn=model.drawn)
     runs = {way: partial(generate, engine, prompt, count, how, wrap) for way, how in ways.items()}

@@ -9,7 +9,7 @@ acceptance".
 import random
 
 from engine.decoders import Committed, Decoder, Round, SequenceView, make_decoder
-from engine.decoders.auto import Experience
+from engine.decoders.auto import SharedPrior
 from engine.engine import Engine
 from engine.sizing import PAPER_ACCEPTANCE
 from engine.types import Request
@@ -38,13 +38,16 @@ def chance_per_byte(rate: float, length: int) -> float:
     return (low + high) / 2
 
 
-class Replayed:
+class Replayed(Decoder):
     """`inner`, with the number of its drafts that stand drawn so that the share `rate` of `length` does."""
 
     def __init__(self, inner: Decoder, rate: float, length: int, seed: int) -> None:
         self._inner = inner
         self._chance = chance_per_byte(rate, length)
         self._draw = random.Random(seed)
+
+    def choose(self, sequence: SequenceView) -> None:
+        self._inner.choose(sequence)
 
     def round(self, sequence: SequenceView, room: int) -> Round:
         outcome: Committed = yield from self._inner.round(sequence, room)
@@ -58,11 +61,11 @@ class Replayed:
 
 
 def replayed(engine: Engine) -> Wrap:
-    """What decodes a request with replayed acceptance, from the paper's rate for its decoder and length."""
+    """Gives a request a decoder with replayed acceptance, from the paper's rate for its decoder and length."""
 
     def wrap(request: Request) -> Decoder:
         size = engine.model_config.block_size
-        decoder = make_decoder(request, size, engine.runner.costs, Experience())
+        decoder = make_decoder(request, size, engine.ledger.latency, SharedPrior())
         length = request.draft_length if request.decoder == "blt-s" else size or 0
         rate = PAPER_ACCEPTANCE.get((request.decoder, length))
         return decoder if rate is None else Replayed(decoder, rate, length, seed=0)

@@ -53,7 +53,7 @@ def measure(
         texts = prompts(number, PROMPT_BYTES)
 
         def run(how: dict[str, Any], policy: RunAhead, texts: list[list[int]] = texts) -> Reading:
-            engine.runner.ahead = policy
+            engine.stepper.ahead.policy = policy
             return generate(engine, texts, count, how, wrap)
 
         for kind in kinds:

@@ -4,7 +4,7 @@ from typing import Any
 
 from engine.engine import Engine
 from engine.sizing import PAPER_PASSES
-from engine.types import Unmask
+from engine.types import UnmaskRule
 
 from .models import Form
 from .replay import gamma_for
@@ -16,7 +16,7 @@ RANDOM: dict[Form, Ways] = {
         "blt": {"decoder": "blt"},
         "blt-s k=8": {"decoder": "blt-s", "draft_length": 8},
         "blt-s k=16": {"decoder": "blt-s", "draft_length": 16},
-        "blt-d B=8": {"decoder": "blt-d", "unmask": Unmask(rule="entropy", gamma=gamma_for(8, PAPER_PASSES[8]))},
+        "blt-d B=8": {"decoder": "blt-d", "unmask": UnmaskRule(rule="entropy", gamma=gamma_for(8, PAPER_PASSES[8]))},
         "blt-dv B=8": {"decoder": "blt-dv"},
     },
     "released": {

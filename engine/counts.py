@@ -1,4 +1,4 @@
-"""What decoding has done and read, counted per stage."""
+"""What has been decoded, run and read: of a request, of all requests of a decoder, or of an engine."""
 
 from dataclasses import dataclass, field
 
@@ -7,17 +7,22 @@ STAGES = ("patcher", "encoder", "global", "decoder")
 
 @dataclass(slots=True)
 class Counts:
-    """What decoding has cost, a prompt's prefill left out; calls, rows and bytes read per stage."""
+    """Dictionaries are per stage; padding does not count. Of requests and decoders a prompt's prefill is left out.
+
+    committed, drafted, accepted: bytes. patches: those that the committed ids begin, the global calls of plain BLT for
+    the same text. calls: passes. seconds: of a decoder its share, by rows, of the time that passes took; not kept for
+    a single request.
+    """
 
     committed: int = 0
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     patches: int = 0
-    """Patches that the committed ids begin: the global calls of plain BLT for the same text."""
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     bytes_read: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @property
     def decoder_calls(self) -> int:
@@ -36,3 +41,4 @@ class Counts:
             self.calls[stage] += other.calls[stage]
             self.rows[stage] += other.rows[stage]
             self.bytes_read[stage] += other.bytes_read[stage]
+            self.seconds[stage] += other.seconds[stage]

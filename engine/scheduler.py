@@ -3,57 +3,31 @@
 import logging
 from bisect import insort
 from collections.abc import Container
-from dataclasses import dataclass
 from typing import Protocol
 
-from .decoders import Call
+from .rows import Rows
 from .sequence import Sequence
 from .types import MAX_DRAFT
 
 log = logging.getLogger("fastblt.engine")
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one sequence does in a step: runs its clean rows up to `end`, and what else `call` asks for; without a call,
-    only rows of committed ids on the way there."""
+class Memory(Protocol):
+    """What the scheduler asks of memory; see `engine.memory.memory`."""
 
-    sequence: Sequence
-    end: int
-    call: Call | None
+    def fits(self, rows: Rows) -> bool: ...
 
-    @property
-    def num_rows(self) -> int:
-        return self.end - self.sequence.num_computed + (self.call.num_cells if self.call else 0)
-
-    @property
-    def reach(self) -> int:
-        """Position behind the last row."""
-        if self.call is None or not self.call.num_cells:
-            return self.end
-        return self.call.start + self.call.num_cells + self.call.ahead
-
-
-class Pages(Protocol):
-    """What the scheduler must know of memory."""
-
-    def can_reserve(self, part: Part) -> bool: ...
-
-    def reserve(self, part: Part) -> None: ...
+    def reserve(self, rows: Rows) -> None: ...
 
     def release(self, sequence: Sequence) -> None: ...
 
-    def attach(self, sequence: Sequence) -> None:
-        """Before a sequence is admitted: lets it begin behind what is known of its ids."""
-        ...
+    def attach(self, sequence: Sequence) -> None: ...
 
-    def room(self, sequence: Sequence) -> int:
-        """Rows that the sequence may still run before it could outgrow the caches, were they its alone."""
-        ...
+    def room(self, sequence: Sequence) -> int: ...
 
 
 STEPS_PER_PRIORITY = 256
-"""Whoever has waited so many steps longer goes before one whose priority is one better."""
+"""A sequence that has waited so many steps longer goes before one whose priority is one better."""
 MOST_PRIORITY = 64
 """Priorities beyond this, to either side, count as this: so waiting makes up for any."""
 
@@ -61,9 +35,9 @@ MOST_PRIORITY = 64
 class Scheduler:
     """Queues, row budgets, admission, order and preemption.
 
-    A step runs the calls of sequences that generate, first of those that the last step had no rows for; then chunks of
+    A step runs the asks of sequences that generate, first of those that the last step had no rows for; then chunks of
     prompts, or of texts that must be computed again: of running sequences, or of waiting ones that it admits. It ends
-    when `max_step_rows` are spent, or `max_prompt_rows` on prompts. A call is not cut once the ids before it are
+    when `max_step_rows` are spent, or `max_prompt_rows` on prompts. An ask is not cut once the ids before it are
     computed: the last may go beyond either.
 
     The order is fixed when a sequence comes: by the step of its arrival, later or earlier by `STEPS_PER_PRIORITY` for
@@ -77,9 +51,9 @@ class Scheduler:
     """
 
     def __init__(
-        self, pages: Pages, *, max_sequences: int, max_step_rows: int, max_prompt_rows: int | None = None
+        self, memory: Memory, *, max_sequences: int, max_step_rows: int, max_prompt_rows: int | None = None
     ) -> None:
-        self._pages = pages
+        self._memory = memory
         self._max_sequences = max_sequences
         self._max_step_rows = max_step_rows
         self.max_prompt_rows = max_prompt_rows or max_step_rows
@@ -99,10 +73,10 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and gives its pages back."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
-        self._pages.release(sequence)
+        self._memory.release(sequence)
 
-    def schedule(self) -> list[Part]:
-        """The parts of the next step; their pages are reserved."""
+    def schedule(self) -> list[Rows]:
+        """The rows of the next step; their pages are reserved."""
         self._steps += 1
         step = _Step(self._max_step_rows, self.max_prompt_rows)
         preempted = self.preemptions
@@ -112,7 +86,7 @@ class Scheduler:
                 self._run(sequence, step, step.rows_left, is_prompt=False)
         self._passed_over = {s.arrival for s in rounds if s.arrival not in step.ran}
         self._add_prompts(step, may_admit=self.preemptions == preempted)
-        return step.parts
+        return step.batch
 
     def _add_prompts(self, step: "_Step", may_admit: bool) -> None:
         """may_admit: whether memory was not short so far."""
@@ -134,34 +108,33 @@ class Scheduler:
         slots = self._max_sequences - len(self.running)
         if slots < (1 if sequence is self.waiting[0] else 2):
             return True
-        self._pages.attach(sequence)
-        part = self._part(sequence, step.prompt_rows_left)
-        if not self._pages.can_reserve(part):
+        self._memory.attach(sequence)
+        rows = self._rows(sequence, step.prompt_rows_left)
+        if not self._memory.fits(rows):
             self._send_back(sequence)
             return False
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)
-        self._pages.reserve(part)
-        step.add(part, is_prompt=True)
+        self._memory.reserve(rows)
+        step.add(rows, is_prompt=True)
         return True
 
-    def _run(self, sequence: Sequence, step: "_Step", rows: int, *, is_prompt: bool) -> bool:
-        """Adds a running sequence's part, for which others may be preempted; False if somebody was."""
-        part = self._part(sequence, rows)
+    def _run(self, sequence: Sequence, step: "_Step", budget: int, *, is_prompt: bool) -> bool:
+        """Adds a running sequence's rows, for which others may be preempted; False if one was."""
+        rows = self._rows(sequence, budget)
         preempted = self.preemptions
-        if self._make_room(part, step):
-            step.add(part, is_prompt=is_prompt)
+        if self._make_room(rows, step):
+            step.add(rows, is_prompt=is_prompt)
         return self.preemptions == preempted
 
-    def _part(self, sequence: Sequence, budget: int) -> Part:
-        room = self._pages.room(sequence)
-        call = sequence.next_call(room)
-        end = len(sequence.ids) + len(call.drafts) if call.runs_clean else sequence.num_computed
-        whole = Part(sequence, end, call)
-        fits = whole.num_rows <= budget and end - sequence.num_computed <= room
+    def _rows(self, sequence: Sequence, budget: int) -> Rows:
+        """What it asks for, or as much of the text before that as the budget and the caches allow."""
+        room = self._memory.room(sequence)
+        whole = Rows.of(sequence, sequence.next_ask(room))
+        fits = whole.num_rows <= budget and whole.num_text <= room
         if fits or sequence.remaining <= 1:
             return whole
-        return Part(sequence, sequence.num_computed + min(sequence.remaining - 1, budget, room), None)
+        return Rows.prefill(sequence, sequence.num_computed + min(sequence.remaining - 1, budget, room))
 
     def preempt(self, sequence: Sequence) -> None:
         """Sends a running sequence back to wait, without its pages."""
@@ -174,39 +147,38 @@ class Scheduler:
         insort(self.waiting, sequence, key=_order)
 
     def _send_back(self, sequence: Sequence) -> None:
-        self._pages.release(sequence)
-        sequence.num_computed = 0
-        sequence.drop_round()
+        self._memory.release(sequence)
+        sequence.restart()
 
-    def _make_room(self, part: Part, step: "_Step") -> bool:
+    def _make_room(self, rows: Rows, step: "_Step") -> bool:
         """Reserves pages, preempting from the back; False if the sequence itself had to go."""
-        while not self._pages.can_reserve(part):
+        while not self._memory.fits(rows):
             victim = self.running[-1]
             step.drop(victim)
             self.preempt(victim)
-            if victim is part.sequence:
+            if victim is rows.sequence:
                 return False
-        self._pages.reserve(part)
+        self._memory.reserve(rows)
         return True
 
 
 class _Step:
-    """The parts so far, and the rows that are left."""
+    """The rows so far, and how many are left."""
 
     def __init__(self, rows: int, prompt_rows: int) -> None:
         self.rows_left = rows
         self._prompt_rows_left = prompt_rows
-        self._calls: dict[int, Part] = {}
-        self._prompts: dict[int, Part] = {}
+        self._rounds: dict[int, Rows] = {}
+        self._prompts: dict[int, Rows] = {}
 
     @property
-    def parts(self) -> list[Part]:
-        return [*self._calls.values(), *self._prompts.values()]
+    def batch(self) -> list[Rows]:
+        return [*self._rounds.values(), *self._prompts.values()]
 
     @property
     def ran(self) -> Container[int]:
-        """Arrivals of the sequences whose calls it has."""
-        return self._calls
+        """Arrivals of the sequences whose rounds it has."""
+        return self._rounds
 
     @property
     def has_prompts(self) -> bool:
@@ -216,22 +188,22 @@ class _Step:
     def prompt_rows_left(self) -> int:
         return min(self._prompt_rows_left, self.rows_left)
 
-    def add(self, part: Part, *, is_prompt: bool) -> None:
-        (self._prompts if is_prompt else self._calls)[part.sequence.arrival] = part
-        self.rows_left -= part.num_rows
-        self._prompt_rows_left -= part.num_rows if is_prompt else 0
+    def add(self, rows: Rows, *, is_prompt: bool) -> None:
+        (self._prompts if is_prompt else self._rounds)[rows.sequence.arrival] = rows
+        self.rows_left -= rows.num_rows
+        self._prompt_rows_left -= rows.num_rows if is_prompt else 0
 
     def drop(self, sequence: Sequence) -> None:
-        """Takes back what the sequence was to run; must come before it loses its computed rows."""
-        if part := self._calls.pop(sequence.arrival, None):
-            self.rows_left += part.num_rows
-        elif part := self._prompts.pop(sequence.arrival, None):
-            self.rows_left += part.num_rows
-            self._prompt_rows_left += part.num_rows
+        """Takes back what the sequence was to run."""
+        if rows := self._rounds.pop(sequence.arrival, None):
+            self.rows_left += rows.num_rows
+        elif rows := self._prompts.pop(sequence.arrival, None):
+            self.rows_left += rows.num_rows
+            self._prompt_rows_left += rows.num_rows
 
 
 def _reads(sequence: Sequence) -> bool:
-    """Whether it has a prompt before it, or a text to compute again, instead of a round."""
+    """Whether it has a prompt, or a text to compute again, before its next round."""
     return sequence.remaining > (MAX_DRAFT if sequence.num_output else 1)
 
 

@@ -1,22 +1,25 @@
-"""One sequence in the engine: its ids, its patches, its pages, its decoder and what it has cost."""
+"""One sequence in the engine: its ids, its rows, its patches, its pages and its decoder."""
 
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .config import EOS_ID
-from .costs.accounting import PaperFormula
 from .counts import Counts
-from .decoders import Call, Committed, Decoder, Result, Round
+from .decoders import Ask, Committed, Decoder, Result, Round
 from .decoders.blt import Autoregressive
 from .memory.pages import BlockTable
+from .output import Output
 from .patching import Patching
-from .stopping import StopMatcher
-from .types import Request, TokenLogprob, Usage
+from .types import Request
 
 if TYPE_CHECKING:
+    from array import array
+
     from .memory.prefix import Node
 
 
@@ -26,11 +29,11 @@ def start_of(documents: list[int], place: int) -> int:
 
 
 def pieces(documents: list[int], start: int, end: int) -> list[tuple[int, int, int]]:
-    """start..end-1, cut where documents begin: first, behind the last, and where its document begins."""
+    """start..end-1, cut where documents begin: each piece's first, its end, and where its document begins."""
     if documents[-1] <= start:
         return [(start, end, documents[-1])]
     cuts = [start, *(cut for cut in documents if start < cut < end), end]
-    return [(begin, behind, start_of(documents, begin)) for begin, behind in pairwise(cuts)]
+    return [(begin, after, start_of(documents, begin)) for begin, after in pairwise(cuts)]
 
 
 class Sequence:
@@ -39,6 +42,9 @@ class Sequence:
     `ids` is prompt plus output. `num_computed` rows of it have passed all stages and sit in the caches; a preempted
     sequence starts again from 0, with its patch starts kept, since a decided boundary is frozen. While a step verifies
     drafts, `ids` ends with them; between steps it never does.
+
+    Each part has one writer: this file for ids, rows and patches; `engine.scheduler` for its place in the order,
+    `engine.memory` for its pages, `engine.output` for what its client knows, `engine.costs.ledger` for its counts.
     """
 
     def __init__(
@@ -51,45 +57,36 @@ class Sequence:
     ) -> None:
         self.request = request
         self.arrival = arrival
-        self.due = 0
-        """Place in the order of all, given by the scheduler."""
-        self.deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        self.arrived = time.monotonic()
+        self.deadline = None if request.timeout is None else self.arrived + request.timeout
         self.ids = [*request.prompt_ids, *request.output_ids]
         self.num_prompt = len(request.prompt_ids)
+        self.id_counts = Counter(request.output_ids)
+        """How often each id was generated."""
         self.num_computed = 0
         self.patching = Patching()
         self.documents = [0]
-        """First byte of every document: behind each EOS."""
+        """First byte of every document: after each EOS."""
         self.patch_documents = [0]
-        """First patch of every document: behind each patch that holds an EOS."""
-        self.tables = tables
+        """First patch of every document: after each patch that holds an EOS."""
         self.mask_id = -1 if mask_id is None else mask_id
-        self.stopping = StopMatcher(list(request.stop))
-        self.counts: dict[int, int] = {}
-        self.prompt_logprobs: list[TokenLogprob] = []
-        self.cumulative_logprob = 0.0
-        self.cost = Counts()
-        """Of all rounds, the one under way included."""
-        self.preemptions = 0
-        self.num_traced = 0
-        """Patch starts that a trace has told."""
-        self.num_told = request.patches_from or 0
-        """Ids whose entropies have been told, if any are."""
-        self.num_counted = 0
-        """Patch starts that `Counts.patches` has counted, or that lie before what this engine generates."""
-        self.prefix: Node | None = None
-        """How far the prefix cache knows its ids, if it takes part."""
         self.num_cached = 0
-        """Ids of the prompt that it found there."""
-        self.arrived = time.monotonic()
-        self.begun: float | None = None
+        """Ids of the prompt that the prefix cache knew."""
+        self._begun: float | None = None
         """When its first step began."""
         self._decoder: Decoder = decoder or Autoregressive()
         self._round: Round | None = None
-        self._call: Call | None = None
+        self._ask: Ask | None = None
+        self.due = 0
+        """Place in the order of all, given by the scheduler."""
+        self.preemptions = 0
+        self.tables = tables
+        self.prefix: Node | None = None
+        """How far the prefix cache knows its ids, if it takes part."""
+        self.output = Output(request)
+        self.counts = Counts()
+        """Of all rounds, the one under way included."""
         self._note_documents(0)
-        for token in request.output_ids:
-            self.counts[token] = self.counts.get(token, 0) + 1
 
     @property
     def order(self) -> tuple[int, int]:
@@ -110,48 +107,85 @@ class Sequence:
         return len(self.ids) - self.num_computed
 
     @property
-    def mean_patch(self) -> float:
-        """Bytes per patch so far."""
-        return max(self.patching.decided, 1) / len(self.patching.starts)
+    def scores_prompt(self) -> bool:
+        """Whether rows of the prompt must run for their scores."""
+        return self.request.prompt_logprobs and self.output.num_scored < self.num_prompt
 
     @property
-    def at_patch_start(self) -> bool:
-        """Whether the next row to compute starts a patch."""
-        return self.patching.starts[-1] == self.num_computed
+    def queue_seconds(self) -> float:
+        """From its arrival to its first step."""
+        return (self._begun or time.monotonic()) - self.arrived
 
     # Rounds.
 
-    def next_call(self, room: int) -> Call:
+    def choose(self) -> None:
+        """Lets the decoder decide how the next round goes."""
+        self._decoder.choose(self)
+
+    def next_ask(self, room: int) -> Ask:
         """What the round under way asks for; begins one if there is none (`room`: see `Decoder.round`)."""
-        if self._call is None:
+        if self._ask is None:
             self._round = self._decoder.round(self, room)
-            self._call = next(self._round)
-        return self._call
+            self._ask = next(self._round)
+        return self._ask
 
     def resume(self, result: Result) -> Committed | None:
         """Gives the round what it asked for; its outcome, if that was the end of it."""
         assert self._round is not None
         try:
-            self._call = self._round.send(result)
+            self._ask = self._round.send(result)
         except StopIteration as end:
-            self.drop_round()
+            self._drop_round()
             outcome: Committed = end.value
             return outcome
         return None
 
-    def drop_round(self) -> None:
+    def _drop_round(self) -> None:
         """Forgets a round under way. Nothing of it has been committed."""
-        self._round = self._call = None
+        self._round = self._ask = None
+
+    # Rows.
+
+    def note_step(self, now: float) -> int:
+        """Takes note of its first step. Ids of its prompt that the prefix cache knew, if it is that one."""
+        if self._begun is not None:
+            return 0
+        self._begun, self.num_cached = now, min(self.num_computed, self.num_prompt)
+        return self.num_cached
+
+    def advance(self, end: int) -> None:
+        """Rows up to `end` have run."""
+        self.num_computed = end
+
+    def keep(self, end: int) -> None:
+        """Rows up to `end` have run; any after it were fed ids that were not committed, and count as not run."""
+        self.num_computed = end
+        self.patching.cut(end)
+        closed = len(self.patching.starts) - 1
+        while self.patch_documents[-1] > closed:
+            self.patch_documents.pop()
+
+    def begin_after(self, end: int, num_closed: int, starts: Iterable[int], entropies: "array[float]") -> None:
+        """Rows before `end` are in the caches already: they close so many patches. starts, entropies: see
+        `Patching.resume`."""
+        self.num_computed = end
+        self.patching.resume(starts, entropies)
+        self.note_patch_documents(0, num_closed)
+
+    def restart(self) -> None:
+        """Its pages are gone: all rows must run again, and a round under way is dropped."""
+        self.num_computed = 0
+        self._drop_round()
 
     # Ids.
 
-    def append(self, token: int) -> None:
-        """Commits a generated id."""
-        self.counts[token] = self.counts.get(token, 0) + 1
-        self.extend((token,))
+    def append(self, ids: Seq[int]) -> None:
+        """Commits generated ids."""
+        self.id_counts.update(ids)
+        self.extend(ids)
 
     def extend(self, ids: Iterable[int]) -> None:
-        """Adds ids behind the committed ones, for a step to verify."""
+        """Adds ids after the committed ones, for a step to verify."""
         before = len(self.ids)
         self.ids += ids
         self._note_documents(before)
@@ -162,26 +196,36 @@ class Sequence:
         while self.documents[-1] > end:
             self.documents.pop()
 
-    def cut(self, computed: int) -> None:
-        """Makes it as if only `computed` rows had run: later ones were fed ids that did not come to be."""
-        self.num_computed = computed
-        self.patching.cut(computed)
-        closed = len(self.patching.starts) - 1
-        while self.patch_documents[-1] > closed:
-            self.patch_documents.pop()
-
     def _note_documents(self, start: int) -> None:
         self.documents += [i + 1 for i in range(start, len(self.ids)) if self.ids[i] == EOS_ID]
 
     # Patches.
 
+    @property
+    def mean_patch(self) -> float:
+        """Bytes per patch so far."""
+        return max(self.patching.decided, 1) / len(self.patching.starts)
+
+    @property
+    def at_patch_start(self) -> bool:
+        """Whether the next row to compute starts a patch."""
+        return self.patching.starts[-1] == self.num_computed
+
+    def decide(self, entropies: Seq[float], opens: Seq[bool]) -> None:
+        """Takes what the patcher says of the next bytes; see `Patching.take`."""
+        self.patching.take(entropies, opens)
+
+    def undecide(self, end: int) -> None:
+        """Takes back decisions after the first `end` bytes."""
+        self.patching.cut(end)
+
     def note_patch_documents(self, begin: int, end: int) -> None:
         """A patch that holds an EOS, of those from `begin` up to `end`, ends a document for the global stage."""
         starts = self.patching.starts
         for patch in range(begin, end):
-            behind = patch + 1
-            if self.patch_documents[-1] < behind and EOS_ID in self.ids[starts[patch] : starts[behind]]:
-                self.patch_documents.append(behind)
+            after = patch + 1
+            if self.patch_documents[-1] < after and EOS_ID in self.ids[starts[patch] : starts[after]]:
+                self.patch_documents.append(after)
 
     def patch_of(self, byte: int) -> int:
         """Index of the patch that holds `byte`."""
@@ -191,22 +235,3 @@ class Sequence:
         """Most patches that are closed once rows up to `end` have run: an undecided byte may close one."""
         decided = self.patching.decided
         return self.patch_of(end) if end <= decided else self.patch_of(decided) + end - decided
-
-    def usage(self, formula: PaperFormula) -> Usage:
-        closing_eos = self.num_output > 0 and self.ids[-1] == EOS_ID and not self.request.ignore_eos
-        cost = self.cost
-        return Usage(
-            prompt_tokens=self.num_prompt,
-            completion_tokens=self.num_output - closing_eos,
-            decoder_calls=cost.decoder_calls,
-            global_calls=cost.global_calls,
-            rounds=cost.rounds,
-            drafted=cost.drafted,
-            accepted=cost.accepted,
-            rows=dict(cost.rows),
-            estimated_bytes=round(formula.bytes(cost.decoder_calls, cost.global_calls)),
-            bytes_read=round(sum(cost.bytes_read.values())),
-            preemptions=self.preemptions,
-            cached_tokens=self.num_cached,
-            queue_seconds=(self.begun or time.monotonic()) - self.arrived,
-        )

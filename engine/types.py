@@ -32,7 +32,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """64 bits. With `Request.sample_index` and the position in the output it fixes every draw."""
 
 
-class Unmask(msgspec.Struct, frozen=True, kw_only=True):
+class UnmaskRule(msgspec.Struct, frozen=True, kw_only=True):
     """Which cells of a block become bytes after a pass (Fast BLT 3.1.2); see `engine.decoders.unmasking`."""
 
     rule: Literal["confidence", "entropy", "one_step"]
@@ -71,7 +71,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """blt-s: most bytes to draft per round, 1 to `MAX_DRAFT`."""
     block_size: int | None = None
     """blt-d, blt-dv: bytes per block; None takes the length that the model was trained with."""
-    unmask: Unmask | None = None
+    unmask: UnmaskRule | None = None
     """blt-d, blt-dv: None takes confidence 0.7 and one_step."""
     finish_patch: bool = False
     """blt-d: begin blocks only where a patch begins."""
@@ -255,7 +255,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """By the engine process, since it began."""
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What stays as it is while an engine lives, for whoever watches it."""
 
     device: str = ""

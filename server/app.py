@@ -122,7 +122,7 @@ def _operations(service: Service) -> APIRouter:
     @router.get("/version", response_model=Version, responses=errors())
     async def version_of() -> Response:
         """The server's version, what it runs on and what it serves."""
-        limits, here, kernels = client.limits, installed(), client.facts.kernels
+        limits, here, kernels = client.limits, installed(), client.info.kernels
         return JsonResponse(
             Version(
                 version=here.version,

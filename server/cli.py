@@ -18,7 +18,7 @@ import typer
 from engine.config import EngineConfig, KernelName, ModelConfig, WeightsName
 from engine.hub import HubError, local_folder, localised
 from engine.installed import installed
-from engine.types import MAX_DRAFT, DecoderName, SamplingParams, Unmask
+from engine.types import MAX_DRAFT, DecoderName, SamplingParams, UnmaskRule
 
 from .embedded import embedded_model
 from .flags import EMBEDDED, ENGINE_FLAGS, with_settings
@@ -605,7 +605,7 @@ def _show(prompt: list[int], pieces: Iterator["Piece"]) -> None:
             )
 
 
-def _parse_unmask(text: str | None) -> Unmask | None:
+def _parse_unmask(text: str | None) -> UnmaskRule | None:
     try:
         return None if text is None else parse_unmask(text)
     except ValueError as error:

@@ -163,12 +163,12 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         self.look()
-        client, snapshot, facts = self._client, self._client.snapshot, self._client.facts
+        client, snapshot, info = self._client, self._client.snapshot, self._client.info
         yield _gauge("fastblt_running_sequences", "Sequences in the running batch.", snapshot.running)
         yield _gauge("fastblt_waiting_sequences", "Sequences that wait in the engine.", snapshot.waiting)
         yield _gauge("fastblt_queued_sequences", "Admitted sequences without a first byte.", self._gate.waiting)
         yield _gauge("fastblt_queue_capacity_sequences", "What --max-queue allows of these.", self._gate.capacity)
-        yield _gauge("fastblt_step_prompt_rows", "Most rows of prompts in a step.", facts.prompt_rows)
+        yield _gauge("fastblt_step_prompt_rows", "Most rows of prompts in a step.", info.prompt_rows)
         yield _gauge("fastblt_engine_up", "1 if the engine is ready.", client.state == "ready")
         yield _gauge("fastblt_draining", "1 once the server shuts down.", self._gate.draining)
         pools = snapshot.pools
@@ -177,11 +177,11 @@ class EngineCollector(Collector):
         cached = {pool: pages.cached for pool, pages in pools.items()}
         yield _gauges("fastblt_pages_cached", "Cache pages kept for texts to come.", "pool", cached)
         yield _gauges("fastblt_pages_capacity", "Cache pages in all.", "pool", total)
-        yield _gauges("fastblt_page_size_bytes", "Size of a cache page.", "pool", facts.page_bytes)
+        yield _gauges("fastblt_page_size_bytes", "Size of a cache page.", "pool", info.page_bytes)
         help_text = "Weights that every pass of a stage reads."
-        yield _gauges("fastblt_stage_weight_bytes", help_text, "stage", facts.weight_bytes)
+        yield _gauges("fastblt_stage_weight_bytes", help_text, "stage", info.weight_bytes)
         help_text = "What the memory gave when it was tried at the start."
-        yield _gauges("fastblt_peak_bandwidth_bytes_per_second", help_text, "operation", facts.peak_bandwidth)
+        yield _gauges("fastblt_peak_bandwidth_bytes_per_second", help_text, "operation", info.peak_bandwidth)
         memory = dict(zip(("used", "total"), snapshot.device_memory or (), strict=False))
         yield _gauges("fastblt_device_memory_bytes", "Memory of the GPU.", "kind", memory)
         restarts = CounterMetricFamily("fastblt_engine_restarts", "Restarts of the engine process.")
@@ -195,11 +195,11 @@ class EngineCollector(Collector):
                 if counter == name:
                     family.add_metric(values, count)
             yield family
-        about = {"version": self._version, "model": client.limits.name, "device": facts.device}
-        about |= {"dtype": facts.dtype, "weights": facts.weights, "kernels": facts.kernels}
-        info = GaugeMetricFamily("fastblt_build_info", "Always 1.", labels=list(about))
-        info.add_metric(list(about.values()), 1)
-        yield info
+        about = {"version": self._version, "model": client.limits.name, "device": info.device}
+        about |= {"dtype": info.dtype, "weights": info.weights, "kernels": info.kernels}
+        build = GaugeMetricFamily("fastblt_build_info", "Always 1.", labels=list(about))
+        build.add_metric(list(about.values()), 1)
+        yield build
 
 
 class ConnectionCollector(Collector):

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from engine.types import DecoderName, Unmask
+from engine.types import DecoderName, UnmaskRule
 
 OPTIONS: dict[str, tuple[DecoderName, ...]] = {
     "draft_length": ("blt-s",),
@@ -35,17 +35,17 @@ def options_of(decoder: DecoderName, given: Mapping[str, Any]) -> dict[str, Any]
     return kept
 
 
-def parse_unmask(text: str) -> Unmask:
+def parse_unmask(text: str) -> UnmaskRule:
     """confidence:0.7, entropy:0.8, entropy:0.8:minus_max or one_step. Raises ValueError."""
     match text.split(":"):
         case ["one_step"]:
-            return Unmask(rule="one_step")
+            return UnmaskRule(rule="one_step")
         case ["confidence", alpha]:
-            return Unmask(rule="confidence", alpha=_number(alpha, 1.0))
+            return UnmaskRule(rule="confidence", alpha=_number(alpha, 1.0))
         case ["entropy", gamma]:
-            return Unmask(rule="entropy", gamma=_number(gamma, float("inf")))
+            return UnmaskRule(rule="entropy", gamma=_number(gamma, float("inf")))
         case ["entropy", gamma, "minus_max"]:
-            return Unmask(rule="entropy", gamma=_number(gamma, float("inf")), minus_max=True)
+            return UnmaskRule(rule="entropy", gamma=_number(gamma, float("inf")), minus_max=True)
     raise ValueError(f"{text!r} is not confidence:ALPHA, entropy:GAMMA, entropy:GAMMA:minus_max or one_step")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from engine import logs
 from engine.config import BOS_ID, BYTE_OFFSET, ModelLimits
-from engine.types import DecoderName, Request, SamplingParams, Unmask
+from engine.types import DecoderName, Request, SamplingParams, UnmaskRule
 
 from .errors import ApiError
 from .model_names import choose_decoder, default_model
@@ -106,7 +106,7 @@ def _decoder_options(request: CompletionRequest, decoder: DecoderName) -> dict[s
     """The options that were given, as fields of an engine request."""
     given = {option: getattr(request, option) for option in OPTIONS}
     if request.unmask:
-        given["unmask"] = Unmask(**request.unmask.model_dump(exclude_none=True))
+        given["unmask"] = UnmaskRule(**request.unmask.model_dump(exclude_none=True))
     try:
         return options_of(decoder, given)
     except WrongOption as error:

@@ -161,7 +161,7 @@ def evaluate(config: EngineConfig, texts: Texts) -> Evaluation:
     except Refused as error:
         raise ValueError(f"{error}: make --context smaller than {texts.context}") from error
     result.seconds = time.perf_counter() - began
-    after, weights = engine.snapshot(), engine.stage_weights
+    after, weights = engine.snapshot(), engine.parts.stage_bytes.weights
     result.stages = {stage: _reads(stage, before, after, weights) for stage in after.calls}
     result.files = [file for file in result.files if file.bytes]
     result.xz_bytes = packed.finish()

@@ -12,8 +12,8 @@ from torch import Tensor
 from engine.checkpoint import save
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
+from engine.rows import Rows
 from engine.sequence import Sequence as EngineSequence
-from engine.step.runner import Work
 from engine.types import Delta, Event, Failed, Finished, Request, SamplingParams, TokenLogprob, Usage
 
 GREEDY = SamplingParams(temperature=0)
@@ -67,7 +67,7 @@ def make_engine(model: Path, **choices: Any) -> Engine:
 
 def feeding(engine: Engine, *, runs_on: bool) -> Engine:
     """Lets further bytes of blt always follow a step, or never."""
-    engine.runner.ahead = replace(engine.runner.ahead, bytes="always" if runs_on else "never")
+    engine.stepper.ahead.policy = replace(engine.stepper.ahead.policy, bytes="always" if runs_on else "never")
     return engine
 
 
@@ -117,13 +117,15 @@ def run(engine: Engine, requests: Iterable[Request]) -> dict[str, Output]:
 
 def engine_logits(engine: Engine, ids: Sequence[int], chunk: int) -> Tensor:
     """Logits of the id after each id: (N, vocab_size), computed `chunk` rows at a time over the engine's caches."""
-    sequence = EngineSequence(request("logits", ids, 1), 0, engine.caches.new_tables())
+    sequence = EngineSequence(request("logits", ids, 1), 0, engine.memory.caches.new_tables())
     parts = []
     for start in range(0, len(ids), chunk):
         end = min(start + chunk, len(ids))
-        engine.runner.reserve(sequence, end, end)
-        parts.append(engine.runner.run([Work(sequence, start, end, None, logits_from=start)]))
-        sequence.num_computed = end
-        engine.runner.settle(sequence)
-    engine.release(sequence)
+        rows = Rows(sequence, start, end, logits_from=start, decode_from=start)
+        engine.memory.reserve(rows)
+        with torch.inference_mode():
+            parts.append(engine.stepper.stages.run([rows]))
+        sequence.advance(end)
+        engine.memory.settle(sequence)
+    engine.memory.release(sequence)
     return torch.cat(parts)

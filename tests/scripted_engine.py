@@ -14,7 +14,7 @@ from pathlib import Path
 from engine.config import BYTE_OFFSET, EngineConfig, ModelLimits
 from engine.process.log_writer import LIMIT_BYTES
 from engine.stopping import StopMatcher
-from engine.types import Delta, Event, Facts, Finished, FinishReason, Request, Snapshot, TokenLogprob, Usage
+from engine.types import Delta, EngineInfo, Event, Finished, FinishReason, Request, Snapshot, TokenLogprob, Usage
 
 STEP_SECONDS = 0.003
 
@@ -72,8 +72,8 @@ class ScriptedEngine:
     def calibrate(self) -> None:
         """All steps take the same time."""
 
-    def facts(self) -> Facts:
-        return Facts(device="script")
+    def info(self) -> EngineInfo:
+        return EngineInfo(device="script")
 
     def snapshot(self) -> Snapshot:
         return Snapshot(running=len(self._running), steps=self._steps)

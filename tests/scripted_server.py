@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from engine.config import ModelLimits
 from engine.process.client import EngineClient, EngineDead
-from engine.types import Delta, Event, Facts, Failed, Finished, Request, Snapshot, TokenLogprob, Usage
+from engine.types import Delta, EngineInfo, Event, Failed, Finished, Request, Snapshot, TokenLogprob, Usage
 from server.app import create_app
 from server.http import bind
 from server.lifecycle import HttpServer
@@ -24,7 +24,7 @@ class ScriptedClient(EngineClient):
 
     def __init__(self) -> None:
         self.limits = ModelLimits("scripted", 1000, 260, None, decoders=("auto", "blt"))
-        self.facts = Facts()
+        self.info = EngineInfo()
         self.snapshot = Snapshot()
         self.state = "ready"
         self.restarts = 0

@@ -9,7 +9,7 @@ import pytest
 
 from engine.checkpoint import PRESETS, count_parameters
 from engine.costs.accounting import PaperFormula, StageBytes
-from engine.types import Finished, Unmask
+from engine.types import Finished, UnmaskRule
 from tests.engines import make_engine, request, run
 from tests.models import text
 
@@ -66,13 +66,13 @@ def test_a_request_alone_pays_for_every_call() -> None:
     config = engine.model_config
     # Its matrices are stored in bfloat16, and read so.
     weights = StageBytes.of(config, 4, 2, matrix_itemsize=2).weights
-    for fields in ({}, {"decoder": "blt-s"}, {"decoder": "blt-dv", "unmask": Unmask(rule="confidence", alpha=0.5)}):
-        calls, read = dict(engine.runner.counts.calls), dict(engine.runner.counts.bytes_read)
+    for fields in ({}, {"decoder": "blt-s"}, {"decoder": "blt-dv", "unmask": UnmaskRule(rule="confidence", alpha=0.5)}):
+        calls, read = dict(engine.ledger.total.calls), dict(engine.ledger.total.bytes_read)
         # A prompt of one id: all of its pass belongs to the first byte.
         end = run(engine, [request("a", [1], 60, **fields)])["a"].end
         assert isinstance(end, Finished)
         usage = end.usage
-        counts = engine.runner.counts
+        counts = engine.ledger.total
         assert usage.decoder_calls == counts.calls["decoder"] - calls["decoder"]
         assert usage.global_calls == counts.calls["global"] - calls["global"]
         spent = sum(counts.bytes_read[stage] - read[stage] for stage in read)
@@ -83,10 +83,10 @@ def test_a_request_alone_pays_for_every_call() -> None:
 
 def test_a_batch_shares_its_weights_out() -> None:
     engine = make_engine(NANO)
-    before = sum(engine.runner.counts.bytes_read.values())
+    before = sum(engine.ledger.total.bytes_read.values())
     outs = run(engine, [request(str(i), [1], 40, decoder="blt-s" if i % 2 else "blt") for i in range(8)])
     usages = [out.end.usage for out in outs.values() if isinstance(out.end, Finished)]
-    spent = sum(engine.runner.counts.bytes_read.values()) - before
+    spent = sum(engine.ledger.total.bytes_read.values()) - before
     assert sum(usage.bytes_read for usage in usages) == pytest.approx(spent, rel=1e-6)
     snapshot = engine.snapshot()
     assert snapshot.decoders["blt"].committed == snapshot.decoders["blt-s"].committed == 160

@@ -9,7 +9,7 @@ import pytest
 from engine.config import Policy
 from engine.engine import Engine
 from engine.step.ahead.policy import RunAhead
-from engine.types import Request, Unmask
+from engine.types import Request, UnmaskRule
 from tests.engines import bill, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text
 
@@ -17,7 +17,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "bytes": {},
     "next_step": {},
     "drafts": {"decoder": "blt-s", "draft_length": 6},
-    "blocks": {"decoder": "blt-d", "unmask": Unmask(rule="confidence", alpha=0.6)},
+    "blocks": {"decoder": "blt-d", "unmask": UnmaskRule(rule="confidence", alpha=0.6)},
 }
 
 
@@ -36,14 +36,14 @@ def waits(engine: Engine, kind: str) -> int:
     engine how many passes blocks take."""
     run(engine, asked(kind))
     launches, before = 0, engine.snapshot().steps
-    launch = engine.runner.decode_passes
+    launch = engine.stepper.stages.decoder.launch_passes
 
     def counted(*given: Any) -> Any:
         nonlocal launches
         launches += 1
         return launch(*given)
 
-    engine.runner.decode_passes = counted  # type: ignore[method-assign]
+    engine.stepper.stages.decoder.launch_passes = counted  # type: ignore[method-assign]
     run(engine, asked(kind))
     return launches if kind == "blocks" else engine.snapshot().steps - before
 
@@ -59,7 +59,7 @@ def test_always_waits_less_often_than_never_and_no_other_kind_changes_that(model
         ("all but this", replace(always, **{kind: "never"}, next_step="never")),
     ):
         engine = make_engine(model, prefix_cache=False)
-        engine.runner.ahead = ahead
+        engine.stepper.ahead.policy = ahead
         found[name] = waits(engine, kind)
     assert found["always"] == found["this alone"] < found["never"] == found["all but this"]
 
@@ -67,10 +67,10 @@ def test_always_waits_less_often_than_never_and_no_other_kind_changes_that(model
 def test_the_next_step_is_begun_always_or_never(model: Path) -> None:
     for policy, begins in (("always", True), ("never", False)):
         engine = make_engine(model, prefix_cache=False)
-        engine.runner.ahead = replace(RunAhead.everywhere("never"), next_step=policy)
+        engine.stepper.ahead.policy = replace(RunAhead.everywhere("never"), next_step=policy)
         begun: list[int] = []
-        start = engine.runner.start
-        engine.runner.start = lambda batch, windows, begun=begun, start=start: (  # type: ignore[method-assign,misc]
+        start = engine.stepper.stages.begin
+        engine.stepper.stages.begin = lambda batch, windows, begun=begun, start=start: (  # type: ignore[method-assign,misc]
             begun.append(len(batch)) or start(batch, windows)  # type: ignore[func-returns-value]
         )
         run(engine, asked("next_step"))
@@ -81,6 +81,6 @@ def test_the_next_step_is_begun_always_or_never(model: Path) -> None:
 def test_no_text_and_no_bill_depends_on_the_policy(model: Path, kind: str) -> None:
     policies: tuple[Policy, ...] = ("measured", "always", "never")
     engines = [make_engine(model, run_ahead=policy) for policy in policies]
-    assert [engine.runner.ahead for engine in engines] == [RunAhead.everywhere(policy) for policy in policies]
+    assert [engine.stepper.ahead.policy for engine in engines] == [RunAhead.everywhere(policy) for policy in policies]
     first, *others = [{name: bill(out) for name, out in run(engine, asked(kind)).items()} for engine in engines]
     assert all(other == first for other in others) and first

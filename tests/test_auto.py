@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from engine.costs.latency import Line, StageCosts
-from engine.decoders import Experience
-from engine.decoders.auto import PROBE_INTERVAL, Agreement, Auto
+from engine.costs.latency import LatencyModel, Line
+from engine.decoders import SharedPrior
+from engine.decoders.auto import PROBE_INTERVAL, AcceptanceRate, Auto
 from engine.decoders.blt import Autoregressive
-from engine.decoders.blt_d import Diffusion
-from engine.decoders.blt_dv import Verified
-from engine.decoders.blt_s import Draft
+from engine.decoders.blt_d import BlockDiffusion
+from engine.decoders.blt_dv import VerifiedDiffusion
+from engine.decoders.blt_s import SelfSpeculation
 
 SEQUENCE: Any = SimpleNamespace(mean_patch=4.0)
 
@@ -22,7 +22,7 @@ def test_a_line_is_found_and_shared_by_its_company() -> None:
     draw = random.Random(0)
     for _ in range(300):
         rows = draw.randint(1, 40)
-        line.saw(rows, 2.0 + 0.25 * rows + draw.uniform(-0.05, 0.05))
+        line.observe(rows, 2.0 + 0.25 * rows + draw.uniform(-0.05, 0.05))
     assert line.share(8, 1) == pytest.approx(4.0, abs=0.1)
     assert line.share(8, 10) == pytest.approx(2.2, abs=0.1)
 
@@ -30,16 +30,16 @@ def test_a_line_is_found_and_shared_by_its_company() -> None:
 def test_a_line_follows_the_machine() -> None:
     line = Line()
     for seconds in [1.0] * 500 + [3.0] * 500:
-        line.saw(4, seconds)
+        line.observe(4, seconds)
     assert line.share(4, 1) == pytest.approx(3.0, abs=0.01)
 
 
-def costs(**fixed: tuple[float, float]) -> StageCosts:
+def costs(**fixed: tuple[float, float]) -> LatencyModel:
     """Stages that take a + b * rows seconds."""
-    found = StageCosts(drafts_encode=False)
+    found = LatencyModel(drafts_encode=False)
     for stage, (a, b) in fixed.items():
         for rows in (1, 2, 4, 8, 16, 33) * 20:
-            found.saw(stage, rows, a + b * rows)
+            found.observe(stage, rows, a + b * rows)
     return found
 
 
@@ -47,24 +47,25 @@ LARGE_GLOBAL = {"patcher": (0.4, 0.0), "encoder": (0.1, 0.0), "decoder": (1.0, 0
 COMPUTE_BOUND = {"patcher": (0.0, 0.1), "encoder": (0.0, 0.1), "decoder": (0.0, 1.0), "global": (0.0, 1.0)}
 
 
-def auto(costs: StageCosts, drafting: float, diffusion: float, exact: bool = True) -> Auto:
+def auto(costs: LatencyModel, drafting: float, diffusion: float, exact: bool = True) -> Auto:
     """One that has seen drafts of both kinds be right so often."""
-    experience = Experience()
+    experience = SharedPrior()
     found = Auto(8, costs, experience, exact)
-    for agreement, rate in ((found._drafting, drafting), (found._diffusion, diffusion)):
-        agreement.expected = rate
+    for agreement, rate in ((found._drafts, drafting), (found._blocks, diffusion)):
+        agreement.prior = rate
     return found
 
 
 def choice(made: Auto) -> Any:
-    return made._choose(SEQUENCE)[1]
+    made.choose(SEQUENCE)
+    return made._chosen.decoder
 
 
 def test_where_reading_weights_is_what_costs_it_drafts_as_far_as_drafts_are_right() -> None:
     good, poor = choice(auto(costs(**LARGE_GLOBAL), 0.99, 0.1)), choice(auto(costs(**LARGE_GLOBAL), 0.9, 0.1))
-    assert isinstance(good, Draft) and isinstance(poor, Draft)
+    assert isinstance(good, SelfSpeculation) and isinstance(poor, SelfSpeculation)
     assert good._draft_length > poor._draft_length
-    assert isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.5, 0.8)), Verified)
+    assert isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.5, 0.8)), VerifiedDiffusion)
 
 
 def test_where_rows_are_what_costs_it_does_not_draft() -> None:
@@ -74,27 +75,27 @@ def test_where_rows_are_what_costs_it_does_not_draft() -> None:
 def test_a_crowd_that_shares_the_weights_does_not_draft() -> None:
     mixed = {stage: (a, 0.3) for stage, (a, _) in LARGE_GLOBAL.items()}
     alone, crowded = costs(**mixed), costs(**mixed)
-    crowded.company = 60
-    assert type(choice(auto(alone, 0.97, 0.3))) in (Draft, Verified)
+    crowded.num_running = 60
+    assert type(choice(auto(alone, 0.97, 0.3))) in (SelfSpeculation, VerifiedDiffusion)
     assert type(choice(auto(crowded, 0.97, 0.3))) is Autoregressive
 
 
 def test_of_rejected_drafts_only_the_first_counts_as_checked() -> None:
     """What comes after it was drafted behind a wrong byte and says nothing of the model."""
-    ended, whole = Agreement(0.5), Agreement(0.5)
-    ended.saw(8, 3)
-    whole.saw(8, 8)
-    assert (ended.right, ended.checked) == (3, 4)
-    assert (whole.right, whole.checked) == (8, 8)
+    ended, whole = AcceptanceRate(0.5), AcceptanceRate(0.5)
+    ended.observe(8, 3)
+    whole.observe(8, 8)
+    assert (ended.accepted, ended.checked) == (3, 4)
+    assert (whole.accepted, whole.checked) == (8, 8)
 
 
 @pytest.mark.parametrize("drafted", [2, 8, 32])
 def test_the_rate_of_agreement_is_a_bytes_chance_however_long_drafts_are(drafted: int) -> None:
     draw, chance, rates = random.Random(drafted), 0.8, []
-    agreement = Agreement(0.5)
+    agreement = AcceptanceRate(0.5)
     for _ in range(2000):
         accepted = next((n for n in range(drafted) if draw.random() >= chance), drafted)
-        agreement.saw(drafted, accepted)
+        agreement.observe(drafted, accepted)
         rates.append(agreement.rate)
     # The prior keeps its part beside what the last ten rounds or so have checked.
     assert 0.65 < sum(rates) / len(rates) < 0.85
@@ -104,15 +105,15 @@ def test_what_was_given_up_is_tried_again() -> None:
     made = auto(costs(**LARGE_GLOBAL), 0.97, 0.1)
     tried = 0
     for _ in range(3 * PROBE_INTERVAL):
-        for agreement in (made._drafting, made._diffusion):
+        for agreement in (made._drafts, made._blocks):
             agreement.idle += 1
         decoder = choice(made)
-        tried += isinstance(decoder, Verified)
-        if isinstance(decoder, Draft):
-            made._drafting.idle = 0
+        tried += isinstance(decoder, VerifiedDiffusion)
+        if isinstance(decoder, SelfSpeculation):
+            made._drafts.idle = 0
     assert tried == 3
 
 
 def test_block_diffusion_only_if_the_text_may_be_another() -> None:
-    assert isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.3, 0.2, exact=False)), Diffusion)
-    assert not isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.3, 0.2)), Diffusion)
+    assert isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.3, 0.2, exact=False)), BlockDiffusion)
+    assert not isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.3, 0.2)), BlockDiffusion)

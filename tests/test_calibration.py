@@ -18,8 +18,8 @@ from engine.checkpoint import load, save
 from engine.config import EngineConfig, PatchingRule
 from engine.engine import Engine
 from engine.entropies import CHUNK, Entropies
+from engine.rows import Rows
 from engine.sequence import Sequence
-from engine.step.runner import Work
 from engine.thresholds import Thresholds
 from server.cli import app
 from tests import reference
@@ -95,14 +95,15 @@ def test_there_is_nothing_to_calibrate_without_a_threshold_or_a_byte() -> None:
 
 def engine_entropies(engine: Engine, ids: list[int]) -> list[float]:
     """Those that a sequence's patches were decided by, prefilled in pieces of another length."""
-    sequence = Sequence(request("a", ids, 1), 0, engine.caches.new_tables())
+    sequence = Sequence(request("a", ids, 1), 0, engine.memory.caches.new_tables())
     for start in range(0, len(ids), 200):
         end = min(start + 200, len(ids))
-        engine.runner.reserve(sequence, end, end)
-        engine.runner.run([Work(sequence, start, end, None, logits_from=end)])
-        sequence.num_computed = end
-        engine.runner.settle(sequence)
-    engine.release(sequence)
+        rows = Rows.prefill(sequence, end)
+        engine.memory.reserve(rows)
+        engine.stepper.run([rows])
+        sequence.advance(end)
+        engine.memory.settle(sequence)
+    engine.memory.release(sequence)
     return sequence.patching.entropies.tolist()
 
 

@@ -15,7 +15,7 @@ from engine.checkpoint import load
 from engine.config import EOS_ID, HashConfig, PatchingRule
 from engine.engine import Engine
 from engine.sequence import Sequence
-from engine.types import Finished, Request, SamplingParams, Unmask
+from engine.types import Finished, Request, SamplingParams, UnmaskRule
 from tests import reference
 from tests.engines import Output, crowded_engine, feeding, make_engine, request, run, save_ours
 from tests.models import HF_MODELS, our_config, our_model, text
@@ -25,11 +25,11 @@ NEAR_TIE = 1e-5
 NANO = Path(__file__).parents[1] / "models" / "nano"
 
 RULES = {
-    "one-step": Unmask(rule="one_step"),
-    "confidence-0.3": Unmask(rule="confidence", alpha=0.3),
-    "confidence-0.7": Unmask(rule="confidence", alpha=0.7),
-    "entropy-1.5": Unmask(rule="entropy", gamma=1.5),
-    "entropy-0.8-minus-max": Unmask(rule="entropy", gamma=0.8, minus_max=True),
+    "one-step": UnmaskRule(rule="one_step"),
+    "confidence-0.3": UnmaskRule(rule="confidence", alpha=0.3),
+    "confidence-0.7": UnmaskRule(rule="confidence", alpha=0.7),
+    "entropy-1.5": UnmaskRule(rule="entropy", gamma=1.5),
+    "entropy-0.8-minus-max": UnmaskRule(rule="entropy", gamma=0.8, minus_max=True),
 }
 DRAFTS = [{"decoder": "blt-s", "draft_length": k} for k in (1, 4, 8, 16)]
 BLOCKS = [{"decoder": "blt-dv", "block_size": size, "unmask": rule} for size in (4, 8) for rule in RULES.values()]
@@ -171,11 +171,11 @@ def test_a_step_calls_every_stage_at_most_once(model: Path) -> None:
     how = [*settings_of(engine), {"decoder": "blt"}, *([{"decoder": "blt-d"}] if engine.model_config.mask_id else [])]
     for i, p in enumerate(prompts(2 * len(how), model)):
         engine.add(request(str(i), p, 30, **how[i % len(how)]))
-    before = dict.fromkeys(engine.runner.counts.calls, 0)
+    before = dict.fromkeys(engine.ledger.total.calls, 0)
     most = 0
     while engine.has_work:
         engine.step()
-        calls = dict(engine.runner.counts.calls)
+        calls = dict(engine.ledger.total.calls)
         new = {stage: calls[stage] - before[stage] for stage in calls}
         decoder = new.pop("decoder")
         assert all(count <= 1 for count in new.values())
@@ -234,7 +234,7 @@ class Clear:
     """A rule of `SETTLES`, and whether all its choices so far were clear: none so near a tie that another order of
     summation, as other processors have it, may choose otherwise."""
 
-    def __init__(self, settle: Callable[[Tensor], list[int]], rule: Unmask) -> None:
+    def __init__(self, settle: Callable[[Tensor], list[int]], rule: UnmaskRule) -> None:
         self._settle = settle
         self._rule = rule
         self.so_far = True
@@ -333,7 +333,7 @@ def test_finishing_the_patch_begins_blocks_where_patches_begin(model: Path) -> N
 
 def state(engine: Engine, sequence: Sequence) -> dict[str, Any]:
     """All that later rows can read of a sequence, and what it holds."""
-    caches, n = engine.caches, sequence.num_computed
+    caches, n = engine.memory.caches, sequence.num_computed
     patch = sequence.patch_of(n)
 
     def rows(tensors: list[tuple[Tensor, Tensor]], name: str, live: range, by_page: bool) -> list[Tensor]:
@@ -357,7 +357,7 @@ def state(engine: Engine, sequence: Sequence) -> dict[str, Any]:
         "starts": list(sequence.patching.starts),
         "documents": list(sequence.documents),
         "patch_documents": list(sequence.patch_documents),
-        "counts": dict(sequence.counts),
+        "id_counts": dict(sequence.id_counts),
         "pages": {name: (table.first, len(table.pages)) for name, table in sequence.tables.items()},
         "patcher": rows(caches.patcher, "patcher", bytes_of("patcher"), False),
         "encoder": rows(caches.encoder, "encoder", bytes_of("encoder"), False),

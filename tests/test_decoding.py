@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from engine.config import BYTE_OFFSET, EngineConfig
-from engine.decoders import Decoder, Experience, Round, make_decoder
+from engine.decoders import Decoder, Round, SharedPrior, make_decoder
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.types import Delta, Request, SamplingParams, Trace
@@ -81,7 +81,7 @@ def test_compare_says_in_one_line_that_its_files_are_too_short(tiny: Path, tmp_p
 
 def make_decoder_of(engine: Engine, **fields: Any) -> Decoder:
     return make_decoder(
-        request("a", [1], 1, **fields), engine.model_config.block_size, engine.runner.costs, Experience()
+        request("a", [1], 1, **fields), engine.model_config.block_size, engine.ledger.latency, SharedPrior()
     )
 
 

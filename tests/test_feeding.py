@@ -8,7 +8,7 @@ import pytest
 
 from engine.checkpoint import load
 from engine.config import EOS_ID
-from engine.costs.latency import StageCosts
+from engine.costs.latency import BYTE_AHEAD, LatencyModel
 from engine.engine import Engine
 from engine.step.ahead.bytes import PROBE_INTERVAL
 from engine.types import Request, SamplingParams
@@ -53,12 +53,12 @@ def test_what_was_in_vain_is_counted_for_nobody_and_took_its_time(model: Path) -
     """Prompts of one id: every row belongs to somebody."""
     engine = feeding(make_engine(model), runs_on=True)
     seen: dict[str, list[int]] = {}
-    saw = engine.runner.costs.saw
-    engine.runner.costs.saw = lambda stage, rows, seconds: (  # type: ignore[method-assign]
+    saw = engine.ledger.latency.observe
+    engine.ledger.latency.observe = lambda stage, rows, seconds: (  # type: ignore[method-assign]
         seen.setdefault(stage, []).append(rows), saw(stage, rows, seconds)
     )[1]  # fmt: skip
     usages = [usage(output) for output in run(engine, [request(str(n), [1], 40) for n in range(4)]).values()]
-    counts = engine.runner.counts
+    counts = engine.ledger.total
     for stage, rows in counts.rows.items():
         assert rows == sum(u.rows[stage] for u in usages), stage
     assert len(seen["patcher"]) > counts.calls["patcher"], "some passes were in vain"
@@ -138,7 +138,7 @@ def test_the_last_patch_that_fits_has_as_many_bytes_as_without(model: Path, tmp_
 def unpromising(model: Path) -> Engine:
     """Once a pass took a quarter of an hour."""
     engine = make_engine(model)
-    engine.runner.costs.starts_at("behind", 1, 1e3)
+    engine.ledger.latency.calibrate(BYTE_AHEAD, 1, 1e3)
     return engine
 
 
@@ -146,21 +146,21 @@ def test_a_pass_is_tried_now_and_then(model: Path) -> None:
     """Else one unlucky measurement would rule them out for good."""
     engine = unpromising(model)
     tried: list[str] = []
-    saw = engine.runner.costs.saw
-    engine.runner.costs.saw = lambda stage, *rest: (tried.append(stage), saw(stage, *rest))[1]  # type: ignore[method-assign]
+    saw = engine.ledger.latency.observe
+    engine.ledger.latency.observe = lambda stage, *rest: (tried.append(stage), saw(stage, *rest))[1]  # type: ignore[method-assign]
     run(engine, [request(name, text(20, 1), 2 * PROBE_INTERVAL) for name in "ab"])
-    assert 1 <= tried.count("behind") <= 2
+    assert 1 <= tried.count(BYTE_AHEAD) <= 2
 
 
 def test_a_cpu_does_not_try_a_pass_for_a_sequence_alone(model: Path) -> None:
     engine = unpromising(model)
-    engine.runner.costs.saw = lambda stage, *_: pytest.fail("tried") if stage == "behind" else None  # type: ignore[method-assign]
+    engine.ledger.latency.observe = lambda stage, *_: pytest.fail("tried") if stage == BYTE_AHEAD else None  # type: ignore[method-assign]
     run(engine, [request("a", text(20, 1), PROBE_INTERVAL + 10)])
 
 
 def test_but_not_where_no_byte_could_follow(model: Path) -> None:
     engine = unpromising(model)
-    engine.runner.costs.saw = lambda stage, *_: pytest.fail("tried") if stage == "behind" else None  # type: ignore[method-assign]
+    engine.ledger.latency.observe = lambda stage, *_: pytest.fail("tried") if stage == BYTE_AHEAD else None  # type: ignore[method-assign]
     for n in range(PROBE_INTERVAL + 1):
         run(engine, [request(name, [1, 5], 1) for name in (f"{n}", f"{n} too")])
 
@@ -168,27 +168,27 @@ def test_but_not_where_no_byte_could_follow(model: Path) -> None:
 def test_no_patch_is_shorter_than_a_byte(model: Path) -> None:
     """Behind a BOS alone the next patch has begun, too."""
     engine, patches = make_engine(model), []
-    feeding = engine.runner.costs.feeding
-    engine.runner.costs.feeding = lambda size, patch: patches.append(patch) or feeding(size, patch)  # type: ignore[method-assign, func-returns-value]
+    feeding = engine.ledger.latency.byte_ahead
+    engine.ledger.latency.byte_ahead = lambda size, patch: patches.append(patch) or feeding(size, patch)  # type: ignore[method-assign, func-returns-value]
     run(engine, [request(str(n), [1], 3) for n in range(2)])
     assert patches and min(patches) == 1
 
 
-def learnt(**seconds: float) -> StageCosts:
-    costs = StageCosts(drafts_encode=False)
+def learnt(**seconds: float) -> LatencyModel:
+    costs = LatencyModel(drafts_encode=False)
     for stage, one in seconds.items():
         for rows in (1, 8, 64):
-            costs.saw(stage, rows, one)
+            costs.observe(stage, rows, one)
     return costs
 
 
 def test_what_a_pass_must_promise() -> None:
     local = {"patcher": 1.0, "encoder": 1.0, "decoder": 2.0}
-    assert StageCosts(drafts_encode=False).feeding(1, 4.0) == 1.0, "nothing is known"
-    assert learnt(**local).feeding(1, 4.0) == 1.0, "nothing to save"
+    assert LatencyModel(drafts_encode=False).byte_ahead(1, 4.0) == 1.0, "nothing is known"
+    assert learnt(**local).byte_ahead(1, 4.0) == 1.0, "nothing to save"
     # Alone a sequence closes its patches one by one in any case: it saves the host's time.
-    assert learnt(**local, step=4.0, **{"global": 40.0}).feeding(1, 4.0) == pytest.approx(0.5)
-    crowd = learnt(**local, step=4.0, **{"global": 40.0}).feeding(1000, 4.0)
+    assert learnt(**local, step=4.0, **{"global": 40.0}).byte_ahead(1, 4.0) == pytest.approx(0.5)
+    crowd = learnt(**local, step=4.0, **{"global": 40.0}).byte_ahead(1000, 4.0)
     assert crowd == pytest.approx(4 / (8 + 0.75 * 40))
     # Where the host computes too, as on a CPU, a pass takes as long as it does.
-    assert learnt(**local, step=4.0, behind=8.0).feeding(1, 4.0) == pytest.approx(1.0)
+    assert learnt(**local, step=4.0, byte_ahead=8.0).byte_ahead(1, 4.0) == pytest.approx(1.0)

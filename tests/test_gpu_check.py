@@ -365,7 +365,7 @@ def test_engines_that_nobody_holds_are_gone_before_the_next(setting: Setting) ->
     model = random_model(setting.work, "tiny", "fast")
     first = weakref.ref(setting.engine(model))
     second = setting.engine(model)
-    assert first() is None and second.runner.device.type == "cpu"
+    assert first() is None and second.stepper.device.type == "cpu"
 
 
 def test_replayed_text_leaves_a_sound_sequence(setting: Setting) -> None:

@@ -110,12 +110,12 @@ def test_texts_go_up_to_the_last_position_of_the_shortest_stage_and_no_further(
                 assert len(output.ids) == count
                 if decoder != "blt-d":
                     assert output.ids == expected(stage, len(prompt), count)
-            engine.caches.check_integrity()
+            engine.memory.caches.check_integrity()
 
 
 def test_a_text_ends_where_patches_do(few_patches: Path, start: Callable[[Path], Engine]) -> None:
     found, engine = load(few_patches), start(few_patches)
-    assert engine.caches.max_patches == PATCHES
+    assert engine.memory.caches.max_patches == PATCHES
     prompt = text(20, 40, specials=False)
     wanted = expected("global", 20, 40)
     for decoder in ("blt", "blt-s", "blt-dv", "auto"):

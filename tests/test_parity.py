@@ -112,4 +112,4 @@ def test_isolation_makes_a_difference(tmp_path: Path) -> None:
 
 
 def isolated(config: ModelConfig, engine: Engine) -> ModelConfig:
-    return replace(config, isolate_documents=engine.isolates_documents)
+    return replace(config, isolate_documents=engine.parts.isolates_documents)

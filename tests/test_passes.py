@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 
 from engine.config import EOS_ID
+from engine.costs.ledger import Launch
 from engine.counts import STAGES
 from engine.engine import Engine
 from engine.model import Decoder
 from engine.step.ahead.policy import RunAhead
-from engine.step.runner import StageCall
-from engine.types import Delta, Finished, Request, SamplingParams, Unmask, Usage
+from engine.types import Delta, Finished, Request, SamplingParams, UnmaskRule, Usage
 from tests.engines import Output, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text
 
 WAYS: dict[str, dict[str, Any]] = {
     "blt-s": {"decoder": "blt-s", "draft_length": 6},
-    "blt-d": {"decoder": "blt-d", "unmask": Unmask(rule="confidence", alpha=0.9)},
-    "blt-dv": {"decoder": "blt-dv", "unmask": Unmask(rule="entropy", gamma=1.0)},
+    "blt-d": {"decoder": "blt-d", "unmask": UnmaskRule(rule="confidence", alpha=0.9)},
+    "blt-dv": {"decoder": "blt-dv", "unmask": UnmaskRule(rule="entropy", gamma=1.0)},
 }
 
 
@@ -59,7 +59,7 @@ def test_alone_or_beside_one_that_feeds_bytes_the_text_and_the_counts_are_the_sa
     assert beside.ids == found.ids
     if EOS_ID not in found.ids:  # A draft of its own goes on behind an EOS, for nothing; one in company stops there.
         assert counted(usage(beside)) == counted(usage(found))
-    passes = alone.runner.counts.calls["decoder"]
+    passes = alone.ledger.total.calls["decoder"]
     assert alone.snapshot().steps < passes, "passes were run together"
 
 
@@ -74,8 +74,8 @@ def test_a_whole_draft_is_one_step(model: Path) -> None:
 def stages_of_steps(engine: Engine, asked: list[Request]) -> list[tuple[str, ...]]:
     """What each step launched."""
     names: list[str] = []
-    launch = engine.runner.executor.run
-    engine.runner.executor.run = lambda name, *rest: (names.append(name), launch(name, *rest))[1]  # type: ignore[method-assign]
+    launch = engine.stepper.executor.run
+    engine.stepper.executor.run = lambda name, *rest: (names.append(name), launch(name, *rest))[1]  # type: ignore[method-assign]
     for r in asked:
         engine.add(r)
     steps = []
@@ -130,7 +130,7 @@ def test_one_that_turns_out_otherwise_is_begun_again(model: Path) -> None:
 def test_scores_and_penalties_run_pass_by_pass(model: Path, way: str, how: dict[str, Any]) -> None:
     engine = make_engine(model)
     found = run(engine, [request("it", text(30, 2), 30, **WAYS[way], **how)])["it"]
-    assert engine.snapshot().steps >= engine.runner.counts.calls["decoder"]
+    assert engine.snapshot().steps >= engine.ledger.total.calls["decoder"]
     assert len(found.ids) == 30
     assert len(found.logprobs) == (30 if "logprobs" in how else 0)
 
@@ -146,16 +146,16 @@ def test_two_of_different_lengths_stop_together_and_go_on(model: Path) -> None:
 
 def test_a_block_is_asked_after_only_where_it_may_be_done(model: Path) -> None:
     """Once blocks have needed several passes, so many are one launch; the text and the counts stay what they were."""
-    asked = request("a", text(30, 2), 90, decoder="blt-d", unmask=Unmask(rule="confidence", alpha=0.999))
+    asked = request("a", text(30, 2), 90, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.999))
     engine = make_engine(model)
     launches: list[tuple[str, int]] = []
-    launch = engine.runner.decode_passes
+    launch = engine.stepper.stages.decoder.launch_passes
 
     def noted(name: str, plans: Any, times: int, *rest: Any) -> Any:
         launches.append((name, len(plans) * times))
         return launch(name, plans, times, *rest)
 
-    engine.runner.decode_passes = noted  # type: ignore[method-assign]
+    engine.stepper.stages.decoder.launch_passes = noted  # type: ignore[method-assign]
     first = run(engine, [asked])["a"]
     early, launches = launches, []
     again = run(engine, [asked])["a"]
@@ -166,11 +166,11 @@ def test_a_block_is_asked_after_only_where_it_may_be_done(model: Path) -> None:
 
 
 def test_where_asking_takes_longest_every_block_is_one_launch(model: Path) -> None:
-    asked = request("a", text(30, 2), 90, decoder="blt-d", unmask=Unmask(rule="confidence", alpha=0.6))
+    asked = request("a", text(30, 2), 90, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.6))
     wanted = run(make_engine(model), [asked])["a"]
     engine = make_engine(model)
     run(engine, [asked])
-    engine.runner.ahead = RunAhead(blocks="always")
+    engine.stepper.ahead.policy = RunAhead(blocks="always")
     steps = engine.snapshot().steps
     found = run(engine, [asked])["a"]
     assert found.ids == wanted.ids and counted(usage(found))[:5] == counted(usage(wanted))[:5]
@@ -180,24 +180,24 @@ def test_where_asking_takes_longest_every_block_is_one_launch(model: Path) -> No
 
 def test_a_block_that_needs_fewer_passes_than_those_before_pays_for_its_own(model: Path) -> None:
     engine = make_engine(model)
-    slow = request("slow", text(30, 2), 60, decoder="blt-d", unmask=Unmask(rule="confidence", alpha=0.999))
-    quick = request("quick", text(30, 2), 60, decoder="blt-d", unmask=Unmask(rule="one_step"))
+    slow = request("slow", text(30, 2), 60, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.999))
+    quick = request("quick", text(30, 2), 60, decoder="blt-d", unmask=UnmaskRule(rule="one_step"))
     alone = run(make_engine(model), [quick])["quick"]
     run(engine, [slow])
-    calls = engine.runner.counts.calls["decoder"]
+    calls = engine.ledger.total.calls["decoder"]
     found = run(engine, [quick])["quick"]
     assert found.ids == alone.ids and usage(found).decoder_calls == usage(alone).decoder_calls
     # The prompt's pass is nobody's.
-    assert engine.runner.counts.calls["decoder"] - calls <= usage(found).decoder_calls + 1
+    assert engine.ledger.total.calls["decoder"] - calls <= usage(found).decoder_calls + 1
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_is_learnt_from_what_was_recorded_meanwhile(model: Path, way: str) -> None:
     engine = make_engine(model, graphs=True)
     seen: list[str] = []
-    engine.runner.costs.saw = lambda stage, *_: seen.append(stage)  # type: ignore[method-assign]
+    engine.ledger.latency.observe = lambda stage, *_: seen.append(stage)  # type: ignore[method-assign]
     launched: list[tuple[str, bool]] = []
-    executor = engine.runner.executor
+    executor = engine.stepper.executor
     launch = executor.run
 
     def run(name: str, *rest: Any) -> Any:
@@ -214,7 +214,7 @@ def test_nothing_is_learnt_from_what_was_recorded_meanwhile(model: Path, way: st
         engine.step()
         steps.append(any(new for _, new in launched[number:]))
     # What was launched ahead of a step that never came.
-    engine.runner._drop_started()
+    engine.stepper.stages.discard()
     assert set(steps) == {False, True}
     assert seen.count("step") == steps.count(False)
     assert sum(map(seen.count, STAGES)) == sum(not new for _, new in launched)
@@ -224,27 +224,27 @@ def test_nothing_is_learnt_from_what_was_recorded_meanwhile(model: Path, way: st
 def test_what_blocks_had_no_need_of_is_counted_for_nobody_and_took_its_time(model: Path) -> None:
     """Prompts of one id: every row belongs to somebody."""
     slow, quick = (
-        request(name, [1], count, decoder="blt-d", unmask=Unmask(rule="confidence", alpha=alpha))
+        request(name, [1], count, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=alpha))
         for name, count, alpha in (("slow", 24, 0.999), ("quick", 60, 0.03))
     )
     engine = make_engine(model)
-    engine.runner.ahead = RunAhead(blocks="always")
+    engine.stepper.ahead.policy = RunAhead(blocks="always")
     run(engine, [slow])
-    launched: list[tuple[int, StageCall]] = []
-    launch = engine.runner.decode_passes
+    launched: list[tuple[int, int]] = []
+    took = engine.ledger.took
 
-    def noted(name: str, plans: Any, times: int, *rest: Any) -> Any:
-        call, out = launch(name, plans, times, *rest)
-        launched.append((len(plans) * times, call))
-        return call, out
+    def noted(launch: Launch, *served: Any) -> None:
+        if not launch.shares:
+            launched.append((len(served), launch.passes))
+        took(launch, *served)
 
-    engine.runner.decode_passes = noted  # type: ignore[method-assign]
-    before = dict(engine.runner.counts.rows)
+    engine.ledger.took = noted  # type: ignore[method-assign]
+    before = dict(engine.ledger.total.rows)
     usages = [usage(output) for output in run(engine, [slow, quick]).values()]
-    for stage, rows in engine.runner.counts.rows.items():
+    for stage, rows in engine.ledger.total.rows.items():
         assert rows - before[stage] == sum(u.rows[stage] for u in usages), stage
-    assert any(call.charged < times for times, call in launched), "some passes were in vain"
-    assert all(call.passes == times for times, call in launched), "and took as long as others"
+    assert any(served < passes for served, passes in launched), "some passes were in vain"
+    assert engine.ledger.total.calls["decoder"] < sum(passes for _, passes in launched) + engine.snapshot().steps
 
 
 @pytest.fixture
@@ -267,20 +267,20 @@ def test_the_decoder_runs_no_pass_over_a_block_that_is_surely_done(
 ) -> None:
     """Even where asking takes longest, and whatever the blocks before needed."""
     engine = make_engine(model)
-    engine.runner.costs.asking = lambda rows: 1e9  # type: ignore[method-assign]
+    engine.ledger.latency.readback = lambda rows: 1e9  # type: ignore[method-assign]
 
-    def passes(way: str, unmask: Unmask) -> tuple[int, Usage]:
+    def passes(way: str, unmask: UnmaskRule) -> tuple[int, Usage]:
         decoder_passes.clear()
         u = usage(run(engine, [request("a", [1], 60, decoder=way, unmask=unmask, **scores)])["a"])
         return len(decoder_passes), u
 
     # No confidence is above 1: a cell a pass, of the 6 in a block.
-    ran, u = passes("blt-d", Unmask(rule="confidence", alpha=1.0))
+    ran, u = passes("blt-d", UnmaskRule(rule="confidence", alpha=1.0))
     assert ran == u.decoder_calls == 6 * u.rounds
-    ran, u = passes("blt-d", Unmask(rule="one_step"))
+    ran, u = passes("blt-d", UnmaskRule(rule="one_step"))
     assert ran == u.decoder_calls == u.rounds
     # A pass over the block and one that verifies it.
-    ran, u = passes("blt-dv", Unmask(rule="one_step"))
+    ran, u = passes("blt-dv", UnmaskRule(rule="one_step"))
     assert ran == u.decoder_calls <= 2 * u.rounds
 
 
@@ -289,9 +289,9 @@ def test_no_more_passes_are_launched_unasked_than_the_slowest_remembered_block_n
 ) -> None:
     """A block each, by the rule of which one needs more passes than another; all of them are remembered."""
     engine = make_engine(model)
-    engine.runner.costs.asking = lambda rows: 1e9  # type: ignore[method-assign]
+    engine.ledger.latency.readback = lambda rows: 1e9  # type: ignore[method-assign]
     asked = [
-        request(str(n), text(10 + n, n), 6, decoder="blt-d", unmask=Unmask(rule="confidence", alpha=0.03))
+        request(str(n), text(10 + n, n), 6, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.03))
         for n in range(12)
     ]
     needed = [usage(run(engine, [r])[r.id]).decoder_calls for r in asked]

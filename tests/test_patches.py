@@ -16,7 +16,7 @@ from engine.config import EOS_ID, ModelConfig, PatchingRule
 from engine.engine import Engine
 from engine.memory.prefix import BLOCK
 from engine.patching import Patching
-from engine.types import Delta, Finished, Request, SamplingParams, Unmask
+from engine.types import Delta, Finished, Request, SamplingParams, UnmaskRule
 from tests import reference
 from tests.engines import Output, crowded_engine, feeding, make_engine, request, run, save_ours
 from tests.models import HF_MODELS, OUR_MODELS, text
@@ -24,7 +24,7 @@ from tests.models import HF_MODELS, OUR_MODELS, text
 WAYS: dict[str, dict[str, Any]] = {
     "blt": {},
     "blt-s": {"decoder": "blt-s", "draft_length": 5},
-    "blt-d": {"decoder": "blt-d", "unmask": Unmask(rule="confidence", alpha=0.3)},
+    "blt-d": {"decoder": "blt-d", "unmask": UnmaskRule(rule="confidence", alpha=0.3)},
     "blt-dv": {"decoder": "blt-dv"},
     "auto": {"decoder": "auto"},
 }

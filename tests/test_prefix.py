@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.memory import caches
 from engine.memory.caches import CacheSpec, cache_specs
 from engine.memory.prefix import BLOCK
-from engine.types import Event, Finished, Request, SamplingParams, Unmask
+from engine.types import Event, Finished, Request, SamplingParams, UnmaskRule
 from tests import reference
 from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours
 from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
@@ -22,8 +22,8 @@ from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
 WAYS: dict[str, dict[str, Any]] = {
     "blt": {},
     "blt-s": {"decoder": "blt-s", "draft_length": 5},
-    "blt-d": {"decoder": "blt-d", "unmask": Unmask(rule="confidence", alpha=0.3)},
-    "blt-dv": {"decoder": "blt-dv", "unmask": Unmask(rule="one_step")},
+    "blt-d": {"decoder": "blt-d", "unmask": UnmaskRule(rule="confidence", alpha=0.3)},
+    "blt-dv": {"decoder": "blt-dv", "unmask": UnmaskRule(rule="one_step")},
     "auto": {"decoder": "auto"},
 }
 
@@ -62,10 +62,10 @@ def ways_of(engine: Engine) -> dict[str, dict[str, Any]]:
 
 
 def assert_all_can_be_forgotten(engine: Engine) -> None:
-    assert engine._prefixes
-    while engine._prefixes.forget():
-        engine.caches.check_integrity()
-    assert all(pool.num_free == pool.num_total for pool in engine.caches.pools.values())
+    assert engine.memory.prefixes
+    while engine.memory.prefixes.forget():
+        engine.memory.caches.check_integrity()
+    assert all(pool.num_free == pool.num_total for pool in engine.memory.caches.pools.values())
 
 
 @pytest.mark.parametrize("threshold", [-1.0, 4.5, 99.0])
@@ -189,7 +189,7 @@ def test_crowds_with_little_memory(model: Path, room: int) -> None:
         for r in requests:
             assert_same(found[r.id], wanted[r.id])
             hits += cached(found[r.id])
-        engine.caches.check_integrity()
+        engine.memory.caches.check_integrity()
     assert engine.snapshot().preemptions > 0 if room == 1 else hits > 0
     for r in tangled(8, list(ways_of(engine)), draw):
         engine.add(r)
@@ -216,11 +216,11 @@ def test_no_row_reads_a_latent_that_its_sequence_no_longer_keeps(
     monkeypatch.setattr(caches, "cache_specs", single)
     choices = {"max_sequences": 5, "max_step_rows": 48, "max_length": 300, "prefix_cache": prefix_cache}
     engine = crowded_engine(model, **choices)
-    step, pool = engine.step, engine.caches.pools["latent"]
+    step, pool = engine.step, engine.memory.caches.pools["latent"]
 
     def spoil() -> list[Event]:
         events = step()
-        for keys_and_values in engine.caches.latent:
+        for keys_and_values in engine.memory.caches.latent:
             for tensor in keys_and_values:
                 tensor[pool._free] = torch.nan
         return events
@@ -238,9 +238,9 @@ def test_the_prefix_used_longest_ago_goes_first(tmp_path: Path) -> None:
     old, new = text(2 * BLOCK + 1, 7), text(2 * BLOCK + 1, 8)
     for name, prompt in (("old", old), ("new", new), ("old again", old)):
         run(engine, [request(name, prompt, 1)])
-    assert engine._prefixes
+    assert engine.memory.prefixes
     # The first halves are only passed through; "new" goes whole before the end of "old" does.
-    assert all(engine._prefixes.forget() for _ in range(3))
+    assert all(engine.memory.prefixes.forget() for _ in range(3))
     assert cached(run(engine, [request("old", old, 1)])["old"]) == 2 * BLOCK
     assert cached(run(engine, [request("new", new, 1)])["new"]) == 0
 
@@ -252,11 +252,11 @@ def test_of_what_many_share_the_end_stays(tmp_path: Path) -> None:
     shared = text(6 * BLOCK, 9)
     for i in range(3):
         run(engine, [request("it", [*shared, *text(2 * BLOCK, 20 + i)], 1)])
-    assert engine._prefixes
+    assert engine.memory.prefixes
     # Five inner nodes of the shared part, then two of each of the first two endings.
     for _ in range(5 + 4):
-        assert engine._prefixes.forget()
-        engine.caches.check_integrity()
+        assert engine.memory.prefixes.forget()
+        engine.memory.caches.check_integrity()
     again = request("it", [*shared, *text(30, 30)], 20)
     found = run(engine, [again])["it"]
     assert cached(found) == 6 * BLOCK

@@ -15,7 +15,7 @@ from benchmarks.gpu_check.ahead import AHEAD
 from engine.config import EOS_ID, PatchingRule
 from engine.engine import Engine
 from engine.step.ahead.policy import RunAhead
-from engine.types import Finished, Request, SamplingParams, Unmask
+from engine.types import Finished, Request, SamplingParams, UnmaskRule
 from tests.engines import Output, crowded_engine, make_engine, request, save_ours
 from tests.models import our_config, our_model, text
 
@@ -39,9 +39,9 @@ WAYS: list[dict[str, Any]] = [
     {},
     {"decoder": "blt-s", "draft_length": 4},
     {"decoder": "auto"},
-    {"decoder": "blt-d", "unmask": Unmask(rule="confidence", alpha=0.03)},
+    {"decoder": "blt-d", "unmask": UnmaskRule(rule="confidence", alpha=0.03)},
     {"decoder": "blt-d", "finish_patch": True},
-    {"decoder": "blt-dv", "unmask": Unmask(rule="entropy", gamma=1.0)},
+    {"decoder": "blt-dv", "unmask": UnmaskRule(rule="entropy", gamma=1.0)},
 ]
 Models = Callable[[str, str, int], Path]
 
@@ -122,8 +122,8 @@ SETTINGS = st.fixed_dictionaries(
 def launching_ahead(engine: Engine, *, passes: bool) -> Engine:
     """Wherever it can; and what a stage gave is gone once the stage has run again, as with a recorded graph. passes:
     behind steps of blt come passes, or the next step is begun."""
-    engine.runner.ahead = AHEAD["always, passes" if passes else "always, the next step"]
-    launch = engine.runner.executor.run
+    engine.stepper.ahead.policy = AHEAD["always, passes" if passes else "always, the next step"]
+    launch = engine.stepper.executor.run
     last: dict[str, Tensor] = {}
 
     def run(name: str, *rest: Any) -> Tensor:
@@ -133,12 +133,12 @@ def launching_ahead(engine: Engine, *, passes: bool) -> Engine:
         last[name] = out
         return out
 
-    engine.runner.executor.run = run  # type: ignore[method-assign]
+    engine.stepper.executor.run = run  # type: ignore[method-assign]
     return engine
 
 
 def asking_always(engine: Engine) -> Engine:
-    engine.runner.ahead = RunAhead.everywhere("never")
+    engine.stepper.ahead.policy = RunAhead.everywhere("never")
     return engine
 
 
@@ -157,7 +157,7 @@ def run(engine: Engine, asked: Sequence[Asked]) -> dict[str, Output]:
         step += 1
     assert all(output.end for output in outputs.values())
     assert not any(pool.used for pool in engine.snapshot().pools.values())
-    engine.caches.check_integrity()
+    engine.memory.caches.check_integrity()
     return outputs
 
 
@@ -177,8 +177,8 @@ def bill(a: Asked, output: Output) -> tuple[Any, ...] | None:
         return None
     if a.request.decoder == "auto" or a.request.output_ids:
         return None
-    if a.request.decoder == "blt-s" and EOS_ID in output.ids:
-        return None  # A draft of its own goes on behind an EOS.
+    if a.request.decoder == "blt-s" and (EOS_ID in output.ids or EOS_ID in a.request.sampling.logit_bias):
+        return None  # A draft in one launch goes on after an EOS, whether or not that is accepted.
     u = end.usage
     return u.completion_tokens, u.rounds, u.drafted, u.accepted, u.decoder_calls, u.global_calls, u.rows
 

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.costs.calibration import LEAST_PROMPT_ROWS, TRIED_ROWS, TriedStep, prompt_rows
-from engine.decoders import Decoder, Result
-from engine.decoders.blt_d import Diffusion
-from engine.decoders.blt_dv import Verified
-from engine.decoders.blt_s import Draft
-from engine.scheduler import MOST_PRIORITY, STEPS_PER_PRIORITY, Part, Scheduler
+from engine.costs.calibration import LEAST_PROMPT_ROWS, MEASURED_ROWS, MeasuredStep, prompt_rows
+from engine.decoders import Decoder, Result, Unmask, Verify
+from engine.decoders.blt_d import BlockDiffusion
+from engine.decoders.blt_dv import VerifiedDiffusion
+from engine.decoders.blt_s import SelfSpeculation
+from engine.rows import Rows
+from engine.scheduler import MOST_PRIORITY, STEPS_PER_PRIORITY, Scheduler
 from engine.sequence import Sequence
-from engine.types import MAX_DRAFT, Request, Unmask
+from engine.types import MAX_DRAFT, Request, UnmaskRule
 
 
 class Memory:
@@ -26,13 +27,13 @@ class Memory:
         self.total = total
         self.held: dict[int, int] = {}
 
-    def can_reserve(self, part: Part) -> bool:
-        others = sum(rows for arrival, rows in self.held.items() if arrival != part.sequence.arrival)
-        return others + part.reach <= self.total
+    def fits(self, rows: Rows) -> bool:
+        others = sum(held for arrival, held in self.held.items() if arrival != rows.sequence.arrival)
+        return others + rows.reach <= self.total
 
-    def reserve(self, part: Part) -> None:
-        assert self.can_reserve(part)
-        self.held[part.sequence.arrival] = part.reach
+    def reserve(self, rows: Rows) -> None:
+        assert self.fits(rows)
+        self.held[rows.sequence.arrival] = rows.reach
 
     def release(self, sequence: Sequence) -> None:
         self.held.pop(sequence.arrival, None)
@@ -50,11 +51,11 @@ def sequence(arrival: int, prompt: int, output: int, priority: int = 0, decoder:
     return Sequence(request, arrival, {}, decoder, mask_id=260)
 
 
-def run_step(scheduler: Scheduler) -> list[Part]:
+def run_step(scheduler: Scheduler) -> list[Rows]:
     """What the engine does with a schedule, without a model: every draft is right but for its last byte."""
     generating = {s.arrival for s in scheduler.running if s.remaining <= (MAX_DRAFT if s.num_output else 1)}
     step = scheduler.schedule()
-    # A call is not cut: the last one may go beyond.
+    # An ask is not cut: the last one may go beyond.
     assert sum(part.num_rows for part in step[:-1]) < scheduler._max_step_rows
     prompts = [part for part in step if part.sequence.arrival not in generating]
     assert sum(part.num_rows for part in prompts[:-1]) < scheduler.max_prompt_rows
@@ -63,27 +64,28 @@ def run_step(scheduler: Scheduler) -> list[Part]:
     return step
 
 
-def advance(scheduler: Scheduler, part: Part) -> None:
-    s, call = part.sequence, part.call
-    if call is None:
-        s.num_computed = part.end
+def advance(scheduler: Scheduler, rows: Rows) -> None:
+    s, ask = rows.sequence, rows.ask
+    if ask is None:
+        s.advance(rows.end)
         assert s.remaining > 0
         return
-    verifies = call.runs_clean and call.drafts
-    cells = [5] * len(call.block)
-    if verifies:
-        first = max(s.num_computed, call.decoded)
-        result = Result(first, [*[5] * (part.end - first - 2), 6, 6][: part.end - first], max(part.end - first - 2, 0))
-    else:
-        s.num_computed = part.end
-        result = Result(part.end - 1, [5] * (call.wants + len(call.causal)), 0, cells, [0] * len(cells))
+    match ask:
+        case Verify(drafts):
+            result = Result([6], accepted=len(drafts) - 1)
+        case Unmask(block):
+            result = Result([5] * len(block), settled=[0] * len(block))
+        case _:
+            result = Result([5])
+    if not isinstance(ask, Verify):
+        s.advance(rows.end)
     if (outcome := s.resume(result)) is None:
         return
     assert outcome.ids
-    if verifies:
-        s.num_computed += len(outcome.ids)
+    if isinstance(ask, Verify):
+        s.advance(s.num_computed + len(outcome.ids))
     for token in outcome.ids:
-        s.append(token)
+        s.append([token])
         if s.num_output == s.request.max_tokens:
             scheduler.remove(s)
             return
@@ -92,9 +94,9 @@ def advance(scheduler: Scheduler, part: Part) -> None:
 
 DECODERS: list[Decoder | None] = [
     None,
-    Draft(3),
-    Diffusion(4, Unmask(rule="confidence"), finish_patch=False),
-    Verified(4, Unmask(rule="one_step")),
+    SelfSpeculation(3),
+    BlockDiffusion(4, UnmaskRule(rule="confidence"), finish_patch=False),
+    VerifiedDiffusion(4, UnmaskRule(rule="one_step")),
 ]
 LONGEST = 10
 """More rows than a call of these has."""
@@ -314,7 +316,7 @@ def test_prompts_stall_streams_no_longer_than_is_allowed(
         """What a step takes; rows cost more where they are many."""
         return fixed + per_row * rows + late * max(rows - 16, 0)
 
-    tried = [TriedStep(rows, {"decoder": (rows, seconds(rows))}) for rows in TRIED_ROWS]
+    tried = [MeasuredStep(rows, {"decoder": (rows, seconds(rows))}) for rows in MEASURED_ROWS]
     chosen = prompt_rows(tried, stall, most=512)
     allowed = max(stall, seconds(1)) + 1e-9
     assert chosen == LEAST_PROMPT_ROWS or seconds(1 + chosen) - seconds(1) <= allowed
@@ -340,7 +342,7 @@ def test_rounds_that_do_not_fit_into_a_step_come_first_in_the_next(count: int, d
     """Nobody who generates waits for longer than it takes to run all others once."""
     scheduler = Scheduler(Memory(1 << 20), max_sequences=count, max_step_rows=rows)
     for arrival in range(count):
-        scheduler.add(sequence(arrival, 1, 60, decoder=Draft(draft)))
+        scheduler.add(sequence(arrival, 1, 60, decoder=SelfSpeculation(draft)))
     last = dict.fromkeys(range(count), 0)
     longest = -(-count * (draft + 1) // rows) + 1
     for step in range(1, 200):

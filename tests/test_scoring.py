@@ -85,7 +85,7 @@ def test_figures_equal_a_plain_full_forward(name: str, tmp_path: Path, file: Pat
     rows = {stage: reads.rows for stage, reads in result.stages.items()}
     assert rows["patcher"] == rows["encoder"] == rows["decoder"] == 150 + len(slices)
     assert rows["global"] == sum(len(own) - 1 for own in starts)
-    weights = make_engine(folder).stage_weights
+    weights = make_engine(folder).parts.stage_bytes.weights
     assert all(reads.weight_bytes == reads.passes * weights[stage] for stage, reads in result.stages.items())
     assert all(0 < reads.passes <= reads.rows and reads.cache_bytes > 0 for reads in result.stages.values())
 

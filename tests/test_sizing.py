@@ -72,7 +72,7 @@ def test_weights_take_what_the_tensors_of_an_engine_take(model: Path, choices: d
     engine = make_engine(model, kernels="torch", **choices)
     itemsize, fp8 = (4 if not choices else 2), "weights" in choices
     expected = WeightBytes.of(engine.model_config, itemsize, hash_itemsize(model), fp8=fp8)
-    held = engine.runner._model
+    held = engine.parts.model
     assert num_bytes(held) == expected.total
     assert num_bytes(held.encoder._hashes) == expected.hash_tables
     stacks = [part._stack for part in (held.patcher, held.encoder, held.global_transformer, held.decoder)]
@@ -85,7 +85,7 @@ def test_weights_take_what_the_tensors_of_an_engine_take(model: Path, choices: d
     ]
     assert num_bytes([w.layers[0].rope for w in weights]) == expected.rotary_tables
     assert num_bytes([held.encoder._embedding, *(w.embedding for w in weights)]) == expected.byte_tables
-    assert engine.facts().weight_bytes == expected.stages
+    assert engine.info().weight_bytes == expected.stages
 
 
 @pytest.mark.parametrize("choices", [{}, {"cache_bytes": 20 << 20, "dtype": "bfloat16"}, {"max_length": 300}])
@@ -93,7 +93,7 @@ def test_pools_are_as_large_as_they_were_planned(model: Path, choices: dict[str,
     engine = make_engine(model, **choices)
     given = {"cache_bytes": 64 << 20, "page_size": 16} | choices
     plan = plan_caches(engine.model_config, EngineConfig(str(model), **given))
-    assert num_bytes(engine.caches) == plan.num_bytes <= given["cache_bytes"]
+    assert num_bytes(engine.memory.caches) == plan.num_bytes <= given["cache_bytes"]
     # The scratch page is nobody's.
     assert engine.limits.pages == {name: count - 1 for name, count in plan.pages.items()}
     assert {name: pool.total for name, pool in engine.snapshot().pools.items()} == engine.limits.pages
@@ -116,11 +116,11 @@ def crowd(engine: Engine, count: int, context: int) -> tuple[int, dict[str, int]
     output = min(context // 2, 400)
     for i in range(count):
         engine.add(request(str(i), text(context - output, i, specials=False), output, **HOWS[i % len(HOWS)]))
-    running, used = 0, dict.fromkeys(engine.caches.pools, 0)
+    running, used = 0, dict.fromkeys(engine.memory.caches.pools, 0)
     while engine.has_work:
         engine.step()
         running = max(running, len(engine.running))
-        used = {name: max(count, engine.caches.pools[name].num_used) for name, count in used.items()}
+        used = {name: max(count, engine.memory.caches.pools[name].num_used) for name, count in used.items()}
     return running, used
 
 
@@ -132,10 +132,10 @@ def test_what_is_said_to_fit_runs_at_once_without_a_preemption(tiny: Path, conte
     assert running == 8
     assert engine.snapshot().preemptions == 0
     # And no sequence is said to hold much more than it does.
-    for name, spec in engine.caches.specs.items():
+    for name, spec in engine.memory.caches.specs.items():
         draft = longest_draft(engine.model_config)
         assert used[name] <= 8 * sizing.caches[name].pages + spec.pages_between(sizing.max_step_rows, draft)
-    assert sum(used[name] * engine.caches.page_bytes[name] for name in used) > 0.6 * 8 * sizing.sequence_bytes
+    assert sum(used[name] * engine.memory.caches.page_bytes[name] for name in used) > 0.6 * 8 * sizing.sequence_bytes
 
 
 def test_twice_as_many_do_not_run_at_once(tiny: Path) -> None:
@@ -194,7 +194,7 @@ def test_readings_are_what_the_accounting_of_real_generation_finds(how: dict[str
     # As an operator reads them off the metrics.
     acceptance = counts.accepted / counts.drafted if counts.drafted else 1.0
     passes = counts.calls["decoder"] / counts.rounds if decoder == "blt-d" else 1.0
-    patch = counts.committed / engine._costs[decoder].patches
+    patch = counts.committed / engine.ledger.decoders[decoder].patches
     config = engine.model_config
     reading = {
         reading.decoder: reading

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from engine.config import EOS_ID
-from engine.costs.latency import StageCosts
+from engine.costs.latency import LatencyModel
 from engine.engine import Engine
-from engine.step.runner import Started
+from engine.step.stages import Begun
 from engine.types import Request, SamplingParams
 from tests.engines import Output, bill, feeding, make_engine, request, run, save_ours, usage
 from tests.models import our_config, our_model, text
@@ -28,7 +28,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def starting(engine: Engine, *, begins: bool) -> Engine:
     """Lets the next step always be begun, or never; no passes behind a step."""
-    engine.runner.ahead = replace(engine.runner.ahead, next_step="always" if begins else "never")
+    engine.stepper.ahead.policy = replace(engine.stepper.ahead.policy, next_step="always" if begins else "never")
     return feeding(engine, runs_on=False)
 
 
@@ -39,21 +39,21 @@ def asked(count: int = 5, **how: Any) -> list[Request]:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each step that was begun whether its rows were the next; grows while engines run."""
     seen: list[bool] = []
-    is_of = Started.is_of
+    is_of = Begun.is_of
 
-    def tell(started: Started, clean: Any) -> bool:
+    def tell(started: Begun, clean: Any) -> bool:
         seen.append(is_of(started, clean))
         return seen[-1]
 
-    monkeypatch.setattr(Started, "is_of", tell)
+    monkeypatch.setattr(Begun, "is_of", tell)
     return seen
 
 
 def counted(engine: Engine) -> list[int]:
     """How many rows each step has that is begun; grows while the engine runs."""
     begun: list[int] = []
-    start = engine.runner.start
-    engine.runner.start = lambda batch, windows: begun.append(len(batch)) or start(batch, windows)  # type: ignore[method-assign, func-returns-value]
+    start = engine.stepper.stages.begin
+    engine.stepper.stages.begin = lambda batch, windows: begun.append(len(batch)) or start(batch, windows)  # type: ignore[method-assign, func-returns-value]
     return begun
 
 
@@ -132,7 +132,7 @@ def test_what_was_begun_in_vain_is_nobodys(model: Path) -> None:
     engine = starting(make_engine(model), begins=True)
     outputs = overtaken(engine)
     usages = [usage(output) for output in outputs.values()]
-    for stage, rows in engine.runner.counts.rows.items():
+    for stage, rows in engine.ledger.total.rows.items():
         assert rows == sum(u.rows[stage] for u in usages), stage
 
 
@@ -140,14 +140,14 @@ def test_a_launch_ahead_that_no_step_used_is_timed_like_any_other(model: Path, m
     """By a clock on which every launch takes one second."""
     engine = starting(make_engine(model), begins=True)
     seen, clock, launched, learnt = watched(monkeypatch), iter(range(10**6)), Counter[str](), Counter[str]()
-    engine.runner._mark = lambda: float(next(clock))  # type: ignore[method-assign]
-    launch = engine.runner.executor.run
-    engine.runner.executor.run = lambda stage, *rest: (launched.update([stage]), launch(stage, *rest))[1]  # type: ignore[method-assign]
-    engine.runner.costs.saw = lambda stage, *_: learnt.update([stage])  # type: ignore[method-assign]
+    engine.stepper.stages.launcher._clock.now = lambda: float(next(clock))  # type: ignore[method-assign]
+    launch = engine.stepper.executor.run
+    engine.stepper.executor.run = lambda stage, *rest: (launched.update([stage]), launch(stage, *rest))[1]  # type: ignore[method-assign]
+    engine.ledger.latency.observe = lambda stage, *_: learnt.update([stage])  # type: ignore[method-assign]
     overtaken(engine)
-    assert False in seen and engine.runner._started is None
-    assert launched["patcher"] > engine.runner.counts.calls["patcher"], "some served nobody"
-    assert engine.runner.counts.seconds == dict(launched), "seconds of each stage"
+    assert False in seen and engine.stepper.stages._begun is None
+    assert launched["patcher"] > engine.ledger.total.calls["patcher"], "some served nobody"
+    assert engine.ledger.total.seconds == dict(launched), "seconds of each stage"
     assert {stage: learnt[stage] for stage in launched} == dict(launched), "what costs were learnt from"
 
 
@@ -156,19 +156,19 @@ def test_nothing_is_begun_behind_the_last_byte_nor_without_pages(model: Path) ->
     begun = counted(engine)
     run(engine, [request("a", text(9, 1), 4)])
     assert begun == [1, 1, 1]
-    engine.runner.try_reserve = lambda *_: False  # type: ignore[method-assign]
+    engine.memory.reserve_all = lambda *_: False  # type: ignore[method-assign]
     run(engine, [request("b", text(9, 1), 4)])
     assert begun == [1, 1, 1]
 
 
 def test_what_it_must_promise() -> None:
-    def learnt(**seconds: float) -> StageCosts:
-        costs = StageCosts(drafts_encode=False, has_device=True)
+    def learnt(**seconds: float) -> LatencyModel:
+        costs = LatencyModel(drafts_encode=False, has_device=True)
         for stage, one in seconds.items():
-            costs.saw(stage, 1, one)
+            costs.observe(stage, 1, one)
         return costs
 
-    assert StageCosts(drafts_encode=False).starting(1) == inf, "the host computes"
-    assert learnt().starting(1) == 0, "nothing is known"
-    assert learnt(patcher=2.0, encoder=1.0).starting(1) == 0, "it is to be tried"
-    assert learnt(patcher=2.0, encoder=1.0, starting=1.5).starting(1) == pytest.approx(0.5)
+    assert LatencyModel(drafts_encode=False).next_step(1) == inf, "the host computes"
+    assert learnt().next_step(1) == 0, "nothing is known"
+    assert learnt(patcher=2.0, encoder=1.0).next_step(1) == 0, "it is to be tried"
+    assert learnt(patcher=2.0, encoder=1.0, next_step=1.5).next_step(1) == pytest.approx(0.5)

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.build import measure
 from engine.config import EngineConfig
 from engine.costs import calibration as trial
-from engine.costs.calibration import LEAST_PROMPT_ROWS, TriedStep, prompt_rows, try_steps
-from engine.costs.latency import StageCosts
+from engine.costs.calibration import LEAST_PROMPT_ROWS, MeasuredStep, measure_steps, prompt_rows
+from engine.costs.latency import LatencyModel
 from tests.engines import make_engine, request, run
 
 STAGES = {"patcher", "encoder", "global", "decoder", "step"}
@@ -20,7 +21,7 @@ def test_an_engine_that_has_tried_is_as_new(tiny: Path) -> None:
     tried.calibrate()
     assert tried.snapshot() == new.snapshot()
     assert not tried.has_work
-    tried.caches.check_integrity()
+    tried.memory.caches.check_integrity()
     asked = [request("a", trial.PROMPT, 20), request("b", trial.PROMPT[:100], 20)]
     found, wanted = run(tried, asked), run(new, asked)
     assert {name: (o.ids, o.text) for name, o in found.items()} == {n: (o.ids, o.text) for n, o in wanted.items()}
@@ -29,15 +30,15 @@ def test_an_engine_that_has_tried_is_as_new(tiny: Path) -> None:
 
 def test_it_knows_what_every_stage_costs_and_takes_prompts_by_that(tiny: Path) -> None:
     engine = make_engine(tiny, max_stall_ms=0.0)
-    assert engine.facts().prompt_rows == EngineConfig("").max_step_rows
+    assert engine.info().prompt_rows == EngineConfig("").max_step_rows
     engine.calibrate()
-    costs = engine.runner.costs
+    costs = engine.ledger.latency
     assert all(costs._share(stage, 4) > 0 for stage in STAGES)
-    assert LEAST_PROMPT_ROWS <= engine.facts().prompt_rows <= EngineConfig("").max_step_rows
-    assert engine.facts().prompt_rows == engine._scheduler.max_prompt_rows
+    assert LEAST_PROMPT_ROWS <= engine.info().prompt_rows <= EngineConfig("").max_step_rows
+    assert engine.info().prompt_rows == engine.prompt_rows
     patient = make_engine(tiny, max_step_rows=77, max_stall_ms=60_000.0)
     patient.calibrate()
-    assert patient.facts().prompt_rows == 77
+    assert patient.info().prompt_rows == 77
 
 
 def test_costs_are_read_from_the_file_if_they_are_of_this_model(tiny: Path, tmp_path: Path) -> None:
@@ -48,8 +49,8 @@ def test_costs_are_read_from_the_file_if_they_are_of_this_model(tiny: Path, tmp_
     second = make_engine(tiny, stage_costs=str(file))
     second.calibrate()
     assert file.read_bytes() == content
-    assert second.runner.costs.feed(4.0) == first.runner.costs.feed(4.0)
-    assert second.facts().prompt_rows == first.facts().prompt_rows
+    assert second.ledger.latency.next_byte(4.0) == first.ledger.latency.next_byte(4.0)
+    assert second.info().prompt_rows == first.info().prompt_rows
     make_engine(tiny, stage_costs=str(file), dtype="bfloat16").calibrate()
     assert file.read_bytes() != content
     assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
@@ -67,15 +68,15 @@ def test_a_file_that_holds_something_else_is_refused(tiny: Path, tmp_path: Path,
 def test_trying_ends_in_time(fixed: float, per_row: float) -> None:
     now = 0.0
 
-    def step(rows: int) -> TriedStep:
+    def step(rows: int) -> MeasuredStep:
         nonlocal now
         seconds = fixed + per_row * rows
         now += seconds
-        return TriedStep(rows, {"decoder": (rows, 0.8 * seconds), "step": (rows, 0.2 * seconds)})
+        return MeasuredStep(rows, {"decoder": (rows, 0.8 * seconds), "step": (rows, 0.2 * seconds)})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial.time, "perf_counter", lambda: now)
-        found = try_steps(step, 100, lambda: 0)
+        found = measure_steps(step, 100, lambda: 0)
     assert [tried.rows for tried in found] == [1, 4, 16, 64, 100][: len(found)]
     # What a few rows take is not known before: then a guess may be wrong once.
     assert now <= max(2.0, trial.MOST_SECONDS + 3 * per_row)
@@ -87,16 +88,16 @@ def test_steps_that_record_do_not_count(fixed: float, recording: float) -> None:
     now = 0.0
     recorded: set[int] = set()
 
-    def step(rows: int) -> TriedStep:
+    def step(rows: int) -> MeasuredStep:
         nonlocal now
         seconds = fixed if rows in recorded else fixed + recording
         now += seconds
         recorded.add(rows)
-        return TriedStep(rows, {"step": (rows, seconds)})
+        return MeasuredStep(rows, {"step": (rows, seconds)})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial.time, "perf_counter", lambda: now)
-        found = try_steps(step, 100, lambda: len(recorded))
+        found = measure_steps(step, 100, lambda: len(recorded))
     assert all(tried.seconds == pytest.approx(fixed) for tried in found)
     # What is recorded takes time of its own, and no further rows are tried once that is up.
     assert now - len(recorded) * (fixed + recording) <= trial.MOST_SECONDS
@@ -106,28 +107,28 @@ def test_steps_that_record_do_not_count(fixed: float, recording: float) -> None:
 
 def test_an_engine_that_records_is_tried_when_it_has(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(tiny, graphs=True)
-    executor, counts = engine.runner.executor, []
+    executor, counts = engine.stepper.executor, []
     monkeypatch.setattr(trial, "SECONDS", 0.0)
     step = engine.step
     engine.step = lambda: (step(), counts.append(executor.num_recorded))[0]  # type: ignore[method-assign,func-returns-value]
-    steps = {tried.rows: tried for tried in engine._try_steps()}
-    assert list(steps) == list(trial.TRIED_ROWS)
+    steps = {tried.rows: tried for tried in measure(engine)}
+    assert list(steps) == list(trial.MEASURED_ROWS)
     assert all(set(tried.stages) == STAGES for tried in steps.values()), "of steps that record no stage is heard"
     assert len(counts) == 2 * len(steps) and len(set(counts)) == len(steps)
 
 
 def test_without_a_second_step_prompts_get_the_least() -> None:
-    assert prompt_rows([TriedStep(1, {"decoder": (1, 1.0)})], 0.05, 512) == LEAST_PROMPT_ROWS
-    assert prompt_rows([TriedStep(1, {"decoder": (1, 1.0)})], 0.05, 8) == 8
+    assert prompt_rows([MeasuredStep(1, {"decoder": (1, 1.0)})], 0.05, 512) == LEAST_PROMPT_ROWS
+    assert prompt_rows([MeasuredStep(1, {"decoder": (1, 1.0)})], 0.05, 8) == 8
 
 
 def test_what_was_measured_is_where_learning_begins() -> None:
-    costs = StageCosts(drafts_encode=False)
+    costs = LatencyModel(drafts_encode=False)
     for rows in (1, 4, 16, 64):
-        costs.starts_at("decoder", rows, 1.0 + 0.5 * rows)
-    costs.starts_at("decoder", 256, 1000.0)
+        costs.calibrate("decoder", rows, 1.0 + 0.5 * rows)
+    costs.calibrate("decoder", 256, 1000.0)
     assert costs.draft(1, 9) == pytest.approx(5.5)
     for _ in range(300):
-        costs.saw("decoder", 1, 3.0)
+        costs.observe("decoder", 1, 3.0)
     assert costs.draft(1, 1) == pytest.approx(3.0, rel=0.05)
     assert costs.draft(1, 41) > 15, "alike calls do not make it forget what further rows cost"

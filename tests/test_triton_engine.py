@@ -13,7 +13,7 @@ from benchmarks.gpu_check.ahead import AHEAD
 from engine import checkpoint
 from engine.config import PatchingRule
 from engine.step.graphs import Eager, Graphs, pack, padded, unpack
-from engine.types import Request, SamplingParams, Unmask
+from engine.types import Request, SamplingParams, UnmaskRule
 from tests.engines import engine_logits, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text
 from training.evaluate import as_float8
@@ -21,8 +21,8 @@ from training.evaluate import as_float8
 DECODERS: dict[str, dict[str, Any]] = {
     "blt": {"decoder": "blt"},
     "blt-s": {"decoder": "blt-s", "draft_length": 3},
-    "blt-d": {"decoder": "blt-d", "block_size": 4, "unmask": Unmask(rule="confidence", alpha=0.2)},
-    "blt-dv": {"decoder": "blt-dv", "block_size": 4, "unmask": Unmask(rule="entropy", gamma=4.0)},
+    "blt-d": {"decoder": "blt-d", "block_size": 4, "unmask": UnmaskRule(rule="confidence", alpha=0.2)},
+    "blt-dv": {"decoder": "blt-dv", "block_size": 4, "unmask": UnmaskRule(rule="entropy", gamma=4.0)},
     "sampled": {"decoder": "blt-s", "draft_length": 2, "sampling": SamplingParams(temperature=0.9, top_p=0.8, seed=3)},
 }
 
@@ -53,12 +53,12 @@ def test_so_it_does_alone_and_launched_ahead(model: Path, name: str, passes: boo
     """Behind a step of blt, over a draft, over a block, the host does not see what is fed."""
     asked = [request(name, text(3, 1), 4, **DECODERS[name])]
     engine = make_engine(model, kernels="triton")
-    engine.runner.ahead = AHEAD["always, passes" if passes else "always, the next step"]
-    start, begun = engine.runner.start, []
-    engine.runner.start = lambda *rows: begun.append(rows) or start(*rows)  # type: ignore[method-assign, func-returns-value]
+    engine.stepper.ahead.policy = AHEAD["always, passes" if passes else "always, the next step"]
+    start, begun = engine.stepper.stages.begin, []
+    engine.stepper.stages.begin = lambda *rows: begun.append(rows) or start(*rows)  # type: ignore[method-assign, func-returns-value]
     found = {key: output.ids for key, output in run(engine, asked).items()}
     assert found == texts(model, asked, kernels="torch")
-    assert begun if not passes else engine.snapshot().steps < engine.runner.counts.calls["decoder"]
+    assert begun if not passes else engine.snapshot().steps < engine.ledger.total.calls["decoder"]
 
 
 def test_so_do_our_own(model: Path) -> None:
@@ -79,7 +79,7 @@ def test_exact_decoders_write_blts_bytes_in_bfloat16_too(model: Path, sampling: 
 def test_padded_buffers_change_no_byte(model: Path, page_size: int) -> None:
     expected = texts(model, requests(40))
     engine = make_engine(model, graphs=True, page_size=page_size)
-    executor = engine.runner.executor
+    executor = engine.stepper.executor
     assert isinstance(executor, Graphs)
     found = {name: output.ids for name, output in run(engine, requests(40)).items()}
     assert found == expected

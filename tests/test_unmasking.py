@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.step.blocks import rule_and_bound
-from engine.types import Unmask
+from engine.types import UnmaskRule
 from kernels.dispatch import Kernels, NativeKernels
 
 BLOCKS = st.integers(1, 12).flatmap(
@@ -16,17 +16,17 @@ BLOCKS = st.integers(1, 12).flatmap(
     )
 )
 RULES = st.one_of(
-    st.floats(0, 1).map(lambda alpha: Unmask(rule="confidence", alpha=alpha)),
+    st.floats(0, 1).map(lambda alpha: UnmaskRule(rule="confidence", alpha=alpha)),
     st.tuples(st.floats(0, 10), st.booleans()).map(
-        lambda pair: Unmask(rule="entropy", gamma=pair[0], minus_max=pair[1])
+        lambda pair: UnmaskRule(rule="entropy", gamma=pair[0], minus_max=pair[1])
     ),
-    st.just(Unmask(rule="one_step")),
+    st.just(UnmaskRule(rule="one_step")),
 )
 
 Block = tuple[list[int], list[float], list[float]]
 
 
-def unmasked(rule: Unmask, masked: list[int], confidence: list[float], entropy: list[float]) -> list[int]:
+def unmasked(rule: UnmaskRule, masked: list[int], confidence: list[float], entropy: list[float]) -> list[int]:
     """The places that the rule settles, by torch and by our own C."""
     number, bound = rule_and_bound(rule)
     how = (
@@ -43,7 +43,7 @@ def unmasked(rule: Unmask, masked: list[int], confidence: list[float], entropy: 
 
 
 @given(BLOCKS, RULES)
-def test_at_least_one_masked_place_is_settled_and_no_other(block: Block, rule: Unmask) -> None:
+def test_at_least_one_masked_place_is_settled_and_no_other(block: Block, rule: UnmaskRule) -> None:
     found = unmasked(rule, *block)
     assert found and set(found) <= set(block[0])
     assert len(set(found)) == len(found)
@@ -52,7 +52,7 @@ def test_at_least_one_masked_place_is_settled_and_no_other(block: Block, rule: U
 @given(BLOCKS, st.floats(0, 1))
 def test_confidence_settles_all_above_alpha_or_the_best(block: Block, alpha: float) -> None:
     masked, confidence, _ = block
-    found = unmasked(Unmask(rule="confidence", alpha=alpha), *block)
+    found = unmasked(UnmaskRule(rule="confidence", alpha=alpha), *block)
     above = {place for place in masked if confidence[place] > alpha}
     assert set(found) == above or (not above and confidence[found[0]] == max(confidence[p] for p in masked))
 
@@ -60,18 +60,18 @@ def test_confidence_settles_all_above_alpha_or_the_best(block: Block, alpha: flo
 @given(BLOCKS, st.floats(0, 10), st.booleans())
 def test_entropies_are_bounded_and_no_lower_one_is_left(block: Block, gamma: float, minus_max: bool) -> None:
     masked, _, entropy = block
-    found = unmasked(Unmask(rule="entropy", gamma=gamma, minus_max=minus_max), *block)
+    found = unmasked(UnmaskRule(rule="entropy", gamma=gamma, minus_max=minus_max), *block)
     values = [entropy[place] for place in found]
     spent = sum(values) - (max(values) if minus_max else 0)
     assert len(found) == 1 or spent <= gamma + 1e-9
     left = [entropy[place] for place in masked if place not in found]
     assert not left or max(values) <= min(left)
-    assert len(unmasked(Unmask(rule="entropy", gamma=gamma + 1, minus_max=minus_max), *block)) >= len(found)
-    assert len(unmasked(Unmask(rule="entropy", gamma=gamma, minus_max=True), *block)) >= len(
-        unmasked(Unmask(rule="entropy", gamma=gamma), *block)
+    assert len(unmasked(UnmaskRule(rule="entropy", gamma=gamma + 1, minus_max=minus_max), *block)) >= len(found)
+    assert len(unmasked(UnmaskRule(rule="entropy", gamma=gamma, minus_max=True), *block)) >= len(
+        unmasked(UnmaskRule(rule="entropy", gamma=gamma), *block)
     )
 
 
 def test_ties_go_to_the_left() -> None:
-    assert unmasked(Unmask(rule="confidence", alpha=0.9), [1, 2, 3], [0.5] * 4, [1.0] * 4) == [1]
-    assert unmasked(Unmask(rule="entropy", gamma=2.0), [1, 2, 3], [0.5] * 4, [1.0] * 4) == [1, 2]
+    assert unmasked(UnmaskRule(rule="confidence", alpha=0.9), [1, 2, 3], [0.5] * 4, [1.0] * 4) == [1]
+    assert unmasked(UnmaskRule(rule="entropy", gamma=2.0), [1, 2, 3], [0.5] * 4, [1.0] * 4) == [1, 2]

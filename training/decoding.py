@@ -19,12 +19,12 @@ import msgspec
 from tqdm import tqdm
 
 from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
-from engine.decoders import Call, Committed, Decoder, Experience, Round, SequenceView, make_decoder
-from engine.decoders.calls import verified
+from engine.decoders import Committed, Decoder, Round, SequenceView, SharedPrior, Verify, make_decoder
+from engine.decoders.phrases import accept, can_draft
 from engine.engine import Engine
 from engine.layout import DECODERS
 from engine.sequence import Sequence as EngineSequence
-from engine.types import Delta, Failed, Finished, Request, SamplingParams, Unmask, Usage
+from engine.types import Delta, Failed, Finished, Request, SamplingParams, UnmaskRule, Usage
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -47,14 +47,14 @@ class Setting:
 def settings(block_size: int | None) -> list[Setting]:
     """What is compared on a model that was trained with blocks of `block_size`."""
     rules = {
-        "one step": Unmask(rule="one_step"),
-        "conf 0.3": Unmask(rule="confidence", alpha=0.3),
-        "EB 1.5": Unmask(rule="entropy", gamma=1.5),
+        "one step": UnmaskRule(rule="one_step"),
+        "conf 0.3": UnmaskRule(rule="confidence", alpha=0.3),
+        "EB 1.5": UnmaskRule(rule="entropy", gamma=1.5),
     }
     free = {
-        "conf 0.5": Unmask(rule="confidence", alpha=0.5),
-        "conf 0.7": Unmask(rule="confidence", alpha=0.7),
-        "EB 0.8": Unmask(rule="entropy", gamma=0.8),
+        "conf 0.5": UnmaskRule(rule="confidence", alpha=0.5),
+        "conf 0.7": UnmaskRule(rule="confidence", alpha=0.7),
+        "EB 0.8": UnmaskRule(rule="entropy", gamma=0.8),
     }
     found = [Setting("BLT", {"decoder": "blt"})]
     found += [Setting(f"BLT-S k={k}", {"decoder": "blt-s", "draft_length": k}) for k in (4, 8, 16)]
@@ -98,29 +98,32 @@ class Figures:
     real_rounds: int = 0
 
 
-class Walk:
+class Walk(Decoder):
     """A decoder that makes `inner`'s rounds along a given text, and counts what they would have committed."""
 
     def __init__(self, inner: Decoder, text: Sequence[int], stride: int) -> None:
         self._inner, self._text, self._stride = inner, text, stride
         self.rounds = self.drafted = self.accepted = self.committed = 0
 
+    def choose(self, sequence: SequenceView) -> None:
+        self._inner.choose(sequence)
+
     def round(self, sequence: SequenceView, room: int) -> Round:
         end = len(sequence.ids)
-        if end > self._stride and sequence.remaining == 1 and sequence.num_computed:
+        if end > self._stride and can_draft(sequence):
             outcome: Committed = yield from self._inner.round(sequence, room)
             if sequence.request.decoder == "blt-d" and outcome.drafted:
-                # Nobody has checked the block yet, not even its first byte: the row before it runs again.
+                # The model has not checked the block, not even its first byte: the row before it runs again.
                 assert isinstance(sequence, EngineSequence)
-                sequence.cut(end - 1)
-                checked = verified(sequence, outcome.ids, (yield Call(drafts=outcome.ids)))
+                sequence.keep(end - 1)
+                checked = accept(outcome.ids, (yield Verify(outcome.ids)))
                 outcome = Committed(outcome.ids[: checked.accepted], [], outcome.ids, checked.accepted)
             self.rounds += outcome.drafted > 0
             self.drafted += outcome.drafted
             self.accepted += outcome.accepted
             self.committed += len(outcome.ids) if outcome.drafted else 0
         real = list(self._text[end : end + self._stride])
-        yield Call(drafts=real[:-1])
+        yield Verify(real[:-1])
         return Committed(real, [])
 
 
@@ -256,7 +259,7 @@ def _walk(engine: Engine, texts: Sequence[list[int]], setting: Setting, figures:
     for number, text in enumerate(texts):
         request = Request(id=str(number), prompt_ids=text[:STRIDE], max_tokens=len(text) - STRIDE, sampling=GREEDY,
                           ignore_eos=True, **setting.fields)  # fmt: skip
-        inner = make_decoder(request, engine.model_config.block_size, engine.runner.costs, Experience())
+        inner = make_decoder(request, engine.model_config.block_size, engine.ledger.latency, SharedPrior())
         walks.append(Walk(inner, text, STRIDE))
         engine.add(request, walks[-1])
     while engine.has_work:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import PAD_ID, ModelConfig
-from engine.step.transfer import sent
+from engine.step.transfer import to_device
 
 from . import model
 from .model import Blocks, Patches, Weights
@@ -61,7 +61,7 @@ def corrupt(
     most, device = patches.starts.shape[1], row.device
 
     def uniform(*shape: int) -> Tensor:
-        return sent(torch.rand(shape, generator=draw).numpy(), device)
+        return to_device(torch.rand(shape, generator=draw).numpy(), device)
 
     eligible = torch.arange(most, device=device) < patches.counts[:, None]
     eligible[:, 0] = False
@@ -76,7 +76,7 @@ def corrupt(
     targets = targets.masked_fill(cells >= width, PAD_ID)
 
     if rate is None:
-        places = sent(torch.randperm(chosen.numel(), generator=draw).numpy(), device).view_as(chosen)
+        places = to_device(torch.randperm(chosen.numel(), generator=draw).numpy(), device).view_as(chosen)
         rates = MIN_RATE + (1 - MIN_RATE) * (places + uniform(*chosen.shape)) / chosen.numel()
     else:
         rates = torch.full(chosen.shape, rate, device=device)

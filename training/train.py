@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import PRESETS
-from engine.step.transfer import sent
+from engine.step.transfer import to_device
 
 from . import STARTED, model, objective
 from .corpus import Corpus, corpora
@@ -127,7 +127,7 @@ def _phase(run: _Run, name: str, step: Step) -> None:
             seed = np.random.SeedSequence([settings.seed, name == "model", phase.step])
             rows = run.corpus.rows(np.random.default_rng(seed), max(1, settings.batch_bytes // length), length)
             draw = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
-            figures = step(sent(rows.numpy(), state.device), draw)
+            figures = step(to_device(rows.numpy(), state.device), draw)
             rate = min(1.0, (phase.step + 1) / settings.warm_up) * (0.5 + 0.5 * math.cos(math.pi * done))
             for optimizer, base in zip(phase.optimizers, phase.rates, strict=True):
                 for group in optimizer.param_groups:

@@ -38,7 +38,7 @@ def measure(setting: Setting, piece: Piece) -> None:
     prompt, wrap = prompts(1, 20 if setting.quick else 100), replayed(engine)
 
     def run(how: dict[str, Any], when: str) -> Reading:
-        engine.runner.ahead = AHEAD[when]
+        engine.stepper.ahead.policy = AHEAD[when]
         return generate(engine, prompt, count, how, wrap)
 
     rows: list[dict[str, Any]] = []
@@ -46,7 +46,7 @@ def measure(setting: Setting, piece: Piece) -> None:
         for when in AHEAD:
             run(how, when)
             pairs = in_turn(partial(run, how, "never"), partial(run, how, when), turns)
-            engine.runner.ahead = AHEAD[when]
+            engine.stepper.ahead.policy = AHEAD[when]
             steps = profile_steps(engine, how, wrap, setting)
             idle = max(0.0, steps["ms_per_step"] - steps["busy_ms_per_step"])
             found = pairs[-1][1]

@@ -18,7 +18,7 @@ from benchmarks.models import random_model
 from benchmarks.report import NANO
 from engine.decoders import EXACT
 from engine.engine import Engine
-from engine.types import Delta, Failed, Request, SamplingParams, Unmask
+from engine.types import Delta, Failed, Request, SamplingParams, UnmaskRule
 
 from .ahead import AHEAD as POLICIES
 from .piece import Piece
@@ -27,8 +27,8 @@ from .setting import Setting
 WAYS: dict[str, dict[str, Any]] = {
     "blt": {"decoder": "blt"},
     "blt-s": {"decoder": "blt-s", "draft_length": 6},
-    "blt-d": {"decoder": "blt-d", "unmask": Unmask(rule="confidence", alpha=0.4)},
-    "blt-dv": {"decoder": "blt-dv", "unmask": Unmask(rule="entropy", gamma=3.0)},
+    "blt-d": {"decoder": "blt-d", "unmask": UnmaskRule(rule="confidence", alpha=0.4)},
+    "blt-dv": {"decoder": "blt-dv", "unmask": UnmaskRule(rule="entropy", gamma=3.0)},
 }
 Texts = dict[str, list[list[int]]]
 """Per decoder, the ids behind each prompt."""
@@ -79,7 +79,7 @@ def texts_of_variants(setting: Setting, model: Path, dtype: str) -> dict[str, Te
         alone = AHEAD in variant or BEGUN in variant
         if alone:
             # As if the host took forever: all that can be launched before it has heard of what came before is.
-            engine.runner.ahead = POLICIES["always, passes" if AHEAD in variant else "always, the next step"]
+            engine.stepper.ahead.policy = POLICIES["always, passes" if AHEAD in variant else "always, the next step"]
         found[variant] = texts_of(engine, num_prompts, count, mixed=not alone)
         del engine
     return found

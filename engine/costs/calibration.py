@@ -1,5 +1,5 @@
-"""What a step costs, tried on the engine itself before it serves, or read from a file; and how many rows of prompts a
-step can take for that."""
+"""What a step costs, measured on the engine before it serves, or read from a file; and how many rows of prompts a step
+can take for that."""
 
 import os
 import time
@@ -11,20 +11,20 @@ from pathlib import Path
 import msgspec
 
 from ..config import BOS_ID, BYTE_OFFSET
-from .latency import StageCosts
+from .latency import HOST, LatencyModel
 
-TRIED_ROWS = (1, 4, 16, 64, 256)
+MEASURED_ROWS = (1, 4, 16, 64, 256)
 """One row as while a sequence is alone, a few as drafts and crowds have, many as of prompts."""
 SECONDS = 0.25
-"""For how long they are tried again and again; the fastest counts, as the first may come with what is done once."""
+"""For how long they are repeated; the fastest counts, since the first may include work that is done once."""
 MOST_SECONDS = 1.5
-"""No step begins that would end later, as far as is known by then."""
+"""No step begins that is expected to end later."""
 MOST_RECORDING_SECONDS = 60.0
-"""Beside those: for compiling and recording what steps run. Further numbers of rows stay untried."""
+"""Besides those: for compiling and recording what steps run. Further numbers of rows stay unmeasured."""
 LEAST_PROMPT_ROWS = 16
-"""However long they stall others: prompts must get on."""
+"""However long they stall others: prompts must make progress."""
 PATCH = 4.0
-"""Bytes to a patch, where steps are foreseen."""
+"""Bytes to a patch, where the time of a step is predicted."""
 TEXT = """\
 The port was quiet before six, and nobody on the pier could have said which of the two ships had come in first. Mrs
 Okafor counted 37 crates, then 38; the last one, she wrote, "smells of oranges". By noon they were all gone, and so was
@@ -33,8 +33,8 @@ PROMPT = [BOS_ID, *(byte + BYTE_OFFSET for byte in TEXT.encode())]
 """Its bytes make patches as text does."""
 
 
-class TriedStep(msgspec.Struct, frozen=True):
-    """A step of `rows` rows of one prompt: rows and seconds per stage that it called, and of the host as "step"."""
+class MeasuredStep(msgspec.Struct, frozen=True):
+    """A step of `rows` rows of one prompt: rows and seconds of each stage that it launched, and of the host."""
 
     rows: int
     stages: dict[str, tuple[int, float]]
@@ -44,47 +44,49 @@ class TriedStep(msgspec.Struct, frozen=True):
         return sum(seconds for _, seconds in self.stages.values())
 
 
-class Heard(StageCosts):
-    """Keeps what it hears of steps, instead of learning from it."""
+class RecordingModel(LatencyModel):
+    """Keeps what it observes of steps, instead of learning from it."""
 
     def __init__(self) -> None:
         super().__init__(drafts_encode=False)
-        self._calls: list[tuple[str, int, float]] = []
+        self._launches: list[tuple[str, int, float]] = []
 
-    def saw(self, stage: str, rows: int, seconds: float) -> None:
-        self._calls.append((stage, rows, seconds))
+    def observe(self, stage: str, rows: int, seconds: float) -> None:
+        self._launches.append((stage, rows, seconds))
 
-    def step(self, rows: int, seconds: float) -> TriedStep:
-        """What was heard since the last time, of a step that took so long."""
+    def step(self, rows: int, seconds: float) -> MeasuredStep:
+        """What was observed since the last time, of a step that took so long."""
         stages: dict[str, tuple[int, float]] = {}
-        for stage, count, took in self._calls:
-            if stage != "step":
+        for stage, count, took in self._launches:
+            if stage != HOST:
                 before = stages.get(stage, (0, 0.0))
                 stages[stage] = before[0] + count, before[1] + took
-        self._calls.clear()
-        # What stages do on a GPU beside the host is theirs.
+        self._launches.clear()
+        # A GPU runs stages beside the host: that time is theirs.
         host = max(seconds - sum(took for _, took in stages.values()), 0.0)
-        return TriedStep(rows, stages | {"step": (rows, host)})
+        return MeasuredStep(rows, stages | {HOST: (rows, host)})
 
 
 class _File(msgspec.Struct, frozen=True):
     of: dict[str, str | int]
-    steps: list[TriedStep]
+    steps: list[MeasuredStep]
 
 
-def try_steps(step: Callable[[int], TriedStep], most_rows: int, num_recorded: Callable[[], int]) -> list[TriedStep]:
+def measure_steps(
+    step: Callable[[int], MeasuredStep], most_rows: int, num_recorded: Callable[[], int]
+) -> list[MeasuredStep]:
     """The fastest step of each number of rows up to `most_rows`, in ascending order; fewer numbers if steps take long.
 
     step: runs one of so many rows. num_recorded: how much has been recorded by now; a step that records does not count,
     nor does its time, and is run again.
     """
     began, recording = time.perf_counter(), 0.0
-    found: dict[int, TriedStep] = {}
+    found: dict[int, MeasuredStep] = {}
 
     def spent() -> float:
         return time.perf_counter() - began - recording
 
-    def measured(rows: int) -> TriedStep | None:
+    def measured(rows: int) -> MeasuredStep | None:
         """None once too much time has gone into recording."""
         nonlocal recording
         while recording < MOST_RECORDING_SECONDS or not found or rows in found:
@@ -96,8 +98,8 @@ def try_steps(step: Callable[[int], TriedStep], most_rows: int, num_recorded: Ca
         return None
 
     while spent() < SECONDS or not found:
-        for rows in sorted({min(rows, most_rows) for rows in TRIED_ROWS}):
-            if found and spent() + _foreseen(list(found.values()), rows) > MOST_SECONDS:
+        for rows in sorted({min(rows, most_rows) for rows in MEASURED_ROWS}):
+            if found and spent() + _predicted(list(found.values()), rows) > MOST_SECONDS:
                 break
             tried = measured(rows)
             if tried is None:
@@ -107,15 +109,15 @@ def try_steps(step: Callable[[int], TriedStep], most_rows: int, num_recorded: Ca
     return list(found.values())
 
 
-def _foreseen(found: Sequence[TriedStep], rows: int) -> float:
-    costs = StageCosts(drafts_encode=False)
+def _predicted(found: Sequence[MeasuredStep], rows: int) -> float:
+    latency = LatencyModel(drafts_encode=False)
     for tried in found:
         for stage, (count, seconds) in tried.stages.items():
-            costs.saw(stage, count, seconds)
-    return costs.verify(rows, rows, PATCH)
+            latency.observe(stage, count, seconds)
+    return latency.verify(rows, rows, PATCH)
 
 
-def prompt_rows(steps: Sequence[TriedStep], stall: float, most: int) -> int:
+def prompt_rows(steps: Sequence[MeasuredStep], stall: float, most: int) -> int:
     """Most rows of prompts, from `LEAST_PROMPT_ROWS` to `most`, that make a step longer by no more than `stall`
     seconds, or by as much again as the shortest step takes, if that is more."""
     seconds = list(accumulate((tried.seconds for tried in steps), max))
@@ -123,15 +125,15 @@ def prompt_rows(steps: Sequence[TriedStep], stall: float, most: int) -> int:
     shortest = seconds[0]
     longest = shortest + max(stall, shortest)
     rows: float = 0
-    for (before, least), (behind, longer) in pairwise(points):
-        # Between two steps that were tried, and behind the last two, on a straight line.
-        rows = before + (behind - before) * (longest - least) / (longer - least) if longer > least else inf
+    for (before, least), (after, longer) in pairwise(points):
+        # On a straight line between two measured steps, and beyond the last two.
+        rows = before + (after - before) * (longest - least) / (longer - least) if longer > least else inf
         if longer > longest:
             break
     return max(int(min(rows - steps[0].rows, most)), min(LEAST_PROMPT_ROWS, most))
 
 
-def read(path: Path, of: dict[str, str | int]) -> list[TriedStep] | None:
+def read(path: Path, of: dict[str, str | int]) -> list[MeasuredStep] | None:
     """The steps in a file; None if there is none, or if it is of something else than `of`. Raises ValueError for a file
     that holds no such thing, OSError for one that cannot be read."""
     try:
@@ -145,7 +147,7 @@ def read(path: Path, of: dict[str, str | int]) -> list[TriedStep] | None:
     return file.steps if file.of == of else None
 
 
-def write(path: Path, of: dict[str, str | int], steps: list[TriedStep]) -> None:
+def write(path: Path, of: dict[str, str | int], steps: list[MeasuredStep]) -> None:
     """Raises OSError."""
     content = msgspec.json.format(msgspec.json.encode(_File(of, steps)), indent=2)
     # Whoever reads it meanwhile gets the old one whole.

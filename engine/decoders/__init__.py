@@ -8,25 +8,29 @@
 | blt-dv | unmasking passes draft a block, one pass verifies it | 1 to B + 1 | blt's               |
 | auto   | blt, blt-s or blt-dv, whichever promises to be best  | as these   | blt's               |
 
-A round yields a `Call` for one step of the engine and is resumed with its `Result`; the engine runs the calls of all
+A round yields an ask for one step of the engine and is resumed with its `Result`; the engine runs the asks of all
 sequences as one batch. A round that is dropped half-way (preemption) leaves nothing behind and can be begun again.
 """
 
 from ..types import DecoderName, Request
 from . import blt, blt_d, blt_dv, blt_s
-from .auto import Auto, Costs, Experience
-from .calls import Call, Committed, Decoder, Result, Round, SequenceView
+from .asks import Ask, Committed, Decoder, Draft, Next, Result, Round, SequenceView, Unmask, Verify
+from .auto import Auto, Latency, SharedPrior
 
 __all__ = [
     "EXACT",
-    "Call",
+    "Ask",
     "Committed",
-    "Costs",
     "Decoder",
-    "Experience",
+    "Draft",
+    "Latency",
+    "Next",
     "Result",
     "Round",
     "SequenceView",
+    "SharedPrior",
+    "Unmask",
+    "Verify",
     "make_decoder",
 ]
 
@@ -34,20 +38,20 @@ EXACT: frozenset[DecoderName] = frozenset({"blt", "blt-s", "blt-dv", "auto"})
 """Decoders whose text is blt's, byte for byte, whatever the seed and the temperature."""
 
 
-def make_decoder(request: Request, block_size: int | None, costs: Costs, experience: Experience) -> Decoder:
-    """What decodes `request`. `block_size`: the longest block that the model was trained with, None without [MASK]."""
+def make_decoder(request: Request, block_size: int | None, latency: Latency, prior: SharedPrior) -> Decoder:
+    """The decoder for `request`. block_size: the longest block that the model was trained with, None without [MASK]."""
     if not request.max_tokens:
-        # Nothing but the prompt is wanted.
+        # Only the prompt runs.
         return blt.Autoregressive()
     block = min(request.block_size or 1 << 30, block_size or 0)
     match request.decoder:
         case "blt-s":
-            return blt_s.Draft(request.draft_length)
+            return blt_s.SelfSpeculation(request.draft_length)
         case "blt-d":
-            return blt_d.Diffusion(block, request.unmask or blt_d.DEFAULT_RULE, request.finish_patch)
+            return blt_d.BlockDiffusion(block, request.unmask or blt_d.DEFAULT_RULE, request.finish_patch)
         case "blt-dv":
-            return blt_dv.Verified(block, request.unmask or blt_dv.DEFAULT_RULE)
+            return blt_dv.VerifiedDiffusion(block, request.unmask or blt_dv.DEFAULT_RULE)
         case "auto":
-            return Auto(block, costs, experience, request.exact)
+            return Auto(block, latency, prior, request.exact)
         case _:
             return blt.Autoregressive()

@@ -3,25 +3,25 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..types import Unmask
+from ..types import UnmaskRule
+from .asks import Committed, Decoder, Round, SequenceView
 from .blt import Autoregressive
-from .blt_d import DEFAULT_RULE, Diffusion
-from .blt_dv import Verified
-from .blt_s import Draft
-from .calls import Committed, Decoder, Round, SequenceView
+from .blt_d import DEFAULT_RULE, BlockDiffusion
+from .blt_dv import VerifiedDiffusion
+from .blt_s import SelfSpeculation
 
 DRAFT_LENGTHS = (2, 4, 8, 16, 32)
 MEMORY = 0.9
-"""What an observation counts for one round later."""
+"""What an observation counts one round later."""
 PRIOR_ROUNDS = 4.0
 PROBE_INTERVAL = 64
-"""Rounds after which a way of drafting that did not seem worth it is tried again."""
+"""Rounds after which a kind of draft that did not promise enough is tried again."""
 
 
-class Costs(Protocol):
-    """Seconds that the stages take, as measured so far; see `engine.costs.latency`."""
+class Latency(Protocol):
+    """Seconds that rounds take, as measured so far; see `engine.costs.latency`."""
 
-    def feed(self, patch: float) -> float:
+    def next_byte(self, patch: float) -> float:
         """One byte by blt, a global pass every `patch` bytes."""
         ...
 
@@ -30,25 +30,26 @@ class Costs(Protocol):
         ...
 
     def verify(self, rows: int, decoded: int, patch: float) -> float:
-        """A step of `rows` clean rows, `decoded` of them through the decoder."""
+        """A step of `rows` rows through all stages, `decoded` of them through the decoder."""
         ...
 
 
 @dataclass(slots=True)
-class Agreement:
-    """How often a drafted byte is the model's, as a chance per byte that forgets."""
+class AcceptanceRate:
+    """How often a drafted byte is accepted: a chance per byte, from recent rounds and a prior."""
 
-    expected: float
-    right: float = 0.0
+    prior: float
+    accepted: float = 0.0
     checked: float = 0.0
     idle: int = 0
+    """Rounds since the last observation."""
 
     @property
     def rate(self) -> float:
-        return (self.right + PRIOR_ROUNDS * self.expected) / (self.checked + PRIOR_ROUNDS)
+        return (self.accepted + PRIOR_ROUNDS * self.prior) / (self.checked + PRIOR_ROUNDS)
 
-    def saw(self, drafted: int, accepted: int) -> None:
-        self.right = MEMORY * self.right + accepted
+    def observe(self, drafted: int, accepted: int) -> None:
+        self.accepted = MEMORY * self.accepted + accepted
         self.checked = MEMORY * self.checked + accepted + (accepted < drafted)
 
     def committed(self, drafts: int) -> float:
@@ -57,64 +58,77 @@ class Agreement:
 
 
 @dataclass(slots=True)
-class Experience:
-    """What all sequences of an engine have seen: where a new one begins."""
+class SharedPrior:
+    """The rates over all sequences of an engine: where a new sequence begins."""
 
-    drafting: Agreement = field(default_factory=lambda: Agreement(0.9))
-    diffusion: Agreement = field(default_factory=lambda: Agreement(0.7))
+    drafts: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(0.9))
+    blocks: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(0.7))
 
 
-class Auto:
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A decoder for one round, and what it promises. rate: of the drafts that it makes."""
+
+    bytes_per_second: float
+    rate: AcceptanceRate | None
+    decoder: Decoder
+
+
+class Auto(Decoder):
     """Switching costs nothing, because every byte is the same whichever decoder finds it."""
 
-    def __init__(self, block_size: int, costs: Costs, experience: Experience, exact: bool) -> None:
-        self._costs = costs
-        self._everyone = experience
-        self._drafting = Agreement(experience.drafting.rate)
-        self._diffusion = Agreement(experience.diffusion.rate)
-        self._blt: Decoder = Autoregressive()
-        self._drafts = {k: Draft(k) for k in DRAFT_LENGTHS}
-        one_step = Unmask(rule="one_step")
+    def __init__(self, block_size: int, latency: Latency, prior: SharedPrior, exact: bool) -> None:
+        self._latency = latency
+        self._prior = prior
+        self._drafts = AcceptanceRate(prior.drafts.rate)
+        self._blocks = AcceptanceRate(prior.blocks.rate)
+        self._blt = Autoregressive()
+        self._by_length = {k: SelfSpeculation(k) for k in DRAFT_LENGTHS}
+        one_step = UnmaskRule(rule="one_step")
+        self._by_size = {size: VerifiedDiffusion(size, one_step) for size in (block_size // 2, block_size) if size}
         inexact = block_size and not exact
-        self._free = Diffusion(block_size, DEFAULT_RULE, finish_patch=False) if inexact else None
-        self._free_size, self._passes = block_size, block_size / 2
-        self._blocks = {size: Verified(size, one_step) for size in (block_size // 2, block_size) if size}
+        self._free = BlockDiffusion(block_size, DEFAULT_RULE, finish_patch=False) if inexact else None
+        self._free_size, self._free_passes = block_size, block_size / 2
+        self._chosen = Option(0.0, None, self._blt)
+
+    def choose(self, sequence: SequenceView) -> None:
+        options = self._options(sequence.mean_patch)
+        self._chosen = max(options, key=lambda option: option.bytes_per_second)
+        for rate in (self._drafts, self._blocks):
+            if rate.idle >= PROBE_INTERVAL and self._chosen.rate is not rate:
+                probes = [option for option in options if option.rate is rate]
+                if probes:
+                    self._chosen = max(probes, key=lambda option: option.bytes_per_second)
+                    rate.idle = 0
 
     def round(self, sequence: SequenceView, room: int) -> Round:
-        way, decoder = self._choose(sequence)
-        passes = sequence.cost.decoder_calls
+        decoder, rate = self._chosen.decoder, self._chosen.rate
+        passes = sequence.counts.decoder_calls
         outcome: Committed = yield from decoder.round(sequence, room)
         if decoder is self._free:
-            self._passes = MEMORY * self._passes + (1 - MEMORY) * (sequence.cost.decoder_calls - passes)
-        for agreement in (self._drafting, self._diffusion):
-            agreement.idle += 1
-        if way and outcome.drafted:
-            way.idle = 0
-            way.saw(outcome.drafted, outcome.accepted)
-            common = self._everyone.drafting if way is self._drafting else self._everyone.diffusion
-            common.saw(outcome.drafted, outcome.accepted)
+            self._free_passes = MEMORY * self._free_passes + (1 - MEMORY) * (sequence.counts.decoder_calls - passes)
+        for each in (self._drafts, self._blocks):
+            each.idle += 1
+        if rate and outcome.drafted:
+            rate.idle = 0
+            rate.observe(outcome.drafted, outcome.accepted)
+            shared = self._prior.drafts if rate is self._drafts else self._prior.blocks
+            shared.observe(outcome.drafted, outcome.accepted)
         return outcome
 
-    def _choose(self, sequence: SequenceView) -> tuple[Agreement | None, Decoder]:
-        patch = sequence.mean_patch
-        options: list[tuple[float, Agreement | None, Decoder]] = [(1 / self._costs.feed(patch), None, self._blt)]
-        for k, decoder in self._drafts.items():
-            # About half of the rows lie behind the first patch that closes.
-            seconds = self._costs.draft(k, 1) + self._costs.verify(k + 1, max(1, k + 1 - int(patch / 2)), patch)
-            options.append((self._drafting.committed(k) / seconds, self._drafting, decoder))
-        for size, block in self._blocks.items():
-            seconds = self._costs.draft(1, size + 1) + self._costs.verify(size + 1, size + 1, patch)
-            options.append((self._diffusion.committed(size) / seconds, self._diffusion, block))
+    def _options(self, patch: float) -> list[Option]:
+        latency = self._latency
+        options = [Option(1 / latency.next_byte(patch), None, self._blt)]
+        for k, decoder in self._by_length.items():
+            # About half of the rows come after the first patch that closes.
+            seconds = latency.draft(k, 1) + latency.verify(k + 1, max(1, k + 1 - int(patch / 2)), patch)
+            options.append(Option(self._drafts.committed(k) / seconds, self._drafts, decoder))
+        for size, block in self._by_size.items():
+            seconds = latency.draft(1, size + 1) + latency.verify(size + 1, size + 1, patch)
+            options.append(Option(self._blocks.committed(size) / seconds, self._blocks, block))
         if self._free:
             size = self._free_size
-            seconds = self._costs.draft(max(1, round(self._passes)) - 1, size)
-            seconds += self._costs.verify(size, 2 * size, patch)
-            options.append((size / seconds, None, self._free))
-        best = max(options, key=lambda option: option[0])
-        for way in (self._drafting, self._diffusion):
-            if way.idle >= PROBE_INTERVAL and best[1] is not way:
-                tried = [option for option in options if option[1] is way]
-                if tried:
-                    best = max(tried, key=lambda option: option[0])
-                    way.idle = 0
-        return best[1], best[2]
+            seconds = latency.draft(max(1, round(self._free_passes)) - 1, size)
+            seconds += latency.verify(size, 2 * size, patch)
+            options.append(Option(size / seconds, None, self._free))
+        return options

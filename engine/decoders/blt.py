@@ -1,19 +1,13 @@
 """BLT: one byte at a time."""
 
-from .calls import Call, Committed, Round, SequenceView
+from .asks import Committed, Decoder, Next, Round, SequenceView
 
 
-class Autoregressive:
+class Autoregressive(Decoder):
     """Fast BLT 2.1. Every byte goes through patcher, encoder and decoder; one that ends a patch, through global too."""
 
     def round(self, sequence: SequenceView, room: int) -> Round:
-        # Where the next step could be the last that fits, it is known only behind it whether there is another.
+        # The last row that fits may close the last patch: only after it is it known whether there is another.
         spare = min(sequence.tokens_left - 1, room - sequence.remaining)
-        result = yield Call(ahead=max(spare, 0))
-        return Committed(result.after, result.after_scores, rounds=len(result.after))
-
-
-def one_byte() -> Round:
-    """A round of another decoder where that cannot begin."""
-    result = yield Call()
-    return Committed(result.after, result.after_scores)
+        result = yield Next(at_most=1 + max(spare, 0))
+        return Committed(result.ids, result.scores, rounds=len(result.ids))

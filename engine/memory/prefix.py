@@ -53,9 +53,10 @@ class PrefixCache:
         """All nodes but hollow ones, the one used longest ago first. Who has no children is never hollow."""
         self._lasting = {name for name, spec in caches.specs.items() if name != "open" and spec.window is None}
 
-    def attach(self, sequence: Sequence) -> None:
-        """Lets a sequence without rows begin behind the longest prefix that is known; one id is left to compute."""
-        sequence.prefix = node = self._find(sequence.ids)
+    def attach(self, sequence: Sequence, *, from_root: bool = False) -> None:
+        """Lets a sequence without rows begin after the longest prefix that is known; one id is left to compute.
+        from_root: it begins at the start, and its prefixes are only remembered."""
+        sequence.prefix = node = self.root if from_root else self._find(sequence.ids)
         if node is self.root:
             return
         path = list(_path(node))
@@ -68,12 +69,10 @@ class PrefixCache:
                 table.borrow(0, list(found.values()), self._rows(name, node))
             else:
                 table.borrow(*node.pages[name], self._rows(name, node))
-        sequence.num_computed = node.end
         entropies = array("f")
         for n in path:
             entropies += n.entropies
-        sequence.patching.resume((start for n in path for start in n.starts), entropies)
-        sequence.note_patch_documents(0, node.num_closed)
+        sequence.begin_after(node.end, node.num_closed, (start for n in path for start in n.starts), entropies)
         self._by_use.move_to_end(node)
 
     def remember(self, sequence: Sequence) -> None:

@@ -22,7 +22,7 @@ import zmq
 
 from .. import logs
 from ..config import EngineConfig, ModelLimits
-from ..types import Abort, Event, Facts, Request, Shutdown, Snapshot
+from ..types import Abort, EngineInfo, Event, Request, Shutdown, Snapshot
 from .wire import Batch, Message, Started, StartFailed, decode_command, encode
 
 log = logging.getLogger("fastblt.engine.process")
@@ -46,7 +46,7 @@ class EngineLike(Protocol):
 
     def calibrate(self) -> None: ...
 
-    def facts(self) -> Facts: ...
+    def info(self) -> EngineInfo: ...
 
     def add(self, request: Request) -> None: ...
 
@@ -79,16 +79,16 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
             module, name = factory.split(":")
             engine: EngineLike = getattr(import_module(module), name)(msgspec.json.decode(config, type=EngineConfig))
             engine.calibrate()
-            limits, facts = engine.limits, engine.facts()
+            limits, info = engine.limits, engine.info()
         except Exception as error:
             log.debug("loading failed", exc_info=True)
             send(StartFailed(_describe(error)))
             return 1
         log.info(
             "loaded %s in %.1f s: %s parameters, %s weights on %s",
-            *(limits.name, time.monotonic() - began, f"{limits.parameters:,}", facts.weights, facts.device),
+            *(limits.name, time.monotonic() - began, f"{limits.parameters:,}", info.weights, info.device),
         )
-        send(Started(limits, facts, _snapshot(engine)))
+        send(Started(limits, info, _snapshot(engine)))
         # What was loaded stays; without this the collector walks through all of it again and again.
         gc.collect()
         gc.freeze()

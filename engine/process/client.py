@@ -28,8 +28,8 @@ from ..types import (
     Abort,
     Command,
     Delta,
+    EngineInfo,
     Event,
-    Facts,
     Failed,
     Finished,
     Request,
@@ -103,7 +103,7 @@ class EngineClient:
         self._num_messages = 0
         self.state: State = "starting"
         self.restarts = 0
-        self.facts = Facts()
+        self.info = EngineInfo()
         self.snapshot = Snapshot()
         """The newest one. A restarted engine's counters start anew."""
 
@@ -278,7 +278,7 @@ class EngineClient:
         except BaseException:
             await self._reap(0)
             raise
-        self.limits, self.facts, self.snapshot = message.limits, message.facts, message.snapshot
+        self.limits, self.info, self.snapshot = message.limits, message.info, message.snapshot
         self.state = "ready"
         self._held = deque(self._streams.values())
         self._resume_next()

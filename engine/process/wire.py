@@ -3,14 +3,14 @@
 import msgspec
 
 from ..config import ModelLimits
-from ..types import Command, Event, Facts, Snapshot
+from ..types import Command, EngineInfo, Event, Snapshot
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
     """The first message of an engine process: the model is loaded."""
 
     limits: ModelLimits
-    facts: Facts
+    info: EngineInfo
     snapshot: Snapshot
 
 

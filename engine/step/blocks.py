@@ -11,8 +11,8 @@ from kernels.dispatch import Kernels
 from kernels.unmasking import CONFIDENCE, ENTROPY, ENTROPY_MINUS_MAX, ONE_STEP
 
 from ..config import BOE_ID, BOS_ID, PAD_ID
-from ..types import Unmask
-from .transfer import sent
+from ..types import UnmaskRule
+from .transfer import to_device
 
 BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
 """Ids that a block's cell never becomes."""
@@ -20,7 +20,7 @@ NO_CELL = -1
 
 
 def block_tensors(
-    blocks: Sequence[tuple[Sequence[int], Unmask]], num_blocks: int, num_cells: int, device: torch.device
+    blocks: Sequence[tuple[Sequence[int], UnmaskRule]], num_blocks: int, num_cells: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Blocks as they stand before some passes, from their ids and rules, padded to that many blocks and cells.
 
@@ -34,11 +34,11 @@ def block_tensors(
     flat = [row * width + place for row, (ids, _) in enumerate(blocks) for place in range(len(ids))]
     rules, bounds = zip(*(rule_and_bound(rule) for _, rule in blocks), strict=True)
     return {
-        "ids": sent(np.array(grid), device),
-        "flat": sent(np.array(flat + [num_blocks * width] * (num_cells - len(flat))), device),
-        "rules": sent(np.array([*rules, *[ONE_STEP] * padding]), device),
-        "bounds": sent(np.array([*bounds, *[0.0] * padding]), device),
-        "specials": sent(np.array(BLOCK_SPECIALS), device),
+        "ids": to_device(np.array(grid), device),
+        "flat": to_device(np.array(flat + [num_blocks * width] * (num_cells - len(flat))), device),
+        "rules": to_device(np.array([*rules, *[ONE_STEP] * padding]), device),
+        "bounds": to_device(np.array([*bounds, *[0.0] * padding]), device),
+        "specials": to_device(np.array(BLOCK_SPECIALS), device),
     }
 
 
@@ -84,7 +84,7 @@ class BlockPasses:
         return cells.new_zeros(size + 1).index_copy(0, self._tensors["flat"], cells)[:size].view(self.ids.shape)
 
 
-def rule_and_bound(rule: Unmask) -> tuple[int, float]:
+def rule_and_bound(rule: UnmaskRule) -> tuple[int, float]:
     """The rule's number in `kernels.unmasking`, and what it compares with."""
     if rule.rule == "confidence":
         return CONFIDENCE, rule.alpha

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .plan import Arrays
-from .transfer import marked, sent
+from .transfer import record_event, to_device
 
 Stage = Callable[[Mapping[str, Tensor]], Tensor]
 """From a stage's inputs to its output; also writes caches."""
@@ -75,7 +75,7 @@ class Eager:
         if self._device.type == "cpu":
             inputs = {name: torch.from_numpy(a) for name, a in arrays.items()}
         else:
-            inputs = unpack(sent(pack(arrays), self._device), arrays)
+            inputs = unpack(to_device(pack(arrays), self._device), arrays)
         launching()
         return stage({**inputs, **tensors})
 
@@ -218,7 +218,7 @@ class _Recording:
         pack(arrays, self._numbers)
         self._packed.copy_(self._on_host, non_blocking=True)
         if self._packed.is_cuda:
-            self._copied = marked(self._packed.device)
+            self._copied = record_event(self._packed.device)
         for name, tensor in tensors.items():
             self._tensors[name].copy_(tensor)
 

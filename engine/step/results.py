@@ -1,87 +1,122 @@
-"""From a step's logits to the results of calls: every wanted row is drawn as blt would draw at its place of the text.
+"""From a step's logits to the results of asks: every drawn byte is what blt would draw at its place of the text.
 
 A place has a random number of its own and the text before it; nothing else enters. So a draft and the row that
-verifies it agree whenever their laws put that number on the same byte, and the outcome does not depend on who drafted.
+verifies it agree whenever their distributions put that number on the same byte, and the outcome does not depend on
+which decoder drafted.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import msgspec
 import numpy as np
 from msgspec.structs import replace
 from torch import Tensor
 
 from kernels.dispatch import Kernels
 
-from ..decoders import Call, Result
+from ..decoders import Draft, Result, Unmask, Verify
+from ..rows import Rows
 from ..sequence import Sequence as SequenceState
-from ..types import Request, SamplingParams
+from ..types import Request, SamplingParams, TokenLogprob
 from .blocks import BlockPasses, block_tensors
-from .runner import Work
 from .sampling import check, choose, draw, logprobs_of
-from .transfer import read, sent
+from .transfer import read, to_device
 
 
-class _Draws(msgspec.Struct, frozen=True):
-    """The rows of one work that are chosen for: `begin`..`end`-1 of the step's logits, the last `num_block` of them a
-    block's cells. `first`: position of the first clean row among them."""
+def results_of(batch: Sequence[Rows], logits: Tensor, kernels: Kernels) -> list[Result | None]:
+    """The result of each sequence's ask, None for those that only compute rows. logits: as `Stages.run` gives them."""
+    drawing = [rows for rows in batch if rows.num_drawn]
+    if not drawing:
+        return [None] * len(batch)
+    logits = _drawn_rows(batch, logits)
+    blocks = _Blocks.of(drawing, logits, kernels)
+    if blocks:
+        logits = logits.index_copy(0, blocks.index, blocks.law)
+    drawn, highest = choose(logits, *_sampling(drawing), kernels)
+    verified = _accepted(drawing, drawn, kernels)
+    chosen, bests, *more = read(drawn, highest, *verified, *(blocks.settle(drawn) if blocks else ()))
+    check(bests)
+    accepted = iter(more.pop(0) if verified else [0] * len(drawing))
+    settled = zip(*more, strict=True)
+    results: list[Result | None] = []
+    end = 0
+    for rows in batch:
+        if not rows.num_drawn:
+            results.append(None)
+            continue
+        begin, end = end, end + rows.num_drawn
+        num_top = rows.sequence.request.logprobs
+        scores = [] if num_top is None else logprobs_of(logits[begin:end], chosen[begin:end], num_top)
+        result = _result(rows, chosen[begin:end], scores, next(accepted))
+        results.append(_with_block(rows, result, *next(settled)) if rows.num_block else result)
+    return results
 
-    work: Work
-    call: Call
-    begin: int
-    end: int
-    first: int
 
-    @classmethod
-    def of(cls, w: Work, at: int) -> "_Draws | None":
-        """`at`: the first of the work's rows in the step's logits. None if it has no call."""
-        if w.call is None:
-            return None
-        first = w.logits_from
-        if not w.call.drafts and first < w.end:
-            # Earlier rows are wanted for the scores of a prompt.
-            first = w.end - 1 if w.call.wants else w.end
-        return cls(w, w.call, at + first - w.logits_from, at + w.num_wanted, first)
+def score_prompts(batch: Sequence[Rows], logits: Tensor) -> None:
+    """Gives requests that ask for it the log-probabilities of their prompt's ids, each under the row before it."""
+    begin = 0
+    for rows in batch:
+        if rows.sequence.scores_prompt:
+            rows.prompt_scores = _prompt_scores(rows, logits[begin : begin + rows.end - rows.logits_from])
+        begin += rows.num_logits
 
-    @property
-    def num_block(self) -> int:
-        return len(self.call.block)
 
-    def places(self) -> list[int]:
-        """Where in the text each row's byte stands: a cell's own where the cell is, any other row's one further."""
-        call = self.call
-        rows = [*range(self.first, self.work.end), *range(call.start, call.start + len(call.causal))]
-        block = call.start + len(call.causal)
-        return [*(row + 1 for row in rows), *range(block, block + self.num_block)]
+def _prompt_scores(rows: Rows, logits: Tensor) -> list[TokenLogprob]:
+    sequence, known = rows.sequence, rows.sequence.output.num_scored
+    scores = [] if known else [TokenLogprob(id=sequence.ids[0], logprob=None, top={})]
+    first, last = max(rows.start, known + len(scores) - 1), min(rows.end, sequence.num_prompt - 1)
+    if first < last:
+        chosen = sequence.ids[first + 1 : last + 1]
+        scores += logprobs_of(logits[first - rows.start : last - rows.start], chosen, sequence.request.logprobs or 0)
+    return scores
 
-    def law(self) -> tuple[list[SamplingParams], list[Mapping[int, int]], list[float]]:
-        """Of each row: its parameters, the generated ids before its place, its random number."""
-        sequence = self.work.sequence
-        sampling, num_rows = sequence.request.sampling, self.end - self.begin
-        if not (sampling.temperature or sampling.presence_penalty or sampling.frequency_penalty):
-            return self.params(), [sequence.counts] * num_rows, [0.0] * num_rows
-        places = self.places()
-        return self.params(), self.counts(places), [uniform(sequence, place) for place in places]
 
-    def params(self) -> list[SamplingParams]:
-        request = self.work.sequence.request
-        own = [request.sampling] * (self.end - self.begin - self.num_block)
-        return own + [cell_params(request)] * self.num_block if self.num_block else own
+def _drawn_rows(batch: Sequence[Rows], logits: Tensor) -> Tensor:
+    """The logits that ids are drawn from; others are wanted for the scores of prompts."""
+    index: list[int] = []
+    end = 0
+    for rows in batch:
+        end += rows.num_logits
+        index += range(end - rows.num_drawn, end)
+    return logits if len(index) == end else logits[to_device(np.array(index), logits.device)]
 
-    def counts(self, places: Sequence[int]) -> list[Mapping[int, int]]:
-        """Generated ids before each place: the committed ones, and those drafted so far, as far as they are known."""
-        sequence, call, sampling = self.work.sequence, self.call, self.work.sequence.request.sampling
-        if not (sampling.presence_penalty or sampling.frequency_penalty):
-            return [sequence.counts] * len(places)
-        committed = len(sequence.ids) - (len(call.drafts) if call.runs_clean else 0)
-        drafted = [*call.drafts, *call.causal[max(committed - call.start, 0) :]]
-        ahead: list[Mapping[int, int]] = []
-        for place in places:
-            count = Counter(sequence.counts)
-            count.update(drafted[: max(place - committed, 0)])
-            ahead.append(count)
-        return ahead
+
+def _sampling(
+    drawing: Sequence[Rows],
+) -> tuple[list[SamplingParams], list[Mapping[int, int]], list[float]]:
+    """Of each drawn id: its parameters, the generated ids before its place, its random number."""
+    params: list[SamplingParams] = []
+    counts: list[Mapping[int, int]] = []
+    uniforms: list[float] = []
+    for rows in drawing:
+        sequence, num_drawn, sampling = rows.sequence, rows.num_drawn, rows.sequence.request.sampling
+        params += [sampling] * (num_drawn - rows.num_block) + [cell_params(sequence.request)] * rows.num_block
+        if sampling.temperature or sampling.presence_penalty or sampling.frequency_penalty:
+            places = rows.drawn_places
+            counts += _id_counts(rows, places)
+            uniforms += [uniform(sequence, place) for place in places]
+        else:
+            counts += [sequence.id_counts] * num_drawn
+            uniforms += [0.0] * num_drawn
+    return params, counts, uniforms
+
+
+def _id_counts(rows: Rows, places: Sequence[int]) -> list[Mapping[int, int]]:
+    """Generated ids before each place: the committed ones and the drafts before it."""
+    sequence, sampling = rows.sequence, rows.sequence.request.sampling
+    drafts: Sequence[int] = ()
+    match rows.ask:
+        case Verify(drafts) | Draft(drafts) if sampling.presence_penalty or sampling.frequency_penalty:
+            pass
+        case _:
+            return [sequence.id_counts] * len(places)
+    committed = rows.end - len(drafts) if isinstance(rows.ask, Verify) else len(sequence.ids)
+    counts: list[Mapping[int, int]] = []
+    for place in places:
+        count = Counter(sequence.id_counts)
+        count.update(drafts[: max(place - committed, 0)])
+        counts.append(count)
+    return counts
 
 
 def uniform(sequence: SequenceState, place: int) -> float:
@@ -93,98 +128,73 @@ def uniform(sequence: SequenceState, place: int) -> float:
 
 
 def cell_params(request: Request) -> SamplingParams:
-    """How a block's cells are chosen: as all bytes, but for a top-p of their own."""
+    """How a block's cells are drawn: as all bytes, but for a top-p of their own."""
     top_p = request.unmask.top_p if request.unmask else None
     return request.sampling if top_p is None else replace(request.sampling, top_p=top_p)
 
 
-def results_of(batch: Sequence[Work], logits: Tensor, kernels: Kernels) -> list[Result | None]:
-    """The result of every work's call, None for those that only compute rows. logits: as `Runner.run` gives them."""
-    all_draws: list[_Draws | None] = []
-    at = 0
-    for w in batch:
-        all_draws.append(_Draws.of(w, at))
-        at += w.num_wanted
-    draws = [d for d in all_draws if d is not None]
-    num_rows = sum(d.end - d.begin for d in draws)
-    if not num_rows:
-        return [None if d is None else Result() for d in all_draws]
-    wanted = logits
-    if num_rows < at:
-        rows = [row for d in draws for row in range(d.begin, d.end)]
-        wanted = logits[sent(np.array(rows), logits.device)]
-
-    block_rows: list[int] = []
-    end = 0
-    for d in draws:
-        end += d.end - d.begin
-        block_rows += range(end - d.num_block, end)
-    if block_rows:
-        calls = [d.call for d in draws if d.num_block]
-        index = sent(np.array(block_rows), logits.device)
-        blocks = [(call.block, call.rule) for call in calls if call.rule]
-        tensors = block_tensors(blocks, len(blocks), len(block_rows), logits.device)
-        unmasking = BlockPasses(kernels, tensors, mask_id=draws[0].work.sequence.mask_id)
-        cells = unmasking.law(wanted[index])
-        wanted = wanted.index_copy(0, index, cells)
-    params: list[SamplingParams] = []
-    counts: list[Mapping[int, int]] = []
-    uniforms: list[float] = []
-    for d in draws:
-        own_params, own_counts, own_uniforms = d.law()
-        params += own_params
-        counts += own_counts
-        uniforms += own_uniforms
-    drawn, highest = choose(wanted, params, counts, uniforms, kernels)
-    right = _right(draws, drawn, kernels)
-    wants = [drawn, highest, *right]
-    if block_rows:
-        unmasking.settle(cells, drawn[index], cells.amax(-1))
-        wants += [unmasking.ids, unmasking.when]
-    chosen, bests, *others = read(*wants)
-    check(bests)
-    accepted = iter(others.pop(0) if right else [0] * len(draws))
-    settled = zip(*others, strict=True)
-
-    results: list[Result | None] = []
-    at = 0
-    for some in all_draws:
-        if some is None:
-            results.append(None)
-            continue
-        end = at + some.end - some.begin
-        behind = end - some.num_block
-        num_top = some.work.sequence.request.logprobs
-        scores = [] if num_top is None else logprobs_of(wanted[at:end], chosen[at:end], num_top)
-        result = Result(some.first, chosen[at:behind], next(accepted), after_scores=scores[: behind - at])
-        if some.num_block:
-            ids, when = (values[: some.num_block] for values in next(settled))
-            if some.call.causal:
-                ids[0], when[0] = result.after[-1], 0
-            result = replace(result, cells=ids, settled=when, cell_scores=scores[behind - at :])
-        results.append(result)
-        at = end
-    return results
-
-
-def _right(draws: Sequence[_Draws], drawn: Tensor, kernels: Kernels) -> list[Tensor]:
-    """For each, how many of the drafts that its rows verify are what was drawn behind them (Fast BLT, Verify): (D,)
+def _accepted(drawing: Sequence[Rows], drawn: Tensor, kernels: Kernels) -> list[Tensor]:
+    """For each, how many of the drafts that its rows verify are what was drawn after them (Fast BLT, Verify): (D,)
     int64; nothing if none verifies any."""
-    if not any(d.call.drafts for d in draws):
-        return []
-    at, rows, drafts = 0, [], []
-    for d in draws:
-        known = len(d.work.sequence.ids) - len(d.call.drafts)
-        checked = d.call.drafts[d.first - (known - 1) :] if d.call.runs_clean else ()
-        rows.append(range(at, at + len(checked)))
-        drafts.append(checked)
-        at += d.end - d.begin
-    width = max(map(len, drafts))
+    at, rows_of, drafts_of = 0, [], []
+    for rows in drawing:
+        drafts: Sequence[int] = ()
+        if isinstance(rows.ask, Verify):
+            drafts = rows.ask.drafts[rows.drawn_from - rows.end + len(rows.ask.drafts) + 1 :]
+        rows_of.append(range(at, at + len(drafts)))
+        drafts_of.append(drafts)
+        at += rows.num_drawn
+    width = max(map(len, drafts_of))
     if not width:
         return []
 
     def grid(lines: Sequence[Sequence[int]]) -> Tensor:
-        return sent(np.array([[*line, *[0] * (width - len(line))] for line in lines]), drawn.device)
+        return to_device(np.array([[*line, *[0] * (width - len(line))] for line in lines]), drawn.device)
 
-    lengths = sent(np.array([len(line) for line in drafts]), drawn.device)
-    return [kernels.accepted(grid(drafts), drawn[grid(rows)], lengths)]
+    lengths = to_device(np.array([len(line) for line in drafts_of]), drawn.device)
+    return [kernels.accepted(grid(drafts_of), drawn[grid(rows_of)], lengths)]
+
+
+def _result(rows: Rows, chosen: list[int], scores: list[TokenLogprob], accepted: int) -> Result:
+    if not isinstance(rows.ask, Verify):
+        return Result(chosen, scores=scores)
+    # Rows that the decoder skipped were exact when they drafted, so the bytes after them stand.
+    skipped = rows.drawn_from - rows.end + len(rows.ask.drafts) + 1
+    return Result([chosen[accepted]], skipped + accepted, scores=scores)
+
+
+class _Blocks:
+    """The blocks of a step, in one pass of `BlockPasses`. index: rows of their cells; law: what these are drawn
+    from."""
+
+    def __init__(self, passes: BlockPasses, index: Tensor, law: Tensor) -> None:
+        self._passes, self.index, self.law = passes, index, law
+
+    @classmethod
+    def of(cls, drawing: Sequence[Rows], logits: Tensor, kernels: Kernels) -> "_Blocks | None":
+        cell_rows: list[int] = []
+        end = 0
+        for rows in drawing:
+            end += rows.num_drawn
+            cell_rows += range(end - rows.num_block, end)
+        if not cell_rows:
+            return None
+        index = to_device(np.array(cell_rows), logits.device)
+        blocks = [(rows.ask.block, rows.ask.rule) for rows in drawing if isinstance(rows.ask, Unmask)]
+        tensors = block_tensors(blocks, len(blocks), len(cell_rows), logits.device)
+        passes = BlockPasses(kernels, tensors, mask_id=drawing[0].sequence.mask_id)
+        return cls(passes, index, passes.law(logits[index]))
+
+    def settle(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """The blocks after the pass, and in which pass each cell was settled: (S, B) int64 both."""
+        self._passes.settle(self.law, drawn[self.index], self.law.amax(-1))
+        return self._passes.ids, self._passes.when
+
+
+def _with_block(rows: Rows, result: Result, cells: list[int], settled: list[int]) -> Result:
+    """An Unmask's result from that of its rows: a lead's byte is the block's first."""
+    size = rows.num_block
+    ids, when = cells[:size], settled[:size]
+    if len(result.ids) > size:
+        ids[0], when[0] = result.ids[0], 0
+    return Result(ids, settled=when, scores=result.scores[-size:] if result.scores else [])

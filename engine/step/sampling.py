@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.dispatch import Kernels
 
 from ..types import SamplingParams, TokenLogprob
-from .transfer import sent
+from .transfer import to_device
 
 _MASK_64 = 2**64 - 1
 _PADDING = SamplingParams(temperature=0)
@@ -30,7 +30,7 @@ def laws_of(
         added = torch.zeros(len(params), vocab_size, dtype=torch.float64)
         for row, change in zip(added, changes, strict=True):
             row[list(change)] = torch.tensor(list(change.values()), dtype=torch.float64)
-        tensors["changes"] = sent(added.numpy(), device)
+        tensors["changes"] = to_device(added.numpy(), device)
     if any(p.temperature > 0 for p in params):
         laws = [(p.temperature, p.top_k or vocab_size, p.top_p, p.min_p) for p in params]
         tensors["laws"] = on_device(laws, device)
@@ -82,7 +82,7 @@ def choose(
 
 def on_device(numbers: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
     """As float64. `torch.tensor` takes three times as long."""
-    return sent(np.array(numbers, dtype=np.float64), device)
+    return to_device(np.array(numbers, dtype=np.float64), device)
 
 
 def draw(seed: int, sample_index: int, position: int) -> float:

@@ -1,4 +1,4 @@
-"""Between host and device, while both go on: an ordinary copy waits until the device has done all that was launched."""
+"""Between host and device without waiting: an ordinary copy waits until the device has done all that was launched."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def sent(numbers: NDArray[Any], device: torch.device) -> Tensor:
-    """On their way to the device, behind what was launched; not copied where that is the host."""
+def to_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    """On their way to the device, after what was launched; not copied where that is the host."""
     tensor = torch.from_numpy(numbers)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def marked(device: torch.device, *, timing: bool = False) -> torch.cuda.Event:
-    """An event behind what was launched."""
+def record_event(device: torch.device, *, timing: bool = False) -> torch.cuda.Event:
+    """An event after what was launched."""
     event = torch.cuda.Event(enable_timing=timing)
     event.record(_stream(device))
     return event
@@ -24,7 +24,7 @@ def marked(device: torch.device, *, timing: bool = False) -> torch.cuda.Event:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """On which all is launched; to look it up each time takes longer than to record an event."""
+    """The stream of all launches; to look it up each time takes longer than to record an event."""
     return torch.cuda.default_stream(device)
 
 
@@ -36,7 +36,7 @@ class Readback:
         if tensor.is_cuda:
             self._values = torch.empty_like(tensor, device="cpu", pin_memory=True)
             self._values.copy_(tensor, non_blocking=True)
-            self._copied = marked(tensor.device)
+            self._copied = record_event(tensor.device)
 
     def wait(self) -> Tensor:
         """The tensor on the host."""
@@ -46,12 +46,12 @@ class Readback:
 
 
 def read(*tensors: Tensor) -> list[Any]:
-    """What `tolist` gives for each, with one copy from the device for all."""
-    return reading(*tensors)()
+    """Each tensor as a list, with one copy from the device for all."""
+    return read_async(*tensors)()
 
 
-def reading(*tensors: Tensor) -> Callable[[], list[Any]]:
-    """`read`, begun: what is launched from here on does not delay it."""
+def read_async(*tensors: Tensor) -> Callable[[], list[Any]]:
+    """Begins to `read`; call the result for the lists. Later launches do not delay it."""
     if tensors[0].device.type == "cpu":
         return lambda: [tensor.tolist() for tensor in tensors]
     copy = Readback(packed(tensors))

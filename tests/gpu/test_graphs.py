@@ -32,7 +32,7 @@ def test_graphs_write_the_bytes_of_single_launches_in_a_mixed_batch(
     assert recorded == launched
     for passes in (True, False):
         ahead = setting.engine(folder, dtype=dtype, kernels="triton", graphs=True)
-        ahead.runner.ahead = AHEAD["always, passes" if passes else "always, the next step"]
+        ahead.stepper.ahead.policy = AHEAD["always, passes" if passes else "always, the next step"]
         # The second time nothing is recorded any more.
         assert [exactness.texts_of(ahead, 8, 64, mixed=False) for _ in range(2)] == [recorded] * 2
     for way, texts in recorded.items():
@@ -55,8 +55,8 @@ def test_the_same_batch_records_nothing_the_second_time(tmp_path: Path) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
     engine = setting.engine(random_model(tmp_path, "tiny", "fast", dtype=torch.float32), graphs=True)
     # Else what is launched depends on what took how long.
-    engine.runner.ahead = AHEAD["always, passes"]
-    executor = engine.runner.executor
+    engine.stepper.ahead.policy = AHEAD["always, passes"]
+    executor = engine.stepper.executor
     assert isinstance(executor, Graphs)
     first = exactness.texts_of(engine, 4, 48)
     recorded = executor.num_recorded
@@ -68,10 +68,10 @@ def test_the_same_batch_records_nothing_the_second_time(tmp_path: Path) -> None:
 def test_a_stages_time_is_without_the_hosts_planning(graphs: bool, tmp_path: Path) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
     engine = setting.engine(random_model(tmp_path, "tiny", "fast", dtype=torch.float32), graphs=graphs)
-    engine.runner.ahead = AHEAD["always, passes"]
+    engine.stepper.ahead.policy = AHEAD["always, passes"]
     exactness.texts_of(engine, 2, 16)
-    before, plan = engine.snapshot(), engine.runner._plan
-    engine.runner._plan = lambda *given: (time.sleep(0.02), plan(*given))[1]  # type: ignore[method-assign,func-returns-value]
+    before, plan = engine.snapshot(), engine.stepper.stages.launcher.plan
+    engine.stepper.stages.launcher.plan = lambda *given: (time.sleep(0.02), plan(*given))[1]  # type: ignore[method-assign,func-returns-value]
     exactness.texts_of(engine, 2, 16)
     after = engine.snapshot()
     for stage, calls in after.calls.items():

@@ -4,23 +4,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.types import Unmask
+from engine.types import UnmaskRule
 from server.options import OPTIONS, WrongOption, options_of, parse_unmask
 
 
 @given(st.floats(0, 1))
 def test_confidence_is_parsed(alpha: float) -> None:
-    assert parse_unmask(f"confidence:{alpha!r}") == Unmask(rule="confidence", alpha=alpha)
+    assert parse_unmask(f"confidence:{alpha!r}") == UnmaskRule(rule="confidence", alpha=alpha)
 
 
 @given(st.floats(0, 1e6), st.booleans())
 def test_entropy_is_parsed(gamma: float, minus_max: bool) -> None:
     text = f"entropy:{gamma!r}" + ":minus_max" * minus_max
-    assert parse_unmask(text) == Unmask(rule="entropy", gamma=gamma, minus_max=minus_max)
+    assert parse_unmask(text) == UnmaskRule(rule="entropy", gamma=gamma, minus_max=minus_max)
 
 
 def test_one_step_is_parsed() -> None:
-    assert parse_unmask("one_step") == Unmask(rule="one_step")
+    assert parse_unmask("one_step") == UnmaskRule(rule="one_step")
 
 
 @given(st.one_of(st.text(max_size=12), st.sampled_from(["confidence", "confidence:", "entropy:1:x", "one_step:1"])))

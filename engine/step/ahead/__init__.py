@@ -1,54 +1,58 @@
-"""Several passes in a row, without the host between them.
+"""Running ahead: several passes in a row, without the host between them.
 
-Where all sequences of a step do the same, what the next pass needs is on the device before the host knows it: blt and a
-draft feed the byte that was just drawn, a block the cells that were just settled. Or it is the next step that begins
-so. In a mixed batch every pass is a step of its own, which all share.
+Where all sequences of a step ask for the same, the device has what the next pass needs before the host knows it: blt
+and a draft feed the byte that was just drawn, a block the cells that were just settled. Or the next step begins so. In
+a mixed batch every pass is a step of its own, which all share.
 """
 
 from collections.abc import Sequence
 
 from kernels.dispatch import Kernels
 
-from ...decoders import Result
-from ..runner import Runner, Work
-from .blocks import Unmasking
-from .bytes import Feeding
-from .drafts import draft
-from .next_step import Starting
+from ...costs.ledger import Ledger
+from ...decoders import Draft, Next, Result, Unmask
+from ...memory.memory import Memory
+from ...rows import Rows
+from ..stages import Stages
+from .blocks import BlocksAhead
+from .bytes import BytesAhead
+from .drafts import DraftsAhead
+from .next_step import NextStepAhead
+from .policy import RunAhead
 
-__all__ = ["Passes"]
+__all__ = ["Ahead", "RunAhead"]
 
 
-class Passes:
-    """Runs the steps that can go on by themselves."""
+class Ahead:
+    """Runs the steps in which the host need not read every pass. policy: may be replaced at any time."""
 
-    def __init__(self, runner: Runner, kernels: Kernels) -> None:
-        self._runner, self._kernels = runner, kernels
-        self._feeding = Feeding(runner, kernels)
-        self._starting = Starting(runner, kernels)
-        self._unmasking = Unmasking(runner, kernels)
+    def __init__(self, stages: Stages, memory: Memory, ledger: Ledger, kernels: Kernels, policy: RunAhead) -> None:
+        self.policy = policy
+        self._cells_are_encoded = stages.encoder.takes_cells
+        self._bytes = BytesAhead(stages, memory, ledger, kernels)
+        self._next_step = NextStepAhead(stages, memory, ledger, kernels)
+        self._drafts = DraftsAhead(stages, memory, ledger, kernels)
+        self._blocks = BlocksAhead(stages, ledger, kernels)
 
-    def run(self, batch: Sequence[Work]) -> list[Result] | None:
-        """The results of all calls of the batch, or None if it cannot run on its own: then nothing has been done."""
-        calls = [w.call for w in batch if w.call and _is_plain(w)]
-        if len(calls) < len(batch):
+    def run(self, batch: Sequence[Rows]) -> list[Result] | None:
+        """The results of all asks of the batch, or None if the host must read every pass: then nothing has been
+        done."""
+        kinds = {type(rows.ask) for rows in batch}
+        if len(kinds) > 1 or not all(map(_is_plain, batch)):
             return None
-        if all(call.runs_clean and call.wants and not call.drafts and not call.num_cells for call in calls):
-            return self._feeding.run(batch, calls) or self._starting.run(batch, calls)
-        if self._runner.cells_are_encoded:
-            return None
-        if all(call.block and not call.causal for call in calls):
-            return self._unmasking.run(batch, calls)
-        if self._runner.ahead.drafts == "never":
-            return None
-        if all(len(call.causal) == 1 and not call.block and not call.runs_clean and call.ahead for call in calls):
-            return draft(self._runner, self._kernels, batch, calls)
+        policy = self.policy
+        match kinds.pop():
+            case kind if kind is Next:
+                return self._bytes.run(batch, policy.bytes) or self._next_step.run(batch, policy.next_step)
+            case kind if kind is Draft and not self._cells_are_encoded:
+                return self._drafts.run(batch, policy.drafts)
+            case kind if kind is Unmask:
+                return self._blocks.run(batch, policy.blocks)
         return None
 
 
-def _is_plain(w: Work) -> bool:
+def _is_plain(rows: Rows) -> bool:
     """Penalties depend on every byte before, and scores are only kept of single passes."""
-    sequence, request = w.sequence, w.sequence.request
-    sampling, scored = request.sampling, request.logprobs is not None
-    unscored = request.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.num_prompt
-    return not (sampling.presence_penalty or sampling.frequency_penalty or scored or unscored)
+    request = rows.sequence.request
+    penalised = request.sampling.presence_penalty or request.sampling.frequency_penalty
+    return not (penalised or request.logprobs is not None or rows.sequence.scores_prompt)

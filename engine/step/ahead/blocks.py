@@ -1,12 +1,14 @@
 """Passes over blocks: as many in one launch as they will probably need.
 
-Only the device knows whether a block is done. To ask takes time in which it does nothing, and a pass too many takes its
-own; so one more pass is launched unasked as long as that costs less, given how many blocks have needed it lately.
+Only the device knows whether a block is done. To read that takes time in which it does nothing, and a pass too many
+takes its own; so one more pass is launched without reading as long as that costs less, given how many passes blocks
+have needed lately.
 """
 
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,107 +17,152 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 
-from ...decoders import Call, Result
-from ...types import Unmask
+from ...config import Policy
+from ...costs.latency import READBACK
+from ...costs.ledger import Launch, Ledger
+from ...decoders import Result, Unmask
+from ...rows import Rows
 from ..blocks import BlockPasses, block_tensors
+from ..decoder import DecoderRows
+from ..launch import padded_tensor
 from ..results import cell_params, uniform
-from ..runner import DecoderRows, Runner, StageCall, Work, padded_tensor
 from ..sampling import draw_ids, padded_laws, uniforms_for
+from ..stages import Stages
 from ..transfer import read
 
 REMEMBERED = 32
 """Blocks that tell how many passes one needs."""
 
 
-class Unmasking:
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """The blocks of a batch: their rows of the decoder stage, and how their cells are drawn."""
+
+    asks: Sequence[Unmask]
+    mask: int
+    rows: DecoderRows
+    draws: dict[str, Tensor]
+
+    @property
+    def most_passes(self) -> int:
+        """A block needs as many passes as it has cells at most, and one by the rule that settles all at once."""
+        return max(1 if ask.rule.rule == "one_step" else len(ask.block) for ask in self.asks)
+
+
+class BlocksAhead:
     """Runs steps of blocks alone."""
 
-    def __init__(self, runner: Runner, kernels: Kernels) -> None:
-        self._runner, self._kernels = runner, kernels
+    def __init__(self, stages: Stages, ledger: Ledger, kernels: Kernels) -> None:
+        self._stages, self._ledger, self._kernels = stages, ledger, kernels
+        self._device = stages.launcher.device
         self._needed: deque[int] = deque(maxlen=REMEMBERED)
 
-    def run(self, batch: Sequence[Work], calls: Sequence[Call]) -> list[Result]:
-        """The results of calls with a block each, once one of the blocks is done."""
-        runner, mask, logits = self._runner, batch[0].sequence.mask_id, None
-        rules = [call.rule for call in calls if call.rule]
-        results = [Result(cells=list(call.block), settled=[-1] * len(call.block), passes=0) for call in calls]
-        if any(call.runs_clean for call in calls):
+    def run(self, batch: Sequence[Rows], policy: Policy) -> list[Result] | None:
+        """The results once one of the blocks is done; None, with nothing done, if a block has a lead."""
+        asks = [rows.ask for rows in batch if isinstance(rows.ask, Unmask)]
+        if any(ask.lead for ask in asks):
+            return None
+        mask, logits = batch[0].sequence.mask_id, None
+        results = [Result(list(ask.block), settled=[-1] * len(ask.block), passes=0) for ask in asks]
+        if any(rows.num_text for rows in batch):
             # The first pass brings rows of the text along; later ones do not.
-            logits = runner.run(batch)
-            calls = [replace(call, runs_clean=False) for call in calls]
-            batch = [Work(w.sequence, w.end, w.end, call, w.end) for w, call in zip(batch, calls, strict=True)]
-        rows = runner.plan_decoder(batch)
-        draws = self._draws(batch, calls, rows.padded)
+            logits = self._stages.run(batch)
+            batch = [_without_text(rows) for rows in batch]
+        planned = self._stages.plan_decoder(batch)
+        blocks = _Blocks(asks, mask, planned, self._draws(batch, planned.padded))
         begin = partial(_Passes, self._kernels, mask_id=mask)
-        while all(mask in result.cells for result in results):
-            began, known = time.perf_counter(), results[0].passes
-            blocks = [(r.cells, rule) for r, rule in zip(results, rules, strict=True)]
-            tensors = draws | block_tensors(blocks, runner.executor.rows(len(batch)), rows.padded, runner.device)
-            behind = self._unasked(known, rules, [len(r.cells) for r in results], rows.num_rows)
+        while all(mask in result.ids for result in results):
+            known = results[0].passes
+            further = self._further(known, blocks, policy)
+            tensors = self._tensors(blocks, results)
             if logits is None:
-                launch, out = runner.decode_passes("unmask", [rows], 1 + behind, tensors, begin)
-                results = _after(results, out.tolist(), 1 + behind, mask)
-                if not launch.recorded:
-                    # All it took but the passes: what it takes to ask.
-                    runner.costs.saw("asking", rows.num_rows, max(time.perf_counter() - began - launch.seconds, 0.0))
-                self._charge(launch, rows, results, known)
+                results = self._launch_and_read(blocks, tensors, results, 1 + further)
                 continue
             first = begin(tensors)
-            first.take(padded_tensor(logits, rows.padded))
-            told, logits = first.out(), None
-            if not behind:
-                results = _after(results, told.tolist(), 1, mask)
+            first.take(padded_tensor(logits, planned.padded))
+            out, logits = first.out(), None
+            if not further:
+                results = _after(results, out.tolist(), 1, mask)
                 continue
-            launch, out = runner.decode_passes("unmask", [rows], behind, tensors | {"ids": first.ids}, begin)
-            told, out = read(told, out)
-            results = _after(_after(results, told, 1, mask), out, behind, mask)
-            self._charge(launch, rows, results, known + 1)
+            launch, rest = self._passes(blocks, tensors | {"ids": first.ids}, further)
+            out, rest = read(out, rest)
+            results = _after(_after(results, out, 1, mask), rest, further, mask)
+            self._charge(launch, planned, results, known + 1)
         self._needed += [
-            r.passes for r, c in zip(results, calls, strict=True) if mask not in r.cells and set(c.block) == {mask}
+            result.passes
+            for result, ask in zip(results, asks, strict=True)
+            if mask not in result.ids and set(ask.block) == {mask}
         ]
         return results
 
-    def _unasked(self, known: int, rules: Sequence[Unmask], sizes: Sequence[int], rows: int) -> int:
-        """How many passes to launch unasked behind the next, where so many are known not to have been enough. A block
-        needs as many passes as it has cells at most, and one by the rule that settles all at once."""
-        most = max(1 if rule.rule == "one_step" else size for rule, size in zip(rules, sizes, strict=True))
+    def _launch_and_read(
+        self, blocks: _Blocks, tensors: dict[str, Tensor], results: list[Result], passes: int
+    ) -> list[Result]:
+        began, known = time.perf_counter(), results[0].passes
+        launch, out = self._passes(blocks, tensors, passes)
+        results = _after(results, out.tolist(), passes, blocks.mask)
+        if not launch.recorded:
+            # All it took but the passes: what it takes to read.
+            seconds = max(time.perf_counter() - began - self._ledger.seconds(launch), 0.0)
+            self._ledger.latency.observe(READBACK, blocks.rows.num_rows, seconds)
+        self._charge(launch, blocks.rows, results, known)
+        return results
+
+    def _passes(self, blocks: _Blocks, tensors: dict[str, Tensor], passes: int) -> tuple[Launch, Tensor]:
+        begin = partial(_Passes, self._kernels, mask_id=blocks.mask)
+        return self._stages.decoder.launch_passes("unmask", [blocks.rows], passes, tensors, begin)
+
+    def _further(self, known: int, blocks: _Blocks, policy: Policy) -> int:
+        """How many passes to launch after the next before reading back, where so many are known not to have been
+        enough."""
 
         def chance(number: int) -> float:
             """That one of the blocks needs a pass of this number, from 1 on."""
             share = sum(passes >= number for passes in self._needed) / len(self._needed)
-            return 1 - (1 - share) ** len(sizes)
+            return 1 - (1 - share) ** len(blocks.asks)
 
-        behind = 0
-        policy = self._runner.ahead.blocks
+        further = 0
         if policy != "never" and self._needed and (undone := chance(known + 1)):
-            needed = 0.0 if policy == "always" else undone / (1 + self._runner.costs.asking(rows))
-            while known + 1 + behind < most and chance(known + 2 + behind) >= needed:
-                behind += 1
-        return behind
+            readback = self._ledger.latency.readback(blocks.rows.num_rows)
+            needed = 0.0 if policy == "always" else undone / (1 + readback)
+            while known + 1 + further < blocks.most_passes and chance(known + 2 + further) >= needed:
+                further += 1
+        return further
 
-    def _charge(self, launch: StageCall, rows: DecoderRows, results: Sequence[Result], before: int) -> None:
-        """Passes over blocks that were done are padding, and nobody's."""
-        for n in range(before, max(r.passes for r in results)):
-            self._runner.charge(launch, [row for row, r in zip(rows.works, results, strict=True) if r.passes > n])
-        self._runner.finish(launch)
+    def _charge(self, launch: Launch, planned: DecoderRows, results: Sequence[Result], before: int) -> None:
+        """Passes over blocks that were done are padding, and charged to no request."""
+        self._ledger.took(
+            launch,
+            *(
+                [share for share, result in zip(planned.shares, results, strict=True) if result.passes > number]
+                for number in range(before, max(result.passes for result in results))
+            ),
+        )
 
-    def _draws(self, batch: Sequence[Work], calls: Sequence[Call], padded: int) -> dict[str, Tensor]:
+    def _tensors(self, blocks: _Blocks, results: Sequence[Result]) -> dict[str, Tensor]:
+        """The blocks as they are now."""
+        now = [(result.ids, ask.rule) for result, ask in zip(results, blocks.asks, strict=True)]
+        num_blocks = self._stages.launcher.executor.rows(len(now))
+        return blocks.draws | block_tensors(now, num_blocks, blocks.rows.padded, self._device)
+
+    def _draws(self, batch: Sequence[Rows], padded: int) -> dict[str, Tensor]:
         """How cells are drawn, all laid end to end."""
-        device = self._runner.device
-        cells = [
-            (w.sequence, call.start + place)
-            for w, call in zip(batch, calls, strict=True)
-            for place in range(len(call.block))
-        ]
+        cells = [(rows.sequence, rows.cells_start + cell) for rows in batch for cell in range(rows.num_block)]
         params = [cell_params(sequence.request) for sequence, _ in cells]
         uniforms = [uniform(*cell) for cell in cells] + [0.0] * (padded - len(cells))
-        laws = padded_laws(params, padded, self._runner.vocab_size, device)
-        draws = uniforms_for(laws, uniforms, device)
+        laws = padded_laws(params, padded, self._stages.decoder.vocab_size, self._device)
+        draws = uniforms_for(laws, uniforms, self._device)
         return laws if draws is None else laws | {"uniforms": draws}
 
 
+def _without_text(rows: Rows) -> Rows:
+    """The same block, once the text before it has run."""
+    end = rows.end
+    return replace(rows, start=end, logits_from=end, decode_from=end, counted_from=0)
+
+
 class _Passes(BlockPasses):
-    """See `engine.step.runner.PassState`."""
+    """See `engine.step.decoder.PassState`."""
 
     def take(self, logits: Tensor) -> None:
         law = self.law(logits)
@@ -127,15 +174,15 @@ class _Passes(BlockPasses):
         return torch.stack((self.ids, self.when, self.bad.long()))
 
 
-def _after(blocks: Sequence[Result], told: Sequence[list[list[int]]], passes: int, mask: int) -> list[Result]:
-    """Blocks after so many more passes. told: what `_Passes.out` gives. Raises FloatingPointError if a pass gave one no
+def _after(blocks: Sequence[Result], out: Sequence[list[list[int]]], passes: int, mask: int) -> list[Result]:
+    """Blocks after so many more passes. out: of `_Passes`. Raises FloatingPointError if a pass gave one no
     distribution."""
     after = []
-    for block, ids, when, bad in zip(blocks, *told, strict=False):
-        size = len(block.cells)
+    for block, ids, when, bad in zip(blocks, *out, strict=False):
+        size = len(block.ids)
         if any(bad):
             raise FloatingPointError("the logits of a block are no distribution: NaN, +inf or all -inf")
         settled = [now + block.passes if now >= 0 else then for now, then in zip(when, block.settled, strict=False)]
         number = block.passes + passes if mask in ids[:size] else 1 + max(settled)
-        after.append(Result(cells=ids[:size], settled=settled[:size], passes=number))
+        after.append(Result(ids[:size], settled=settled[:size], passes=number))
     return after

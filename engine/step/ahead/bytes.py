@@ -1,86 +1,103 @@
-"""Bytes behind a step of blt, without the host between them.
+"""Bytes ahead: runs blt several bytes ahead of the host.
 
 Until a patch closes, blt needs the local stages alone for its next byte, and what these are fed is on the device: the
-byte that was just drawn. So behind a step for sequences that all run blt the host launches some passes of patcher,
-encoder and decoder before it has heard what the step gave. One whose patch closes takes part in vain from there on and
-waits for the next step, where the others' patches close too: the global stage is read less often.
+byte that was just drawn. So after a step for sequences that all run blt the host launches some passes of patcher,
+encoder and decoder before it has read what the step gave. A sequence whose patch closes takes part in vain from there
+on and waits for the next step, where the others' patches close too: the global stage is read less often.
 """
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import Kernels
 
-from ...config import EOS_ID
-from ...decoders import Call, Result
+from ...config import EOS_ID, Policy
+from ...costs.latency import BYTE_AHEAD
+from ...costs.ledger import Launch, Ledger, Share
+from ...decoders import Next, Result
+from ...memory.memory import Memory, Reach
+from ...rows import Rows
 from ..results import uniform
-from ..runner import STAND_IN, Runner, Unpaid, Work
 from ..sampling import check, draw_ids, on_device, padded_laws, uniforms_for
+from ..stages import STAND_IN, Stages
 from ..transfer import read
 
 MOST_PASSES = 8
 PROBE_INTERVAL = 256
-"""Steps after which a pass is tried where none seemed worth it: what they take is only learnt from them."""
-STAGES = 3
+"""Steps after which a pass is tried where none seemed worth it: only passes tell what they take."""
 
 
-class Feeding:
-    """Runs steps of blt alone, and what can follow each at once."""
+@dataclass(slots=True)
+class _Passes:
+    """What a step and its passes gave. drawn: per step and pass the bytes and their largest logits, (2, S) float64;
+    decided: per pass the entropies after the bytes that it was fed, and whether patches start there, (2, S) float32;
+    launches: per pass, and whose rows each has."""
 
-    def __init__(self, runner: Runner, kernels: Kernels) -> None:
-        self._runner, self._kernels = runner, kernels
+    drawn: list[Tensor] = field(default_factory=list)
+    decided: list[Tensor] = field(default_factory=list)
+    launches: list[list[tuple[Launch, list[Share]]]] = field(default_factory=list)
+
+
+class BytesAhead:
+    """Runs steps of blt alone, and the passes that can follow each at once."""
+
+    def __init__(self, stages: Stages, memory: Memory, ledger: Ledger, kernels: Kernels) -> None:
+        self._stages, self._memory, self._ledger, self._kernels = stages, memory, ledger, kernels
+        self._device = stages.launcher.device
         self._idle = 0
 
-    def run(self, batch: Sequence[Work], calls: Sequence[Call]) -> list[Result] | None:
-        """A step and what follows; None, with nothing done, if that promises no gain."""
-        passes = self._worthwhile(batch, calls)
+    def run(self, batch: Sequence[Rows], policy: Policy) -> list[Result] | None:
+        """The results of a step and of passes after it; None, with nothing done, if these promise no gain."""
+        at_most = [rows.ask.at_most for rows in batch if isinstance(rows.ask, Next)]
+        passes = self._worthwhile(batch, at_most, policy)
         if not passes:
             return None
-        runner = self._runner
-        sampling = [w.sequence.request.sampling for w in batch]
-        laws = padded_laws(sampling, len(batch), runner.vocab_size, runner.device)
-        logits = runner.run(batch)
-        began, recorded = time.perf_counter(), runner.executor.num_recorded
-        drawn, told, unpaid = self._launch(batch, logits, laws, passes)
-        if runner.executor.num_recorded == recorded:
-            runner.costs.saw("behind", len(batch), (time.perf_counter() - began) / len(told))
+        sampling = [rows.sequence.request.sampling for rows in batch]
+        laws = padded_laws(sampling, len(batch), self._stages.decoder.vocab_size, self._device)
+        logits = self._stages.run(batch)
+        executor = self._stages.launcher.executor
+        began, recorded = time.perf_counter(), executor.num_recorded
+        found = self._launch(batch, logits, laws, passes)
+        if executor.num_recorded == recorded:
+            seconds = (time.perf_counter() - began) / len(found.decided)
+            self._ledger.latency.observe(BYTE_AHEAD, len(batch), seconds)
         # The host's stand-ins go; what they stood for comes.
-        for w in batch:
-            w.sequence.retract(w.end)
-            w.sequence.patching.cut(w.end)
-        (ids, highest), decided = torch.stack(drawn, 2), torch.stack(told, 2)
-        after, bests, entropies, opens = read(ids.long(), highest.flatten(), *decided)
+        for rows in batch:
+            rows.sequence.retract(rows.end)
+            rows.sequence.undecide(rows.end)
+        (drawn, highest), decided = torch.stack(found.drawn, 2), torch.stack(found.decided, 2)
+        ids, bests, entropies, opens = read(drawn.long(), highest.flatten(), *decided)
         check(bests)
-        counts = [_count(ids, starts, call.ahead) for ids, starts, call in zip(after, opens, calls, strict=True)]
-        for number, (call, works) in enumerate(unpaid):
-            # What was done in vain is nobody's.
-            served = [rows for rows, count in zip(works, counts, strict=True) if count > number // STAGES]
-            if served:
-                runner.charge(call, served)
-            runner.finish(call)
-        for w, count, values in zip(batch, counts, entropies, strict=True):
-            w.sequence.patching.take(values[:count], [False] * count)
-        return [Result(w.end - 1, ids[: n + 1]) for w, n, ids in zip(batch, counts, after, strict=True)]
+        counts = [_count(own, starts, most - 1) for own, starts, most in zip(ids, opens, at_most, strict=True)]
+        for number, launches in enumerate(found.launches):
+            for launch, shares in launches:
+                # What was done in vain is charged to no request.
+                served = [share for share, count in zip(shares, counts, strict=True) if count > number]
+                self._ledger.took(launch, *([served] if served else []))
+        for rows, count, values in zip(batch, counts, entropies, strict=True):
+            rows.sequence.decide(values[:count], [False] * count)
+        return [Result(drawn[: count + 1]) for drawn, count in zip(ids, counts, strict=True)]
 
-    def _worthwhile(self, batch: Sequence[Work], calls: Sequence[Call]) -> int:
+    def _worthwhile(self, batch: Sequence[Rows], at_most: Sequence[int], policy: Policy) -> int:
         """How many passes promise to feed more bytes than further steps would in their time, if there are pages."""
-        runner, size, most = self._runner, len(batch), min(max(call.ahead for call in calls), MOST_PASSES)
-        if not most or runner.ahead.bytes == "never":
+        size, most = len(batch), min(max(at_most) - 1, MOST_PASSES)
+        if not most or policy == "never":
             return 0
-        if size == 1 and runner.ahead.bytes == "measured" and runner.device.type == "cpu":
+        if size == 1 and policy == "measured" and self._device.type == "cpu":
             # There the host computes: all that passes could save is the global stage's weights, read for several.
             return 0
-        # Behind a BOS alone there are more starts than bytes.
-        patches = [max(w.sequence.mean_patch, 1.0) for w in batch]
+        # After a BOS alone there are more starts than bytes.
+        patches = [max(rows.sequence.mean_patch, 1.0) for rows in batch]
         needed = 0.0
-        if runner.ahead.bytes == "measured":
-            needed = size * runner.costs.feeding(size, size / sum(1 / patch for patch in patches))
+        if policy == "measured":
+            needed = size * self._ledger.latency.byte_ahead(size, size / sum(1 / patch for patch in patches))
         passes = 0
         while passes < most:
-            lasts = [1 - 1 / patch for patch, call in zip(patches, calls, strict=True) if call.ahead > passes]
+            lasts = [1 - 1 / patch for patch, own in zip(patches, at_most, strict=True) if own - 1 > passes]
             if sum(chance ** (passes + 1) for chance in lasts) < needed:
                 break
             passes += 1
@@ -88,49 +105,51 @@ class Feeding:
         if self._idle > PROBE_INTERVAL:
             self._idle, passes = 0, 1
         # They close no patch.
-        return passes if all(runner.try_reserve(w.sequence, w.end, w.end + passes) for w in batch) else 0
+        reaches = [Reach(rows.sequence, rows.end, rows.end + passes) for rows in batch]
+        return passes if self._memory.reserve_all(reaches) else 0
 
-    def _launch(
-        self, batch: Sequence[Work], logits: Tensor, laws: Mapping[str, Tensor], passes: int
-    ) -> tuple[list[Tensor], list[Tensor], Unpaid]:
-        """What was drawn and its largest logits, (2, S) float64 for the step and each pass; what the patcher said of
-        each, (2, S) float32; the launches. logits (S, V): the step's. laws: see `engine.step.sampling.draw_ids`."""
-        runner = self._runner
-        windows = runner.windows((w.sequence, w.end - 1) for w in batch)
-        entropies = on_device([w.sequence.patching.last_entropy for w in batch], runner.device)
-        drawn: list[Tensor] = []
-        told: list[Tensor] = []
-        unpaid: Unpaid = []
+    def _launch(self, batch: Sequence[Rows], logits: Tensor, laws: Mapping[str, Tensor], passes: int) -> _Passes:
+        """Draws the step's bytes and launches the passes. logits (S, V): the step's. laws: see
+        `engine.step.sampling.draw_ids`."""
+        stages = self._stages
+        windows = stages.encoder.windows((rows.sequence, rows.end - 1) for rows in batch)
+        entropies = on_device([rows.sequence.patching.last_entropy for rows in batch], self._device)
+        found = _Passes()
         while True:
-            number = len(drawn)
-            uniforms = uniforms_for(laws, [uniform(w.sequence, w.end + number) for w in batch], runner.device)
+            number = len(found.drawn)
+            uniforms = uniforms_for(laws, [uniform(rows.sequence, rows.end + number) for rows in batch], self._device)
             ids, highest = draw_ids(logits, laws, uniforms, self._kernels)
-            drawn.append(torch.stack((ids.double(), highest.double())))
+            found.drawn.append(torch.stack((ids.double(), highest.double())))
             if number == passes:
-                break
+                return found
             windows = torch.cat((windows[:, 1:], ids[:, None]), dim=1)
-            rows = [self._row(w, number) for w in batch]
+            for rows in batch:
+                rows.sequence.extend((STAND_IN,))
+            fed = [_row(rows, rows.end + number) for rows in batch]
+            patched, decided = stages.patcher.launch_ahead(fed, ids, entropies)
+            found.launches.append([(patched, patched.shares)])
             # The next pass writes its own over it.
-            told.append(runner.feed(rows, windows, entropies, unpaid).clone())
-            entropies = told[-1][0]
-            if runner.device.type == "cpu" and told[-1][1].all():
+            found.decided.append(decided.clone())
+            entropies = found.decided[-1][0]
+            if self._device.type == "cpu" and found.decided[-1][1].all():
                 # Here it costs nothing to look.
-                break
-            for w in batch:
-                w.sequence.patching.take([0.0], [False])
-            logits = runner.decode_fed(rows, windows, unpaid)
-        return drawn, told, unpaid
+                return found
+            for rows in batch:
+                rows.sequence.decide([0.0], [False])
+            encoded, states = stages.encoder.launch_ahead(fed, windows)
+            decoded, logits = stages.decoder.launch(stages.plan_decoder(fed), ids=ids, states=states)
+            found.launches[-1] += [(encoded, encoded.shares), (decoded, decoded.shares)]
 
-    def _row(self, w: Work, number: int) -> Work:
-        """That of the byte behind the step and so many passes."""
-        w.sequence.extend((STAND_IN,))
-        row = w.end + number
-        return Work(w.sequence, row, row + 1, w.call, row, w.counted_from)
+
+def _row(rows: Rows, at: int) -> Rows:
+    """A row for a byte that only the device knows."""
+    sequence = rows.sequence
+    return Rows(sequence, at, at + 1, rows.ask, logits_from=at, decode_from=at, counted_from=rows.counted_from)
 
 
 def _count(ids: Sequence[int], starts: Sequence[float], most: int) -> int:
     """Of how many passes the bytes stand: none starts a patch or a document. ids: what was drawn in the step and in the
-    passes. starts: per pass, whether a patch starts behind the byte that it was fed."""
+    passes. starts: per pass, whether a patch starts after the byte that it was fed."""
     count = 0
     while count < min(most, len(starts)) and ids[count] != EOS_ID and not starts[count]:
         count += 1

@@ -1,4 +1,4 @@
-"""A whole draft as one launch, and behind it the first half of the step that verifies it.
+"""Drafts ahead: a whole draft as one launch, and after it the first half of the step that verifies it.
 
 While the device drafts the host prepares that step, and launches its patcher and encoder over the drafts that only the
 device knows.
@@ -14,63 +14,82 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 
-from ...decoders import Call, Result
+from ...config import Policy
+from ...costs.ledger import Ledger
+from ...decoders import Draft, Result
+from ...memory.memory import Memory, Reach
+from ...rows import Rows
 from ..results import uniform
-from ..runner import STAND_IN, Runner, Started, Work
 from ..sampling import check, draw_ids, padded_laws, uniforms_for
-from ..transfer import reading, sent
+from ..stages import STAND_IN, Begun, Stages
+from ..transfer import read_async, to_device
 
 
-def draft(runner: Runner, kernels: Kernels, batch: Sequence[Work], calls: Sequence[Call]) -> list[Result]:
-    """The results of calls with a causal cell each, after as many passes as all of them let follow."""
-    passes = range(1 + min(call.ahead for call in calls))
-    pairs = list(zip(batch, calls, strict=True))
-    plans = [
-        runner.plan_decoder([replace(w, call=replace(call, start=call.start + n)) for w, call in pairs]) for n in passes
-    ]
-    padding = plans[0].padded - len(batch)
-    uniforms = [[uniform(w.sequence, call.start + 1 + n) for w, call in pairs] + [0.0] * padding for n in passes]
-    params = [w.sequence.request.sampling for w in batch]
-    tensors = padded_laws(params, plans[0].padded, runner.vocab_size, runner.device)
-    tensors["ids"] = sent(np.array([call.causal[0] for call in calls] + [0] * padding), runner.device)
-    if (draws := uniforms_for(tensors, uniforms, runner.device)) is not None:
-        tensors["uniforms"] = draws
-    launch, out = runner.decode_passes("draft", plans, 1, tensors, partial(_Drafting, kernels))
-    for plan in plans:
-        runner.charge(launch, plan.works)
-    runner.finish(launch)
-    drawn, highest = out[:, :, : len(batch)].unbind(1)
-    drafts = drawn.T.long()
-    heard = reading(drafts, highest.flatten())
-    started = _verification(runner, batch, calls, drafts)
-    after, best = heard()
-    check(best)
-    if started:
-        started.ids = [[call.causal[0], *ids] for call, ids in zip(calls, after, strict=True)]
-    return [Result(w.end, ids) for w, ids in zip(batch, after, strict=True)]
+class DraftsAhead:
+    """Runs steps of drafts alone."""
 
+    def __init__(self, stages: Stages, memory: Memory, ledger: Ledger, kernels: Kernels) -> None:
+        self._stages, self._memory, self._ledger, self._kernels = stages, memory, ledger, kernels
 
-def _verification(runner: Runner, batch: Sequence[Work], calls: Sequence[Call], drafts: Tensor) -> Started | None:
-    """Begins it, if all drafts (S, k) began with this launch and end with it, and there are pages."""
-    size = drafts.shape[1]
-    if any(call.drafts or call.start != w.end or call.ahead + 1 != size for w, call in zip(batch, calls, strict=True)):
-        return None
-    if not all(runner.try_reserve(w.sequence, w.end + 1 + size, w.end + 1 + size) for w in batch):
-        return None
-    windows = runner.windows((w.sequence, w.end) for w in batch)
-    width = windows.shape[1]
-    fed = torch.cat((windows, drafts), dim=1).unfold(1, width, 1).reshape(-1, width)
-    for w in batch:
-        w.sequence.extend([STAND_IN] * size)
-    rows = [Work(w.sequence, w.end, w.end + 1 + size, None, w.end, w.counted_from) for w in batch]
-    started = runner.start(rows, fed)
-    for w in batch:
-        w.sequence.retract(w.end + 1)
-    return started
+    def run(self, batch: Sequence[Rows], policy: Policy) -> list[Result] | None:
+        """The results after as many passes as all drafts let follow; None, with nothing done, if that is one."""
+        asks = [rows.ask for rows in batch if isinstance(rows.ask, Draft)]
+        most = min(ask.at_most for ask in asks)
+        if most == 1 or policy == "never":
+            return None
+        stages, device = self._stages, self._stages.launcher.device
+        plans = [
+            stages.plan_decoder([replace(rows, cells_start=rows.cells_start + n) for rows in batch])
+            for n in range(most)
+        ]
+        padded = plans[0].padded
+        padding = padded - len(batch)
+        sampling = [rows.sequence.request.sampling for rows in batch]
+        tensors = padded_laws(sampling, padded, stages.decoder.vocab_size, device)
+        tensors["ids"] = to_device(np.array([rows.cells[0] for rows in batch] + [0] * padding), device)
+        uniforms = [
+            [uniform(rows.sequence, rows.cells_start + 1 + n) for rows in batch] + [0.0] * padding for n in range(most)
+        ]
+        if (draws := uniforms_for(tensors, uniforms, device)) is not None:
+            tensors["uniforms"] = draws
+        launch, out = stages.decoder.launch_passes("draft", plans, 1, tensors, partial(_Drafting, self._kernels))
+        self._ledger.took(launch, *(plan.shares for plan in plans))
+        drawn, highest = out[:, :, : len(batch)].unbind(1)
+        drafts = drawn.T.long()
+        readback = read_async(drafts, highest.flatten())
+        begun = self._begin_verification(batch, asks, drafts)
+        ids, bests = readback()
+        check(bests)
+        if begun:
+            begun.ids = [[rows.cells[0], *own] for rows, own in zip(batch, ids, strict=True)]
+        return [Result(own) for own in ids]
+
+    def _begin_verification(self, batch: Sequence[Rows], asks: Sequence[Draft], drafts: Tensor) -> Begun | None:
+        """Begins it, if all drafts (S, k) began with this launch and end with it, and there are pages."""
+        size, stages = drafts.shape[1], self._stages
+        if any(ask.known or ask.at_most != size for ask in asks):
+            return None
+        if not self._memory.reserve_all(
+            [Reach(rows.sequence, rows.end + 1 + size, rows.end + 1 + size) for rows in batch]
+        ):
+            return None
+        windows = stages.encoder.windows((rows.sequence, rows.end) for rows in batch)
+        width = windows.shape[1]
+        fed = torch.cat((windows, drafts), dim=1).unfold(1, width, 1).reshape(-1, width)
+        for rows in batch:
+            rows.sequence.extend([STAND_IN] * size)
+        verified = [
+            Rows(rows.sequence, rows.end, rows.end + 1 + size, decode_from=rows.end, counted_from=rows.counted_from)
+            for rows in batch
+        ]
+        begun = stages.begin(verified, fed)
+        for rows in batch:
+            rows.sequence.retract(rows.end + 1)
+        return begun
 
 
 class _Drafting:
-    """Passes each of which is fed with what was drawn from the one before; see `engine.step.runner.PassState`."""
+    """Passes each of which is fed with what was drawn from the one before; see `engine.step.decoder.PassState`."""
 
     def __init__(self, kernels: Kernels, tensors: Mapping[str, Tensor]) -> None:
         self._kernels, self._tensors = kernels, tensors

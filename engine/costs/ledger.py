@@ -1,0 +1,129 @@
+"""Who pays: every launch of a stage is charged here, to the requests that it served and to none if it served none."""
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..counts import Counts
+from ..decoders import Committed
+from ..rows import Rows
+from .accounting import StageBytes
+from .clock import Clock, Moment
+from .latency import HOST, LatencyModel
+
+
+class Share(NamedTuple):
+    """A sequence's rows in one pass of a stage: how many, how many of them belong to generation, how many cache rows
+    they look at."""
+
+    rows: Rows
+    num_rows: int
+    counted: int
+    looked_at: int
+
+
+@dataclass(slots=True)
+class Launch:
+    """One launch of a stage. shares: whose rows a pass has; num_rows: of a pass; passes: how many it makes over them;
+    recorded: whether it was recorded for that, which takes longer."""
+
+    stage: str
+    shares: list[Share]
+    num_rows: int
+    passes: int = 1
+    recorded: bool = False
+    began: Moment = None
+    ended: Moment = None
+
+
+class Ledger:
+    """Counts and seconds of an engine, its decoders and its requests; teaches the latency model.
+
+    total: all passes, prompts included. latency: may be replaced, by one that records.
+    """
+
+    def __init__(self, stage_bytes: StageBytes, latency: LatencyModel, clock: Clock) -> None:
+        self._bytes, self._clock = stage_bytes, clock
+        self.latency = latency
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was counted."""
+        self.total = Counts()
+        self.decoders: dict[str, Counts] = defaultdict(Counts)
+        """Of requests that have ended; seconds of all."""
+        self._pending: deque[tuple[Launch, dict[str, float]]] = deque()
+        """Launches whose time is not known yet, and each decoder's part of it."""
+
+    def took(self, launch: Launch, *served: Sequence[Share]) -> None:
+        """Charges each pass to those that it served; `served` has an entry for each pass that served any. A pass's
+        weights are shared by rows. The time is noted once the device says it."""
+        parts: dict[str, float] = defaultdict(float)
+        for shares in served:
+            self._charge(launch.stage, shares, parts, len(served))
+        self._pending.append((launch, parts))
+        self.poll()
+
+    def _charge(self, stage: str, shares: Sequence[Share], parts: dict[str, float], passes: int) -> None:
+        total, all_rows = self.total, sum(share.num_rows for share in shares)
+        total.calls[stage] += 1
+        total.rows[stage] += all_rows
+        each = self._bytes.weights[stage] / all_rows + self._bytes.row[stage]
+        kv_row, whole = self._bytes.kv_row[stage], 0.0
+        for rows, count, counted, looked_at in shares:
+            read = each * count + looked_at * kv_row
+            whole += read
+            if counted:
+                counts = rows.sequence.counts
+                counts.calls[stage] += 1
+                counts.rows[stage] += counted
+                counts.bytes_read[stage] += read * counted / count
+                parts[rows.sequence.request.decoder] += counted / all_rows / passes
+        total.bytes_read[stage] += whole
+
+    def poll(self) -> None:
+        """Notes the time of launches that are done since."""
+        while self._pending and self._clock.passed(self._pending[0][0].ended):
+            launch, parts = self._pending.popleft()
+            seconds = self.seconds(launch)
+            self.total.seconds[launch.stage] += seconds
+            for decoder, part in parts.items():
+                self.decoders[decoder].seconds[launch.stage] += seconds * part
+            if not launch.recorded:
+                # A pass takes the same time whether or not it serves anyone.
+                self.latency.observe(launch.stage, launch.num_rows, seconds / launch.passes)
+
+    def seconds(self, launch: Launch) -> float:
+        """What a launch took that is known to have ended."""
+        return self._clock.seconds(launch.began, launch.ended)
+
+    @contextmanager
+    def step(self, batch: Sequence[Rows], num_recorded: Callable[[], int]) -> Iterator[None]:
+        """Around a step: what it takes besides its stages. On a GPU the clocks of stages run late, so that an earlier
+        step's may be among these."""
+        began, recorded = time.perf_counter(), num_recorded()
+        stages, calls = self._stage_seconds(), self.total.calls["decoder"]
+        yield
+        seconds = time.perf_counter() - began - (self._stage_seconds() - stages)
+        if num_recorded() == recorded:
+            passes = max(self.total.calls["decoder"] - calls, 1)
+            self.latency.observe(HOST, sum(rows.num_rows for rows in batch), max(seconds, 0.0) / passes)
+
+    def _stage_seconds(self) -> float:
+        self.poll()
+        return sum(self.total.seconds.values())
+
+    def committed(self, counts: Counts, outcome: Committed, num_ids: int, patches: int) -> None:
+        """A round of a request. num_ids: of these, how many became text; patches: how many they begin."""
+        counts.rounds += outcome.rounds
+        counts.drafted += outcome.drafted
+        counts.accepted += outcome.accepted
+        counts.committed += num_ids
+        counts.patches += patches
+
+    def ended(self, decoder: str, counts: Counts) -> None:
+        """A request has ended: what it cost stays with its decoder."""
+        self.decoders[decoder].add(counts)

@@ -1,0 +1,146 @@
+"""What a round asks of the stages, and what it gets back.
+
+Positions are places in the text. Row j is fed byte j and predicts byte j + 1.
+"""
+
+from collections.abc import Generator, Sequence
+from typing import Protocol
+
+import msgspec
+
+from ..counts import Counts
+from ..types import Request, TokenLogprob, UnmaskRule
+
+
+class Next(msgspec.Struct, frozen=True):
+    """The byte after the text: all rows not yet computed run through all stages.
+
+    at_most: bytes that may come back, more than one only where the host runs ahead. Each further byte takes one more
+    row, as long as no patch closes.
+    """
+
+    at_most: int = 1
+
+
+class Draft(msgspec.Struct, frozen=True):
+    """A guess at the byte after the text and the `known` drafts: a row of the decoder alone (of the encoder too, where
+    the decoder reads its states), against the newest latent.
+
+    at_most: bytes that may come back, each from a row that is fed the one before.
+    """
+
+    known: Sequence[int] = ()
+    at_most: int = 1
+
+
+class Unmask(msgspec.Struct, frozen=True):
+    """Passes of the decoder over a block after the text. Its cells see each other; [MASK]s among them become bytes by
+    the rule.
+
+    lead: the last byte of the text runs along as a causal row, and gives the block's first byte. close_patch: rows not
+    yet computed run first through all stages, and the block reads the latent of the open patch as if it ended there;
+    without, the newest latent there is.
+    """
+
+    block: Sequence[int]
+    rule: UnmaskRule
+    lead: bool = False
+    close_patch: bool = False
+
+
+class Verify(msgspec.Struct, frozen=True):
+    """How many of the drafts the model itself would give, and the byte that it gives after those: the last row of the
+    text and the drafts run through all stages.
+
+    exact: so many of these rows have been through the decoder as drafts were made, reading the newest latent. They are
+    exact up to the first that closes a patch, and the decoder skips them that far.
+    """
+
+    drafts: Sequence[int]
+    exact: int = 0
+
+
+Ask = Next | Draft | Unmask | Verify
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What the model gives for an ask, drawn with the random numbers that belong to each place.
+
+    ids: of Next and Draft the bytes that follow; of Unmask the block as it is now; of Verify the byte after the
+    accepted drafts. accepted: of Verify. settled: of Unmask, for each cell in which of the `passes` it became a byte,
+    -1 if in none. scores: only if the request asked for log-probabilities; of Verify those of all rows, of Unmask those
+    of what each cell would have become.
+    """
+
+    ids: list[int] = []
+    accepted: int = 0
+    settled: list[int] = []
+    passes: int = 1
+    scores: list[TokenLogprob] = []
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """The outcome of a round: the ids that follow.
+
+    drafts: what was drafted, or decoded as a block; accepted: how many of these, from the first on, are among `ids`.
+    passes: of a block, in which pass each cell was settled, from 0 on. rounds: how many rounds of one byte it stands
+    for.
+    """
+
+    ids: list[int]
+    scores: list[TokenLogprob]
+    drafts: Sequence[int] = ()
+    accepted: int = 0
+    passes: Sequence[int] = ()
+    rounds: int = 1
+
+    @property
+    def drafted(self) -> int:
+        return len(self.drafts)
+
+
+Round = Generator[Ask, Result, Committed]
+
+
+class SequenceView(Protocol):
+    """What a decoder may know of its sequence; see `engine.sequence.Sequence`."""
+
+    @property
+    def request(self) -> Request: ...
+
+    @property
+    def ids(self) -> list[int]: ...
+
+    @property
+    def num_computed(self) -> int: ...
+
+    @property
+    def remaining(self) -> int: ...
+
+    @property
+    def tokens_left(self) -> int: ...
+
+    @property
+    def at_patch_start(self) -> bool: ...
+
+    @property
+    def mean_patch(self) -> float: ...
+
+    @property
+    def mask_id(self) -> int: ...
+
+    @property
+    def counts(self) -> Counts: ...
+
+
+class Decoder:
+    """Makes rounds for one sequence."""
+
+    def choose(self, sequence: SequenceView) -> None:
+        """Decides how the next round goes, if there is a choice. Called when the sequence comes and after every
+        round."""
+
+    def round(self, sequence: SequenceView, room: int) -> Round:
+        """A round after the ids that are committed now; up to `room` rows may run through all stages, drafts among
+        them."""
+        raise NotImplementedError

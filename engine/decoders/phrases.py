@@ -1,0 +1,53 @@
+"""What several decoders say: one byte, a block denoised, drafts accepted."""
+
+from collections.abc import Generator, Sequence
+
+import msgspec
+
+from ..types import TokenLogprob, UnmaskRule
+from .asks import Ask, Committed, Next, Result, Round, SequenceView, Unmask
+
+
+class Denoised(msgspec.Struct, frozen=True):
+    """A block without [MASK]s. passes: in which pass each cell was settled, from 0 on."""
+
+    ids: list[int]
+    passes: list[int]
+    scores: list[TokenLogprob]
+
+
+def one_byte() -> Round:
+    """A round of blt, where drafts cannot begin."""
+    result = yield Next()
+    return Committed(result.ids, result.scores)
+
+
+def can_draft(sequence: SequenceView) -> bool:
+    """Whether a verification, or the prompt, has left a latent to draft from: one row is to compute."""
+    return sequence.remaining == 1 and sequence.num_computed > 0
+
+
+def denoise(
+    sequence: SequenceView, size: int, rule: UnmaskRule, *, lead: bool = False, close_patch: bool = False
+) -> Generator[Ask, Result, Denoised]:
+    """Unmasks a block of [MASK]s, pass after pass (Fast BLT 3.1, algorithm 1). lead, close_patch: see `Unmask`; a lead
+    runs in the first pass alone."""
+    mask = sequence.mask_id
+    block, passes, number = [mask] * size, [0] * size, 0
+    scores: list[TokenLogprob | None] = [None] * size
+    while mask in block:
+        result = yield Unmask(tuple(block), rule, lead and not number, close_patch)
+        block = result.ids
+        for cell, settled in enumerate(result.settled):
+            if settled >= 0:
+                passes[cell] = number + settled
+                if result.scores:
+                    scores[cell] = result.scores[cell]
+        number += result.passes
+    return Denoised(block, passes, [score for score in scores if score])
+
+
+def accept(drafts: Sequence[int], verified: Result, passes: Sequence[int] = ()) -> Committed:
+    """The drafts up to the first that the model would not give, then the model's own byte (Fast BLT, Verify)."""
+    ids = [*drafts[: verified.accepted], *verified.ids]
+    return Committed(ids, verified.scores[: len(ids)], drafts, verified.accepted, passes)

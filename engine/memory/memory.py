@@ -1,0 +1,136 @@
+"""Who gets pages: what fits, what is taken and given back, and which prefixes are forgotten for it.
+
+Caches and pools know nothing of this; the scheduler asks, and preempts where nothing fits.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..rows import Rows
+from ..sequence import Sequence
+from .caches import Caches
+from .pages import BlockTable, OutOfPages, PagePool
+from .prefix import PrefixCache
+
+
+class Reach(NamedTuple):
+    """Rows that a sequence will write: of the text up to `end`, and cells up to `reach`."""
+
+    sequence: Sequence
+    end: int
+    reach: int
+
+
+@dataclass(slots=True)
+class Hold:
+    """Rows that the device is writing ahead of the host, up to the end given for each arrival. broken: a sequence has
+    lost its pages since, so that others may write there."""
+
+    ends: Mapping[int, int]
+    broken: bool = False
+
+
+class Memory:
+    """The pages of all sequences, and the prefixes that are kept in what they leave."""
+
+    def __init__(self, caches: Caches, prefixes: PrefixCache | None) -> None:
+        self.caches, self.prefixes = caches, prefixes
+        self._of_patches = {name for name, spec in caches.specs.items() if spec.rows_from == "patch"}
+        self._hold = Hold({})
+
+    def room(self, sequence: Sequence) -> int:
+        """Rows of the text that a sequence may still run before it could outgrow the caches, were they its alone: rows
+        whose boundaries are decided, or else one for each patch that has a place, since each may close one."""
+        decided, computed = sequence.patching.decided, sequence.num_computed
+        return decided - computed if computed < decided else self.caches.max_patches - sequence.patch_of(computed)
+
+    def fits(self, rows: Rows) -> bool:
+        """Whether `reserve` will find pages, once prefixes make room."""
+        return self._fit(self._missing(self._short(Reach(rows.sequence, rows.end, rows.reach))))
+
+    def reserve(self, rows: Rows) -> None:
+        """Takes the pages for rows that fit; forgets prefixes for them. An undecided byte counts as closing a patch,
+        and one more patch may be closed for a block."""
+        self._take(self._short(Reach(rows.sequence, rows.end, rows.reach)))
+
+    def reserve_all(self, reaches: Seq[Reach]) -> bool:
+        """Takes the pages for all, or none: then the answer is False, and nothing is forgotten."""
+        if any(reach > self.caches.max_length for _, _, reach in reaches):
+            return False
+        short = [table for reach in reaches for table in self._short(reach)]
+        if not self._fit(self._missing(short)):
+            return False
+        self._take(short)
+        return True
+
+    def make_room(self, missing: Mapping[PagePool, int]) -> None:
+        """Forgets prefixes, the one used longest ago first, until so many pages are free. Raises OutOfPages."""
+        while not all(pool.can_take(pages) for pool, pages in missing.items()):
+            if not (self.prefixes and self.prefixes.forget()):
+                raise OutOfPages("pages are kept that no prefix holds")
+
+    def attach(self, sequence: Sequence) -> None:
+        """Before a sequence is admitted: lets it begin after the longest prefix that is known, unless its prompt's rows
+        must run for their scores."""
+        if self.prefixes:
+            self.prefixes.attach(sequence, from_root=sequence.scores_prompt)
+
+    def remember(self, sequence: Sequence) -> None:
+        """Keeps what the sequence has computed for texts to come."""
+        if self.prefixes:
+            self.prefixes.remember(sequence)
+
+    def settle(self, sequence: Sequence) -> None:
+        """After a step: remembers, then gives back pages before every window, and those of rejected rows and
+        patches."""
+        self.remember(sequence)
+        computed = sequence.num_computed
+        patch = sequence.patch_of(computed)
+        start = sequence.patching.starts[patch]
+        end = max(computed, self._hold.ends.get(sequence.arrival, 0))
+        for name, table in sequence.tables.items():
+            first = self.caches.first_live(name, computed, patch, start)
+            table.settle(first, patch if name in self._of_patches else end)
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives back all pages of a sequence."""
+        if sequence.arrival in self._hold.ends:
+            self._hold.broken = True
+        for table in sequence.tables.values():
+            table.release()
+
+    def hold(self, ends: Mapping[int, int]) -> Hold:
+        """Keeps the pages of rows that are written ahead, instead of those held so far."""
+        self._hold = Hold(ends)
+        return self._hold
+
+    def _short(self, rows: Reach) -> list[tuple[str, BlockTable, int]]:
+        """The caches that lack pages, and up to which row."""
+        sequence, end, reach = rows
+        patches = sequence.most_patches(end) + (reach > end)
+        short = []
+        for name, table in sequence.tables.items():
+            last = patches if name in self._of_patches else reach
+            if last > table.capacity:
+                short.append((name, table, last))
+        return short
+
+    def _missing(self, short: Seq[tuple[str, BlockTable, int]]) -> dict[PagePool, int]:
+        missing: dict[PagePool, int] = {}
+        for name, table, last in short:
+            pool = self.caches.pools[name]
+            missing[pool] = missing.get(pool, 0) + table.missing(last)
+        return missing
+
+    def _fit(self, missing: Mapping[PagePool, int]) -> bool:
+        return all(pages <= pool.num_free + pool.num_idle for pool, pages in missing.items())
+
+    def _take(self, short: Seq[tuple[str, BlockTable, int]]) -> None:
+        if self.prefixes:
+            self.make_room(self._missing(short))
+        for name, table, last in short:
+            if borrowed := table.own():
+                self.caches.copy_page(name, *borrowed)
+            table.extend(last)

@@ -1,0 +1,147 @@
+"""What a request is answered with: text that is certain, log-probabilities, traces, boundaries, and why it ends."""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .config import BYTE_OFFSET, EOS_ID, is_byte
+from .costs.accounting import PaperFormula
+from .decoders import Committed
+from .stopping import StopMatcher
+from .types import Delta, Finished, FinishReason, Request, TokenLogprob, Trace, Usage
+
+if TYPE_CHECKING:
+    from .sequence import Sequence
+
+
+class Output:
+    """The output of one request, as far as the client was told of it."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._stopping = StopMatcher(request.stop)
+        self._num_ids = 0
+        self._prompt_scores: list[TokenLogprob] = []
+        self._cumulative_logprob = 0.0
+        self._num_traced: int | None = None
+        """Patch starts that traces have reported."""
+        self._num_counted: int | None = None
+        """Patch starts that are counted, or that lie before what this engine generates."""
+        self._num_decided = request.patches_from or 0
+        """Ids whose entropies have been reported, if any are."""
+
+    @property
+    def num_scored(self) -> int:
+        """Ids of the prompt that have been scored."""
+        return len(self._prompt_scores)
+
+    def take(self, ids: Iterable[int]) -> tuple[list[int], bytes, FinishReason | None]:
+        """Takes committed ids up to where the request must end: these, the bytes that became certain, and why it ends,
+        if it does. Only bytes are text."""
+        kept: list[int] = []
+        text = b""
+        for token in ids:
+            kept.append(token)
+            self._num_ids += 1
+            certain, stopped = self._stopping.feed(token - BYTE_OFFSET) if is_byte(token) else (b"", False)
+            text += certain
+            if stopped or (token == EOS_ID and not self._request.ignore_eos):
+                return kept, text, "stop"
+            if self._num_ids == self._request.max_tokens:
+                return kept, text, "length"
+        return kept, text, None
+
+    def delta(self, sequence: "Sequence", outcome: Committed, ids: list[int], text: bytes) -> Delta:
+        """The event for a round's ids, once they are committed. ids, text: of `take`."""
+        scores = outcome.scores[: len(ids)]
+        for score in scores:
+            self._cumulative_logprob += score.logprob or 0.0
+        entropies, starts = self._decisions(sequence)
+        return Delta(
+            id=self._request.id,
+            ids=ids,
+            text=text,
+            logprobs=scores,
+            traces=self._traces(sequence, outcome, len(ids)) if self._request.trace else [],
+            entropies=entropies,
+            patch_starts=starts,
+        )
+
+    def prompt_delta(self, sequence: "Sequence") -> Delta | None:
+        """Of a request that generates nothing: the boundaries, if they are asked for."""
+        if self._request.patches_from is None:
+            return None
+        entropies, starts = self._decisions(sequence)
+        return Delta(id=self._request.id, entropies=entropies, patch_starts=starts)
+
+    def score_prompt(self, scores: list[TokenLogprob]) -> Delta | None:
+        """Takes scores of the prompt's next ids; the event, once all are there."""
+        self._prompt_scores += scores
+        if not scores or len(self._prompt_scores) < len(self._request.prompt_ids):
+            return None
+        return Delta(id=self._request.id, prompt_logprobs=list(self._prompt_scores))
+
+    def finished(self, reason: FinishReason, usage: Usage) -> Finished:
+        """The last event; releases what was held back."""
+        text = self._stopping.flush()
+        return Finished(
+            id=self._request.id, reason=reason, text=text, usage=usage, cumulative_logprob=self._cumulative_logprob
+        )
+
+    def count_patches(self, sequence: "Sequence", num_ids: int) -> int:
+        """Patches that generated ids begin, as far as decided now and not counted before. num_ids: those that were
+        committed last."""
+        starts, before = sequence.patching.starts, self._num_counted
+        if before is None:
+            before = bisect_left(starts, len(sequence.ids) - num_ids)
+        self._num_counted = len(starts)
+        return len(starts) - before
+
+    def _traces(self, sequence: "Sequence", outcome: Committed, num_ids: int) -> list[Trace]:
+        starts, before = sequence.patching.starts, self._num_traced
+        if before is None:
+            before = bisect_left(starts, sequence.num_prompt)
+        self._num_traced = len(starts)
+        patch_starts = [start - sequence.num_prompt for start in starts[before:]]
+        if outcome.rounds > 1:
+            # Rounds of blt, which drafts nothing and commits a byte at a time.
+            return [Trace(num_ids=1, patch_starts=patch_starts), *[Trace(num_ids=1)] * (num_ids - 1)]
+        return [
+            Trace(
+                num_ids=num_ids,
+                drafts=list(outcome.drafts),
+                accepted=outcome.accepted,
+                passes=list(outcome.passes),
+                patch_starts=patch_starts,
+            )
+        ]
+
+    def _decisions(self, sequence: "Sequence") -> tuple[list[float], list[int]]:
+        """Entropies and patch starts that have not been reported before, if they are asked for."""
+        if self._request.patches_from is None:
+            return [], []
+        begin, patching = self._num_decided, sequence.patching
+        # A round that ends its request may know more: what is reported must not depend on the decoder.
+        self._num_decided = end = min(patching.decided, max(len(sequence.ids) - 1, sequence.num_prompt))
+        return patching.decisions(begin, end)
+
+
+def usage_of(sequence: "Sequence", formula: PaperFormula) -> Usage:
+    """What a request has cost so far."""
+    ids, counts = sequence.ids, sequence.counts
+    closing_eos = sequence.num_output > 0 and ids[-1] == EOS_ID and not sequence.request.ignore_eos
+    return Usage(
+        prompt_tokens=sequence.num_prompt,
+        completion_tokens=sequence.num_output - closing_eos,
+        decoder_calls=counts.decoder_calls,
+        global_calls=counts.global_calls,
+        rounds=counts.rounds,
+        drafted=counts.drafted,
+        accepted=counts.accepted,
+        rows=dict(counts.rows),
+        estimated_bytes=round(formula.bytes(counts.decoder_calls, counts.global_calls)),
+        bytes_read=round(sum(counts.bytes_read.values())),
+        preemptions=sequence.preemptions,
+        cached_tokens=sequence.num_cached,
+        queue_seconds=sequence.queue_seconds,
+    )

@@ -1,0 +1,85 @@
+"""What an engine tells those who watch it: what it is, and what it has done."""
+
+import torch
+
+from .build import Parts, device_name
+from .config import EngineConfig
+from .costs import bandwidth
+from .counts import Counts
+from .scheduler import Scheduler
+from .types import DecoderCounts, EngineInfo, PoolStats, Snapshot
+
+
+def info_of(config: EngineConfig, parts: Parts, prompt_rows: int) -> EngineInfo:
+    """What does not change. Measures the memory's bandwidth, which takes a few tenths of a second."""
+    device = parts.stepper.device
+    return EngineInfo(
+        device=device_name(device),
+        dtype=config.dtype,
+        weights=config.weights or config.dtype,
+        kernels=parts.kernels.name,
+        weight_bytes=dict(parts.stage_bytes.weights),
+        page_bytes=dict(parts.memory.caches.page_bytes),
+        peak_bandwidth=bandwidth.probe(parts.kernels, getattr(torch, config.dtype), device),
+        prompt_rows=prompt_rows,
+    )
+
+
+class Report:
+    """An engine's counters, in addition to those of its ledger."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.steps = self.prompt_rows = self.cached_rows = 0
+        self.step_seconds = 0.0
+
+    def snapshot(self, scheduler: Scheduler) -> Snapshot:
+        ledger, pools = self._parts.ledger, self._parts.memory.caches.pools
+        ledger.poll()
+        total, decoders = ledger.total, {decoder: Counts() for decoder in self._parts.limits.decoders}
+        for decoder, counts in ledger.decoders.items():
+            decoders[decoder].add(counts)
+        for sequence in (*scheduler.running, *scheduler.waiting):
+            decoders[sequence.request.decoder].add(sequence.counts)
+        return Snapshot(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            preemptions=scheduler.preemptions,
+            steps=self.steps,
+            step_seconds=self.step_seconds,
+            prompt_rows=self.prompt_rows,
+            cached_rows=self.cached_rows,
+            calls=dict(total.calls),
+            rows=dict(total.rows),
+            read_bytes=_rounded(total.bytes_read),
+            stage_seconds=dict(total.seconds),
+            decoders={decoder: self._summary(counts) for decoder, counts in decoders.items()},
+            pools={name: PoolStats(pool.num_total, pool.num_used, pool.num_idle) for name, pool in pools.items()},
+            device_memory=_device_memory(self._parts.stepper.device),
+        )
+
+    def _summary(self, counts: Counts) -> DecoderCounts:
+        return DecoderCounts(
+            committed=counts.committed,
+            rounds=counts.rounds,
+            drafted=counts.drafted,
+            accepted=counts.accepted,
+            calls=dict(counts.calls),
+            rows=dict(counts.rows),
+            read_bytes=_rounded(counts.bytes_read),
+            seconds=dict(counts.seconds),
+            estimated_bytes=_rounded(self._parts.formula.by_stage(counts.decoder_calls, counts.global_calls)),
+            blt_estimated_bytes=round(self._parts.formula.bytes(counts.committed, counts.patches)),
+        )
+
+
+def _rounded(by_stage: dict[str, float]) -> dict[str, int]:
+    return {stage: round(count) for stage, count in by_stage.items()}
+
+
+def _device_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes used, and in all; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free, total

@@ -1,0 +1,118 @@
+"""One sequence's share of one step: the scheduler makes it, the stages read it, the ledger bills it."""
+
+from collections.abc import Sequence as Seq
+
+import msgspec
+
+from .decoders import Ask, Draft, Next, Unmask, Verify
+from .sequence import Sequence
+from .types import TokenLogprob
+
+
+class Rows(msgspec.Struct):
+    """Rows of the text, start..end-1, run through all stages. Then cells, from `cells_start` on, run through the
+    decoder alone (through the encoder too, where the decoder reads its states); the last `num_block` of them see each
+    other.
+
+    While a step verifies drafts they are the end of `sequence.ids`, so that their rows are rows of the text.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+    ask: Ask | None = None
+    """None: rows on the way to one."""
+    cells: Seq[int] = ()
+    cells_start: int = 0
+    num_block: int = 0
+    logits_from: int = 0
+    """First row of the text whose logits are wanted, `end` for none; moves on with `decode_from`."""
+    decode_from: int = 0
+    """First row of the text that the decoder runs; moves on when the step learns which rows it may skip."""
+    counted_from: int = 0
+    """Rows from here on belong to generation: they are not a prompt's, nor computed for a second time."""
+    prompt_scores: list[TokenLogprob] = []
+    """What the step gives for the prompt's ids, if the request asked."""
+
+    @classmethod
+    def prefill(cls, sequence: Sequence, end: int) -> "Rows":
+        """Rows of the text up to `end`."""
+        return cls._make(sequence, None, end, end)
+
+    @classmethod
+    def of(cls, sequence: Sequence, ask: Ask) -> "Rows":
+        """All that an ask takes, after whatever is not computed yet."""
+        start, end = sequence.num_computed, len(sequence.ids)
+        match ask:
+            case Next():
+                return cls._make(sequence, ask, end, end - 1)
+            case Verify():
+                return cls._make(sequence, ask, end + len(ask.drafts), max(start, end - 1))
+            case Draft():
+                known = ask.known or sequence.ids
+                rows = cls._make(sequence, ask, start, start)
+                rows.cells, rows.cells_start = (known[-1],), end - 1 + len(ask.known)
+            case Unmask():
+                lead = sequence.ids[-1:] if ask.lead else []
+                text = end if ask.close_patch else start
+                rows = cls._make(sequence, ask, text, text)
+                rows.cells, rows.cells_start, rows.num_block = (*lead, *ask.block), end - len(lead), len(ask.block)
+        return rows
+
+    @classmethod
+    def _make(cls, sequence: Sequence, ask: Ask | None, end: int, logits_from: int) -> "Rows":
+        start = sequence.num_computed
+        if sequence.scores_prompt:
+            logits_from = start
+        counted_from = max(sequence.num_prompt - 1, sequence.patching.decided)
+        return cls(sequence, start, end, ask, logits_from=logits_from, decode_from=start, counted_from=counted_from)
+
+    @property
+    def num_text(self) -> int:
+        return self.end - self.start
+
+    @property
+    def num_rows(self) -> int:
+        return self.end - self.start + len(self.cells)
+
+    @property
+    def reach(self) -> int:
+        """The position after the last row that the ask may lead to."""
+        if isinstance(self.ask, Draft):
+            return self.cells_start + self.ask.at_most
+        return self.cells_start + len(self.cells) if self.cells else self.end
+
+    @property
+    def closes_patch(self) -> bool:
+        """Whether cells read the open patch as if it ended with the text."""
+        return isinstance(self.ask, Unmask) and self.ask.close_patch
+
+    @property
+    def num_logits(self) -> int:
+        return self.end - self.logits_from + len(self.cells)
+
+    @property
+    def drawn_from(self) -> int:
+        """First row of the text after which a byte is drawn, `end` for none. Logits before it are wanted for scores of
+        the prompt alone."""
+        match self.ask:
+            case Next():
+                return self.end - 1
+            case Verify(drafts):
+                return max(self.logits_from, self.end - len(drafts) - 1)
+            case _:
+                return self.end
+
+    @property
+    def num_drawn(self) -> int:
+        return self.end - self.drawn_from + len(self.cells) if self.ask else 0
+
+    @property
+    def drawn_places(self) -> list[int]:
+        """Where in the text each drawn byte stands: a block's cell at its own place, any other row's one further."""
+        causal = self.cells_start + len(self.cells) - self.num_block
+        return [
+            *range(self.drawn_from + 1, self.end + 1),
+            *range(self.cells_start + 1, causal + 1),
+            *range(causal, causal + self.num_block),
+        ]
