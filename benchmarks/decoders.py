@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.config import BOS_ID, BYTE_OFFSET
-from engine.decoders import EXACT
+from engine.decoders import DECODERS
 from engine.engine import Engine
 from engine.types import Delta, Failed, Request, SamplingParams
 from training.corpus import standard_library
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for kind in KINDS:
                 for way in options.ways:
                     rows.append(_compare(engine, kind, way, texts[kind], options, bar))
-    if wrong := [row for row in rows if not row["same_text"] and WAYS[row["decoder"]]["decoder"] in EXACT]:
+    if wrong := [row for row in rows if not row["same_text"] and DECODERS[WAYS[row["decoder"]]["decoder"]].exact]:
         print(f"not blt's text: {wrong}", file=sys.stderr)
     finish("decoders", model, {"concurrency": options.concurrency, "rows": rows}, options, arguments)
 

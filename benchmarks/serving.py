@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import uvloop
 
+from engine.decoders import DECODERS
 from engine.engine import Engine
 from engine.types import Delta, Failed, Request
 
@@ -27,14 +28,13 @@ from .servers import server, streams
 LEAST = 0.95
 PROMPT_BYTES = 100
 WARM_UP_BYTES = 16
-DECODERS = ("blt", "blt-s", "blt-d", "blt-dv", "auto")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     program = parser("serving", __doc__)
     program.add_argument("--concurrency", type=int, nargs="+", default=[32, 64], help="streams at a time")
     program.add_argument("--bytes", type=int, default=256, help="per stream (%(default)s)")
-    program.add_argument("--decoder", choices=DECODERS, default="blt", help="%(default)s: an event for every byte")
+    program.add_argument("--decoder", choices=[*DECODERS], default="blt", help="%(default)s: an event for every byte")
     options = program.parse_args(arguments)
     options.num_threads = options.num_threads or max(1, (os.cpu_count() or 1) - 1)
     with subject(options) as model:

@@ -18,6 +18,7 @@ from .costs.accounting import PaperFormula, StageBytes
 from .costs.clock import clock_of
 from .costs.latency import LatencyModel
 from .costs.ledger import Ledger
+from .decoders.table import available
 from .memory.caches import Caches, plan_caches
 from .memory.memory import Memory
 from .memory.prefix import PrefixCache
@@ -138,16 +139,11 @@ def _limits(config: ModelConfig, caches: Caches, parameters: int) -> ModelLimits
         max_length=caches.max_length,
         vocab_size=config.vocab_size,
         block_size=config.block_size,
-        decoders=_decoders(config),
+        decoders=available(mask=config.mask_id is not None),
         parameters=parameters,
         pages={name: pool.num_total for name, pool in caches.pools.items()},
         patching=config.patching,
     )
-
-
-def _decoders(config: ModelConfig) -> tuple[str, ...]:
-    """The decoders that a model can be run with."""
-    return ("blt", "blt-s", "blt-d", "blt-dv", "auto") if config.mask_id is not None else ("blt", "blt-s", "auto")
 
 
 def device_name(device: torch.device) -> str:

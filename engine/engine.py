@@ -6,7 +6,7 @@ from itertools import count
 
 from .build import build, calibrate
 from .config import EngineConfig
-from .decoders import Committed, Decoder, Result, SharedPrior, Verify, make_decoder
+from .decoders import DECODERS, Committed, Decoder, Result, SharedPrior, Verify, make_decoder
 from .output import usage_of
 from .report import Report, info_of
 from .rows import Rows
@@ -228,7 +228,8 @@ class Engine:
             why = f"holds {len(request.output_ids)} ids, and max_tokens is {request.max_tokens}"
             return refuse("invalid", f"output_ids {why}", "output_ids")
         length, limit = len(request.prompt_ids) + request.max_tokens, self.memory.caches.max_length
-        blocks = request.decoder == "blt-d" or (request.decoder == "auto" and not request.exact)
+        # Blocks that are not checked are run whole.
+        blocks = not DECODERS[request.decoder].is_exact(request)
         spare = (request.block_size or self.model_config.block_size or 1) - 1 if blocks and request.max_tokens else 0
         if length + spare > limit:
             behind = f", and the last block may reach {spare} behind them" if spare else ""
@@ -241,5 +242,6 @@ class Engine:
         return None
 
     def _why_unavailable(self, decoder: str) -> str:
-        why = "" if decoder == "auto" else ": this checkpoint was not trained with block diffusion and has no [MASK]"
+        masked = decoder in DECODERS and DECODERS[decoder].needs_mask
+        why = ": this checkpoint was not trained with block diffusion and has no [MASK]" if masked else ""
         return f"decoder {decoder!r} is not available{why}; this engine offers {', '.join(self.limits.decoders)}"

@@ -9,7 +9,8 @@ import msgspec
 
 MAX_DRAFT = 32
 
-DecoderName = Literal["blt", "blt-s", "blt-d", "blt-dv", "auto"]
+DecoderName = str
+"""A row of `engine.decoders.table`."""
 FinishReason = Literal["stop", "length", "abort", "timeout"]
 
 
@@ -68,19 +69,20 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Seconds after admission at which the request ends with reason "timeout"."""
     decoder: DecoderName = "blt"
     draft_length: int = 8
-    """blt-s: most bytes to draft per round, 1 to `MAX_DRAFT`."""
+    """Most bytes to draft per round, 1 to `MAX_DRAFT`. It, the next three and `exact` are options of the decoders whose
+    rows of the table name them."""
     block_size: int | None = None
-    """blt-d, blt-dv: bytes per block; None takes the length that the model was trained with."""
+    """Bytes per block; None takes the length that the model was trained with."""
     unmask: UnmaskRule | None = None
-    """blt-d, blt-dv: None takes confidence 0.7 and one_step."""
+    """None takes the rule of the decoder's row."""
     finish_patch: bool = False
-    """blt-d: begin blocks only where a patch begins."""
+    """Begin blocks only where a patch begins."""
     trace: bool = False
     """Report how every round came to its bytes."""
     patches_from: int | None = None
     """Report entropies and patch starts from this id on; 0 is the prompt's first. None reports nothing."""
     exact: bool = True
-    """auto: False also allows blt-d."""
+    """False also allows decoders whose text is their own."""
     output_ids: list[int] = []
     """Ids that this request has generated already, in an engine that died: it goes on behind them."""
     log_fields: dict[str, str] = {}

@@ -18,11 +18,11 @@ import typer
 from engine.config import EngineConfig, KernelName, ModelConfig, WeightsName
 from engine.hub import HubError, local_folder, localised
 from engine.installed import installed
-from engine.types import MAX_DRAFT, DecoderName, SamplingParams, UnmaskRule
+from engine.types import MAX_DRAFT, SamplingParams, UnmaskRule
 
 from .embedded import embedded_model
 from .flags import EMBEDDED, ENGINE_FLAGS, with_settings
-from .options import WrongOption, options_of, parse_bytes, parse_unmask
+from .options import OPTIONS, RULES, KnownDecoder, WrongOption, options_of, parse_bytes, parse_unmask, show_unmask
 from .settings import ServerSettings
 from .texts import CONTEXT, Texts
 
@@ -38,6 +38,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+OF = {option: ", ".join(decoders) for option, decoders in OPTIONS.items()}
+"""How the help of a decoder's option begins."""
 
 
 def _bytes(given: str | int) -> int:
@@ -154,25 +157,28 @@ def generate(
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File to continue, byte for byte; - is stdin.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most bytes to generate.")] = 256,
-    decoder: Annotated[DecoderName, typer.Option(help="How to decode.")] = "blt",
+    decoder: Annotated[KnownDecoder, typer.Option(help="How to decode.")] = "blt",
     draft_length: Annotated[
-        int | None, typer.Option(min=1, max=MAX_DRAFT, help="blt-s: most bytes to draft per round.", show_default="8")
+        int | None,
+        typer.Option(
+            min=1, max=MAX_DRAFT, help=f"{OF['draft_length']}: most bytes to draft per round.", show_default="8"
+        ),
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option(min=1, help="blt-d, blt-dv: bytes per block.", show_default="as trained")
+        int | None, typer.Option(min=1, help=f"{OF['block_size']}: bytes per block.", show_default="as trained")
     ] = None,
     unmask: Annotated[
         str | None,
         typer.Option(
-            help="blt-d, blt-dv: confidence:ALPHA, entropy:GAMMA, entropy:GAMMA:minus_max or one_step.",
-            show_default="confidence:0.7 for blt-d, one_step for blt-dv",
+            help=f"{OF['unmask']}: confidence:ALPHA, entropy:GAMMA, entropy:GAMMA:minus_max or one_step.",
+            show_default=", ".join(f"{show_unmask(rule)} for {name}" for name, rule in RULES.items()),
         ),
     ] = None,
     finish_patch: Annotated[
-        bool, typer.Option("--finish-patch", help="blt-d: begin blocks only where a patch begins.")
+        bool, typer.Option("--finish-patch", help=f"{OF['finish_patch']}: begin blocks only where a patch begins.")
     ] = False,
     inexact: Annotated[
-        bool, typer.Option("--inexact", help="auto: also allow blt-d, whose text is not the model's own.")
+        bool, typer.Option("--inexact", help=f"{OF['exact']}: also allow blt-d, whose text is not the model's own.")
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Keep the likeliest bytes up to this mass.")] = 1.0,

@@ -1,7 +1,5 @@
 """The names under which a model is offered: its own, and one alias per decoder."""
 
-from typing import cast
-
 from engine.config import ModelLimits
 from engine.types import DecoderName
 
@@ -16,7 +14,7 @@ def offered_models(settings: ServerSettings, limits: ModelLimits) -> dict[str, D
     offered: dict[str, DecoderName | None] = {}
     for name in settings.served_model_name or [limits.name]:
         offered[name] = None
-        offered |= {f"{name}:{decoder}": cast(DecoderName, decoder) for decoder in limits.decoders}
+        offered |= {f"{name}:{decoder}": decoder for decoder in limits.decoders}
     return offered
 
 

@@ -2,20 +2,27 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from engine.decoders.table import DECODERS
 from engine.types import DecoderName, UnmaskRule
 
+if TYPE_CHECKING:
+    KnownDecoder = DecoderName
+else:
+    # For schemas and the command line, which list the names.
+    KnownDecoder = Literal[tuple(DECODERS)]
+
 OPTIONS: dict[str, tuple[DecoderName, ...]] = {
-    "draft_length": ("blt-s",),
-    "block_size": ("blt-d", "blt-dv"),
-    "unmask": ("blt-d", "blt-dv"),
-    "finish_patch": ("blt-d",),
-    "exact": ("auto",),
+    option: tuple(name for name, spec in DECODERS.items() if option in spec.options)
+    for spec in DECODERS.values()
+    for option in spec.options
 }
 """Fields of an engine request, and the decoders that they mean something to."""
+RULES = {name: spec.rule for name, spec in DECODERS.items() if spec.rule}
+"""How blocks are unmasked where a request does not say."""
 
 
 class WrongOption(ValueError):
@@ -47,6 +54,17 @@ def parse_unmask(text: str) -> UnmaskRule:
         case ["entropy", gamma, "minus_max"]:
             return UnmaskRule(rule="entropy", gamma=_number(gamma, float("inf")), minus_max=True)
     raise ValueError(f"{text!r} is not confidence:ALPHA, entropy:GAMMA, entropy:GAMMA:minus_max or one_step")
+
+
+def show_unmask(rule: UnmaskRule) -> str:
+    """As it is typed."""
+    match rule.rule:
+        case "one_step":
+            return "one_step"
+        case "confidence":
+            return f"confidence:{rule.alpha:g}"
+        case "entropy":
+            return f"entropy:{rule.gamma:g}" + ":minus_max" * rule.minus_max
 
 
 def _number(text: str, most: float) -> float:

@@ -16,15 +16,19 @@ from pydantic import (
     model_validator,
 )
 
-from engine.types import MAX_DRAFT, DecoderName
+from engine.types import MAX_DRAFT
 
 from .neutral import NEUTRAL
+from .options import OPTIONS, RULES, KnownDecoder, show_unmask
 from .responses import to_json
 
 MAX_STOPS = 4
 MAX_STOP_BYTES = 1024
 """A longer stop string would make every step search further back."""
 MAX_LOGPROBS = 5
+
+OF = {option: f"Extension, {' and '.join(decoders)}" for option, decoders in OPTIONS.items()}
+"""How the description of a decoder's option begins."""
 
 PROMPT_RULE = "must be a string, or a non-empty array of strings, of token ids or of arrays of token ids"
 Prompt = str | list[str] | list[int] | list[list[int]]
@@ -139,21 +143,23 @@ class CompletionRequest(_Strict):
     )
     user: str | None = Field(None, description="Taken for compatibility; nothing depends on it, and it is not stored.")
 
-    decoder: DecoderName | None = Field(None, description="Extension: how to decode.")
+    decoder: KnownDecoder | None = Field(None, description="Extension: how to decode.")
     draft_length: int | None = Field(
-        None, ge=1, le=MAX_DRAFT, description="Extension, blt-s: most bytes to draft per round. Default 8."
+        None, ge=1, le=MAX_DRAFT, description=f"{OF['draft_length']}: most bytes to draft per round. Default 8."
     )
     block_size: int | None = Field(
-        None, ge=1, lt=2**31, description="Extension, blt-d and blt-dv: bytes per block. Default: as trained."
+        None, ge=1, lt=2**31, description=f"{OF['block_size']}: bytes per block. Default: as trained."
     )
     unmask: UnmaskRule | None = Field(
-        None, description="Extension, blt-d and blt-dv. Default: confidence 0.7 for blt-d, one_step for blt-dv."
+        None,
+        description=f"{OF['unmask']}. Default: "
+        f"{', '.join(f'{show_unmask(rule)} for {name}'.replace(':', ' ') for name, rule in RULES.items())}.",
     )
     finish_patch: bool | None = Field(
-        None, description="Extension, blt-d: begin blocks only where a patch begins, as in training."
+        None, description=f"{OF['finish_patch']}: begin blocks only where a patch begins, as in training."
     )
     exact: bool | None = Field(
-        None, description="Extension, auto: false also allows blt-d, whose text is not the model's own. Default true."
+        None, description=f"{OF['exact']}: false also allows blt-d, whose text is not the model's own. Default true."
     )
     top_k: int = Field(0, ge=-1, lt=2**31, description="Extension: keep this many ids; 0 and -1 keep all.")
     min_p: FiniteFloat = Field(
@@ -265,7 +271,7 @@ class Choice(BaseModel):
 class FastBltUsage(BaseModel):
     """What the request cost, summed over its sequences."""
 
-    decoder: DecoderName
+    decoder: KnownDecoder
     decoder_calls: int = Field(description="Decoder passes: the paper's decoder NFE.")
     global_calls: int = Field(description="Passes through encoder and global: the paper's encoder/global NFE.")
     rounds: int
@@ -313,7 +319,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: Literal["fastblt"] = "fastblt"
     max_model_len: int = Field(description="Most ids of a sequence, prompt and output together.")
-    decoders: list[DecoderName] = Field(description="What a request under this name may be decoded with.")
+    decoders: list[KnownDecoder] = Field(description="What a request under this name may be decoded with.")
 
 
 class ModelList(BaseModel):
@@ -345,5 +351,7 @@ class Version(BaseModel):
     model: str
     parameters: int
     max_length: int = Field(description="Most ids of a sequence.")
-    block_size: int | None = Field(description="Longest block of blt-d and blt-dv; null without block diffusion.")
-    decoders: list[DecoderName]
+    block_size: int | None = Field(
+        description=f"Longest block of {' and '.join(OPTIONS['block_size'])}; null without block diffusion."
+    )
+    decoders: list[KnownDecoder]

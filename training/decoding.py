@@ -21,6 +21,7 @@ from tqdm import tqdm
 from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
 from engine.decoders import Committed, Decoder, Round, SequenceView, SharedPrior, Verify, make_decoder
 from engine.decoders.phrases import accept, can_draft
+from engine.decoders.table import DECODERS as TABLE
 from engine.engine import Engine
 from engine.layout import DECODERS
 from engine.sequence import Sequence as EngineSequence
@@ -112,7 +113,7 @@ class Walk(Decoder):
         end = len(sequence.ids)
         if end > self._stride and can_draft(sequence):
             outcome: Committed = yield from self._inner.round(sequence, room)
-            if sequence.request.decoder == "blt-d" and outcome.drafted:
+            if outcome.drafted and not TABLE[sequence.request.decoder].is_exact(sequence.request):
                 # The model has not checked the block, not even its first byte: the row before it runs again.
                 assert isinstance(sequence, EngineSequence)
                 sequence.keep(end - 1)
@@ -284,7 +285,7 @@ def _figures(setting: Setting, outputs: list[list[int]], usages: list[Usage], pl
     return Figures(
         name=setting.name,
         decoder=decoder,
-        acceptance=total["accepted"] / total["drafted"] if total["drafted"] and decoder != "blt-d" else None,
+        acceptance=total["accepted"] / total["drafted"] if total["drafted"] and TABLE[decoder].exact else None,
         bytes_per_round=count / total["rounds"],
         decoder_calls=total["decoder_calls"] / count,
         global_calls=total["global_calls"] / count,
