@@ -45,7 +45,7 @@ def create_app(
     app.include_router(_api(service))
     app.include_router(_operations(service))
     if settings.page:
-        app.include_router(page_router())
+        app.include_router(page_router(client.limits.decoders))
     add_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(Failures)

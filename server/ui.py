@@ -1,10 +1,15 @@
-"""The live page: plain files from `page/`, which need nothing from elsewhere and hold nothing secret."""
+"""The live page: plain files from `ui/`, which need nothing from elsewhere and hold nothing secret."""
 
+import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
+from starlette.staticfiles import NotModifiedResponse, StaticFiles
+
+from engine.decoders.table import DECODERS
 
 FOLDER = Path(__file__).parent / "ui"
 POLICY = {
@@ -29,8 +34,10 @@ HEADERS = {
 }
 
 
-def page_router() -> APIRouter:
-    """`/` and `/page/NAME`."""
+def page_router(decoders: Iterable[str]) -> APIRouter:
+    """`/` and `/page/NAME`, with what the page must know of these decoders."""
+    table = decoder_table(decoders)
+    tag = f'"{hashlib.sha256(table).hexdigest()}"'
     router = APIRouter(include_in_schema=False)
     files = StaticFiles(directory=FOLDER)
 
@@ -43,8 +50,30 @@ def page_router() -> APIRouter:
     async def index(request: Request) -> Response:
         return await serve("index.html", request)
 
+    @router.api_route("/page/table.js", methods=["GET", "HEAD"])
+    async def offered(request: Request) -> Response:
+        response = Response(table, media_type="text/javascript", headers={"etag": tag})
+        if files.is_not_modified(response.headers, request.headers):
+            response = NotModifiedResponse(response.headers)
+        response.headers.update(HEADERS)
+        return response
+
     @router.api_route("/page/{name}", methods=["GET", "HEAD"])
     async def file(request: Request, name: str) -> Response:
         return await serve(name, request)
 
     return router
+
+
+def decoder_table(decoders: Iterable[str]) -> bytes:
+    """Rows of the table of decoders, as a module of the page."""
+    rows = {
+        spec.name: {
+            "about": spec.about,
+            "exact": spec.exact,
+            "options": spec.options,
+            "rule": spec.rule.rule if spec.rule else None,
+        }
+        for spec in map(DECODERS.__getitem__, decoders)
+    }
+    return f"export const DECODERS = {json.dumps(rows, indent=2)};\n".encode()

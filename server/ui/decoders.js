@@ -1,32 +1,44 @@
-/** The decoders: what they are, which knobs they have, and what a request with these says. */
+/** The decoders that the server offers: what they are, which knobs they have, and what a request with these says. */
 
-export const DECODERS = {
-  "blt": { about: "One byte after another, each through the model.", knobs: [] },
-  "blt-s": { about: "Drafts with the small decoder, verified by the model. Same text as blt.", knobs: ["draft_length"] },
-  "blt-d": { about: "Masked blocks, unmasked in passes and not checked. A text of its own.", knobs: ["block_size", "unmask"] },
-  "blt-dv": { about: "Blocks as drafts, verified by the model. Same text as blt.", knobs: ["block_size", "unmask"] },
-  "auto": { about: "Whichever of blt, blt-s and blt-dv promises to be fastest. Same text as blt.", knobs: [] },
-};
+import { DECODERS } from "./table.js";
 
-export const DEFAULT_RULE = { "blt-d": "confidence", "blt-dv": "one_step" };
+export const NAMES = Object.keys(DECODERS);
 
+/** Options that the page has knobs for. */
+const KNOBS = ["draft_length", "block_size", "unmask"];
 const RULE_KNOBS = { confidence: ["alpha"], entropy: ["gamma"], one_step: [] };
+
+/** Sentences for people. */
+export function aboutOf(decoder) {
+  const { about, exact } = DECODERS[decoder];
+  if (decoder === "blt") return about;
+  return `${about} ${exact ? "Same text as blt." : "A text of its own."}`;
+}
+
+/** How it unmasks blocks by default, if it has any. */
+export function ruleOf(decoder) {
+  return DECODERS[decoder].rule;
+}
 
 /** Whether the model verifies what is drafted. */
 export function checks(decoder) {
-  return decoder !== "blt-d";
+  return DECODERS[decoder].exact;
 }
 
 /** The names of the knobs that mean something, given { decoder, rule }. */
 export function knobsOf({ decoder, rule }) {
-  const { knobs } = DECODERS[decoder];
+  const knobs = optionsOf(decoder);
   return knobs.includes("unmask") ? [...knobs, ...RULE_KNOBS[rule]] : knobs;
+}
+
+function optionsOf(decoder) {
+  return KNOBS.filter((knob) => DECODERS[decoder].options.includes(knob));
 }
 
 /** The fields of a request for settings of all knobs. */
 export function fieldsOf(settings) {
   const fields = { decoder: settings.decoder };
-  const { knobs } = DECODERS[settings.decoder];
+  const knobs = optionsOf(settings.decoder);
   for (const knob of knobs.filter((name) => name !== "unmask")) fields[knob] = settings[knob];
   if (knobs.includes("unmask")) {
     fields.unmask = { rule: settings.rule };

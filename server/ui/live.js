@@ -2,7 +2,7 @@
 
 import { metrics } from "./api.js";
 import { cell, group } from "./costs.js";
-import { DECODERS } from "./decoders.js";
+import { NAMES } from "./decoders.js";
 import { History, parse } from "./metrics.js";
 import { Plot, swatch } from "./plot.js";
 import { count, percent, round, size } from "./units.js";
@@ -41,10 +41,9 @@ export class Live {
     const running = families.fastblt_running_sequences[""] ?? 0;
     const queued = families.fastblt_queued_sequences[""] ?? 0;
     document.getElementById("load").textContent = `${count(running, "sequence")} running, ${queued} queued`;
-    const decoders = Object.keys(DECODERS).filter((name) => families.fastblt_committed_bytes_total[name] > 0);
-    const all = Object.keys(DECODERS);
-    const drawn = this.#draw(this.#throughput, "throughput", decoders, all, now);
-    fill("throughput-now", ["Decoder", "now", "in all"], decoders, all, (name) => [
+    const decoders = NAMES.filter((name) => families.fastblt_committed_bytes_total[name] > 0);
+    const drawn = this.#draw(this.#throughput, "throughput", decoders, NAMES, now);
+    fill("throughput-now", ["Decoder", "now", "in all"], decoders, NAMES, (name) => [
       rate(drawn[name]),
       size(families.fastblt_committed_bytes_total[name]),
     ]);

@@ -1,7 +1,7 @@
 /** One decoder's column: its knobs, its text, and what its last run came to. */
 
 import { complete } from "./api.js";
-import { DECODERS, DEFAULT_RULE, checks, fieldsOf, knobsOf, nameOf } from "./decoders.js";
+import { NAMES, aboutOf, checks, fieldsOf, knobsOf, nameOf, ruleOf } from "./decoders.js";
 import { Text } from "./text.js";
 import { count, seconds } from "./units.js";
 
@@ -16,16 +16,14 @@ export class Pane {
     inspector.id = `inspector-${number}`;
     text.setAttribute("aria-describedby", inspector.id);
     this.#text = new Text(text, inspector, strip);
-    this.controls.decoder.append(...Object.keys(DECODERS).map((name) => new Option(name, name, name === decoder, name === decoder)));
+    this.controls.decoder.append(...NAMES.map((name) => new Option(name, name, name === decoder, name === decoder)));
     this.controls.decoder.addEventListener("change", () => this.#onDecoder());
     this.controls.rule.addEventListener("change", () => this.#showKnobs());
     this.#onDecoder();
   }
 
   /** Learns what the server can do; see `describe` in api.js. */
-  offer({ decoders, block_size: block }) {
-    for (const option of this.controls.decoder.options) option.disabled = !decoders.includes(option.value);
-    if (this.controls.decoder.selectedOptions[0].disabled) this.controls.decoder.value = decoders[0];
+  offer({ block_size: block }) {
     if (block) this.controls.block_size.value = this.controls.block_size.max = block;
     this.#onDecoder();
   }
@@ -94,8 +92,8 @@ export class Pane {
 
   #onDecoder() {
     const decoder = this.controls.decoder.value;
-    this.controls.rule.value = DEFAULT_RULE[decoder] ?? this.controls.rule.value;
-    this.parts.about.textContent = DECODERS[decoder].about;
+    this.controls.rule.value = ruleOf(decoder) ?? this.controls.rule.value;
+    this.parts.about.textContent = aboutOf(decoder);
     this.parts.text.ariaLabel = `Text by ${decoder}`;
     this.#showKnobs();
   }

@@ -3,6 +3,8 @@
 import { SPAN } from "./metrics.js";
 
 const NAMESPACE = "http://www.w3.org/2000/svg";
+/** How many colours page.css has for lines. */
+const COLOURS = 6;
 const MARGIN = { left: 64, right: 8, top: 8, bottom: 22 };
 
 export class Plot {
@@ -39,7 +41,7 @@ export class Plot {
     }
     grid.push(label(`${SPAN} s ago`, { x: MARGIN.left, y: height - 4 }));
     grid.push(label("now", { x: width - MARGIN.right, y: height - 4, "text-anchor": "end" }));
-    const paths = this.#lines.map(({ series, points }) => make("path", { d: path(points, x, y), "data-series": series }));
+    const paths = this.#lines.map(({ series, points }) => make("path", { d: path(points, x, y), "data-series": series % COLOURS }));
     this.#svg.replaceChildren(...grid, ...paths);
   }
 }
@@ -47,7 +49,7 @@ export class Plot {
 /** A short line as in the plot, for its legend. */
 export function swatch(series) {
   const svg = make("svg", { class: "swatch", "aria-hidden": "true" });
-  svg.append(make("path", { d: "M1 6H27", "data-series": series }));
+  svg.append(make("path", { d: "M1 6H27", "data-series": series % COLOURS }));
   return svg;
 }
 

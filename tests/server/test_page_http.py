@@ -5,21 +5,22 @@ import re
 import httpx
 import pytest
 
-from server.ui import FOLDER
+from server.ui import FOLDER, decoder_table
 from tests.serving import RunningServer, StartServer
 
 FILES = sorted(path.name for path in FOLDER.iterdir())
+GENERATED = {"table.js": decoder_table(("blt", "blt-s", "blt-d", "blt-dv", "auto"))}
 TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "html": "text/html"}
 
 
-@pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in FILES)])
+@pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in (*FILES, *GENERATED))])
 def test_files_come_with_a_type_a_policy_and_a_tag(server: RunningServer, path: str) -> None:
     with server.client() as http:
         found = http.get(path)
         again = http.get(path, headers={"if-none-match": found.headers["etag"]})
         head = http.head(path)
     name = path.rpartition("/")[2] or "index.html"
-    assert (found.status_code, found.content) == (200, (FOLDER / name).read_bytes())
+    assert (found.status_code, found.content) == (200, GENERATED.get(name) or (FOLDER / name).read_bytes())
     assert found.headers["content-type"].split(";")[0] == TYPES[name.rpartition(".")[2]]
     assert (again.status_code, again.content, head.status_code, head.content) == (304, b"", 200, b"")
     for response in (found, again, head):
@@ -43,7 +44,7 @@ def test_files_name_only_each_other() -> None:
     assert not re.findall(r"(?:https?:)?//[\w-]+\.\w+|@import|url\(", everything)
     named = set(re.findall(r'(?:src|href)="page/([^"]+)"', text["index.html"]))
     named |= {name for script in text.values() for name in re.findall(r'from "\./([^"]+)"', script)}
-    assert named == set(FILES) - {"index.html"}
+    assert named == {*FILES, *GENERATED} - {"index.html"}
 
 
 def test_it_needs_no_key_and_can_be_switched_off(start_server: StartServer) -> None:
