@@ -529,8 +529,7 @@ def variables() -> list[Builder[model.VariableModel]]:
         build.DatasourceVariable("datasource").label("Prometheus").type("prometheus"),
         label("job", "fastblt_build_info"),
         label("instance", 'up{job="$job"}').multi(True).include_all(True).all_value(".*").current(everything),
-        build.CustomVariable("decoder")
-        .values(",".join(DECODERS))
+        label("decoder", 'fastblt_sequences_total{job="$job"}')
         .multi(True)
         .include_all(True)
         .all_value(".*")

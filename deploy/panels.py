@@ -12,7 +12,11 @@ from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-DECODERS = {"blt": "#8E8E8E", "blt-s": "#3D85C6", "blt-d": "#E69F00", "blt-dv": "#009E73", "auto": "#CC79A7"}
+from engine import decoders
+
+PALETTE = ("#8E8E8E", "#3D85C6", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B5A642")
+DECODERS = dict(zip(decoders.DECODERS, PALETTE, strict=False))
+"""Their colours. Grafana chooses those of others."""
 STAGES = {"patcher": "#B877D9", "encoder": "#5794F2", "global": "#F2495C", "decoder": "#73BF69"}
 POOLS = STAGES | {"open": "#8AB8FF", "latent": "#FFA6B0"}
 QUANTILES = {0.5: "solid", 0.95: "dash", 0.99: "dot"}

@@ -175,11 +175,12 @@ def test_without_a_gpu_only_its_panel_is_empty(stack: Stack) -> None:
 
 
 def test_the_variables_and_annotations_of_the_dashboard(stack: Stack) -> None:
+    known = {"job": ["fastblt"], "instance": [stack.instance], "decoder": sorted(panels.DECODERS)}
     for variable in BOARD["templating"]["list"]:
         if variable["type"] == "query":
             series, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]).groups()  # type: ignore[union-attr]
             found = stack.prometheus.api(f"label/{label}/values", **{"match[]": fill(series, WINDOW)})
-            assert found == [{"job": "fastblt", "instance": stack.instance}[label]]
+            assert found == known[label]
     for annotation in BOARD["annotations"]["list"]:
         stack.prometheus.query(fill(annotation["expr"], WINDOW))
 
