@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import httpx
 
+from engine.decoders import DECODERS
+
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 60
-TINY_NAMES = ["tiny", "tiny:blt", "tiny:blt-s", "tiny:blt-d", "tiny:blt-dv", "tiny:auto"]
+TINY_NAMES = ["tiny", *(f"tiny:{decoder}" for decoder in DECODERS)]
 """What a server offers of the preset."""
 
 
@@ -47,8 +49,9 @@ StartServer = Callable[..., RunningServer]
 
 
 @contextmanager
-def running_server(model: Path, log: Path, *flags: str) -> Iterator[RunningServer]:
-    command = [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", "0", "--num-threads", "1"]
+def running_server(model: Path, log: Path, *flags: str, program: str = "server") -> Iterator[RunningServer]:
+    """program: a module that is `fastblt`."""
+    command = [sys.executable, "-m", program, "serve", "--model", str(model), "--port", "0", "--num-threads", "1"]
     with (
         log.open("wb") as out,
         subprocess.Popen(

@@ -17,9 +17,11 @@ from pydantic import BaseModel
 from benchmarks import summary
 from benchmarks.gpu_check import render as gpu_check_render
 from engine.config import EngineConfig
+from engine.decoders import DECODERS
 from server.cli import app
 from server.errors import Code, ErrorDetail
 from server.flags import EMBEDDED
+from server.options import OPTIONS
 from server.schemas import Completion, CompletionRequest, Version
 from server.settings import ServerSettings
 from tests.examples import ADDRESS, Example, examples
@@ -105,6 +107,24 @@ def test_every_field_is_in_its_section_and_no_other(section: str, model: type[Ba
 
 def names_in(*texts: str) -> set[str]:
     return {name for text in texts for name in re.findall(r"`(\w+)`", text)}
+
+
+def test_the_decoders_of_the_documentation_are_the_table() -> None:
+    text = DOCS["decoders.md"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in DECODERS]
+    for (_, about, kind, _, needs, options), (name, spec) in zip(rows, DECODERS.items(), strict=True):
+        assert about == spec.about
+        assert (kind in ("the model's", "equals `blt`'s")) == spec.exact
+        assert ("block diffusion" in needs) == spec.needs_mask
+        assert re.findall(r"`(\w+)`", options) == list(spec.options)
+        assert re.search(rf"^\*\*{name}\*\* ", text, re.M)
+    for page in ("api.md", "command-line.md"):
+        (listed,) = re.findall(r"^\| `(?:--)?decoder` \| (.*) see \[decoders\.md\]", DOCS[page], re.M)
+        assert set(re.findall(r"`([\w-]+)`", listed)) == {*DECODERS}
+    for option, decoders in OPTIONS.items():
+        listed = ", ".join(f"`{decoder}`" for decoder in decoders)
+        assert re.search(rf"^\| `{option}` \| [^|]+ \| {listed}: ", DOCS["api.md"], re.M)
 
 
 def test_every_code_of_an_error_is_there_and_no_other() -> None:

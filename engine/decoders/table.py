@@ -18,6 +18,8 @@ class Setting(NamedTuple):
 
     block_size: int
     """Bytes per block: as the request says, and at most as the model was trained with; 0 without [MASK]."""
+    rule: UnmaskRule
+    """How blocks are unmasked: as the request says, else by the row's own rule."""
     latency: Latency
     prior: SharedPrior
 
@@ -37,7 +39,7 @@ class DecoderSpec:
     options: tuple[str, ...] = ()
     """Fields of a `Request` that mean something to it, and not to every decoder."""
     rule: UnmaskRule | None = None
-    """What it takes for `Request.unmask` where that is None."""
+    """How blocks are unmasked where a request does not say; None for decoders without that option."""
 
     def is_exact(self, request: Request) -> bool:
         """Whether the text of this request is blt's."""
@@ -63,9 +65,7 @@ ROWS = (
         needs_mask=True,
         options=("block_size", "unmask", "finish_patch"),
         rule=blt_d.DEFAULT_RULE,
-        make=lambda request, setting: blt_d.BlockDiffusion(
-            setting.block_size, request.unmask or blt_d.DEFAULT_RULE, request.finish_patch
-        ),
+        make=lambda request, setting: blt_d.BlockDiffusion(setting.block_size, setting.rule, request.finish_patch),
     ),
     DecoderSpec(
         name="blt-dv",
@@ -73,9 +73,7 @@ ROWS = (
         needs_mask=True,
         options=("block_size", "unmask"),
         rule=blt_dv.DEFAULT_RULE,
-        make=lambda request, setting: blt_dv.VerifiedDiffusion(
-            setting.block_size, request.unmask or blt_dv.DEFAULT_RULE
-        ),
+        make=lambda request, setting: blt_dv.VerifiedDiffusion(setting.block_size, setting.rule),
     ),
     DecoderSpec(
         name="auto",
@@ -114,4 +112,6 @@ def make_decoder(request: Request, block_size: int | None, latency: Latency, pri
         # Only the prompt runs.
         return Autoregressive()
     block = min(request.block_size or 1 << 30, block_size or 0)
-    return DECODERS[request.decoder].make(request, Setting(block, latency, prior))
+    spec = DECODERS[request.decoder]
+    rule = request.unmask or spec.rule or blt_d.DEFAULT_RULE
+    return spec.make(request, Setting(block, rule, latency, prior))

@@ -5,11 +5,12 @@ import re
 import httpx
 import pytest
 
+from engine.decoders import DECODERS
 from server.ui import FOLDER, decoder_table
 from tests.serving import RunningServer, StartServer
 
 FILES = sorted(path.name for path in FOLDER.iterdir())
-GENERATED = {"table.js": decoder_table(("blt", "blt-s", "blt-d", "blt-dv", "auto"))}
+GENERATED = {"table.js": decoder_table(DECODERS)}
 TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "html": "text/html"}
 
 
