@@ -1,7 +1,7 @@
-"""The one log line that each request leaves when it ends: what was asked for, what came of it, and what it cost.
+"""The one log line that each request leaves when it ends: the request, its outcome and its cost.
 
-It never holds content. A message of an error may repeat what a client sent, so only its code is told; a model's name is
-told only if the server offers it.
+It never holds content. An error message may repeat what a client sent, so only the error's code is logged; a model's
+name is logged only if the server offers it.
 """
 
 import logging
@@ -20,17 +20,17 @@ log = logging.getLogger("fastblt.access")
 content_log = logging.getLogger("fastblt.content")
 
 CLIENT_LEFT = 499
-"""The status of a request that nobody waits for any more, as nginx has it; it is never sent."""
+"""Status of a request whose client has left, as in nginx; it is never sent."""
 PROBES = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
-"""Routes that are asked for every few seconds."""
+"""Routes that are polled every few seconds."""
 PATH_CHARACTERS = 200
 LOGGED_TEXTS = 8
-"""Prompts, and completions, that one line has with `--log-content`."""
+"""Most prompts, and most completions, in one line with `--log-content`."""
 
 
 @dataclass
 class Access:
-    """What is known of one request; whoever learns more writes it here."""
+    """Facts about one request, filled in by each part of the server as it learns them."""
 
     request_id: str
     method: str
@@ -45,7 +45,7 @@ class Access:
     has_begun: bool = False
     """Whether any of the response was sent."""
     error: ApiError | None = None
-    """Also one that came as an event, behind status 200."""
+    """Also one sent as an event, after status 200."""
     client_left: bool = False
     generation: Generation | None = None
 
@@ -55,7 +55,7 @@ class Access:
 
     @property
     def failed(self) -> bool:
-        """By the server's fault, perhaps behind status 200."""
+        """By the server's fault, perhaps after status 200."""
         return self.status >= 500 or (self.error is not None and self.error.status >= 500)
 
     def end(self, route: str | None) -> None:
@@ -63,7 +63,7 @@ class Access:
         self.seconds, self.route = time.perf_counter() - self.started, route
 
     def write(self) -> None:
-        """Logs it. Probes only show at debug level; what is the server's fault is a warning."""
+        """Logs the line: probes at debug level, the server's own faults as warnings."""
         level = logging.DEBUG if self.is_probe else logging.WARNING if self.failed else logging.INFO
         if log.isEnabledFor(level):
             fields = self.fields()
@@ -72,7 +72,7 @@ class Access:
             _write_content(self.generation)
 
     def fields(self) -> dict[str, Any]:
-        """What is known, by the names of docs/logs.md."""
+        """The known fields, under the names of docs/logs.md."""
         fields: dict[str, Any] = {
             "client": self.client,
             "method": self.method,
@@ -95,7 +95,7 @@ class Access:
 
 
 def _completion_fields(generation: Generation, started: float) -> dict[str, Any]:
-    """Of a request that was admitted. What it cost is known only when all its sequences have come to their end."""
+    """Fields of an admitted request. Its cost is known only when all its sequences have ended."""
     plan, streams = generation.plan, generation.streams
     fields: dict[str, Any] = {
         "completion_id": generation.id,
@@ -123,7 +123,7 @@ def _completion_fields(generation: Generation, started: float) -> dict[str, Any]
 
 
 def _sentence(fields: dict[str, Any]) -> str:
-    """The same for a person."""
+    """The same as a sentence."""
     said = [
         f"{fields['client']} {fields['method']} {fields['path']} {fields['status']} "
         f"in {_seconds(fields['duration_seconds'])}"

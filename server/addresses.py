@@ -7,8 +7,7 @@ from pydantic import IPvAnyNetwork
 
 
 def parse_address(text: str) -> IPv4Address | IPv6Address | None:
-    """None for what is no address. An IPv4 address is one in whichever way a socket for both kinds says it, and the
-    interface that the kernel may name is left out."""
+    """None if `text` is no address. An IPv4 address in IPv6 notation becomes IPv4; an interface suffix is dropped."""
     try:
         address = ip_address(text.partition("%")[0])
     except ValueError:

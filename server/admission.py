@@ -1,4 +1,4 @@
-"""Who may come in: bounds on waiting sequences and on bodies, and nobody while the server drains."""
+"""Admission: bounds on waiting sequences, and no request while the server drains."""
 
 import asyncio
 
@@ -31,7 +31,7 @@ class Ticket:
 
 
 class Gate:
-    """Counts on this side of the engine, so that a burst is refused at once and not at the engine's next report."""
+    """Counts in the server's process, so that a burst is refused at once and not at the engine's next report."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.capacity = settings.max_queue
@@ -63,11 +63,11 @@ class Gate:
         return ApiError(503, message, code=code, headers=self._headers)
 
     def drain(self) -> None:
-        """From now on nobody comes in."""
+        """Refuses every request from now on."""
         self.draining = True
 
     async def wait_idle(self) -> None:
-        """Until every admitted request has had its response."""
+        """Waits until every admitted request has its response."""
         await self._idle.wait()
 
     def _leave(self) -> None:

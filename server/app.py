@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 def create_app(
     settings: ServerSettings, client: EngineClient, keys: tuple[bytes, ...] = (), traces: "Traces | None" = None
 ) -> FastAPI:
-    """The client must have been started; its owner stops it, and closes the traces. Without keys everybody may come in.
+    """The client must have been started; its owner stops it, and closes the traces. Without keys the server is open.
 
-    `app.state.gate` is what a drain closes, `app.state.connections` counts those of a server that reports them.
+    A drain closes `app.state.gate`; `app.state.connections` counts connections, if the server reports them.
     """
     gate = Gate(settings)
     connections = Connections(settings)
@@ -90,7 +90,7 @@ def _api(service: Service) -> APIRouter:
 
     @router.get("/models/{name:path}", response_model=ModelCard, responses=errors(404))
     async def model(name: str) -> Response:
-        """One of them."""
+        """One of the models."""
         check_model(name, settings, client.limits)
         return JsonResponse(describe(name))
 
@@ -102,13 +102,13 @@ def _operations(service: Service) -> APIRouter:
     client, gate = service.client, service.gate
 
     async def live() -> Response:
-        """503 once the engine is gone for good, and only a new server helps."""
+        """503 once the engine is gone for good; only a restart of the server helps."""
         if client.state == "dead":
             raise gate.unavailable("the engine is gone and will not come back", "engine_dead")
         return JsonResponse(Health(status="live"))
 
     async def ready() -> Response:
-        """503 while requests had better go elsewhere."""
+        """503 while requests should go to another server."""
         gate.check_open()
         if client.state != "ready":
             code: Code = "engine_dead" if client.state == "dead" else "engine_restarting"

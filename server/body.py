@@ -14,10 +14,10 @@ still sending would see its connection reset instead of the answer."""
 
 
 def check_content(request: Request) -> None:
-    """Raises ApiError 415 for a body that is not said to be plain JSON.
+    """Raises ApiError 415 unless the headers declare plain JSON.
 
-    A page of any origin may have a browser send text, forms and what has no type at all, without asking; only for JSON
-    it asks first. So this is what keeps web pages from using a server that their visitor can reach.
+    A page of any origin can make a browser send text, forms and untyped bodies without a preflight; JSON needs one. So
+    this check keeps web pages from using a server that their visitor can reach.
     """
     media_type, _, parameters = request.headers.get("content-type", "").partition(";")
     media_type, charset = media_type.strip().lower(), parameters.strip().lower()
@@ -35,7 +35,7 @@ def check_content(request: Request) -> None:
 
 async def read_body(request: Request, settings: ServerSettings, held: HeldBody) -> bytes:
     """Raises ApiError 413 for too many bytes, however they are sent, 408 for a client that takes too long, and 429 if
-    the body finds no room or has to give way."""
+    there is no room for the body, or it has to give way."""
     limit = settings.max_body_bytes
     message = f"the body must have at most {limit} bytes"
     too_large = ApiError(413, message, code="body_too_large", headers={"connection": "close"})
@@ -64,4 +64,4 @@ async def read_body(request: Request, settings: ServerSettings, held: HeldBody) 
 
 
 class ClientLeft(Exception):
-    """There is nobody to answer."""
+    """The client has disconnected."""

@@ -1,7 +1,7 @@
-"""Room for the bodies that are being read, of all connections together.
+"""Memory for the bodies being read, over all connections.
 
 Each may be large and come slowly. When the room is full, the body that has been arriving for longest gives way to a new
-one, so that bodies which never end keep nobody out.
+one, so that bodies which never end block no other.
 """
 
 import asyncio
@@ -11,31 +11,31 @@ from contextlib import contextmanager
 from .errors import ApiError
 
 BODIES_AT_ONCE = 64
-"""Of the largest size."""
+"""Bodies of the largest size that fit."""
 
 
 class HeldBody:
-    """One body: what it takes of the room, and whether it is still arriving."""
+    """One body: its share of the room, and whether it is still arriving."""
 
     def __init__(self, room: "BodyRoom") -> None:
         self._room = room
         self.size = 0
         self.arrival = asyncio.timeout(None)
-        """Around the reading of the body: ends it, if it has to give way."""
+        """Surrounds the reading of the body, and ends it if the body has to give way."""
 
     def take(self, size: int) -> None:
-        """A piece came and is kept. Raises ApiError 429 if there is no room, even when all others that are still
-        arriving have given way."""
+        """Makes room for a piece that came. Raises ApiError 429 if there is none, even after all other arriving bodies
+        gave way."""
         self._room.make_room(self, size)
         self.size += size
         self._room.size += size
 
     def arrived(self) -> None:
-        """It is complete, and gives way no more."""
+        """The body is complete, and no longer gives way."""
         self._room.arriving.pop(self, None)
 
     def no_room(self) -> ApiError:
-        """For a body that had to give way."""
+        """The error for a body that had to give way."""
         return self._room.full()
 
     def give_way(self) -> None:
@@ -55,7 +55,7 @@ class BodyRoom:
 
     @contextmanager
     def enter(self) -> Iterator[HeldBody]:
-        """For as long as the body is needed."""
+        """Holds the body's room within the block."""
         body = HeldBody(self)
         self.arriving[body] = None
         try:
@@ -72,5 +72,5 @@ class BodyRoom:
             oldest.give_way()
 
     def full(self) -> ApiError:
-        message = f"the bodies that are being read take {self._capacity} bytes, which is the most; try again later"
+        message = f"bodies being read already take all {self._capacity} bytes; try again later"
         return ApiError(429, message, code="queue_full", headers={"retry-after": str(self._retry_after)})

@@ -1,4 +1,4 @@
-"""`fastblt calibrate`: the patching threshold that gives a user's own files patches of a wanted length."""
+"""`fastblt calibrate`: the patching threshold that gives a user's files patches of a requested length."""
 
 import math
 import shlex
@@ -20,7 +20,7 @@ from .tables import drawn, number_table
 from .texts import Slice, Texts, check_context
 
 NEARBY = (-1.0, -0.5, 0.5, 1.0)
-"""Bytes by which the other patch lengths of the table differ from the wanted one."""
+"""Bytes by which the other patch lengths of the table differ from the requested one."""
 BINS = 24
 BAR = 50
 """Characters of the longest bar."""
@@ -39,9 +39,9 @@ class Nearby:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """found: for the wanted `patch_size`. own: the model's threshold, with the mean that it gives. nearby: ascending,
-    the found one among them. range: the least and the greatest mean that a threshold gives. histogram: counts of what
-    is compared with a threshold, and the edges of the bins."""
+    """found: for the requested `patch_size`. own: the model's threshold, with the mean that it gives. nearby:
+    ascending, the found one among them. range: the least and the greatest mean that a threshold gives. histogram:
+    counts of what is compared with a threshold, and the edges of the bins."""
 
     config: EngineConfig
     model: str
@@ -65,7 +65,7 @@ def calibrate(config: EngineConfig, texts: Texts, patch_size: float) -> Found:
     reader = Entropies(config)
     model, rule = reader.model_config, reader.model_config.patching
     if rule.mode == "bytes":
-        raise ValueError(f"{model.name}: every byte is a patch of its own (mode 'bytes'), so there is no threshold")
+        raise ValueError(f"{model.name}: every byte is a separate patch (mode 'bytes'), so there is no threshold")
     check_context(texts.context, model.max_length)
     read: list[NDArray[np.float32]] = []
     with Progress("reading", total) as progress:
@@ -109,7 +109,7 @@ def _read(reader: Entropies, text: Slice) -> NDArray[np.float32]:
 
 
 def to_json(f: Found) -> dict[str, Any]:
-    """What `--json` prints. Thresholds in nats; lengths in bytes."""
+    """The object that `--json` prints. Thresholds in nats; lengths in bytes."""
     return {
         "model": f.model,
         "bytes": f.bytes,
@@ -129,7 +129,7 @@ def to_json(f: Found) -> dict[str, Any]:
 
 
 def render(f: Found, *, histogram: bool) -> str:
-    """As text for people. Its last line is a command that uses the threshold."""
+    """The result as text. Its last line is a command that uses the threshold."""
     slices = "1 slice" if f.slices == 1 else f"{f.slices:,} slices"
     parts = [
         f"{f.model}: {f.bytes:,} bytes in {slices} of up to {f.context:,} bytes; the rule is: {_law(f.rule)}",

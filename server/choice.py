@@ -1,6 +1,6 @@
-"""The events of one sequence as pieces of one choice: text, log-probabilities, trace, patches, and why it ended.
+"""Turns the events of one sequence into pieces of one choice: text, log-probabilities, trace, patches, finish reason.
 
-A response without streaming is the sum of the same pieces, so that both say the same.
+A response without streaming is the sum of the same pieces, so both agree.
 """
 
 from bisect import bisect_right
@@ -18,7 +18,7 @@ ASCII_END = 0x80
 
 @dataclass
 class Piece:
-    """What became certain with one event."""
+    """What one event made final."""
 
     text: str = ""
     logprobs: Logprobs | None = None
@@ -57,7 +57,7 @@ def token_name(token: int) -> str:
 
 
 def empty_patches(rule: PatchingRule, num_prompt: int) -> Patches:
-    """None yet, of a text with so many ids of a prompt."""
+    """No patches yet, for a prompt of `num_prompt` ids."""
     by_entropy = rule.mode == "entropy"
     return Patches(
         output_start=num_prompt,
@@ -69,8 +69,8 @@ def empty_patches(rule: PatchingRule, num_prompt: int) -> Patches:
 
 @dataclass
 class ChoiceStream:
-    """Takes a sequence's events in order. Log-probabilities and entropy of a generated id are reported when its byte is
-    in the text, those of a stop string never, and all others at the end. Traces are reported at once."""
+    """Takes a sequence's events in order. Log-probabilities and entropy of a generated id are reported once its byte is
+    in the text; those of a stop string never are, and the rest at the end. Traces are reported at once."""
 
     prompt_ids: list[int]
     echo: bool
@@ -159,15 +159,15 @@ class ChoiceStream:
             trace.rounds.append(TraceRound(ids=ids, drafts=told.drafts, accepted=told.accepted, passes=told.passes))
             at += told.num_ids
             for start in told.patch_starts:
-                # An engine that was started again in between tells all patches again.
+                # A restarted engine reports all patches again.
                 if start > self._last_patch_start:
                     self._last_patch_start = start
                     trace.patch_starts.append(start)
 
     def _add_patches(self, patches: Patches, event: Delta | Finished) -> None:
-        """Those of the prompt, and of generated ids as far as these are in the text."""
+        """Adds patches of the prompt, and of those generated ids that are in the text."""
         if isinstance(event, Delta):
-            # Nine digits are a float32, neither more nor less.
+            # Nine digits identify a float32.
             self._entropies += [float(f"{entropy:.9g}") for entropy in event.entropies]
             self._starts += event.patch_starts
         told = self._num_certain_ids - self._num_entropies
@@ -177,7 +177,7 @@ class ChoiceStream:
         patches.starts, self._starts = self._starts[:started], self._starts[started:]
 
     def _show_certain(self, piece: Piece) -> None:
-        """Reports the ids whose bytes are in the text by now, and the ids between them that are no bytes."""
+        """Reports the ids whose bytes are in the text by now, and the ids between them that are not bytes."""
         while self._hidden:
             specials = 0
             while specials < len(self._hidden) and not is_byte(self._hidden[specials].id):

@@ -1,6 +1,6 @@
 """The command `fastblt`. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
-What needs torch is imported where it is used, so that `--help` answers at once.
+Modules that need torch are imported where they are used, so that `--help` answers at once.
 """
 
 import json
@@ -44,7 +44,7 @@ OF = {option: ", ".join(decoders) for option, decoders in OPTIONS.items()}
 
 
 def _bytes(given: str | int) -> int:
-    """A default comes as the number that it is."""
+    """Typer passes a default as a number."""
     try:
         return parse_bytes(str(given))
     except ValueError as error:
@@ -52,7 +52,7 @@ def _bytes(given: str | int) -> int:
 
 
 def _engine_option(name: str) -> Any:
-    """Of a field of EngineConfig, as `fastblt serve` has it."""
+    """The option of an EngineConfig field, with the help of `fastblt serve`."""
     return typer.Option(help=ENGINE_FLAGS[name][0])
 
 
@@ -63,7 +63,7 @@ def _embedded() -> str:
 # Options that several commands take.
 DtypeName = Literal["float32", "bfloat16"]
 Model = Annotated[str, _engine_option("model")]
-"""Of commands that measure: a figure is of no use unless the user knows which model it is of."""
+"""For commands that measure: a figure is useless unless the user knows its model."""
 ModelOrEmbedded = Annotated[
     str, typer.Option(help=ENGINE_FLAGS["model"][0], default_factory=_embedded, show_default=EMBEDDED)
 ]
@@ -77,7 +77,7 @@ Files = Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="Files 
 Text = Annotated[list[Path] | None, typer.Option(help="Another way to name a file; may be repeated.")]
 Context = Annotated[
     int,
-    typer.Option(parser=_bytes, metavar="BYTES", help="Bytes of a slice, which is read as a text of its own."),
+    typer.Option(parser=_bytes, metavar="BYTES", help="Bytes per slice; each slice is read as a separate text."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
@@ -96,18 +96,16 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the versions of what is installed."
-        ),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the installed versions."),
     ] = False,
 ) -> None:
-    """Of `fastblt` itself."""
+    """Options of `fastblt` itself."""
 
 
 def main() -> None:
     """Entry point."""
-    # OpenMP's threads spin for milliseconds at the end of each product, and on a machine that does anything else the
-    # one that is waited for may not even run: steps then take a hundred times longer. Read once, when torch is loaded.
+    # OpenMP's threads spin for milliseconds after each product. On a busy machine that can keep the thread they wait
+    # for from running, and steps take a hundred times longer. OpenMP reads this once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="fastblt")
 
@@ -115,7 +113,7 @@ def main() -> None:
 @app.command("serve")
 @with_settings
 def serve(settings: ServerSettings, config: EngineConfig) -> None:
-    """Serve a checkpoint over HTTP, as OpenAI's completions API."""
+    """Serve a checkpoint over HTTP with OpenAI's completions API."""
     from .lifecycle import ServeError, run
 
     with failing_on(ServeError):
@@ -125,22 +123,25 @@ def serve(settings: ServerSettings, config: EngineConfig) -> None:
 @app.command()
 def client(
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to continue, then leave; without it, prompts are read line by line.")
+        list[str] | None,
+        typer.Option(help="Text to continue before exiting; without it, prompts are read line by line."),
     ] = None,
     url: Annotated[
         str, typer.Option(help="Address of the server.", envvar="FASTBLT_URL", show_envvar=True)
     ] = "http://127.0.0.1:8000",
-    model: Annotated[str | None, typer.Option(help="A name that the server lists; by default its first.")] = None,
+    model: Annotated[str | None, typer.Option(help="One of the server's model names; by default the first.")] = None,
     max_tokens: Annotated[int, typer.Option(min=0, help="Most bytes to generate.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest byte.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Keep the likeliest bytes up to this mass.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; up to four times.")] = None,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Keep the likeliest bytes up to this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same bytes.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text; may be given up to four times.")
+    ] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="Key to present.", envvar="FASTBLT_API_KEY", show_envvar=True)
+        str | None, typer.Option(help="API key to send.", envvar="FASTBLT_API_KEY", show_envvar=True)
     ] = None,
 ) -> None:
-    """Stream completions of a running server to the terminal. Ctrl-C ends the stream, Ctrl-D the program."""
+    """Stream completions from a running server to the terminal. Ctrl-C ends the stream, Ctrl-D the program."""
     from clients.fastblt_client import Client, FastBltError
     from clients.terminal import run
 
@@ -153,11 +154,12 @@ def client(
 def generate(
     model: ModelOrEmbedded,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to continue; several, which need --json, run as one batch.")
+        list[str] | None,
+        typer.Option(help="Text to continue; may be repeated with --json, and then runs as one batch."),
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File to continue, byte for byte; - is stdin.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most bytes to generate.")] = 256,
-    decoder: Annotated[KnownDecoder, typer.Option(help="How to decode.")] = "blt",
+    decoder: Annotated[KnownDecoder, typer.Option(help="Decoding method.")] = "blt",
     draft_length: Annotated[
         int | None,
         typer.Option(
@@ -175,20 +177,20 @@ def generate(
         ),
     ] = None,
     finish_patch: Annotated[
-        bool, typer.Option("--finish-patch", help=f"{OF['finish_patch']}: begin blocks only where a patch begins.")
+        bool, typer.Option("--finish-patch", help=f"{OF['finish_patch']}: start a block only where a patch starts.")
     ] = False,
     inexact: Annotated[
-        bool, typer.Option("--inexact", help=f"{OF['exact']}: also allow blt-d, whose text is not the model's own.")
+        bool, typer.Option("--inexact", help=f"{OF['exact']}: also allow blt-d, whose text may differ from blt's.")
     ] = False,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Keep the likeliest bytes up to this mass.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Keep this many bytes; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Keep the likeliest bytes up to this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep this many of the likeliest bytes; 0 keeps all.")] = 0,
     min_p: Annotated[
         float, typer.Option(min=0, max=1, help="Keep bytes at least this likely relative to the best.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Fixes every draw.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence id.")] = False,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same bytes.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after an end-of-sequence id.")] = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     kernels: Kernels = None,
@@ -198,19 +200,21 @@ def generate(
     show: Annotated[
         bool,
         typer.Option(
-            "--show", help="Colour patches, the prompt's too, accepted and rejected drafts and the passes of blocks."
+            "--show", help="Colour patches (also the prompt's), accepted and rejected drafts, and the passes of blocks."
         ),
     ] = False,
     patches: Annotated[
         bool,
-        typer.Option("--patches", help="With --json: also print where patches start, in the prompt too, and why."),
+        typer.Option(
+            "--patches", help="With --json: also print the patch starts of prompt and output, and the entropies."
+        ),
     ] = False,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print an object per prompt, in order: text, bytes (hex), finish_reason, usage."),
     ] = False,
 ) -> None:
-    """Continue prompts without a server. Without --json the bytes are streamed to standard output as they are."""
+    """Continue prompts without a server. Without --json the raw bytes are streamed to standard output."""
     from engine.types import Failed
 
     from . import offline
@@ -219,9 +223,9 @@ def generate(
     if len(prompts) > 1 and not as_json:
         raise typer.BadParameter("several prompts need --json", param_hint="--prompt")
     if show and as_json:
-        raise typer.BadParameter("is for people, --json for programs", param_hint="--show")
+        raise typer.BadParameter("cannot be combined with --json", param_hint="--show")
     if patches and not as_json:
-        raise typer.BadParameter("needs --json; for people there is --show", param_hint="--patches")
+        raise typer.BadParameter("needs --json; use --show for a terminal", param_hint="--patches")
     if not all(stop or []):
         raise typer.BadParameter("must not be empty", param_hint="--stop")
     given = {
@@ -288,13 +292,13 @@ def init(
     out: Annotated[Path, typer.Argument(help="Folder to write; it must be new or empty.")],
     config: Annotated[
         str,
-        typer.Option(help="tiny, nano, 1b, 3b, 7b, or a config.json, or a model: its folder, or its name on the hub."),
+        typer.Option(help="tiny, nano, 1b, 3b or 7b; a config.json; or a model's folder or name on the hub."),
     ],
     seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
     hash_rows: Annotated[
         int | None, typer.Option(min=1, help="Rows per hash table instead of the configuration's.")
     ] = None,
-    dtype: Annotated[DtypeName, typer.Option(help="What weights are written in.")] = "bfloat16",
+    dtype: Annotated[DtypeName, typer.Option(help="Dtype of the written weights.")] = "bfloat16",
 ) -> None:
     """Write a checkpoint with random weights.
 
@@ -325,14 +329,14 @@ def evaluate(
         typer.Option(
             parser=_bytes,
             metavar="BYTES",
-            help="Bytes from one slice to the next; what two share is read again, and scored once.",
-            show_default="--context, so that slices share nothing",
+            help="Bytes from the start of one slice to the next; shared bytes are read twice and scored once.",
+            show_default="--context, without overlap",
         ),
     ] = None,
     max_bytes: Annotated[
         int | None,
         typer.Option(
-            parser=_bytes, metavar="BYTES", help="Most bytes to read, all files together.", show_default="all"
+            parser=_bytes, metavar="BYTES", help="Most bytes to read from all files together.", show_default="all"
         ),
     ] = None,
     dtype: Dtype = "float32",
@@ -343,9 +347,9 @@ def evaluate(
     patching_threshold: PatchingThreshold = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score files: bits per byte, and bytes per patch.
+    """Score files: bits per byte and bytes per patch.
 
-    Also the interval of the bits, and the bytes that every stage read.
+    Also prints a confidence interval for bits per byte, and the bytes that every stage read.
     """
     from . import scoring
 
@@ -373,7 +377,7 @@ def calibrate(
     text: Text = None,
     context: Context = CONTEXT,
     max_bytes: Annotated[
-        int, typer.Option(parser=_bytes, metavar="BYTES", help="Most bytes to read, all files together.")
+        int, typer.Option(parser=_bytes, metavar="BYTES", help="Most bytes to read from all files together.")
     ] = 10_000_000,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -385,9 +389,9 @@ def calibrate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the threshold that gives patches of a wanted length.
+    """Find the threshold that gives patches of a requested length.
 
-    The length is the mean over the files. Only the patcher is read.
+    The length is the mean over the files. Only the patcher is loaded.
     """
     from . import calibration
 
@@ -396,7 +400,7 @@ def calibrate(
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
         if plot:
             calibration.check_plot(plot)
-        # The command that is printed names the model as the user did.
+        # The printed command names the model as the user did.
         found = replace(calibration.calibrate(localised(config), texts, patch_size), config=config)
         if plot:
             calibration.draw(found, plot)
@@ -412,25 +416,29 @@ def compare(
     model: Model,
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="FILE", help="Files to take prompts from.", show_default="Python's standard library"),
+        typer.Argument(
+            metavar="FILE", help="Files from which prompts are cut.", show_default="Python's standard library"
+        ),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts to continue with every setting.")] = 100,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to continue with each decoder setting.")] = 100,
     max_tokens: Annotated[int, typer.Option(min=1, help="Bytes to generate after each prompt.")] = 64,
-    prefixes: Annotated[int, typer.Option(min=1, help="Prefixes of real text to make one round from.")] = 2000,
+    prefixes: Annotated[int, typer.Option(min=1, help="Prefixes of real text, each continued for one round.")] = 2000,
     dtype: Dtype = "float32",
     write: Annotated[
         bool,
-        typer.Option("--write", help="Write decoders.json, decoders.png and the card's table in the folder."),
+        typer.Option(
+            "--write", help="Write decoders.json, decoders.png and the model card's table into the model's folder."
+        ),
     ] = False,
 ) -> None:
     """Compare the decoders on a model. Prints a table: acceptance, calls, bytes read, agreement with blt."""
     from training import corpus, decoding
 
     if write and not os.path.isdir(model):
-        _fail(f"--write needs a folder to write to, and {model} is none")
+        _fail(f"--write needs a folder, and {model} is not one")
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
         folder = local_folder(model)
-        # Of the standard library, the files that models/nano did not learn from.
+        # By default, the files of the standard library that models/nano was not trained on.
         texts = [path.read_bytes() for path in files] if files else corpus.standard_library()[1].texts
         result = decoding.measure(folder, texts, prompts, max_tokens, prefixes, dtype)
         if write:
@@ -447,10 +455,7 @@ def inspect(
     patching_threshold: PatchingThreshold = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a checkpoint holds.
-
-    Stages, shapes, parameters, bytes on disk, and cache bytes per byte and per patch.
-    """
+    """Describe a checkpoint: stages, shapes, parameters, bytes on disk, and cache bytes per byte and per patch."""
     from engine.checkpoint import CheckpointError, describe, render
 
     with failing_on(CheckpointError, HubError):
@@ -464,49 +469,53 @@ def size(
     model: Annotated[str | None, _engine_option("model")] = None,
     config: Annotated[
         str | None,
-        typer.Option(
-            help="Instead of --model, without weights: tiny, nano, 1b, 3b, 7b, or a config.json, or a model as there."
-        ),
+        typer.Option(help="Instead of --model, without weights: tiny, nano, 1b, 3b or 7b; a config.json; or a model."),
     ] = None,
     dtype: Dtype = "float32",
     weights: Weights = None,
     sequences: Annotated[
         int | None,
-        typer.Option(min=1, help="Sequences at once.", show_default="64, or what fits into --memory if that is less"),
+        typer.Option(min=1, help="Concurrent sequences.", show_default="64, or fewer if --memory holds fewer"),
     ] = None,
     context: Annotated[
-        int, typer.Option(parser=_bytes, metavar="BYTES", help="Mean length of a sequence, prompt and output.")
+        int, typer.Option(parser=_bytes, metavar="BYTES", help="Mean length of a sequence: prompt plus output.")
     ] = 2048,
     patch_size: Annotated[
         float | None, typer.Option(help="Mean bytes per patch.", show_default="as measured with the model, or 4.5")
     ] = None,
-    draft_length: Annotated[int, typer.Option(min=1, max=MAX_DRAFT, help="blt-s: bytes that a round drafts.")] = 8,
+    draft_length: Annotated[int, typer.Option(min=1, max=MAX_DRAFT, help="blt-s: bytes drafted per round.")] = 8,
     acceptance: Annotated[
         float | None,
-        typer.Option(help="blt-s: share of the drafted bytes that stand.", show_default="as measured, or the paper's"),
+        typer.Option(
+            help="blt-s: share of the drafted bytes that are accepted.", show_default="as measured, or the paper's"
+        ),
     ] = None,
     block_acceptance: Annotated[
-        float | None, typer.Option(help="blt-dv: the same, of a block.", show_default="as measured, or the paper's")
+        float | None,
+        typer.Option(
+            help="blt-dv: share of a block's bytes that are accepted.", show_default="as measured, or the paper's"
+        ),
     ] = None,
     block_passes: Annotated[
         float | None,
-        typer.Option(help="blt-d: decoder passes over a block.", show_default="as measured, or the paper's"),
+        typer.Option(help="blt-d: decoder passes per block.", show_default="as measured, or the paper's"),
     ] = None,
     memory: Annotated[
-        int | None, typer.Option(parser=_bytes, metavar="BYTES", help="Memory of the device: 80GiB.")
+        int | None, typer.Option(parser=_bytes, metavar="BYTES", help="Memory of the device, such as 80GiB.")
     ] = None,
     patcher: Patcher = None,
     reserve: Annotated[
-        float, typer.Option(help="Share of the memory for activations, recordings and the driver.")
+        float, typer.Option(help="Share of --memory kept for activations, CUDA graphs and the driver.")
     ] = 0.1,
     bandwidth: Annotated[
-        int | None, typer.Option(parser=_bytes, metavar="BYTES", help="What the device reads per second: 3.35TB.")
+        int | None,
+        typer.Option(parser=_bytes, metavar="BYTES", help="Bytes that the device reads per second, such as 3.35TB."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the memory that a model needs, and flags to serve it.
+    """Print how much memory a model needs, and flags to serve it.
 
-    Also how many sequences fit, and the bytes that a generated byte reads.
+    Also prints how many sequences fit, and the bytes read per generated byte.
     """
     from engine.sizing import size as sizing_of
 
@@ -531,7 +540,7 @@ def size(
         sizing = sizing_of(
             subject.config,
             EngineConfig(model or "", dtype=dtype, weights=weights),
-            # A device holds them no wider than the model's dtype.
+            # A device stores hash tables no wider than the model's dtype.
             min(subject.hash_itemsize, 4 if dtype == "float32" else 2),
             text.drafting,
             context=context,
@@ -547,7 +556,8 @@ def size(
 
 @contextmanager
 def failing_on(*errors: type[Exception]) -> Iterator[None]:
-    """These errors are about what the user gave: their message, and exit code 1. A closed pipe is no error here."""
+    """Prints the message of these errors, which are about the user's input, and exits with 1. A closed pipe is no
+    error."""
     try:
         yield
     except BrokenPipeError:
@@ -557,7 +567,7 @@ def failing_on(*errors: type[Exception]) -> Iterator[None]:
 
 
 def _explained(error: Exception) -> str:
-    """An error of the system names the file first and leaves out the number, as all other errors do."""
+    """Puts the file first in a system error and drops the errno, as in all other errors."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__
@@ -569,7 +579,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _named(files: list[Path] | None, text: list[Path] | None) -> tuple[Path, ...]:
-    """All files, however they were named; there must be one."""
+    """Files named either way; at least one is required."""
     named = (*(text or []), *(files or []))
     if not named:
         raise typer.BadParameter("name at least one file", param_hint="FILE")
@@ -577,7 +587,7 @@ def _named(files: list[Path] | None, text: list[Path] | None) -> tuple[Path, ...
 
 
 def _read_prompts(prompts: list[str], file: Path | None) -> list[bytes]:
-    """What was given, as the bytes that were typed. Exactly one of the two must be there."""
+    """The prompts as bytes. Exactly one of the two must be given."""
     if bool(prompts) == (file is not None):
         raise typer.BadParameter("give either --prompt or --prompt-file", param_hint="--prompt")
     if file is None:

@@ -26,12 +26,12 @@ log = logging.getLogger("fastblt.server")
 T = TypeVar("T")
 
 KEEPALIVE = b"\n\n"
-"""In a silent stream. Empty lines are nothing to any reader of events, whether it goes by lines or cuts at empty ones.
-A comment is to some: vLLM's benchmark takes it for the beginning of the next event, SGLang's for broken JSON."""
+"""Sent in a silent stream. Every reader of events ignores empty lines. Not all ignore comments: vLLM's benchmark takes
+one for the start of the next event, SGLang's for broken JSON."""
 WHOLE_BYTES = 256 << 10
-"""Of an answer that is made and written in one piece."""
+"""Largest answer that is made and written in one piece."""
 ENTRY_BYTES = 64
-"""About what a log-probability takes in it, its alternatives aside."""
+"""Approximate bytes of one log-probability in it, without alternatives."""
 ENTROPY_BYTES = 11
 
 
@@ -50,7 +50,7 @@ async def complete(request: Request, service: Service) -> Response:
         if not wanted.stream:
             return _answer(await _unless_client_leaves(request, generation.collect()))
         pieces = generation.pieces()
-        # What fails at once fails with a status of its own; after the first event there is only 200.
+        # A request that fails at once gets its own status; after the first event there is only 200.
         first = await _unless_client_leaves(request, anext(pieces))
         handed_over = True
         return CompletionStream(generation, first, pieces, request.state.access)
@@ -72,7 +72,7 @@ async def _understood(request: Request, service: Service, completion_id: str) ->
 
 
 def _answer(completion: Completion) -> Response:
-    """In one piece, or choice by choice where that would be a large one."""
+    """The response in one piece, or choice by choice if it is large."""
     size = 0
     for choice in completion.choices:
         size += len(choice.text) + ENTRY_BYTES * len(choice.logprobs.tokens if choice.logprobs else [])
@@ -162,7 +162,7 @@ class CompletionStream(EventSourceResponse):
         return _event(error.body)
 
     def _chunk(self, item: tuple[int, Piece] | None) -> bytes | None:
-        """None for a piece that says nothing: its bytes wait for the rest of a code point, or for a stop string."""
+        """None for an empty piece: its bytes wait for the rest of a code point, or for a stop string."""
         if item is None:
             return KEEPALIVE
         index, piece = item

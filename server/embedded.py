@@ -1,4 +1,4 @@
-"""Where models/nano is, the model that comes with fastblt.
+"""Finds models/nano, the model that comes with fastblt.
 
 A path beside this package, and not importlib.resources: the engine's process maps the weights from a folder, and
 packages are installed as folders. `hatch_build.py` puts the model's files into a wheel.

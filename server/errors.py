@@ -1,4 +1,4 @@
-"""One error body for everything that goes wrong, as OpenAI's clients expect it."""
+"""One error body for every failure, as OpenAI's clients expect it."""
 
 import reprlib
 from typing import Any, Literal
@@ -38,7 +38,7 @@ Code = Literal[
     "unsupported_media_type",
     "unsupported_parameter",
 ]
-"""What a program may tell errors apart by. Those about a combination of fields have none."""
+"""Lets programs distinguish errors. Errors about a combination of fields have none."""
 TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -86,18 +86,18 @@ class ApiError(Exception):
 
 
 def internal_error(request_id: str) -> ApiError:
-    """Says nothing about the cause, which is in the log under the same id."""
+    """Hides the cause, which is logged under the same id."""
     return ApiError(500, f"internal error; it is logged under request id {request_id}", code="internal_error")
 
 
 def request_timeout(seconds: float) -> ApiError:
-    """For a request of which a part did not come in time."""
+    """For a request that did not arrive in time."""
     message = f"the request did not arrive within {seconds:g} s"
     return ApiError(408, message, code="request_timeout", headers={"connection": "close"})
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """Names the first offending field, what it held and what would be right."""
+    """Names the first offending field, its value and what would be right."""
     first = error.errors(include_url=False, include_context=True)[0]
     kind, path = first["type"], [str(part) for part in first["loc"]]
     field = ".".join(path)[:SHOWN_CHARACTERS] or None
@@ -120,7 +120,7 @@ def unknown_parameter(field: str) -> ApiError:
 
 
 def shown(value: object) -> str:
-    """An offending value, as far as a message repeats it; what is left out is not even looked at."""
+    """An offending value, shortened for a message; the rest is not formatted at all."""
     text = _SHORT.repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
@@ -153,6 +153,6 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """An exception that is neither is for `server.middleware`, which knows the request's id."""
+    """Leaves all other exceptions to `server.middleware`, which knows the request's id."""
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

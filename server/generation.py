@@ -1,4 +1,4 @@
-"""One admitted completion request at work: engine events in, pieces of choices out."""
+"""Runs one admitted completion request: takes engine events, yields pieces of choices."""
 
 import asyncio
 import time
@@ -29,12 +29,12 @@ REFUSALS: dict[str, Code | None] = {
 
 
 LOGGED_CHARACTERS = 1000
-"""Of a text, with `--log-content`."""
+"""Most characters of a text with `--log-content`."""
 
 
 @dataclass
 class Service:
-    """What every request needs."""
+    """The parts of the server that every request needs."""
 
     settings: ServerSettings
     client: EngineClient
@@ -44,7 +44,7 @@ class Service:
 
 
 class Generation:
-    """Must be closed, whatever happens: that gives its place back and stops the engine's work for it."""
+    """Must always be closed: that frees its place and aborts its sequences in the engine."""
 
     def __init__(self, service: Service, plan: Plan, completion_id: str, ticket: Ticket) -> None:
         self.plan = plan
@@ -60,7 +60,7 @@ class Generation:
             for r in plan.requests
         ]
         self._scores: dict[int, _PromptScores] = {}
-        """By the index of the sequence that computes them, where prompts are scored."""
+        """By the index of the sequence that computes them; empty unless prompts are scored."""
         events = [self._submit(index, r) for index, r in enumerate(plan.requests)]
         self._events = merge(events, service.settings.keepalive_seconds)
         self._begun: set[int] = set()
@@ -68,8 +68,8 @@ class Generation:
         """The beginning of each sequence's text, if it may be logged."""
 
     def _submit(self, index: int, request: Request) -> AsyncGenerator[Event, None]:
-        """The events of one sequence. Of a prompt that is to be scored, the first sample computes the scores, and the
-        others wait for them, so that the prefix cache knows the prompt when they come."""
+        """The events of one sequence. If prompts are scored, a prompt's first sample computes the scores and the others
+        wait for it, so that they find the prompt in the prefix cache."""
         wanted = self.plan.request
         if not (wanted.echo and wanted.logprobs is not None):
             return self._service.client.submit(request)
@@ -177,7 +177,7 @@ class Generation:
         )
 
     def usage(self) -> CompletionUsage:
-        """When all is done: also what it cost."""
+        """After all sequences have ended: includes the cost."""
         usages = [choice.usage for choice in self.streams]
         so_far = self.usage_so_far()
         return CompletionUsage(
@@ -208,7 +208,7 @@ class _PromptScores:
         self.entries: list[TokenLogprob] = []
 
     def learn(self, event: Event) -> None:
-        """From the sample that computes them, which may also end without."""
+        """Takes scores from the sample that computes them; it may end without any."""
         if isinstance(event, Delta) and event.prompt_logprobs:
             self.entries = event.prompt_logprobs
         if self.entries or not isinstance(event, Delta):
@@ -216,7 +216,7 @@ class _PromptScores:
 
 
 def fastblt_usage(decoder: DecoderName, usages: list[Usage]) -> FastBltUsage:
-    """What several sequences cost together."""
+    """The summed cost of several sequences."""
 
     def total(field: str) -> int:
         return sum(getattr(usage, field) for usage in usages)

@@ -1,4 +1,4 @@
-"""API keys: what may be one, and where they come from."""
+"""API keys: their form, and the file that holds them."""
 
 import re
 from pathlib import Path
@@ -9,15 +9,15 @@ RULE = f"an API key has at least {LEAST_CHARACTERS} characters, all of them prin
 
 
 def is_key(text: str) -> bool:
-    """Whether it may be a key: long enough not to be guessed, and such that a header can carry it as it is."""
+    """Whether `text` may be a key: too long to guess, and safe in a header."""
     return KEY.fullmatch(text) is not None and "," not in text
 
 
 def read_key_file(path: Path) -> list[str]:
-    """One key a line; blank lines and lines that begin with `#` hold none.
+    """Reads one key per line; blank lines and lines that begin with `#` are skipped.
 
-    Raises OSError if the file cannot be read, and ValueError, with the line, for a line that is anything else or for a
-    file without a key. No message shows a key.
+    Raises OSError if the file cannot be read, ValueError with the line number for an invalid line, and ValueError for a
+    file without keys. No message shows a key.
     """
     try:
         lines = path.read_text("utf-8-sig").splitlines()
@@ -29,7 +29,7 @@ def read_key_file(path: Path) -> list[str]:
         if not line or line.startswith("#"):
             continue
         if not is_key(line):
-            raise ValueError(f"{path}, line {number}: {RULE}; a comment has a line of its own that begins with '#'")
+            raise ValueError(f"{path}, line {number}: {RULE}; a comment needs its own line that begins with '#'")
         keys.append(line)
     if not keys:
         raise ValueError(f"{path} holds no API key")

@@ -36,9 +36,9 @@ log = logging.getLogger("fastblt.server")
 
 OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""What ends the server. SIGHUP comes when its terminal is closed."""
+"""Signals that end the server. SIGHUP comes when its terminal is closed."""
 LAST_RESPONSES_SECONDS = 5
-"""For what is left of the responses when the drain is over."""
+"""Seconds for the rest of the responses when the drain is over."""
 
 
 class ServeError(RuntimeError):
@@ -49,8 +49,8 @@ def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
     """Serves until a signal ends it. Raises ServeError."""
     logs.configure(settings.logs, "server")
     try:
-        # Whatever is wrong with the settings shows at once, and not after a model is downloaded or loaded. The port is
-        # bound for the same reason; nobody can connect yet.
+        # Report wrong settings at once, before a model is downloaded or loaded. The port is bound for the same reason;
+        # no client can connect yet.
         keys, tls = load_keys(settings), _make_tls(settings)
         traces = make_traces(settings)
         with closing(_bind(settings)) as port:
@@ -61,10 +61,10 @@ def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
         log.info("stopped")
     except ServeError as error:
         if settings.log_format == "human":
-            # What is raised is to be the last line.
+            # The error must be the last line.
             logs.flush()
             raise
-        # Whoever reads the log of a container that does not start reads JSON, too.
+        # A collector of JSON logs also needs the reason why a container does not start.
         log.critical("%s", error)
         raise SystemExit(1) from None
 
@@ -81,8 +81,8 @@ async def serve(
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
-        # One that is to outlive its terminal (nohup) was started with SIGHUP ignored. A shell that starts it in the
-        # background ignores SIGINT for it, and may send it all the same.
+        # A server that should outlive its terminal (nohup) is started with SIGHUP ignored, which stays so. A shell
+        # ignores SIGINT for a background process but may still send it, so SIGINT is always handled.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             loop.add_signal_handler(number, signals.put_nowait, number)
     client = EngineClient(engine_config, logs=settings.logs)
@@ -127,7 +127,7 @@ async def _serve_until_signal(
         await asyncio.wait({serving, idle, second}, timeout=settings.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
         if not idle.done():
             log.warning("requests are cut off")
-            # Each of them gets an error, as its last event if it streams.
+            # Each request gets an error, as its last event if it streams.
             await client.stop()
         server.should_exit, server.force_exit = True, second.done()
         idle.cancel()
@@ -140,7 +140,7 @@ async def _serve_until_signal(
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's life of a server, with our own way of accepting and reading."""
+    """uvicorn's server, with our own listener and connections."""
 
     def __init__(
         self, app: FastAPI, settings: ServerSettings, bound: socket.socket, tls: ssl.SSLContext | None, model: str
@@ -177,22 +177,23 @@ class HttpServer(uvicorn.Server):
             lambda slot, accepted: HttpConnection(app, limits, connections, slot, accepted, self.server_state),
         )
         listener.start()
-        # All that uvicorn does with it is to close it and to wait for that.
+        # uvicorn only closes it and waits for that.
         self.servers = [listener]  # type: ignore[list-item]
         self.started = True
-        # Said only now: a program that reads it may connect.
+        # Logged only now: a program that reads it may connect.
         host, number = self._bound.getsockname()[:2]
         line = "serving %s on https://%s:%d" if self._tls else "serving %s on http://%s:%d"
         log.info(line, self._model, f"[{host}]" if ":" in host else host, number)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are handled above: the first one must not close the port, which still says that it drains."""
+        """Signals are handled above. The first one must not close the port, which still answers that the server
+        drains."""
         yield
 
 
 def log_installed(config: EngineConfig) -> None:
-    """Says in the log what starts. A wrong setting needs no such line, a model that cannot be loaded does."""
+    """Logs the installed versions: after the settings are checked, before the model is loaded."""
     here = installed()
     kernels = config.kernels or here.preferred(config.device)
     versions = ", ".join(f"{name} {value}" for name, value in here.rows().items())
@@ -200,16 +201,16 @@ def log_installed(config: EngineConfig) -> None:
 
 
 def log_access(settings: ServerSettings, keys: tuple[bytes, ...]) -> None:
-    """Says in the log who may come in."""
+    """Logs whether API keys are required."""
     if keys:
         log.info("%d API key%s", len(keys), "s" if len(keys) > 1 else "")
     else:
         level = logging.INFO if _is_loopback(settings.host) else logging.WARNING
-        log.log(level, "open to everybody: no API keys")
+        log.log(level, "no API keys: open to all who reach it")
 
 
 def make_traces(settings: ServerSettings) -> "Traces | None":
-    """None unless they are asked for. Raises ServeError."""
+    """None unless traces are configured. Raises ServeError."""
     named = [name for name in OTLP_ENDPOINTS if os.environ.get(name)]
     asked = [f"--otlp-endpoint {settings.otlp_endpoint}"] if settings.otlp_endpoint else named
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
@@ -226,7 +227,7 @@ def make_traces(settings: ServerSettings) -> "Traces | None":
 
 
 def _localised(config: EngineConfig) -> EngineConfig:
-    """With the folders of the model and its patcher, which are downloaded if need be. Raises ServeError."""
+    """Replaces names on the hub by local folders, downloading if needed. Raises ServeError."""
     try:
         return localised(config)
     except HubError as error:

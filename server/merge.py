@@ -10,10 +10,10 @@ from engine.types import Event
 async def merge(
     streams: Sequence[AsyncGenerator[Event, None]], tick: float
 ) -> AsyncGenerator[tuple[int, Event] | None, None]:
-    """Yields (index, event) as events come, None whenever nothing came for `tick` seconds, and ends with the last.
+    """Yields (index, event) as events come, and None after each `tick` seconds without one; ends with the last stream.
 
-    Holds at most one event per stream: whoever feeds the streams feels a slow reader. An exception of any of them is
-    raised here. Closing this closes them all.
+    Holds at most one event per stream, so a slow reader slows the producers down. An exception in any stream is raised
+    here. Closing this closes them all.
     """
     queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=1)
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics. Labels are never anything that a client can choose freely."""
+"""Prometheus metrics. No label value can be chosen freely by a client."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ from .admission import Gate
 from .http.connections import REASONS as CONNECTION_REASONS
 from .http.connections import Connections
 
-# Else every counter has a second series, of when it began, that nobody reads.
+# Otherwise every counter has a second, unused series with its creation time.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 REASONS = ("stop", "length", "timeout", "abort", "refused", "error")
@@ -56,7 +56,7 @@ class Metrics:
         )
         self._per_byte = Histogram(
             "fastblt_time_per_byte_seconds",
-            "Mean time between the bytes of a sequence behind its first.",
+            "Mean time between the bytes of a sequence after its first.",
             labels,
             buckets=SECONDS_PER_BYTE,
             registry=registry,
@@ -74,7 +74,7 @@ class Metrics:
         self._output_size = Histogram(
             "fastblt_output_size_bytes", "Ids generated for a sequence.", labels, buckets=SIZES, registry=registry
         )
-        # A series that appears with its first event hides that from `rate`: all begin at 0.
+        # `rate` misses the first event of a series that starts with it, so all series start at 0.
         for decoder in client.limits.decoders:
             for histogram in (
                 *(self._queue, self._first_byte, self._per_byte, self._end_to_end),
@@ -87,14 +87,14 @@ class Metrics:
         registry.register(self._engine)
         registry.register(ConnectionCollector(connections))
         ProcessCollector(registry=registry)
-        # The engine process, as long as there is one. Its figures start anew with it.
+        # The engine process, while there is one. Its figures start at 0 with each process.
         ProcessCollector("fastblt_engine", pid=lambda: client.pid or "none", registry=registry)
 
     def clock(self, decoder: str, prompt_size: int) -> "Clock":
         return Clock(self, decoder, prompt_size)
 
     def ended(self, clock: "Clock", reason: str, usage: Usage | None) -> None:
-        """Records one sequence. usage: of one that the engine brought to its end."""
+        """Records one sequence. usage: of a sequence that the engine finished."""
         decoder = clock.decoder
         self._sequences.labels(decoder, reason).inc()
         self._prompt_size.labels(decoder).observe(clock.prompt_size)
@@ -137,8 +137,8 @@ class Clock:
 class EngineCollector(Collector):
     """The engine's newest snapshot, read when scraped.
 
-    A restarted engine counts from 0 again; the counters here go on, short of what the last one did after it was last
-    looked at.
+    A restarted engine counts from 0 again. The counters here continue, without what the old one did after the last
+    look.
     """
 
     def __init__(self, client: EngineClient, gate: Gate, version: str) -> None:
@@ -150,7 +150,7 @@ class EngineCollector(Collector):
         self._seen: Snapshot | None = None
 
     def look(self) -> None:
-        """Adds what the engine did since the last look."""
+        """Adds the engine's work since the last look."""
         snapshot = self._client.snapshot
         if snapshot is self._seen:
             return
@@ -167,7 +167,7 @@ class EngineCollector(Collector):
         yield _gauge("fastblt_running_sequences", "Sequences in the running batch.", snapshot.running)
         yield _gauge("fastblt_waiting_sequences", "Sequences that wait in the engine.", snapshot.waiting)
         yield _gauge("fastblt_queued_sequences", "Admitted sequences without a first byte.", self._gate.waiting)
-        yield _gauge("fastblt_queue_capacity_sequences", "What --max-queue allows of these.", self._gate.capacity)
+        yield _gauge("fastblt_queue_capacity_sequences", "Most of these, as set by --max-queue.", self._gate.capacity)
         yield _gauge("fastblt_step_prompt_rows", "Most rows of prompts in a step.", info.prompt_rows)
         yield _gauge("fastblt_engine_up", "1 if the engine is ready.", client.state == "ready")
         yield _gauge("fastblt_draining", "1 once the server shuts down.", self._gate.draining)
@@ -175,19 +175,19 @@ class EngineCollector(Collector):
         used, total = ({pool: getattr(pages, kind) for pool, pages in pools.items()} for kind in ("used", "total"))
         yield _gauges("fastblt_pages_used", "Cache pages in use.", "pool", used)
         cached = {pool: pages.cached for pool, pages in pools.items()}
-        yield _gauges("fastblt_pages_cached", "Cache pages kept for texts to come.", "pool", cached)
+        yield _gauges("fastblt_pages_cached", "Cache pages held only by the prefix cache.", "pool", cached)
         yield _gauges("fastblt_pages_capacity", "Cache pages in all.", "pool", total)
         yield _gauges("fastblt_page_size_bytes", "Size of a cache page.", "pool", info.page_bytes)
         help_text = "Weights that every pass of a stage reads."
         yield _gauges("fastblt_stage_weight_bytes", help_text, "stage", info.weight_bytes)
-        help_text = "What the memory gave when it was tried at the start."
+        help_text = "Memory bandwidth measured at start."
         yield _gauges("fastblt_peak_bandwidth_bytes_per_second", help_text, "operation", info.peak_bandwidth)
         memory = dict(zip(("used", "total"), snapshot.device_memory or (), strict=False))
         yield _gauges("fastblt_device_memory_bytes", "Memory of the GPU.", "kind", memory)
         restarts = CounterMetricFamily("fastblt_engine_restarts", "Restarts of the engine process.")
         restarts.add_metric([], client.restarts)
         yield restarts
-        # This process writes to the log as well.
+        # This process also writes to the log.
         self._totals["log_lines_dropped", ("server",)] = logs.dropped()
         for name, (help_text, labels, _) in COUNTERS.items():
             family = CounterMetricFamily(f"fastblt_{name}", help_text, labels=labels)
@@ -248,14 +248,14 @@ BOTH = ("decoder", "stage")
 COUNTERS: dict[str, tuple[str, Labels, Read]] = {
     "steps": ("Steps of the engine.", (), _one("steps")),
     "step_seconds": ("Time in steps, the host's part included.", (), _one("step_seconds")),
-    "preemptions": ("Sequences put back for lack of pages.", (), _one("preemptions")),
+    "preemptions": ("Sequences preempted for lack of pages.", (), _one("preemptions")),
     "log_lines_dropped": (
-        "Log lines that nobody will read.",
+        "Log lines dropped because nothing read the log.",
         ("process",),
         lambda snapshot: {("engine",): snapshot.dropped_log_lines},
     ),
     "prompt_bytes": ("Prompt ids computed.", (), _one("prompt_rows")),
-    "prompt_cached_bytes": ("Prompt ids that the prefix cache knew.", (), _one("cached_rows")),
+    "prompt_cached_bytes": ("Prompt ids found in the prefix cache.", (), _one("cached_rows")),
     "stage_calls": ("Calls of a stage, each over a whole batch.", ("stage",), _per_stage("calls")),
     "stage_rows": ("Rows that went through a stage.", ("stage",), _per_stage("rows")),
     "stage_seconds": ("Time spent in a stage.", ("stage",), _per_stage("stage_seconds")),
@@ -263,12 +263,12 @@ COUNTERS: dict[str, tuple[str, Labels, Read]] = {
     "committed_bytes": ("Generated ids.", ("decoder",), _per_decoder("committed")),
     "rounds": ("Rounds of a decoder.", ("decoder",), _per_decoder("rounds")),
     "drafted_bytes": ("Bytes drafted, or decoded in blocks.", ("decoder",), _per_decoder("drafted")),
-    "accepted_bytes": ("Drafted bytes that became text.", ("decoder",), _per_decoder("accepted")),
+    "accepted_bytes": ("Drafted bytes that were accepted.", ("decoder",), _per_decoder("accepted")),
     "decoder_stage_calls": ("Passes of requests: the paper's NFE.", BOTH, _per_decoder_and_stage(lambda c: c.calls)),
     "decoder_stage_rows": ("Rows of requests.", BOTH, _per_decoder_and_stage(lambda c: c.rows)),
     "decoder_stage_seconds": ("Requests' shares of passes.", BOTH, _per_decoder_and_stage(lambda c: c.seconds)),
     "decoder_stage_read_bytes": (
-        "Bytes really read, a batch's weights shared out.",
+        "Bytes read, with weights divided among the batch.",
         BOTH,
         _per_decoder_and_stage(lambda c: c.read_bytes),
     ),
@@ -278,7 +278,7 @@ COUNTERS: dict[str, tuple[str, Labels, Read]] = {
         _per_decoder_and_stage(lambda c: c.estimated_bytes),
     ),
     "blt_estimated_bytes": (
-        "What that formula gives for plain BLT writing the same.",
+        "The same formula for plain BLT generating the same bytes.",
         ("decoder",),
         _per_decoder("blt_estimated_bytes"),
     ),

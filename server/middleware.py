@@ -1,4 +1,4 @@
-"""What happens around every request, as plain ASGI: an id, a key, a log line, and an answer whatever breaks."""
+"""Surrounds every request, as plain ASGI: id, key check, log line, and an answer to every failure."""
 
 import hashlib
 import hmac
@@ -30,8 +30,8 @@ OPEN_PATHS = re.compile(r"/|/page/[^/]+|/health|/health/(live|ready)|/ping|/metr
 
 
 class RequestContext:
-    """Gives each request an id (the client's x-request-id, if it is fit), the client's address, a line in the log, and
-    a span where there are traces. A path may end with a slash or without."""
+    """Gives each request an id (the client's x-request-id, if valid), the client's address, a line in the log, and
+    a span if traces are on. A trailing slash in a path is ignored."""
 
     def __init__(
         self,
@@ -89,8 +89,8 @@ class RequestContext:
 
 def client_address(peer: str, forwarded: Sequence[str], trusted: Sequence[IPvAnyNetwork]) -> str:
     """The address of the client: the nearest one that is not a trusted proxy's, going back from the peer through
-    X-Forwarded-For. Each entry was written by the proxy after it, so what stands before something that is no address,
-    or before an address that is not trusted, may be invented."""
+    X-Forwarded-For. Each entry was written by the proxy after it, so any entry before an invalid or untrusted address
+    may be forged."""
     client = parse_address(peer)
     for entry in [part.strip() for line in forwarded for part in line.split(",")][::-1]:
         before = parse_address(entry)
@@ -101,8 +101,8 @@ def client_address(peer: str, forwarded: Sequence[str], trusted: Sequence[IPvAny
 
 
 class Failures:
-    """Answers what the connection refuses, and what nobody else has answered, so that both get the headers that the
-    layers around this one add."""
+    """Answers requests that the connection refuses and exceptions of the application, so that both get the headers of
+    the outer layers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -122,7 +122,7 @@ class Failures:
                 log.exception("the request failed")
                 error = internal_error(access.request_id)
         access.error = error
-        # An answer that has begun breaks off instead.
+        # An answer that has started breaks off instead.
         if not access.has_begun:
             await error.response()(scope, receive, send)
 
@@ -132,16 +132,16 @@ class ApiKeys:
 
     def __init__(self, app: ASGIApp, keys: tuple[bytes, ...]) -> None:
         self._app = app
-        # Digests have one length, so that comparing them tells nothing of the keys.
+        # Digests have one length, so that comparing them reveals nothing about the keys.
         self._digests = [hashlib.sha256(key).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_open = scope["type"] != "http" or OPEN_PATHS.fullmatch(scope["path"])
-        # What could not be read may have lost its key; it gets no further than its refusal.
+        # An unparsed request may have lost its key; it is refused anyway.
         if not is_open and "refusal" not in scope["state"]:
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
-            # All are compared, so that the time does not tell which one is near.
+            # All are compared, so that the time does not reveal which one is close.
             if scheme.lower() != "bearer" or not sum(hmac.compare_digest(digest, known) for known in self._digests):
                 what = "the API key is not valid" if key else "send an API key as 'Authorization: Bearer KEY'"
                 error = ApiError(401, what, code="invalid_api_key", headers={"www-authenticate": "Bearer"})

@@ -19,12 +19,12 @@ def offered_models(settings: ServerSettings, limits: ModelLimits) -> dict[str, D
 
 
 def default_model(settings: ServerSettings, limits: ModelLimits) -> str:
-    """The name of a request that gives none."""
+    """The model's name if a request names none."""
     return settings.served_model_name[0] if settings.served_model_name else limits.name
 
 
 def check_model(name: str, settings: ServerSettings, limits: ModelLimits) -> DecoderName | None:
-    """The decoder that the name stands for, if any. Raises ApiError 404 for a model that is not here."""
+    """The decoder that the name implies, if any. Raises ApiError 404 for an unknown model."""
     offered = offered_models(settings, limits)
     if name not in offered:
         message = f"the model {name[:100]!r} does not exist; offered: {', '.join(offered)}"
@@ -35,7 +35,8 @@ def check_model(name: str, settings: ServerSettings, limits: ModelLimits) -> Dec
 def choose_decoder(
     model: str, decoder: DecoderName | None, settings: ServerSettings, limits: ModelLimits
 ) -> DecoderName:
-    """What the model's name and the decoder field ask for together. Raises ApiError if they cannot have it."""
+    """The decoder chosen by the model's name and the decoder field. Raises ApiError if they conflict or it is not
+    available."""
     alias = check_model(model, settings, limits)
     if alias and decoder and alias != decoder:
         raise ApiError(400, f"decoder {decoder!r} contradicts the model {model!r}", param="decoder")

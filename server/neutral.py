@@ -1,7 +1,7 @@
-"""Parameters of other servers that are taken where their value asks for nothing.
+"""Parameters of other servers that are accepted with values that change nothing.
 
-Client programs send them whether they are wanted or not: a load tool that always says `"repetition_penalty": 1.0` is
-not to fail for it. Any other value is refused by name, and null is the default here as everywhere.
+Client programs send them unasked: a load tool that always sends `"repetition_penalty": 1.0` should not fail. Any other
+value is refused by name; null means the default, as everywhere.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Neutral:
-    """What a parameter may be: one of `values`, or anything of the type `kind`."""
+    """Allowed values of a parameter: one of `values`, or anything of the type `kind`."""
 
     values: tuple[Any, ...] = ()
     kind: type | None = None
@@ -19,7 +19,7 @@ class Neutral:
     def allows(self, value: Any) -> bool:
         if self.kind:
             return isinstance(value, self.kind)
-        # True is 1 to Python, and not to a client.
+        # True equals 1 in Python, but not for a client.
         return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in self.values)
 
     @property

@@ -14,7 +14,7 @@ from .schemas import Patches
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Certain bytes of one prompt's continuation; the last piece also says how it ended."""
+    """Final bytes of one prompt's continuation; the last piece also has how it ended."""
 
     index: int
     data: bytes
@@ -79,8 +79,8 @@ def generate(
 
 
 def result(data: bytes, patches: list[Patches], end: Finished | Failed, decoder: DecoderName) -> dict[str, Any]:
-    """What `generate --json` prints for one prompt; `usage` and `patches`, of which there are pieces if it was asked
-    for, are shaped as in an HTTP response."""
+    """The object that `generate --json` prints for one prompt. `usage`, and `patches` if requested, are shaped as in an
+    HTTP response."""
     if isinstance(end, Failed):
         return {"error": {"code": end.code, "message": end.message, "param": end.param}}
     for later in patches[1:]:

@@ -1,4 +1,4 @@
-"""What `/openapi.json` says beyond what FastAPI finds out: the body of a completion, which its route reads by itself,
+"""Parts of `/openapi.json` that FastAPI cannot derive: the body of a completion, which its route reads by itself,
 and the errors."""
 
 from typing import Any
@@ -16,11 +16,11 @@ COMPLETION_BODY = {
     }
 }
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-"""Of a stream: its data is a Completion as JSON, an error's body, or [DONE]."""
+"""An event of a stream: its data is a Completion as JSON, an error's body, or [DONE]."""
 
 
 def errors(*statuses: int, keys: bool = True) -> dict[int | str, dict[str, Any]]:
-    """The error responses of a route, those that any may have included. keys: whether it wants an API key."""
+    """The error responses of a route, including those that every route has. keys: whether it needs an API key."""
     every = {*statuses, 431, 500, *([401] if keys else [])}
     return {status: {"model": ErrorBody} for status in sorted(every)}
 
@@ -31,8 +31,8 @@ COMPLETION_ANSWERS = errors(400, 404, 408, 413, 415, 429, 503) | {
 
 
 class Application(FastAPI):
-    """With the request's schemas among the components, where every tool finds them, and without the 422 that no route
-    answers."""
+    """Puts the request's schemas among the components, where tools expect them, and drops the 422 that no route
+    returns."""
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:

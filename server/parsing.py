@@ -1,8 +1,8 @@
 """A request's body as a `CompletionRequest`, at a cost that the body's size bounds.
 
 Validation builds an object, and perhaps an error, for every member, so a few megabytes of short members could take the
-server a second and hundreds of megabytes. Hence members are first split off unread (msgspec's `Raw`), at the speed of
-memory, and what has too many is refused at the first fault.
+server a second and hundreds of megabytes. Hence members are first split off unread (msgspec's `Raw`), at memory speed,
+and a body with too many is refused before validation.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ from .neutral import NEUTRAL
 from .schemas import PROMPT_RULE, CompletionRequest, NotOffered
 
 OTHER_BYTES = 16 << 10
-"""What a body may have beside the values of its known fields: names, white space, unknown fields that are null."""
+"""Most bytes of a body besides the values of known fields: names, white space, unknown fields that are null."""
 FIELD_BYTES = 32 << 10
-"""Of any field but the prompt."""
+"""Most bytes of any field but the prompt."""
 SMALL_BODY_BYTES = 64 << 10
-"""A larger one is parsed in a thread, so that the event loop goes on meanwhile."""
+"""A larger one is parsed in a thread, so that the event loop is not blocked."""
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ _arrays: dict[bytes, msgspec.json.Decoder[Any]] = {
     b"[": msgspec.json.Decoder(list[list[int]]),
     b"": msgspec.json.Decoder(list[int]),
 }
-"""By the first element's first character. They end at the first element of another type."""
+"""By the first element's first character. Counting ends at the first element of another type."""
 
 _worker = ThreadPoolExecutor(1, "parse")
 
@@ -74,7 +74,7 @@ def _bound(body: bytes, max_prompts: int, max_length: int) -> None:
         raise ApiError(400, "the body must be a JSON object") from None
     except (msgspec.DecodeError, RecursionError) as error:
         if len(body) <= SMALL_BODY_BYTES:
-            # Validation says more about what is wrong.
+            # Validation gives a better message.
             return
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         message = f"the body is not valid JSON: {why}"
@@ -91,7 +91,7 @@ def _bound(body: bytes, max_prompts: int, max_length: int) -> None:
 
 
 def _bound_prompt(raw: bytes, max_prompts: int, max_length: int) -> None:
-    """Counts an array's elements by marks that each must have; never more than there are."""
+    """Counts an array's elements by characters that each must contain; never overcounts."""
     if raw[:1] == b"{":
         message = "prompt: must be a string or an array, not an object"
         raise ApiError(400, message, param="prompt", code="invalid_value")
@@ -100,7 +100,7 @@ def _bound_prompt(raw: bytes, max_prompts: int, max_length: int) -> None:
         return
     kind = first[1]
     if kind:
-        # Only the last quote of a string can come after a backslash and be none of its characters.
+        # Only a string's last quote may follow a backslash without being one of its characters.
         least = (raw.count(b'"') - raw.count(b'\\"')) // 2 if kind == b'"' else raw.count(b"[") - 1
         if least > max_prompts:
             message = f"prompt: {least} prompts or more; at most {max_prompts} are allowed"
@@ -116,7 +116,7 @@ def _bound_prompt(raw: bytes, max_prompts: int, max_length: int) -> None:
 
 
 def _refuse_repeated_bias(raw: msgspec.Raw | None) -> None:
-    """Two biases under one name: a parser would drop one of them without a word."""
+    """Refuses two biases for one id: a parser would silently drop one."""
 
     def collect(pairs: list[tuple[str, Any]]) -> None:
         seen = set[str]()
@@ -127,13 +127,13 @@ def _refuse_repeated_bias(raw: msgspec.Raw | None) -> None:
             seen.add(name)
 
     if raw is not None:
-        # Other faults are for validation to name.
+        # Validation reports other faults.
         with suppress(ValueError):
             json.loads(bytes(raw), object_pairs_hook=collect)
 
 
 def _unknown_field(body: bytes) -> ApiError:
-    """For a body with much beside its known fields: the first that is not known, if there is one."""
+    """For a body with too much besides its known fields: names the first unknown field, if any."""
     try:
         _split_strictly.decode(body)
     except msgspec.ValidationError as error:

@@ -1,4 +1,4 @@
-"""How far a long command is: a bar on a terminal, elsewhere a line now and then. On standard error."""
+"""Progress of a long command on standard error: a bar on a terminal, otherwise a line every few seconds."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ INTERVAL = 10.0
 
 
 class Progress:
-    """Counts bytes. `total` is None where only the end tells."""
+    """Counts bytes. `total` is None if unknown."""
 
     def __init__(self, doing: str, total: int | None) -> None:
         self._doing, self._total = doing, total

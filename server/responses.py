@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 
 def to_json(content: Any) -> bytes:
-    """A pydantic model, or anything that JSON can say. NaN and infinities become null."""
+    """Encodes a pydantic model or any JSON value. NaN and infinities become null."""
     return content.model_dump_json().encode() if isinstance(content, BaseModel) else orjson.dumps(content)
 
 

@@ -22,16 +22,16 @@ from .texts import Slice, Texts, check_context
 
 LEVEL = 0.95
 LEAST_SLICES = 5
-"""Fewer say nothing about how slices differ."""
+"""Fewer slices give no useful variance."""
 
 
 class Estimate:
-    """Nats per byte of texts like some slices, which count as drawn independently: bytes within one do not."""
+    """Estimates nats per byte from slices, which count as independent samples; bytes within a slice do not."""
 
     def __init__(self) -> None:
         self.slices = self.bytes = 0
         self.nats = 0.0
-        # Sums of squares and products: no slice is kept.
+        # Sums of squares and products, so that no slice is kept.
         self._nats_nats = self._nats_bytes = self._bytes_bytes = 0.0
 
     def add(self, nats: float, num_bytes: int) -> None:
@@ -48,8 +48,8 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Of the mean, 95 %: the ratio estimator's linearised variance (Cochran, Sampling Techniques, 6.3) and
-        Student's t. None for fewer than `LEAST_SLICES`."""
+        """The 95 % interval of the mean: the ratio estimator's linearised variance (Cochran, Sampling Techniques, 6.3)
+        and Student's t. None for fewer than `LEAST_SLICES`."""
         if self.slices < LEAST_SLICES:
             return None
         mean, free = self.mean, self.slices - 1
@@ -66,7 +66,7 @@ def _student(free: int) -> float:
 
 @dataclass(slots=True)
 class FileScore:
-    """One file. bytes: scored of it."""
+    """One file. bytes: number of scored bytes."""
 
     name: str
     bytes: int = 0
@@ -84,7 +84,7 @@ class FileScore:
 
 @dataclass(frozen=True, slots=True)
 class StageReads:
-    """What a stage did for the texts, by the engine's own accounting. cache_bytes: keys, values and look-ups."""
+    """A stage's work for the texts, by the engine's accounting. cache_bytes: keys, values and look-ups."""
 
     passes: int
     rows: int
@@ -127,7 +127,7 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Of the bits per byte, 95 %."""
+        """The 95 % interval of the bits per byte."""
         ends = self.estimate.interval
         return ends and (_bits(ends[0]), _bits(ends[1]))
 
@@ -138,7 +138,7 @@ class Evaluation:
 
 def evaluate(config: EngineConfig, texts: Texts) -> Evaluation:
     """Scores every byte of the texts once. Raises what loading raises, ValueError and OSError for the files, and
-    ValueError for a context that the engine does not hold."""
+    ValueError for a context longer than the engine's limit."""
     total = texts.check()
     engine = Engine(config)
     check_context(texts.context, engine.limits.max_length)
@@ -169,7 +169,7 @@ def evaluate(config: EngineConfig, texts: Texts) -> Evaluation:
 
 
 class _Packed:
-    """`xz -9` of all that passes, as one file."""
+    """Size of everything that passes, compressed with `xz -9` as one file."""
 
     def __init__(self) -> None:
         self._xz, self._size = lzma.LZMACompressor(preset=9), 0
@@ -194,12 +194,12 @@ def _bits(nats: float) -> float:
 
 
 def _mean_patch(num_bytes: int, patches: int) -> float | None:
-    """None if a file's few last bytes only end a patch that began before them."""
+    """None if no patch starts among the bytes."""
     return num_bytes / patches if patches else None
 
 
 def to_json(e: Evaluation) -> dict[str, Any]:
-    """What `--json` prints. Bits per byte; bytes."""
+    """The object that `--json` prints."""
     return {
         "model": e.model,
         "bytes": e.estimate.bytes,
@@ -225,7 +225,7 @@ def to_json(e: Evaluation) -> dict[str, Any]:
 
 
 def render(e: Evaluation) -> str:
-    """As text for people."""
+    """The result as text."""
     parts = [_headline(e), _figures(e), _stages(e)]
     if len(e.files) > 1:
         parts.append(_files(e.files))

@@ -1,4 +1,4 @@
-"""All settings of the HTTP server, in one typed place."""
+"""Settings of the HTTP server."""
 
 from pathlib import Path
 from typing import Annotated
@@ -35,13 +35,13 @@ class ServerSettings(BaseSettings):
         [], description="Names under which the model is offered; by default the checkpoint's own name."
     )
     api_keys: Annotated[list[SecretStr], NoDecode] = Field(
-        [], description="Keys that clients may present as 'Authorization: Bearer KEY'; without any, open to everybody."
+        [], description="Keys that clients may send as 'Authorization: Bearer KEY'; without any, the server is open."
     )
     api_key_file: Path | None = Field(
         None, description="File with further API keys, one per line; lines that begin with '#' are comments."
     )
     max_queue: int = Field(
-        256, ge=1, description="Most sequences that may wait for their first byte; beyond it requests get 429."
+        256, ge=1, description="Most sequences that may wait for their first byte; further requests get 429."
     )
     max_choices: int = Field(
         128, ge=1, description="Most sequences of one request: number of prompts times the larger of n and best_of."
@@ -55,16 +55,18 @@ class ServerSettings(BaseSettings):
         description="Most log-probabilities in one answer: scored bytes times choices times (logprobs + 1); also most "
         "entropies.",
     )
-    max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body in bytes; beyond it 413.")
+    max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body in bytes; larger ones get 413.")
     max_header_bytes: int = Field(
-        64 << 10, ge=1024, description="Most bytes in the head of a request, names, values and URL; beyond it 431."
+        64 << 10,
+        ge=1024,
+        description="Most bytes in the head of a request (names, values and URL); larger ones get 431.",
     )
-    max_headers: int = Field(100, ge=1, description="Most headers of a request; beyond it 431.")
+    max_headers: int = Field(100, ge=1, description="Most headers of a request; requests with more get 431.")
     max_connections: int = Field(
         4096, ge=1, description="Most open connections; fewer where the limit of open files (ulimit -n) is lower."
     )
     max_connections_per_address: int = Field(
-        1024, ge=1, description="Most open connections from one address, trusted proxies excepted."
+        1024, ge=1, description="Most open connections from one address, except from trusted proxies."
     )
     head_timeout: float = Field(10.0, gt=0, description="Seconds that the head of a request may take to arrive.")
     request_timeout: float = Field(
@@ -76,7 +78,7 @@ class ServerSettings(BaseSettings):
     write_timeout: float = Field(
         60.0,
         gt=0,
-        description="Seconds in which a client must read the next 64 KiB of an answer that waits, "
+        description="Seconds in which a client must read the next 64 KiB of a waiting answer, "
         "or all of a shorter rest.",
     )
     default_timeout: float | None = Field(
@@ -84,7 +86,9 @@ class ServerSettings(BaseSettings):
     )
     retry_after: int = Field(1, ge=1, description="Seconds in the Retry-After header of 429 and 503 responses.")
     keepalive_seconds: float = Field(
-        15.0, gt=0, description="Silence in a stream after which empty lines are sent, so that proxies keep it open."
+        15.0,
+        gt=0,
+        description="Seconds of silence in a stream after which an empty line is sent, so that proxies keep it open.",
     )
     drain_seconds: float = Field(
         30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM or Ctrl-C."
@@ -96,12 +100,12 @@ class ServerSettings(BaseSettings):
     log_level: LevelName = Field("info", description="Least severity to log.")
     log_format: FormatName = Field("human", description="Log lines for people, or one JSON object each.")
     log_content: bool = Field(
-        False, description="Also log prompts and completions, cut short. Readers of the log can then read them."
+        False, description="Also log prompts and completions, shortened. Anyone who can read the log can read them."
     )
     otlp_endpoint: str | None = Field(
         None,
         description="URL of an OpenTelemetry collector to send traces to, over HTTP; needs the extra 'traces'. "
-        "By default OTEL_EXPORTER_OTLP_ENDPOINT, else none are made.",
+        "By default OTEL_EXPORTER_OTLP_ENDPOINT; without either, traces are off.",
     )
 
     @field_validator("served_model_name", "api_keys", "cors_origins", "trusted_proxies", mode="before")
@@ -112,9 +116,9 @@ class ServerSettings(BaseSettings):
     @field_validator("api_keys", mode="before")
     @classmethod
     def _names_a_key(cls, value: object) -> object:
-        # An empty variable is more likely a mistake than the wish to open the server.
+        # An empty variable is more likely a mistake than a decision to open the server.
         if isinstance(value, str) and not value.strip(", "):
-            raise ValueError("holds no API key; leave it out to open the server to everybody")
+            raise ValueError("holds no API key; leave it out to run an open server")
         return value
 
     @field_validator("api_keys")
@@ -154,11 +158,11 @@ class ServerSettings(BaseSettings):
 
     @property
     def logs(self) -> LogSettings:
-        """As both processes take them."""
+        """The log settings of both processes."""
         return LogSettings(self.log_level, self.log_format)
 
     def load_api_keys(self) -> tuple[bytes, ...]:
-        """All keys, each once, those of the file included. Raises OSError or ValueError as `read_key_file`."""
+        """All keys, including the file's, without duplicates. Raises OSError or ValueError like `read_key_file`."""
         keys = [key.get_secret_value() for key in self.api_keys]
         if self.api_key_file:
             keys += read_key_file(self.api_key_file)

@@ -1,4 +1,4 @@
-"""Tables of numbers for people, as plain text."""
+"""Tables of numbers as plain text."""
 
 from io import StringIO
 
@@ -9,7 +9,7 @@ WIDTH = 120
 
 
 def number_table(name: str, *columns: str) -> Table:
-    """The first column to the left, the others, numbers, to the right."""
+    """The first column is left-aligned; the others, numbers, are right-aligned."""
     table = Table(name, box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for column in columns:
         table.add_column(column, justify="right")

@@ -1,9 +1,9 @@
-"""OpenTelemetry traces: what `server.access_log` tells in a line, as spans with times of their own.
+"""OpenTelemetry traces: the content of `server.access_log`'s line, as spans.
 
-Importing this needs the extra `traces`; nothing does that unless traces are asked for. Names are those of
-OpenTelemetry's conventions for HTTP servers and generative models; what these do not know begins with `fastblt.`.
+Importing this needs the extra `traces`; it is imported only if traces are configured. Names are those of
+OpenTelemetry's conventions for HTTP servers and generative models; others begin with `fastblt.`.
 Spans are queued and sent by a thread of their own; when the queue is full they are dropped. FastAPI can make spans,
-too, but ends them with the last byte, before it is known what a stream came to, and tells the query string.
+too, but ends them with the last byte, before a stream's outcome is known, and includes the query string.
 """
 
 import asyncio
@@ -30,21 +30,21 @@ log = logging.getLogger("fastblt.traces")
 PATH = "/v1/traces"
 PROTOCOL = "http/protobuf"
 FLUSH_SECONDS = 3.0
-"""For the spans that are still to be sent when the server ends."""
+"""Seconds to send the remaining spans when the server ends."""
 COMPLAINT_SECONDS = 60.0
 """Least time between two log lines about spans that could not be sent."""
 FASTBLT_FIELDS = (
     *("decoder", "prompts", "sequences", "decoder_calls", "global_calls", "drafted", "accepted"),
     *("bytes_read", "estimated_bytes", "preemptions", "queue_seconds"),
 )
-"""Fields of the log line that are attributes of the same name behind `fastblt.`."""
+"""Fields of the log line that become attributes, prefixed with `fastblt.`."""
 
 
 class Traces:
-    """Makes and sends the spans of one server. Sampling, headers, sizes and so on are as the `OTEL_*` variables say.
+    """Makes and sends the spans of one server. The `OTEL_*` variables set sampling, headers, sizes and so on.
 
-    `endpoint`: the collector's address, with or without the path that traces go to; None takes that of the environment.
-    Raises ValueError for variables that cannot be obeyed.
+    `endpoint`: the collector's address, with or without the path for traces; None takes the environment's.
+    Raises ValueError for unsupported variables.
     """
 
     def __init__(self, endpoint: str | None, version: str) -> None:
@@ -54,7 +54,7 @@ class Traces:
         url = None if endpoint is None else endpoint.rstrip("/").removesuffix(PATH) + PATH
         resource = Resource.create({"service.name": "fastblt", "service.version": version})
         self._provider = TracerProvider(
-            # The environment's own names win.
+            # Names from the environment win.
             resource=resource.merge(OTELResourceDetector().detect()),
             shutdown_on_exit=False,
         )
@@ -63,7 +63,7 @@ class Traces:
         self._tracer: Tracer = self._provider.get_tracer("fastblt", version)
 
     def start(self, scope: Scope) -> Span:
-        """The span of a request, in the trace that the request says it belongs to."""
+        """The span of a request, in the trace named by its headers."""
         headers = Headers(scope=scope)
         host, port = scope.get("server") or (None, None)
         attributes = {
@@ -84,12 +84,12 @@ class Traces:
         )
 
     def log_fields(self, span: Span) -> dict[str, str]:
-        """What leads from a log line to its trace."""
+        """Fields that link a log line to its trace."""
         context = span.get_span_context()
         return {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
 
     def end(self, span: Span, access: Access) -> None:
-        """Says what came of the request, and makes the spans below it."""
+        """Records the request's outcome and makes its child spans."""
         fields = access.fields()
         answered = access.status not in (0, CLIENT_LEFT)
         error = fields.get("error")
@@ -119,8 +119,8 @@ class Traces:
             log.warning("the last spans are lost: the collector did not take them within %g s", FLUSH_SECONDS)
 
     def _completion(self, parent: Span, access: Access, generation: Generation, fields: dict[str, Any]) -> None:
-        """One span for the model's work, and below it one for each of its phases, which are those of the sequence that
-        came first."""
+        """Makes one span for the model's work, with a child span per phase of the sequence whose first byte came
+        first."""
         request = generation.plan.request
         attributes = {
             "gen_ai.operation.name": "text_completion",
@@ -164,7 +164,7 @@ class Traces:
 
         if first is not None:
             span.add_event("first byte", timestamp=stamp(first))
-            # The engine tells how long a sequence waited when it has finished it.
+            # The engine reports a sequence's wait when the sequence ends.
             if queued := [stream.usage.queue_seconds for stream in generation.streams if stream.finish_reason]:
                 begun = min(began + min(queued), first)
                 phase("queue", began, begun)
@@ -178,7 +178,7 @@ def _known(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Seldom(logging.Filter):
-    """An exporter that does not reach its collector complains at every attempt."""
+    """Limits the exporter's complaints, which come with every failed attempt."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Decoding as a picture in the terminal: patches, drafts and the order in which blocks are unmasked, as colours."""
+"""Colours decoding in the terminal: patches, drafts and the order in which blocks are unmasked."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ PATCHES = ("grey15", "grey30")
 OWN, ACCEPTED, REJECTED = "white", "green3", "red3"
 PROMPT = Style(color=OWN, dim=True)
 PASSES = ("green1", "chartreuse3", "yellow3", "orange1", "dark_orange3", "deep_pink3", "medium_purple2", "slate_blue1")
-"""Of a block's bytes, by the pass that settled them; the last stands for all later ones."""
+"""Colours of a block's bytes, by the pass that settled them; the last one is for all later passes."""
 
 
 def legend() -> Text:
@@ -32,21 +32,21 @@ def legend() -> Text:
 
 
 class Show:
-    """Takes the ids of one output with their traces, in order, and gives what to print: behind the prompt, once it is
-    known where its patches start."""
+    """Takes the ids of one output with their traces, in order, and gives the text to print. The prompt comes first,
+    once its patch starts are known."""
 
     def __init__(self, prompt: Sequence[int] = ()) -> None:
         self._num_prompt = len(prompt)
         self._starts: set[int] = set()
         self._waiting = deque((token, PROMPT) for token in prompt)
-        """Ids whose patches are not known yet, and how they look."""
+        """Ids whose patches are not known yet, with their styles."""
         self._rejected: dict[int, list[int]] = {}
         self._place = 0
         self._patch = 0
         self._utf8 = Utf8Stream()
 
     def feed(self, ids: list[int], traces: list[Trace], patches: Patches | None = None) -> Text:
-        """What is certain by now: whether a byte starts a patch is known a round after it came."""
+        """The text that is final by now: whether a byte starts a patch is known one round later."""
         at = 0
         if patches:
             self._starts |= {start for start in patches.starts if start < self._num_prompt}

@@ -1,4 +1,4 @@
-"""Bytes that arrive piece by piece, as text."""
+"""Decodes bytes that arrive piece by piece."""
 
 import codecs
 
@@ -8,7 +8,7 @@ _Decoder = codecs.getincrementaldecoder("utf-8")
 class Utf8Stream:
     """Decodes a stream of bytes; no piece ever ends inside a code point.
 
-    An incomplete code point waits for its next byte. Bytes that can no longer become text are U+FFFD at once, so the
+    An incomplete code point waits for its next byte. Invalid bytes become U+FFFD at once, so the
     concatenation of all pieces is `b"".join(...).decode(errors="replace")` however the bytes were cut.
     """
 
@@ -19,12 +19,12 @@ class Utf8Stream:
         text = self._decoder.decode(data)
         pending = self._decoder.getstate()[0]
         if pending[:1] == b"\xed" and pending[1:2] >= b"\xa0":
-            # The beginning of a surrogate, which the standard library keeps though it can become no text.
+            # The start of a surrogate, which the standard library keeps although it is never valid.
             text += self._decoder.decode(b"", final=True)
         return text
 
     def finish(self) -> str:
-        """Nothing more comes: an incomplete code point is U+FFFD."""
+        """Ends the stream: an incomplete code point becomes U+FFFD."""
         return self._decoder.decode(b"", final=True)
 
     @property
@@ -34,7 +34,7 @@ class Utf8Stream:
 
 
 class OffsetTracker:
-    """Where in the text, counted in code points, the character of each byte stands."""
+    """The offset of each byte's character in the text, in code points."""
 
     def __init__(self) -> None:
         self._stream = Utf8Stream()
@@ -47,5 +47,5 @@ class OffsetTracker:
 
     @property
     def end(self) -> int:
-        """Offset of whatever comes next that is not in the middle of a character."""
+        """Offset of the next character to start."""
         return self._length + bool(self._stream.num_pending)

@@ -1,6 +1,6 @@
-"""Files as a model reads them: slice by slice, each a text of its own that begins with BOS.
+"""Reads files as a model does: slice by slice, each a separate text that begins with BOS.
 
-Bytes are bytes, whatever they mean. A file is read in pieces: no more of it than a slice is held.
+Files may hold any bytes. A file is read in pieces; at most one slice of it is held.
 """
 
 import sys
@@ -13,16 +13,16 @@ from typing import BinaryIO
 from engine.config import BOS_ID, BYTE_OFFSET
 
 CONTEXT = 1024
-"""Bytes of a slice unless something else is asked for."""
+"""Default bytes per slice."""
 STDIN = "-"
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Bytes of one file, the first `num_known` of which were in the slice before: they are context alone."""
+    """Bytes of one file, the first `num_known` of which were in the slice before and only serve as context."""
 
     file: int
-    """Its place among `Texts.paths`."""
+    """Index into `Texts.paths`."""
     data: bytes
     num_known: int = 0
 
@@ -42,7 +42,7 @@ class Slice:
 @dataclass(frozen=True, slots=True)
 class Texts:
     """Files, cut into slices of up to `context` bytes that begin `stride` bytes apart, so that every byte is new in
-    just one of them. max_bytes: where reading ends, all files together; None reads them to their ends."""
+    exactly one. max_bytes: most bytes to read from all files together; None reads all."""
 
     paths: tuple[Path, ...]
     context: int
@@ -50,7 +50,7 @@ class Texts:
     max_bytes: int | None = None
 
     def check(self) -> int | None:
-        """How many bytes there are to read; None where only reading can tell.
+        """Number of bytes to read; None for a pipe, whose length is unknown.
 
         Raises ValueError for a file that is empty or a directory, OSError for one that is not there.
         """
@@ -92,7 +92,7 @@ class Texts:
 
 
 def check_context(context: int, max_length: int) -> None:
-    """Raises ValueError for slices that are longer than what `max_length` ids, BOS among them, hold."""
+    """Raises ValueError if a slice and its BOS exceed `max_length` ids."""
     if context >= max_length:
         raise ValueError(
             f"--context: {context} bytes and BOS make {context + 1} ids; this model and its caches hold {max_length}"
@@ -104,7 +104,7 @@ def _open(path: Path) -> BinaryIO | nullcontext[BinaryIO]:
 
 
 def _read(source: BinaryIO, count: int, left: int | None) -> bytes:
-    """`count` bytes, fewer only at the end; a pipe gives what it has."""
+    """`count` bytes, fewer at the end or from a pipe."""
     count = count if left is None else min(count, left)
     data = b""
     while len(data) < count and (piece := source.read(count - len(data))):

@@ -26,7 +26,7 @@ def make_context(settings: ServerSettings) -> ssl.SSLContext | None:
 
 
 def _no_password() -> str:
-    # OpenSSL would ask on the terminal.
+    # OpenSSL would prompt on the terminal.
     raise ValueError("the key is encrypted; serve with one that is not")
 
 

@@ -1,8 +1,8 @@
 """One connection: reads requests, one after another or pipelined, and answers them in order.
 
 Limits hold for every way in. A head is bounded as it arrives, whole or not, also where it is pipelined or offers h2c;
-a request has its time whatever the application does with it; an answer that its client leaves unread ends the
-connection. What is refused goes through the application all the same, for its log line, its metrics and its headers.
+a request has its time whatever the application does with it; an answer that the client leaves unread ends the
+connection. A refused request still goes through the application, for its log line, metrics and headers.
 """
 
 import asyncio
@@ -22,14 +22,15 @@ from .connections import Connections, HttpLimits, Reason, Slot
 from .exchange import CONTINUE, Exchange
 
 MAX_PIPELINED = 16
-"""Requests that may wait for the answers before them; a connection with more, or with one that is large, ends when the
-others are answered."""
+"""Most requests that may wait for earlier answers. A connection with more, or with a large one, ends when these are
+answered."""
 LINGER_SECONDS = 2.0
-"""For a client to read a last answer while it is still sending; closed at once, the kernel would take it back."""
+"""Time for a client to read the last answer while it still sends; after an immediate close the kernel would discard
+it."""
 PROBES_SECONDS = (0.002, 0.01, 0.05, 0.2)
-"""When to look whether a client that has shut its side down is still there; then every second."""
+"""When to check whether a client that has shut its side down is still connected; later checks come every second."""
 LEAST_READ_BYTES = 64 << 10
-"""What a client must read within the write limit while an answer waits for it; less only if that is all."""
+"""Bytes that a client must read within the write limit while an answer waits, or all of a shorter rest."""
 UPGRADE_HEADERS = frozenset({b"upgrade", b"http2-settings"})
 
 
@@ -67,12 +68,12 @@ class HttpConnection(asyncio.Protocol):
         self._expects_continue = self._upgrades = False
         self._refusal: ApiError | None = None
         self._incoming: Exchange | None = None
-        # The requests that are to be answered.
+        # Requests to answer.
         self._current: Exchange | None = None
         self._queue: deque[Exchange] = deque()
         # The connection.
         self._is_deaf = False
-        """What comes is thrown away: the client has had its last answer, or a refusal that ends the connection."""
+        """Input is discarded: the client has had its last answer, or a refusal that ends the connection."""
         self._lingers = False
         """Whether the client may still be sending when it gets its last answer."""
         self._half_closed = False
@@ -93,7 +94,7 @@ class HttpConnection(asyncio.Protocol):
         if self._slot.released:
             return self._transport.abort()
         self._slot.close = self._transport.abort
-        # uvicorn's own classes are all that its annotation knows.
+        # uvicorn's annotation allows only its own classes.
         self._state.connections.add(self)  # type: ignore[arg-type]
         self._ready_since = self._loop.time()
         self._set_timer()
@@ -108,7 +109,7 @@ class HttpConnection(asyncio.Protocol):
         self._writable.set()
 
     def _disconnect(self) -> None:
-        """The client is gone: no request begins any more, and the one that runs is told."""
+        """The client is gone: starts no more requests and notifies the one that runs."""
         self._is_deaf = True
         self._queue.clear()
         for exchange in (self._current, self._incoming):
@@ -121,14 +122,14 @@ class HttpConnection(asyncio.Protocol):
         self._pending_bytes += len(data)
         self._parse(data)
         if self._refusal is None and self._pending_bytes > self._limits.header_bytes:
-            # The parser keeps a header to itself until it is whole.
+            # The parser buffers a header until it is complete.
             self._refuse_head()
         if self._refusal is not None:
             self._answer_refusal(self._refusal)
         self._set_timer()
 
     def eof_received(self) -> bool:
-        """The client sends nothing more. If all that it asked for is here, it may still read."""
+        """The client sends nothing more. If its requests are complete, it may still read the answers."""
         waits = self._current is not None and self._current.request_complete
         if self._is_tls or not waits or (self._reading != "nothing" and not self._is_deaf):
             self._disconnect()
@@ -136,8 +137,8 @@ class HttpConnection(asyncio.Protocol):
             return False
         assert self._current
         self._half_closed = True
-        # A client that has closed the connection altogether looks the same, until something is sent to it: its kernel
-        # answers with a reset. An interim response is nothing to a client that is there.
+        # A client that has closed the connection looks the same until something is sent to it: its kernel then answers
+        # with a reset. A client that is still connected ignores an interim response.
         if not (self._current.response_started or self._current.scope["http_version"] != "1.1"):
             self.write(CONTINUE)
         self._look_for_reset(0)
@@ -150,13 +151,13 @@ class HttpConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._writable.set()
         if self._transport.is_closing():
-            # The rest has its time as well.
+            # The rest gets its full time.
             return self._watch_reading()
         if self._stall:
             self._stall.cancel()
             self._stall = None
 
-    # The parser. An exception in here would cost the place in the data, so faults are noted and dealt with later.
+    # Parser callbacks. An exception here would lose the position in the data, so faults are stored and handled later.
 
     def on_message_begin(self) -> None:
         self._reading = "head"
@@ -172,7 +173,7 @@ class HttpConnection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count_header(len(name) + len(value))
-        # Trailers of a chunked body count, and are not passed on.
+        # Trailers of a chunked body count towards the limits and are dropped.
         if self._reading == "head" and self._refusal is None:
             name = name.lower()
             self._headers.append((name, value))
@@ -207,8 +208,8 @@ class HttpConnection(asyncio.Protocol):
             if self._incoming is self._current:
                 self._pause_reading()
             else:
-                # It waits for the answers before it. Reading goes on, or nothing would tell that the client has left;
-                # so what it sends is not kept, and the connection ends when those are answered.
+                # This request waits for the answers before it. Reading continues, to notice when the client leaves; so
+                # its body is dropped, and the connection ends when those are answered.
                 self._queue.pop()
                 self._incoming = None
                 self._discard_rest()
@@ -237,8 +238,8 @@ class HttpConnection(asyncio.Protocol):
             except httptools.HttpParserUpgrade as upgrade:
                 if self._refusal:
                     return
-                # An offer of another protocol, which is not taken. The parser leaves the body to that protocol; so the
-                # head is read once more, without the offer.
+                # The client offers another protocol, which is declined. The parser leaves the body to that protocol, so
+                # the head is parsed again without the offer.
                 data = self._head_without_upgrade() + data[upgrade.args[0] :]
                 self._parser = httptools.HttpRequestParser(self)
                 self._allow_data_after_close()
@@ -248,7 +249,7 @@ class HttpConnection(asyncio.Protocol):
                 return
 
     def _allow_data_after_close(self) -> None:
-        # What comes after a request with "connection: close" is ignored, and no reason to withhold its answer.
+        # Data after a request with "connection: close" is ignored and does not stop its answer.
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def _head_without_upgrade(self) -> bytes:
@@ -316,7 +317,7 @@ class HttpConnection(asyncio.Protocol):
         }
 
     def _answer_refusal(self, error: ApiError) -> None:
-        """Answers what cannot be read on, after what came before it."""
+        """Answers a request that cannot be parsed, after the answers before it."""
         self._discard_rest()
         incoming, self._incoming = self._incoming, None
         if incoming:
@@ -332,14 +333,14 @@ class HttpConnection(asyncio.Protocol):
         self._enqueue(exchange)
 
     def _give_up(self, exchange: Exchange, error: ApiError) -> None:
-        """The rest of a request that is being read will not come."""
+        """Fails the request being read, whose rest will not come."""
         self._lingers = True
         exchange.fail(error)
         if exchange.response_complete:
             self._finish()
 
     def _discard_rest(self) -> None:
-        """What still comes is thrown away; a client that is sending must not be left waiting."""
+        """Discards further input, so that a client which is still sending does not block."""
         self._is_deaf = True
         self._resume_reading()
 
@@ -379,7 +380,7 @@ class HttpConnection(asyncio.Protocol):
             self._discard_rest()
             self._finish()
         else:
-            # The rest of its body is of no interest, but comes before the next request.
+            # The unread rest of its body comes before the next request.
             self._resume_reading()
         self._set_timer()
 
@@ -395,7 +396,7 @@ class HttpConnection(asyncio.Protocol):
             self._slot.wait()
 
     def _finish(self) -> None:
-        """Ends the connection once the client has what was written, or its time for that is up."""
+        """Ends the connection once the client has read everything, or its time for that is up."""
         if self._end or self._transport.is_closing():
             return
         if self._lingers and not self._is_tls and not self._half_closed:
@@ -416,7 +417,7 @@ class HttpConnection(asyncio.Protocol):
                 self._look_for_reset(0)
 
     async def drain(self) -> None:
-        """Until the client has read enough for more to be written."""
+        """Waits until the client has read enough for more to be written."""
         await self._writable.wait()
 
     def body_taken(self) -> None:
@@ -430,7 +431,7 @@ class HttpConnection(asyncio.Protocol):
         return self._state.default_headers
 
     def shutdown(self) -> None:
-        """The server ends: no further request is read, those that were are answered."""
+        """Stops reading requests; those already read are answered."""
         self._ending = True
         if self._current is None:
             self._finish()
@@ -442,7 +443,7 @@ class HttpConnection(asyncio.Protocol):
     # Time.
 
     def _set_timer(self) -> None:
-        """One timer, for whatever the client owes."""
+        """Sets one timer for the client's next deadline."""
         due = self._due()
         if due == self._timer_for:
             return
@@ -477,7 +478,7 @@ class HttpConnection(asyncio.Protocol):
             self._finish()
 
     def _watch_reading(self) -> None:
-        """From now on the client must read at a rate, until it has caught up or the connection is closed."""
+        """From now on the client must read at a minimum rate, until it has caught up or the connection is closed."""
         if self._stall:
             self._stall.cancel()
         unread = self._transport.get_write_buffer_size()

@@ -1,4 +1,4 @@
-"""The open connections: how many there may be, and which gives way to a new one."""
+"""The open connections: their limits, and which one is displaced by a new one."""
 
 import logging
 import resource
@@ -13,16 +13,16 @@ from ..settings import ServerSettings
 log = logging.getLogger("fastblt.server")
 
 Reason = Literal["head_timeout", "request_timeout", "idle_timeout", "write_timeout", "displaced", "refused"]
-"""Why the server ended a connection, or took none."""
+"""Why the server ended or refused a connection."""
 REASONS: tuple[Reason, ...] = get_args(Reason)
 OTHER_FILES = 128
-"""Descriptors that are left for everything else: the event loop, the engine's sockets, files of the page, and
+"""Descriptors reserved for everything else: the event loop, the engine's sockets, files of the page, and
 connections that have given way and are not closed yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """What a client may take. Times are in seconds."""
+    """Limits on one client. Times are in seconds."""
 
     header_bytes: int
     headers: int
@@ -46,8 +46,8 @@ class HttpLimits:
 class Slot:
     """The place of one connection, from its acceptance to its end.
 
-    While the server waits for its client (for a TLS handshake, a next request, the rest of one), it may be taken for a
-    new connection; the one that has waited longest goes first.
+    While the server waits for its client (for a TLS handshake, a next request, the rest of one), it may be closed in
+    favour of a new connection, the longest wait first.
     """
 
     __slots__ = ("_connections", "address", "close", "released")
@@ -97,7 +97,7 @@ class Connections:
         """Connections that the server ended or refused, by reason."""
 
     def fit_to_open_files(self) -> None:
-        """Raises the process's limit of open files as far as it may, and lowers the capacity if that is not enough."""
+        """Raises the process's limit of open files as far as allowed, and lowers the capacity if that is not enough."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = self.capacity + OTHER_FILES
         if soft < wanted:
@@ -106,12 +106,12 @@ class Connections:
         if soft < wanted:
             self.capacity = max(soft - OTHER_FILES, 1)
             log.warning(
-                "at most %d connections, not --max-connections: this process may open %d files (ulimit -n)",
+                "at most %d connections, below --max-connections: this process may open %d files (ulimit -n)",
                 *(self.capacity, soft),
             )
 
     def enter(self, address: str, close: Callable[[], object]) -> Slot | None:
-        """A slot for a new connection, which waits for its client; None if all others are at work."""
+        """A slot for a new connection, which waits for its client; None if all others have requests running."""
         known = self._addresses.get(address)
         if known and known.count >= self._per_address and not is_in(parse_address(address), self._exempt):
             room = self._displace(known.waiting)

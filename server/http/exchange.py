@@ -13,7 +13,7 @@ from ..errors import ApiError, internal_error
 log = logging.getLogger("fastblt.server")
 
 PAUSE_BODY_BYTES = 64 << 10
-"""Of a body that the application has not fetched yet: with more, the connection is not read."""
+"""Most body bytes not yet fetched by the application; above this the connection is not read."""
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 NO_BODY = frozenset({204, 304})
 
@@ -30,7 +30,7 @@ STATUS_LINES = {status: _status_line(status) for status in range(200, 600)}
 
 
 class Line(Protocol):
-    """What an exchange asks of its connection."""
+    """What an exchange needs from its connection."""
 
     def write(self, data: bytes) -> None: ...
 
@@ -47,7 +47,7 @@ class Line(Protocol):
 
 
 class Exchange:
-    """`receive` and `send` of one request. The connection feeds it and says when the client is gone."""
+    """`receive` and `send` of one request. The connection feeds it and reports when the client is gone."""
 
     def __init__(
         self, line: Line, scope: Scope, *, began: float, keep_alive: bool, expects_continue: bool = False
@@ -69,12 +69,12 @@ class Exchange:
         self._failure: ApiError | None = None
         self._news = asyncio.Event()
         self._start: Message | None = None
-        """The answer's beginning, which goes out with the first bytes of its body."""
+        """The answer's head, which is sent with the first bytes of its body."""
         self._chunked = False
         self._left: int | None = None
         """Bytes of the answer's body that its content-length still announces."""
 
-    # What the connection says.
+    # Called by the connection.
 
     def feed(self, data: bytes) -> None:
         """More of the request's body."""
@@ -88,7 +88,7 @@ class Exchange:
         self._news.set()
 
     def fail(self, error: ApiError) -> None:
-        """The request will never be complete; the application is told when it asks for more of it."""
+        """The request will never be complete; the application gets this error from its next `receive`."""
         self._failure = error
         self._body.clear()
         self._expects_continue = self.keep_alive = False
@@ -104,11 +104,11 @@ class Exchange:
         """Whether the application is slow to read the body."""
         return len(self._body) > PAUSE_BODY_BYTES
 
-    # What the application does.
+    # Called by the application.
 
     async def run(self, app: ASGIApp) -> None:
-        """Runs the application, and sees to it that the client gets an answer or the connection ends."""
-        # Before the client has read enough of the last answer there is none to the next request.
+        """Runs the application, and ensures that the client gets an answer or the connection ends."""
+        # The next request is answered only once the client has read enough of the last answer.
         await self._line.drain()
         if self._gone:
             return
@@ -119,7 +119,7 @@ class Exchange:
         if self.response_complete or self._gone:
             return
         if self.response_started:
-            # All that is left to tell the client that this was not all.
+            # The only way left to signal that the answer is incomplete.
             self._line.abort()
         else:
             self.keep_alive = False
@@ -146,7 +146,7 @@ class Exchange:
             await self._news.wait()
 
     async def send(self, message: Message) -> None:
-        """Raises RuntimeError for what is no answer. What is sent to a client that is gone is dropped."""
+        """Raises RuntimeError for an invalid message. Output for a client that is gone is dropped."""
         kind = message["type"]
         if kind == "http.response.start":
             if self.response_started:
@@ -165,7 +165,7 @@ class Exchange:
             await self._line.drain()
             return
         if self._left:
-            # The client waits for bytes that do not come.
+            # The client waits for bytes that will not come.
             self._line.abort()
         self.response_complete = True
         self._body.clear()
@@ -185,7 +185,7 @@ class Exchange:
             self._left = len(body)
             headers.append((b"content-length", b"%d" % len(body)))
         elif self._is_1_0:
-            # Such a client knows no chunks: the end of the connection is the end of the answer.
+            # HTTP/1.0 has no chunks: the end of the connection is the end of the answer.
             self.keep_alive = False
         else:
             self._chunked = True

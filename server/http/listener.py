@@ -1,4 +1,4 @@
-"""The port: accepts connections and hands each to a protocol of its own."""
+"""The port: accepts connections and gives each its own protocol."""
 
 import asyncio
 import errno
@@ -16,13 +16,13 @@ log = logging.getLogger("fastblt.server")
 
 BACKLOG = 2048
 ACCEPTED_AT_ONCE = 32
-"""Connections taken before anything else gets its turn."""
+"""Most connections accepted per turn of the event loop."""
 PAUSE_SECONDS = 0.1
-"""Before the next try, where the machine has no descriptor or no memory for a connection."""
+"""Delay before the next try, when there is no descriptor or no memory for a connection."""
 SEND_BUFFER = 256 << 10
-"""Bytes that the kernel keeps of an answer, else up to megabytes: so that a client that does not read shows."""
+"""Bytes of an answer that the kernel buffers, instead of megabytes, so that a client that does not read is noticed."""
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
-"""A client whose machine is gone is noticed after two minutes, where the platform has these options."""
+"""Detects within two minutes that a client's machine is gone, where the platform has these options."""
 
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -87,7 +87,7 @@ class Listener:
         self._loop.add_reader(self.socket, self._accept)
 
     def close(self) -> None:
-        """Takes no more connections. May be called again."""
+        """Accepts no more connections. May be called again."""
         if not self._closed:
             self._closed = True
             if self._pause:
@@ -108,7 +108,7 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                # One that waits for its client may go, if it is descriptors or memory that are missing.
+                # If descriptors or memory are missing, close a connection that waits for its client.
                 if error.errno not in EXHAUSTED or not self._connections.displace_one():
                     log.warning("no connection can be accepted: %s", error.strerror)
                 self._loop.remove_reader(self.socket)
@@ -131,7 +131,7 @@ class Listener:
     async def _connect(self, slot: Slot, accepted: socket.socket) -> None:
         task = asyncio.current_task()
         if slot.released or not task:
-            # It gave way before this began.
+            # The slot was taken before this started.
             return
         slot.close = task.cancel
         timeout = self._handshake_timeout if self._tls else None
@@ -142,7 +142,7 @@ class Listener:
         except (OSError, asyncio.CancelledError) as error:
             log.debug("a connection failed: %s", error)
             if isinstance(error, ConnectionAbortedError):
-                # So both event loops say that a handshake took too long.
+                # Both event loops report a slow handshake this way.
                 self._connections.ended["head_timeout"] += 1
             slot.release()
             accepted.close()

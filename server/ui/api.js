@@ -1,8 +1,8 @@
-/** Calls of the server with the key that this tab keeps; what goes wrong becomes a sentence. */
+/** Calls the server with this tab's key; errors become sentences. */
 
 const KEY = "fastblt-key";
 
-/** Its message is for people. `status` is undefined without a response. */
+/** Its message is shown to the user. `status` is undefined without a response. */
 export class ServerError extends Error {
   constructor(message, status) {
     super(message);
@@ -34,7 +34,7 @@ function sentence(message) {
   return `${message[0].toUpperCase()}${message.slice(1)}${/[.!?]$/.test(message) ? "" : "."}`;
 }
 
-/** What is served: { name, version, parameters, max_length, block_size, decoders }. */
+/** Describes the served model: { name, version, parameters, max_length, block_size, decoders }. */
 export async function describe() {
   const [models, version] = await Promise.all(
     ["v1/models", "version"].map(async (path) => (await call(path)).json()),
@@ -61,7 +61,7 @@ export async function* complete(request, signal) {
       const lines = (rest + value).split("\n");
       rest = lines.pop();
       for (const line of lines) {
-        // Our events are one line each; others are comments and the blanks between.
+        // Our events are one line each; other lines are comments or blank.
         if (!line.startsWith("data: ")) continue;
         if (line === "data: [DONE]") return;
         const chunk = JSON.parse(line.slice(6));

@@ -1,4 +1,4 @@
-/** The runs in figures, side by side, and whether they say the same. */
+/** Compares the runs in figures, and tells whether their texts are equal. */
 
 import { count, digits, seconds, size } from "./units.js";
 
@@ -33,7 +33,7 @@ export function showCosts(table, runs) {
   table.replaceChildren(group("thead", [head]), group("tbody", body));
 }
 
-/** Whether two runs gave the same bytes, as a sentence; empty if that cannot be said. */
+/** Tells in a sentence whether two runs gave the same bytes; empty if unknown. */
 export function verdict(runs) {
   if (runs.length < 2 || !runs.every((run) => run.complete)) return "";
   const [first, second] = runs.map((run) => run.ids);

@@ -1,4 +1,4 @@
-/** The part of the page that watches the server, while somebody watches the page. */
+/** The live metrics of the server, fetched while the page is visible. */
 
 import { metrics } from "./api.js";
 import { cell, group } from "./costs.js";
@@ -22,7 +22,7 @@ export class Live {
     this.#look();
   }
 
-  /** Scrapes now and again after a while; not at all where nobody looks. */
+  /** Scrapes now and then at intervals, while the page is visible. */
   async #look() {
     clearTimeout(this.#timer);
     if (document.hidden || this.#asking) return;
@@ -47,7 +47,7 @@ export class Live {
       rate(drawn[name]),
       size(families.fastblt_committed_bytes_total[name]),
     ]);
-    // What a product with one row gets out of the memory.
+    // The memory bandwidth of a product with one row.
     const peak = families.fastblt_peak_bandwidth_bytes_per_second.gemv;
     const read = this.#draw(this.#bandwidth, "bandwidth", STAGES, STAGES, now);
     const head = ["Stage", "last", ...(peak ? [`of peak ${size(peak, "B/s")}`] : [])];

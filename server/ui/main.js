@@ -15,7 +15,7 @@ const panes = [new Pane(1, "blt"), new Pane(2, "blt-s")];
 let model;
 let stop;
 
-/** Learns what the server serves. Returns whether it could, and says why not. */
+/** Fetches the served model. Returns whether that worked, and shows the reason if not. */
 async function connect() {
   try {
     const served = await describe();
@@ -64,7 +64,7 @@ async function run() {
       : [...runs.map((done) => `${done.name}: ${count(done.ids.length, "byte")} in ${seconds(done.seconds)}`), verdict(runs)].join(". ");
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
-    // The column says what is wrong.
+    // The column shows the error.
     if (error.status === 401) $("key-form").hidden = false;
     $("status").textContent = "Failed";
   } finally {

@@ -1,7 +1,7 @@
 /** Rates out of successive scrapes of /metrics, for the last minute. */
 
 export const SPAN = 60;
-/** Seconds without a scrape behind which a rate would say little. */
+/** Seconds without a scrape after which a rate means little. */
 const LONGEST = 5;
 const SAMPLE = /^(fastblt_\w+)(?:\{\w+="([^"]*)"\})? (\S+)/;
 const WANTED = new Set([
@@ -47,7 +47,7 @@ export class History {
   }
 }
 
-/** By how much counters grew; null for one that began anew. */
+/** By how much counters grew; null for one that was reset. */
 function growth(before, now) {
   return mapped(now, (value, label) => (value >= (before[label] ?? 0) ? value - (before[label] ?? 0) : null));
 }

@@ -1,4 +1,4 @@
-/** One decoder's column: its knobs, its text, and what its last run came to. */
+/** One decoder's column: its knobs, its text, and its last run's figures. */
 
 import { complete } from "./api.js";
 import { NAMES, aboutOf, checks, fieldsOf, knobsOf, nameOf, ruleOf } from "./decoders.js";
@@ -22,7 +22,7 @@ export class Pane {
     this.#onDecoder();
   }
 
-  /** Learns what the server can do; see `describe` in api.js. */
+  /** Takes the served model; see `describe` in api.js. */
   offer({ block_size: block }) {
     if (block) this.controls.block_size.value = this.controls.block_size.max = block;
     this.#onDecoder();
@@ -42,7 +42,7 @@ export class Pane {
    * Streams a completion into the column.
    *
    * Returns { name, checked, ids, seconds, usage, complete }; checked: whether drafts were verified. usage is null and
-   * complete false for a run that was stopped. Throws what made it fail, which the column tells.
+   * complete false for a run that was stopped. Shows an error in the column, then throws it.
    */
   async run(request, signal) {
     const { progress, problem } = this.parts;
@@ -76,7 +76,7 @@ export class Pane {
     return result;
   }
 
-  /** Back to before any run. */
+  /** Clears the column. */
   clear() {
     this.#text.begin("", true);
     this.parts.progress.textContent = this.parts.problem.textContent = "";
@@ -102,7 +102,7 @@ export class Pane {
     const knobs = knobsOf(this.#settings());
     for (const label of this.element.querySelectorAll("[data-knob]")) {
       label.hidden = !knobs.includes(label.dataset.knob);
-      // What is not shown is not checked either.
+      // Hidden fields are not validated.
       label.control.disabled = label.hidden;
     }
   }

@@ -53,7 +53,7 @@ export function swatch(series) {
   return svg;
 }
 
-/** 1, 2 or 5 times a power of ten, at least as much. */
+/** The least of 1, 2 or 5 times a power of ten that is not below the value. */
 function tick(least) {
   const power = 10 ** Math.floor(Math.log10(least));
   return power * [1, 2, 5, 10].find((factor) => factor * power >= least);
@@ -67,7 +67,7 @@ function path(points, x, y) {
         from = "M";
         return "";
       }
-      // A point between gaps is seen as a dot.
+      // A point between gaps is drawn as a dot.
       const part = `${from}${x(time).toFixed(1)} ${y(value).toFixed(1)}${from === "M" ? "h0" : ""}`;
       from = "L";
       return part;

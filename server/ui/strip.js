@@ -1,4 +1,4 @@
-/** The entropy of every byte of a text as a line, the threshold above which a patch begins, and where the output does. */
+/** Draws the entropy before each byte of a text, the patching threshold, and where the output begins. */
 
 import { label, make } from "./plot.js";
 
@@ -34,7 +34,7 @@ export class Strip {
     this.#ask();
   }
 
-  /** Draws once before the next picture, however many chunks have come until then. */
+  /** Draws once per animation frame, however many chunks arrive. */
   #ask() {
     if (this.#waiting) return;
     this.#waiting = true;
@@ -50,7 +50,7 @@ export class Strip {
     if (!entropies.length) return;
     const { clientWidth: width, clientHeight: height } = this.#svg;
     const most = entropies.reduce((highest, nats) => Math.max(highest, nats), Math.max(threshold ?? 0, 1));
-    // The first byte has nothing before it that could be uncertain of it.
+    // No entropy precedes the first byte.
     const x = (place) => (place / (entropies.length + 1)) * width;
     const y = (nats) => height - MARGIN.bottom - (nats / most) * (height - MARGIN.top - MARGIN.bottom);
     const line = entropies.map((nats, place) => `${place ? "H" : "M"}${x(place + 1).toFixed(1)}${place ? "V" : " "}${y(nats).toFixed(1)}`);

@@ -7,13 +7,13 @@ import { Strip } from "./strip.js";
 const OFFSET = 4;
 const isByte = (id) => id >= OFFSET && id < OFFSET + 256;
 const SPECIALS = ["<boe>", "<s>", "</s>", "<pad>"];
-/** Of an id that is no byte. */
+/** Name of an id that is not a byte. */
 const nameOf = (id) => SPECIALS[id] ?? `<${id}>`;
 /** Passes that have a colour; the last stands for all later ones. */
 export const PASSES = 8;
-/** The place of the prompt's first byte: before it is the begin-of-sequence id, a patch of its own and no text. */
+/** Index of the prompt's first byte: before it is the begin-of-sequence id, which is a patch but no text. */
 const FIRST = 1;
-/** Of a patch of the prompt, most bytes that are named. */
+/** Most bytes named for a patch of the prompt. */
 const NAMED = 24;
 
 export class Text {
@@ -31,7 +31,7 @@ export class Text {
   #cursor;
   #checked = true;
 
-  /** element: where the bytes go; inspector: where the one that is pointed at is described; strip: an SVG for the
+  /** element: where the bytes go; inspector: where the byte under the pointer is described; strip: an SVG for the
    * entropies. */
   constructor(element, inspector, strip) {
     this.#element = element;
@@ -77,7 +77,7 @@ export class Text {
     if (atEnd) this.#element.scrollTop = this.#element.scrollHeight;
   }
 
-  /** Nothing more comes: half a character is none. */
+  /** Ends the text: an incomplete character is shown as U+FFFD. */
   finish() {
     const rest = this.#utf8.decode();
     if (rest) setText(this.#bytes.findLast((byte) => isByte(byte.id)).element, rest);
@@ -92,24 +92,24 @@ export class Text {
       this.#starts.add(start);
       this.#bytes[start - patches.output_start]?.element.classList.add("patch");
     }
-    // The prompt's come all at once, before all others.
+    // The prompt's patches come first, all at once.
     if (first && patches.entropies.length) this.#splitPrompt(patches.output_start);
     if (patches.entropies.length) this.#strip.show(this.#patches);
   }
 
-  /** Puts the prompt into spans, one per patch. A character stands with the last of its bytes. */
+  /** Puts the prompt into spans, one per patch. A character is shown at the last of its bytes. */
   #splitPrompt(end) {
     if (end !== FIRST + this.#prompt.length) return;
     const starts = [...this.#starts].filter((start) => FIRST <= start && start < end);
     const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
     this.#promptPatches = starts.map((start, number) => {
-      const behind = starts[number + 1] ?? end;
+      const next = starts[number + 1] ?? end;
       const element = document.createElement("span");
       element.className = "patch";
       element.dataset.patch = number - starts.length;
-      element.textContent = utf8.decode(this.#prompt.subarray(start - FIRST, behind - FIRST), { stream: true });
+      element.textContent = utf8.decode(this.#prompt.subarray(start - FIRST, next - FIRST), { stream: true });
       if (!element.textContent) element.dataset.glyph = "·";
-      return { element, start, behind };
+      return { element, start, end: next };
     });
     this.#before.replaceChildren(...this.#promptPatches.map(({ element }) => element));
   }
@@ -134,7 +134,7 @@ export class Text {
     });
   }
 
-  /** A character stands with the last of its bytes; the others, and U+FFFD for what is no text, hold a place. */
+  /** A character is shown at the last of its bytes; the others get a placeholder, and invalid bytes U+FFFD. */
   #write(id, element) {
     if (!isByte(id)) {
       element.dataset.glyph = nameOf(id);
@@ -170,7 +170,7 @@ export class Text {
     this.#at(this.#cursor).element.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
-  /** What the cursor can be at: from 0 on the output's bytes, before them, -1 the last, the prompt's patches. */
+  /** The element at a cursor position: from 0 the output's bytes; -1 is the prompt's last patch, and so on back. */
   #at(place) {
     return place < 0 ? this.#promptPatches.at(place) : this.#bytes[place];
   }
@@ -200,14 +200,14 @@ export class Text {
 
   /** A patch of the prompt. */
   #describePatch(place) {
-    const { start, behind } = this.#at(place);
-    const bytes = this.#prompt.subarray(start - FIRST, behind - FIRST);
+    const { start, end } = this.#at(place);
+    const bytes = this.#prompt.subarray(start - FIRST, end - FIRST);
     const named = Array.from(bytes.subarray(0, NAMED), hex).join(" ");
-    const numbers = bytes.length === 1 ? `byte ${start}` : `bytes ${start} to ${behind - 1}`;
+    const numbers = bytes.length === 1 ? `byte ${start}` : `bytes ${start} to ${end - 1}`;
     return [`prompt, ${numbers}: ${named}${bytes.length > NAMED ? " …" : ""}`, ...this.#why(start)].join(" · ");
   }
 
-  /** Of a place of prompt and output: how uncertain it was, and whether that begins a patch. */
+  /** For a byte of prompt or output: its entropy, and whether it begins a patch. */
   #why(at) {
     if (!this.#patches) return [];
     const { entropies, threshold, max_patch_length: most } = this.#patches;
@@ -248,7 +248,7 @@ function hex(byte) {
   return byte.toString(16).padStart(2, "0");
 }
 
-/** Shows what would not be seen as a glyph beside it. */
+/** Adds a visible glyph to an invisible character. */
 function setText(element, text) {
   const code = text.charCodeAt(0);
   const control = (code < 0x20 && text !== "\t" && text !== "\n") || code === 0x7f;
