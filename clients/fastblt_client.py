@@ -1,4 +1,4 @@
-"""A client for fastblt's completions, in one file that needs only httpx: copy it where you like.
+"""A client for fastblt's completions, in one file that needs only httpx; copy it anywhere.
 
     with Client("http://127.0.0.1:8000") as client:
         print(client.complete("def add(a, b):", max_tokens=40).text)
@@ -21,13 +21,13 @@ import httpx
 
 RETRIED = (429, 503)
 LONGEST_WAIT = 30.0
-"""Seconds between two tries, whatever the server asks for."""
+"""Most seconds between two tries, even if the server asks for more."""
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
 class FastBltError(Exception):
-    """Anything that went wrong between a request and its answer."""
+    """Any failure between a request and its answer."""
 
 
 class ConnectionFailed(FastBltError):
@@ -35,7 +35,7 @@ class ConnectionFailed(FastBltError):
 
 
 class ApiError(FastBltError):
-    """The server refused or failed. `status` is None if that happened behind the first event of a stream."""
+    """The server refused or failed. `status` is None if that happened after the first event of a stream."""
 
     def __init__(self, status: int | None, error: dict[str, Any]) -> None:
         super().__init__(str(error.get("message") or f"HTTP status {status}"))
@@ -58,7 +58,7 @@ class Choice:
     def data(self) -> bytes:
         """The exact bytes; `text` shows those that are not UTF-8 as U+FFFD. Needs `logprobs=0` in the request."""
         if self.logprobs is None:
-            raise ValueError("bytes come with logprobs: ask for logprobs=0")
+            raise ValueError("the response has no bytes: send logprobs=0 in the request")
         return bytes(byte for byte in self.logprobs["bytes"] if byte is not None)
 
 
@@ -73,7 +73,7 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """Of the first choice; empty for an event without one."""
+        """Text of the first choice; empty for an event without one."""
         return self.choices[0].text if self.choices else ""
 
     @property
@@ -87,17 +87,17 @@ class _Base:
         self._options: dict[str, Any] = {
             "base_url": url.rstrip("/").removesuffix("/v1"),
             "headers": {"authorization": f"Bearer {api_key}"} if api_key else {},
-            # Bytes may take long to come; connecting may not.
+            # Bytes may take long to arrive; connecting may not.
             "timeout": httpx.Timeout(timeout, connect=10.0),
         }
 
     def _wait(self, attempt: int, response: httpx.Response | None) -> float | None:
-        """Seconds until the next try, None if there is none."""
+        """Seconds until the next try; None to give up."""
         if attempt >= self._retries or (response is not None and response.status_code not in RETRIED):
             return None
         asked = response.headers.get("retry-after", "") if response is not None else ""
         seconds = float(asked) if asked.isdecimal() else 0.5 * 2**attempt
-        # Spread, so that clients that were refused together do not come back together.
+        # Random, so that clients that were refused together do not retry together.
         return min(seconds, LONGEST_WAIT) * random.uniform(1.0, 1.25)
 
 
@@ -264,7 +264,7 @@ class AsyncClient(_Base):
 
 
 class Events:
-    """Server-sent events out of pieces of bytes, wherever these are cut."""
+    """Parses server-sent events from pieces of bytes, cut anywhere."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -272,7 +272,7 @@ class Events:
         self._done = False
 
     def feed(self, data: bytes) -> Iterable[Completion]:
-        """The completions that are now complete. Raises ApiError for an error event, ConnectionFailed for what is no
+        """The completions that are now complete. Raises ApiError for an error event, ConnectionFailed for an invalid
         event."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
@@ -287,14 +287,14 @@ class Events:
                     yield _completion(_parse_json(event))
 
     def check_done(self) -> None:
-        """Raises ConnectionFailed unless the stream came to its end."""
+        """Raises ConnectionFailed unless the stream is complete."""
         if not self._done:
             raise ConnectionFailed("the stream broke off")
 
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """httpx's errors as ours."""
+    """Raises httpx's errors as ours."""
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL) as error:

@@ -14,9 +14,10 @@ notes = Console(stderr=True, highlight=False, style="dim")
 
 
 def run(client: Client, prompts: Sequence[str], model: str | None, options: dict[str, Any]) -> None:
-    """Streams each prompt's continuation to standard output, or those of what is typed. Notes go to standard error.
+    """Streams each prompt's continuation to standard output; without prompts, that of each typed line. Notes go to
+    standard error.
 
-    Raises FastBltError for a given prompt; while reading from a person, a refusal is shown and the next line read.
+    Raises FastBltError for a given prompt; for typed lines a refusal is shown and the next line read.
     """
     if model is None:
         model = client.models()[0]
@@ -24,7 +25,7 @@ def run(client: Client, prompts: Sequence[str], model: str | None, options: dict
         show(client, prompt, model, options)
     if prompts:
         return
-    notes.print(f"{model}: type what is to be continued. Ctrl-C ends a stream, Ctrl-D the program.")
+    notes.print(f"{model}: type a text to continue. Ctrl-C ends a stream, Ctrl-D the program.")
     while True:
         try:
             show(client, notes.input("> "), model, options)
@@ -38,7 +39,7 @@ def run(client: Client, prompts: Sequence[str], model: str | None, options: dict
 
 
 def show(client: Client, prompt: str, model: str, options: dict[str, Any]) -> None:
-    """One stream, and a line on how fast it was and why it ended. Ctrl-C ends it. Raises FastBltError."""
+    """Shows one stream, then a line with its speed and finish reason. Ctrl-C ends it. Raises FastBltError."""
     reason: str | None = "interrupted"
     num_bytes = 0
     began = time.perf_counter()

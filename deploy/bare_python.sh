@@ -1,8 +1,8 @@
 # Sourced by scripts for a machine that has torch already, and neither a virtual environment nor a network.
 #
 # In: `needed`, the modules that must be there; the arguments, which may begin with --wheels FOLDER. PYTHON names the
-# Python (python3). What it lacks is taken from wheels in FOLDER (.whl), installed for as long as the script runs.
-# Out: the checkout's root as working directory, `python`, and `lacks`, what is still missing (told already).
+# Python (python3). Missing modules are installed from wheels in FOLDER (.whl), for the script's lifetime.
+# Out: the checkout's root as working directory, `python`, and `lacks`, the modules still missing (already printed).
 # shellcheck shell=sh
 
 wheels=
@@ -31,7 +31,7 @@ if [ -n "$(missing)" ] && [ -d "$wheels" ]; then
     install() {
         "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --upgrade --target "$target" "$@" >&2
     }
-    # One that does not fit this Python stops all; one by one it is left out, and what is missing then is said below.
+    # One wheel that does not fit this Python stops all; one by one it is left out, and reported below if needed.
     install "$wheels"/*.whl || for wheel in "$wheels"/*.whl; do install "$wheel" || echo "left out: $wheel" >&2; done
     PYTHONPATH=$target${PYTHONPATH:+:$PYTHONPATH}
     export PYTHONPATH

@@ -1,7 +1,7 @@
 """The Grafana dashboard as code: `python -m deploy.dashboards` writes deploy/grafana/dashboards/fastblt.json.
 
-Every panel has a description that says what to conclude from it, and an id of its own (its row's number, then its own)
-that it keeps when it moves: links to panels stay good.
+Every panel has a description that says what to conclude from it, and an id (its row's number, then its own) that it
+keeps when it moves, so that links to panels stay valid.
 """
 
 import json
@@ -54,7 +54,7 @@ def overview() -> Panels:
         number(
             1,
             "Ready",
-            "Instances whose engine takes requests, of all that Prometheus knows. Below 100 %: some clients get 503 or "
+            "Share of all known instances whose engine takes requests. Below 100 %: some clients get 503 or "
             "no connection. The alerts FastbltDown and FastbltNotReady say which.",
             f"(sum({select('fastblt_engine_up')}) or vector(0)) / count({select('up')})",
             unit=units.PercentUnit,
@@ -63,7 +63,7 @@ def overview() -> Panels:
         number(
             2,
             "Failed or refused",
-            "Completions that ended with 5xx, or with 429 because the queue was full, of all. From 5 % on look now: "
+            "Share of completions that ended with 5xx, or with 429 because the queue was full. Above 5 %, look now: "
             "Responses, in the row Traffic, says which it is.",
             f"({failed} or vector(0)) / {answered}",
             unit=units.PercentUnit,
@@ -89,7 +89,7 @@ def overview() -> Panels:
         number(
             5,
             "Share of peak bandwidth",
-            "What the stages read while they ran, of what the memory gave when it was tried at the start. Decoding is "
+            "Bytes per second that running stages read, as a share of the memory's, as measured at start. Decoding is "
             "bound by this, so high is good. If it is low, the row Bandwidth says in which stage.",
             share_of_peak("fastblt_stage_read_bytes_total", "fastblt_stage_seconds_total"),
             unit=units.PercentUnit,
@@ -184,7 +184,7 @@ def latency() -> Panels:
         percentiles(
             22,
             "Time per byte",
-            "Mean time between the bytes of a sequence behind its first. It grows with the number of running "
+            "Mean time between the bytes of a sequence after its first. It grows with the number of running "
             "sequences; if it grows without them, something else uses the machine. Red: the alert FastbltSlowBytes.",
             "fastblt_time_per_byte_seconds",
             alert=0.1,
@@ -221,7 +221,7 @@ def engine() -> Panels:
             lines(
                 31,
                 "Sequences",
-                "Running: in the batch. Waiting: in the engine, for a place or for pages. Queued: without a first byte "
+                "Running: in the batch. Waiting: in the engine, for a slot or for pages. Queued: without a first byte "
                 "yet. At the dashed line new requests get 429: add instances.",
                 query(total(select("fastblt_running_sequences")), "running"),
                 query(total(select("fastblt_waiting_sequences")), "waiting"),
@@ -255,7 +255,7 @@ def engine() -> Panels:
             34,
             "Rows per call",
             "Bytes (patches, in the global stage) that share one reading of a stage's weights. More is cheaper per "
-            "byte; 1 is a lonely sequence of plain BLT.",
+            "byte; 1 is a single sequence of plain BLT.",
             query(f"{rate('fastblt_stage_rows_total', 'stage')} / {calls}", "{{stage}}"),
             unit=units.Short,
             colours=STAGES,
@@ -263,7 +263,7 @@ def engine() -> Panels:
         lines(
             35,
             "Preemptions and restarts",
-            "Per minute. Preemptions: sequences put back and computed again for lack of pages; a steady rate asks for "
+            "Per minute. Preemptions: sequences evicted and recomputed for lack of pages; a steady rate calls for "
             "a larger cache. Restarts: the engine's process died; each is worth its log.",
             query(f"60 * {rate('fastblt_preemptions_total')}", "preemptions"),
             query(f"60 * {rate('fastblt_engine_restarts_total')}", "restarts"),
@@ -282,8 +282,8 @@ def engine() -> Panels:
         lines(
             37,
             "Memory",
-            "Resident memory of both processes, and the GPU's where there is one. The engine takes weights and caches "
-            "at its start and then stays; steady growth of either process is a leak.",
+            "Resident memory of both processes, and the GPU's if there is one. The engine allocates weights and "
+            "caches at its start and then stays level; steady growth of either process is a leak.",
             query(select("process_resident_memory_bytes"), "HTTP {{instance}}"),
             query(select("fastblt_engine_process_resident_memory_bytes"), "engine {{instance}}"),
             query(select("fastblt_device_memory_bytes"), "GPU {{kind}} {{instance}}"),
@@ -331,7 +331,7 @@ def caches() -> Panels:
         lines(
             43,
             "Prompts known",
-            "The share of prompt bytes that the prefix cache knew, which nobody computed again. Near 0 while prompts "
+            "The share of prompt bytes found in the prefix cache and not computed again. Near 0 while prompts "
             "share their beginnings: the cache forgets too soon, give --cache-bytes more.",
             query(f"{known} / ({known} + {rate('fastblt_prompt_bytes_total')})", "known"),
             unit=units.PercentUnit,
@@ -340,8 +340,8 @@ def caches() -> Panels:
         lines(
             44,
             "Pages kept for texts to come",
-            "Of each cache's capacity: held by no sequence, kept by the prefix cache, free for whoever needs a page. "
-            "They go before anybody waits, the longest unused first.",
+            "Of each cache's capacity: held by no sequence, kept by the prefix cache, freed before a sequence "
+            "has to wait, the longest unused first.",
             query(f"{total(select('fastblt_pages_cached'), 'pool')} / {total(capacity, 'pool')}", "{{pool}}"),
             unit=units.PercentUnit,
             width=12,
@@ -361,8 +361,7 @@ def decoders() -> Panels:
         lines(
             51,
             "Bytes per second",
-            "Text that each decoder's sequences got, together. It follows the traffic; to compare decoders take Time "
-            "per byte.",
+            "Bytes generated by each decoder. It follows the traffic; to compare decoders use Time per byte.",
             query(committed, "{{decoder}}"),
             unit=units.BytesPerSecondSI,
             colours=DECODERS,
@@ -380,8 +379,8 @@ def decoders() -> Panels:
         lines(
             53,
             "Acceptance",
-            "Drafted bytes that became text; of blt-d nearly all, as nobody checks them. Low for blt-s: a lower "
-            "draft_length. Low for blt-dv: shorter blocks, or blt-s.",
+            "Share of drafted bytes that became text; nearly all for blt-d, which does not verify. Low for "
+            "blt-s: a lower draft_length. Low for blt-dv: shorter blocks, or blt-s.",
             query(f"{accepted} / {drafted}", "{{decoder}}"),
             unit=units.PercentUnit,
             colours=DECODERS,
@@ -399,8 +398,8 @@ def decoders() -> Panels:
         lines(
             55,
             "Global passes per byte",
-            "The paper's NFE of encoder and global transformer, the dear ones; blt: one per patch. The other decoders "
-            "are worth their drafts only below blt's line.",
+            "The paper's NFE of encoder and global transformer, the costly ones; blt: one per patch. The other "
+            "decoders are worth their drafts only below blt's line.",
             query(f"{large} / {committed}", "{{decoder}}"),
             unit=units.Short,
             width=12,
@@ -443,8 +442,8 @@ def bandwidth() -> Panels:
         lines(
             63,
             "Read over all time",
-            "Bytes read per second of the clock, with the time in which no stage ran. How far this stays below Read "
-            "while running is what idles or goes to the host.",
+            "Bytes read per second of the clock, with the time in which no stage ran. The gap to Read "
+            "while running is idle time and the host's.",
             query(read, "{{stage}}"),
             unit=units.BytesPerSecondSI,
             colours=STAGES,
@@ -454,7 +453,7 @@ def bandwidth() -> Panels:
             lines(
                 64,
                 "Read per generated byte",
-                "Solid: really read, with patcher, keys, values and tables, a batch's weights shared among its "
+                "Solid: as counted, with patcher, keys, values and tables, a batch's weights divided among its "
                 "sequences. Dashed: the paper's formula, weights alone and each sequence for itself. More sequences at "
                 "once lower the solid line.",
                 query(f"{really} / {committed}", "{{decoder}}"),
@@ -479,7 +478,7 @@ def bandwidth() -> Panels:
         matrix(
             66,
             "Read per generated byte, by stage",
-            "What each decoder really reads where, over all the time that is shown. The largest number of a row is "
+            "Bytes that each decoder reads in each stage, over the time range shown. The largest number of a row is "
             "what to save next.",
             f"{by_stage} / on (decoder) group_left {bytes_shown}",
             unit=units.BytesSI,
@@ -487,7 +486,7 @@ def bandwidth() -> Panels:
         matrix(
             67,
             "Share of the peak, by stage",
-            "How well each decoder's calls use the memory, over all the time that is shown. A call's time is shared by "
+            "How well each decoder's calls use the memory, over the time range shown. A call's time is shared by "
             "rows, so decoders that ran in the same calls look alike.",
             share_of_peak(
                 "fastblt_decoder_stage_read_bytes_total",
@@ -512,7 +511,7 @@ ROWS = {
 
 
 def share_of_peak(read: str, seconds: str, *by: str, window: str = NOW) -> str:
-    """Bytes read, of those that the memory of the same instances would have given in that time."""
+    """Bytes read, as a share of the peak bandwidth of the same instances over that time."""
     where = [CHOSEN] if "decoder" in by else []
     possible = f"rate({select(seconds, *where)}[{window}]) * on (instance) group_left {PEAK}"
     return f"{rate(read, *by, window=window)} / {total(possible, *by)}"

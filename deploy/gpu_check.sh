@@ -3,7 +3,8 @@
 #
 #   deploy/gpu_check.sh [--wheels FOLDER] [arguments of python -m benchmarks.gpu_check]
 #
-# PYTHON names the Python (python3). What it lacks beside torch, triton and numpy is taken from wheels in FOLDER (.whl).
+# PYTHON names the Python (python3). Missing modules other than torch, triton and numpy are taken from wheels in FOLDER
+# (.whl).
 set -eu
 
 needed="torch triton numpy typing_extensions msgspec safetensors pydantic pydantic_core annotated_types typing_inspection"
@@ -17,7 +18,7 @@ if [ -n "$lacks" ]; then
     echo "Only \`handover\` runs, which needs no more." >&2
     set -- "$@" --parts handover
 fi
-# With it the host plans in half the time. A Python that has no C compiler beside it does without.
+# With it the host plans in half the time. Without a C compiler the check runs without it.
 if ! ls kernels/native/*.so >/dev/null 2>&1; then
     "$python" hatch_build.py >/dev/null 2>&1 || echo "kernels/native was not compiled: the host plans more slowly" >&2
 fi

@@ -1,7 +1,7 @@
-"""A picture of the dashboard without Grafana: `python -m deploy.preview http://127.0.0.1:9090 OUT.png [SECONDS]`.
+"""Draws the dashboard without Grafana: `python -m deploy.preview http://127.0.0.1:9090 OUT.png [SECONDS]`.
 
-Asks Prometheus what the panels ask about the last SECONDS (600) and draws the answers with matplotlib, in the places
-and colours of the dashboard. It shows what panels say, not how Grafana looks.
+Runs the panels' queries over the last SECONDS (600) against Prometheus and draws the results with matplotlib, in the
+places and colours of the dashboard. It shows the panels' content, not Grafana's looks.
 """
 
 import json
@@ -29,7 +29,7 @@ Json = dict[str, Any]
 
 
 def fill(expr: str, seconds: int, *, instance: str = ".*", decoder: str = ".*") -> str:
-    """A query of the dashboard with the values of its variables, where that many seconds are shown."""
+    """A query of the dashboard with its variables filled in, for a range of `seconds`."""
     values = {"job": "fastblt", "instance": instance, "decoder": decoder}
     values |= {"__rate_interval": f"{max(seconds // 20, 15)}s", "__range": f"{seconds}s"}
     return re.sub(r"\$(\w+)", lambda name: values[name[1]], expr)

@@ -1,5 +1,5 @@
-"""What stands between Ray's HTTP proxies and the replicas: it reads a request, has a replica chosen by the beginning of
-its prompt, and hands the answer on as it comes. A replica that is lost becomes an error that clients understand.
+"""The ingress between Ray's HTTP proxies and the replicas: it reads a request, lets the router choose a replica by the
+beginning of its prompt, and relays the answer as it comes. If a replica is lost, the client gets a proper error.
 """
 
 import asyncio
@@ -32,15 +32,15 @@ from .ray_settings import RaySettings
 log = logging.getLogger("fastblt.ingress")
 
 SENT = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client", "server")
-"""What a replica gets to know of a request, beside its body."""
+"""The parts of a request that are sent to a replica, besides its body."""
 STATE_SECONDS = 5.0
-"""How long replicas may take to say how they are."""
+"""Seconds that replicas have to report their state."""
 
 
 @serve.ingress()
 class Ingress:
-    """The whole application's face. `/health`, `/replicas` and `/metrics` are about all replicas; all else goes to one
-    and is answered by it, keys and errors included."""
+    """The application that clients see. `/health`, `/replicas` and `/metrics` are about all replicas; every other route
+    is answered by one replica, which also checks keys."""
 
     def __init__(self, replicas: DeploymentHandle, settings: ServerSettings, options: RaySettings) -> None:
         logs.configure(settings.logs, "ingress")
@@ -51,7 +51,7 @@ class Ingress:
         self._gate = Gate(settings)
 
     async def drain(self) -> None:
-        """Lets nobody in any more, and waits for those who are: as `fastblt serve` does on SIGTERM."""
+        """Refuses new requests and waits for those under way, as `fastblt serve` does on SIGTERM."""
         self._gate.drain()
         try:
             async with asyncio.timeout(self._settings.drain_seconds):
@@ -83,20 +83,20 @@ class Ingress:
         return without_slash
 
     async def _live(self, request: Request) -> Response:
-        """Ray restarts replicas and ingresses by itself; what answers is alive."""
+        """Always 200: Ray itself restarts replicas and ingresses."""
         return JsonResponse({"status": "live"})
 
     async def _ready(self, request: Request) -> Response:
         """503 unless some replica's engine runs."""
         self._gate.check_open()
-        # One that hangs keeps the others' answers back; that is no reason to send nobody to these.
+        # A replica that hangs delays the others' answers; these should still get requests.
         with suppress(TimeoutError):
             if not any(state["engine"] == "ready" for state in await self._states()):
                 raise self._gate.unavailable("no replica is ready", "no_replica")
         return JsonResponse({"status": "ready"})
 
     async def _list(self, request: Request) -> Response:
-        """The replicas, as Prometheus' HTTP service discovery reads it; at an error it keeps what it knows."""
+        """The replicas, as Prometheus' HTTP service discovery reads it; after an error it keeps the last list."""
         try:
             return JsonResponse([_target(state, request.url.netloc) for state in await self._states()])
         except TimeoutError:
@@ -112,7 +112,7 @@ class Ingress:
         raise ApiError(404, "every replica has its own metrics: see GET /replicas", code="unknown_url")
 
     async def _states(self) -> list[dict[str, Any]]:
-        """Of all replicas. Raises TimeoutError if one does not say."""
+        """The state of all replicas. Raises TimeoutError if one does not answer."""
         try:
             async with asyncio.timeout(STATE_SECONDS):
                 states = await self._replicas.broadcast("state").results_async(return_exceptions=True)
@@ -133,7 +133,7 @@ class Ingress:
             ticket.close()
 
     async def _read(self, request: Request, held: HeldBody) -> bytes:
-        """The body of a request. Ray's proxy has its head, and does not time the rest."""
+        """The body of a request. Ray's proxy has read its head, and does not time the rest."""
         seconds = self._settings.request_timeout
         try:
             async with asyncio.timeout(seconds):
@@ -142,7 +142,7 @@ class Ingress:
             raise request_timeout(seconds) from None
 
     async def _relay(self, call: Call, send: Send) -> None:
-        """Raises ApiError as long as nothing was sent."""
+        """Raises ApiError if nothing was sent yet."""
         began: Message | None = None
         answer = self._answer.remote(call)
         try:
@@ -152,7 +152,7 @@ class Ingress:
                 for message in messages:
                     if message["type"] == "http.response.start":
                         began = message
-                        # Ray's proxy says it, too.
+                        # Ray's proxy adds its own.
                         message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
                     await send(message)
             if not began:
@@ -198,6 +198,6 @@ def _sent(scope: Scope) -> dict[str, Any]:
 
 
 def _target(state: dict[str, Any], address: str) -> dict[str, Any]:
-    """What begins with `__meta` Prometheus drops, unless it is told to relabel."""
+    """Prometheus drops labels that begin with `__meta` unless it is configured to relabel them."""
     labels = {"instance": state["replica"], "__metrics_path__": f"/replicas/{state['replica']}/metrics"}
     return {"targets": [address], "labels": labels | {f"__meta_fastblt_{name}": str(v) for name, v in state.items()}}

@@ -1,9 +1,9 @@
 """Joining a Ray cluster, with Ray's token where the cluster demands one.
 
 Ray 2.60 closes a cluster with a token as soon as it finds one, and `ray.init` leaves one in the home folder when it
-starts a cluster. Yet it shows no token to an address that it is given, unless RAY_AUTH_MODE says so, and then it fails
-only minutes later. Nor may it show one everywhere: a driver in token mode refuses the workers of a cluster that has no
-token. So the cluster is asked first.
+starts a cluster. Yet it sends no token to a given address unless RAY_AUTH_MODE is `token`; it then fails only minutes
+later. Nor may it always send one: a driver in token mode refuses the workers of a cluster without a token. So the
+cluster is probed first.
 """
 
 import logging
@@ -18,12 +18,12 @@ from ray._raylet import AuthenticationTokenLoader, Config
 from ray.exceptions import AuthenticationError, RayError
 
 ANSWER_SECONDS = 15.0
-"""For the cluster to answer, if it has only just been started, too."""
+"""Seconds for the cluster to answer, even if it has just been started."""
 MODE = "RAY_AUTH_MODE"
 CLUSTER_CALL = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 CLIENT_CALL = "/ray.rpc.RayletDriver/ClusterInfo"
-"""What a cluster's head answers at its own address, and at that of `ray://`. Both heed the token."""
-NOBODY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNIMPLEMENTED)
+"""Calls that a cluster's head answers at its own address and at that of `ray://`. Both check the token."""
+NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNIMPLEMENTED)
 
 
 class JoinError(RuntimeError):
@@ -44,16 +44,16 @@ def join(address: str | None) -> None:
         raise
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         what = f"cannot join the Ray cluster at {address}" if address else "cannot join or start a Ray cluster"
-        # Else it goes on about the mode, which is not what it was.
+        # The rest is about the mode, which is not the cause.
         reason = error.message if isinstance(error, AuthenticationError) else str(error)
         raise JoinError(f"{what}: {' '.join(reason.split())}") from error
 
 
 def _agree(server: str, call: str) -> None:
-    """Sets this process to the mode that the cluster is in. Raises JoinError if whoever started it wants another one,
-    or if the token is not the cluster's."""
+    """Sets this process to the cluster's mode. Raises JoinError if the environment sets another mode, or if the token
+    is not the cluster's."""
     wanted = os.environ.get(MODE, "").lower()
-    # Asked without the token: a stranger at that address does not learn it.
+    # Probed without the token, so that a stranger at that address does not learn it.
     _set_mode("disabled")
     if not _refuses(server, call):
         if wanted == "token":
@@ -86,18 +86,18 @@ def _set_mode(mode: str) -> None:
 
 
 def _source() -> str:
-    """Where Ray takes the token from."""
+    """Where Ray finds the token."""
     names = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
     return names[0] if names else "~/.ray/auth_token"
 
 
 def _refuses(server: str, call: str) -> bool:
-    """Whether the cluster says that the token is missing or wrong. Raises JoinError if there is no cluster."""
+    """Whether the cluster reports a missing or wrong token. Raises JoinError if there is no cluster."""
     with init_grpc_channel(server, options=GLOBAL_GRPC_OPTIONS) as channel:
         try:
             channel.unary_unary(call)(b"", timeout=ANSWER_SECONDS, wait_for_ready=True)
         except grpc.RpcError as error:
-            if error.code() in NOBODY:
+            if error.code() in NO_ANSWER:
                 raise JoinError(
                     f"no Ray cluster answers at {server}: start one there with `ray start --head`, or correct "
                     "--ray-address (by default RAY_ADDRESS)"

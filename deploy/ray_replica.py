@@ -1,4 +1,4 @@
-"""A replica: the application of `fastblt serve` over an engine process of its own, reached through Ray."""
+"""A replica: the application of `fastblt serve` with its own engine process, reached through Ray."""
 
 import asyncio
 import os
@@ -22,14 +22,14 @@ from server.settings import ServerSettings
 from .ray_router import Call
 
 GATHER_SECONDS = 0.01
-"""What comes sooner than this after the last goes with what follows: to send something costs three processes the same,
-however much it is."""
+"""Output sooner than this after the last is sent with what follows: a message costs three processes the same, whatever
+its size."""
 
 
 class Replica:
-    """Ray makes it, asks after its health, and lets it finish what it has begun before it ends it.
+    """Ray creates it, checks its health, and lets it finish its requests before stopping it.
 
-    Killed without that, it takes its engine along: that ends when its parent's end of a pipe closes.
+    If it is killed, its engine ends too, when the parent's end of a pipe closes.
     """
 
     async def __init__(self, settings: ServerSettings, config: EngineConfig) -> None:  # type: ignore[misc]
@@ -44,11 +44,11 @@ class Replica:
         self._app = create_app(settings, self._client, settings.load_api_keys(), self._traces)
 
     async def answer(self, call: Call) -> AsyncGenerator[list[Message], None]:
-        """What the application sends, as it comes. An empty list goes ahead: it says that the call has a replica.
+        """The application's messages, as they come. First comes an empty list: the call has a replica.
         Closed early, the application sees its client leave."""
         yield []
         if call.replica not in (None, self._id):
-            # It went between the question and the answer.
+            # The engine died between the two calls.
             return
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         bodies = [{"type": "http.request", "body": call.body, "more_body": False}]
@@ -85,7 +85,7 @@ class Replica:
             await asyncio.wait({running})
 
     async def state(self) -> dict[str, Any]:
-        """Who and where it is, and its engine's state."""
+        """Its name and address, and its engine's state."""
         return {
             "replica": self._id,
             "host": socket.gethostname(),
@@ -95,12 +95,12 @@ class Replica:
         }
 
     async def check_health(self) -> None:
-        """As `/health/live`: an engine that restarts is well, one that is gone for good needs a new replica."""
+        """As `/health/live`: an engine that restarts is healthy; one that is gone for good needs a new replica."""
         if self._client.state == "dead":
             raise RuntimeError("the engine is gone and will not come back")
 
     async def stop(self) -> None:
-        """Whoever still waits for an answer gets an error."""
+        """Requests still running get an error."""
         await self._client.stop()
 
     async def __del__(self) -> None:

@@ -1,9 +1,9 @@
-"""Which replica gets a request: the one that knows how its prompt begins, unless that one is busier than others.
+"""Routes a request to the replica that has the beginning of its prompt cached, unless that replica is too busy.
 
-Ray asks this for every request, in the process that sends it. There may be several of those (`--ingresses`), and they
-agree without talking: a prefix ranks the replicas by hashes, so that each is first for its share of all prefixes, and
-when one goes, or one comes, only its share moves. Ray's own router for language models keeps a tree of prompts in one
-more actor and comes with vLLM; its ring of hashes is blind to load.
+Ray calls this for every request, in the process that sends it. There may be several of those (`--ingresses`), and they
+agree without communicating: a prefix ranks the replicas by hashes, so each is first for its share of all prefixes. When
+a replica comes or goes, only its share moves. Ray's own router for language models keeps a tree of prompts in one more
+actor and comes with vLLM; its ring of hashes is blind to load.
 """
 
 import hashlib
@@ -21,34 +21,34 @@ from engine.config import BYTE_OFFSET
 
 @dataclass(frozen=True)
 class Call:
-    """An HTTP request on its way to a replica, in whole."""
+    """A complete HTTP request on its way to a replica."""
 
     scope: dict[str, Any]
     """ASGI's, as far as it can be sent."""
     body: bytes
     prefix: bytes | None = None
-    """What the request is to stick by; None goes by load alone."""
+    """The prefix that chooses the replica; None chooses by load alone."""
     replica: str | None = None
-    """The id of the only replica that can answer."""
+    """The id of the only replica allowed to answer."""
 
 
 class PrefixRouter(RequestRouter):
     """Sends a call to the first replica in its prefix's ranking that has at most `imbalance` requests more than the
-    idlest one. So what is too much for one replica always spills over to the same next ones."""
+    idlest one. So the excess of one replica always spills over to the same others."""
 
     def initialize_state(self, **kwargs: int) -> None:
-        """Ray's way of handing over `imbalance`."""
+        """Ray passes `imbalance` here."""
         self._imbalance = kwargs["imbalance"]
         self._running = Counter[ReplicaID]()
-        """What was sent from here and is not done."""
+        """Requests sent from here and not yet answered."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """From best to worst: Ray goes on to the next where one has no place."""
+        """From best to worst: Ray tries the next if one has no room."""
         if pending_request is None:
             return [candidate_replicas]
-        # Else Ray would ask again and again without a pause when no replica has a place.
+        # Otherwise Ray would retry without a pause when no replica has room.
         pending_request.routing_context.should_backoff = True
         call: Call = pending_request.args[0]
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
@@ -67,7 +67,7 @@ class PrefixRouter(RequestRouter):
             del self._running[replica_id]
 
     def _load(self, replica_id: ReplicaID) -> int:
-        """What a replica said last counts the requests of all ingresses, but not those that are on their way to it."""
+        """A replica's last report counts the requests of all ingresses, but not those on their way to it."""
         return max(self._running[replica_id], self.replica_queue_len_cache.get(replica_id) or 0)
 
 
@@ -94,7 +94,7 @@ def prefix_of(body: bytes, length: int) -> bytes | None:
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, list):
-        # Ids: those of bytes agree with the text's, so that either way of saying it sticks to the same replica.
+        # Ids of bytes map to the same prefix as the text, so both forms go to the same replica.
         ids = [item - BYTE_OFFSET for item in prompt[:length] if isinstance(item, int)]
         return bytes(item for item in ids if 0 <= item < 256) or None
     return (prompt.encode()[:length] or None) if isinstance(prompt, str) else None

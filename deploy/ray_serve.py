@@ -37,17 +37,17 @@ log = logging.getLogger("fastblt.ray")
 
 NAME = "fastblt"
 SPARE_REQUESTS = 64
-"""Room in a replica for what is no completion, and for sequences that were put back."""
+"""Room in a replica for other requests than completions, and for preempted sequences."""
 LEAST_LOOK_BACK_SECONDS = 11.0
-"""Of the average that autoscaling goes by. Replicas report every ten seconds."""
+"""Seconds of the average that autoscaling uses. Replicas report every ten seconds."""
 HEALTH_CHECK_SECONDS = 10.0
 STOP_SECONDS = 10.0
-"""For a replica to end its engine, when its requests are done."""
+"""Seconds for a replica to end its engine after its requests."""
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
     """The application with settings by their names, the server's, the engine's and Ray's: `{"model": "models/nano",
-    "replicas": 2}`. What is not given is as by default."""
+    "replicas": 2}`. Others have their defaults."""
     given = {"model": str(embedded_model())} | arguments
     engine = {field.name: given[field.name] for field in fields(EngineConfig) if field.name in given}
     of_ray = {name: arguments[name] for name in RaySettings.model_fields if name in arguments}
@@ -65,14 +65,14 @@ def application(settings: ServerSettings, config: EngineConfig, options: RaySett
         settings = settings.model_copy(update={"api_key_file": settings.api_key_file.absolute()})
     gpus = options.replica_gpus if options.replica_gpus is not None else float(config.device == "cuda")
     patience = settings.drain_seconds + STOP_SECONDS
-    # The replicas' own log has every request.
+    # The replicas log every request.
     ray_logs = LoggingConfig(
         encoding="JSON" if settings.log_format == "json" else "TEXT", log_level="WARNING", enable_access_log=False
     )
     replicas = serve.deployment(
         name="Replica",
         ray_actor_options={"num_cpus": options.replica_cpus, "num_gpus": gpus},
-        # As many as its own gate lets in; it is to refuse the others, with the error that says why.
+        # As many as its own gate admits; the gate refuses the rest with the proper error.
         max_ongoing_requests=settings.max_queue + config.max_sequences + SPARE_REQUESTS,
         autoscaling_config=AutoscalingConfig(
             min_replicas=options.replicas,
@@ -106,7 +106,7 @@ def application(settings: ServerSettings, config: EngineConfig, options: RaySett
 
 def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) -> None:
     """Serve a checkpoint over HTTP from several replicas, on a Ray cluster. SIGTERM, Ctrl-C or a closed terminal ends
-    all of them, when they are done with what they run."""
+    all of them, after their running requests."""
     logs.configure(settings.logs, "ray")
     if settings.ssl_certfile:
         log.critical(
@@ -114,9 +114,9 @@ def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) ->
         )
         raise SystemExit(1)
     try:
-        # Wrong keys show before anything is started. Each replica loads its own.
+        # Report wrong keys before anything is started. Each replica loads its own.
         log_access(settings, load_keys(settings))
-        # Of a model from the hub, all replicas get the same commit. Each machine downloads it for itself.
+        # All replicas get the same commit of a model from the hub. Each machine downloads its own copy.
         config = pinned(config)
         with _hangups_held_back():
             join(options.ray_address)
@@ -148,15 +148,15 @@ def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) ->
 
 
 def _complaints() -> list[str]:
-    """What came to the deployments that did not start: the last line of each traceback."""
+    """Why deployments did not start: the last line of each traceback."""
     status = serve.status().applications.get(NAME)
     return [deployment.message.rpartition("\n")[2] for deployment in status.deployments.values()] if status else []
 
 
 @contextmanager
 def _hangups_held_back() -> Iterator[None]:
-    """A terminal that closes tells everything that was started in it. What is started in here never hears of it, so
-    that a cluster of the command's own lives until it has drained; the command itself hears of it afterwards."""
+    """A closing terminal sends SIGHUP to every process started in it. Processes started in this context ignore it, so
+    that the command's own cluster lives until it has drained; the command itself handles it afterwards."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
@@ -166,7 +166,7 @@ def _hangups_held_back() -> Iterator[None]:
 
 def _on_signal(handler: Callable[[int, FrameType | None], Any]) -> None:
     def handle(number: int, frame: FrameType | None) -> None:
-        # A terminal that closes may hang up twice; no hangup is to cut short what a signal has begun.
+        # A closing terminal may send SIGHUP twice; the second must not cut the drain short.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         handler(number, frame)
 

@@ -1,4 +1,4 @@
-"""What `deploy.ray_serve` may be told beside the server's and the engine's own settings."""
+"""Settings of `deploy.ray_serve`, besides the server's and the engine's."""
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -9,30 +9,32 @@ class RaySettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="FASTBLT_", frozen=True, extra="forbid")
 
-    replicas: int = Field(1, ge=1, description="Replicas to begin with, and the fewest that there are.")
-    max_replicas: int | None = Field(
-        None, ge=1, description="Most replicas; by default as many as --replicas, so that their number is fixed."
-    )
+    replicas: int = Field(1, ge=1, description="Initial and least number of replicas.")
+    max_replicas: int | None = Field(None, ge=1, description="Most replicas; by default --replicas, a fixed number.")
     target_requests: float | None = Field(
         None,
         gt=0,
-        description="Requests per replica, running and waiting together, beyond which there is to be one more; "
+        description="Requests per replica, running or waiting, above which a replica is added; "
         "by default --max-sequences.",
     )
-    upscale_delay: float = Field(30.0, ge=0, description="Seconds of more requests than that before one is added.")
-    downscale_delay: float = Field(600.0, ge=0, description="Seconds of fewer before one is taken away.")
+    upscale_delay: float = Field(30.0, ge=0, description="Seconds above --target-requests before a replica is added.")
+    downscale_delay: float = Field(600.0, ge=0, description="Seconds below it before a replica is removed.")
     replica_cpus: float = Field(1.0, ge=0, description="CPU cores that a replica reserves in the cluster.")
     replica_gpus: float | None = Field(
         None, ge=0, description="GPUs that a replica reserves; by default 1 with --device cuda, else none."
     )
     ingresses: int = Field(
-        1, ge=1, description="Processes that choose a replica for each request, and hand its answer on."
+        1, ge=1, description="Processes that choose a replica for each request and relay its answer."
     )
     prefix_bytes: int = Field(
-        256, ge=0, description="Prompts that agree in this many bytes go to the same replica; 0 goes by load alone."
+        256,
+        ge=0,
+        description="Prompts that share this many leading bytes go to the same replica; 0 chooses by load alone.",
     )
     imbalance: int = Field(
-        4, ge=0, description="How many more requests than the idlest a replica may have and still get those of its own."
+        4,
+        ge=0,
+        description="Most requests a replica may have above the idlest one and still get those of its prefixes.",
     )
     replica_wait: float = Field(
         30.0, gt=0, description="Seconds that a request waits for a replica to take it; then 503."
