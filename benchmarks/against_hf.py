@@ -1,6 +1,6 @@
 """The same weights, the same prompt, greedy: our engine and Hugging Face `transformers` in turns.
 
-Hugging Face runs without its cache, which is its only correct mode. Prompts are computed within the time of both.
+Hugging Face runs without its cache, its only correct mode. Both times include the prompt.
 """
 
 import time

@@ -1,8 +1,8 @@
-"""Bytes a second of our decoders and of llama.cpp, which is what users of a CPU have, in turns.
+"""Bytes per second of our decoders and of llama.cpp, the usual choice on a CPU, in turns.
 
 llama.cpp (`llama-cpp-python`, the extra `tokens`) runs a Llama of the same class: one request at a time like ours, with
-as many threads, greedily; prompts are left out of both times. A token counts as 4.4 bytes, the mean of Llama 3's tokens
-in the BLT paper. Both models have random weights: this says how fast they write, and nothing of what.
+as many threads, greedily; both times leave the prompt out. A token counts as 4.4 bytes, the mean of Llama 3's tokens in
+the BLT paper. Both models have random weights: this measures speed, not quality.
 """
 
 import random
@@ -37,9 +37,11 @@ Pairs = Mapping[str, Mapping[str, Sequence[tuple[TokenReading, Reading]]]]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     program = parser("against_tokens", __doc__, shape="1b", replays=True)
-    program.add_argument("--bytes", type=int, default=66, help="generated per turn, by either side (%(default)s)")
-    program.add_argument("--ways", nargs="+", choices=list(TRAINED), help="our decoders; all by default")
-    program.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="of the Llama; all by default")
+    program.add_argument("--bytes", type=int, default=66, help="bytes generated per turn, by either side (%(default)s)")
+    program.add_argument("--ways", nargs="+", choices=list(TRAINED), help="our decoders (default: all)")
+    program.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=FORMATS, help="formats of the Llama's weights (default: all)"
+    )
     options = program.parse_args(arguments)
     if options.device != "cpu":
         program.error("--device must be cpu: llama.cpp runs on a CPU here")
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if lacks := lacking("against_tokens"):
         raise SystemExit(lacks)
     with TemporaryDirectory(prefix="benchmarks-") as temporary, subject(options) as model:
-        # A checkpoint is taken for one of the 1B size.
+        # A checkpoint counts as one of the 1B size.
         shape = options.shape or "1b"
         paths = {form: token_model(options.work or Path(temporary), shape, form) for form in options.formats}
         found = measure(model, LLAMAS[shape], paths, options.ways or list(TRAINED), options.bytes, options.turns)
@@ -60,9 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     model: Subject, llama: Llama, paths: Mapping[str, Path], wanted: Sequence[str], count: int, turns: int
 ) -> dict[str, Any]:
-    """Of `count` bytes a turn. paths: the Llama's files by format; one is loaded at a time, beside our model."""
+    """Measures `count` bytes per turn. paths: the Llama's files by format; one at a time is loaded, along with our
+    model."""
     engine = model.engine(max_sequences=4, cache_bytes=1 << 30)
-    # Either side knows its prompt but for the last id, so that no turn computes it again.
+    # Either side has its prompt cached except for the last id, so that no turn computes it again.
     prompt, wrap, draw = prompts(1, PROMPT_BYTES), model.wrap(engine), random.Random(0)
     ids = [draw.randrange(llama.vocab_size) for _ in range(round(PROMPT_BYTES / BYTES_PER_TOKEN))]
     tokens = max(1, round(count / BYTES_PER_TOKEN))
@@ -80,7 +83,7 @@ def measure(
                 pairs[form][way].append(
                     (theirs.generate(ids, tokens), generate(engine, prompt, count, ways[way], wrap))
                 )
-        # All matrices, the embedding as the head, and what attention looks at.
+        # All matrices, the embedding as the head, and the keys and values that attention reads.
         read[form] = (facts.size + llama.kv_row * (len(ids) + 1 + tokens / 2)) / BYTES_PER_TOKEN
     parameters = count_parameters(engine.model_config)
     return {
@@ -93,7 +96,7 @@ def measure(
 
 
 def figures(pairs: Pairs, read: Mapping[str, float], *, replays: bool) -> dict[str, Any]:
-    """What the turns say. read: bytes that the Llama reads for a byte of text, by format."""
+    """Figures of the turns. read: bytes that the Llama reads per byte of text, by format."""
     formats = []
     for form, of in pairs.items():
         theirs = [reading for found in of.values() for reading, _ in found]
@@ -104,7 +107,7 @@ def figures(pairs: Pairs, read: Mapping[str, float], *, replays: bool) -> dict[s
                 "tokens_per_second": rates,
                 "bytes_per_second": {key: rate * BYTES_PER_TOKEN for key, rate in rates.items()},
                 "read_mb_per_byte": read[form] / 1e6,
-                # The share of turns. Most of them: something else had the cores, too.
+                # The share of turns. If it is most of them, something else used the cores, too.
                 "asleep": statistics.mean(reading.waiting == "asleep" for reading in theirs),
             }
         )

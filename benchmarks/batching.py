@@ -1,8 +1,8 @@
-"""Does a step for many cost what a step for one does? Bytes per second of mixed decoders at rising concurrency.
+"""Measures batching: bytes per second of mixed decoders at rising concurrency.
 
-Linear is what the same requests would write, each as fast as its decoder writes alone. Where the machine computes and
-no longer waits for memory it cannot be reached: that is so where a plain matrix product with as many rows as a mean
-pass of the engine has takes noticeably longer than one with as many as a pass has alone.
+Linear is the rate of the same requests if each were as fast as its decoder alone. It is out of reach once the machine
+is bound by arithmetic and not by memory: when a plain matrix product with the rows of a mean pass takes noticeably
+longer than one with the rows of a pass of one request.
 """
 
 import statistics
@@ -36,7 +36,7 @@ PRODUCT_BYTES = 128 << 20
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What was written in a while, all requests under way. rows: of a mean pass through a stage."""
+    """Bytes generated in a time window with all requests running. rows: of a mean pass through a stage."""
 
     bytes_per_second: float
     rows: float
@@ -44,8 +44,8 @@ class Window:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     program = parser("batching", __doc__, replays=True)
-    program.add_argument("--concurrency", type=int, nargs="+", default=[4, 16, 64], help="requests at a time")
-    program.add_argument("--seconds", type=float, default=2.0, help="of a window (%(default)s)")
+    program.add_argument("--concurrency", type=int, nargs="+", default=[4, 16, 64], help="concurrent requests")
+    program.add_argument("--seconds", type=float, default=2.0, help="seconds per window (%(default)s)")
     options = program.parse_args(arguments)
     with subject(options) as model:
         rows = measure(model, options.concurrency, options.seconds, options.turns)
@@ -86,7 +86,7 @@ def measure(model: Subject, concurrency: Sequence[int], seconds: float, turns: i
 
 
 def _window(engine: Engine, ways: Ways, count: int, seconds: float, wrap: Wrap | None) -> Window:
-    """At least two steps. All have the same prompt, which is computed once, and texts of their own."""
+    """Runs at least two steps. All requests have the same prompt, which is computed once, and different texts."""
     prompt = prompts(1, 2 * BLOCK)[0]
     length = engine.limits.max_length - len(prompt) - BLOCK
     asked: dict[str, Any] = {"prompt_ids": prompt, "max_tokens": length, "ignore_eos": True}
@@ -108,7 +108,7 @@ def _window(engine: Engine, ways: Ways, count: int, seconds: float, wrap: Wrap |
 
 
 def _product(engine: Engine, rows: float) -> float:
-    """Seconds of a product of so many rows with the largest matrix of the global transformer, streamed as there."""
+    """Seconds of a product of `rows` rows with the global transformer's largest matrix, streamed as there."""
     stack, device, dtype = engine.model_config.global_, engine.stepper.device, getattr(torch, engine.config.dtype)
     size = 2 * stack.ffn_dim * stack.dim * dtype.itemsize
     copies = max(1, min(stack.num_layers, PRODUCT_BYTES // size))

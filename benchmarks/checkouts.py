@@ -1,10 +1,10 @@
-"""What a change does to a well-behaved client: the same streams from the servers of two checkouts, in turns.
+"""Compares the servers of two checkouts as a client sees them: the same streams from both, in turns.
 
-Both run with this Python and its packages, on the same model with the same flags. Compiled kernels must be there in
-both: kernels/native/*.so is built at installation, and may be copied where its sources are the same.
+Both run with this Python and its packages, on the same model with the same flags. Both need compiled kernels:
+kernels/native/*.so is built at installation, and may be copied if its sources are the same.
 
-A process may be some per cent slower than another of the same program for as long as it lives (where its memory lies,
-which cores it gets), so both servers are started several times.
+A process may stay some per cent slower than another of the same program (by the place of its memory, or its cores), so
+both servers are started several times.
 """
 
 import asyncio
@@ -31,13 +31,15 @@ WARM_UP_BYTES = 16
 RESAMPLES = 10_000
 
 Pair = tuple[dict[str, float], dict[str, float]]
-"""What the other server gave, and this one."""
+"""Figures of the other server, and of this one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     program = parser("checkouts", __doc__)
     program.set_defaults(turns=10)
-    program.add_argument("--starts", type=int, default=4, help="of both servers, with so many turns each (%(default)s)")
+    program.add_argument(
+        "--starts", type=int, default=4, help="starts of both servers, with --turns turns each (%(default)s)"
+    )
     program.add_argument("--against", type=Path, required=True, help="folder of the other checkout")
     program.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="streams at a time")
     program.add_argument("--bytes", type=int, default=64, help="per stream (%(default)s)")
@@ -84,7 +86,7 @@ def row(count: int, pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def lower_bound(ratios: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """Of their median, one-sided, by the bootstrap."""
+    """One-sided lower bound of the median, by the bootstrap."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
     return medians[int((1 - confidence) * RESAMPLES)]

@@ -1,7 +1,7 @@
-"""Speed of the decoders against blt: same prompts, same engine, taking turns, a ratio per pair.
+"""Speed of the decoders against blt: same prompts, same engine, in turns, a ratio per pair.
 
-Prompts of three kinds, very differently predictable for models/nano: code like what it learnt from, English prose,
-random bytes. What is written is compared too: exact decoders must write blt's bytes.
+Prompts of three kinds, very differently predictable for models/nano: code like its training data, English prose, random
+bytes. Texts are compared too: exact decoders must write blt's bytes.
 """
 
 import argparse
@@ -37,7 +37,7 @@ KINDS = ("code", "prose", "random")
 def main(arguments: Sequence[str] | None = None) -> None:
     program = parser("decoders", __doc__)
     program.add_argument("--prompts", type=int, default=8, help="of each kind")
-    program.add_argument("--bytes", type=int, default=256, help="generated behind each prompt")
+    program.add_argument("--bytes", type=int, default=256, help="bytes generated after each prompt")
     program.add_argument("--concurrency", type=int, default=1, help="requests at a time")
     program.add_argument("--temperature", type=float, default=0.0)
     program.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -99,7 +99,7 @@ def _compare(
 def _run(
     engine: Engine, prompts: list[list[int]], how: dict[str, Any], options: argparse.Namespace
 ) -> tuple[float, list[list[int]]]:
-    """Seconds for all prompts, so many at a time, from their first byte on, and what was written."""
+    """Seconds for all prompts, `concurrency` at a time, from their first byte on, and the texts."""
     total = 0.0
     texts: list[list[int]] = [[] for _ in prompts]
     numbered = list(enumerate(prompts))

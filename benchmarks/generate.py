@@ -1,4 +1,4 @@
-"""Runs prompts through an engine and says what it took, prompts left out."""
+"""Runs prompts through an engine and measures the generation, without the prompts."""
 
 import random
 import time
@@ -15,16 +15,16 @@ from .report import ROOT
 
 GREEDY = SamplingParams(temperature=0)
 TEXT = ROOT / "benchmarks" / "code.txt"
-"""Python as it stood in this project once. models/nano has not learnt from it."""
+"""Python of an earlier version of this project. models/nano was not trained on it."""
 
 Wrap = Callable[[Request], Decoder]
-"""Makes what decodes a request instead of its own decoder."""
+"""Makes a decoder that replaces a request's own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """texts: the ids generated per prompt. The rest from when all of them had begun: seconds, steps with the seconds in
-    them, per stage seconds and rows, and what the engine counted for their decoder."""
+    """texts: the ids generated per prompt. The rest counts from when all of them had begun: seconds, steps and the
+    seconds in them, seconds and rows per stage, and the engine's counts for their decoder."""
 
     texts: list[list[int]]
     seconds: float
@@ -54,7 +54,7 @@ class Reading:
 
 
 def prompts(count: int, length: int) -> list[list[int]]:
-    """From beginnings of lines of a text that stays, in ids: figures of different commits have the same prompts."""
+    """Prompts as ids, from line starts of a fixed text, so that different commits measure the same prompts."""
     draw = random.Random(0)
     source = TEXT.read_bytes()
     starts = [draw.randrange(len(source) - 2 * length) for _ in range(count)]
@@ -63,7 +63,7 @@ def prompts(count: int, length: int) -> list[list[int]]:
 
 
 def begin(engine: Engine, requests: Sequence[Request], wrap: Wrap | None = None) -> None:
-    """Takes the requests and steps until all of them have written something."""
+    """Adds the requests and steps until all of them have generated something."""
     for request in requests:
         engine.add(request, wrap(request) if wrap else None)
     silent = {request.id for request in requests}
@@ -75,7 +75,7 @@ def begin(engine: Engine, requests: Sequence[Request], wrap: Wrap | None = None)
 
 
 def abandon(engine: Engine, requests: Sequence[Request]) -> None:
-    """Ends them, and leaves the engine idle."""
+    """Aborts them, and leaves the engine idle."""
     for request in requests:
         engine.abort(request.id)
     while engine.has_work:
@@ -85,7 +85,7 @@ def abandon(engine: Engine, requests: Sequence[Request]) -> None:
 def generate(
     engine: Engine, prompts: Sequence[Sequence[int]], count: int, how: dict[str, Any], wrap: Wrap | None = None
 ) -> Reading:
-    """`count` ids greedily behind each prompt, all at the same time."""
+    """Generates `count` ids greedily after each prompt, all prompts at the same time."""
     requests = [
         Request(id=str(i), prompt_ids=list(p), max_tokens=count, sampling=GREEDY, ignore_eos=True, **how)
         for i, p in enumerate(prompts)

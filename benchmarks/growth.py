@@ -1,7 +1,7 @@
-"""Time per byte against the length of the context: ours and Hugging Face's, same weights, taking turns at every length.
+"""Time per byte against the length of the context: ours and Hugging Face's, same weights, in turns at every length.
 
-Random weights in the released form of BLT, whose decoder reads the encoder's states: what Hugging Face can run; there
-without its cache, its only correct mode, which is left out where it would take too long.
+Random weights in the released form of BLT, whose decoder reads the encoder's states, as Hugging Face can run it.
+Hugging Face runs without its cache, its only correct mode, and is left out where it would take too long.
 """
 
 import argparse
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 TEXT = b"def growth(n: int) -> list[int]:\n    return [i * i for i in range(n) if i % 3]\n\n"
 WINDOWED = ("patcher", "encoder", "decoder")
 MOST_GROWTH = 1.2
-"""Of the windowed stages' time per byte, over all lengths with full windows: what is flat on a noisy machine."""
+"""Largest growth of the windowed stages' time per byte, over all lengths with full windows, that counts as flat on a
+noisy machine."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,8 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     program.add_argument(
         "--lengths", type=int, nargs="+", default=[256, 512, 2048, 8192, 24000], help="bytes of context"
     )
-    program.add_argument("--bytes", type=int, default=64, help="that we generate per turn (%(default)s)")
-    program.add_argument("--hf-bytes", type=int, default=2, help="that Hugging Face generates per turn (%(default)s)")
+    program.add_argument("--bytes", type=int, default=64, help="bytes that we generate per turn (%(default)s)")
+    program.add_argument(
+        "--hf-bytes", type=int, default=2, help="bytes that Hugging Face generates per turn (%(default)s)"
+    )
     program.add_argument("--hf-most", type=int, default=8192, help="longest context of Hugging Face (%(default)s)")
     options = program.parse_args(arguments)
     options.dtype = options.dtype or ("float32" if options.shape in (None, "nano", "tiny") else "bfloat16")
@@ -47,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with subject(options, form="hf") as model:
-        # As many as it takes for the caches to hold one sequence of the longest text: its open patch has no bound. The
-        # prefix cache leaves of a prompt what is longer than the one before.
+        # Enough for the caches to hold one sequence of the longest text, whose open patch has no bound. With the prefix
+        # cache only the part of a prompt beyond the previous one is computed.
         engine = model.engine(max_sequences=1 + max(options.lengths) // 1024)
         window = max(spec.window or 0 for spec in engine.memory.caches.specs.values())
         theirs = BltForCausalLM.from_pretrained(model.path, dtype=getattr(torch, model.dtype))
@@ -134,7 +137,7 @@ def _theirs(model: "BltForCausalLM", prompt: list[int], count: int) -> tuple[flo
 
 
 def render(content: Content) -> str:
-    """The table that the README shows."""
+    """The table of the README."""
     header = ["context, bytes", "ours, ms per byte", "a byte that closes no patch", "one that does", "transformers"]
     return report.table(
         [*header, "ratio"],
@@ -149,7 +152,7 @@ def render(content: Content) -> str:
 
 def judge(content: Content) -> list[Verdict]:
     rows = content["rows"]
-    # A window is shorter before it is full.
+    # A window that is not full yet is shorter.
     first, last = next((row for row in rows if row["length"] >= content["window"]), rows[0]), rows[-1]
     grown = [sum(row["ms_per_call"][stage] for stage in WINDOWED) for row in (first, last)]
     factor = grown[1] / grown[0]

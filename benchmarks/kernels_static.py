@@ -1,8 +1,8 @@
-"""What the compiler makes of every Triton kernel, without a GPU: registers, spills, shared memory, expected bytes.
+"""Compiles every Triton kernel without a GPU: registers, spills, shared memory, expected bytes.
 
-`python -m benchmarks.kernels_static` runs the stages of the models' real shapes on tensors without storage, notes every
-kernel that they launch, and compiles each for every architecture. Exits with 1 if a kernel spills registers, wants
-more shared memory than the device has, or asks for its weights too late.
+`python -m benchmarks.kernels_static` runs the stages of the models' real shapes on tensors without storage, records
+every kernel that they launch, and compiles each for every architecture. Exits with 1 if a kernel spills registers,
+needs more shared memory than the device has, or loads its weights too late.
 """
 
 import argparse
@@ -50,7 +50,7 @@ ROWS = (1, 8, 64)
 
 @dataclass(frozen=True)
 class Launch:
-    """One way in which a kernel is compiled, and where it came up first."""
+    """One specialisation of a kernel, and where it first occurred."""
 
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
@@ -73,8 +73,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came out for one architecture. early: loads from memory that stand before the wait for the kernel before;
-    None where it does not wait."""
+    """The result for one architecture. early: loads from memory before the wait for the previous kernel; None if it
+    does not wait."""
 
     launch: Launch
     arch: int
@@ -89,7 +89,7 @@ class Compiled:
 
 
 class Recorder:
-    """Notes launches instead of launching."""
+    """Records launches instead of launching."""
 
     def __init__(self) -> None:
         self.launches: dict[Launch, None] = {}
@@ -135,7 +135,7 @@ class Recorder:
 
 
 class Measured(TritonKernels):
-    """The Triton kernels; says the traffic of every call before it is launched."""
+    """The Triton kernels; reports the traffic of every call before its launch."""
 
     def __init__(self, recorder: Recorder) -> None:
         for name, count in TRAFFIC.items():
@@ -190,7 +190,7 @@ TRAFFIC: dict[str, Any] = {
 
 
 def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[int, ...] = ROWS) -> None:
-    """Notes what the stages of a model launch, in bfloat16, for each number of rows."""
+    """Records the launches of a model's stages, in bfloat16, for each number of rows."""
     meta = torch.device("meta")
     tensors = {n: torch.empty(s, dtype=torch.bfloat16, device=meta) for n, s in expected_shapes(config).items()}
     kernels = Measured(recorder)
@@ -232,8 +232,8 @@ def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[in
 
 
 def record_ones(recorder: Recorder) -> None:
-    """Notes what shapes of one element launch: Triton takes a size of 1 for a constant, and not every expression for
-    one of those."""
+    """Records the launches for shapes of one element: Triton takes a size of 1 for a constant, and not every expression
+    allows that."""
     meta = torch.device("meta")
 
     def ones(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -269,8 +269,8 @@ def record_ones(recorder: Recorder) -> None:
 
 
 def record_handover(recorder: Recorder) -> None:
-    """Notes what the GPU check measures hand-overs with, where it holds most in registers: products in segments that
-    ask for their weights before they wait, float8 by bits, words, a stack as one kernel."""
+    """Records the GPU check's hand-over kernels that need most registers: products in segments that load their weights
+    before they wait, float8 by bits, words, a stack as one kernel."""
     meta = torch.device("meta")
     scale = replace(scale_for("cuda", quick=False), device=meta)
 
@@ -320,8 +320,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _early_loads(cubin: bytes) -> int | None:
-    """Loads from global memory before ACQBULK, where a kernel waits for the one before; None where it does not. 0 if
-    any of them is put into shared memory before, as the loads after it are then asked for when it has come."""
+    """Loads from global memory before ACQBULK, where a kernel waits for the one before; None if it does not wait. 0 if
+    any of them goes to shared memory before, as the loads after it are then issued only once it has arrived."""
     said = _tell("nvdisasm", "-c", cubin)
     found = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", said)
     waits = next((i for i, name in enumerate(found) if name.startswith("ACQBULK")), None)
@@ -332,7 +332,7 @@ def _early_loads(cubin: bytes) -> int | None:
 
 
 def _tell(tool: str, option: str, cubin: bytes) -> str:
-    """What a tool that Triton brings along says of a cubin."""
+    """The output of a tool bundled with Triton for a cubin."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -346,7 +346,7 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", type=int, choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--ones", action="store_true", help="also with every size 1")
-    parser.add_argument("--handover", action="store_true", help="what the GPU check measures hand-overs with, alone")
+    parser.add_argument("--handover", action="store_true", help="only the GPU check's hand-over kernels")
     options = parser.parse_args()
     recorder = Recorder()
     if options.handover:

@@ -1,8 +1,8 @@
-"""Which blocks of the Triton product are fastest on this device, for the products of a model with one row.
+"""Finds the fastest blocks of the Triton product on this device, for the products of a model with one row.
 
-`python -m benchmarks.linear_blocks` tries some on every shape and shows the best beside those that `kernels.linear`
-chooses. Every product streams matrices that no cache holds, all as one graph; beginnings and ends of kernels count, as
-they do in a stage. Off a GPU, `--quick` tries it on a toy shape, in Triton's interpreter (TRITON_INTERPRET=1).
+`python -m benchmarks.linear_blocks` tries some on every shape and shows the best, then those that `kernels.linear`
+chooses. Every product streams matrices that no cache holds, all as one graph; starts and ends of kernels count, as in a
+stage. Without a GPU, `--quick` tries it on a toy shape, in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--model", choices=PRESETS, default="1b")
     parser.add_argument("--float8", action="store_true", help="weights in float8")
     parser.add_argument("--best", type=int, default=5, help="how many to show (5)")
-    parser.add_argument("--processes", type=int, default=8, help="that compile side by side (8)")
+    parser.add_argument("--processes", type=int, default=8, help="processes that compile in parallel (8)")
     parser.add_argument("--quick", action="store_true", help="a toy shape and two choices of blocks")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +49,7 @@ def main() -> None:
         for block in [chosen, *(block for owner, block in tries if owner == name)]:
             try:
                 found[tuple(block.items())] = rate(out, width, gated, block, options.float8, device, count)
-            except Exception as error:  # what does not fit the device
+            except Exception as error:  # blocks that do not fit the device
                 print(f"{name}: {short(block)}: {error}")
         best = sorted(found, key=lambda key: -found[key])[: options.best]
         shown = [key for key in (*best, tuple(chosen.items())) if key in found]
@@ -71,7 +71,7 @@ def shapes_of(model: str) -> dict[str, tuple[int, int, bool]]:
 
 
 def candidates(width: int, quick: bool) -> Iterator[Block]:
-    """Blocks whose loads under way fit into the shared memory of most devices."""
+    """Blocks whose loads in flight fit into the shared memory of most devices."""
     choices = product((16, 32), (128, 256, 512), (2, 4), (3, 4, 6, 8), (0, 512))
     for out, block_in, warps, stages, ahead in [(16, 32, 4, 2, 0), (32, 32, 4, 2, 0)] if quick else choices:
         if block_in <= width and (16 + 2 * out) * block_in * 2 * stages <= 160 << 10:

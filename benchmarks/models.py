@@ -1,4 +1,4 @@
-"""Models with random weights, made where they are needed and kept in a folder that runs can share."""
+"""Models with random weights, made on demand and kept in a folder that runs can share."""
 
 import json
 from dataclasses import replace
@@ -18,14 +18,14 @@ from engine.layout import CONFIG, WEIGHTS
 
 Form = Literal["fast", "released", "hf"]
 """fast: as in Fast-BLT, with a [MASK] and a decoder that reads bytes. released: as the released BLT, whose decoder
-reads the encoder's states. hf: that, with nothing in which Hugging Face would differ."""
+reads the encoder's states. hf: the same, without features in which Hugging Face differs."""
 HASH_ROWS = 10_007
-"""Rows of each hash table, 500,002 as released: a byte reads one row of each, however many there are."""
+"""Rows of each hash table, 500,002 as released: a byte reads one row of each table, whatever its size."""
 LONGEST_PATCH = 8
 
 
 class Drawn(RandomTensors):
-    """The same laws, drawn on the device: a GPU draws a billion numbers in no time."""
+    """The same distributions, drawn on the device: a GPU draws a billion numbers at once."""
 
     def __init__(self, config: ModelConfig, seed: int, dtype: torch.dtype, device: str) -> None:
         super().__init__(config, seed, dtype)
@@ -44,12 +44,12 @@ class Drawn(RandomTensors):
 def random_model(
     work: Path, shape: str, form: Form, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> Path:
-    """A folder in `work` with a model of that shape, drawn there unless it is there."""
+    """A folder in `work` with a model of that shape, drawn there unless it exists."""
     folder = work / f"{shape}-{form}-{dtype}".replace("torch.", "")
     if not folder.exists():
         config = shaped(shape, form)
         tensors = Drawn(config, 0, dtype, device)
-        # Who is cut while writing must not leave half a model for the next one.
+        # An interrupted write must not leave half a model for the next run.
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         save(unfinished, calibrated(config, tensors), tensors, dtype)
         unfinished.replace(folder)
@@ -69,7 +69,7 @@ def shaped(shape: str, form: Form) -> ModelConfig:
     config = replace(config, decoder_input="encoder", mask_id=None, block_size=None)
     if form == "released":
         return config
-    # However short the patches of a text are, it has no more of them than bytes.
+    # A text never has more patches than bytes.
     global_ = replace(config.global_, max_positions=config.encoder.max_positions)
     return replace(config, global_=global_, isolate_documents=False)
 
@@ -107,7 +107,7 @@ def released_model(work: Path, shape: str, tables: Literal["BF16", "F32"]) -> Pa
 
 
 def described(shape: str, form: Form) -> list[str]:
-    """In what such a model is not the released one of its size."""
+    """How such a model differs from the released one of its size."""
     said = ["random weights"]
     rows, released = shaped(shape, form).hashes.rows, PRESETS[shape].hashes.rows
     if rows < released:

@@ -1,4 +1,4 @@
-"""Two ways of doing the same, in turns. Machines are shared and noisy: only what was taken side by side is compared."""
+"""Measures two variants in turns. Machines are shared and noisy: only measurements made in turns are compared."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -23,12 +23,12 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def shown(of: dict[str, float], form: str = ".2f") -> str:
-    """As the tables have it."""
+    """A spread as text, for tables."""
     return f"{of['median']:{form}} ({of['least']:{form}} to {of['most']:{form}})"
 
 
 def figures(pairs: "Sequence[tuple[Reading, Reading]]", peaks: Sequence[float]) -> dict[str, Any]:
-    """What turns of blt and another way say. peaks: bytes per second that the memory gave in each of them.
+    """Figures of turns of blt and another way. peaks: the memory's bytes per second in each turn.
 
     realisation: the speed-up by the clock over the one that the bytes read predict. bandwidth_use: bytes read per
     second over the peak. host_cost: the share of steps outside the stages.

@@ -1,4 +1,4 @@
-"""Pictures that can be read on a light and on a dark page."""
+"""Pictures that are legible on a light and on a dark page."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ COLOURS = ("#2f81f7", "#e8590c", "#2da44e", "#a371f7", "#d4a72c", "#db61a2")
 
 @contextmanager
 def axes(path: Path, xlabel: str, ylabel: str, *, ticks: list[int] | None = None) -> Iterator["Axes"]:
-    """Axes to draw on, written to `path` as PNG on a transparent ground. ticks: marks of a logarithmic x."""
+    """Axes to draw on, written to `path` as PNG on a transparent background. ticks: marks of a logarithmic x."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,8 @@
-"""A long prompt comes while others stream: how long does it wait for its first byte, and how long do they stall?
+"""A long prompt arrives while other requests stream: how long does it wait for its first byte, and how long do they
+stall?
 
-`max_step_rows` bounds the rows of a step, and with them both; the last row is what an engine chooses by itself
-(`--max-stall-ms`), of prompts alone. Times are in units of an undisturbed step of the same streams in the same turn.
+`max_step_rows` bounds the rows of a step, and so both times; the last row of the table is the engine's own choice
+(`--max-stall-ms`), for prompts alone. Times are in units of an undisturbed step of the same streams in the same turn.
 The stall is the longest time between two bytes of any of them while the prompt is computed.
 """
 
@@ -22,7 +23,7 @@ from .paired import shown, spread
 from .program import Content, Verdict, finish, parser, subject
 
 STREAM_BYTES = 64
-"""Of the prompts of what streams already."""
+"""Bytes of the streaming requests' prompts."""
 
 NO_LIMIT_MS = 1e9
 
@@ -32,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     program.add_argument(
         "--budgets", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048], help="max_step_rows"
     )
-    program.add_argument("--streams", type=int, default=16, help="under way (%(default)s)")
-    program.add_argument("--prompt-bytes", type=int, default=4096, help="of the one that comes (%(default)s)")
-    program.add_argument("--steps", type=int, default=32, help="undisturbed ones to measure before (%(default)s)")
+    program.add_argument("--streams", type=int, default=16, help="requests that already stream (%(default)s)")
+    program.add_argument("--prompt-bytes", type=int, default=4096, help="bytes of the long prompt (%(default)s)")
+    program.add_argument("--steps", type=int, default=32, help="undisturbed steps to measure first (%(default)s)")
     options = program.parse_args(arguments)
     with subject(options) as model:
         rows = []

@@ -1,6 +1,6 @@
-"""What the prefix cache saves: requests that share a long prefix, with it and without, in turns.
+"""The gain of the prefix cache: requests that share a long prefix, with and without it, in turns.
 
-All requests come at the same time, and the prefix is a new one in every turn: the cache has to learn it.
+All requests come at the same time, and every turn has a new prefix, which the cache does not know yet.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from .paired import in_turn, shown, spread
 from .program import Content, Verdict, finish, parser, subject
 
 OWN_BYTES = 32
-"""Of every request, behind the shared prefix."""
+"""Prompt bytes of each request after the shared prefix."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,7 +60,7 @@ def measure(engines: Sequence[Engine], options: Any) -> dict[str, Any]:
 
 
 def cached_share(engine: Engine) -> float:
-    """Of the ids of all prompts, those that the cache knew."""
+    """The share of all prompts' ids found in the cache."""
     snapshot = engine.snapshot()
     return snapshot.cached_rows / (snapshot.cached_rows + snapshot.prompt_rows)
 

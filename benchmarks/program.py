@@ -1,7 +1,7 @@
-"""What the benchmark programs have in common: their arguments, the model that they run, and what they leave behind.
+"""Shared parts of the benchmark programs: arguments, model and output.
 
-A program is a module with `main(arguments)`, which measures and calls `finish`, and three functions over what it wrote:
-`render` makes its tables, `judge` holds it to its aims, `draw` its picture.
+A program is a module with `main(arguments)`, which measures and calls `finish`, and three functions over its figures:
+`render` makes tables, `judge` compares them with aims, `draw` makes the picture.
 """
 
 import argparse
@@ -26,16 +26,16 @@ from .models import Form, described, random_model
 from .replay import replayed
 
 Content = Mapping[str, Any]
-"""What a program's JSON file holds."""
+"""The content of a program's JSON file."""
 SHAPES = ("tiny", "nano", "1b", "3b", "7b")
 PRIVATE = ("--work", "--out")
-"""Arguments that no figure depends on."""
+"""Arguments that do not affect the figures."""
 EXTRAS = {"against_tokens": ("tokens", ("gguf", "llama_cpp"))}
 """Programs that need more than `make bench` installs: an extra, and the modules that it brings."""
 
 
 class Verdict(NamedTuple):
-    """An aim, and whether what was found is enough. met: None where that cannot be said."""
+    """An aim, and whether the figure meets it. met: None if that cannot be decided."""
 
     figure: str
     aim: str
@@ -45,8 +45,8 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model that a program runs, and how. drawn: whether its weights are random. replays: whether drafts stand at
-    the paper's rates, not by what the model says of them."""
+    """The model that a program runs, and how. drawn: whether its weights are random. replays: whether drafts are
+    accepted at the paper's rates instead of by the model."""
 
     label: str
     said: str
@@ -62,7 +62,7 @@ class Subject:
         return Engine(EngineConfig(**asked))
 
     def wrap(self, engine: Engine) -> Wrap | None:
-        """What decodes requests instead of their own decoders."""
+        """The wrapper that replaces the requests' decoders."""
         return replayed(engine) if self.replays else None
 
     @property
@@ -77,7 +77,7 @@ class Subject:
 
 
 def lacking(name: str) -> str | None:
-    """What must be installed before that program can run, in a line; None where nothing is missing."""
+    """A line on what must be installed for that program; None if nothing is missing."""
     extra, modules = EXTRAS.get(name, ("", ()))
     missing = [module for module in modules if find_spec(module) is None]
     if not missing:
@@ -88,8 +88,8 @@ def lacking(name: str) -> str | None:
 def parser(
     name: str, description: str | None, *, shape: str | None = None, replays: bool = False
 ) -> argparse.ArgumentParser:
-    """With the arguments that all programs take. shape: what is run unless another model is asked for; None takes
-    models/nano. replays: whether acceptance can be replayed."""
+    """A parser with the arguments of all programs. shape: the default model; None takes models/nano. replays: whether
+    acceptance can be replayed."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.set_defaults(default_shape=shape, replays=replays)
     which = parser.add_mutually_exclusive_group()
@@ -100,13 +100,13 @@ def parser(
         "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 for a --shape, float32 for a --model"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--num-threads", type=int, help="of torch; default: one per core")
-    parser.add_argument("--turns", type=int, default=3, help="how often A and B are measured in turn (%(default)s)")
+    parser.add_argument("--num-threads", type=int, help="threads (default: one per core)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of A and B (%(default)s)")
     if replays:
         parser.add_argument(
             "--replay-acceptance",
             action=argparse.BooleanOptionalAction,
-            help="let drafts stand at the rates of the Fast BLT paper; default: for random weights only",
+            help="accept drafts at the rates of the Fast BLT paper; default: for random weights only",
         )
     parser.add_argument("--work", type=Path, help="folder that keeps random models for further runs")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON file and the picture")
@@ -115,7 +115,7 @@ def parser(
 
 @contextmanager
 def subject(options: argparse.Namespace, *, form: Form = "fast") -> Iterator[Subject]:
-    """The model that was asked for. form: of random weights."""
+    """The chosen model. form: of random weights."""
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     shape = options.shape or (None if options.model else options.default_shape)
@@ -136,7 +136,7 @@ def subject(options: argparse.Namespace, *, form: Form = "fast") -> Iterator[Sub
 def finish(
     name: str, subject: Subject, figures: dict[str, Any], options: argparse.Namespace, arguments: Sequence[str] | None
 ) -> None:
-    """Writes the JSON file and the picture, and shows what is in them."""
+    """Writes the JSON file and the picture, and prints its section."""
     from . import summary  # it knows all programs
 
     given = sys.argv[1:] if arguments is None else arguments
@@ -147,7 +147,7 @@ def finish(
 
 
 def command(name: str, arguments: Sequence[str]) -> str:
-    """What makes the figure again, folders left out."""
+    """The command that makes the figures again, without folders."""
     kept, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)

@@ -1,7 +1,7 @@
-"""How many bytes a second, alone and together, and what holds them back? Every decoder, in turns with blt alone.
+"""Bytes per second of every decoder, alone and together, and their limits; in turns with blt alone.
 
-A byte can take no less than its reads take the memory and its products the processor: both are measured here, in the
-same process. What is left is the time of the host, of attention's arithmetic, and of the two not overlapping.
+A byte takes at least the time of its reads from memory and of its products on the processor; both are measured here, in
+the same process. The rest is the host, attention's arithmetic, and reads and products that do not overlap.
 """
 
 import statistics
@@ -27,9 +27,9 @@ from .variants import ways_of
 
 PROMPT_BYTES = 100
 AIMS = {1: 1_000, 32: 10_000}
-"""Bytes per second on models/nano, by how many there are at a time."""
+"""Aims for models/nano in bytes per second, by concurrency."""
 PRODUCT_ROWS, PRODUCT_SIZE = 24, 1024
-"""Enough rows that a product waits for arithmetic alone; a matrix that a cache holds."""
+"""Enough rows to bind a product by arithmetic alone, and a matrix that fits a cache."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,8 +67,8 @@ def measure(model: Subject, concurrency: Sequence[int], count: int, turns: int) 
 def _row(
     engine: Engine, number: int, way: str, pairs: Sequence[tuple[Reading, Reading]], peak: float, speed: float
 ) -> dict[str, Any]:
-    """ms: per byte, of each stage and of the host. least_ms: what the memory takes for the bytes read, the processor
-    for the products."""
+    """ms: per byte, of each stage and of the host. least_ms: the memory's time for the bytes read, the processor's for
+    the products."""
     readings = [reading for _, reading in pairs]
     last, itemsize = readings[-1], getattr(torch, engine.config.dtype).itemsize
     seconds = {stage: statistics.median(r.stage_seconds[stage] / r.committed for r in readings) for stage in STAGES}
@@ -93,7 +93,7 @@ def _probe(engine: Engine) -> dict[str, float]:
 
 
 def _products_per_second(engine: Engine) -> float:
-    """Multiplications and additions per second of a product that need not wait for memory."""
+    """Multiply-adds per second of a product that need not wait for memory."""
     device, dtype, size = engine.stepper.device, getattr(torch, engine.config.dtype), PRODUCT_SIZE
     kernels = choose_kernels(None, device)
     matrix = kernels.matrix(Matrix(torch.ones(size, size, dtype=dtype, device=device)))

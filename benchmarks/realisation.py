@@ -1,7 +1,7 @@
-"""Do the decoders keep what the bytes that they read promise? One request at a time, every decoder in turns with blt.
+"""Compares the decoders' speed with the one that their bytes predict: one request at a time, in turns with blt.
 
 realisation: the speed-up over blt by the clock over the one that the bytes read predict. bandwidth use: bytes read per
-second over what the memory gives, probed before every turn: the faster of a plain copy and a product with one row.
+second over the memory's, probed before every turn: the faster of a plain copy and a product with one row.
 host cost: the share of the steps' time outside the four stages.
 """
 
@@ -25,7 +25,7 @@ from .program import Content, Subject, Verdict, finish, parser, subject
 from .variants import TRAINED, acceptance, ways_of
 
 BOUND_BY_MEMORY = ("1b", "3b", "7b")
-"""Shapes whose weights no cache holds: the aims are theirs."""
+"""Shapes whose weights no cache holds; the aims are for them."""
 PROMPT_BYTES = 2 * BLOCK
 LEAST_REALISATION, LEAST_USE, LEAST_USE_GPU, MOST_HOST = 0.9, 0.8, 0.7, 0.05
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(model: Subject, wanted: Sequence[str], count: int, turns: int) -> list[dict[str, Any]]:
-    # The prompt is known to the prefix cache but for its last id, so that no turn computes it again.
+    # The prefix cache holds the prompt except for its last id, so that no turn computes it again.
     engine = model.engine(max_sequences=4, cache_bytes=1 << 30)
     prompt, wrap = prompts(1, PROMPT_BYTES), model.wrap(engine)
     device, dtype = engine.stepper.device, getattr(torch, engine.config.dtype)

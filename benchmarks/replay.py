@@ -1,9 +1,9 @@
-"""Replayed acceptance: drafts of random weights are hardly ever right, so how many stand is drawn instead.
+"""Replayed acceptance: drafts of random weights are hardly ever right, so the number of accepted bytes is drawn
+instead.
 
-A round runs exactly as its decoder has it, draft and verification; only then the number of drafts that are committed is
-replaced. That leaves a sound sequence, since the rows that verified the drafts were fed with them. The rates are the
-Fast BLT paper's (`engine.sizing.PAPER_ACCEPTANCE`). A figure that rests on this is always labelled "replayed
-acceptance".
+A round runs exactly as its decoder defines it, draft and verification; only then the number of committed drafts is
+replaced. That leaves a valid sequence, since the verifying rows were computed from the drafts. The rates are the Fast
+BLT paper's (`engine.sizing.PAPER_ACCEPTANCE`). A figure that rests on this is always labelled "replayed acceptance".
 """
 
 import random
@@ -17,17 +17,17 @@ from engine.types import Request
 from .generate import Wrap
 
 CELL_ENTROPY = 5.06
-"""Nats of a cell under logits of standard deviation 1 over 260 ids, as random weights give them."""
+"""Entropy in nats of a cell under logits of standard deviation 1 over 260 ids, as random weights give them."""
 
 
 def gamma_for(size: int, passes: int) -> float:
-    """A bound for the rule `entropy` under which a block of random weights takes so many passes."""
+    """A bound for the rule `entropy` under which a block of random weights takes `passes` passes."""
     cells = -(-size // passes)
     return (cells + 0.5) * CELL_ENTROPY
 
 
 def chance_per_byte(rate: float, length: int) -> float:
-    """The chance at which each byte must stand, given that all before it do, for the share `rate` of `length`."""
+    """The chance of accepting each byte, given that all before it are accepted, for the share `rate` of `length`."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -39,7 +39,7 @@ def chance_per_byte(rate: float, length: int) -> float:
 
 
 class Replayed(Decoder):
-    """`inner`, with the number of its drafts that stand drawn so that the share `rate` of `length` does."""
+    """`inner`, with the number of accepted drafts drawn so that the share `rate` of `length` is accepted."""
 
     def __init__(self, inner: Decoder, rate: float, length: int, seed: int) -> None:
         self._inner = inner
@@ -61,7 +61,7 @@ class Replayed(Decoder):
 
 
 def replayed(engine: Engine) -> Wrap:
-    """Gives a request a decoder with replayed acceptance, from the paper's rate for its decoder and length."""
+    """Wraps a request's decoder with replayed acceptance, at the paper's rate for its decoder and length."""
 
     def wrap(request: Request) -> Decoder:
         size = engine.model_config.block_size

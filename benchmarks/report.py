@@ -1,4 +1,4 @@
-"""What every benchmark leaves behind: a JSON file that says where, when and with what it was measured."""
+"""The output of every benchmark: a JSON file with its figures, and where, when and how they were measured."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def write(name: str, command: str, figures: dict[str, Any], folder: Path = RESUL
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     content = {"benchmark": name, "command": command, "taken": _circumstances(), **figures}
-    # Whoever reads it meanwhile, or is cut here, has the old one.
+    # A reader meanwhile, or an interruption here, finds the old file.
     unfinished = path.with_suffix(".new")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
     unfinished.replace(path)
@@ -54,7 +54,7 @@ def _circumstances() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """What Linux calls the CPU."""
+    """Linux's name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the working directory; None in a copy without git."""
+    """The commit of the working directory; None in a copy without git."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

@@ -1,4 +1,4 @@
-"""What running ahead gains: each kind of it always, and as the engine decides, in turns with never.
+"""The gain of running ahead: each kind always, and as the engine decides, in turns with never.
 
 Further bytes of blt after a step, the next step of blt, all passes of a draft in one launch, passes over a block
 (`engine.step.ahead.policy`). The text must be the same.
@@ -29,7 +29,7 @@ KINDS: dict[str, tuple[str, RunAhead]] = {
     "blocks": ("blt-d B=8", RunAhead("never", "never", "never", "always")),
     "blocks, as measured": ("blt-d B=8", RunAhead()),
 }
-"""The decoder that each kind is seen with, and the policy."""
+"""The decoder that shows each kind, and the policy."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

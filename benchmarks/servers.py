@@ -1,4 +1,4 @@
-"""A server in a process of its own, and the least client that can stream from it."""
+"""A server in its own process, and a minimal streaming client."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from .report import ROOT
 NAME = "benchmarked"
 START_SECONDS = 120
 USAGE_BYTES = 4096
-"""At the end of a stream, that surely hold its usage."""
+"""Bytes at the end of a stream that always hold its usage."""
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def server(model: Path, *flags: str, root: Path = ROOT) -> Iterator[str]:
 
 
 def commit_of(folder: Path) -> str:
-    """Of a checkout."""
+    """The commit of a checkout."""
     command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
@@ -68,7 +68,7 @@ class Stream:
 
 
 async def stream(address: str, body: dict[str, Any]) -> Stream:
-    """One streamed completion. Events are counted, not parsed: the client must not be what is measured."""
+    """One streamed completion. Events are counted, not parsed: the client must not limit the figures."""
     where = urlsplit(address)
     content = json.dumps({"model": NAME, **body, "stream": True, "stream_options": {"include_usage": True}}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
@@ -91,5 +91,5 @@ async def stream(address: str, body: dict[str, Any]) -> Stream:
 
 
 async def streams(address: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
-    """All of them at the same time."""
+    """Runs all of them at the same time."""
     return list(await asyncio.gather(*(stream(address, body) for body in bodies)))

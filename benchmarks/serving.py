@@ -1,4 +1,4 @@
-"""What HTTP costs: the same requests to the engine alone, in this process, and to a server that streams, in turns.
+"""The cost of HTTP: the same requests to the engine alone, in this process, and to a streaming server, in turns.
 
 From the first request to the end of the last one, prompts included. Both engines have the same settings; by default a
 core is left to the server's HTTP process and the client.

@@ -1,7 +1,7 @@
 """The short set: all figures within ten minutes on two cores, then the page that shows them. `make bench` runs it.
 
-Every program is a process of its own. One that breaks takes no other with it; the page then lacks its figures, or has
-those of before.
+Every program runs in its own process. If one breaks, the others continue; the page then lacks its figures, or keeps the
+old ones.
 """
 
 import argparse
@@ -38,7 +38,7 @@ LIMIT_SECONDS = 600
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.short", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=summary.PROGRAMS, help="these programs' runs alone")
+    parser.add_argument("--only", nargs="+", choices=summary.PROGRAMS, help="run only these programs")
     parser.add_argument("--list", action="store_true", help="show the commands and run none")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON files and the page")
     options = parser.parse_args(arguments)
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_all(runs: Sequence[str], out: Path) -> int:
     """Runs the programs one after another and writes the page. Returns how many of them broke."""
     broken, began = [], time.monotonic()
-    # So that threads that wait do not take the cores from those that work, as in the server.
+    # So that waiting threads do not take the cores from working ones, as in the server.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     with TemporaryDirectory(prefix="benchmarks-") as work:
         for number, run in enumerate(runs, 1):
@@ -77,14 +77,14 @@ def run_all(runs: Sequence[str], out: Path) -> int:
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> str | None:
-    """Why it did not end well."""
+    """Why it failed; None if it did not."""
     with subprocess.Popen(command, cwd=report.ROOT, env=environment) as process:
         try:
             code = process.wait(LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
             return f"stopped after {LIMIT_SECONDS} s"
         finally:
-            # Not killed: it may have a server to stop.
+            # Not killed, as it may have a server to stop.
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)
     return f"ended with {code}" if code else None

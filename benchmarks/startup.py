@@ -1,8 +1,8 @@
-"""From the command to the first byte: `fastblt serve` is started, and asked as soon as it says where it listens.
+"""Time from the command to the first byte: `fastblt serve` is started, and gets a request as soon as it listens.
 
-In turns with a Python that does no more than import torch, which the server's engine must do too, or with the server of
-another checkout (`--against`). The model's files are in the system's page cache: a model that was written for this is
-started once before the turns.
+In turns with a Python that only imports torch, as the engine must too, or with the server of another checkout
+(`--against`). The model's files are in the system's page cache: a freshly written model is started once before the
+turns.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ def measure(model: Subject, turns: int, threads: int | None, against: Path | Non
     flags += [f"--num-threads={threads}"] if threads else []
     this = partial(_first_byte, model, flags)
     if model.drawn:
-        # It was only just written.
+        # The model was just written.
         this()
     figures: dict[str, Any] = {}
     if against:

@@ -1,6 +1,6 @@
-"""One page of everything that was measured: aims and what was found, then tables, pictures and commands.
+"""One page of all measurements: aims and results, then tables, pictures and commands.
 
-`python -m benchmarks.summary` makes `benchmarks/results/README.md` from the JSON files beside it.
+`python -m benchmarks.summary` makes `benchmarks/results/README.md` from the JSON files next to it.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def results(folder: Path) -> list[Path]:
 
 
 def section(path: Path) -> str:
-    """What there is to say of one JSON file, in Markdown."""
+    """The section for one JSON file, in Markdown."""
     content = json.loads(path.read_text())
     subject, picture = content["subject"], path.with_suffix(".png")
     title = f"## {PROGRAMS[content['program']]}: {subject['model']}"
@@ -125,7 +125,7 @@ def verdicts(content: Content) -> list[Verdict]:
 
 
 def draw(path: Path) -> None:
-    """The picture beside a JSON file, if its program draws one."""
+    """Draws the picture next to a JSON file, if its program has one."""
     content = json.loads(path.read_text())
     module = _module(content)
     if hasattr(module, "draw"):

@@ -1,8 +1,8 @@
-"""llama.cpp on a CPU, greedily, one token after another, in processes of its own that sleep while others work.
+"""llama.cpp on a CPU, greedily, one token after another, in its own processes, which sleep while others work.
 
-Its threads wait for each other hundreds of times a token. Awake is faster where every thread has a core to itself;
-asleep is several times as fast where anything else runs. OpenMP settles that when it is loaded, so there is a process
-for each; both run in every turn and the faster one counts.
+Its threads wait for each other hundreds of times a token. Spinning is faster if every thread has a core to itself;
+sleeping is several times as fast if anything else runs. OpenMP fixes that when it is loaded, so there is a process for
+each; both run in every turn and the faster one counts.
 """
 
 import json
@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-"""Not imported from `report`: these processes do without torch."""
+"""Not imported from `report`: these processes do not load torch."""
 POLICY = "OMP_WAIT_POLICY"
 WAITING: dict[str, dict[str, str]] = {"awake": {}, "asleep": {POLICY: "PASSIVE"}}
-"""What the environment says, as llama.cpp is installed (awake for a few milliseconds, then asleep), or otherwise."""
+"""The variable's value: unset, llama.cpp's default (spin for a few milliseconds, then sleep), or sleep at once."""
 ERROR = 4
 """A level of llama.cpp's log."""
 
 
 class Facts(NamedTuple):
-    """size: bytes of all tensors. system: what the library was compiled to use."""
+    """size: bytes of all tensors. system: the library's compiled features."""
 
     version: str
     system: str
@@ -36,7 +36,7 @@ class Facts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenReading:
-    """What was generated, its seconds, the prompt left out, and how threads waited: a key of `WAITING`."""
+    """The generated tokens, their seconds without the prompt, and how threads waited: a key of `WAITING`."""
 
     tokens: list[int]
     seconds: float
@@ -55,8 +55,8 @@ class TokenEngine:
         self.facts, *_ = [Facts(**_answer(process)) for process in processes.values()]
 
     def generate(self, prompt: Sequence[int], count: int) -> TokenReading:
-        """`count` tokens after the prompt and its first. A prompt that was the last one's too is computed only from
-        its last token on."""
+        """`count` tokens after the prompt and its first. A prompt equal to the previous one is computed only from its
+        last token on."""
         asked = json.dumps({"prompt": list(prompt), "count": count})
         found = []
         for waiting, process in self._processes.items():
@@ -68,7 +68,7 @@ class TokenEngine:
 
 @contextmanager
 def token_engine(path: Path, threads: int, positions: int) -> Iterator[TokenEngine]:
-    """The model of a GGUF file with room for so many tokens, until the block ends. Raises RuntimeError."""
+    """The model of a GGUF file with room for `positions` tokens, until the block ends. Raises RuntimeError."""
     inherited = {name: value for name, value in os.environ.items() if name != POLICY}
     command = [sys.executable, "-m", "benchmarks.token_engine", str(path.resolve()), str(threads), str(positions)]
     with ExitStack() as stack:
@@ -82,7 +82,7 @@ def token_engine(path: Path, threads: int, positions: int) -> Iterator[TokenEngi
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            # It ends when there is nothing more to read.
+            # The process ends at the end of its input.
             processes[waiting] = stack.enter_context(process)
         yield TokenEngine(processes)
 
@@ -103,7 +103,7 @@ class _Sequence:
         import llama_cpp
         import numpy as np
 
-        # Kept, since the library goes on calling it.
+        # Kept, since the library keeps calling it.
         self._log = llama_cpp.llama_log_callback(_tell)
         llama_cpp.llama_log_set(self._log, None)
         self._library, self._array = llama_cpp, np.ctypeslib.as_array
@@ -146,13 +146,13 @@ class _Sequence:
 
 
 def _tell(level: int, text: bytes, _: object) -> None:
-    """Of what the library logs, the errors alone."""
+    """Prints only the library's errors."""
     if level == ERROR:
         sys.stderr.write(text.decode(errors="replace"))
 
 
 def main(path: str, threads: str, positions: str) -> None:
-    """Says what the model is, then answers lines on standard input until there are no more."""
+    """Prints the model's facts, then answers lines on standard input until its end."""
     sequence = _Sequence(path, int(threads), int(positions))
     print(json.dumps(sequence.facts._asdict()), flush=True)
     for line in sys.stdin:

@@ -1,6 +1,5 @@
-"""Llamas with random weights, written as llama.cpp reads them (GGUF), made where they are needed and kept in a folder.
-
-They read tokens of a vocabulary that has a size and no text: how fast tokens come does not depend on what they say.
+"""Llamas with random weights in llama.cpp's format (GGUF), made on demand and kept in a folder. Their vocabulary has a
+size and no text, as speed does not depend on the text.
 """
 
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 @dataclass(frozen=True, slots=True)
 class Llama:
-    """Its shape. The embedding is the head, too."""
+    """The shape. The embedding is also the head."""
 
     name: str
     layers: int
@@ -64,11 +63,11 @@ LLAMAS = {
     "tiny": Llama("a tiny Llama", 2, 64, 128, 4, 2, 16, 512),
     "1b": Llama("Llama 3.2 1B", 16, 2048, 8192, 32, 8, 64, 128_256),
 }
-"""By the shapes of ours that they are compared with."""
+"""By the shape of ours that each is compared with."""
 
 
 def token_model(work: Path, shape: str, form: Format) -> Path:
-    """A GGUF file in `work` with the Llama of that shape, written there unless it is there."""
+    """A GGUF file in `work` with the Llama of that shape, written there unless it exists."""
     path = work / f"llama-{shape}-{form}.gguf"
     if not path.exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -100,7 +99,7 @@ def _write(path: Path, llama: Llama, form: Format) -> None:
         if len(shape) == 1:
             writer.add_tensor(name, torch.ones(shape).numpy())
             continue
-        # Every layer has the same numbers, at its own place: as much is read, and a fifth is drawn.
+        # Every layer has the same numbers in its own memory: as much is read, but only a fifth is drawn.
         kind = name.split(".")[-2]
         if kind not in stored:
             # So that activations stay of order 1.

@@ -1,4 +1,4 @@
-"""The decoders as benchmarks run them: by name, what a request says to be decoded so."""
+"""The decoders as benchmarks run them: each name's fields of a request."""
 
 from typing import Any
 
@@ -24,18 +24,18 @@ RANDOM: dict[Form, Ways] = {
         "blt-s k=8": {"decoder": "blt-s", "draft_length": 8},
     },
 }
-"""Of random weights: their blocks of blt-d take as many passes as the paper's."""
+"""For random weights: their blt-d blocks take as many passes as the paper's."""
 TRAINED: Ways = {**RANDOM["fast"], "blt-d B=8": {"decoder": "blt-d"}}
 
 
 def ways_of(engine: Engine, *, drawn: bool) -> Ways:
-    """The ways that a model has. drawn: whether its weights are random."""
+    """The ways that a model supports. drawn: whether its weights are random."""
     ways = RANDOM["fast"] if drawn else TRAINED
     return {way: how for way, how in ways.items() if how["decoder"] in engine.limits.decoders}
 
 
 def acceptance(way: str, *, replays: bool) -> str:
-    """How it is decided which drafts stand."""
+    """How drafts are accepted."""
     if way == "blt":
         return "none needed"
     return "replayed acceptance" if replays else "the model's"

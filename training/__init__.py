@@ -1,4 +1,4 @@
 import time
 
 STARTED = time.monotonic()
-"""When this process began, near enough: a stage is counted from here, and what comes next is the import of torch."""
+"""About when this process started: a stage's time counts from here, before torch is imported."""

@@ -1,4 +1,4 @@
-"""The model card of a trained model: what it is, what it learnt from, how good it is, what it is not."""
+"""The model card of a trained model: its purpose, data, quality and limits."""
 
 from collections.abc import Sequence
 

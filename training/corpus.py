@@ -1,9 +1,9 @@
-"""The corpus: Python's own standard library, as it lies next to the running interpreter.
+"""The corpus: the standard library of the running Python.
 
 A document is one `.py` file: BOS, its bytes, EOS. One file in twenty, chosen by a hash of its name, is held out.
 
-`python -m training.corpus --out corpus.tar.xz` puts it into an archive of some 5 MB, for a run that goes on where
-another Python is: a run keeps the text that it began with.
+`python -m training.corpus --out corpus.tar.xz` writes it to an archive of about 5 MB, for a run that continues under
+another Python: a run keeps its text.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
 
 HELD_OUT_ONE_IN = 20
 START_WEIGHT = 64
-"""How many places of a document's inside its very start counts for when rows are drawn."""
+"""The start of a document is drawn as often as this many places inside it."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as byte strings, with their names relative to the library's root, in the order of the names.
+    """Documents as byte strings, with their names relative to the library's root, sorted by name.
 
     python: the version of CPython whose library they are.
     """
@@ -67,8 +67,8 @@ class Corpus:
     def rows(self, draw: np.random.Generator, count: int, length: int) -> Tensor:
         """`count` random rows of `length` + 1 ids, int64 (count, length + 1): BOS, a slice of one document, padding.
 
-        A document is drawn in proportion to its length, the slice's start uniformly. Every row is a text of its own,
-        as a prompt is when served, so documents never see each other.
+        A document is drawn in proportion to its length, the slice's start uniformly. Every row is a separate text, like
+        a prompt when served, so documents never see each other.
         """
         rows = np.full((count, length + 1), PAD_ID, dtype=np.int64)
         rows[:, 0] = BOS_ID
@@ -80,7 +80,7 @@ class Corpus:
         return torch.from_numpy(rows)
 
     def slices(self, length: int) -> Tensor:
-        """Every document cut into rows of `length` + 1 ids, (rows, length + 1): each id but BOS occurs just once."""
+        """Every document cut into rows of `length` + 1 ids, (rows, length + 1): each id but BOS occurs exactly once."""
         pieces = [ids[i : i + length] for ids in self._encoded for i in range(0, len(ids), length)]
         rows = np.full((len(pieces), length + 1), PAD_ID, dtype=np.int64)
         rows[:, 0] = BOS_ID
@@ -99,7 +99,7 @@ def standard_library(root: Path | None = None) -> tuple[Corpus, Corpus]:
 
 
 def write_archive(path: Path, root: Path | None = None) -> int:
-    """Writes the files of `standard_library(root)` into a .tar.xz, the same bytes each time; gives their number."""
+    """Writes the files of `standard_library(root)` into a .tar.xz, the same bytes each time; returns their number."""
     found = standard_library(root)
     documents = sorted(pair for corpus in found for pair in zip(corpus.names, corpus.texts, strict=True))
     with tarfile.open(path, "w:xz", format=tarfile.PAX_FORMAT) as archive:
@@ -111,7 +111,7 @@ def write_archive(path: Path, root: Path | None = None) -> int:
 
 
 def read_archive(path: Path) -> tuple[Corpus, Corpus]:
-    """(training, held-out) documents of what `write_archive` wrote. Raises ValueError for anything else."""
+    """(training, held-out) documents of an archive by `write_archive`. Raises ValueError for any other file."""
     versions: set[str] = set()
 
     def documents() -> Iterator[tuple[str, bytes]]:
@@ -120,14 +120,14 @@ def read_archive(path: Path) -> tuple[Corpus, Corpus]:
                 folder, _, name = member.name.partition("/")
                 file = archive.extractfile(member)
                 if file is None or not name or not folder.startswith("cpython-"):
-                    raise ValueError(f"{path}: {member.name} is no file of a folder cpython-VERSION")
+                    raise ValueError(f"{path}: {member.name} is not in a folder cpython-VERSION")
                 versions.add(folder.removeprefix("cpython-"))
                 yield name, file.read()
 
     try:
         found = list(documents())
     except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{path} is no archive of `python -m training.corpus`: {error}") from None
+        raise ValueError(f"{path} is not an archive of `python -m training.corpus`: {error}") from None
     if len(versions) != 1:
         raise ValueError(f"{path} holds {len(versions)} folders cpython-VERSION instead of one")
     return _split(found, versions.pop())

@@ -1,9 +1,9 @@
-"""What the decoders cost and give on held-out text: the figures and the picture of `fastblt compare`.
+"""Cost and acceptance of the decoders on held-out text: the figures and the picture of `fastblt compare`.
 
-Two ways of looking, because greedy text repeats itself and flatters every draft:
+Two measurements, because greedy text repeats itself and flatters every draft:
 
-* along its own text: every prompt is continued, and the requests' own accounting is added up;
-* one round from each of many prefixes of real text: the round is counted, then the real text goes on.
+* on generated text: every prompt is continued, and the requests' usage is summed;
+* on real text: one round is counted after each of many prefixes, then the real text continues.
 """
 
 import json
@@ -46,7 +46,7 @@ class Setting:
 
 
 def settings(block_size: int | None) -> list[Setting]:
-    """What is compared on a model that was trained with blocks of `block_size`."""
+    """The settings to compare on a model trained with blocks of `block_size`."""
     rules = {
         "one step": UnmaskRule(rule="one_step"),
         "conf 0.3": UnmaskRule(rule="confidence", alpha=0.3),
@@ -100,7 +100,7 @@ class Figures:
 
 
 class Walk(Decoder):
-    """A decoder that makes `inner`'s rounds along a given text, and counts what they would have committed."""
+    """A decoder that runs `inner`'s rounds along a given text, and counts the bytes that they would have committed."""
 
     def __init__(self, inner: Decoder, text: Sequence[int], stride: int) -> None:
         self._inner, self._text, self._stride = inner, text, stride
@@ -114,7 +114,7 @@ class Walk(Decoder):
         if end > self._stride and can_draft(sequence):
             outcome: Committed = yield from self._inner.round(sequence, room)
             if outcome.drafted and not TABLE[sequence.request.decoder].is_exact(sequence.request):
-                # The model has not checked the block, not even its first byte: the row before it runs again.
+                # The block is unverified, even its first byte: the row before it runs again.
                 assert isinstance(sequence, EngineSequence)
                 sequence.keep(end - 1)
                 checked = accept(outcome.ids, (yield Verify(outcome.ids)))
@@ -136,7 +136,7 @@ def measure(
     num_prefixes: int,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> dict[str, Any]:
-    """All figures of a model folder on `texts`; each needs at least a kilobyte to be used."""
+    """All figures of a model folder on `texts`; texts below a kilobyte are skipped."""
     engine = Engine(EngineConfig(model=str(path), dtype=dtype, cache_bytes=1 << 30))
     draw = random.Random(0)
     long = [text for text in texts if len(text) > max(WALK_BYTES, PROMPT_BYTES) + 64]
@@ -187,7 +187,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], picture: Path) -> None:
-    """Agreement with BLT against bytes read, a numbered point per setting; a line joins those that nothing beats."""
+    """Plots agreement with BLT against bytes read, a numbered point per setting; a line joins the Pareto front."""
     figure, axes = plt.subplots(figsize=(9.5, 5), dpi=120)
     colours = {"blt": "black", "blt-s": "C0", "blt-dv": "C2", "blt-d": "C3", "auto": "C4"}
     points = [(row["read"], 100 * row["agreement"]) for row in result["rows"]]
@@ -206,7 +206,7 @@ def draw(result: dict[str, Any], picture: Path) -> None:
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
-    """decoders.json and decoders.png, and the table in the folder's model card, if it has the place for it."""
+    """decoders.json and decoders.png, and the table in the folder's model card, if it has the marker."""
     (folder / DECODERS).write_text(json.dumps(result, indent=1) + "\n")
     draw(result, folder / "decoders.png")
     card = folder / "README.md"
@@ -216,12 +216,12 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def section(result: dict[str, Any]) -> str:
-    """What a model card says of the decoders."""
+    """The model card's section on the decoders."""
     rounds = next((row["real_rounds"] for row in result["rows"] if row["real_rounds"]), 0)
     return f"""\
-{result["prompts"]} held-out prompts of {result["prompt_bytes"]} bytes, {result["bytes"]} greedy bytes behind each, one
+{result["prompts"]} held-out prompts of {result["prompt_bytes"]} bytes, {result["bytes"]} greedy bytes after each, one
 request at a time in {result["dtype"]}; and one round from each of {rounds:,} prefixes of held-out text. GB a kB:
-gigabytes per 1,000 bytes of text, by the paper's formula and as really read, patcher and K/V included. "As BLT": bytes
+gigabytes per 1,000 bytes of text, by the paper's formula and as counted, patcher and K/V included. "As BLT": bytes
 that equal BLT's at the same place, and prompts of which all do. Real prefixes: the share of drafted bytes that BLT
 would have written, and the bytes that a round commits (BLT-D: the bytes of a block up to the first that BLT would not
 have written).
@@ -235,7 +235,7 @@ have written).
 def _continue(
     engine: Engine, prompts: Iterable[list[int]], count: int, setting: Setting
 ) -> tuple[list[list[int]], list[Usage]]:
-    """One after another, so that every request pays for its own weights."""
+    """One after another, so that every request is charged for all its weights."""
     outputs, usages = [], []
     for prompt in prompts:
         engine.add(

@@ -12,20 +12,20 @@ def chosen_device(name: str) -> torch.device:
         raise ValueError(
             f"--device cuda: torch finds no CUDA device (torch {torch.__version__} {built}); --device cpu needs none"
         )
-    # Training multiplies in bfloat16. What is float32 is the patcher that decides where patches start, which must
-    # decide as it does when served: no TF32 for it.
+    # Training multiplies in bfloat16, except for the float32 patcher that decides where patches start. It must decide
+    # as it does when served: no TF32 for it.
     torch.set_float32_matmul_precision("highest")
     return torch.device(name)
 
 
 def description(device: torch.device) -> str:
-    """What the model card says of it."""
+    """The device's description in the model card."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads of a CPU ({platform.machine()})"
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all that was launched."""
+    """Waits until the device has finished all launched work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

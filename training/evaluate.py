@@ -1,5 +1,5 @@
-"""How good a model with block diffusion is: `python -m training.evaluate models/nano`, on the files kept out of its
-training. Of any model `fastblt eval` tells the bits per byte, on any files; masked bytes only this."""
+"""Evaluates a model with block diffusion on its held-out files: `python -m training.evaluate models/nano`. `fastblt
+eval` gives the bits per byte of any model on any files; only this command scores masked bytes."""
 
 import argparse
 import json
@@ -33,8 +33,8 @@ ROWS_AT_ONCE = 8
 class Evaluation:
     """bits_per_byte: of next bytes, an EOS per file included. xz_bits_per_byte: `xz -9` of the same files as one.
 
-    byte_accuracy: next bytes guessed. masked_accuracy: cells of blocks guessed when every cell is masked, by place in
-    the block. mean_patch: bytes per patch.
+    byte_accuracy: share of next bytes predicted. masked_accuracy: share of cells predicted in fully masked blocks, by
+    place in the block. mean_patch: bytes per patch.
     """
 
     bytes: int
@@ -49,10 +49,10 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, context: int = 1024) -> Evaluation:
-    """Reads all of `corpus` in slices of `context` bytes, each a text of its own that begins with BOS, on the device of
+    """Reads all of `corpus` in slices of `context` bytes, each a separate text that begins with BOS, on the device of
     `weights`.
 
-    Raises ValueError for a model without block diffusion, and for a rule of patching that training does not know.
+    Raises ValueError for a model without block diffusion, and for a patching rule that training does not support.
     """
     block_size = _block_size(config)
     rows, device = corpus.slices(context), next(iter(weights.values())).device
@@ -98,7 +98,7 @@ def _block_size(config: ModelConfig) -> int:
 
 
 def as_float8(weights: model.Weights) -> dict[str, Tensor]:
-    """The weights as an engine with `weights="float8"` computes with them, in float32."""
+    """The weights as rounded by an engine with `weights="float8"`, in float32."""
 
     def rounded(name: str, weight: Tensor) -> Tensor:
         if name.startswith(PATCHER) or not name.endswith(("_proj.weight", "_projection.weight")):
@@ -111,7 +111,7 @@ def as_float8(weights: model.Weights) -> dict[str, Tensor]:
 
 
 def continuations(path: Path, prompts: tuple[str, ...] = PROMPTS, count: int = 200) -> list[str]:
-    """What the engine writes behind each prompt at temperature 0.6 with seed 0, `count` bytes or up to EOS."""
+    """The engine's continuations of each prompt at temperature 0.6 with seed 0, `count` bytes or up to EOS."""
     engine = Engine(EngineConfig(model=str(path), cache_bytes=256 << 20))
     texts = {str(i): b"" for i in range(len(prompts))}
     for i, prompt in enumerate(prompts):
@@ -131,11 +131,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("model", type=Path, help="a model folder")
     parser.add_argument("--context", type=int, default=1024, help="bytes per slice of a file")
-    parser.add_argument("--float8", action="store_true", help="with what `--weights float8` rounds rounded")
+    parser.add_argument("--float8", action="store_true", help="round the matrices that `--weights float8` rounds")
     parser.add_argument(
         "--corpus", type=Path, help="archive of python -m training.corpus (default: this Python's library)"
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what computes (default cpu)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device to compute on (default cpu)")
     options = parser.parse_args(arguments)
     try:
         device = chosen_device(options.device)

@@ -27,9 +27,9 @@ SMOOTHING = 25
 
 
 def export(state: State, training: Corpus, held_out: Corpus, run: Path, out: Path) -> Evaluation:
-    """Writes the model to `out` in bfloat16, measures what was written, and describes it.
+    """Writes the model to `out` in bfloat16, evaluates the written model, and writes its card.
 
-    Raises ValueError for another text than the run learns from, and while there is no model yet; FileNotFoundError if
+    Raises ValueError for another text than the run's, and while there is no model yet; FileNotFoundError if
     the run's metrics are not there.
     """
     if state.corpus != training.digest:
@@ -70,11 +70,11 @@ def plot(lines: Sequence[Line], picture: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m training.export", description="Makes a model folder of a run as it stands."
+        prog="python -m training.export", description="Makes a model folder from a run, finished or not."
     )
-    parser.add_argument("--run", type=Path, required=True, help="the folder of the run")
-    parser.add_argument("--out", type=Path, required=True, help="where the model goes")
-    parser.add_argument("--corpus", type=Path, help="the archive that the run learns from, if it was given one")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--corpus", type=Path, help="the run's archive, if it was started with one")
     options = parser.parse_args(arguments)
     try:
         result = export(State.load(options.run), *corpora(options.corpus), options.run, options.out)

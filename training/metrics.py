@@ -1,8 +1,8 @@
-"""What a run's steps measured: one JSON object a line, in `metrics-STEPS.jsonl` of the run's folder.
+"""Metrics of a run's steps: one JSON object per line, in `metrics-STEPS.jsonl` of the run's folder.
 
-Every process writes a file of its own, named after the steps that the run had behind it when the process began. So a
-stage on another machine needs no earlier file, and none grows with the run. Where files overlap, since a process went
-on from an older state than the last that was written, the later one counts.
+Every process writes its own file, named after the number of steps done when it started. So a stage on another machine
+needs no earlier file, and no file grows with the run. Files overlap if a process continued from an older state; the
+later file counts.
 """
 
 import json
@@ -20,7 +20,7 @@ Line = dict[str, Any]
 
 
 class Metrics:
-    """Writes lines. Figures that are tensors are read some steps late, so that no step waits for its own."""
+    """Writes lines. Tensors are read some steps late, so that no step waits for its own."""
 
     def __init__(self, run: Path, steps: int) -> None:
         for path in _files(run):
@@ -37,13 +37,13 @@ class Metrics:
         self._file.close()
 
     def add(self, line: Line, figures: Mapping[str, Tensor]) -> Line | None:
-        """A step's line and its numbers on the device; gives the last line that was read, if any was."""
+        """Adds a step's line and its numbers on the device; returns the last line that was read, if any."""
         values = torch.stack([figure.detach().float() for figure in figures.values()])
         self._pending.append((line, tuple(figures), values))
         return self.flush() if time.monotonic() - self._read > READ_SECONDS else None
 
     def flush(self) -> Line | None:
-        """Reads and writes all that were added."""
+        """Reads and writes all added lines."""
         line = None
         for (line, names, _), values in zip(self._pending, self._values(), strict=True):
             line |= dict(zip(names, values, strict=True))

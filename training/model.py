@@ -2,10 +2,10 @@
 
 The same maths as the engine's stages on the same canonical tensors, without caches: `weights` is what
 `engine.checkpoint` saves. Rows are matrix products in `dtype`; the residual streams stay float32. All runs on the
-device of its tensors; only `patch` waits for it, once, to learn how many patches there are.
+device of its tensors; only `patch` waits for it, once, for the number of patches.
 
-    patch       texts -> where patches start, decided by the patcher as when served     (BLT 2.3)
-    latents     texts, patches -> what the global transformer knows after each patch     (BLT 3)
+    patch       texts -> where patches start, by the patcher, as when served (BLT 2.3)
+    latents     texts, patches -> the global transformer's output after each patch (BLT 3)
     decode      clean rows and corrupted blocks -> states to predict bytes from          (Fast BLT 3.2)
 """
 
@@ -24,11 +24,11 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """Where the patches of a batch of texts lie; int64 unless said otherwise.
+    """The patches of a batch of texts; int64 unless stated otherwise.
 
     own (B, T): the patch that holds each byte. reads (B, T): the patch whose latent each byte's decoder row reads,
-    the one before the patch that holds the next byte. starts (B, M): first byte, T where there is no such patch.
-    bytes (B, M, L) and holds (B, M, L) bool: the bytes of each patch, and which of the L places are taken.
+    the one before the patch that holds the next byte. starts (B, M): first byte, T for no patch.
+    bytes (B, M, L) and holds (B, M, L) bool: the bytes of each patch, and which of the L places are used.
     counts (B,): patches per text.
     """
 
@@ -42,7 +42,7 @@ class Patches:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Corrupted blocks behind the clean rows (Fast BLT 3.2): S blocks of K cells per text.
+    """Corrupted blocks after the clean rows (Fast BLT 3.2): S blocks of K cells per text.
 
     ids (B, S, K): cells' ids, some of them [MASK]. starts (B, S): the original index of each block's first cell.
     patches (B, S): the patch that ends just before the block, whose latent its cells read.
@@ -59,7 +59,7 @@ class Blocks:
 
 
 def initial_weights(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """Float32 weights to start from: unit-gain matrices, silent outputs of every residual branch."""
+    """Initial float32 weights: unit-gain matrices, and zero outputs of every residual branch."""
     draw = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
@@ -84,15 +84,15 @@ def patcher_logits(config: ModelConfig, weights: Weights, ids: Tensor, dtype: to
 
 
 def entropies(config: ModelConfig, weights: Weights, ids: Tensor) -> Tensor:
-    """How unsure the patcher is of the byte behind each byte, in nats: (B, T)."""
+    """The patcher's entropy of the byte after each byte, in nats: (B, T)."""
     log_p = patcher_logits(config, weights, ids).log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
 
 def patch(rule: PatchingRule, entropy: Tensor) -> Patches:
-    """Cuts texts into patches by entropy (B, T), the next byte's place counted in, as `engine.patching` does."""
+    """Cuts texts into patches by entropy (B, T), including the place of the next byte, as `engine.patching` does."""
     if rule.mode != "entropy" or rule.monotonic or rule.threshold_add is not None or rule.max_patch_length is None:
-        raise ValueError("training knows the plain entropy threshold with a longest patch")
+        raise ValueError("training supports only the plain entropy threshold with a longest patch")
     (count, length), device = entropy.shape, entropy.device
     longest = rule.max_patch_length
     index = torch.arange(length + 1, device=device)
@@ -208,7 +208,7 @@ def _repeated(x: Tensor, count: int) -> Tensor:
 def _read_latent(
     y: Tensor, slots: Tensor, reads: Tensor, weights: Weights, name: str, stack: StackConfig, dtype: torch.dtype
 ) -> Tensor:
-    """What each row takes from the k slots of the one latent it reads: (B, R, d)."""
+    """Cross-attention of each row over the k slots of its latent: (B, R, d)."""
     key_value = _project(
         _norm(slots, weights, f"{name}.k_norm", stack, dtype), weights, f"{name}.k_proj", f"{name}.v_proj"
     )
@@ -276,14 +276,15 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 
 def _turns(positions: Tensor, stack: StackConfig) -> Tensor:
-    """Cosines and sines of the angles that rotary positions turn pairs by: (2, ..., R, 1, head_dim / 2)."""
+    """Cosines and sines of the rotary angles: (2, ..., R, 1, head_dim / 2)."""
     frequencies = stack.rope_theta ** (-torch.arange(0, stack.head_dim, 2, device=positions.device) / stack.head_dim)
     angles = positions[..., None, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    """x (B, R, H, head_dim) with its neighbouring pairs turned. Not with complex numbers: compilers know none."""
+    """x (B, R, H, head_dim) with its neighbouring pairs rotated. Not with complex numbers, which compilers do not
+    support."""
     (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), turns
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
@@ -293,7 +294,7 @@ def _norm(x: Tensor, weights: Weights, name: str, stack: StackConfig, dtype: tor
 
 
 def _project(x: Tensor, weights: Weights, *names: str) -> Tensor:
-    """x times one or more matrices side by side, in x's dtype."""
+    """x times one or more concatenated matrices, in x's dtype."""
     matrices = [weights[f"{name}.weight"] for name in names]
     return F.linear(x, (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).to(x.dtype))
 

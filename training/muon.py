@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic that is iterated: they raise small singular values fastest."""
+"""Coefficients of the iterated quintic, chosen to raise small singular values fastest."""
 ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; decoupled weight decay. Tall matrices go sqrt(rows / columns) times as far.
+    """Nesterov momentum, orthogonalised; decoupled weight decay. Tall matrices take steps sqrt(rows / columns) times as
+    large.
 
     All parameters are matrices. The state is one `momentum_buffer` per matrix.
     """

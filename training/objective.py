@@ -1,10 +1,10 @@
 """The Fast-BLT objective: predict the next byte, and predict corrupted blocks that begin where patches begin.
 
-Fast BLT 3.2, equations 5 to 7, with three choices that leave the expected loss what it is and make it less noisy or
-cheaper: only some of a text's blocks are drawn, each weighing as many as it stands for; every block has a corruption
-rate of its own; the rates are spread evenly over a batch. Rates below `MIN_RATE` are not drawn, for 1/t explodes.
+Fast BLT 3.2, equations 5 to 7, with three choices that keep the expected loss but make it less noisy or cheaper: only
+some of a text's blocks are drawn, each weighted by the number it stands for; every block has its own corruption rate;
+the rates are spread evenly over a batch. Rates below `MIN_RATE` are not drawn, for 1/t explodes.
 
-All runs on the device of its tensors, but for random numbers: the host draws them, the same for every device.
+All runs on the device of its tensors, except that the host draws the random numbers, the same for every device.
 """
 
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ MIN_RATE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Corruption:
-    """Blocks drawn for one batch, and what is asked of them.
+    """Blocks drawn for one batch, and their targets.
 
-    targets (B, S, K): the cells' own bytes, unshifted. scores (B, S, K) bool: which cells are asked for: masked ones
-    that hold a byte of the text. rates (B, S): t. stands_for (B, S): how many of the text's blocks each stands for.
+    targets (B, S, K): the cells' own bytes, unshifted. scores (B, S, K) bool: which cells are scored: masked ones that
+    hold a byte of the text. rates (B, S): t. stands_for (B, S): how many of the text's blocks each stands for.
     """
 
     blocks: Blocks
@@ -40,7 +40,7 @@ class Corruption:
 @dataclass(frozen=True, slots=True)
 class Losses:
     """Numbers, still on their device. `clean` and `mask` in nats per byte of text, differentiable; `..._right`: shares
-    guessed."""
+    predicted."""
 
     clean: Tensor
     mask: Tensor
@@ -54,7 +54,7 @@ def corrupt(
     """Draws up to `per_text` blocks of every text in `row` (B, T + 1) and masks each at its rate, or all at `rate`.
 
     A block starts with a patch, the first patch (BOS alone) excepted, and runs for `block_size` bytes whatever the
-    patches are; where the row ends, it is filled up with PAD, which is not asked for.
+    patches are; past the row's end it is padded with PAD, which is not scored.
     """
     assert config.block_size is not None and config.mask_id is not None
     count, size, width = len(row), config.block_size, row.shape[1]
@@ -66,7 +66,7 @@ def corrupt(
     eligible = torch.arange(most, device=device) < patches.counts[:, None]
     eligible[:, 0] = False
     eligible &= row.gather(1, patches.starts.clamp(max=width - 1)) != PAD_ID
-    # As many as there can be patches: how many there are may differ by a near-tie from device to device.
+    # As many as there can be patches: a near-tie may change their number from device to device.
     lottery = uniform(count, width)[:, :most].masked_fill(~eligible, 2.0)
     drawn = lottery.topk(min(per_text, most), largest=False)
     chosen, real = drawn.indices, drawn.values < 2.0
@@ -90,9 +90,8 @@ def corrupt(
 def losses(
     config: ModelConfig, weights: Weights, row: Tensor, patches: Patches, corruption: Corruption, dtype: torch.dtype
 ) -> Losses:
-    """Both losses of the texts in `row` (B, T + 1): clean row j is asked for byte j + 1, the last included.
-
-    What is not asked for is computed and weighs nothing: to pick out the rest, the host would wait for the device.
+    """Both losses of the texts in `row` (B, T + 1): clean row j predicts byte j + 1, including the last. Unscored rows
+    are computed with weight 0: to select the others, the host would have to wait for the device.
     """
     ids, after = row[:, :-1], row[:, 1:]
     asked, scores, targets = after != PAD_ID, corruption.scores, corruption.targets

@@ -1,7 +1,7 @@
-"""Float32 tensors as fewer bytes, without loss: what a training state takes to copy from machine to machine.
+"""Lossless compression of float32 tensors, for a training state that is copied from machine to machine.
 
-The bytes of all numbers are sorted by significance. Exponents of one tensor are much alike and deflate to under half;
-the rest is as good as random, and stays what it is. Numbers that were rounded to bfloat16 take little over half.
+The bytes of all numbers are sorted by significance. Exponents of one tensor are similar and deflate to under half; the
+other bytes look random and stay as they are. Numbers rounded to bfloat16 take little over half.
 """
 
 import zlib
@@ -19,7 +19,7 @@ def packed(tensor: Tensor) -> bytes:
 
 
 def unpacked(data: bytes, shape: tuple[int, ...]) -> Tensor:
-    """The float32 tensor of that shape, on the host. Raises ValueError where `data` does not hold one."""
+    """The float32 tensor of that shape, on the host. Raises ValueError if `data` does not hold one."""
     size = 4 * int(np.prod(shape, dtype=np.int64))
     stream = zlib.decompressobj()
     try:

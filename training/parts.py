@@ -1,7 +1,7 @@
-"""A file of any size as files of at most 15 MiB beside a manifest that names them: for copies that may not be larger.
+"""Splits a file into parts of at most 15 MiB, listed in a manifest, for transfers with that limit.
 
-A part is named after its content, and the manifest replaced at once when all its parts are there. So whenever a write
-is cut, the folder holds the whole that it held before, or the new one; what is neither's goes with the next write.
+A part is named after its content, and the manifest is replaced atomically once all its parts exist. So if a write is
+interrupted, the folder still holds the old content or the new; other parts are removed by the next write.
 """
 
 import os
@@ -15,7 +15,7 @@ PART_BYTES = 15 << 20
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A file beside the manifest, its size, and the SHA-256 of its content in hexadecimal."""
+    """A file next to the manifest: its size, and the SHA-256 of its content in hexadecimal."""
 
     file: str
     bytes: int
@@ -23,7 +23,7 @@ class Part:
 
 
 class PartError(ValueError):
-    """A part is missing or not what it was."""
+    """A part is missing or damaged."""
 
 
 def write_parts(folder: Path, name: str, data: bytes, most: int = PART_BYTES) -> list[Part]:
@@ -38,7 +38,7 @@ def write_parts(folder: Path, name: str, data: bytes, most: int = PART_BYTES) ->
 
 
 def read_parts(folder: Path, parts: Sequence[Part]) -> bytes:
-    """What was written. Raises PartError."""
+    """The data that `write_parts` wrote. Raises PartError."""
     pieces = []
     for part in parts:
         path = folder / part.file
@@ -65,7 +65,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def remove_others(folder: Path, name: str, parts: Sequence[Part]) -> None:
-    """Deletes the parts of `name` that are not among `parts`, those half written included."""
+    """Deletes the parts of `name` that are not among `parts`, including incomplete ones."""
     kept = {part.file for part in parts}
     for path in folder.glob(f"{name}-*.part*"):
         if path.name not in kept:

@@ -1,4 +1,4 @@
-"""The two differentiable passes of training, as they are written or compiled, whichever is faster here."""
+"""The two differentiable passes of training, eager or compiled, whichever is faster here."""
 
 import sys
 import time
@@ -16,18 +16,18 @@ Mode = Literal["auto", "on", "off"]
 Pass = Callable[..., Any]
 
 TRIALS = 5
-"""Timed runs of each."""
+"""Timed runs of each form."""
 COMPILE_SECONDS = 150.0
-"""Nothing is compiled that may not be ready when a stage ends: in this time, or four times what another pass took. (The
-second row length of a pass is compiled for any, which took 3.5 times as long as the first.)"""
+"""Compile only if it should finish before the stage ends: within these seconds, or four times what another pass took.
+(The second row length of a pass is compiled for any length, which took 3.5 times as long as the first.)"""
 
 
 @dataclass(slots=True)
 class Passes:
-    """Chooses for every pass and shape, when it first comes. Only `cuda` compiles by itself (`auto`): there it can pay.
+    """Chooses for every pass and shape when it first runs. `auto` compiles only on `cuda`, where it can pay.
 
-    deadline: when the process must have ended, in seconds of `time.monotonic`. before: called before something is
-    compiled, which may take minutes. seconds: what choosing took so far.
+    deadline: when the process must have ended, in seconds of `time.monotonic`. before: called before a compilation,
+    which may take minutes. seconds: time spent on choosing so far.
     """
 
     mode: Mode = "off"
@@ -44,7 +44,7 @@ class Passes:
         return self.mode == "on" or (self.mode == "auto" and self.device.type == "cuda")
 
     def vary(self, *tensors: Tensor) -> None:
-        """Their dimension 1 is another for every batch: compiled once for all."""
+        """Marks dimension 1 as varying with every batch, to compile once for all."""
         if self.compiles:
             import torch._dynamo as dynamo  # takes a second
 
@@ -52,7 +52,7 @@ class Passes:
                 dynamo.maybe_mark_dynamic(tensor, 1)
 
     def choose(self, function: Pass, shape: torch.Size, attempt: Callable[[Pass], None]) -> Pass:
-        """`function` or what was compiled of it. `attempt` runs one forward and backward, and leaves no trace."""
+        """`function` or its compiled form. `attempt` runs one forward and backward pass without side effects."""
         if not self.compiles:
             return function
         if (function, shape) not in self._chosen:
@@ -71,16 +71,16 @@ class Passes:
         began = time.monotonic()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of products in TF32, which are not wanted
+                warnings.simplefilter("ignore")  # about TF32 products, which are off on purpose
                 attempt(compiled)
                 synchronize(self.device)
-        except Exception as error:  # whatever the compiler could not do: training can go on
+        except Exception as error:  # training continues without the compiler
             first = str(error).strip().partition("\n")[0]
             self._tell(f"{name}: not compiled, the compiler failed: {type(error).__name__}: {first}")
             return function
         took = time.monotonic() - began
         self._longest = max(self._longest, took)
-        # From here on a shape that cannot be compiled runs as it is written.
+        # From here on a shape that cannot be compiled runs eagerly.
         torch._dynamo.config.suppress_errors = True
         if self.mode == "on":
             self._tell(f"{name}: compiled in {took:.0f} s")

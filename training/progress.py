@@ -1,4 +1,4 @@
-"""How far a phase is: a bar on a terminal that has tqdm, else a line now and then."""
+"""Progress of a phase: a bar on a terminal that has tqdm, otherwise a line every few seconds."""
 
 import sys
 import time
@@ -21,7 +21,7 @@ class Progress:
             self._bar.close()
 
     def show(self, done: float, line: dict[str, Any] | None, *, last: bool) -> None:
-        """A part `done` of the phase, 0..1, and a line of the metrics, if there is a new one."""
+        """Shows the part `done` of the phase, 0..1, and a line of the metrics, if there is a new one."""
         if line is None:
             return
         speed = line["bytes"] / line["seconds"] / 1e3

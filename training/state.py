@@ -1,7 +1,7 @@
-"""All that a training run must remember, and its files: a run that is stopped goes on as if it had not been.
+"""The state of a training run, and its files: a stopped run continues as if it had never stopped.
 
-A run's folder holds `state.json` (settings, progress, which tensors there are, which parts) and the tensors' bytes in
-`state-NUMBER-DIGEST.part`. No byte says on which machine or device they were written: any other goes on with them.
+A run's folder holds `state.json` (settings, progress, lists of tensors and parts) and the tensors' bytes in
+`state-NUMBER-DIGEST.part`. The files do not depend on the machine or device: any other can continue from them.
 """
 
 from collections.abc import Iterator
@@ -35,10 +35,10 @@ class Settings:
     seed: int = 0
     preset: str = "nano"
     patcher_share: float = 0.1
-    """Part of the minutes that the patcher gets."""
+    """Share of the minutes for the patcher."""
     batch_bytes: int = 6144
     lengths: tuple[tuple[float, int], ...] = ((0.0, 256), (0.3, 512), (0.8, 1024))
-    """Bytes per row, each from some part of the run on."""
+    """Bytes per row, each from a given share of the run on."""
     blocks_per_kib: int = 32
     """Corrupted blocks drawn per 1024 bytes of a row."""
     mask_weight: float = 0.5
@@ -61,7 +61,7 @@ class Settings:
 class Phase:
     """Training of some of the weights: matrices inside layers by Muon, tables, heads and norms by AdamW.
 
-    names: of the weights of each optimizer.
+    names: the weights' names, per optimizer.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -86,7 +86,7 @@ class Phase:
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a phase is."""
+    """Progress of a phase."""
 
     step: int
     seconds: float
@@ -94,7 +94,7 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """A float32 tensor and how many bytes it takes packed; they lie end to end in the parts."""
+    """A float32 tensor and its packed size in bytes; tensors lie end to end in the parts."""
 
     name: str
     shape: tuple[int, ...]
@@ -115,7 +115,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class StateError(ValueError):
-    """A run's folder does not hold a state that can be gone on with."""
+    """A run's folder does not hold a state to continue from."""
 
 
 @dataclass(slots=True)
@@ -127,16 +127,16 @@ class State:
     weights: dict[str, Tensor]
     phases: dict[str, Phase] = field(default_factory=dict)
     settled: bool = False
-    """The patcher is as it will be stored, and the threshold is set."""
+    """Whether the patcher is rounded as it will be stored, and the threshold set."""
     corpus: str | None = None
-    """The digest of the text that it learns from, from the first step on."""
+    """The digest of the training text, from the first step on."""
     machines: dict[str, float] = field(default_factory=dict)
-    """Seconds of steps by what they ran on."""
+    """Seconds of steps, by device."""
 
     @classmethod
     def new(cls, settings: Settings, config: ModelConfig | None = None, device: torch.device = CPU) -> "State":
         config = config or PRESETS[settings.preset]
-        # Drawn by the host: the same on every device.
+        # Drawn on the host: the same for every device.
         drawn = initial_weights(config, expected_shapes(config), settings.seed)
         weights = {name: weight.to(device).requires_grad_() for name, weight in drawn.items()}
         patcher = {n: w for n, w in weights.items() if n.startswith(PATCHER)}
@@ -151,11 +151,11 @@ class State:
 
     @property
     def steps(self) -> int:
-        """Of both phases."""
+        """Steps of both phases."""
         return sum(phase.step for phase in self.phases.values())
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights, then what the optimizers remember of each, all float32."""
+        """Weights, then each one's optimizer state, all float32."""
         yield from self.weights.items()
         for phase in self.phases.values():
             for names, optimizer in zip(phase.names, phase.optimizers, strict=True):
@@ -164,7 +164,7 @@ class State:
                     yield from ((f"{name} {key}", tensor) for key, tensor in kept.items())
 
     def save(self, run: Path, most: int = PART_BYTES) -> None:
-        """Writes the run into its folder, at once or not at all, in parts of at most `most` bytes."""
+        """Writes the run into its folder, atomically, in parts of at most `most` bytes."""
         run.mkdir(parents=True, exist_ok=True)
         entries, pieces = [], []
         for name, tensor in self._tensors():
@@ -186,7 +186,7 @@ class State:
 
     @classmethod
     def load(cls, run: Path, config: ModelConfig | None = None, device: torch.device = CPU) -> "State":
-        """The run as it was saved into a folder; `config` is needed only for a shape that is no preset.
+        """Loads a saved run; `config` is needed only for a shape that is not a preset.
 
         Raises StateError or PartError, which name the file that is missing or wrong.
         """
@@ -244,7 +244,7 @@ class State:
 
 
 def fraction(state: State, phase: Phase) -> float:
-    """How much of a phase is done, 0..1: of its steps, or of its share of the minutes."""
+    """The part of a phase that is done, 0..1, by its steps or by its share of the minutes."""
     settings = state.settings
     if settings.steps is not None:
         return min(1.0, phase.step / settings.steps)

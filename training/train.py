@@ -1,7 +1,7 @@
 """Trains a Fast-BLT model on Python's standard library: `python -m training.train --out models/nano`.
 
-First the patcher, then the threshold that gives patches of the wanted length, then the model. The run lives in a
-folder of its own: its state (saved every two minutes and when it is stopped), its metrics, one JSON object a line.
+First the patcher, then the threshold that gives patches of the requested length, then the model. The run has its own
+folder with its state (saved every two minutes and when it is stopped) and its metrics, one JSON object per line.
 """
 
 import argparse
@@ -34,9 +34,9 @@ from .state import MANIFEST, PATCHER, Phase, Settings, State, fraction
 
 SAVE_SECONDS = 120.0
 SPARE_SECONDS = 2.0
-"""For the process to end in when a stage's state is saved."""
+"""Seconds for the process to end after a stage's state is saved."""
 MORE_TO_DO = 3
-"""Exit code of a stage after which the run is not finished."""
+"""Exit code of a stage if the run is not finished."""
 
 Step = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
 
@@ -51,7 +51,7 @@ class StageOver(Exception):
 
 @dataclass(slots=True)
 class _Run:
-    """What the phases of a run share while a process works on it."""
+    """State that the phases of a run share within a process."""
 
     state: State
     corpus: Corpus
@@ -61,7 +61,7 @@ class _Run:
     asked: Callable[[], bool]
     deadline: float | None
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
-    """What the last steps took."""
+    """Seconds of the last steps."""
     saved: float = field(default_factory=time.monotonic)
     save_seconds: float = 0.0
 
@@ -81,10 +81,10 @@ class _Run:
 def train(
     state: State, corpus: Corpus, folder: Path, passes: Passes | None = None, deadline: float | None = None
 ) -> None:
-    """Runs what is left of both phases.
+    """Runs the rest of both phases.
 
-    Raises Stopped after SIGINT or SIGTERM, and StageOver in time before `deadline` (seconds of `time.monotonic`), if
-    only after one step; both with the state saved. Raises ValueError for another text than the run began with.
+    Raises Stopped after SIGINT or SIGTERM, and StageOver in time before `deadline` (seconds of `time.monotonic`) but
+    after at least one step; both with the state saved. Raises ValueError for another text than the run's.
     """
     if state.corpus not in (None, corpus.digest):
         raise ValueError(
@@ -95,9 +95,9 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     with _stop_requests() as asked, Metrics(folder, state.steps) as metrics:
         run = _Run(state, corpus, folder, metrics, passes or Passes(), asked, deadline)
-        # A compiler that takes longer than the stage has costs no step that was made.
+        # Saves first: if compiling outlasts the stage, no step is lost.
         run.passes.before = run.save
-        # At once: a folder that cannot be written is known before there is something to lose, and how long it takes.
+        # Saves at once, to notice a folder that cannot be written before there is work to lose, and to time a save.
         run.save()
         if not state.settled:
             _phase(run, "patcher", _patcher_step(state, run.passes))
@@ -107,7 +107,7 @@ def train(
 
 
 def row_length(settings: Settings, done: float) -> int:
-    """Bytes per row when a part `done` of the phase is behind."""
+    """Bytes per row after the part `done` of the phase."""
     return next(length for start, length in reversed(settings.lengths) if done >= start)
 
 
@@ -176,7 +176,7 @@ def _model_step(state: State, passes: Passes) -> Step:
         with torch.no_grad():
             patches = model.patch(state.config.patching, model.entropies(state.config, state.weights, row[:, :-1]))
         passes.vary(patches.starts, patches.bytes, patches.holds)
-        # Without weight a single block, so that its loss is still seen.
+        # Without weight a single block, so that its loss is still logged.
         wanted = settings.blocks_per_kib if settings.mask_weight else 0
         per_text = max(1, wanted * (row.shape[1] - 1) // 1024)
         corruption = objective.corrupt(state.config, row, patches, per_text, draw)
@@ -200,7 +200,7 @@ def _model_step(state: State, passes: Passes) -> Step:
 
 
 def _without_trace(losses: Callable[[Pass], Any], state: State) -> Callable[[Pass], None]:
-    """The same, with the gradients gone after it."""
+    """Wraps `losses` so that no gradients remain."""
 
     def attempt(function: Pass) -> None:
         try:
@@ -213,7 +213,7 @@ def _without_trace(losses: Callable[[Pass], Any], state: State) -> Callable[[Pas
 
 
 def _settle_patcher(state: State, corpus: Corpus) -> None:
-    """Rounds the patcher as it will be stored, so that patches stay what they are; then sets the threshold."""
+    """Rounds the patcher as it will be stored, so that patches do not change later; then sets the threshold."""
     with torch.no_grad():
         for name, weight in state.weights.items():
             if name.startswith(PATCHER):
@@ -267,22 +267,24 @@ _positive.__name__, _minutes.__name__ = "number above 0", "number of minutes abo
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
-    parser.add_argument("--out", type=Path, help="where the finished model goes (default models/nano; not with stages)")
-    parser.add_argument("--run", type=Path, default=Path("runs/nano"), help="where the run lives while it lasts")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run, with its own settings")
+    parser.add_argument("--out", type=Path, help="folder for the finished model (default models/nano; not with stages)")
+    parser.add_argument("--run", type=Path, default=Path("runs/nano"), help="folder of the run (default runs/nano)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --run, with its own settings")
     choices = parser.add_argument_group("settings of a new run")
     bound = choices.add_mutually_exclusive_group()
-    bound.add_argument("--minutes", type=_minutes, help="minutes of steps, both phases together (default 60)")
+    bound.add_argument("--minutes", type=_minutes, help="minutes of steps, over both phases (default 60)")
     bound.add_argument("--steps", type=_positive, help="steps of each phase, instead of minutes")
     trainable = [name for name, config in PRESETS.items() if config.block_size and config.patching.max_patch_length]
     choices.add_argument("--preset", choices=trainable, help="shape of the model (default nano)")
     choices.add_argument("--batch-bytes", type=_positive, help="bytes of text per step (default 6144)")
-    choices.add_argument("--seed", type=int, help="of weights and draws (default 0)")
+    choices.add_argument("--seed", type=int, help="seed of weights and draws (default 0)")
     choices.add_argument("--mask-weight", type=float, help="weight of the block term; 0 trains a plain BLT (ablation)")
-    choices.add_argument("--patcher-of", type=Path, help="take the patcher of the run in this folder, do not train one")
-    here = parser.add_argument_group("how this process works on it")
-    here.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what trains (default cpu)")
-    more = f"end after this long at most, with exit code {MORE_TO_DO} if there is more to do"
+    choices.add_argument(
+        "--patcher-of", type=Path, help="use the patcher of the run in this folder instead of training one"
+    )
+    here = parser.add_argument_group("this process")
+    here.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device to train on (default cpu)")
+    more = f"most minutes for this process; exit code {MORE_TO_DO} means that the run is not finished"
     here.add_argument("--stage-minutes", type=_minutes, help=more)
     text = "archive of python -m training.corpus (default: the library of this Python)"
     here.add_argument("--corpus", type=Path, help=text)
@@ -292,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     if options.out and options.stage_minutes:
-        parser.error("--out is not for stages: they leave a state, of which python -m training.export makes a model")
+        parser.error("--out is not for stages: they save a state, and python -m training.export makes a model from it")
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -326,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _state(options: argparse.Namespace, device: torch.device) -> State:
-    """The run to go on with, or a new one. Raises ValueError where the options contradict what is there."""
+    """The run to continue, or a new one. Raises ValueError if the options contradict the run."""
     names = {field.name for field in fields(Settings)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     if options.resume:

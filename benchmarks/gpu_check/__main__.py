@@ -17,25 +17,23 @@ from .device import nvidia_smi
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check",
-        description="Is it right on this device, how fast is it, where does the time go. A run that is cut goes on.",
-        epilog="Ends with 0 if all went well, 1 if something is wrong, 3 if a part did not run to its end.",
+        description="Checks correctness and speed on this device, and where time goes. An interrupted run continues.",
+        epilog="Exit codes: 0 all passed, 1 something is wrong, 3 a part did not finish.",
     )
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON file and the report")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="run these only")
-    parser.add_argument(
-        "--again", nargs="+", choices=PARTS, default=[], help="run these though their figures are there"
-    )
-    parser.add_argument("--keep", action="store_true", help="take figures that other sources made")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="run only these parts")
+    parser.add_argument("--again", nargs="+", choices=PARTS, default=[], help="run these parts again")
+    parser.add_argument("--keep", action="store_true", help="keep figures that were made by other sources")
     parser.add_argument("--budget-s", type=float, default=480, help="seconds for everything (480)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="toy sizes: does everything run?")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to see whether everything runs")
     parser.add_argument("--trace", action="store_true", help="also write chrome traces of the profiled steps")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         why = "this build of torch has no CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
         print(f"{why}; --device cpu --quick tries the check itself", file=sys.stderr)
         return 1
-    # So that a part does not outlive a check that is told to stop.
+    # So that a part does not outlive a check that is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments = shlex.join(sys.argv[1:])
     check = Check(

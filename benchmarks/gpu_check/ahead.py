@@ -1,7 +1,8 @@
-"""T9: does it pay to launch before the host has heard of what came before, and is the text the same?
+"""T9: does it pay to launch before the host has read the earlier results, and is the text the same?
 
 The 1B shape, one request at a time: never, as the engine decides by its measured costs, and always: further passes of
-the local stages behind a step of blt, or the next step begun; passes over a block of blt-d without asking between.
+the local stages after a step of blt, or the next step begun; passes over a block of blt-d without reading back between
+them.
 """
 
 from functools import partial
@@ -67,7 +68,7 @@ def measure(setting: Setting, piece: Piece) -> None:
 
 
 def decide(rows: list[dict[str, Any]]) -> str:
-    """What follows for blt."""
+    """The conclusion for blt."""
     found = {row["ahead"]: row for row in rows if row["decoder"] == "blt"}
     if len(found) < len(AHEAD):
         return "Not decided: figures are missing."

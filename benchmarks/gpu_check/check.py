@@ -1,7 +1,7 @@
-"""Runs the parts, each in a process of its own, and keeps what they found.
+"""Runs the parts, each in its own process, and keeps their results.
 
-The result's JSON file is also the state of the check: it is written after every part, and a part that came to its end
-with these sources is not run again.
+The result's JSON file is also the state of the check: it is written after every part, and a part that finished with
+these sources is not run again.
 """
 
 import json
@@ -24,9 +24,9 @@ from benchmarks.report import ROOT
 from .render import render
 
 LINES_KEPT = 40
-"""Of what a part said, where it did not pass."""
+"""Most lines kept of a part's output, if it did not pass."""
 LEAST_SECONDS = 10
-"""No part is begun with less left."""
+"""No part starts with fewer seconds left."""
 PASSED, FAILED, MISSING = 0, 1, 3
 SHARED = ("generate", "models", "paired", "replay", "report", "variants")
 SOURCES = (
@@ -46,7 +46,7 @@ class Part:
     interpreted: bool = False
 
 
-# What a card is asked for first comes first: a lease may end at any time.
+# The most valuable first: a lease of the card may end at any time.
 PARTS: dict[str, Part] = {
     "handover": Part("benchmarks.gpu_check.handover", 240, interpreted=True),
     "1b": Part("benchmarks.gpu_check.shape_1b", 150),
@@ -63,8 +63,8 @@ PARTS: dict[str, Part] = {
 
 @dataclass(slots=True)
 class Check:
-    """One check on one device. folder: where its JSON file and report are. keep: takes figures that are there even if
-    they were made from other sources."""
+    """One check on one device. folder: where its JSON file and report are. keep: keeps existing figures even if other
+    sources made them."""
 
     folder: Path
     device: Literal["cpu", "cuda"]
@@ -85,8 +85,8 @@ class Check:
         return self.folder / f"{self.name}.json"
 
     def run(self, names: Sequence[str], again: Sequence[str], budget_s: float) -> int:
-        """Runs what is missing among `names`, and `again` in any case. Returns PASSED, FAILED if a part that judges
-        correctness did not pass, else MISSING if a part did not run to its end.
+        """Runs the missing parts among `names`, and those in `again`. Returns PASSED, FAILED if a part that judges
+        correctness did not pass, else MISSING if a part did not finish.
         """
         ends = time.monotonic() + budget_s
         sources = fingerprint()
@@ -127,8 +127,8 @@ class Check:
         )
 
     def _run(self, name: str, left: float, work: Path) -> dict[str, Any]:
-        """What became of a part. status: "passed"; "failed", it found something wrong; "broke", it did not end well;
-        "cut", the time of the whole check was up."""
+        """The outcome of a part. status: "passed"; "failed", it found something wrong; "broke", it crashed; "cut", the
+        time of the whole check was up."""
         part = self.parts[name]
         limit = min(left, part.limit_s)
         piece, log = work / f"{name}.json", work / f"{name}.log"
@@ -153,7 +153,7 @@ class Check:
         }
 
     def _process(self, part: Part, piece: Path, log: Path, limit: float, work: Path) -> int | None:
-        """The part's exit code, or None where it was stopped."""
+        """The part's exit code, or None if it was stopped."""
         command = [sys.executable, "-m", "benchmarks.gpu_check.part", part.module, "--piece", str(piece)]
         command += ["--device", self.device, "--work", str(work), *(["--quick"] if self.quick else [])]
         command += ["--trace", str(self.folder / f"{self.name}-traces")] if self.trace else []
@@ -191,12 +191,12 @@ class Check:
 
 
 def slug(name: str) -> str:
-    """A device's name as a file has it."""
+    """A device's name for a file name."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 def fingerprint() -> str:
-    """What tells one state of the sources from another, in a checkout with or without git."""
+    """Identifies a state of the sources, in a checkout with or without git."""
     digest = blake2b(digest_size=6)
     for source in SOURCES:
         path = ROOT / source
@@ -206,14 +206,14 @@ def fingerprint() -> str:
 
 
 def trouble(piece: Mapping[str, Any]) -> list[str]:
-    """What to show of a part that did not pass."""
+    """Lines to show for a part that did not pass."""
     if piece["status"] == "passed":
         return []
     return [f"    {line}" for line in piece["failures"] or piece["last_lines"][-12:]]
 
 
 def decided(piece: Mapping[str, Any]) -> list[str]:
-    """What a part's figures decide, where it asks for that."""
+    """The conclusions of a part, if it has any."""
     return [f"    {question}: {decides}" for question, decides in piece["figures"].get("decided", {}).items()]
 
 

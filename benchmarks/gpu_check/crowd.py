@@ -1,4 +1,4 @@
-"""The 1B shape with many requests at a time, all of one decoder: what a batch gives. See `shape_1b` for the figures."""
+"""The 1B shape with many concurrent requests of one decoder: the gain of a batch. See `shape_1b` for the figures."""
 
 from functools import partial
 

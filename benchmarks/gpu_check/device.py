@@ -1,4 +1,4 @@
-"""What the device is, and what drives it."""
+"""The device and its driver."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def describe(setting: Setting) -> dict[str, Any]:
 
 
 def nvidia_smi() -> dict[str, str]:
-    """The driver's version, limits and load; nothing where there is no such tool."""
+    """The driver's version, limits and load; empty without nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader", "--id=0"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout

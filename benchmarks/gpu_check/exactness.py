@@ -1,9 +1,10 @@
-"""Do all ways of running a model write the same bytes? On a small random model and on models/nano, in both dtypes.
+"""Checks that all ways of running a model write the same bytes, on a small random model and models/nano, in both
+dtypes.
 
-All prompts and decoders run as one mixed batch. What comes out is compared with `blt` of the same engine, with the same
-kernels launched one by one, with each decoder by itself, where the host launches as far ahead as it can, and with
-torch's kernels on the same device. In float32 the exact decoders must equal `blt`, and recorded graphs and what was
-launched ahead must equal single launches; how often other sums of the same numbers lead elsewhere is only told.
+All prompts and decoders run as one mixed batch. The texts are compared with `blt` of the same engine, with the same
+kernels launched one by one, with each decoder alone and the host launching as far ahead as it can, and with torch's
+kernels on the same device. In float32 the exact decoders must equal `blt`, and recorded graphs and launches ahead must
+equal single launches; how often another order of summation changes a text is only reported.
 """
 
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,13 +32,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "blt-dv": {"decoder": "blt-dv", "unmask": UnmaskRule(rule="entropy", gamma=3.0)},
 }
 Texts = dict[str, list[list[int]]]
-"""Per decoder, the ids behind each prompt."""
+"""Per decoder, the ids generated after each prompt."""
 AHEAD, BEGUN = "ahead", "begun"
 """In the name of a variant: each decoder by itself; passes launched ahead, or the next step begun."""
 
 
 def variants(setting: Setting) -> dict[str, dict[str, Any]]:
-    """Ways of running the same model; the first is what the device does by itself."""
+    """Ways of running the same model; the first is the device's default."""
     if not setting.on_gpu:
         return {
             "torch, at once": {"kernels": "torch"},
@@ -59,7 +60,7 @@ def measure(setting: Setting, piece: Piece) -> None:
     released = random_model(setting.work, "tiny", "released", dtype=torch.float32)
     models = {"tiny, random": random, "tiny, random, released form": released, "nano": NANO}
     cases = [(name, dtype) for name in models for dtype in ("float32", "bfloat16")]
-    # Most of their time is Triton's compiler and the host's.
+    # Most of their time goes to Triton's compiler and the host.
     with ProcessPoolExecutor(len(cases) if setting.on_gpu else 1, get_context("spawn")) as pool:
         running = {pool.submit(texts_of_variants, setting, models[name], dtype): (name, dtype) for name, dtype in cases}
         for done in as_completed(running):
@@ -71,14 +72,14 @@ def measure(setting: Setting, piece: Piece) -> None:
 
 
 def texts_of_variants(setting: Setting, model: Path, dtype: str) -> dict[str, Texts]:
-    """What a model writes in each variant."""
+    """A model's texts in each variant."""
     num_prompts, count = (2, 8) if setting.quick else (16, 96)
     found = {}
     for variant, choices in variants(setting).items():
         engine = setting.engine(model, dtype=dtype, **choices)
         alone = AHEAD in variant or BEGUN in variant
         if alone:
-            # As if the host took forever: all that can be launched before it has heard of what came before is.
+            # Launches everything that can be launched before the host reads the earlier results.
             engine.stepper.ahead.policy = POLICIES["always, passes" if AHEAD in variant else "always, the next step"]
         found[variant] = texts_of(engine, num_prompts, count, mixed=not alone)
         del engine
@@ -100,7 +101,7 @@ def compare(found: dict[str, Texts]) -> list[dict[str, Any]]:
 def judge(model: str, row: dict[str, Any], piece: Piece) -> None:
     way = row["decoder"]
     for variant, share in row["from blt"].items():
-        # Torch's own products on a GPU promise nothing about rows; the engine says so when it starts.
+        # Torch's own products on a GPU are not row-invariant; the engine logs so when it starts.
         promised = variant.startswith("triton") or "triton, graphs" not in row["from blt"]
         if share and promised and DECODERS[WAYS[way]["decoder"]].exact:
             piece.fail(f"{model}, float32, {variant}: {way} differs from blt in {share:.0%} of the prompts")
@@ -115,8 +116,8 @@ def _differ(texts: list[list[int]], others: list[list[int]]) -> float:
 
 
 def texts_of(engine: Engine, num_prompts: int, count: int, *, mixed: bool = True) -> Texts:
-    """`count` ids behind each prompt from every decoder that the model has, half of them greedy, half drawn. mixed: all
-    decoders in one batch, or one after the other."""
+    """Generates `count` ids after each prompt with every decoder of the model, half of them greedy, half sampled.
+    mixed: all decoders in one batch, or one after the other."""
     ways = {way: how for way, how in WAYS.items() if how["decoder"] in engine.limits.decoders}
     texts: Texts = {way: [[] for _ in range(num_prompts)] for way in ways}
 

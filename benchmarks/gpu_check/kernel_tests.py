@@ -1,6 +1,6 @@
-"""The kernels' tests on the device, a few processes side by side: most of their time is Triton's compiler.
+"""The kernels' tests on the device, in a few parallel processes: most of their time is Triton's compiler.
 
-`tests/test_triton.py` holds every kernel against its torch twin; `tests/gpu/` has what needs a real device. On a CPU
+`tests/test_triton.py` compares every kernel with its torch twin; `tests/gpu/` needs a real device. On a CPU
 the former runs in Triton's interpreter.
 """
 
@@ -19,9 +19,9 @@ from .setting import Setting
 
 TWINS = "tests/test_triton.py"
 FEW = ("signature", "segments_are_many")
-"""What tests run at toy scale have in their names."""
+"""Parts of the names of the tests that run at toy scale."""
 PLAIN = ("-c", os.devnull, "--rootdir", ".", "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider")
-"""The project's own settings ask for plug-ins, and conftest.py for the interpreter, where it sees no /dev/nvidia0."""
+"""The project's own settings need plug-ins, and conftest.py selects the interpreter if it sees no /dev/nvidia0."""
 
 
 def measure(setting: Setting, piece: Piece) -> None:
@@ -35,7 +35,7 @@ def measure(setting: Setting, piece: Piece) -> None:
     read = [0] * len(files)
     over = False
     while not over:
-        # Asked before the files are read: then nothing comes behind what is read.
+        # Polled before the files are read, so that the last read misses nothing.
         over = all([process.poll() is not None for process in running])
         for i, file in enumerate(files):
             cases = _cases(file)
@@ -52,7 +52,7 @@ def measure(setting: Setting, piece: Piece) -> None:
 
 
 def tests(setting: Setting) -> list[str]:
-    """What pytest is asked to run, by its ids. Raises RuntimeError if they cannot be collected."""
+    """The ids of the tests to run. Raises RuntimeError if they cannot be collected."""
     files = [TWINS, *(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests/gpu").glob("test_*.py")))]
     asked = files if setting.on_gpu else files[:1]
     collected = subprocess.run(
@@ -78,7 +78,7 @@ def _start(tests: list[str], cases: Path, setting: Setting) -> "subprocess.Popen
 
 
 def _cases(file: Path) -> list[dict[str, Any]]:
-    """The tests that have ended; of a line that is being written nothing is taken."""
+    """The tests that have ended; an incomplete last line is ignored."""
     whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
     return [json.loads(line) for line in whole.splitlines()]
 

@@ -1,4 +1,4 @@
-"""Speed of models/nano: every decoder alone and in company of its like, stages launched at once and as graphs."""
+"""Speed of models/nano: every decoder alone and batched with its like, stages launched directly and as graphs."""
 
 import statistics
 import time

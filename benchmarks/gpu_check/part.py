@@ -1,4 +1,4 @@
-"""One part in a process of its own: `python -m benchmarks.gpu_check.part MODULE ...` writes its piece to a file.
+"""Runs one part in its own process: `python -m benchmarks.gpu_check.part MODULE ...` writes its piece to a file.
 
 A part is a module with a function `measure(setting, piece)`.
 """

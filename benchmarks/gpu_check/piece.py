@@ -1,4 +1,4 @@
-"""What a part has found so far, on disk after every change: a part that is cut leaves what it had."""
+"""A part's results so far, on disk after every change, so that an interrupted part keeps its figures."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Piece:
-    """Figures, and what was found to be wrong."""
+    """Figures and failures."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -19,13 +19,13 @@ class Piece:
         self._write()
 
     def row(self, table: str, row: dict[str, Any]) -> None:
-        """Adds a row to a list of figures, and shows it to whoever watches."""
+        """Adds a row to a list of figures, and prints it."""
         self._figures.setdefault(table, []).append(row)
         print(table, json.dumps(row), flush=True)
         self._write()
 
     def fail(self, what: str) -> None:
-        """Notes something that is not as it must be; the part goes on."""
+        """Records a failure; the part continues."""
         self._failures.append(what)
         print("WRONG:", what, flush=True)
         self._write()

@@ -1,7 +1,7 @@
-"""The device, and what its memory can do: a plain copy, and the model's own matrix products.
+"""The device and its memory bandwidth: a plain copy, and the model's own matrix products.
 
 A step of a model that is bound by reading weights can at best stream them as fast as this. The shapes are those of the
-1B preset; every matrix is there so many times that no cache holds them, and all products run as one graph.
+1B preset; every matrix has so many copies that no cache holds them, and all products run as one graph.
 """
 
 from typing import Any

@@ -49,10 +49,10 @@ def measure(setting: Setting, piece: Piece) -> None:
 def profile_steps(
     engine: Engine, how: dict[str, Any], wrap: Wrap | None, setting: Setting, trace: Path | None = None
 ) -> dict[str, Any]:
-    """What a step of one request takes, of the device and of the host. Raises RuntimeError if the profiler sees no
+    """Time of a step of one request, on the device and on the host. Raises RuntimeError if the profiler sees no
     kernel."""
     steps = 2 if setting.quick else STEPS
-    # The same steps three times: what they need is compiled and recorded in the first.
+    # The same steps three times: the first compiles and records what they need.
     _window(engine, how, wrap, steps)
     seconds, committed = _window(engine, how, wrap, steps)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
@@ -106,7 +106,7 @@ def _window(
 
 @dataclass(slots=True)
 class Taken:
-    """Microseconds and calls by kernel, microseconds in which any ran, and what launched them."""
+    """Microseconds and calls by kernel, microseconds in which any ran, and their launches."""
 
     spent: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
@@ -115,7 +115,7 @@ class Taken:
 
 
 def on_device(events: Iterable[Any]) -> Taken:
-    """Of a CUDA device."""
+    """The kernels of a CUDA device."""
     taken = Taken()
     intervals: list[tuple[float, float]] = []
     for event in events:
@@ -132,7 +132,7 @@ def on_device(events: Iterable[Any]) -> Taken:
 
 
 def on_host(events: Iterable[Any]) -> Taken:
-    """Of a CPU, whose kernels are torch's operations."""
+    """Those of a CPU, which are torch's operations."""
     taken = Taken()
     for event in events:
         if event.name.startswith("aten::"):

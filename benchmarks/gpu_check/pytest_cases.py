@@ -1,4 +1,4 @@
-"""A plug-in of pytest: every test's outcome goes to a file as soon as it is known, so that a run that is cut leaves it.
+"""A pytest plug-in that writes every test's outcome to a file at once, so that an interrupted run keeps it.
 
 `-p benchmarks.gpu_check.pytest_cases --cases FILE`; a line of JSON per test.
 """
@@ -21,7 +21,7 @@ class _Cases:
         self._path = path
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # A test that passed is over before its fixtures are torn down, where it may still fail.
+        # A passed test ends before its fixtures are torn down, which may still fail.
         if report.passed and report.when != "call":
             return
         case = {

@@ -1,4 +1,4 @@
-"""The report that a person reads: Markdown, from the check's JSON."""
+"""The report as Markdown, from the check's JSON."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -181,7 +181,7 @@ def _profile(figures: Figures) -> list[str]:
 
 
 def _handover(figures: Figures) -> list[str]:
-    """A line per question on what it decides; then all rows."""
+    """A conclusion per question; then all rows."""
     said = "Microseconds per link of a chain that is one graph (T2 and T5: per phase), the median of five."
     parts = [said, _decided(figures)]
     for name, rows in figures.items():

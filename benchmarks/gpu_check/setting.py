@@ -1,4 +1,4 @@
-"""What all parts are told."""
+"""The setting shared by all parts."""
 
 import gc
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Setting:
     """Where and at what scale a part measures.
 
     quick: toy sizes, to see whether everything runs. work: a folder that the parts of a run share. trace: where the
-    profile's chrome traces go, None for nowhere.
+    profile's chrome traces go, or None.
     """
 
     device: Literal["cpu", "cuda"]
@@ -33,7 +33,7 @@ class Setting:
         return self.device == "cuda"
 
     def has_float8(self) -> bool:
-        """Whether the device computes with e4m3 numbers; a CPU converts them."""
+        """Whether the device supports e4m3 numbers; a CPU converts them."""
         if not self.on_gpu:
             return True
         import torch  # here, as not every part needs it
@@ -41,13 +41,12 @@ class Setting:
         return torch.cuda.get_device_capability() >= (8, 9)
 
     def engine(self, model: Path, *, float8: bool = False, **choices: Any) -> "Engine":
-        """An engine on this device; `choices` are of its configuration. Earlier ones that nobody holds give back their
-        memory first."""
+        """An engine on this device; `choices` are of its configuration. Unused earlier engines are freed first."""
         import torch
 
         from engine.engine import Engine
 
-        # An engine and its parts hold each other.
+        # An engine and its parts reference each other.
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()

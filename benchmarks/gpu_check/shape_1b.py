@@ -1,12 +1,12 @@
-"""The paper's 1B shape with random weights, one request at a time: is decoding bound by memory, and do the decoders
-keep what the bytes that they read promise? Fast-BLT's form in bfloat16; `forms` has the others.
+"""The paper's 1B shape with random weights, one request at a time: is decoding bound by memory, and are the decoders as
+fast as the bytes that they read predict? Fast-BLT's form in bfloat16; `forms` has the others.
 
 bandwidth use: bytes read per second, as the engine counts them, over what a plain copy moves in the same process.
-realisation: the speed-up over blt by the clock over the one that the counted bytes predict, in paired turns. host: what
-of a step the device is idle, taken from a few steps under the profiler.
+realisation: the speed-up over blt by the clock over the one that the counted bytes predict, in paired turns. host: the
+share of a step in which the device is idle, from a few steps under the profiler.
 
 Drafts of random weights are never right: all figures but blt's are with replayed acceptance (see `benchmarks.replay`).
-Hash tables have a fiftieth of their rows, which changes nothing of what a byte reads, and patches have at most 8 bytes.
+Hash tables have a fiftieth of their rows, which does not change the bytes read, and patches have at most 8 bytes.
 """
 
 import time
@@ -55,7 +55,7 @@ def shape_of(setting: Setting) -> tuple[str, int]:
 
 
 def _rows(engine: Engine, form: Form, peak: float, setting: Setting) -> Iterator[dict[str, Any]]:
-    """As they are found: blt first, with which all are compared."""
+    """The rows as they are measured: blt first, to which all are compared."""
     count, turns = (16, 1) if setting.quick else (320, 3)
     prompt, wrap, ways = prompts(1, 20 if setting.quick else 100), replayed(engine), RANDOM[form]
     runs = {way: partial(generate, engine, prompt, count, how, wrap) for way, how in ways.items()}

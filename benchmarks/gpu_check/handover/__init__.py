@@ -1,7 +1,7 @@
-"""Where a GPU's time between two products goes: what must be measured before kernels are built on guesses.
+"""Where a GPU's time between two products goes: measurements to make before building kernels on guesses.
 
-Ten questions; each says what its figures decide. First all kernels are compiled, side by side; the clock of
-`BUDGET_S` runs from then on. T9 is `ahead`, for it takes the engine. Needs torch and triton, and nothing else.
+Ten questions, each with a conclusion from its figures. First all kernels are compiled, in parallel; the clock of
+`BUDGET_S` starts then. T9 is `ahead`, as it needs the engine. Needs only torch and triton.
 """
 
 import os
@@ -33,7 +33,7 @@ QUESTIONS = {
     "T7": f"{__name__}.conditions",
     "T5": f"{__name__}.stack",
 }
-"""Most valuable first; those whose programs wait for each other, and might do so for ever, come late."""
+"""Most valuable first; those whose programs wait for each other, and might hang, come late."""
 BUDGET_S = 90.0
 COMPILING_S = 120.0
 COMPILING_CASE_S = 40.0
@@ -77,8 +77,8 @@ def measure(
 
 
 def compile_all(scale: Scale, questions: Mapping[str, str]) -> None:
-    """Runs every case at its smallest, in processes side by side: Triton keeps what it compiled on the disk. What fails
-    will fail again when it is measured, and be told then."""
+    """Runs every case at its smallest, in parallel processes: Triton caches compiled kernels on disk. A failure will
+    recur when measured, and is reported then."""
     brief = replace(scale.briefly(), tokens=scale.tokens._replace(layers=1))
     queue: SimpleQueue[tuple[str, Case]] = SimpleQueue()
     for job in _cases(scale, questions):

@@ -1,4 +1,4 @@
-"""T6: the patcher's products beside the decoder's, as two branches of one graph, or one after the other."""
+"""T6: the patcher's products and the decoder's as two branches of one graph, or one after the other."""
 
 from collections.abc import Callable
 from functools import partial
@@ -36,13 +36,13 @@ def measure(scale: Scale, case: Case) -> Case:
             link()
         here.wait_stream(there)
 
-    # Without a GPU there are no branches: what they would run is run.
+    # Without a GPU there are no branches: their work runs in turn.
     work = beside if case["order"] == "beside each other" and scale.on_gpu else in_turn
     return {"us": scale.work_us(bandwidth.recorded(work, scale.device)), "kernels": len(patcher) + len(decoder)}
 
 
 def _products(scale: Scale, name: str) -> list[Callable[[], None]]:
-    """A stack's, layer by layer, each with weights of its own."""
+    """The products of a stack, layer by layer, each with its own weights."""
     stack = scale.stacks[name]
     layers = min(stack.layers, scale.links)
     links: list[list[Callable[[], None]]] = [[] for _ in range(layers)]

@@ -1,6 +1,6 @@
-"""T7: what it costs to launch what turns out not to be needed: a kernel that returns at once, or a node that is asked.
+"""T7: the cost of launching unneeded work: a kernel that returns at once, or a conditional node.
 
-The global transformer runs only where a patch closes. Is it launched all the same, and looks for itself?
+The global transformer runs only where a patch closes. Should it always be launched, and check this itself?
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""CUDA C++ without a toolkit: NVRTC compiles it, which torch's CUDA builds bring along, and the driver launches it."""
+"""CUDA C++ without a toolkit: NVRTC, which torch's CUDA builds include, compiles it, and the driver launches it."""
 
 import ctypes
 import sys
@@ -16,7 +16,7 @@ _MAX_DYNAMIC_SHARED = 8
 
 
 def compile_cubin(source: Path, arch: str, defines: Mapping[str, int]) -> bytes:
-    """What NVRTC makes of a file for an architecture, such as sm_90a.
+    """Compiles a file with NVRTC for an architecture, such as sm_90a.
 
     Raises NotHere if there is no NVRTC, RuntimeError with the compiler's words if it refuses the file.
     """
@@ -76,7 +76,7 @@ def _nvrtc() -> ctypes.CDLL:
     """Raises NotHere if there is none."""
     folders = [Path(folder) / "nvidia" for folder in sys.path]
     for path in sorted(path for folder in folders for path in folder.glob("*/lib/libnvrtc.so.*")):
-        # It would look for this one in the system's folders alone.
+        # NVRTC itself would look for this one only in the system's folders.
         for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
             ctypes.CDLL(str(builtins))
         return ctypes.CDLL(str(path))

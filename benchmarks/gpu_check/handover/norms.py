@@ -1,6 +1,5 @@
-"""T11: the norm inside a product, by every program, or as a kernel before it; weights are asked for before the wait.
-
-With weights that were asked for after it, inside was slower on an H200 (docs/gpu.md).
+"""T11: the norm inside a product, by every program, or as a kernel before it; weights are prefetched before the wait.
+With weights loaded after it, inside was slower on an H200 (docs/gpu.md).
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""T3: fat products: segments, when the weights are asked for, when the next kernel may begin."""
+"""T3: fat products: segments, when the weights are loaded, when the next kernel may begin."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +14,9 @@ from .tile import product
 TITLE = "a product in segments"
 NOW = "as now"
 CROSSED = ("global down", "decoder o")
-"""Where a warp's chain of dependent instructions is longest, and where the matrix is small."""
+"""The matrix with a warp's longest chain of dependent instructions, and a small one."""
 SAVED_US = {"global down": 2.0, "decoder o": 1.0}
-"""By which 8 segments must beat what is there now."""
+"""Microseconds by which 8 segments must beat the present kernel."""
 
 
 def cases(scale: Scale) -> list[Case]:

@@ -1,15 +1,15 @@
-"""What every question is: cases that are measured apart, and what their figures decide."""
+"""The interface of a question: cases that are measured apart, and a conclusion from their figures."""
 
 from typing import Any, Protocol
 
 from .scale import Scale
 
 Case = dict[str, Any]
-"""What tells a case from others; a row is that and its figures."""
+"""The parameters of a case; a row adds its figures."""
 
 
 class Question(Protocol):
-    """A module with these. TITLE: what is asked."""
+    """A module with these. TITLE: the subject."""
 
     TITLE: str
 
@@ -20,17 +20,17 @@ class Question(Protocol):
 
     @staticmethod
     def measure(scale: Scale, case: Case) -> Case:
-        """The case's figures. Raises NotHere where this machine cannot do it."""
+        """The case's figures. Raises NotHere if this machine cannot do it."""
         ...
 
     @staticmethod
     def decide(rows: list[Case]) -> str:
-        """What follows from the rows that there are, in a sentence."""
+        """The conclusion from the rows so far, in a sentence."""
         ...
 
 
 class NotHere(Exception):
-    """This device, or this version of torch, cannot do what is asked."""
+    """This device, or this version of torch, cannot run the case."""
 
 
 def find(rows: list[Case], **wanted: Any) -> Case | None:

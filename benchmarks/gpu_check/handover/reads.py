@@ -1,4 +1,4 @@
-"""T4: how fast the device reads: its memory, and what its second-level cache holds."""
+"""T4: how fast the device reads its memory and its second-level cache."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from .tile import WARPS
 
 TITLE = "reading"
 ENOUGH = 2.0
-"""Times as fast as memory, from which on weights that lie in the cache are as good as there."""
+"""The cache must be this many times as fast as memory for weights in it to cost almost nothing."""
 
 
 @jit

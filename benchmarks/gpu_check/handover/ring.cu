@@ -1,6 +1,6 @@
 // A chain of square products, one a phase. A loader warp streams the weights of all phases through a ring of shared
 // memory and never looks at data, so that weights are on the chip before their inputs are. Programs hand over to each
-// other by 32-bit words, a bfloat16 above and a tag below: the word itself says whether it is there.
+// other by 32-bit words, a bfloat16 above and a tag below: the tag marks the word as valid.
 //
 // DIM: rows and columns, a multiple of 16 * WARPS. A program owns 8 outputs. STAGES: tiles that the ring holds.
 #ifdef ON_CPU
@@ -53,7 +53,7 @@ __device__ __forceinline__ void poke(u32 *p, u32 word) {
 #define OUT 8
 #define STEPS (DIM / WARPS / 16)
 #define TILE (OUT * DIM / 2)
-// After so many polls a program goes on without what it waits for: a wrong result, not a hung device.
+// After this many polls a program continues without its input: a wrong result, not a hung device.
 #define MOST_POLLS (1 << 20)
 
 __device__ __forceinline__ void barrier_wait(u64 *bar, u32 parity) {
@@ -95,7 +95,7 @@ chain(const u32 *w, u32 *x, int phases, int rows, int tag) {
         u32 *to = x + ((p + 1) % 2) * 8 * DIM;
         const u32 wanted = (tag + p) & 0xffff;
         u32 a[STEPS][2];
-        // All of a lane's words are asked for at once, and again until the last of them is there.
+        // Loads all of a lane's words at once, and again until the last of them is there.
         for (u32 polls = 0, there = row >= rows; polls < MOST_POLLS; polls++) {
             u32 words[STEPS][2][2], differs = 0;
             for (int i = 0; i < STEPS; i++)

@@ -1,4 +1,4 @@
-"""The chain of `ring.cu`: square products that hand over by words, while their weights stream through shared memory."""
+"""The chain of `ring.cu`: square products that pass data by words, while their weights stream through shared memory."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def shared_bytes(dim: int) -> int:
 
 
 def packed(weights: Tensor, warps: int = WARPS) -> Tensor:
-    """weights (P, dim, dim) bfloat16 in the order in which the lanes of a program's warps take them: per phase and
+    """weights (P, dim, dim) bfloat16 in the order in which the lanes of a program's warps read them: per phase and
     program [warp][step][lane][half][2], a lane being an output and a pair of columns."""
     phases, dim, _ = weights.shape
     steps = dim // warps // 16
@@ -44,7 +44,7 @@ def words_of(x: Tensor, tag: int) -> Tensor:
 
 
 def rows_in(words: Tensor, rows: int, phases: int) -> Tensor:
-    """What the words hold after so many phases: (rows, dim) bfloat16."""
+    """The values in the words after `phases` phases: (rows, dim) bfloat16."""
     return (words[phases % 2, :rows] >> 16).to(torch.int16).view(torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""At what size the questions are asked: the 1B shape's matrices on a GPU, toy ones in Triton's interpreter."""
+"""The size of the questions: the 1B shape's matrices on a GPU, toy ones in Triton's interpreter."""
 
 import statistics
 import time
@@ -33,7 +33,7 @@ class Stack(NamedTuple):
 
 
 class TokenModel(NamedTuple):
-    """A Llama, as far as its matrices go."""
+    """The matrices of a Llama."""
 
     layers: int
     dim: int
@@ -45,8 +45,8 @@ class TokenModel(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Scale:
     """links: kernels, or phases of a persistent kernel, in a chain. programs: of a kernel that fills the device.
-    rows: how many a product is tried with, fewest first. streamed: bytes of matrices that a chain goes through before
-    it meets one again, more than a cache holds. resident: bytes that each half of the second-level cache holds."""
+    rows: numbers of rows of a product, ascending. streamed: bytes of matrices in a chain before one repeats, more than
+    a cache holds. resident: bytes that each half of the second-level cache holds."""
 
     device: torch.device
     links: int
@@ -67,11 +67,11 @@ class Scale:
         return self.on_gpu and overlap(torch.empty(1, device=self.device))["OVERLAP"]
 
     def briefly(self) -> "Scale":
-        """Enough to have every kernel compiled."""
+        """A scale just large enough to compile every kernel."""
         return replace(self, links=2, streamed=1)
 
     def matrices(self, out: int, width: int, count: int | None = None) -> Tensor:
-        """Random, of variance 1 / width, `count` or as many as no cache holds: (N, out, width) bfloat16."""
+        """Random, of variance 1 / width, `count`, or more than any cache holds: (N, out, width) bfloat16."""
         count = count or max(1, min(self.links, blocks(self.streamed, 2 * out * width)))
         drawn = torch.randn(count, out, width, device=self.device, dtype=torch.bfloat16, generator=self._generator())
         return drawn.mul_(width**-0.5)
@@ -90,15 +90,15 @@ class Scale:
         return self.work_us(bandwidth.recorded(work, self.device)) / len(links)
 
     def work_us(self, work: Callable[[], object], *, times: int = 3) -> float:
-        """Microseconds of one `work()` among `times` in a row, after one that does not count, so that the device never
-        waits for a launch; the median of five. In the interpreter, whose times mean nothing, of one."""
+        """Microseconds of one `work()` among `times` in a row, after a warm-up, so that the device never waits for a
+        launch; the median of five, or of one in the interpreter, whose times mean nothing."""
         if not self.on_gpu:
             start = time.perf_counter()
             work()
             return 1e6 * (time.perf_counter() - start)
         found: list[float] = []
         for _ in range(bandwidth.REPEATS):
-            # This stream alone: others may run beside it on purpose.
+            # Only this stream: others may run at the same time on purpose.
             torch.cuda.current_stream().synchronize()
             began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             work()
@@ -116,7 +116,7 @@ class Scale:
 
 
 def scale_for(device: str, *, quick: bool) -> Scale:
-    """The 1B shape's stacks and a Llama of 1B; or, `quick`, what the interpreter does in seconds."""
+    """The 1B shape's stacks and a Llama of 1B; or, if `quick`, sizes for seconds in the interpreter."""
     where = torch.device(device)
     if quick:
         stacks = {"patcher": Stack(2, 16, 24, 2), "decoder": Stack(1, 16, 40, 2), "global": Stack(1, 32, 40, 2)}

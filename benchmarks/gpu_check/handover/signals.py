@@ -1,4 +1,4 @@
-"""T2: how long programs of one kernel take to hand over to each other: by a barrier, or by words that are tagged.
+"""T2: how long programs of one kernel take to pass data to each other: by a barrier, or by tagged words.
 
 Every phase takes the largest value of the last one and adds 1, so that a wait that does not wait gives a wrong sum.
 """
@@ -15,12 +15,12 @@ from .tile import MOST_POLLS, WARPS, arrive, await_words, together, wait
 
 TITLE = "a hand-over within a kernel"
 WORDS = 1024
-"""Activations that are handed over by words: a row of the local stages."""
+"""Activations passed by words: a row of the local stages."""
 PHASES_PER_LINK = 10
 LOADING_ROUNDS = 100_000
-"""Of 16 KB for each program that streams beside the chain: longer than a dozen chains take."""
+"""Blocks of 16 KB for each program that streams during the chain: longer than a dozen chains take."""
 NEEDED_US, TOO_SLOW_US = 0.77, 1.0
-"""What 0.7 of the bandwidth needs for blt on the 1B shape, and from where on it is out of reach."""
+"""Microseconds that 0.7 of the bandwidth needs for blt on the 1B shape, and those that put it out of reach."""
 
 
 @jit
@@ -91,7 +91,7 @@ def measure(scale: Scale, case: Case) -> Case:
 
 
 class _Loaded:
-    """A program on every multiprocessor streams memory beside what is measured."""
+    """A program on every multiprocessor streams memory during the measurement."""
 
     def __init__(self, scale: Scale) -> None:
         self._programs = torch.cuda.get_device_properties(scale.device).multi_processor_count
@@ -118,7 +118,7 @@ class _Loaded:
 
 
 def decide(rows: list[Case]) -> str:
-    # One whose load ended early says nothing of a busy memory.
+    # A row whose load ended early did not measure a busy memory.
     rows = [row for row in rows if row.get("loaded to the end", True)]
     words = [row["us"] for row in rows if row["by"] == "words"]
     barrier = find(rows, by="barrier", memory="idle")

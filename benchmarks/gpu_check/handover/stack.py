@@ -1,8 +1,8 @@
-"""T5: a stack of layers as one kernel, whose programs hand over to each other; or as a kernel per phase.
+"""T5: a stack of layers as one kernel, whose programs pass data to each other, or as a kernel per phase.
 
 A layer has five phases: norm, queries, keys and values; attention over pages of older keys; output; norm, gate and up;
-down. Every program asks for its weights before it waits for the phase before. New keys and values are not stored and
-nothing is turned: what is measured is how long a phase takes. The ring is the same hand-over in CUDA C++ (see `ring`).
+down. Every program loads its weights before it waits for the phase before. New keys and values are not stored and
+nothing is rotated: only the time of a phase is measured. The ring is the same hand-over in CUDA C++ (see `ring`).
 """
 
 from functools import partial
@@ -23,12 +23,13 @@ from .tile import MOST_POLLS, WARPS, arrive, held, inverse_rms, load_weights, se
 TITLE = "a stack as one kernel"
 PHASES = 5
 OUTPUTS = 8
-"""Of a program, at a time."""
+"""Per program, at a time."""
 PAGE = 64
 REPEATS = 1000
-"""Runs of the one kernel that must give the bits of a kernel per phase: a hand-over that is too early may be rare."""
+"""Runs of the one kernel that must give the bits of a kernel per phase: a hand-over that comes too early may be
+rare."""
 NEEDED_US = 0.77
-"""A phase beyond the time that its bytes take: with more, 0.7 of the bandwidth is out of reach for blt."""
+"""Microseconds of a phase beyond the time of its bytes: with more, 0.7 of the bandwidth is out of reach for blt."""
 
 
 @jit
@@ -38,7 +39,7 @@ def _product(
     PROGRAMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     MOST: tl.constexpr,
 ):  # fmt: skip
-    """TILES times OUT outputs per program; the first tile's weights are asked for before the wait."""
+    """TILES times OUT outputs per program; the first tile's weights are loaded before the wait."""
     i_out = tl.program_id(0) * OUT + tl.arange(0, OUT)
     w0 = load_weights(w_ptr, i_out, 0, IN, 8, WIDTH)
     if ROUNDS > 1:
@@ -83,7 +84,7 @@ def _gated(
     IN: tl.constexpr, FFN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
     PROGRAMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up. The first tile's weights are asked for before the wait, the others as soon as it is done."""
+    """silu(gate) * up. The first tile's weights are loaded before the wait, the others right after it."""
     i_out = tl.program_id(0) * OUT + tl.arange(0, OUT)
     i_row = tl.arange(0, ROWS)
     zero = tl.zeros((8, ROWS, OUT), tl.float32)
@@ -230,7 +231,7 @@ class Run:
         self._counter = torch.zeros(1 + stack.heads, dtype=torch.int32, device=scale.device)
 
     def __call__(self, *, apart: bool) -> Tensor:
-        """What the stack makes of the rows: (R, dim), the same tensor in every call. apart: a kernel per phase."""
+        """The stack's output for the rows: (R, dim), the same tensor in every call. apart: a kernel per phase."""
         self._x.copy_(self._given)
         self._counter.zero_()
         phases = PHASES * self._stack.layers

@@ -1,8 +1,8 @@
-"""The product that fat kernels would be made of, and how programs of one kernel wait for each other.
+"""The product for fat kernels, and how programs of one kernel wait for each other.
 
 A program owns a few outputs. It sums them over segments of the inner dimension, eight at a time, one per warp: a warp's
-chain of dependent instructions is an eighth as long, and the program's weights are in registers before its inputs are
-there. The order of the sums depends on the inner dimension alone.
+chain of dependent instructions is an eighth as long, and the program's weights are in registers before its inputs
+arrive. The order of the sums depends on the inner dimension alone.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from torch import Tensor
 from kernels.lang import INTERPRETED, await_inputs, jit, let_next_begin, power_of_two, tl
 
 PLAIN, CAST, BITS, ASM = range(4)
-"""How weights become bfloat16: they are; converted from float8 (e4m3); their bits moved by integer instructions; by
-four instructions of the assembler for every two of them."""
+"""How weights become bfloat16: already bfloat16; converted from float8 (e4m3); bits moved by integer instructions; by
+four assembler instructions per two weights."""
 WARPS = 8
 MOST_POLLS = 1 << 20
-"""After so many, about a second, a program goes on without what it waits for: a wrong result, not a hung device."""
+"""After this many polls, about a second, a program continues without its input: a wrong result, not a hung device."""
 
 
 @jit
@@ -38,8 +38,8 @@ def load_weights(w_ptr, i_out, first, IN: tl.constexpr, SEGMENTS: tl.constexpr, 
 
 @jit
 def held(w):
-    """The same weights, with nothing that uses them moved up to where they are asked for: all are asked for first, and
-    none goes through shared memory before the last."""
+    """The same weights, as a barrier to reordering: all are loaded before any is used, and none goes through shared
+    memory before the last."""
     if INTERPRETED:
         return w
     else:
@@ -115,7 +115,7 @@ def product_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, WIDEN: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
     TRIGGER_FIRST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program's OUT outputs of all rows. WEIGHTS_FIRST: they are asked for before the wait for the kernel before.
+    """A program's OUT outputs of all rows. WEIGHTS_FIRST: weights are loaded before the wait for the kernel before.
     TRIGGER_FIRST: the next kernel may begin at once."""
     if TRIGGER_FIRST:
         let_next_begin(OVERLAP)
@@ -155,8 +155,8 @@ def product_kernel(
 
 
 def segmented(width: int, segments: int = 8) -> dict[str, int]:
-    """How the inner dimension `width` is cut: so many segments at a time, 1,024 columns together, 2,048 from there on;
-    fewer where the whole is narrower."""
+    """How the inner dimension `width` is cut: `segments` at a time, 1,024 columns together, 2,048 from there on; fewer
+    for a narrower matrix."""
     at_a_time = min(power_of_two(width, segments), 1024 if width < 2048 else 2048)
     return {"SEGMENTS": segments, "WIDTH": at_a_time // segments, "ROUNDS": -(-width // at_a_time)}
 
@@ -191,12 +191,12 @@ def product(
 
 
 def overlapping(overlaps: bool) -> dict[str, bool]:
-    """How to launch a kernel that may begin before the one before it has ended."""
+    """Launch options of a kernel that may start before the previous one has ended."""
     return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
 
 
 def together(device: torch.device) -> dict[str, Any]:
-    """How to launch a kernel whose programs wait for each other: all on the device at once, or refused."""
+    """Launch options of a kernel whose programs wait for each other: all on the device at once, or refused."""
     return {"launch_cooperative_grid": True} if device.type == "cuda" else {}
 
 
@@ -205,14 +205,14 @@ def together(device: torch.device) -> dict[str, Any]:
 
 @jit
 def arrive(counter_ptr):
-    """All that this program stored is there for those that see the counter."""
+    """Makes this program's stores visible to those that read the counter."""
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
 
 
 @jit
 def wait(counter_ptr, target, MOST: tl.constexpr):
-    """Until programs have arrived `target` times."""
+    """Waits until programs have arrived `target` times."""
     polls = 0
     seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     while (seen < target) & (polls < MOST):
@@ -223,7 +223,7 @@ def wait(counter_ptr, target, MOST: tl.constexpr):
 
 @jit
 def await_words(word_ptr, tag, MOST: tl.constexpr):
-    """The upper halves of words (N,) int32, once the lower half of each is `tag`: the word says that it is there."""
+    """The upper halves of words (N,) int32, once the lower half of each is `tag`."""
     polls = 0
     word = tl.load(word_ptr, volatile=True)
     while (tl.max((word & 0xFFFF) ^ tag, 0) != 0) & (polls < MOST):

@@ -1,4 +1,4 @@
-"""T10: a token model of 1B on the same card, as far as its matrices go: what bytes a second it writes.
+"""T10: bytes per second of a 1B token model on the same card, by its matrices alone.
 
 All products of a Llama's layers and of its head, random, bfloat16, one row, one CUDA graph. Attention, norms and the
 host are left out, so that no server of such a model is faster than this on the same products.

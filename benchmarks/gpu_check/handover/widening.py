@@ -13,7 +13,7 @@ from .tile import ASM, BITS, CAST, PLAIN, product
 TITLE = "float8 weights"
 HOW = {"bfloat16": PLAIN, "cast": CAST, "bits": BITS, "bits by assembler": ASM}
 HOPED = 0.6
-"""Of bfloat16's time."""
+"""Largest share of bfloat16's time that pays."""
 
 
 def cases(scale: Scale) -> list[Case]:

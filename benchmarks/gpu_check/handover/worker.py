@@ -1,4 +1,4 @@
-"""A process that measures cases, one after another. One that hangs, or leaves the device in an error, is replaced."""
+"""A process that measures cases, one after another. It is replaced if it hangs or leaves the device in an error."""
 
 import traceback
 from importlib import import_module
@@ -13,11 +13,11 @@ from .scale import Scale
 
 
 class CaseFailed(Exception):
-    """A case could not be measured, or what it computed is wrong."""
+    """A case could not be measured, or its result is wrong."""
 
 
 class Lost(Exception):
-    """A process, or its device, with it."""
+    """The process, or its device, is lost."""
 
 
 class Worker:
@@ -30,8 +30,8 @@ class Worker:
 
     def measure(self, module: str, scale: Scale, case: Case, limit_s: float) -> Case:
         """The case's figures, by the question in `module`. Raises NotHere as that does, CaseFailed if it failed and the
-        device is sound, and Lost if it came to no end within `limit_s` or took the process or the device with it: then
-        this worker is of no more use."""
+        device is sound, and Lost if it exceeded `limit_s` or broke the process or the device: then this worker is
+        unusable."""
         try:
             self._pipe.send((module, scale, case))
             if not self._pipe.poll(limit_s):
@@ -61,13 +61,13 @@ def _serve(pipe: "Connection[Any, Any]") -> None:
             pipe.send(("figures", import_module(module).measure(scale, case)))
         except NotHere as why:
             pipe.send(("not here", str(why)))
-        except Exception as error:  # whatever it is, the report has it
+        except Exception as error:  # any error goes to the report
             traceback.print_exc()
             pipe.send(("failed" if _is_sound(scale) else "lost", f"{type(error).__name__}: {error}"))
 
 
 def _is_sound(scale: Scale) -> bool:
-    """Whether the device still answers: after some errors it does not, whatever it is asked."""
+    """Whether the device still works: after some errors every call fails."""
     try:
         if scale.on_gpu:
             torch.cuda.synchronize()
