@@ -4,11 +4,11 @@ Rows of many sequences lie end to end. Each sees the cache rows `first..last` of
 expresses causality, sliding windows, isolated documents, and blocks whose rows see each other. Rows are grouped into
 tiles of consecutive rows of one sequence; a tile reads the pages that any of its rows sees.
 
-Row-invariance: scores and products are formed per page (matrices of fixed shape) and pages are added one after the
-other, so that pages that a row does not see add exact zeros. The Triton kernel adds pages within a segment, the pages
-whose index, counted from the sequence's first row, lies between two multiples of SEGMENT; then segments, in order. A
-long context is spread over the device, one program per segment, and gives the same bits as one program for all.
-(Products and sums are not fused into one instruction, or that would hang on what a compiler fuses.)
+Row-invariance: scores and products are formed per page (matrices of fixed shape) and pages are added in order, so that
+pages that a row does not see add exact zeros. The Triton kernel adds the pages of a segment (SEGMENT pages, counted
+from the sequence's first row), then the segments in order. A long context is spread over the device, one program per
+segment, with the same bits as one program for all. (Products and sums are not fused, or the bits would depend on what a
+compiler fuses.)
 """
 
 import ctypes
@@ -27,7 +27,7 @@ from .traffic import Traffic
 TILE = 16
 """Rows per tile that suit the Triton kernel."""
 LARGE_TILE = 32
-"""Rows per tile of the torch twin where a sequence has more than a few."""
+"""Rows per tile of the torch twin for a sequence with more than a few rows."""
 SEGMENT = 16
 """Pages per segment."""
 
@@ -36,7 +36,7 @@ BEGIN, COUNT, PAGES_AT, FIRST_PAGE, NUM_PAGES = range(5)
 
 
 class PlanShape(NamedTuple):
-    """How long the arrays of an `AttentionPlan` are, and how many segments a tile can reach into."""
+    """Lengths of the arrays of an `AttentionPlan`, and the most segments of a tile."""
 
     rows: int
     queries: int
@@ -52,7 +52,7 @@ class PlanShape(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Where the rows of one ragged batch live in one cache, and what each sees.
+    """Where the rows of one ragged batch lie in one cache, and which rows each sees.
 
     data (N,) int64: the arrays below, end to end. small_tile: rows to which the torch twin pads small tiles.
     """
@@ -67,14 +67,14 @@ class AttentionPlan:
         cls, positions: Tensor, page: Tensor, offset: Tensor, first: Tensor, last: Tensor, tiles: Tensor, pages: Tensor,
         most_segments: int = 1, page_size: int = 64,
     ) -> "AttentionPlan":  # fmt: skip
-        """From its arrays."""
+        """Joins the arrays."""
         parts = positions, page, offset, first, last, tiles.flatten(), pages
         shape = PlanShape(len(positions), len(first), len(tiles), len(pages), most_segments)
         return cls(torch.cat(parts), shape, page_size=page_size)
 
     @property
     def positions(self) -> Tensor:
-        """(R,): rows that are written, `page` and `offset` where."""
+        """(R,): positions of the rows that are written, at `page` and `offset`."""
         return self._arrays[0]
 
     @cached_property
@@ -96,8 +96,8 @@ class AttentionPlan:
 
     @property
     def tiles(self) -> Tensor:
-        """(S, 5): a tile's first query and how many, where its pages begin in `pages`, which page of the sequence that
-        is, and how many pages it reads (0 for padding). Every query is in exactly one."""
+        """(S, 5): a tile's first query, its number of queries, where its pages begin in `pages`, the sequence's page
+        number there, and its number of pages (0 for padding). Every query is in exactly one tile."""
         return self._arrays[5].view(-1, 5)
 
     @property
@@ -119,15 +119,15 @@ class AttentionPlan:
 
     @cached_property
     def groups(self) -> "tuple[tuple[_TileGroup, ...], Tensor]":
-        """The tiles as the torch twin takes them, and every query's place in their outputs laid end to end."""
+        """The tiles for the torch twin, and every query's index in their concatenated outputs."""
         return _group(self)
 
 
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q k / sqrt(head_dim)) v over what each row sees: q (Q, heads, head_dim) in, the same shape out.
+    """softmax(q k / sqrt(head_dim)) v over the rows that each row sees: q (Q, heads, head_dim) in, the same shape out.
 
-    Caches (pages, kv_heads, page_size, head_dim); heads is a multiple of kv_heads. Softmax and sums in float32. Padding
-    rows come out finite.
+    Caches (pages, kv_heads, page_size, head_dim); heads is a multiple of kv_heads. Softmax and sums in float32. Outputs
+    of padding rows are finite.
     """
     groups, take = plan.groups
     q = q * q.shape[-1] ** -0.5
@@ -149,8 +149,8 @@ def traffic(queries: int, seen_rows: int, heads: int, kv_heads: int, head_dim: i
 class _TileGroup:
     """Tiles of equal size: S tiles of T rows over n pages each.
 
-    rows (S, T) int64: which rows of the batch (padding repeats a row). pages (S, n) int64: cache pages, page 0 where
-    there is none. hidden (S, n, 1, 1, T, page_size) bool: which cache rows a row does not see.
+    rows (S, T) int64: rows of the batch (padding repeats a row). pages (S, n) int64: cache pages, 0 for none. hidden
+    (S, n, 1, 1, T, page_size) bool: whether a row must not see a cache row.
     """
 
     rows: Tensor
@@ -165,7 +165,7 @@ def _group(plan: AttentionPlan) -> tuple[tuple[_TileGroup, ...], Tensor]:
     small = tiles[:, COUNT] <= plan.small_tile
     take = np.zeros(len(first), dtype=np.int64)
     groups: list[_TileGroup] = []
-    behind = 0
+    start = 0
     for size, some in ((plan.small_tile, tiles[small]), (LARGE_TILE, tiles[~small])):
         if not len(some):
             continue
@@ -177,8 +177,8 @@ def _group(plan: AttentionPlan) -> tuple[tuple[_TileGroup, ...], Tensor]:
         keys = ((first_page + index)[:, :, None] * plan.page_size + np.arange(plan.page_size))[:, :, None, :]
         hidden = (keys < first[rows][:, None, :, None]) | (keys > last[rows][:, None, :, None])
         used = place < count
-        take[rows[used]] = behind + np.flatnonzero(used)
-        behind += used.size
+        take[rows[used]] = start + np.flatnonzero(used)
+        start += used.size
         groups.append(
             _TileGroup(
                 torch.from_numpy(rows).to(device),
@@ -217,7 +217,7 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: _TileGroup) -> T
 
 
 def _add_pages(parts: Tensor) -> Tensor:
-    """Sum over dimension 1, strictly one page after the other (torch.sum would choose an order by shape)."""
+    """Sum over dimension 1, strictly in order of pages (torch.sum would choose an order by shape)."""
     first, *rest = parts.unbind(1)
     total = first.clone() if rest else first
     for part in rest:
@@ -251,7 +251,7 @@ def _attend_segment(
         nothing = tl.zeros((BLOCK, BLOCK_KEYS), tl.float32)
         scores = tl.where(seen, dot(b_q, tl.trans(b_k), nothing), float("-inf"))
         new = tl.maximum(highest, tl.max(scores, 1))
-        # A row that has seen nothing yet has no maximum to subtract.
+        # A row that has seen no key yet has no maximum to subtract.
         safe = tl.where(new == float("-inf"), 0.0, new)
         weights = tl.exp(scores - safe[:, None])
         shrink = tl.exp(highest - safe)
@@ -362,7 +362,7 @@ def merge_kernel(
 
 
 def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> Tensor:
-    """The same, for tiles of at most TILE rows. Padding rows come out as zeros."""
+    """As `attention`, for tiles of at most TILE rows. Outputs of padding rows are zeros."""
     num_tiles, segments = plan.shape.tiles, plan.shape.most_segments
     heads, head_dim = q.shape[1:]
     kv_heads, page_size = k_cache.shape[1:3]
@@ -394,8 +394,8 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
 
 
 def stages(page_size: int, head_dim: int, itemsize: int) -> int:
-    """Loads under way at a time. With fewer than 5 the compiler holds one page of keys and values only; two of them
-    would not fit where pages are large, and do not matter where they are small."""
+    """Loads in flight. With fewer than 5 the compiler holds one page of keys and values only; two would not fit if
+    pages are large, and gain nothing if they are small."""
     return 5 if page_size >= 32 and page_size * head_dim * itemsize <= 16 << 10 else 2
 
 

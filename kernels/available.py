@@ -1,4 +1,4 @@
-"""Who can compute on this machine, found without loading torch: a server says so in the first line of its log."""
+"""Kernel backends available on this machine, found without loading torch: a server logs them in its first line."""
 
 import platform
 from collections.abc import Set
@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent / "native"
 CPUINFO = Path("/proc/cpuinfo")
 X86_64_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 X86_64_V4 = X86_64_V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-"""What the levels of x86-64 ask for beyond the first two, under Linux's names (abm is LZCNT)."""
+"""CPU features that the levels of x86-64 require beyond the first two, under Linux's names (abm is LZCNT)."""
 
 
 @cache
@@ -31,7 +31,7 @@ def levels(flags: Set[str]) -> list[str]:
 
 
 def cpu_flags() -> set[str]:
-    """Of the processor, as Linux names them; empty where there is no such file."""
+    """The processor's features under Linux's names; empty if there is no such file."""
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:
@@ -45,7 +45,7 @@ def has_triton() -> bool:
 
 
 def preferred(device: str, native: bool, triton: bool) -> KernelName:
-    """Who computes on a device ("cpu", "cuda") unless the user chooses, where our C is compiled, Triton installed."""
+    """The default backend on a device ("cpu", "cuda"). native: our C is compiled; triton: Triton is installed."""
     if device == "cuda":
         return "triton" if triton else "torch"
     return "native" if native and device == "cpu" else "torch"

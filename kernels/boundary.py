@@ -1,4 +1,4 @@
-"""Which bytes start a patch, decided from entropies where they were computed (BLT 2.3; Fast BLT 3.4)."""
+"""Which bytes start a patch, decided on the device from the entropies there (BLT 2.3; Fast BLT 3.4)."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from .lang import await_inputs, jit, let_next_begin, overlap, tl
 from .traffic import Traffic
 
 _NO_LIMIT = 1 << 30
-"""Bytes that no text has."""
+"""More bytes than any text has."""
 
 
 class Rule(NamedTuple):
@@ -29,11 +29,11 @@ class Rule(NamedTuple):
 
 
 def boundaries(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -> Tensor:
-    """The entropies once more, and whether the byte behind each row starts a patch: (2, R) float32, which one copy
-    brings to the host. Rows in no span are zeros.
+    """The entropies again, and whether the byte after each row starts a patch: (2, R) float32, for one copy to the
+    host. Rows in no span are zeros.
 
-    entropies (R,) float32. spans (S, 4) int64: a sequence's first row, how many rows, the byte that the first one is,
-    and the byte that its open patch starts with. previous (S,) float64: the entropy behind the byte before.
+    entropies (R,) float32. spans (S, 4) int64: a sequence's first row, its number of rows, the index of its first byte,
+    and the index of its open patch's first byte. previous (S,) float64: the entropy after the byte before.
     """
     values, before = entropies.cpu().numpy(), previous.cpu().numpy().astype(np.float32)
     found = np.zeros((2, len(values)), dtype=np.float32)
@@ -48,8 +48,9 @@ def boundaries(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -
 
 
 def starts_patch(now: np.float32, before: np.float32, byte: int, length: int, rule: Rule) -> bool:
-    """Whether `byte` starts a patch: entropies behind the byte before it and the one before that, and how many bytes
-    the open patch has. The first byte, BOS, is a patch by itself; the first differences of entropies mean nothing."""
+    """Whether `byte` starts a patch, from the entropies after the byte before it (`now`) and after the one before that
+    (`before`), and the open patch's length. The first byte, BOS, is a patch by itself; the first differences of
+    entropies are undefined."""
     if rule.every_byte or byte == 1 or 0 < rule.longest <= length:
         return True
     if rule.monotonic:
@@ -97,7 +98,7 @@ def boundaries_kernel(
 
 
 def boundaries_triton(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -> Tensor:
-    """The same."""
+    """As `boundaries`."""
     rows = len(entropies)
     found = torch.zeros(2, rows, device=entropies.device)
     boundaries_kernel[(len(spans),)](

@@ -64,7 +64,7 @@ def slot_attention_kernel(
 def slot_attention_triton(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, page: Tensor, offset: Tensor, slots: int
 ) -> Tensor:  # fmt: skip
-    """The same."""
+    """As `slot_attention`."""
     rows, heads, head_dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     out = q.new_empty(q.shape)

@@ -1,5 +1,4 @@
-"""The one place where it is decided who computes: torch, Triton or our own C. All else calls `Kernels`, and does not
-know."""
+"""The only place that chooses the backend: torch, Triton or our own C. All other code calls `Kernels`."""
 
 from collections.abc import Sequence
 
@@ -27,15 +26,15 @@ from .linear import Matrix
 from .stack import KeysFunction, KeysWeights, StackFunction, StackWeights, composed_keys, composed_stack
 
 plan = native.plan if native.LIBRARY else planning.plan
-"""See `kernels.planning`: on the host, whatever device computes."""
+"""See `kernels.planning`: always on the host."""
 
 
 class Kernels:
-    """The torch twins. They run on every device and say what each operation means."""
+    """The torch twins. They run on every device and define each operation."""
 
     name: KernelName = "torch"
     tile: int | None = None
-    """Most rows in a tile of attention; None leaves it to the machine's row floor."""
+    """Most rows in a tile of attention; None takes the machine's row floor."""
     widens = False
     """Whether `linear` takes bfloat16 matrices for float32 rows."""
 
@@ -56,19 +55,19 @@ class Kernels:
     accepted = staticmethod(sampling.accepted)
 
     def matrix(self, matrix: Matrix) -> Matrix:
-        """As `linear` and the pieces below take it."""
+        """Converts a matrix to the form that `linear`, `stack` and `keys` take."""
         return matrix
 
     def join(self, parts: Sequence[Tensor]) -> Matrix:
-        """Matrices of one dtype and input, laid on top of each other, as `matrix` gives them."""
+        """Stacks matrices of one dtype and input along their outputs, in the form of `matrix`."""
         return Matrix(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
 
     def stack(self, weights: StackWeights) -> StackFunction:
-        """Transformer layers in a row, with what belongs to them."""
+        """Builds a stack of transformer layers."""
         return composed_stack(self, weights)
 
     def keys(self, weights: Sequence[KeysWeights]) -> KeysFunction:
-        """What stores rows as keys and values of several cross-attentions."""
+        """Builds the function that stores rows as keys and values of several cross-attentions."""
         return composed_keys(self, weights)
 
 
@@ -129,10 +128,8 @@ class NativeKernels(Kernels):
 
 
 def choose_kernels(name: KernelName | None, device: torch.device) -> Kernels:
-    """The kernels of that name; None takes Triton's on a CUDA device and our own on a CPU, torch's where these are not
-    there.
-
-    Raises ValueError where the named ones cannot run.
+    """The kernels of that name; None takes Triton's on a CUDA device and our own on a CPU, or torch's if these are
+    missing. Raises ValueError if the named ones cannot run.
     """
     if name is None:
         name = available.preferred(device.type, native.LIBRARY is not None, lang.AVAILABLE)

@@ -32,7 +32,7 @@ def entropy_kernel(logits_ptr, out_ptr, vocab_size, BLOCK: tl.constexpr, OVERLAP
 
 
 def entropy_triton(logits: Tensor) -> Tensor:
-    """The same."""
+    """As `entropy`."""
     rows, vocab_size = logits.shape
     out = logits.new_empty(rows, dtype=torch.float32)
     entropy_kernel[(rows,)](logits, out, vocab_size, BLOCK=power_of_two(vocab_size), num_warps=4, **overlap(logits))

@@ -36,8 +36,8 @@ def _powers(base: int, count: int) -> list[int]:
 class HashTables:
     """The n-gram tables, function-major: one of `rows` rows for every (hash function, group size).
 
-    The tables may lie on the host and have another dtype than the model: only rows that are read are moved and
-    converted. The Triton kernel wants them on its device, all of one dtype.
+    The tables may lie on the host and have another dtype than the model: only the rows read are moved and converted.
+    The Triton kernel needs them on its device, all of one dtype.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class HashTables:
         self.tables = list(tables)
         dtypes = {table.dtype for table in self.tables}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
-        """Of all tables; None if they differ."""
+        """The dtype of all tables; None if they differ."""
         self.group_sizes = list(group_sizes)
         self.num_functions = num_functions
         self.rows = rows
@@ -68,12 +68,12 @@ def ngram_hashes(windows: Tensor, group_sizes: Sequence[int], num_functions: int
     """Table rows of every n-gram: (R, num_functions * len(group_sizes)) int64 in 0..rows-1, function-major.
 
     windows (R, W) int64: the last W ids ending at each byte, oldest first, 0 before the text; W >= max(group_sizes).
-    The oldest id of a group is weighted by base^0, arithmetic wraps around at 64 bits, the modulus is floored.
+    The oldest id of a group has weight base^0, arithmetic wraps at 64 bits, the modulus is floored.
     """
     hashes = []
     for base in PRIMES[:num_functions]:
         for size in group_sizes:
-            # By Horner's rule: no tensor of powers that would have to be sent to the device first.
+            # Horner's rule: no tensor of powers to send to the device first.
             hashed = windows[:, -1]
             for i in range(2, size + 1):
                 hashed = hashed * base + windows[:, -i]
@@ -128,7 +128,7 @@ def hash_embed_kernel(
 
 
 def hash_embed_triton(windows: Tensor, embedding: Tensor, hashing: HashTables) -> Tensor:
-    """The same."""
+    """As `hash_embed`."""
     rows, width = windows.shape
     dim = embedding.shape[1]
     out = embedding.new_empty(rows, dim)

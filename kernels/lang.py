@@ -1,4 +1,4 @@
-"""Triton's language, or a stand-in where there is no Triton: the torch twins need none of it."""
+"""Triton's language, or a placeholder without Triton, which the torch twins do not need."""
 
 import os
 from functools import cache
@@ -22,17 +22,17 @@ except ImportError:
     AVAILABLE = False
 
 IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether kernels run in Triton's interpreter; as Triton does, it looks when the kernels are defined."""
+"""Whether kernels run in Triton's interpreter; read when the kernels are defined, as Triton does."""
 INTERPRETED = tl.constexpr(IN_INTERPRETER)
 
 
 def power_of_two(n: int, least: int = 1) -> int:
-    """The smallest power of two that is at least `n` and `least`: Triton's blocks have such sizes."""
+    """The smallest power of two that is at least `n` and `least`, for the size of a Triton block."""
     return max(1 << (n - 1).bit_length(), least)
 
 
 def blocks(n: int, size: int) -> int:
-    """Blocks of `size` that cover n."""
+    """Number of blocks of `size` that cover n."""
     return -(-n // size)
 
 
@@ -40,36 +40,36 @@ def blocks(n: int, size: int) -> int:
 def dot(a, b, total):
     """total + a b, summed in float32, products not rounded."""
     if INTERPRETED:
-        # numpy knows no bfloat16 (the interpreter would multiply its bits), and its products depend on a row's place.
+        # numpy has no bfloat16 (the interpreter would multiply its bits), and its products depend on a row's index.
         return total + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
     return tl.dot(a, b, total, input_precision="ieee")
 
 
 @jit
 def await_inputs(OVERLAP: tl.constexpr):
-    """Until all that was launched earlier is done: a kernel may be on the device before. Every kernel does it, before
-    it reads anything but weights, and before it writes anything."""
+    """Waits until all earlier launches are done: with overlap a kernel starts before. Every kernel calls it before it
+    reads anything but weights, and before it writes."""
     if OVERLAP:
         gdc_wait()
 
 
 @jit
 def let_next_begin(OVERLAP: tl.constexpr):
-    """The next kernel may be brought onto the device; at the latest it is when this one ends."""
+    """Allows the next kernel to start on the device; without this it starts when this one ends."""
     if OVERLAP:
         gdc_launch_dependents()
 
 
 @jit
 def prefetch(addresses):
-    """Asks for the lines at these addresses (N,) int64 of global memory to be brought into the second-level cache."""
+    """Prefetches the lines at these addresses (N,) int64 of global memory into the second-level cache."""
     asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
     tl.inline_asm_elementwise(asm, "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
 
 
 def overlap(tensor: Tensor) -> dict[str, bool]:
-    """How to launch a kernel on the tensor's device: overlapping the one before (programmatic dependent launch), if the
-    device can. A chain of small kernels is else bound by their beginnings and ends."""
+    """Launch options of a kernel on the tensor's device: overlaps the kernel before (programmatic dependent launch) if
+    the device can. Otherwise a chain of small kernels is bound by their starts and ends."""
     return _overlap(tensor.device) if tensor.is_cuda else {"OVERLAP": False}
 
 

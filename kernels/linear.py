@@ -1,8 +1,8 @@
-"""Matrix products whose rows do not depend on how many rows there are, with what stands before and behind them.
+"""Row-invariant matrix products, with the operations before and after them.
 
 A GEMM library picks its inner kernel by the number of rows, and with it the order of summation: one row and nine rows
-of the same input can differ in the last bit. Above some small count the choice no longer changes. `row_floor` finds
-that count by trying, so that the engine can pad every call up to it.
+of the same input can differ in the last bit. Above some small count the choice no longer changes. `row_floor` measures
+that count, so that the engine can pad every call up to it.
 
 The Triton kernel is made for few rows: it streams the weights once and keeps the rows in registers. Every output is
 summed over ascending blocks of the inner dimension with the same instructions, whatever the number of rows.
@@ -81,8 +81,8 @@ def _scaled(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
 
 
 def traffic(rows: int, out: int, width: int, itemsize: int, *, fp8: bool = False, norm: bool = False) -> Traffic:
-    """Bytes of `linear`: the weight once, its scales, the norm, the rows in and out (`out` before gating). What
-    normalised rows take between two kernels is the cache's."""
+    """Bytes of `linear`: the weight once, its scales, the norm, the rows in and out (`out` before gating). Normalised
+    rows pass between two kernels through the cache."""
     weight = out * width * (1 if fp8 else itemsize) + 4 * out * fp8 + width * itemsize * norm
     return Traffic(weight + rows * width * itemsize, rows * out * itemsize)
 
@@ -98,8 +98,8 @@ def linear_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows by one block of outputs. out_dim: outputs behind the gate. AHEAD: how much of each weight row
-    is asked for while the kernel before still runs."""
+    """One block of rows by one block of outputs. out_dim: outputs after the gate. AHEAD: elements of each weight row
+    prefetched while the kernel before still runs."""
     i_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     i_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     i_in = tl.arange(0, BLOCK_IN)
@@ -112,7 +112,7 @@ def linear_kernel(
     if OVERLAP and AHEAD > 0:
         LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
         i_line = tl.arange(0, BLOCK_OUT * AHEAD // LINE)
-        # What lies beyond the matrix is not asked for.
+        # Nothing beyond the matrix is prefetched.
         ahead_out = tl.minimum(tl.program_id(1) * BLOCK_OUT + i_line // (AHEAD // LINE), out_dim - 1).to(tl.int64)
         ahead_in = tl.minimum(i_line % (AHEAD // LINE) * LINE, in_dim - 1)
         prefetch((w_ptr + ahead_out * in_dim + ahead_in).to(tl.int64))
@@ -131,10 +131,10 @@ def linear_kernel(
         if GATED:
             b_up = tl.load(p_up + start, mask=m_w, other=0.0, eviction_policy="evict_first").to(dtype)
             total_up = dot(b_x, tl.trans(b_up), total_up)
-    # Not before: the next kernel's loads would compete with these.
+    # Not earlier: the next kernel's loads would compete with these.
     let_next_begin(OVERLAP)
 
-    # Rounded where the twin rounds.
+    # Rounds where the twin rounds.
     if SCALED:
         total = total.to(dtype).to(tl.float32) * tl.load(scale_ptr + i_out, mask=m_out, other=0.0)[None, :]
     y = total.to(dtype).to(tl.float32)
@@ -164,7 +164,7 @@ def linear_triton(
     residual: Tensor | None = None,
     twice: bool = False,
 ) -> Tensor:
-    """The same, for contiguous operands."""
+    """As `linear`, for contiguous operands."""
     if norm is not None:
         x = rms_norm_triton(x, norm, eps)
     rows, width = x.shape
@@ -182,14 +182,14 @@ def linear_triton(
 
 
 AHEAD = 512
-"""Elements of each weight row that are asked for early."""
+"""Elements of each weight row that are prefetched."""
 
 
 def linear_blocks(out: int, width: int, itemsize: int, *, gated: bool) -> dict[str, int]:
-    """Block sizes, warps and how many loads are under way at a time, by what was fastest on an H200 with one row.
+    """Block sizes, warps and loads in flight: the fastest on an H200 with one row.
     itemsize: of the weights.
 
-    The number of rows has no say: with other blocks the compiler may sum in another order.
+    Independent of the number of rows: with other blocks the compiler may sum in another order.
     """
     if itemsize > 2:
         block_out, block_in, warps, stages = 16 if out <= 4096 else 32, 128, 4, 3
@@ -213,7 +213,7 @@ def linear_blocks(out: int, width: int, itemsize: int, *, gated: bool) -> dict[s
     }
 
 
-# What the machine's library does with the torch twin.
+# Row-invariance of the machine's library, for the torch twin.
 
 
 def row_floor(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> int | None:

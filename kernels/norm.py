@@ -34,8 +34,8 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, width, eps, BLOCK: tl.constexpr,
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same, for contiguous x (R, d). A pass of its own takes a microsecond; as part of the product it would be done
-    by every program, and holds up its loads (measured on an H200)."""
+    """As `rms_norm`, for contiguous x (R, d). A separate pass takes a microsecond; as part of the product every program
+    would repeat it and delay its loads (measured on an H200)."""
     rows, width = x.shape
     out = x.new_empty(x.shape)
     rms_norm_kernel[(rows,)](x, weight, out, width, eps, BLOCK=power_of_two(width), num_warps=4, **overlap(x))

@@ -1,6 +1,6 @@
 """From spans of rows to the index arrays of attention.
 
-Bookkeeping of integers, on the host whatever device computes. The CPU's own kernels do the same in C.
+Integer bookkeeping, always on the host. The CPU's own kernels do the same in C.
 """
 
 from array import array
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from .attention import SEGMENT, PlanShape
 
 SPAN = 7
-"""Numbers of a span: where its pages begin among `Spans.pages`, which page of the sequence that is, the cache row of
-its first row, how many rows it has, the lowest cache row that they see, how many of the last rows see each other and
-the highest cache row that these see."""
+"""Numbers of a span: where its pages begin in `Spans.pages`, the sequence's page number there, the cache row of its
+first row, its number of rows, the lowest cache row that they see, how many of the last rows see each other, and the
+highest cache row that these see."""
 
 
 class Spans:
@@ -39,7 +39,7 @@ class Spans:
 
 
 class Tiling(NamedTuple):
-    """How a cache's rows are seen and grouped. window: rows that a row sees, 0 for all. Tiles of up to `small` rows for
+    """Window and grouping of a cache's rows. window: rows that a row sees, 0 for all. Tiles of up to `small` rows for
     short spans, of `large` for others. split: whether long contexts are spread over the device."""
 
     small: int
@@ -50,8 +50,8 @@ class Tiling(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """How long the arrays of a plan are made. tiles: 0 for as many as there are. pages: 0 for as many as there are,
-    else the power of two that holds them and so many."""
+    """Padded lengths of a plan's arrays. tiles: 0 for no padding. pages: 0 for no padding, else at least this many,
+    rounded up to a power of two."""
 
     rows: int
     queries: int
@@ -63,7 +63,7 @@ def plan(
     writes: Spans, queries: Spans, tiling: Tiling, lengths: Lengths
 ) -> tuple[NDArray[np.int64], PlanShape]:  # fmt: skip
     """The numbers of an `AttentionPlan`. writes: the rows whose K/V (or states) are stored; queries: those that attend,
-    for self-attention the same. Padding writes to the scratch page and sees nothing, in tiles of its own."""
+    the same rows for self-attention. Padding rows write to the scratch page and see nothing, in separate tiles."""
     positions: list[int] = []
     page: list[int] = []
     offset: list[int] = []

@@ -11,8 +11,8 @@ def patch_max(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor) -> Te
     """Elementwise maximum over the bytes of each patch: (P, dim).
 
     cache (pages, page_size, dim): byte states; page, offset (N,) int64: where the patches' bytes lie, patch after
-    patch; bounds (P + 1,) int64: patch p has bytes bounds[p] .. bounds[p + 1] - 1 of them. A patch without bytes, which
-    is padding, comes out as zeros.
+    patch; bounds (P + 1,) int64: patch p has bytes bounds[p] .. bounds[p + 1] - 1 of them. The result of a patch
+    without bytes, which is padding, is zeros.
     """
     states = cache[page, offset].float()[: int(bounds[-1])]
     pooled = torch.segment_reduce(states, "max", lengths=bounds.diff(), axis=0)
@@ -44,7 +44,7 @@ def patch_max_kernel(
 
 
 def patch_max_triton(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor) -> Tensor:
-    """The same."""
+    """As `patch_max`."""
     patches, dim = len(bounds) - 1, cache.shape[2]
     out = cache.new_empty(patches, dim)
     block = min(power_of_two(dim), 256)

@@ -1,12 +1,12 @@
-"""Drawing ids from logits, and how far a draft agrees with what was drawn.
+"""Draws ids from logits, and finds how much of a draft agrees with them.
 
-A row's result is bitwise the same alone and in any batch: probabilities become integers before they are summed, so that
-no order of summation can matter.
+A row's result has the same bits alone and in any batch: probabilities become integers before they are summed, so that
+the order of summation cannot matter.
 
 Speculative decoding at temperatures above 0 usually accepts a drafted byte with probability min(1, p / q) and draws
-another from the residual (rejection sampling). Here draft and model draw with the same random number instead, one that
-belongs to the place in the text, and a drafted byte is right if the model draws it too. The law is the model's in both
-cases; this way the very text is what the model alone would have drawn, whoever drafts.
+another from the residual (rejection sampling). Here draft and model draw with the same random number instead, one per
+place of the text, and a drafted byte is accepted if the model draws it too. Both keep the model's distribution; this
+way the text itself is the one that the model alone would have drawn, whatever the draft.
 """
 
 import torch
@@ -21,7 +21,7 @@ _SCALE = tl.constexpr(MASS_SCALE)
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The id of each row's largest logit, the lowest of equal ones, (R,) int64, and that logit, NaN if any is, (R,).
+    """The id of each row's largest logit (the lowest id if equal), (R,) int64, and that logit (NaN if any is), (R,).
 
     logits (R, V) float32.
     """
@@ -49,7 +49,7 @@ def sample(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
         ranked = mass.gather(1, order).where(rank < top_k[:, None], 0)
         before = ranked.cumsum(-1) - ranked
         in_top_p = before < top_p[:, None] * ranked.sum(-1, keepdim=True)
-        # top_p 0 still keeps the likeliest id.
+        # top_p 0 still keeps the most probable id.
         mass = torch.zeros_like(mass).scatter(1, order, ranked.where(in_top_p | (rank == 0), 0))
     mass = mass.where(mass >= min_p[:, None] * mass.amax(-1, keepdim=True), 0)
     cdf = mass.cumsum(-1)
@@ -59,9 +59,9 @@ def sample(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def accepted(drafts: Tensor, drawn: Tensor, lengths: Tensor) -> Tensor:
-    """How many drafted ids, from the first on, are what was drawn: (S,) int64 (Fast BLT, Verify).
+    """The length of each draft's prefix that equals the drawn ids: (S,) int64 (Fast BLT, Verify).
 
-    drafts, drawn (S, K) int64; lengths (S,) int64: how many of each row count.
+    drafts, drawn (S, K) int64; lengths (S,) int64: the drafts' lengths.
     """
     place = torch.arange(drafts.shape[1], device=drafts.device)
     right = (drafts == drawn) & (place < lengths[:, None])
@@ -86,14 +86,14 @@ def likeliest_kernel(logits_ptr, ids_ptr, highest_ptr, vocab_size, BLOCK: tl.con
     x = tl.load(logits_ptr + row * vocab_size + i, mask=i < vocab_size, other=float("-inf"))
     bad = tl.max((x != x).to(tl.int32), 0) > 0
     highest = tl.max(tl.where(x != x, float("-inf"), x), 0)
-    # A row of NaN has no largest logit; what is fed on must be an id all the same.
+    # A row of NaN has no largest logit, but the result must be a valid id.
     best = tl.minimum(tl.min(tl.where(x == highest, i, BLOCK), 0), vocab_size - 1)
     tl.store(ids_ptr + row, best.to(tl.int64))
     tl.store(highest_ptr + row, tl.where(bad, float("nan"), highest))
 
 
 def likeliest_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, but for the id of a row that has a NaN."""
+    """As `likeliest`, except for the id of a row that has a NaN."""
     rows, vocab_size = logits.shape
     ids, highest = torch.empty(rows, dtype=torch.int64, device=logits.device), logits.new_empty(rows)
     likeliest_kernel[(rows,)](
@@ -129,7 +129,7 @@ def sample_kernel(
         ahead = (other[None, :] > x[:, None]) | ((other[None, :] == x[:, None]) & (j[None, :] < i[:, None]))
         rank += tl.sum(ahead.to(tl.int32), 1)
     kept = tl.where(rank < top_k, mass, 0)
-    # How much mass ranks before each id: the same pairs once more, now with masses, which programs cannot share.
+    # The mass ranked before each id: the same pairs again, now with masses, which programs cannot share.
     before = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, BLOCK, CHUNK):
         j = start + tl.arange(0, CHUNK)
@@ -145,13 +145,13 @@ def sample_kernel(
     total = tl.sum(mass, 0)
     target = tl.minimum((uniform * total.to(tl.float64)).to(tl.int64), total - 1)
     drawn = tl.sum(((cdf <= target) & m).to(tl.int64), 0)
-    # Of NaN nothing can be drawn; what is fed on must be an id all the same.
+    # Nothing can be drawn from NaN, but the result must be a valid id.
     found = tl.where(temperature > 0.0, drawn, best.to(tl.int64))
     tl.store(out_ptr + row, tl.minimum(found, vocab_size - 1))
 
 
 def sample_triton(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
-    """The same."""
+    """As `sample`."""
     rows, vocab_size = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     block = power_of_two(vocab_size)
@@ -177,10 +177,10 @@ def accepted_kernel(drafts_ptr, drawn_ptr, lengths_ptr, out_ptr, width, BLOCK: t
 
 
 def accepted_triton(drafts: Tensor, drawn: Tensor, lengths: Tensor) -> Tensor:
-    """The same."""
+    """As `accepted`."""
     num, width = drafts.shape
     out = torch.empty(num, dtype=torch.int64, device=drafts.device)
-    # One place more than a draft can have, where it ends.
+    # One column more than a draft can have, for its end.
     accepted_kernel[(num,)](
         drafts, drawn, lengths, out, width, BLOCK=power_of_two(width + 1), num_warps=1, **overlap(drafts)
     )

@@ -1,5 +1,5 @@
-"""The larger pieces that stages are made of, as operations: a stack of transformer layers with what stands before,
-between and behind them, and what leaves keys and values for a cross-attention.
+"""The larger pieces of stages as operations: a stack of transformer layers with the operations before, between and
+after them, and the storing of keys and values for a cross-attention.
 
 Composed of the other operations. The CPU's own kernels do each in one call (`kernels.native`).
 """
@@ -24,7 +24,7 @@ KvPages = tuple[Tensor, Tensor]
 
 
 class KvCache(tuple[KvPages, ...]):
-    """Of every layer. The tensors stay where they are."""
+    """Pages of every layer. The tensors never move."""
 
     @cached_property
     def addresses(self) -> "ctypes.Array[ctypes.c_int64]":
@@ -34,7 +34,7 @@ class KvCache(tuple[KvPages, ...]):
 
 
 class Beside(NamedTuple):
-    """Where each row of a stack reads or writes besides its own cache: at page[r], offset[r] (R,) int64."""
+    """The other cache that each row of a stack reads or writes: at page[r], offset[r] (R,) int64."""
 
     cache: KvCache
     page: Tensor
@@ -47,10 +47,9 @@ class StackFunction(Protocol):
     def __call__(
         self, x: Tensor, cache: KvCache, plan: AttentionPlan, beside: Beside | None = None, wanted: Tensor | None = None
     ) -> Tensor:
-        """x (R, dim), or ids (R,) where there is an embedding, to states (R, dim), or to logits where there is a head.
-
-        The rows' K/V go to the cache first, so that rows of one call see each other. wanted (W,) int64: which rows
-        come out, all without; what comes out of none means nothing.
+        """x (R, dim), or ids (R,) if there is an embedding, to states (R, dim), or to logits if there is a head. The
+        rows' K/V go to the cache first, so that rows of one call see each other. wanted (W,) int64: the rows to return,
+        by default all; if empty, the result is undefined.
         """
         ...
 
@@ -63,7 +62,7 @@ KeysFunction = Callable[[Tensor, KvCache, Tensor, Tensor], None]
 class LayerWeights:
     """A pre-norm layer: self-attention with rotary positions, then SwiGLU, each with a residual.
 
-    qkv: queries, keys and values on top of each other; gate_up: gate, then up. rope as `rope_table` gives it.
+    qkv: queries, keys and values stacked; gate_up: gate, then up. rope as `rope_table` gives it.
     """
 
     attention_norm: Tensor
@@ -95,7 +94,7 @@ class SlotsWeights:
 
 @dataclass(frozen=True, slots=True)
 class KeysWeights:
-    """What makes rows the keys and values of a cross-attention; kv: keys and values on top of each other."""
+    """Turns rows into keys and values of a cross-attention; kv: keys and values stacked."""
 
     norm: Tensor
     kv: Matrix
@@ -114,8 +113,8 @@ class HeadWeights:
 class StackWeights:
     """Layers in a row.
 
-    slots: of the first layers; each reads the latent whose slots begin where `Beside` says. keys: of the last layers;
-    the states behind each are stored there as keys and values, those behind the first of them as states, too.
+    slots: of the first layers; each reads the latent whose slots begin at `Beside`. keys: of the last layers; the
+    states after each are stored there as keys and values, those after the first also as states.
     """
 
     layers: Sequence[LayerWeights]

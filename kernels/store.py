@@ -1,4 +1,4 @@
-"""Writing rows into paged caches: keys and values, rotated on the way where they have positions, and byte states."""
+"""Writes rows into paged caches: keys and values, rotated if they have positions, and byte states."""
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def store_states(states: Tensor, page: Tensor, offset: Tensor, cache: Tensor) ->
 
 
 def traffic(rows: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> Traffic:
-    """Bytes of `store_qkv` (heads 0: of `store_kv`): every row in, its angles where it has queries, every row out."""
+    """Bytes of `store_qkv` (heads 0: of `store_kv`): every row in, its angles if it has queries, every row out."""
     row = (heads + 2 * kv_heads) * head_dim * itemsize
     return Traffic(rows * (row + (4 * head_dim if heads else 0)), rows * row)
 
@@ -84,7 +84,7 @@ def store_qkv_kernel(
 def store_qkv_triton(
     qkv: Tensor, rope: Tensor, positions: Tensor, page: Tensor, offset: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> Tensor:
-    """The same."""
+    """As `store_qkv`."""
     rows, all_heads, head_dim = qkv.shape
     q = qkv.new_empty(rows, all_heads - 2 * k_cache.shape[1], head_dim)
     _launch(qkv, rope, positions, page, offset, k_cache, v_cache, q)
@@ -92,7 +92,7 @@ def store_qkv_triton(
 
 
 def store_kv_triton(kv: Tensor, page: Tensor, offset: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """The same."""
+    """As `store_kv`."""
     _launch(kv, None, None, page, offset, k_cache, v_cache, None)
 
 
@@ -104,7 +104,7 @@ def _launch(
     kv_heads, page_size = k_cache.shape[1:3]
     block = store_blocks(all_heads, head_dim)
     grid = (rows, blocks(all_heads, block["BLOCK_HEADS"]))
-    # Without queries nothing is written to where they go, but the kernel wants an address.
+    # Without queries nothing is written there, but the kernel needs an address.
     store_qkv_kernel[grid](
         qkv, rope, positions, page, offset, k_cache, v_cache, qkv if q is None else q,
         all_heads - 2 * kv_heads, kv_heads, page_size,
@@ -129,7 +129,7 @@ def store_states_kernel(
 
 
 def store_states_triton(states: Tensor, page: Tensor, offset: Tensor, cache: Tensor) -> None:
-    """The same."""
+    """As `store_states`."""
     rows, dim = states.shape
     block = min(power_of_two(dim), 1024)
     store_states_kernel[(rows, blocks(dim, block))](

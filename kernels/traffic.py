@@ -1,10 +1,10 @@
-"""What a kernel moves to and from memory. Each kernel's file has a function of its shapes that says so."""
+"""Bytes that a kernel moves to and from memory. Each kernel's file computes them from its shapes."""
 
 from typing import NamedTuple
 
 
 class Traffic(NamedTuple):
-    """Bytes. What several programs of one call read again from cache counts once; index arrays do not count."""
+    """Bytes. Data that several programs of one call read from cache counts once; index arrays do not count."""
 
     read: int = 0
     written: int = 0

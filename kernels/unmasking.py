@@ -1,4 +1,4 @@
-"""Which cells of a block become bytes after a pass, and how sure the model is of each (Fast BLT 3.1.2)."""
+"""Chooses the cells of a block that become bytes after a pass, by the model's confidence (Fast BLT 3.1.2)."""
 
 import torch
 from torch import Tensor
@@ -13,20 +13,20 @@ ONE_STEP, CONFIDENCE, ENTROPY, ENTROPY_MINUS_MAX = range(4)
 def certainty(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Highest probability and entropy (nats) of softmax(logits): (R, V) float32 in, twice (R,) float32 out.
 
-    Ids with a logit of -inf count for nothing.
+    Ids with a logit of -inf are ignored.
     """
     p = logits.softmax(-1)
     return p.amax(-1), torch.special.entr(p).sum(-1)
 
 
 def unmask(masked: Tensor, confidence: Tensor, entropy: Tensor, rules: Tensor, bounds: Tensor) -> Tensor:
-    """The cells that are settled now: (S, B) bool; in every block with masked cells at least one, ties to the left.
+    """The cells settled by this pass: (S, B) bool; at least one in every block with masked cells, ties to the left.
 
     masked (S, B) bool; confidence, entropy (S, B) float32; rules (S,) int64 as above; bounds (S,) float64.
 
     CONFIDENCE: all whose confidence is above the bound; if there are none, the most confident one. ENTROPY: from the
-    lowest entropy up, as many as have a sum of at most the bound; if not even one, the lowest. ENTROPY_MINUS_MAX: the
-    largest entropy of the sum is not counted (Ben-Hamu et al. 2025), so that one is always admitted. ONE_STEP: all.
+    lowest entropy up, as long as the sum is at most the bound; at least the lowest. ENTROPY_MINUS_MAX: the largest
+    entropy of the sum is not counted (Ben-Hamu et al. 2025), so that one is always admitted. ONE_STEP: all.
     """
     settled = torch.zeros_like(masked)
     for s, (rule, bound) in enumerate(zip(rules.tolist(), bounds.tolist(), strict=True)):
@@ -44,7 +44,7 @@ def _settled(cells: list[int], confidence: list[float], entropy: list[float], ru
     admitted: list[int] = []
     total = 0.0
     for cell in sorted(cells, key=lambda cell: entropy[cell]):
-        # Ascending, so the largest so far is the one at hand.
+        # Ascending, so the current one is the largest so far.
         if (total if rule == ENTROPY_MINUS_MAX else total + entropy[cell]) > bound:
             break
         total += entropy[cell]
@@ -76,7 +76,7 @@ def certainty_kernel(logits_ptr, confidence_ptr, entropy_ptr, vocab_size, BLOCK:
 
 
 def certainty_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The same."""
+    """As `certainty`."""
     rows, vocab_size = logits.shape
     confidence, entropy = logits.new_empty(rows), logits.new_empty(rows)
     certainty_kernel[(rows,)](
@@ -105,7 +105,7 @@ def unmask_kernel(
     above = masked & (confidence.to(tl.float64) > bound)
     by_confidence = above | (masked & (i == tl.argmax(surest, 0)) & (tl.sum(above.to(tl.int32), 0) == 0))
 
-    # One cell after the other, so that the sum is the twin's to the last bit.
+    # In order of cells, so that the sum has the twin's bits.
     left = masked
     by_entropy = i < 0
     total = tl.zeros((), tl.float64)
@@ -127,7 +127,7 @@ def unmask_kernel(
 
 
 def unmask_triton(masked: Tensor, confidence: Tensor, entropy: Tensor, rules: Tensor, bounds: Tensor) -> Tensor:
-    """The same."""
+    """As `unmask`."""
     num_blocks, size = masked.shape
     settled = torch.empty_like(masked)
     unmask_kernel[(num_blocks,)](

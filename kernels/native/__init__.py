@@ -2,8 +2,8 @@
 
 torch's operations cost several microseconds each before they begin, and a step of a small model is hundreds of them;
 its products of few rows read a matrix once per row, or nearly so. Here a stack is one call, weights are laid out once
-for the one product that there is, and a row's bits are the same in any company, without padding. `hatch_build.py`
-compiles the C when the package is installed; where that was not possible, torch computes.
+for the only product, and a row's bits do not depend on other rows, without padding. `hatch_build.py` compiles the C
+when the package is installed; otherwise torch computes.
 """
 
 import ctypes
@@ -114,13 +114,13 @@ class Packed(Matrix):
 
 
 def pack(matrix: Matrix) -> Packed:
-    """float8 becomes bfloat16, which holds every one of its numbers."""
+    """Lays out a matrix. float8 becomes bfloat16, which represents all its values."""
     data = matrix.data
     return join([data if data.dtype in (torch.float32, torch.bfloat16) else data.to(torch.bfloat16)], matrix.scale)
 
 
 def join(parts: Sequence[Tensor], scale: Tensor | None = None) -> Packed:
-    """Matrices (out, in) of one dtype, float32 or bfloat16, laid on top of each other; read once, as where they are."""
+    """Stacks matrices (out, in) of one dtype, float32 or bfloat16, along their outputs; each is read once, in place."""
     assert LIBRARY
     parts = [part.contiguous() for part in parts]
     outs, width, panel = [len(part) for part in parts], parts[0].shape[1], LIBRARY.fastblt_panel()
@@ -162,7 +162,7 @@ def linear(
 
 
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> Tensor:
-    """`kernels.attention.attention`. Padding rows come out as zeros."""
+    """`kernels.attention.attention`. Outputs of padding rows are zeros."""
     assert LIBRARY
     q = q.contiguous()
     out = torch.empty_like(q)
@@ -218,7 +218,7 @@ def patch_max(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor) -> Te
 
 
 class _Planner(threading.local):
-    """Room for a plan's numbers, until they are copied to where they are wanted."""
+    """Buffer for a plan's numbers, until they are copied out."""
 
     def __init__(self) -> None:
         self.found = (_INT * 3)()
@@ -335,7 +335,7 @@ def stack(w: StackWeights) -> StackFunction:
 
     address = ctypes.byref(struct)
 
-    # What the addresses point to lives as long as the function.
+    # Keeps the memory behind the addresses alive as long as the function.
     def run(
         x: Tensor, cache: KvCache, plan: AttentionPlan, beside: Beside | None = None, wanted: Tensor | None = None,
         alive: Any = (w, norms),

@@ -1,5 +1,5 @@
 /* Attention over paged keys and values: kernels/attention.py and kernels/cross_attention.py say what it means. Every row
-   goes through the pages that it sees in ascending order with a running maximum, by itself. */
+   goes through its pages alone, in ascending order with a running maximum. */
 
 #ifndef FASTBLT_ATTENTION_H
 #define FASTBLT_ATTENTION_H
@@ -30,7 +30,7 @@ typedef struct {
 
 #define LINE 64
 
-/* What memory brings meanwhile: `bytes` from `from` on. */
+/* Memory to prefetch meanwhile: `bytes` from `from` on. */
 static inline void bring(const char *from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(from + i);
 }
@@ -49,8 +49,8 @@ static inline Four quarters(Vector v) {
 /* The two functions below for keys and values of one type; with bfloat16 they are widened as they are loaded.
 
    four_dots: q with four keys at once, each in the order of `dot`.
-   add_weighted: adds values weighted: of even and of odd places apart, so that additions need not wait for each other.
-   ahead: keys of which so many bytes per value are wanted next. */
+   add_weighted: adds weighted values, even and odd ones apart, so that additions need not wait for each other.
+   ahead: keys needed next, with their bytes per value. */
 #define ATTENDING(KIND, TYPE, LOAD, NUMBER)                                                                            \
     static inline void four_dots_##KIND(const float *q, const TYPE *keys, int64_t width, float *scores) {              \
         Vector a = {0}, b = {0}, c = {0}, d = {0};                                                                     \
@@ -111,7 +111,7 @@ static inline Four quarters(Vector v) {
 ATTENDING(f32, float, load, SAME)
 ATTENDING(bf16, uint16_t, load_bf16, from_bf16)
 
-/* One tile and one K/V head. `scores`: room for those of a row with a page. */
+/* One tile and one K/V head. `scores`: room for one row's scores with a page. */
 #define ATTEND_TILE(KIND, TYPE)                                                                                        \
     static void attend_tile_##KIND(const Attention *a, const int64_t *tile, int64_t kv_head, float *scores) {          \
         const Plan *plan = a->plan;                                                                                    \
@@ -169,7 +169,7 @@ static void attend_tiles(void *of, int64_t begin, int64_t end) {
     }
 }
 
-/* q (queries, heads, head_dim), scaled, to out of the same shape. Rows of no tile come out as zeros. */
+/* q (queries, heads, head_dim), scaled, to out of the same shape. Outputs of rows in no tile are zeros. */
 static void attend(const float *q, float *out, const Plan *plan, const Cache *cache, int64_t heads, int bf16) {
     int64_t work = 0;
     for (int64_t t = 0; t < plan->num_tiles; t++) work += plan->tiles[t * 5 + 1] * plan->tiles[t * 5 + 4];

@@ -1,4 +1,4 @@
-/* What is done to single bytes: their embedding with hashed n-grams, how uncertain the next one is, and whether it starts a
+/* Operations on single bytes: their embedding with hashed n-grams, the next byte's entropy, and whether it starts a
    patch. */
 
 #ifndef FASTBLT_BYTES_H
@@ -33,7 +33,7 @@ static void hash_embed(
     narrow((char *)x + row * h->dim * number, sum, h->dim, bf16);
 }
 
-/* Of softmax(x), in nats. Overwrites x. */
+/* Entropy of softmax(x), in nats. Overwrites x. */
 static float entropy(float *x, int64_t n) {
     float most = -INFINITY, total = 0.0f, sum = 0.0f;
     for (int64_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;

@@ -5,7 +5,7 @@
 
 #include "vector.h"
 
-/* The first of the largest; of what is no number, if there is any. */
+/* Index of the first largest number; of the first NaN, if there is one. */
 static int64_t likeliest(const float *x, int64_t n) {
     float most = most_of(x, n, -INFINITY);
     int bad = 0;
@@ -57,11 +57,11 @@ static int64_t sample(const double *x, int64_t n, const double *law, double unif
     int64_t target = (int64_t)(uniform * total);
     target = target < total - 1 ? target : total - 1;
     for (int64_t i = 0; i < n; i++) drawn += (below += mass[i]) <= target;
-    /* Of what is no distribution any id will do, as long as it is one. */
+    /* Without a valid distribution any valid id will do. */
     return drawn < n ? drawn : n - 1;
 }
 
-/* Highest probability and entropy of softmax(x). What is impossible counts for nothing. */
+/* Highest probability and entropy of softmax(x). Ids of probability 0 are ignored. */
 static void certainty(const float *x, int64_t n, float *confidence, float *entropy) {
     float most = most_of(x, n, -INFINITY), total = 0.0f, sum = 0.0f;
     for (int64_t i = 0; i < n; i++) total += exponential(x[i] - most);
@@ -92,7 +92,7 @@ static void unmask(
         }
         if (!any && best >= 0) settled[best] = 1;
     } else {
-        /* The lowest of those that are left, one after the other. */
+        /* The remaining ones, in ascending order. */
         for (double total = 0.0;; total += entropy[best]) {
             int64_t next = -1;
             for (int64_t i = 0; i < n; i++)

@@ -1,4 +1,4 @@
-/* The CPU's operations, whole layers at a time. kernels/native/__init__.py calls them and describes the arguments; what
+/* The CPU's operations, in whole layers. kernels/native/__init__.py calls them and describes the arguments; what
    they compute is written in torch in the files of kernels/.
 
    bf16: whether the model's dtype is bfloat16 rather than float. Inside, numbers are floats, rounded where the torch twins
@@ -69,7 +69,7 @@ void fastblt_pack(
     finish();
 }
 
-/* x (rows, in) to y (rows, out), with what `kernels.linear` does before and behind it. */
+/* x (rows, in) to y (rows, out), with the operations of `kernels.linear` before and after it. */
 void fastblt_linear(
     const Matrix *weight, const void *x, const float *norm, float eps, int gated, const void *residual, int twice, void *y,
     int64_t rows, int bf16, int threads
@@ -116,7 +116,7 @@ static void widen_rows(float *to, const void *table, const int64_t *which, int64
         widen(to, (const char *)table + which[r] * dim * (bf16 ? 2 : 4), dim, bf16);
 }
 
-/* Splits qkv (rows, heads + 2 kv_heads, head_dim), turns and scales queries into q, turns keys, stores keys and values. */
+/* Splits qkv (rows, heads + 2 kv_heads, head_dim): rotates and scales queries into q, rotates keys, stores K and V. */
 static void store_qkv(const Layer *l, const Plan *plan, const Cache *cache, const float *qkv, float *q) {
     int64_t width = l->head_dim, half = width / 2, size = plan->page_size;
     float scale = 1.0f / sqrtf((float)width), turned[width];
@@ -143,14 +143,14 @@ static void store_qkv(const Layer *l, const Plan *plan, const Cache *cache, cons
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Of `take`, by a function over so many rows. */
+/* Floats that a layer over `rows` rows takes from `take`. */
 static size_t layer_floats(const Layer *l, int64_t rows) {
     int64_t width = l->heads * l->head_dim, all = width + 2 * l->kv_heads * l->head_dim;
     int64_t widest = larger(larger(l->dim, width), l->ffn_dim);
     return rows * (2 * l->dim + all + 2 * width + 3 * l->ffn_dim + widest) + 64 * 8;
 }
 
-/* A transformer layer: x (rows, dim) becomes what comes out; keys and values go to the cache first. */
+/* A transformer layer: overwrites x (rows, dim) with its output; keys and values go to the cache first. */
 static void layer(const Layer *l, const Plan *plan, const Cache *cache, float *x) {
     int64_t rows = plan->rows, dim = l->dim, width = l->heads * l->head_dim, ffn = l->ffn_dim;
     size_t mark = arena_used;
@@ -210,8 +210,8 @@ static void store_keys(
     arena_used = mark;
 }
 
-/* `stack` of kernels/stack.py. x: (rows, dim), or ids (rows,) where there is an embedding. wanted (left,), or null: which
-   rows come out. beside, states, page, offset: `Beside`. */
+/* `stack` of kernels/stack.py. x: (rows, dim), or ids (rows,) where there is an embedding. wanted (left,), or null: the
+   rows to output. beside, states, page, offset: `Beside`. */
 void fastblt_stack(
     const Stack *s, const Plan *plan, const Cache *caches, const Cache *beside, void *states, const int64_t *page,
     const int64_t *offset, const void *x, const int64_t *wanted, int64_t left, void *y, int threads
@@ -288,7 +288,7 @@ void fastblt_patch_max(
         for (int64_t d = 0; d < dim; d++) most[d] = bounds[p + 1] > bounds[p] ? -INFINITY : 0.0f;
         for (int64_t b = bounds[p]; b < bounds[p + 1]; b++) {
             widen(state, (const char *)cache + (page[b] * page_size + offset[b]) * size, dim, bf16);
-            /* A state that is no number makes the maximum none. */
+            /* A NaN in a state makes the maximum NaN. */
             for (int64_t d = 0; d < dim; d++) most[d] = state[d] > most[d] || state[d] != state[d] ? state[d] : most[d];
         }
         narrow((char *)out + p * size, most, dim, bf16);
@@ -302,7 +302,7 @@ void fastblt_store_states(const void *states, const int64_t *page, const int64_t
 }
 
 /* An attention plan: found becomes its tiles, its pages and the most segments of a tile; out its numbers, if there is room
-   for them. Returns how many these are. tiles, pages: as in `Lengths`. */
+   for them. Returns their count. tiles, pages: as in `Lengths`. */
 int64_t fastblt_plan(
     const Span *writes, int64_t num_writes, const int64_t *written, const Span *spans, int64_t num_spans,
     const int64_t *seen, const Tiling *tiling, int64_t rows, int64_t queries, int64_t tiles, int64_t pages, int64_t *found,
@@ -326,16 +326,16 @@ int64_t fastblt_plan(
     return numbers;
 }
 
-/* Where patches start: entropies (rows,), spans (num_spans, 4) to found (2, rows). rule: longest, then how bytes are judged. */
+/* Where patches start: entropies (rows,), spans (num_spans, 4) to found (2, rows). rule: longest, then the rest. */
 void fastblt_boundaries(
     const float *entropies, const double *previous, const int64_t *spans, int64_t num_spans, int64_t longest, int judge,
     float threshold, float rise, float *found, int64_t rows
 ) {
     memset(found, 0, 2 * rows * sizeof *found);
     for (int64_t s = 0; s < num_spans; s++, spans += 4) {
-        int64_t row = spans[0], behind = row + spans[1], byte = spans[2], start = spans[3];
+        int64_t row = spans[0], end = row + spans[1], byte = spans[2], start = spans[3];
         float before = (float)previous[s];
-        for (; row < behind; row++) {
+        for (; row < end; row++) {
             float now = entropies[row];
             byte++;
             int opens = starts_patch(now, before, byte, judge, threshold, rise) || (longest && byte - start >= longest);

@@ -17,7 +17,7 @@ typedef struct {
     int64_t small, large, page_size, window, split;
 } Tiling;
 
-/* A tile's first row in its span, and how many; the pages of the sequence that it reads. */
+/* A tile's first row in its span, its number of rows, and the pages of the sequence that it reads. */
 typedef struct {
     int64_t begin, count, lowest, highest;
 } Tile;
@@ -39,7 +39,7 @@ static inline Tile tile_at(const Span *s, int64_t row, const Tiling *t) {
     return tile;
 }
 
-/* Counts tiles, the pages that they read, and the segments of the one that reaches into most. */
+/* Counts tiles, the pages that they read, and the most segments of a tile. */
 static void count_tiles(const Span *queries, int64_t n, const Tiling *t, int64_t *tiles, int64_t *pages, int64_t *segments) {
     *tiles = *pages = 0, *segments = 1;
     for (const Span *s = queries; s < queries + n; s++)

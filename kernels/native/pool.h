@@ -1,8 +1,8 @@
 /* Threads that share the parts of one operation.
 
-   Whoever calls takes parts himself, and never waits for a thread that has not begun: on a busy machine that may be long.
-   The others look for parts for a moment, since the next operation of a step follows at once, and then sleep. What a part
-   computes never depends on who computes it. */
+   The caller takes parts itself, and never waits for a thread that has not started: on a busy machine that may take
+   long. The others spin for a moment, since the next operation of a step follows at once, and then sleep. A part's
+   result never depends on the thread that computes it. */
 
 #ifndef FASTBLT_POOL_H
 #define FASTBLT_POOL_H
@@ -14,11 +14,12 @@
 #include <unistd.h>
 
 #define MOST_THREADS 256
-/* Looks before a thread lets others have the processor between looks, some ten microseconds; and before it sleeps, some
-   hundred: what one thread does alone between two products of a large layer takes about as long. */
+/* Polls before a thread yields the processor between polls (some ten microseconds), and before it sleeps (some hundred,
+   about the work of one thread between two products of a large layer). */
 #define LOOKS 300
 #define LAST_LOOK 500
-/* Multiplications that are worth a thread of their own, some ten microseconds; and worth waking one that sleeps. */
+/* Multiplications that justify another thread (some ten microseconds), and those that justify waking one that sleeps.
+   */
 #define LEAST_WORK 200000
 #define LEAST_TO_WAKE 2000000
 #define PARTS_PER_THREAD 4
@@ -26,8 +27,8 @@
 
 typedef void (*Task)(void *of, int64_t begin, int64_t end);
 
-/* What is to be done now. `turn` is the number of the operation in its upper half and the next part in its lower: who
-   moves it on has that part of that operation, and the operation is not over before he is done. */
+/* The current operation. `turn` holds its number in the upper half and the next part in the lower. A thread that
+   increments it owns that part, and the operation lasts until that part is done. */
 static struct {
     _Atomic(Task) task;
     _Atomic(void *) of;
@@ -82,10 +83,10 @@ static void *work(void *unused) {
     return 0;
 }
 
-/* How many threads there are to be; 1 computes alone. */
+/* Number of threads; 1 computes alone. */
 static void set_threads(int threads) {
     if (owner != getpid()) {
-        /* Threads do not survive a fork, and nobody knows what they held. */
+        /* Threads do not survive a fork, and their state is unknown. */
         num_workers = asleep = 0;
         pthread_mutex_init(&bed, 0);
         pthread_cond_init(&wake, 0);
@@ -112,7 +113,7 @@ static void share(Task task, void *of, int64_t n, int64_t multiplications) {
         task(of, 0, n);
         return;
     }
-    /* First nobody may take anything: not a part of the last operation by what this one says, either. */
+    /* First, no thread may take a part: not even one of the last operation under this one's numbers. */
     uint64_t number = (now.turn >> 32) + 1;
     now.turn = number << 32 | NO_PART;
     now.task = task;

@@ -1,6 +1,6 @@
 /* Matrix products for few rows: weights are streamed once, in panels of a few outputs each, laid out so that a panel lies
    in memory as it is read. Every output is summed over the inner dimension in ascending order, one fused multiplication
-   and addition after the other, whatever the number of rows: a row has the same bits in any company. */
+   and addition after the other, whatever the number of rows: a row has the same bits in any batch. */
 
 #ifndef FASTBLT_PRODUCT_H
 #define FASTBLT_PRODUCT_H
@@ -17,7 +17,7 @@
 #define MOST_ROWS 6
 #endif
 
-/* panels: (ceil(out / PANEL), in, PANEL) float or bfloat16, zeros behind the last output. scale: (out,) or null. */
+/* panels: (ceil(out / PANEL), in, PANEL) float or bfloat16, zeros after the last output. scale: (out,) or null. */
 typedef struct {
     const void *panels;
     const float *scale;
@@ -25,7 +25,7 @@ typedef struct {
     int64_t bf16;
 } Matrix;
 
-/* Matrices (outs[i], in) of one type, one on top of the other, and the panels that they become. */
+/* Matrices (outs[i], in) of one type, one on top of the other, and the resulting panels. */
 typedef struct {
     const void *const *parts;
     const int64_t *outs;
@@ -33,7 +33,7 @@ typedef struct {
     int64_t num_parts, out, in, itemsize;
 } Packing;
 
-/* Some of the inner dimension at a time, so that what is written stays in the nearest cache meanwhile. */
+/* Takes the inner dimension in pieces, so that the output stays in the nearest cache. */
 #define PACK(NAME, TYPE)                                                                              \
     static void NAME(const void *const *rows, void *panel, int64_t in) {                             \
         for (int64_t k = 0; k < in; k += 32) {                                                        \
@@ -63,7 +63,7 @@ static void pack_panels(void *of, int64_t begin, int64_t end) {
     }
 }
 
-/* What becomes of a product: y = x W^T; y = residual + y; twice: y = residual + y once more. Rounded after each. */
+/* The use of a product: y = x W^T; y = residual + y; twice: y = residual + y once more. Rounded after each. */
 typedef struct {
     const Matrix *weight;
     const float *x, *residual;
@@ -116,7 +116,7 @@ static inline void micro(
     switch (rows) { EACH(CASE) }
 }
 
-/* All rows by one panel: tiles (rows, PANEL). Where the panel is read several times, it goes by in pieces that stay in the
+/* All rows by one panel: tiles (rows, PANEL). A panel that is read several times is taken in pieces that stay in the
    nearest cache, widened once. */
 static void panel_tiles(const Product *p, int64_t panel, float *tiles) {
     const Matrix *m = p->weight;
@@ -127,7 +127,7 @@ static void panel_tiles(const Product *p, int64_t panel, float *tiles) {
     for (int64_t k = 0; k < m->in; k += piece) {
         int64_t count = m->in - k < piece ? m->in - k : piece;
         const void *weights = (const char *)m->panels + (panel * m->in + k) * PANEL * itemsize;
-        /* The memory brings the next piece meanwhile. */
+        /* Prefetches the next piece meanwhile. */
         const char *ahead = (const char *)weights + PIECE * PANEL * itemsize;
         int bf16 = (int)m->bf16;
         if (bf16 && turns > 1) {
@@ -135,7 +135,7 @@ static void panel_tiles(const Product *p, int64_t panel, float *tiles) {
             weights = wide, bf16 = 0;
         }
         for (int64_t turn = 0; turn < turns; turn++) {
-            /* Turns of about as many rows each. */
+            /* Groups of about equally many rows. */
             int64_t row = p->rows * turn / turns, rows = p->rows * (turn + 1) / turns - row;
             micro((int)rows, p->x + row * m->in + k * rows, count, weights, bf16, ahead, PANEL * itemsize, tiles + row * PANEL);
         }
@@ -170,7 +170,7 @@ static void product(
     const Matrix *weight, const float *x, float *turned, const float *residual, int twice, float *y, int64_t rows, int bf16
 ) {
     int64_t turns = (rows + MOST_ROWS - 1) / MOST_ROWS, in = weight->in;
-    /* The rows of a turn side by side: read apart they would push each other out of the nearest cache. */
+    /* Interleaves the rows of a group: read separately they would evict each other from the nearest cache. */
     for (int64_t turn = 0; turn < turns; turn++) {
         int64_t row = rows * turn / turns, count = rows * (turn + 1) / turns - row;
         float *to = turned + row * in;

@@ -1,4 +1,4 @@
-/* Numbers side by side, bfloat16, memory for intermediate results. */
+/* Vectors of numbers, bfloat16, memory for intermediate results. */
 
 #ifndef FASTBLT_VECTOR_H
 #define FASTBLT_VECTOR_H
@@ -137,7 +137,7 @@ static void narrow(void *to, const float *from, int64_t n, int bf16) {
         for (int64_t i = 0; i < n; i++) ((uint16_t *)to)[i] = to_bf16(from[i]);
 }
 
-/* Memory that lives until the next call; grows to what the largest call needed. */
+/* Memory that lives until the next call; grows to the need of the largest call. */
 static _Thread_local char *arena;
 static _Thread_local size_t arena_size, arena_used;
 
@@ -158,7 +158,7 @@ static float *take(size_t floats) {
     return found;
 }
 
-/* Room of one thread for one part of an operation; what was in it before is lost. */
+/* One thread's memory for one part of an operation; its old content is lost. */
 static float *scratch(size_t floats) {
     static _Thread_local float *room;
     static _Thread_local size_t size;
