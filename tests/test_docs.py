@@ -275,6 +275,13 @@ def test_every_file_that_contributors_are_sent_to_exists() -> None:
     assert len(named) > 30 and not [name for name in named if not (ROOT / name).exists()]
 
 
+def test_the_glossary_is_short_and_has_each_word_once() -> None:
+    section = re.search(r"^## Words\n(.*?)^## ", DOCS["design.md"], re.M | re.S)
+    assert section
+    words = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", section[1], re.M)[1:]
+    assert 20 < len(words) <= 30 and len(set(words)) == len(words)
+
+
 def test_the_changelog_begins_with_what_is_not_released_and_has_this_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = re.findall(r"^## (\S+)", DOCS["CHANGELOG.md"], re.M)
