@@ -53,3 +53,11 @@ def tiny_server(tiny: Path) -> Iterator[str]:
             process.send_signal(signal.SIGINT)
             log += process.communicate(timeout=60)[1]
     assert process.returncode == 0, log
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows what tests record as a "figure", from whichever process they ran in."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, figure in getattr(report, "user_properties", ()):
+            if name == "figure":
+                terminalreporter.write_line(str(figure))
