@@ -75,14 +75,14 @@ def writes(source: str) -> Iterator[tuple[int, str]]:
                     targets = [target]
                 case ast.Delete(of):
                     targets = of
-                case ast.Call(ast.Attribute(value, name)) if name in MUTATORS:
+                case ast.Call(ast.Attribute(value, name), lineno=line) if name in MUTATORS:
                     part = part_of(value, aliases)
                     if part and name not in METHODS_OF_PARTS.get(part, ()):
-                        yield node.lineno, part
+                        yield line, part
             for target in targets:
                 # A bare name that is an alias is bound anew; what it stood for stays as it was.
                 if not isinstance(target, ast.Name) and (part := part_of(target, aliases)):
-                    yield node.lineno, part
+                    yield target.lineno, part
 
 
 @pytest.mark.parametrize("path", sorted(ENGINE.rglob("*.py")), ids=lambda path: str(path.relative_to(ENGINE)))

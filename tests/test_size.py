@@ -23,7 +23,7 @@ LARGEST = 5
 """How many classes and functions are named."""
 
 OUTSIDE = {
-    "engine/calibration.py": "finds a patching threshold, for `fastblt calibrate` and random models",
+    "engine/thresholds.py": "finds a patching threshold, for `fastblt calibrate` and random models",
     "engine/checkpoint": "the formats of checkpoints: read at the start, written by commands",
     "engine/commit.py": "says which commit is installed",
     "engine/entropies.py": "runs the patcher by itself, for `fastblt calibrate`",
@@ -40,7 +40,7 @@ OUTSIDE = {
     "server/offline.py": "`fastblt generate`, which has no server",
     "server/progress.py": "how far a command is",
     "server/scoring.py": "the command `fastblt eval`",
-    "server/show.py": "colours of `fastblt generate --show`",
+    "server/terminal_view.py": "colours of `fastblt generate --show`",
     "server/size.py": "the command `fastblt size`",
     "server/tables.py": "tables that commands print",
     "server/texts.py": "files that commands read",
