@@ -270,9 +270,17 @@ def test_every_link_leads_somewhere() -> None:
             assert (folder / target).exists() or target == "models/nano/README.md", (name, target)
 
 
-def test_every_file_that_contributors_are_sent_to_exists() -> None:
-    named = set(re.findall(r"`((?:[\w.-]+/)+(?:[\w.-]+)?)`", DOCS["CONTRIBUTING.md"]))
-    assert len(named) > 30 and not [name for name in named if not (ROOT / name).exists()]
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "design.md"])
+def test_every_file_that_contributors_are_sent_to_exists(name: str) -> None:
+    named = set(re.findall(r"`((?:[\w.-]+/)+(?:[\w.-]+)?)`", DOCS[name])) - {"/health/live"}
+    assert len(named) > 25 and not [file for file in named if not (ROOT / file).exists()]
+
+
+def test_a_step_is_told_in_twelve_sentences() -> None:
+    section = re.search(r"^### The trip of one request.*?^1\. (.*?)^## ", DOCS["design.md"], re.M | re.S)
+    assert section
+    sentences = re.findall(r"[.:;](?=\s)", re.sub(r"^\d+\.", "", section[1], flags=re.M))
+    assert 8 < len([end for end in sentences if end == "."]) <= 12
 
 
 def test_the_glossary_is_short_and_has_each_word_once() -> None:
