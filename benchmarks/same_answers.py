@@ -162,7 +162,13 @@ def pairs(played: Sequence[Run], other: Path, this: Path) -> Iterator[tuple[Run,
     """Each run with the lines that both have of it."""
     others, ours = _by_run(other), _by_run(this)
     for run in played:
-        yield run, others[run.name], ours[run.name]
+        yield run, in_order(others[run.name]), in_order(ours[run.name])
+
+
+def in_order(lines: Sequence[Line]) -> list[Line]:
+    """By step and request: events of one request come in order, those of a step's requests in any. What was counted
+    comes last."""
+    return sorted(lines, key=lambda line: ("counted" in line, line.get("step", 0), line.get("event", {}).get("id", "")))
 
 
 def _by_run(path: Path) -> dict[str, list[Line]]:
