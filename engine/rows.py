@@ -25,10 +25,12 @@ class Rows(msgspec.Struct):
     cells: Seq[int] = ()
     cells_start: int = 0
     num_block: int = 0
+    drawn_from: int = 0
+    """First row of the text after which a byte is drawn, `end` for none."""
     logits_from: int = 0
-    """First row of the text whose logits are wanted, `end` for none; moves on with `decode_from`."""
+    """First row of the text whose logits are wanted: `drawn_from`, or before it for the scores of a prompt."""
     decode_from: int = 0
-    """First row of the text that the decoder runs; moves on when the step learns which rows it may skip."""
+    """First row of the text that the decoder runs. All three move on when the step learns which rows it may skip."""
     counted_from: int = 0
     """Rows from here on belong to generation: they are not a prompt's, nor computed for a second time."""
     prompt_scores: list[TokenLogprob] = []
@@ -60,12 +62,11 @@ class Rows(msgspec.Struct):
         return rows
 
     @classmethod
-    def _make(cls, sequence: Sequence, ask: Ask | None, end: int, logits_from: int) -> "Rows":
+    def _make(cls, sequence: Sequence, ask: Ask | None, end: int, drawn_from: int) -> "Rows":
         start = sequence.num_computed
-        if sequence.scores_prompt:
-            logits_from = start
+        logits_from = start if sequence.scores_prompt else drawn_from
         counted_from = max(sequence.num_prompt - 1, sequence.patching.decided)
-        return cls(sequence, start, end, ask, logits_from=logits_from, decode_from=start, counted_from=counted_from)
+        return cls(sequence, start, end, ask, (), 0, 0, drawn_from, logits_from, start, counted_from)
 
     @property
     def num_text(self) -> int:
@@ -90,18 +91,6 @@ class Rows(msgspec.Struct):
     @property
     def num_logits(self) -> int:
         return self.end - self.logits_from + len(self.cells)
-
-    @property
-    def drawn_from(self) -> int:
-        """First row of the text after which a byte is drawn, `end` for none. Logits before it are wanted for scores of
-        the prompt alone."""
-        match self.ask:
-            case Next():
-                return self.end - 1
-            case Verify(drafts):
-                return max(self.logits_from, self.end - len(drafts) - 1)
-            case _:
-                return self.end
 
     @property
     def num_drawn(self) -> int:

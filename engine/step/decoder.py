@@ -177,3 +177,4 @@ class DecoderStage:
         exact = rows.end - len(rows.ask.drafts) - 1 + rows.ask.exact
         rows.decode_from = max(min(first, exact), rows.start)
         rows.logits_from = max(rows.logits_from, rows.decode_from)
+        rows.drawn_from = max(rows.drawn_from, rows.decode_from)
