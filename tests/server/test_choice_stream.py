@@ -83,7 +83,7 @@ def test_echo_begins_text_and_logprobs_with_the_prompt() -> None:
     assert whole.logprobs.text_offset == [0, 0, 1, 1, 2]
 
 
-def test_patches_that_a_restarted_engine_tells_again_are_told_once() -> None:
+def test_patches_repeated_by_a_restarted_engine_are_sent_once() -> None:
     first = Trace(num_ids=2, drafts=ids_of(b"ab"), accepted=2, patch_starts=[0, 1])
     again = Trace(num_ids=1, patch_starts=[0, 1, 2])
     said: list[Delta | Finished] = [
@@ -123,7 +123,7 @@ def with_patches(said: list[Delta | Finished], num_prompt: int, late: int) -> tu
     st.integers(1, 9),
     st.booleans(),
 )
-def test_patches_cover_the_prompt_and_what_is_text(data: bytes, stops: list[bytes], late: int, scored: bool) -> None:
+def test_patches_cover_the_prompt_and_the_output_text(data: bytes, stops: list[bytes], late: int, scored: bool) -> None:
     prompt = [BOS_ID, *ids_of(b"xyz")]
     data = data + "é€xab".encode()
     said, places = with_patches(events(ids_of(data), stops), len(prompt), late)
@@ -145,10 +145,10 @@ def test_patches_cover_the_prompt_and_what_is_text(data: bytes, stops: list[byte
     assert len(whole.patches.entropies) == min(told, len(prompt) + len(text))
 
 
-def test_the_chosen_byte_is_among_the_alternatives() -> None:
+def test_top_logprobs_include_the_chosen_byte() -> None:
     whole, _ = read(ChoiceStream([BOS_ID], False, True), events(ids_of(b"a"), []))
     assert whole.logprobs and whole.logprobs.top_logprobs == [{"a": -1.01, "b": -3.0}]
 
 
-def test_every_id_has_a_name_of_its_own() -> None:
+def test_every_id_has_a_unique_token_name() -> None:
     assert len({token_name(token) for token in range(260)}) == 260

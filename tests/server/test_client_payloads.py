@@ -184,6 +184,6 @@ CASES: dict[str, tuple[Callable[[RunningServer, Body], object], Body]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_request_is_answered_as_the_program_reads_it(server: RunningServer, case: str) -> None:
+def test_payloads_of_known_clients_are_answered_as_those_clients_expect(server: RunningServer, case: str) -> None:
     read, body = CASES[case]
     read(server, body)

@@ -79,7 +79,7 @@ def undisturbed(server: RunningServer) -> str:
     return texts(ask(server, max_tokens=600, ignore_eos=True, seed=9))[0]
 
 
-def test_bad_requests_are_named_and_disturb_no_other_stream(server: RunningServer, undisturbed: str) -> None:
+def test_errors_of_bad_requests_name_the_field_and_disturb_no_stream(server: RunningServer, undisturbed: str) -> None:
     asked = {"model": "tiny", "prompt": "abc", "max_tokens": 600, "ignore_eos": True, "seed": 9, "stream": True}
     with server.client() as http, http.stream("POST", "/v1/completions", json=asked) as stream:
         lines = stream.iter_lines()
@@ -100,7 +100,7 @@ def test_bad_requests_are_named_and_disturb_no_other_stream(server: RunningServe
     assert text + "".join(json.loads(part)["choices"][0]["text"] for part in data) == undisturbed
 
 
-def test_a_body_without_a_length_is_bounded_too(server: RunningServer) -> None:
+def test_a_chunked_body_is_bounded(server: RunningServer) -> None:
     response = httpx.post(
         f"{server.url}/v1/completions", content=(b" " * 65536 for _ in range(100)), headers=JSON, timeout=60
     )
@@ -113,21 +113,21 @@ def test_a_body_without_a_length_is_bounded_too(server: RunningServer) -> None:
     [("GET", "/v2", 404), ("POST", "/v1/chat/completions", 404), ("POST", "/v1/completions//x", 404)]
     + [("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405), ("GET", "/v1/models/a/b", 404)],
 )
-def test_wrong_routes_have_the_same_error_body(server: RunningServer, method: str, path: str, status: int) -> None:
+def test_wrong_routes_get_the_standard_error_body(server: RunningServer, method: str, path: str, status: int) -> None:
     response = httpx.request(method, server.url + path)
     assert response.status_code == status
     assert response.json()["error"]["message"]
     assert ("allow" in response.headers) == (status == 405)
 
 
-def test_the_request_id_comes_back(server: RunningServer) -> None:
+def test_the_response_repeats_a_valid_request_id(server: RunningServer) -> None:
     given = httpx.get(f"{server.url}/health/ready", headers={"x-request-id": "mine-1"})
     assert given.headers["x-request-id"] == "mine-1"
     unfit = httpx.get(f"{server.url}/nope", headers={"x-request-id": "no spaces"})
     assert unfit.headers["x-request-id"].startswith("req-")
 
 
-def test_a_string_is_bos_and_its_bytes_and_names_of_special_ids_are_text(server: RunningServer) -> None:
+def test_a_string_prompt_is_bos_and_its_bytes_even_when_it_names_a_special_id(server: RunningServer) -> None:
     greedy = {"temperature": 0, "max_tokens": 24}
     as_ids = [1, *(byte + 4 for byte in "<s>é".encode())]
     by_string, by_ids = ask(server, prompt="<s>é", **greedy), ask(server, prompt=as_ids, **greedy)
@@ -142,7 +142,7 @@ def test_a_string_is_bos_and_its_bytes_and_names_of_special_ids_are_text(server:
     assert bare.json()["usage"]["completion_tokens"] <= 16
 
 
-def test_choices_are_ordered_by_prompt_and_differ(server: RunningServer) -> None:
+def test_choices_are_ordered_by_prompt_and_sampled_independently(server: RunningServer) -> None:
     answer = ask(server, prompt=["a", "a", "b"], n=2, max_tokens=30)
     assert [choice["index"] for choice in answer["choices"]] == list(range(6))
     assert len(set(texts(answer))) == 6
@@ -161,13 +161,13 @@ def test_echo_with_no_tokens_scores_the_prompt(server: RunningServer) -> None:
     assert scores["text_offset"] == [0, 0, 1, 1, 2]
     assert scores["token_logprobs"][0] is None and all(p < 0 for p in scores["token_logprobs"][1:])
     assert all(2 <= len(top) <= 3 for top in scores["top_logprobs"][1:])
-    # Each byte of the text by itself, scored behind what is before it.
+    # Each byte of the text by itself, scored after what precedes it.
     (shorter,) = ask(server, prompt="aé", max_tokens=0, echo=True, logprobs=2)["choices"]
     assert shorter["logprobs"]["token_logprobs"][1:] == pytest.approx(scores["token_logprobs"][1:4], abs=1e-5)
     assert texts(ask(server, max_tokens=0, echo=True)) == ["abc"]
 
 
-def test_best_of_returns_the_likeliest_in_order(server: RunningServer) -> None:
+def test_best_of_returns_the_likeliest_samples_in_order(server: RunningServer) -> None:
     asked = {"max_tokens": 12, "seed": 11, "logprobs": 0, "ignore_eos": True}
 
     def mean(choice: dict[str, Any]) -> float:
@@ -196,7 +196,7 @@ def test_a_stop_string_ends_text_and_logprobs_before_it(server: RunningServer, u
     assert shown.decode(errors="replace") == choice["text"]
 
 
-def test_finish_reasons(server: RunningServer) -> None:
+def test_finish_reasons_name_why_the_text_ended(server: RunningServer) -> None:
     eos, byte_a = "2", "101"
     ended = ask(server, max_tokens=9, logit_bias={eos: 100}, temperature=0, logprobs=0)
     assert ended["choices"][0]["finish_reason"] == "stop"
@@ -221,7 +221,7 @@ def test_sampling_options_reach_the_engine(server: RunningServer) -> None:
     assert again != greedy
 
 
-def test_a_streamed_code_point_is_never_broken(server: RunningServer) -> None:
+def test_streaming_never_splits_a_code_point(server: RunningServer) -> None:
     # Pushes the model towards bytes of long code points, whole ones and broken ones.
     bias = {str(byte + 4): 8 for byte in (*range(0x80, 0x90), 0xC3, 0xE2, 0xF0)}
     asked = {"model": "tiny", "prompt": "a", "max_tokens": 200, "logit_bias": bias, "seed": 4, "logprobs": 0}

@@ -39,7 +39,7 @@ def complete(url: str, **fields: Any) -> httpx.Response:
 
 
 @pytest.mark.parametrize("fields", EXACT, ids=str)
-def test_exact_decoders_say_what_blt_says(tiny_server: str, fields: dict[str, Any]) -> None:
+def test_exact_decoders_answer_with_the_text_of_blt(tiny_server: str, fields: dict[str, Any]) -> None:
     wanted = complete(tiny_server).json()
     found = complete(tiny_server, **fields).json()
     assert found["choices"] == wanted["choices"]
@@ -64,7 +64,7 @@ def test_block_diffusion_streams_whole_blocks_trimmed_at_the_end(tiny_server: st
 
 
 @pytest.mark.parametrize(("fields", "param", "says"), REFUSED, ids=str)
-def test_what_does_not_fit_is_refused_with_the_reason(
+def test_options_that_do_not_fit_the_decoder_are_refused_with_the_reason(
     tiny_server: str, fields: dict[str, Any], param: str, says: str
 ) -> None:
     response = complete(tiny_server, **fields)
@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(
     assert says in error["message"]
 
 
-def test_aliases_are_listed_and_metrics_count_by_decoder(tiny_server: str) -> None:
+def test_model_aliases_are_listed_and_metrics_count_by_decoder(tiny_server: str) -> None:
     names = {entry["id"] for entry in httpx.get(f"{tiny_server}/v1/models").json()["data"]}
     assert {"tiny", "tiny:blt", "tiny:blt-s", "tiny:blt-d", "tiny:blt-dv", "tiny:auto"} <= names
     complete(tiny_server, decoder="blt-s")

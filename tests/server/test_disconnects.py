@@ -23,7 +23,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_no_page_is_in_use_after_200_requests_half_of_them_left_in_mid_stream(server: RunningServer) -> None:
+def test_no_page_is_in_use_after_200_requests_of_which_half_disconnect(server: RunningServer) -> None:
     async def one(http: httpx.AsyncClient, number: int) -> bool:
         leaves = number % 2 == 0
         asked = {"model": "tiny", "prompt": f"request {number}", "max_tokens": 3000 if leaves else 10, "stream": True}
@@ -53,7 +53,7 @@ def test_no_page_is_in_use_after_200_requests_half_of_them_left_in_mid_stream(se
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_whoever_hangs_up_frees_the_pages_at_once(server: RunningServer, stream: bool) -> None:
+def test_a_client_that_disconnects_frees_its_pages_at_once(server: RunningServer, stream: bool) -> None:
     body = json.dumps(
         {"model": "tiny", "prompt": "a", "max_tokens": 4000, "ignore_eos": True, "stream": stream, "n": 2}
     )
@@ -72,7 +72,7 @@ def test_whoever_hangs_up_frees_the_pages_at_once(server: RunningServer, stream:
     assert server.aborted() - before == 2
 
 
-def test_a_body_that_breaks_off_leaves_nothing(server: RunningServer) -> None:
+def test_a_request_body_that_breaks_off_is_logged_as_499(server: RunningServer) -> None:
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall(f"{HEAD}content-length: 100\r\n\r\n{{".encode())

@@ -53,7 +53,7 @@ def until_draining(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("second_signal", [False, True])
-def test_what_does_not_finish_in_time_ends_with_an_error_event(start_server: StartServer, second_signal: bool) -> None:
+def test_streams_beyond_the_drain_time_end_with_an_error_event(start_server: StartServer, second_signal: bool) -> None:
     running = start_server("--drain-seconds", "60" if second_signal else "0.2")
     endless = LONG | {"max_tokens": 4000}
     with (
@@ -80,14 +80,14 @@ def serve(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def test_a_port_in_use_is_one_clear_line(server: RunningServer, tiny_model: Path) -> None:
+def test_a_port_in_use_is_reported_in_one_line(server: RunningServer, tiny_model: Path) -> None:
     port = urlsplit(server.url).port
     ended = serve("--model", str(tiny_model), "--port", str(port))
     assert ended.returncode == 1
     assert ended.stderr.strip() == f"fastblt: cannot listen on 127.0.0.1:{port}: the port is already in use"
 
 
-async def test_of_two_servers_started_at_once_on_one_port_one_says_why_it_ends() -> None:
+async def test_the_second_of_two_servers_on_one_port_reports_why_it_ends() -> None:
     chosen = ServerSettings()
     app = create_app(chosen, ScriptedClient())
     first = bind("127.0.0.1", 0)
@@ -112,7 +112,7 @@ async def test_of_two_servers_started_at_once_on_one_port_one_says_why_it_ends()
         (["--ssl-certfile", "keys", "--ssl-keyfile", "keys"], "--ssl-certfile keys and --ssl-keyfile keys: "),
     ],
 )
-def test_wrong_settings_are_refused_before_anything_is_loaded(tmp_path: Path, flags: list[str], why: str) -> None:
+def test_wrong_settings_are_refused_before_the_model_is_loaded(tmp_path: Path, flags: list[str], why: str) -> None:
     (tmp_path / "keys").write_text("sk-1 # alice\n")
     command = [sys.executable, "-m", "server", "serve", "--model", "nothing", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -65,7 +65,7 @@ WAYS_IN = {
     ],
     ids=["a long one", "one too long", "a huge one", "many", "too many", "far too many"],
 )
-async def test_a_head_is_bounded_on_every_way_in(way: str, headers: list[bytes], fits: bool) -> None:
+async def test_header_size_is_bounded_for_every_kind_of_request(way: str, headers: list[bytes], fits: bool) -> None:
     async with serving(max_header_bytes=2048, max_headers=20) as served, connected(served.port) as raw:
         first = WAYS_IN[way] if way == "after another request" else b""
         lines = b"".join(b"a%d: %b\r\n" % (number, value) for number, value in enumerate(headers))
@@ -81,7 +81,7 @@ async def test_a_head_is_bounded_on_every_way_in(way: str, headers: list[bytes],
             assert await raw.is_closed()
 
 
-async def test_a_header_without_an_end_is_not_kept() -> None:
+async def test_an_endless_header_is_refused() -> None:
     async with serving(max_header_bytes=4096) as served, connected(served.port) as raw:
         await raw.send(GET + b"a: ")
         with suppress(ConnectionError):
@@ -90,7 +90,7 @@ async def test_a_header_without_an_end_is_not_kept() -> None:
         assert (await raw.answer()).status == 431
 
 
-async def test_a_url_and_trailers_count_as_headers() -> None:
+async def test_url_and_trailers_count_towards_the_header_limit() -> None:
     async with serving(max_header_bytes=2048) as served:
         async with connected(served.port) as raw:
             await raw.send(b"GET /" + b"x" * 3000 + b" HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -101,7 +101,7 @@ async def test_a_url_and_trailers_count_as_headers() -> None:
             assert (await raw.answer(b"POST")).status == 431
 
 
-async def test_what_is_not_http_is_refused_with_the_usual_body() -> None:
+async def test_bytes_that_are_not_http_are_refused_with_the_standard_error_body() -> None:
     wrong = [
         b"nonsense\r\n\r\n",
         b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
@@ -124,7 +124,7 @@ async def test_what_is_not_http_is_refused_with_the_usual_body() -> None:
             assert (await raw.answer(b"POST")).code == "invalid_http"
 
 
-async def test_heads_bodies_and_idle_connections_have_their_time() -> None:
+async def test_headers_bodies_and_idle_connections_have_timeouts() -> None:
     limits = {"head_timeout": 0.2, "request_timeout": 0.4, "idle_timeout": 0.3}
     async with serving(**limits) as served:
 
@@ -181,7 +181,7 @@ async def test_heads_bodies_and_idle_connections_have_their_time() -> None:
         await until(lambda: served.connections.count == 0)
 
 
-async def test_a_request_that_waits_for_the_engine_has_all_the_time() -> None:
+async def test_a_request_that_waits_for_the_engine_has_no_timeout() -> None:
     limits = {"head_timeout": 0.1, "request_timeout": 0.1, "idle_timeout": 0.1, "write_timeout": 0.1}
     async with serving(**limits) as served, connected(served.port) as raw:
         await raw.send(post(body("wait")))
@@ -191,7 +191,7 @@ async def test_a_request_that_waits_for_the_engine_has_all_the_time() -> None:
 
 
 @pytest.mark.parametrize("drops", [False, True], ids=["nothing", "a byte now and then"])
-async def test_a_stream_whose_reader_stalls_gives_its_place_back(drops: bool) -> None:
+async def test_a_stream_to_a_stalled_client_is_aborted(drops: bool) -> None:
     async with serving(write_timeout=0.5) as served:
         stalled = socket.socket()
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -210,7 +210,7 @@ async def test_a_stream_whose_reader_stalls_gives_its_place_back(drops: bool) ->
         stalled.close()
 
 
-async def test_a_slow_reader_gets_all_of_it() -> None:
+async def test_a_slow_client_receives_the_whole_stream() -> None:
     async with serving(write_timeout=2) as served, connected(served.port, limit=4096) as raw:
         await raw.send(post(body("flood", max_tokens=300, stream=True), "connection: close"))
         read = b""
@@ -221,7 +221,7 @@ async def test_a_slow_reader_gets_all_of_it() -> None:
         assert not served.connections.ended
 
 
-async def test_the_connection_that_waited_longest_gives_way_to_a_new_one() -> None:
+async def test_the_longest_idle_connection_is_closed_for_a_new_one() -> None:
     async with serving(max_connections=4) as served, AsyncExitStack() as stack:
         busy = await stack.enter_async_context(connected(served.port))
         await busy.send(post(body("wait")))
@@ -242,7 +242,7 @@ async def test_the_connection_that_waited_longest_gives_way_to_a_new_one() -> No
         assert served.connections.ended == {"displaced": 1}
 
 
-async def test_where_all_are_at_work_a_new_one_is_refused() -> None:
+async def test_a_new_connection_is_refused_when_all_connections_are_busy() -> None:
     async with serving(max_connections=10, max_connections_per_address=2) as served, AsyncExitStack() as stack:
         busy = [await stack.enter_async_context(connected(served.port)) for _ in range(2)]
         for raw in busy:
@@ -258,7 +258,7 @@ async def test_where_all_are_at_work_a_new_one_is_refused() -> None:
         assert (await busy[0].answers()) == []
 
 
-def test_a_trusted_proxy_may_have_more_connections_than_others() -> None:
+def test_a_trusted_proxy_is_exempt_from_the_limit_per_address() -> None:
     settings = ServerSettings(
         max_connections=10,
         max_connections_per_address=1,
@@ -282,7 +282,7 @@ def test_a_trusted_proxy_may_have_more_connections_than_others() -> None:
     assert connections.ended == {"displaced": 1, "refused": 1}
 
 
-async def test_bodies_of_all_connections_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_memory_for_bodies_of_all_connections_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_room, "BODIES_AT_ONCE", 2)
     async with serving(max_body_bytes=4096) as served, AsyncExitStack() as stack:
         slow = [await stack.enter_async_context(connected(served.port)) for _ in range(2)]
@@ -299,14 +299,14 @@ async def test_bodies_of_all_connections_together_are_bounded(monkeypatch: pytes
         assert (await slow[1].answer(b"POST")).code == "invalid_json"
 
 
-async def test_an_answer_to_a_large_body_that_is_not_wanted_leaves_the_connection_usable() -> None:
+async def test_refusing_a_large_body_leaves_the_connection_usable() -> None:
     async with serving() as served, connected(served.port) as raw:
         await raw.send(post(b" " * 400_000, path="/nowhere") + GET + b"\r\n")
         answers = await raw.answers(b"POST", b"GET")
         assert [answer.status for answer in answers] == [404, 200]
 
 
-async def test_requests_wait_until_the_answers_before_them_are_read() -> None:
+async def test_pipelined_requests_wait_until_the_client_reads_earlier_responses() -> None:
     async with serving() as served:
         requests = GET.replace(b"/version", b"/openapi.json") + b"\r\n"
         with socket.socket() as stalled:
@@ -326,7 +326,7 @@ async def test_requests_wait_until_the_answers_before_them_are_read() -> None:
         assert float(line.split()[-1]) * size < 2 * (256 << 10) + (64 << 10) + 4 * size
 
 
-async def test_an_answer_that_is_not_read_before_the_end_does_not_stay() -> None:
+async def test_a_response_that_the_client_never_reads_does_not_block_shutdown() -> None:
     async with serving(write_timeout=0.3) as served:
         with socket.socket() as stalled:
             stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -339,7 +339,7 @@ async def test_an_answer_that_is_not_read_before_the_end_does_not_stay() -> None
         assert served.connections.ended == {"write_timeout": 1}
 
 
-async def test_a_large_answer_has_the_time_that_its_reader_takes() -> None:
+async def test_the_write_timeout_does_not_end_a_large_response_to_a_slow_client() -> None:
     async with serving(write_timeout=0.4) as served, connected(served.port, limit=4096) as raw:
         await raw.send(post(body("flood", max_tokens=900), "connection: close"))
         size = 0
@@ -349,7 +349,7 @@ async def test_a_large_answer_has_the_time_that_its_reader_takes() -> None:
         assert size > 900 * 2048 and not served.connections.ended
 
 
-async def test_half_a_request_after_an_answer_gives_way_as_well() -> None:
+async def test_a_connection_with_an_incomplete_second_request_is_closed_for_a_new_one() -> None:
     async with serving(max_connections=1) as served, connected(served.port) as raw:
         await raw.send(post(body("x")) + post(body("x"))[:-5])
         assert (await raw.answer(b"POST")).status == 200
@@ -359,7 +359,7 @@ async def test_half_a_request_after_an_answer_gives_way_as_well() -> None:
         assert served.connections.ended == {"displaced": 1}
 
 
-async def test_connections_that_give_way_at_once_are_closed() -> None:
+async def test_connections_displaced_at_once_are_all_closed() -> None:
     async with serving(max_connections=4) as served:
         clients = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(40)]
         await until(lambda: served.connections.ended["displaced"] == 36)
@@ -374,7 +374,7 @@ async def test_connections_that_give_way_at_once_are_closed() -> None:
         await until(lambda: served.connections.count == 0)
 
 
-async def test_a_refusal_does_not_ask_for_the_key_that_it_may_have_lost() -> None:
+async def test_oversized_headers_are_refused_with_431_even_without_a_readable_api_key() -> None:
     app = create_app(ServerSettings(), ScriptedClient(), (b"k",))
     async with listening(app, ServerSettings()) as port, connected(port) as raw:
         with suppress(ConnectionError):
@@ -382,7 +382,7 @@ async def test_a_refusal_does_not_ask_for_the_key_that_it_may_have_lost() -> Non
         assert (await raw.answer()).status == 431
 
 
-async def test_connections_are_metrics() -> None:
+async def test_metrics_count_http_connections() -> None:
     async with serving() as served, httpx.AsyncClient(base_url=f"http://127.0.0.1:{served.port}") as http:
         text = (await http.get("/metrics")).text
         assert "fastblt_http_connections 1.0" in text and "fastblt_http_connections_capacity 4096.0" in text
@@ -390,9 +390,7 @@ async def test_connections_are_metrics() -> None:
             assert f'fastblt_http_connections_ended_total{{reason="{reason}"}} 0.0' in text
 
 
-def test_idle_connections_beyond_the_limit_of_open_files_leave_every_route_answering(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_more_idle_connections_than_open_files_leave_every_route_answering(tiny_model: Path, tmp_path: Path) -> None:
     command = ["bash", "-c", 'ulimit -n 256; exec "$@"', "-", *COMMAND, "serve", "--model", str(tiny_model)]
     log = tmp_path / "log"
     flags = ["--port", "0", "--num-threads", "1", "--cache-bytes", str(1 << 26)]

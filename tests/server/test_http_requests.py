@@ -89,7 +89,7 @@ def echo() -> Iterator[tuple[asyncio.Runner, int]]:
 
 @settings(max_examples=100)
 @given(st.lists(REQUEST, min_size=1, max_size=8), st.lists(st.integers(1, 60), max_size=12))
-def test_pipelined_requests_in_any_pieces_are_answered_in_order(
+def test_pipelined_requests_split_anywhere_are_answered_in_order(
     echo: tuple[asyncio.Runner, int], asked: list[tuple[str, str, bytes, str]], cuts: list[int]
 ) -> None:
     runner, port = echo
@@ -115,7 +115,7 @@ def test_pipelined_requests_in_any_pieces_are_answered_in_order(
     runner.run(run())
 
 
-async def test_no_more_than_some_requests_wait_in_a_pipeline() -> None:
+async def test_the_number_of_pipelined_requests_is_bounded() -> None:
     async with serving(ScriptedClient()) as http, connected(port_of(http)) as raw:
         await raw.send(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n" * 2000)
         answers = await raw.answers(*[b"GET"] * 17)
@@ -124,7 +124,7 @@ async def test_no_more_than_some_requests_wait_in_a_pipeline() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-async def test_pipelined_requests_of_a_client_that_left_are_aborted(
+async def test_pipelined_requests_of_a_disconnected_client_are_aborted(
     stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = ScriptedClient()
@@ -143,7 +143,7 @@ async def test_pipelined_requests_of_a_client_that_left_are_aborted(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-async def test_a_client_that_shuts_its_side_down_gets_its_answers() -> None:
+async def test_a_client_that_half_closes_its_connection_gets_its_responses() -> None:
     client = ScriptedClient()
     async with serving(client) as http:
         for request, methods in (
@@ -164,7 +164,7 @@ async def test_a_client_that_shuts_its_side_down_gets_its_answers() -> None:
                 assert await raw.is_closed()
 
 
-async def test_half_a_request_of_a_client_that_left_is_no_request() -> None:
+async def test_an_incomplete_request_of_a_disconnected_client_is_dropped() -> None:
     client = ScriptedClient()
     async with serving(client) as http:
         for cut in (10, -5):
@@ -175,7 +175,7 @@ async def test_half_a_request_of_a_client_that_left_is_no_request() -> None:
         assert not client.requests
 
 
-async def test_an_old_client_gets_an_answer_without_chunks() -> None:
+async def test_an_http_1_0_client_gets_a_response_without_chunks() -> None:
     async with serving(ScriptedClient()) as http:
         for stream in (False, True):
             async with connected(port_of(http)) as raw:
@@ -186,7 +186,7 @@ async def test_an_old_client_gets_an_answer_without_chunks() -> None:
                 assert text.endswith(b"data: [DONE]\n\n") if stream else json.loads(text)["choices"]
 
 
-async def test_an_offer_of_another_protocol_keeps_the_body() -> None:
+async def test_a_request_that_offers_a_protocol_upgrade_keeps_its_body() -> None:
     client = ScriptedClient()
     async with serving(client) as http, connected(port_of(http)) as raw:
         for upgrade in (UPGRADE, ("connection: keep-alive, Upgrade", "upgrade: websocket")):
@@ -195,7 +195,7 @@ async def test_an_offer_of_another_protocol_keeps_the_body() -> None:
             assert answer.json()["choices"][0]["text"] == "ab"
 
 
-async def test_a_large_body_is_asked_for_before_it_is_sent() -> None:
+async def test_expect_100_continue_is_answered_before_the_body_is_sent() -> None:
     async with serving(ScriptedClient()) as http, connected(port_of(http)) as raw:
         head, _, data = post(body("x"), "expect: 100-continue").partition(b"\r\n\r\n")
         await raw.send(head + b"\r\n\r\n")
@@ -207,7 +207,7 @@ async def test_a_large_body_is_asked_for_before_it_is_sent() -> None:
         assert (await raw.answer(b"POST")).status == 404
 
 
-async def test_head_requests_and_slashes_at_the_end() -> None:
+async def test_health_routes_accept_head_requests_and_trailing_slashes() -> None:
     client = ScriptedClient()
     async with serving(client, keys=(b"a-key",)) as http:
         for path in ("/health", "/health/live", "/health/ready", "/ping"):
@@ -225,7 +225,7 @@ async def test_head_requests_and_slashes_at_the_end() -> None:
         assert (await http.head("/health")).status_code == (await http.get("/ping")).status_code == 503
 
 
-async def test_the_client_is_the_peer_unless_a_trusted_proxy_names_it(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_client_is_the_peer_unless_a_trusted_proxy_names_another(caplog: pytest.LogCaptureFixture) -> None:
     forged = {"x-forwarded-for": "9.9.9.9 GET /v1/completions 200 FORGED"}
     chain = {"x-forwarded-for": "1.1.1.1, 2.2.2.2, 10.0.0.7"}
 
@@ -245,7 +245,7 @@ async def test_the_client_is_the_peer_unless_a_trusted_proxy_names_it(caplog: py
         assert await clients(trusted_proxies="127.0.0.0/8,10.0.0.0/8") == ["127.0.0.1", "2.2.2.2", "2001:db8::1"]
 
 
-async def test_only_json_as_it_is_is_taken() -> None:
+async def test_only_uncompressed_utf8_json_bodies_are_accepted() -> None:
     client = ScriptedClient()
     async with serving(client) as http:
         data = json.dumps(body("x")).encode()
@@ -286,7 +286,7 @@ def with_tls(folder: Path, **further: Path) -> ServerSettings:
     return ServerSettings(ssl_certfile=folder / "server.pem", ssl_keyfile=folder / "server.key", **further)  # type: ignore[arg-type]
 
 
-async def test_https_with_and_without_certificates_of_clients(certificates: Path) -> None:
+async def test_https_works_with_and_without_client_certificates(certificates: Path) -> None:
     trusting = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
     chosen = with_tls(certificates)
     client = ScriptedClient()
@@ -310,7 +310,7 @@ async def test_https_with_and_without_certificates_of_clients(certificates: Path
             assert (await http.get("/version")).status_code == 200
 
 
-async def test_handshakes_count_as_connections_and_have_their_time(certificates: Path) -> None:
+async def test_tls_handshakes_count_as_connections_and_have_a_timeout(certificates: Path) -> None:
     chosen = with_tls(certificates).model_copy(update={"head_timeout": 0.3, "max_connections": 2})
     app = create_app(chosen, ScriptedClient())
     connections: Connections = app.state.connections
@@ -324,7 +324,7 @@ async def test_handshakes_count_as_connections_and_have_their_time(certificates:
             assert first.recv(100) == b""
 
 
-def test_certificates_that_cannot_be_used_are_named(certificates: Path, tmp_path: Path) -> None:
+def test_errors_about_unusable_certificates_name_the_file(certificates: Path, tmp_path: Path) -> None:
     def refused(certificate: Path, key: Path, **further: Path) -> str:
         with pytest.raises(ValueError) as caught:
             make_context(ServerSettings(ssl_certfile=certificate, ssl_keyfile=key, **further))  # type: ignore[arg-type]
@@ -343,14 +343,14 @@ def test_certificates_that_cannot_be_used_are_named(certificates: Path, tmp_path
     assert make_context(ServerSettings()) is None
 
 
-async def test_an_address_without_a_path_is_that_of_the_root() -> None:
+async def test_a_url_without_a_path_means_the_root() -> None:
     async with serving(ScriptedClient(), page=False) as http, connected(port_of(http)) as raw:
         for url, path in (("http://x", "/"), ("http://x?a=b", "/"), ("http://x/version", "/version")):
             await raw.send(f"GET {url} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
             assert (await raw.answer()).status == (404 if path == "/" else 200)
 
 
-async def test_a_server_that_ends_reads_no_further_request() -> None:
+async def test_a_server_that_shuts_down_reads_no_further_request() -> None:
     client, chosen, stack = ScriptedClient(), ServerSettings(), AsyncExitStack()
     port = await stack.enter_async_context(listening(create_app(chosen, client), chosen))
     async with connected(port) as raw:
@@ -367,7 +367,7 @@ async def test_a_server_that_ends_reads_no_further_request() -> None:
         await ending
 
 
-async def test_an_application_that_fails_before_its_answer_is_sent_gives_a_whole_one() -> None:
+async def test_an_exception_before_the_response_is_sent_gives_a_complete_error_response() -> None:
     app = echo_app()
 
     @app.get("/broken/start")
@@ -385,7 +385,7 @@ async def test_an_application_that_fails_before_its_answer_is_sent_gives_a_whole
         assert (answer.status, answer.code) == (500, "internal_error")
 
 
-async def test_an_application_that_fails_halfway_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_exception_in_the_middle_of_a_response_closes_the_connection(caplog: pytest.LogCaptureFixture) -> None:
     app = echo_app()
 
     @app.get("/broken/half")

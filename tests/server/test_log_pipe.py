@@ -1,4 +1,4 @@
-"""A server whose log goes into a pipe that nobody reads: `fastblt serve 2>&1 | sleep 1000`."""
+"""A server whose log goes into a pipe that is never read: `fastblt serve 2>&1 | sleep 1000`."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def say(http: httpx.Client, num_lines: int) -> None:
         assert http.post("/v1/completions", json=asked).status_code == 200
 
 
-def test_a_log_that_nobody_reads_stops_no_route_and_no_end(piped: tuple[subprocess.Popen[bytes], str]) -> None:
+def test_an_unread_log_pipe_blocks_neither_routes_nor_shutdown(piped: tuple[subprocess.Popen[bytes], str]) -> None:
     process, url = piped
     log = process.stderr
     assert log

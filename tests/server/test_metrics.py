@@ -26,7 +26,7 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
         yield running
 
 
-def test_series_begin_at_zero(tiny_server: str) -> None:
+def test_every_metric_series_begins_at_zero(tiny_server: str) -> None:
     text = httpx.get(f"{tiny_server}/metrics").text
     for decoder in DECODERS:
         for reason in ("stop", "length", "timeout", "abort", "refused", "error"):
@@ -50,7 +50,7 @@ def values(server: RunningServer) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_sequences_and_their_sizes(values: dict[tuple[str, ...], float]) -> None:
+def test_metrics_count_sequences_and_their_sizes(values: dict[tuple[str, ...], float]) -> None:
     for decoder in DECODERS:
         assert values["fastblt_sequences_total", decoder, "length"] == 2
         for name in ("queue_seconds", "time_to_first_byte_seconds", "time_per_byte_seconds", "end_to_end_seconds"):
@@ -64,7 +64,7 @@ def test_sequences_and_their_sizes(values: dict[tuple[str, ...], float]) -> None
     assert LEAST_PROMPT_ROWS <= values["fastblt_step_prompt_rows",] <= EngineConfig("").max_step_rows
 
 
-def test_stages_add_up(values: dict[tuple[str, ...], float]) -> None:
+def test_stage_costs_of_decoders_add_up_to_at_most_the_stage_totals(values: dict[tuple[str, ...], float]) -> None:
     """What decoders are charged with is a part of what stages did: the rest is prompts."""
     for stage in STAGES:
         for name in ("rows", "read_bytes", "seconds"):
@@ -80,7 +80,7 @@ def test_stages_add_up(values: dict[tuple[str, ...], float]) -> None:
         assert values["fastblt_blt_estimated_bytes_total", decoder] > 0
 
 
-def test_both_processes_and_the_machine(values: dict[tuple[str, ...], float]) -> None:
+def test_metrics_cover_both_processes_and_the_machine(values: dict[tuple[str, ...], float]) -> None:
     for name in ("process", "fastblt_engine_process"):
         assert values[f"{name}_resident_memory_bytes",] > 10e6
         assert values[f"{name}_cpu_seconds_total",] > 0

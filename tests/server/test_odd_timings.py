@@ -10,7 +10,7 @@ from engine.types import DecoderCounts, Snapshot
 from tests.scripted_server import ScriptedClient, body, serving, settled
 
 
-async def test_a_full_queue_refuses_and_takes_again() -> None:
+async def test_a_full_queue_refuses_requests_until_it_has_room() -> None:
     client = ScriptedClient()
     async with serving(client, max_queue=3, max_choices=3, retry_after=7) as http:
         waiting = [asyncio.create_task(http.post("/v1/completions", json=body("wait", n=n))) for n in (1, 2)]
@@ -27,7 +27,7 @@ async def test_a_full_queue_refuses_and_takes_again() -> None:
         assert (await http.post("/v1/completions", json=body("", n=3))).status_code == 200
 
 
-async def test_who_has_a_first_byte_does_not_wait() -> None:
+async def test_a_request_with_a_first_byte_does_not_count_as_queued() -> None:
     client = ScriptedClient()
     async with serving(client, max_queue=1, max_choices=1) as http:
         running = asyncio.create_task(http.post("/v1/completions", json=body("pause")))
@@ -40,7 +40,7 @@ async def test_who_has_a_first_byte_does_not_wait() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_fails_before_the_first_byte_has_a_status_of_its_own(stream: bool) -> None:
+async def test_a_failure_before_the_first_byte_has_an_error_status(stream: bool) -> None:
     client = ScriptedClient()
     async with serving(client) as http:
         for order, status, code in (
@@ -55,7 +55,7 @@ async def test_what_fails_before_the_first_byte_has_a_status_of_its_own(stream: 
         await settled(client, 0)
 
 
-async def test_what_fails_in_a_stream_is_its_last_event_and_ends_the_other_choices() -> None:
+async def test_a_failure_in_a_stream_is_its_last_event_and_ends_the_other_choices() -> None:
     client = ScriptedClient()
     async with serving(client) as http:
         for order, code in (
@@ -76,7 +76,7 @@ async def test_what_fails_in_a_stream_is_its_last_event_and_ends_the_other_choic
                     pass
 
 
-async def test_an_error_behind_status_200_is_a_warning_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_error_after_status_200_is_logged_as_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     async with serving(ScriptedClient()) as http:
         for order in ("dead later", "break later"):
             await http.post("/v1/completions", json=body(order, stream=True), headers={"x-request-id": order[:4]})
@@ -86,7 +86,7 @@ async def test_an_error_behind_status_200_is_a_warning_in_the_log(caplog: pytest
     assert "engine_dead" in records[0].getMessage()
 
 
-async def test_a_silent_stream_is_kept_open_with_what_no_reader_takes_for_an_event() -> None:
+async def test_a_silent_stream_is_kept_open_with_keepalives_that_are_no_events() -> None:
     client = ScriptedClient()
     async with (
         serving(client, keepalive_seconds=0.05) as http,
@@ -105,7 +105,7 @@ async def test_a_silent_stream_is_kept_open_with_what_no_reader_takes_for_an_eve
             assert "".join(json.loads(event[6:])["choices"][0]["text"] for event in data) == "ab"
 
 
-async def test_health_tells_a_pause_from_an_end() -> None:
+async def test_health_routes_distinguish_a_restarting_engine_from_a_dead_one() -> None:
     client = ScriptedClient()
     async with serving(client) as http:
 
@@ -123,7 +123,7 @@ async def test_health_tells_a_pause_from_an_end() -> None:
         assert "retry-after" in refused.headers
 
 
-async def test_counters_go_on_when_the_engine_starts_anew() -> None:
+async def test_metrics_counters_continue_when_the_engine_restarts() -> None:
     client = ScriptedClient()
     async with serving(client) as http:
 
@@ -154,7 +154,7 @@ async def test_counters_go_on_when_the_engine_starts_anew() -> None:
         ]
 
 
-async def test_pages_of_named_origins_may_call() -> None:
+async def test_pages_of_allowed_cors_origins_may_call_the_api() -> None:
     origin = {"origin": "https://a.example"}
     async with serving(ScriptedClient(), keys=(b"k",), cors_origins=["https://a.example"]) as http:
         asked = origin | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}

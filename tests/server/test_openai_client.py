@@ -15,7 +15,7 @@ def api(server: RunningServer) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_a_completion(api: openai.OpenAI) -> None:
+def test_the_openai_client_reads_a_completion(api: openai.OpenAI) -> None:
     done = api.completions.create(model="tiny", prompt="def f(", max_tokens=12, temperature=0, user="me")
     assert done.object == "text_completion"
     assert done.model == "tiny"
@@ -28,7 +28,7 @@ def test_a_completion(api: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"logprobs": 2, "echo": True}, {"n": 3, "stop": ["e", "\n"]}])
-def test_a_stream_adds_up_to_the_response_without_streaming(api: openai.OpenAI, options: dict[str, object]) -> None:
+def test_an_openai_client_stream_adds_up_to_the_whole_response(api: openai.OpenAI, options: dict[str, object]) -> None:
     asked = {"model": "tiny", "prompt": ["héllo", "x = "], "max_tokens": 40, "seed": 5, **options}
     whole = api.completions.create(**asked)  # type: ignore[call-overload]
     text = [""] * len(whole.choices)
@@ -61,7 +61,7 @@ def test_a_stream_adds_up_to_the_response_without_streaming(api: openai.OpenAI, 
             assert got[1:] == pytest.approx(choice.logprobs.token_logprobs[1:])
 
 
-def test_models(api: openai.OpenAI) -> None:
+def test_the_openai_client_lists_and_retrieves_models(api: openai.OpenAI) -> None:
     assert [model.id for model in api.models.list()] == TINY_NAMES
     assert api.models.retrieve("tiny:blt").id == "tiny:blt"
     asked = {"prompt": "a", "temperature": 0, "max_tokens": 8}
@@ -69,7 +69,7 @@ def test_models(api: openai.OpenAI) -> None:
     assert alias.choices[0].text == plain.choices[0].text
 
 
-def test_errors(api: openai.OpenAI) -> None:
+def test_the_openai_client_raises_its_own_error_types(api: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         api.completions.create(model="gpt", prompt="a")
     assert missing.value.code == "model_not_found"
@@ -80,7 +80,7 @@ def test_errors(api: openai.OpenAI) -> None:
     assert bad.value.param == "max_tokens"
 
 
-def test_keys_are_asked_for(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_openai_client_needs_a_valid_api_key(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTBLT_API_KEYS", "key-1-of-this-test,key-2-of-this-test")
     running = start_server()
     (engine,) = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()

@@ -21,7 +21,7 @@ async def read(path: str) -> httpx.Response:
         return await http.get(path)
 
 
-async def test_the_description_resolves_by_itself() -> None:
+async def test_all_references_in_openapi_json_resolve() -> None:
     document = (await read("/openapi.json")).json()
     found = set(refs(document))
     assert "#/components/schemas/CompletionRequest" in found and "#/components/schemas/ErrorBody" in found
@@ -34,7 +34,7 @@ async def test_the_description_resolves_by_itself() -> None:
     assert "$defs" not in str(document)
 
 
-async def test_it_says_what_each_route_takes_and_gives() -> None:
+async def test_openapi_json_describes_requests_and_responses_of_each_route() -> None:
     document = (await read("/openapi.json")).json()
     request = document["components"]["schemas"]["CompletionRequest"]
     assert set(request["properties"]) == {*CompletionRequest.model_fields, *NEUTRAL}
@@ -49,14 +49,14 @@ async def test_it_says_what_each_route_takes_and_gives() -> None:
         assert len(ids) == len(set(ids)), path
 
 
-async def test_models_say_how_long_a_sequence_may_be_and_how_it_may_be_decoded() -> None:
+async def test_the_models_route_reports_maximum_length_and_decoders() -> None:
     models = {model["id"]: model for model in (await read("/v1/models")).json()["data"]}
     assert models["scripted"]["max_model_len"] == 1000
     assert models["scripted"]["decoders"] == ["auto", "blt"]
     assert models["scripted:auto"]["decoders"] == ["auto"]
 
 
-async def test_the_model_may_be_left_out() -> None:
+async def test_a_request_may_leave_out_the_model() -> None:
     async with serving(ScriptedClient(), served_model_name=["first", "second"]) as http:
         for fields, name in (({}, "first"), ({"model": None}, "first"), ({"model": "second:auto"}, "second:auto")):
             answer = await http.post("/v1/completions", json={"prompt": "x", **fields})

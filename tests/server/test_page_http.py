@@ -15,7 +15,7 @@ TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "ht
 
 
 @pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in (*FILES, *GENERATED))])
-def test_files_come_with_a_type_a_policy_and_a_tag(server: RunningServer, path: str) -> None:
+def test_page_files_have_content_type_security_policy_and_etag(server: RunningServer, path: str) -> None:
     with server.client() as http:
         found = http.get(path)
         again = http.get(path, headers={"if-none-match": found.headers["etag"]})
@@ -33,13 +33,13 @@ def test_files_come_with_a_type_a_policy_and_a_tag(server: RunningServer, path: 
 
 
 @pytest.mark.parametrize("path", ["/page/", "/page/none.js", "/page/..%2fapp.py", "/page/%2e%2e/app.py"])
-def test_nothing_else_is_served(server: RunningServer, path: str) -> None:
+def test_paths_outside_the_page_are_not_found(server: RunningServer, path: str) -> None:
     with server.client() as http:
         response = http.get(path)
     assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown_url")
 
 
-def test_files_name_only_each_other() -> None:
+def test_page_files_reference_only_each_other() -> None:
     text = {name: (FOLDER / name).read_text() for name in FILES}
     everything = "\n".join(text.values()).replace("http://www.w3.org/2000/svg", "")
     assert not re.findall(r"(?:https?:)?//[\w-]+\.\w+|@import|url\(", everything)
@@ -48,7 +48,7 @@ def test_files_name_only_each_other() -> None:
     assert named == {*FILES, *GENERATED} - {"index.html"}
 
 
-def test_it_needs_no_key_and_can_be_switched_off(start_server: StartServer) -> None:
+def test_the_page_needs_no_api_key_and_can_be_switched_off(start_server: StartServer) -> None:
     closed = start_server("--api-keys", "a-secret-of-the-test")
     assert httpx.get(f"{closed.url}/").status_code == 200
     assert httpx.get(f"{closed.url}/page/main.js").status_code == 200

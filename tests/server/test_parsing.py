@@ -59,7 +59,7 @@ LARGE: dict[str, tuple[bytes, str | None, str | None]] = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_what_has_too_much_is_refused_before_it_is_validated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_request_fields_are_refused_before_validation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("validated")
 
@@ -80,7 +80,7 @@ PROMPT = st.one_of(
 
 @settings(max_examples=300)
 @given(PROMPT, st.booleans(), st.sampled_from([None, 2]))
-def test_no_prompt_that_is_right_is_refused(prompt: Any, ascii: bool, indent: int | None) -> None:
+def test_every_valid_prompt_is_accepted(prompt: Any, ascii: bool, indent: int | None) -> None:
     body = json.dumps({"prompt": prompt}, ensure_ascii=ascii, indent=indent).encode()
     is_many = isinstance(prompt, list) and not isinstance(prompt[0], int)
     if is_many and len(prompt) > MAX_PROMPTS:
@@ -95,7 +95,7 @@ def test_no_prompt_that_is_right_is_refused(prompt: Any, ascii: bool, indent: in
         assert parsed(body).prompt == prompt
 
 
-def test_bounds_are_where_they_are_said_to_be() -> None:
+def test_bounds_of_request_fields_are_the_documented_ones() -> None:
     assert parsed({"prompt": [5] * MAX_LENGTH}).prompt == [5] * MAX_LENGTH
     assert refused({"prompt": [5] * (MAX_LENGTH + 1)})["code"] == "context_length_exceeded"
     assert parsed({"user": "u" * (FIELD_BYTES - 2)}).user
@@ -106,18 +106,18 @@ def test_bounds_are_where_they_are_said_to_be() -> None:
 
 
 @pytest.mark.parametrize("bias", ['{"36":1,"036":-1}', '{"36":1,"36":-1}', '{"36":1,"7":0,"36":1}'])
-def test_two_biases_for_one_id_are_refused(bias: str) -> None:
+def test_two_logit_biases_for_one_id_are_refused(bias: str) -> None:
     error = refused(f'{{"logit_bias":{bias}}}'.encode())
     assert error["param"] == "logit_bias" and "twice" in error["message"] and "36" in error["message"]
 
 
-def test_what_a_message_repeats_is_short() -> None:
+def test_error_messages_shorten_the_values_that_they_quote() -> None:
     for value in ("x" * 9999, [1] * 9999, {"a": "b" * 9999}, 10**300):
         refused({"temperature": value})
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_a_value_that_asks_for_nothing_is_taken_and_any_other_refused_by_name(name: str) -> None:
+def test_unsupported_fields_accept_only_their_neutral_values(name: str) -> None:
     known = NEUTRAL[name]
     fine = list(known.values) if not known.kind else [{"a": "b"} if known.kind is dict else "a"]
     for value in [*fine, None]:
@@ -130,13 +130,13 @@ def test_a_value_that_asks_for_nothing_is_taken_and_any_other_refused_by_name(na
         assert name in error["message"]
 
 
-def test_numbers_are_no_booleans() -> None:
+def test_booleans_and_numbers_are_not_interchangeable() -> None:
     assert parsed({"repetition_penalty": 1.0, "min_tokens": 0})
     assert refused({"repetition_penalty": True})["param"] == "repetition_penalty"
     assert refused({"store": 0})["param"] == "store"
 
 
-def test_large_bodies_are_parsed_in_a_thread() -> None:
+def test_large_bodies_are_parsed_outside_the_event_loop() -> None:
     async def where(size: int) -> str:
         return await off_the_loop(b" " * size, lambda: threading.current_thread().name)
 
@@ -144,5 +144,5 @@ def test_large_bodies_are_parsed_in_a_thread() -> None:
     assert asyncio.run(where(SMALL_BODY_BYTES + 1)).startswith("parse")
 
 
-def test_every_known_field_can_be_split_off() -> None:
+def test_the_parser_knows_every_request_field() -> None:
     assert set(parsing._FIELDS) == {*CompletionRequest.model_fields, *NEUTRAL}

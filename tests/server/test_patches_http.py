@@ -1,4 +1,4 @@
-"""`patches` over HTTP, against what an engine in this process tells of the same request."""
+"""`patches` over HTTP, against what an engine in this process reports of the same request."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def joined(chunks: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("decoder", ["blt", "blt-s", "blt-d", "blt-dv", "auto"])
-def test_they_are_what_the_engine_tells(server: RunningServer, engine: Engine, decoder: DecoderName) -> None:
+def test_patches_of_a_response_are_the_engines(server: RunningServer, engine: Engine, decoder: DecoderName) -> None:
     wanted = told(engine, decoder=decoder)
     for choice in (*whole(server, decoder=decoder), joined(chunks := streamed(server, decoder=decoder))):
         patches = choice["patches"]
@@ -75,7 +75,7 @@ def test_they_are_what_the_engine_tells(server: RunningServer, engine: Engine, d
 
 
 @pytest.mark.parametrize("fields", [{}, {"echo": True}, {"trace": True, "logprobs": 1}, {"n": 2}, {"best_of": 2}])
-def test_chunks_add_up_to_the_whole(server: RunningServer, fields: dict[str, Any]) -> None:
+def test_streamed_patches_add_up_to_the_whole_response(server: RunningServer, fields: dict[str, Any]) -> None:
     prompts = [PROMPT, "x" * 80]
     choices = whole(server, prompt=prompts, **fields)
     assert [choice["patches"]["output_start"] for choice in choices] == [
@@ -89,7 +89,7 @@ def test_chunks_add_up_to_the_whole(server: RunningServer, fields: dict[str, Any
             assert (found["text"], found["patches"]) == (choice["text"], choice["patches"])
 
 
-def test_a_prompt_alone(server: RunningServer) -> None:
+def test_patches_of_a_prompt_alone_have_no_output(server: RunningServer) -> None:
     (longer,) = whole(server)
     for fields in ({}, {"echo": True}, {"echo": True, "logprobs": 0}, {"decoder": "blt-d"}):
         (choice,) = whole(server, max_tokens=0, **fields)
@@ -100,7 +100,7 @@ def test_a_prompt_alone(server: RunningServer) -> None:
         assert choice["patches"]["starts"] == [at for at in longer["patches"]["starts"] if at <= len(PROMPT_IDS)]
 
 
-def test_nothing_is_told_of_a_stop_string(server: RunningServer) -> None:
+def test_patches_leave_out_the_stop_string(server: RunningServer) -> None:
     (free,) = whole(server, **BYTES_ALONE, logprobs=0)
     data = bytes(free["logprobs"]["bytes"])
     stop, place = next(
@@ -115,7 +115,7 @@ def test_nothing_is_told_of_a_stop_string(server: RunningServer) -> None:
         assert choice["patches"]["starts"] == [at for at in free["patches"]["starts"] if at <= known]
 
 
-def test_nothing_is_told_unasked(server: RunningServer) -> None:
+def test_responses_have_no_patches_unless_requested(server: RunningServer) -> None:
     (choice,) = whole(server, patches=False)
     assert choice.keys() == {"index", "text", "logprobs", "finish_reason"}
     assert all(chunk.keys() == choice.keys() for chunk in streamed(server, patches=None))
@@ -124,7 +124,7 @@ def test_nothing_is_told_unasked(server: RunningServer) -> None:
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "patches")
 
 
-async def test_entropies_of_an_answer_are_bounded() -> None:
+async def test_the_number_of_entropies_in_a_response_is_bounded() -> None:
     client = ScriptedClient()
     asked = body(["nine byte"] * 2, n=3, patches=True, max_tokens=5)
     async with serving(client, max_scores=2 * 3 * (10 + 5) - 1) as http:
@@ -136,7 +136,7 @@ async def test_entropies_of_an_answer_are_bounded() -> None:
             assert (await http.post("/v1/completions", json=asked | fewer)).status_code == 200
 
 
-async def test_a_timeout_before_the_prompt_has_run_leaves_the_lists_empty() -> None:
+async def test_a_timeout_before_the_prompt_has_run_gives_empty_patches() -> None:
     async with serving(ScriptedClient()) as http:
         answer = await http.post("/v1/completions", json=body("late", patches=True, timeout=0.1))
         (choice,) = answer.json()["choices"]
@@ -153,6 +153,6 @@ async def test_a_timeout_before_the_prompt_has_run_leaves_the_lists_empty() -> N
         (PatchingRule(mode="bytes"), (None, None, 1)),
     ],
 )
-def test_every_rule_can_be_told(rule: PatchingRule, shown: tuple[Any, ...]) -> None:
+def test_patches_describe_every_patching_rule(rule: PatchingRule, shown: tuple[Any, ...]) -> None:
     patches = empty_patches(rule, 3)
     assert (patches.threshold, patches.rise, patches.max_patch_length) == shown

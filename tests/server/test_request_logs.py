@@ -117,12 +117,12 @@ def access(entries: list[dict[str, Any]], request_id: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("format", ["human", "json"])
-def test_neither_content_nor_a_key_is_ever_logged(logged: dict[FormatName, str], format: FormatName) -> None:
+def test_logs_contain_neither_content_nor_api_keys(logged: dict[FormatName, str], format: FormatName) -> None:
     assert "r-plain" in logged[format] and "r-wrong-3" in logged[format] and "401" in logged[format]
     assert MARK not in logged[format] and KEY not in logged[format]
 
 
-def test_every_line_says_who_when_and_how_bad(entries: list[dict[str, Any]]) -> None:
+def test_every_log_line_has_process_time_and_level(entries: list[dict[str, Any]]) -> None:
     for entry in entries:
         assert {"time", "level", "process", "pid", "logger", "message"} <= entry.keys()
         assert entry["level"] in ("debug", "info", "warning", "error")
@@ -131,7 +131,7 @@ def test_every_line_says_who_when_and_how_bad(entries: list[dict[str, Any]]) -> 
     assert {entry["process"] for entry in entries} == {"server", "engine"}
 
 
-def test_the_line_of_a_completion_tells_what_it_cost(entries: list[dict[str, Any]]) -> None:
+def test_the_access_line_of_a_completion_reports_its_cost(entries: list[dict[str, Any]]) -> None:
     entry = access(entries, "r-plain")
     assert entry["level"] == "info" and entry["message"].startswith("127.0.0.1 POST /v1/completions 200 in ")
     wanted = {
@@ -159,7 +159,7 @@ def test_the_line_of_a_completion_tells_what_it_cost(entries: list[dict[str, Any
     assert "error" not in entry and "client_left" not in entry
 
 
-def test_a_stream_is_logged_when_it_ends(entries: list[dict[str, Any]]) -> None:
+def test_the_access_line_of_a_stream_is_written_when_it_ends(entries: list[dict[str, Any]]) -> None:
     entry = access(entries, "r-stream")
     wanted = {"stream": True, "status": 200, "prompts": 2, "sequences": 4, "completion_bytes": 32}
     assert entry | wanted == entry
@@ -167,7 +167,7 @@ def test_a_stream_is_logged_when_it_ends(entries: list[dict[str, Any]]) -> None:
     assert "tiny:blt streamed" in entry["message"] and "4x length" in entry["message"]
 
 
-def test_who_leaves_is_told_apart(entries: list[dict[str, Any]]) -> None:
+def test_the_access_line_marks_a_client_that_disconnected(entries: list[dict[str, Any]]) -> None:
     left, hung_up = access(entries, "r-left"), access(entries, "r-hung-up")
     assert (left["status"], hung_up["status"]) == (200, 499)
     for entry in (left, hung_up):
@@ -177,7 +177,7 @@ def test_who_leaves_is_told_apart(entries: list[dict[str, Any]]) -> None:
         assert "the client left" in entry["message"]
 
 
-def test_an_error_is_named_by_its_code_and_field(entries: list[dict[str, Any]]) -> None:
+def test_the_access_line_of_an_error_has_its_code_and_field(entries: list[dict[str, Any]]) -> None:
     told = {number: access(entries, f"r-wrong-{number}") for number in range(11)}
     assert [(entry.get("error"), entry.get("param")) for entry in told.values()] == [
         ("invalid_value", "prompt"),
@@ -196,7 +196,7 @@ def test_an_error_is_named_by_its_code_and_field(entries: list[dict[str, Any]]) 
     assert [(entry["status"], entry["error"]) for entry in keys] == [(401, "invalid_api_key")] * 3
 
 
-def test_the_first_line_says_what_was_started(
+def test_the_first_log_line_names_the_installed_versions(
     entries: list[dict[str, Any]], logged: dict[FormatName, str], server: RunningServer
 ) -> None:
     with server.client() as http:
@@ -208,7 +208,7 @@ def test_the_first_line_says_what_was_started(
     assert told in logged["human"].splitlines()[0] and told in entries[0]["message"]
 
 
-def test_probes_only_show_at_debug_level(entries: list[dict[str, Any]], server: RunningServer) -> None:
+def test_health_probes_are_logged_only_at_debug_level(entries: list[dict[str, Any]], server: RunningServer) -> None:
     assert {e["level"] for e in entries if e.get("path") == "/health/ready"} == {"debug"}
     with server.client() as http:
         for path in ("/health/live", "/health/ready", "/metrics", "/version"):
@@ -217,7 +217,7 @@ def test_probes_only_show_at_debug_level(entries: list[dict[str, Any]], server: 
     assert server.log.read_text().count("probe.") == 1
 
 
-def test_the_engine_names_the_request(entries: list[dict[str, Any]]) -> None:
+def test_log_lines_of_the_engine_name_the_request(entries: list[dict[str, Any]]) -> None:
     engine = [entry for entry in entries if entry["logger"] == "fastblt.engine"]
     assert [entry["request_id"] for entry in engine if entry["message"] == "refused: too_long"] == ["r-refused"]
     aborted = {entry["request_id"] for entry in engine if entry["message"].startswith("aborted after ")}
@@ -225,7 +225,7 @@ def test_the_engine_names_the_request(entries: list[dict[str, Any]]) -> None:
     assert access(entries, "r-refused")["error"] == "context_length_exceeded"
 
 
-def test_a_crash_says_what_it_hit_and_that_it_is_over(entries: list[dict[str, Any]]) -> None:
+def test_an_engine_crash_logs_affected_requests_and_the_restart(entries: list[dict[str, Any]]) -> None:
     crash, back = (entry for entry in entries if entry["logger"] == "fastblt.engine.client")
     loaded = [entry for entry in entries if entry["message"].startswith("loaded tiny in ")]
     assert len(loaded) == 2
@@ -238,7 +238,7 @@ def test_a_crash_says_what_it_hit_and_that_it_is_over(entries: list[dict[str, An
     assert access(entries, "r-crash")["finish_reasons"] == ["length"]
 
 
-def test_human_lines_have_columns_and_no_colour_in_a_file(logged: dict[FormatName, str]) -> None:
+def test_human_log_lines_have_columns_and_no_colour_in_a_file(logged: dict[FormatName, str]) -> None:
     assert "\x1b" not in logged["human"]
     (line,) = [line for line in logged["human"].splitlines() if line.endswith("  r-plain")]
     moment, level, logger, client, method = line.split()[:5]
@@ -246,14 +246,14 @@ def test_human_lines_have_columns_and_no_colour_in_a_file(logged: dict[FormatNam
     assert line.index("127.0.0.1") == len(moment) + len(" WARNING engine.process ")
 
 
-def test_every_field_is_documented_and_no_other(entries: list[dict[str, Any]]) -> None:
+def test_documented_log_fields_are_those_that_are_logged(entries: list[dict[str, Any]]) -> None:
     table = (ROOT / "docs" / "logs.md").read_text().partition("| field |")[2].partition("\n\n")[0]
     documented = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     elsewhere = {"trace_id", "span_id", "exception", "prompt_texts", "completion_texts", "dropped_lines"}
     assert documented == {name for entry in entries for name in entry} | elsewhere
 
 
-def test_content_is_logged_if_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+def test_content_is_logged_when_log_content_is_set(tiny_model: Path, tmp_path: Path) -> None:
     flags = ["--log-format", "json", "--log-content"]
     with running_server(tiny_model, tmp_path / "log", *flags) as server, server.client() as http:
         text = ask(http, "r-short", seed=1).json()["choices"][0]["text"]
@@ -265,7 +265,7 @@ def test_content_is_logged_if_it_is_asked_for(tiny_model: Path, tmp_path: Path) 
     assert all(prompt == f"{MARK}{'x' * (1000 - len(MARK))}..." for prompt in long["prompt_texts"])
 
 
-def test_a_server_that_cannot_start_says_so_in_the_format_that_is_read(tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_logs_the_reason_in_the_chosen_format(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--log-format", "json"]
     ended = subprocess.run([*command, "--model", str(tmp_path / "none")], cwd=ROOT, capture_output=True, timeout=60)
     assert ended.returncode == 1

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from server.settings import ServerSettings
 
 
-def test_the_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_read_from_the_environment_and_arguments_override_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTBLT_PORT", "9000")
     monkeypatch.setenv("FASTBLT_SERVED_MODEL_NAME", "a, b")
     assert ServerSettings().port == 9000
@@ -17,14 +17,14 @@ def test_the_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPat
 ONE, TWO, THREE = (f"{name}-of-these-keys" for name in ("one", "two", "three"))
 
 
-def test_keys_come_from_both_places_and_are_never_shown(tmp_path: Path) -> None:
+def test_api_keys_come_from_setting_and_file_and_are_never_shown(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"# of bob\n{TWO}\r\n\n  {THREE}  \n#{ONE}\n{TWO}")
     settings = ServerSettings(api_keys=f"{ONE},{TWO}", api_key_file=tmp_path / "keys")  # type: ignore[arg-type]
     assert settings.load_api_keys() == (ONE.encode(), TWO.encode(), THREE.encode())
     assert ONE not in repr(settings)
 
 
-def test_a_byte_order_mark_belongs_to_no_key(tmp_path: Path) -> None:
+def test_a_byte_order_mark_in_the_key_file_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "keys").write_bytes(b"\xef\xbb\xbf" + ONE.encode())
     assert ServerSettings(api_key_file=tmp_path / "keys").load_api_keys() == (ONE.encode(),)
 
@@ -41,7 +41,7 @@ def test_a_byte_order_mark_belongs_to_no_key(tmp_path: Path) -> None:
         (b"\xff\xfe" + ONE.encode("utf-16-le"), "is not UTF-8"),
     ],
 )
-def test_a_key_file_that_holds_anything_else_is_refused(tmp_path: Path, text: bytes, why: str) -> None:
+def test_a_key_file_with_anything_but_keys_is_refused(tmp_path: Path, text: bytes, why: str) -> None:
     (tmp_path / "keys").write_bytes(text)
     with pytest.raises(ValueError) as caught:
         ServerSettings(api_key_file=tmp_path / "keys").load_api_keys()
@@ -49,9 +49,7 @@ def test_a_key_file_that_holds_anything_else_is_refused(tmp_path: Path, text: by
     assert ONE not in str(caught.value) and "sk-1" not in str(caught.value)
 
 
-def test_a_source_that_is_named_and_holds_no_key_does_not_open_the_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_empty_source_of_api_keys_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ServerSettings().load_api_keys() == ()
     with pytest.raises(OSError):
         ServerSettings(api_key_file=tmp_path / "missing").load_api_keys()
@@ -70,10 +68,10 @@ def test_a_source_that_is_named_and_holds_no_key_does_not_open_the_server(
     [{"port": 70000}, {"max_queue": 1}, {"served_model_name": ["a:b"]}, {"prot": 1}, {"trusted_proxies": "here"}]
     + [{"ssl_certfile": "x"}, {"ssl_ca_certs": "x"}, {"head_timeout": 0}, {"max_connections": 0}],
 )
-def test_contradictions_and_typos_are_refused(wrong: dict[str, object]) -> None:
+def test_contradictory_and_misspelt_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         ServerSettings(**wrong)  # type: ignore[arg-type]
 
 
-def test_every_setting_is_described() -> None:
+def test_every_setting_has_a_description() -> None:
     assert all(field.description for field in ServerSettings.model_fields.values())

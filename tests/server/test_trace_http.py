@@ -1,4 +1,4 @@
-"""`trace` over HTTP, against what an engine in this process tells of the same request."""
+"""`trace` over HTTP, against what an engine in this process reports of the same request."""
 
 import json
 from pathlib import Path
@@ -83,7 +83,7 @@ def text_of(choice: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_it_is_what_the_engine_tells(server: RunningServer, engine: Engine, decoder: DecoderName) -> None:
+def test_the_trace_of_a_response_is_the_engines(server: RunningServer, engine: Engine, decoder: DecoderName) -> None:
     ids, traces = told(engine, decoder=decoder)
     (choice,) = whole(server, decoder=decoder)
     trace = choice["trace"]
@@ -97,7 +97,7 @@ def test_it_is_what_the_engine_tells(server: RunningServer, engine: Engine, deco
 
 
 @pytest.mark.parametrize("decoder", [*DECODERS, "auto"])
-def test_chunks_add_up_to_the_whole(server: RunningServer, decoder: str) -> None:
+def test_streamed_traces_add_up_to_the_whole_response(server: RunningServer, decoder: str) -> None:
     chunks = streamed(server, decoder=decoder)
     (choice,) = whole(server, decoder=decoder)
     found = joined(chunks)
@@ -113,7 +113,7 @@ def test_chunks_add_up_to_the_whole(server: RunningServer, decoder: str) -> None
         seen = so_far["text"]
 
 
-def test_ids_come_before_it_is_certain_that_they_are_text(server: RunningServer) -> None:
+def test_the_trace_streams_ids_held_back_for_a_stop_string(server: RunningServer) -> None:
     bytes_alone = {"logit_bias": {str(special): -100 for special in range(BYTE_OFFSET)}}
     (free,) = whole(server, **bytes_alone)
     data = bytes(token - BYTE_OFFSET for token in ids_of(free))
@@ -138,7 +138,7 @@ def test_ids_come_before_it_is_certain_that_they_are_text(server: RunningServer)
     assert joined(late) == free
 
 
-def test_half_a_character_is_in_the_trace_and_not_in_the_text(server: RunningServer) -> None:
+def test_an_incomplete_character_is_in_the_trace_and_not_in_the_text(server: RunningServer) -> None:
     lead, others = 0xC3, range(0x80, 0xC0)
     bias = {str(byte + BYTE_OFFSET): 50 for byte in others} | {str(lead + BYTE_OFFSET): 53}
     chunks = streamed(server, logit_bias=bias)
@@ -146,7 +146,7 @@ def test_half_a_character_is_in_the_trace_and_not_in_the_text(server: RunningSer
     for number, chunk in enumerate(chunks):
         sent = joined(chunks[: number + 1])
         data = bytes(token - BYTE_OFFSET for token in ids_of(sent))
-        # Only what comes next can tell whether the last byte begins a character; behind the end nothing does.
+        # Only the next byte shows whether the last byte begins a character; after the end there is none.
         half = data.endswith(bytes([lead])) and not chunk["finish_reason"]
         held += half
         assert sent["trace"]["text_bytes"] == len(data) - half
@@ -155,7 +155,7 @@ def test_half_a_character_is_in_the_trace_and_not_in_the_text(server: RunningSer
     assert [joined(chunks)] == whole(server, logit_bias=bias)
 
 
-def test_every_choice_has_its_own(server: RunningServer, engine: Engine) -> None:
+def test_every_choice_has_its_own_trace(server: RunningServer, engine: Engine) -> None:
     fields = {"decoder": "blt-s", "n": 3, "echo": True}
     choices = whole(server, **fields)
     chunks = streamed(server, **fields)
@@ -168,12 +168,12 @@ def test_every_choice_has_its_own(server: RunningServer, engine: Engine) -> None
     assert len({choice["text"] for choice in choices}) == 3
 
 
-def test_a_special_id_is_told_and_is_no_text(server: RunningServer) -> None:
+def test_a_special_id_is_in_the_trace_and_not_in_the_text(server: RunningServer) -> None:
     (choice,) = whole(server, max_tokens=4, temperature=0, logit_bias={"2": 100}, ignore_eos=True)
     assert (ids_of(choice), choice["text"], choice["trace"]["text_bytes"]) == ([2, 2, 2, 2], "", 0)
 
 
-def test_nothing_is_told_unasked(server: RunningServer) -> None:
+def test_responses_have_no_trace_unless_requested(server: RunningServer) -> None:
     (choice,) = whole(server, trace=False)
     assert choice.keys() == {"index", "text", "logprobs", "finish_reason"}
     assert all(chunk.keys() == choice.keys() for chunk in streamed(server, trace=None))

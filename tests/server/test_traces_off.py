@@ -27,7 +27,7 @@ def serve(*flags: str, **variables: str) -> str:
 
 
 @pytest.mark.parametrize("asked", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "a flag"])
-def test_who_asks_for_traces_is_told_what_to_install(asked: str) -> None:
+def test_tracing_without_the_extra_names_the_package_to_install(asked: str) -> None:
     if asked == "a flag":
         message, asked = serve("--otlp-endpoint", ENDPOINT), f"--otlp-endpoint {ENDPOINT}"
     else:
@@ -44,10 +44,10 @@ def test_who_asks_for_traces_is_told_what_to_install(asked: str) -> None:
         {"OTEL_EXPORTER_OTLP_ENDPOINT": ENDPOINT, "OTEL_TRACES_EXPORTER": "none"},
     ],
 )
-def test_who_does_not_ask_needs_nothing(variables: dict[str, str]) -> None:
+def test_a_server_without_tracing_does_not_need_the_extra(variables: dict[str, str]) -> None:
     assert "none: no such directory" in serve(**variables)
 
 
-def test_an_endpoint_is_a_url() -> None:
+def test_an_otlp_endpoint_must_be_a_url() -> None:
     message = serve("--otlp-endpoint", "collector:4317")
     assert "must be a URL such as http://127.0.0.1:4318, not 'collector:4317'" in message

@@ -9,7 +9,7 @@ DATA = PARTS.map(b"".join)
 
 
 @given(DATA, st.data())
-def test_pieces_join_to_the_decoded_whole_however_the_bytes_are_cut(data: bytes, draw: st.DataObject) -> None:
+def test_decoded_pieces_join_to_the_whole_text_wherever_the_bytes_are_cut(data: bytes, draw: st.DataObject) -> None:
     cuts = sorted(draw.draw(st.lists(st.integers(0, len(data)))))
     stream = Utf8Stream()
     edges = zip([0, *cuts], [*cuts, len(data)], strict=True)
@@ -18,7 +18,7 @@ def test_pieces_join_to_the_decoded_whole_however_the_bytes_are_cut(data: bytes,
 
 
 @given(st.text())
-def test_valid_text_never_makes_a_replacement_character(text: str) -> None:
+def test_valid_utf8_never_gives_a_replacement_character(text: str) -> None:
     stream = Utf8Stream()
     pieces = [stream.feed(bytes((byte,))) for byte in text.encode()]
     assert "".join(pieces) == text
@@ -27,7 +27,7 @@ def test_valid_text_never_makes_a_replacement_character(text: str) -> None:
 
 
 @given(DATA)
-def test_at_most_three_bytes_wait(data: bytes) -> None:
+def test_the_utf8_stream_holds_back_at_most_three_bytes(data: bytes) -> None:
     stream = Utf8Stream()
     for end in range(len(data)):
         text = stream.feed(data[end : end + 1])
@@ -36,7 +36,7 @@ def test_at_most_three_bytes_wait(data: bytes) -> None:
             assert text
 
 
-def test_hopeless_bytes_do_not_wait() -> None:
+def test_invalid_utf8_bytes_are_replaced_at_once() -> None:
     stream = Utf8Stream()
     assert stream.feed(b"\xff") == "�"
     assert stream.feed(b"\xe2\x82") == ""
@@ -46,7 +46,7 @@ def test_hopeless_bytes_do_not_wait() -> None:
 
 
 @given(st.text(min_size=1))
-def test_offsets_point_at_the_character_of_each_byte(text: str) -> None:
+def test_text_offsets_point_at_the_character_of_each_byte(text: str) -> None:
     tracker = OffsetTracker()
     expected = [i for i, character in enumerate(text) for _ in character.encode()]
     assert [tracker.feed(byte) for byte in text.encode()] == expected
@@ -54,7 +54,7 @@ def test_offsets_point_at_the_character_of_each_byte(text: str) -> None:
 
 
 @given(DATA)
-def test_offsets_of_any_bytes_lie_in_the_text_and_never_fall(data: bytes) -> None:
+def test_text_offsets_of_any_bytes_lie_in_the_text_and_never_decrease(data: bytes) -> None:
     tracker = OffsetTracker()
     offsets = [tracker.feed(byte) for byte in data]
     assert offsets == sorted(offsets)

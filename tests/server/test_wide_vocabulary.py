@@ -42,7 +42,7 @@ def likeliest(bias: dict[int, float], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("decoder", ["blt", "blt-s", "auto"])
-def test_ids_beyond_the_bytes_are_drawn_told_and_no_text(server: RunningServer, decoder: str) -> None:
+def test_ids_beyond_the_bytes_are_sampled_and_reported_but_are_no_text(server: RunningServer, decoder: str) -> None:
     # So that they come between bytes.
     bias = {260: 1.5, 261: 1.5, 262: 1.5, 263: 1.5}
     ids = likeliest(bias, 24)
@@ -57,7 +57,7 @@ def test_ids_beyond_the_bytes_are_drawn_told_and_no_text(server: RunningServer, 
     assert answer["usage"]["completion_tokens"] == len(ids)
 
 
-def test_nothing_but_such_ids_ends_no_engine(server: RunningServer) -> None:
+def test_output_of_only_ids_beyond_the_bytes_does_not_crash_the_engine(server: RunningServer) -> None:
     for _ in range(2):
         (choice,) = ask(server, logit_bias={"262": 100})["choices"]
         assert (choice["text"], choice["finish_reason"]) == ("", "length")
@@ -66,13 +66,13 @@ def test_nothing_but_such_ids_ends_no_engine(server: RunningServer) -> None:
         assert http.get("/health/ready").status_code == 200
 
 
-def test_a_prompt_may_hold_them_and_its_echo_leaves_them_out(server: RunningServer) -> None:
+def test_a_prompt_may_hold_ids_beyond_the_bytes_and_its_echo_leaves_them_out(server: RunningServer) -> None:
     (choice,) = ask(server, echo=True, max_tokens=1)["choices"]
     assert choice["text"].startswith("some ids more")
     assert choice["logprobs"]["tokens"][9:11] == ["<262>", "<260>"]
 
 
-def test_a_stop_string_is_found_across_them(server: RunningServer) -> None:
+def test_a_stop_string_is_found_across_ids_beyond_the_bytes(server: RunningServer) -> None:
     bias = dict.fromkeys((*(byte + BYTE_OFFSET for byte in b"xyz"), 262), 20.0)
     ids = likeliest(bias, 24)
     between = next(at for at in range(1, 23) if ids[at] == 262 and 262 not in (ids[at - 1], ids[at + 1]))
