@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", ["fast", "released", None])
-def test_graphs_write_the_bytes_of_single_launches_in_a_mixed_batch(
+def test_cuda_graphs_write_the_bytes_of_single_launches_in_a_mixed_batch(
     form: Form | None, dtype: str, tmp_path: Path
 ) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
@@ -40,7 +40,7 @@ def test_graphs_write_the_bytes_of_single_launches_in_a_mixed_batch(
             assert texts == recorded["blt"], way
 
 
-def test_float8_weights_run_recorded(tmp_path: Path) -> None:
+def test_cuda_graphs_with_float8_weights_write_the_bytes_of_single_launches(tmp_path: Path) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
     if not setting.has_float8():
         pytest.skip("needs a device that computes with e4m3")
@@ -51,7 +51,7 @@ def test_float8_weights_run_recorded(tmp_path: Path) -> None:
     assert recorded == launched
 
 
-def test_the_same_batch_records_nothing_the_second_time(tmp_path: Path) -> None:
+def test_a_repeated_batch_records_no_new_cuda_graph(tmp_path: Path) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
     engine = setting.engine(random_model(tmp_path, "tiny", "fast", dtype=torch.float32), graphs=True)
     # Else what is launched depends on what took how long.
@@ -65,7 +65,7 @@ def test_the_same_batch_records_nothing_the_second_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_a_stages_time_is_without_the_hosts_planning(graphs: bool, tmp_path: Path) -> None:
+def test_measured_stage_time_excludes_planning_on_the_host(graphs: bool, tmp_path: Path) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
     engine = setting.engine(random_model(tmp_path, "tiny", "fast", dtype=torch.float32), graphs=graphs)
     engine.stepper.ahead.policy = AHEAD["always, passes"]
@@ -78,7 +78,7 @@ def test_a_stages_time_is_without_the_hosts_planning(graphs: bool, tmp_path: Pat
         assert after.stage_seconds[stage] - before.stage_seconds[stage] < 0.01 * (calls - before.calls[stage]), stage
 
 
-def test_recording_leaves_the_allocators_and_the_collector_as_they_were() -> None:
+def test_recording_a_graph_restores_allocators_and_garbage_collector() -> None:
     recorder, x = _Recorder(torch.device("cuda")), torch.arange(8.0, device="cuda")
     torch.empty(1 << 26, device="cuda")
     reserved = torch.cuda.memory_reserved()

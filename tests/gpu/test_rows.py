@@ -93,7 +93,7 @@ def test_attention_rows_do_not_depend_on_their_number(shape: tuple[int, int, int
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [shape for shape in HEADS if shape[-1] is None], ids=str)
-def test_a_long_context_split_over_the_device_is_the_same_bits(
+def test_attention_over_a_split_context_is_the_same_bits(
     shape: tuple[int, int, int, int, int | None], dtype: Any
 ) -> None:
     context = Context(shape, 6000, dtype)
@@ -104,7 +104,7 @@ def test_a_long_context_split_over_the_device_is_the_same_bits(
         assert torch.equal(context.attend(begin, begin + 1, split=True), whole[:1])
 
 
-def test_kernels_are_compiled() -> None:
+def test_kernels_do_not_run_in_the_interpreter() -> None:
     """Or all of this would have run in Triton's interpreter."""
     from kernels.lang import IN_INTERPRETER
 

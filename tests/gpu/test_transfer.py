@@ -1,4 +1,4 @@
-"""What comes from the device does not wait for what was launched behind it."""
+"""What comes from the device does not wait for what was launched after it."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from engine.step.transfer import read_async
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def test_what_was_begun_to_be_read_is_heard_while_the_device_goes_on() -> None:
+def test_an_asynchronous_read_completes_while_the_device_is_busy() -> None:
     ids, highest = torch.arange(3, device="cuda"), torch.tensor([0.5, -1.0, 2.0], device="cuda")
     heard = read_async(ids, highest)
     # A second or so on any device.

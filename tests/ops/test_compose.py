@@ -56,7 +56,7 @@ def test_a_checkpoint_and_settings_come_from_the_environment(tmp_path: Path) -> 
     assert {name for name, value in server["environment"].items() if value} == {"FASTBLT_DTYPE"}
 
 
-def test_without_a_gpu_only_the_device_differs(services: dict[str, Any]) -> None:
+def test_the_compose_file_for_cpu_differs_only_in_the_device(services: dict[str, Any]) -> None:
     on_cpu = compose("compose.yaml", "compose.cpu.yaml")
     server, environment = services["fastblt"], services["fastblt"]["environment"]
     expected = {name: value for name, value in server.items() if name != "deploy"}
@@ -64,27 +64,27 @@ def test_without_a_gpu_only_the_device_differs(services: dict[str, Any]) -> None
     assert {**on_cpu, "fastblt": server} == services
 
 
-def test_every_folder_that_is_mounted_is_in_the_repository(services: dict[str, Any]) -> None:
+def test_every_mounted_folder_is_in_the_repository(services: dict[str, Any]) -> None:
     folders = [folder for service in services.values() for folder in mounted(service).values()]
     assert len(folders) == 4
     assert all(folder.is_dir() and folder.is_relative_to(ROOT) for folder in folders)
 
 
-def test_images_are_pinned_and_ports_are_this_machines(services: dict[str, Any]) -> None:
+def test_images_are_pinned_and_ports_bind_to_localhost(services: dict[str, Any]) -> None:
     assert services.keys() == {"fastblt", "prometheus", "grafana"}
     for name in ("prometheus", "grafana"):
         assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", services[name]["image"])
     assert all(port["host_ip"] == "127.0.0.1" for service in services.values() for port in service["ports"])
 
 
-def test_the_server_has_time_to_drain(services: dict[str, Any]) -> None:
+def test_the_stop_grace_period_covers_the_drain_time(services: dict[str, Any]) -> None:
     default = ServerSettings.model_fields["drain_seconds"].default
     assert float(services["fastblt"]["stop_grace_period"].removesuffix("s")) >= (
         default + LAST_RESPONSES_SECONDS + STOP_SECONDS
     )
 
 
-def test_prometheus_finds_its_files_and_the_server(services: dict[str, Any]) -> None:
+def test_prometheus_has_its_rule_files_and_scrapes_the_server(services: dict[str, Any]) -> None:
     prometheus = services["prometheus"]
     folder = mounted(prometheus)["/etc/prometheus"]
     assert "--config.file=/etc/prometheus/prometheus.yml" in prometheus["command"]
@@ -95,7 +95,7 @@ def test_prometheus_finds_its_files_and_the_server(services: dict[str, Any]) -> 
     subprocess.run(["promtool", "check", "config", folder / "prometheus.yml"], check=True)
 
 
-def test_grafana_is_given_the_data_source_and_the_dashboard(services: dict[str, Any]) -> None:
+def test_grafana_is_provisioned_with_data_source_and_dashboard(services: dict[str, Any]) -> None:
     grafana, folders = services["grafana"], mounted(services["grafana"])
     provisioning = folders["/etc/grafana/provisioning"]
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
@@ -110,7 +110,7 @@ def test_grafana_is_given_the_data_source_and_the_dashboard(services: dict[str, 
     assert dashboard["panels"]
 
 
-def test_documented_commands_are_composes() -> None:
+def test_documented_compose_commands_are_valid() -> None:
     shown = re.findall(r"^    docker compose (.*) up (.*)$", (ROOT / "docs" / "containers.md").read_text(), re.M)
     assert len(shown) == 2
     options = subprocess.run([COMMAND, "up", "--help"], capture_output=True, text=True, check=True).stdout

@@ -31,27 +31,27 @@ NEEDED = [
 """What the image installs, and what builds our package."""
 
 
-def test_every_line_pins_a_version() -> None:
+def test_every_constraint_pins_a_version() -> None:
     lines = [line for line in CONSTRAINTS.splitlines() if line and not line.startswith("#")]
     assert len(lines) == len(PINNED) > 60
 
 
 @pytest.mark.parametrize("requirement", NEEDED, ids=lambda requirement: requirement.name)
-def test_versions_are_what_the_project_allows(requirement: Requirement) -> None:
+def test_pinned_versions_are_those_that_the_project_allows(requirement: Requirement) -> None:
     version = PINNED[canonicalize_name(requirement.name)]
     assert requirement.specifier.contains(version), f"{requirement.name} {version}: `make constraints` resolves anew"
 
 
-def test_torch_is_the_one_that_tests_run_with() -> None:
+def test_the_pinned_torch_is_the_one_of_the_tests() -> None:
     assert re.findall(r"^TORCH \?= torch==(\S+)$", (ROOT / "Makefile").read_text(), re.M) == [PINNED["torch"]]
 
 
-def test_the_base_has_the_cuda_of_this_torch() -> None:
+def test_the_base_image_has_the_cuda_version_of_torch() -> None:
     (version,) = re.findall(r"^ARG BASE=nvidia/cuda:(\d+\.\d+\.\d+)-base-", DOCKERFILE, re.M)
     assert PINNED["cuda-toolkit"].startswith(version)
 
 
-def test_the_image_needs_these_and_no_others() -> None:
+def test_the_constraints_are_exactly_the_packages_of_the_image() -> None:
     """Resolved for the base's Python, 3.12, with every other version forbidden."""
     command = [UV, "pip", "compile", "--quiet", "--no-python-downloads", "--no-header", "--no-annotate", "-"]
     command += ["--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_28"]

@@ -142,7 +142,7 @@ def labels_of(query: Query) -> set[str]:
 
 
 @pytest.mark.parametrize("query", WITH_DATA, ids=lambda q: q.name)
-def test_every_query_of_the_dashboard_has_data_for_all_that_it_tells_apart(query: Query, stack: Stack) -> None:
+def test_every_dashboard_query_has_data_for_all_its_label_values(query: Query, stack: Stack) -> None:
     known = {
         "decoder": set(panels.DECODERS) - UNDRAFTED.get(query.panel["title"], set()),
         "stage": set(panels.STAGES) - ({"patcher"} if "estimated" in query.expr else set()),
@@ -159,7 +159,7 @@ def test_every_query_of_the_dashboard_has_data_for_all_that_it_tells_apart(query
 
 
 @pytest.mark.parametrize("query", WITH_DATA, ids=lambda q: q.name)
-def test_every_query_of_the_dashboard_heeds_its_variables(query: Query, stack: Stack) -> None:
+def test_every_dashboard_query_obeys_the_dashboard_variables(query: Query, stack: Stack) -> None:
     here = stack.instance.replace(".", r"\\.")
     chosen = fill(query.expr, WINDOW, instance=here, decoder="(blt-s|auto)")
     series = wait_for(stack.prometheus, query.target, chosen, {})
@@ -167,14 +167,14 @@ def test_every_query_of_the_dashboard_heeds_its_variables(query: Query, stack: S
     assert not run(stack.prometheus, query.target, fill(query.expr, WINDOW, instance="elsewhere:1"))
 
 
-def test_without_a_gpu_only_its_panel_is_empty(stack: Stack) -> None:
+def test_without_a_gpu_only_the_gpu_panel_is_empty(stack: Stack) -> None:
     empty = [q for q in QUERIES if q not in WITH_DATA]
     assert len(empty) == len(NO_DATA)
     for query in empty:
         assert not run(stack.prometheus, query.target, fill(query.expr, WINDOW))
 
 
-def test_the_variables_and_annotations_of_the_dashboard(stack: Stack) -> None:
+def test_dashboard_variables_and_annotations_have_data(stack: Stack) -> None:
     known = {"job": ["fastblt"], "instance": [stack.instance], "decoder": sorted(panels.DECODERS)}
     for variable in BOARD["templating"]["list"]:
         if variable["type"] == "query":
@@ -186,11 +186,11 @@ def test_the_variables_and_annotations_of_the_dashboard(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_every_recording_rule_records(name: str, stack: Stack) -> None:
+def test_every_recording_rule_records_data(name: str, stack: Stack) -> None:
     wait_for(stack.prometheus, {"instant": True}, name, {})
 
 
-def test_prometheus_evaluates_every_rule_and_a_healthy_server_is_not_accused(stack: Stack) -> None:
+def test_prometheus_evaluates_every_rule_and_a_healthy_server_fires_no_alert(stack: Stack) -> None:
     wait_for(stack.prometheus, {"instant": True}, RECORDED[-1], {})
     rules = [rule for group in stack.prometheus.api("rules")["groups"] for rule in group["rules"]]
     assert {rule["name"] for rule in rules} == {*RECORDED, *(alert["alert"] for alert in ALERTS)}
@@ -200,7 +200,7 @@ def test_prometheus_evaluates_every_rule_and_a_healthy_server_is_not_accused(sta
     }
 
 
-def test_the_preview_draws_it(stack: Stack, tmp_path: Path) -> None:
+def test_the_preview_draws_the_dashboard(stack: Stack, tmp_path: Path) -> None:
     wait_for(stack.prometheus, {"instant": True}, RECORDED[-1], {})
     Preview(stack.prometheus.url, WINDOW).picture(BOARD, str(tmp_path / "picture.png"))
     assert (tmp_path / "picture.png").stat().st_size > 50_000
@@ -216,7 +216,7 @@ def test_promtool_accepts_the_configuration_and_both_rule_files() -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", *(SHIPPED / name for name in RULES))
 
 
-def test_promtool_has_nothing_to_say_about_the_metrics(stack: Stack) -> None:
+def test_promtool_accepts_the_metrics(stack: Stack) -> None:
     with stack.server.client() as http:
         promtool("check", "metrics", stdin=http.get("/metrics").text)
 
@@ -228,11 +228,11 @@ def test_the_unit_tests_of_the_rules_pass_and_cover_every_alert() -> None:
     assert {check["alertname"] for check in checks if check["exp_alerts"]} == {alert["alert"] for alert in ALERTS}
 
 
-def test_the_committed_dashboard_is_what_the_code_makes() -> None:
+def test_the_committed_dashboard_equals_the_generated_one() -> None:
     assert dashboards.PATH.read_text() == dashboards.render(), "run python -m deploy.dashboards"
 
 
-def test_panels_have_an_id_of_their_own_a_description_and_a_place() -> None:
+def test_panels_have_a_unique_id_a_description_and_a_position() -> None:
     ids = [panel["id"] for panel in BOARD["panels"]]
     assert len(set(ids)) == len(ids)
     assert all(len(panel["description"]) > 40 for panel in PANELS)
@@ -247,7 +247,7 @@ def test_panels_have_an_id_of_their_own_a_description_and_a_place() -> None:
     assert len(set(cells)) == len(cells) and max(x for x, _ in cells) == 23
 
 
-def test_metrics_and_labels_are_documented_ones() -> None:
+def test_metrics_and_labels_in_queries_are_documented() -> None:
     rows = re.findall(r"^\| `(fastblt_\w+)` \| \w+ \|([\w, ]*)\|", METRICS_DOC, re.M)
     documented = {label for _, cell in rows for label in re.findall(r"\w+", cell)}
     everything = "\n".join(EXPRESSIONS)
@@ -260,7 +260,7 @@ def test_metrics_and_labels_are_documented_ones() -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_an_alert_says_how_bad_it_is_and_where_to_read_on(alert: dict[str, Any]) -> None:
+def test_every_alert_has_a_severity_and_a_runbook_url(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in ("critical", "warning", "info")
     assert alert["annotations"].keys() == {"summary", "description", "runbook_url"}
     assert alert["annotations"]["runbook_url"] == f"docs/operations.md#alert-{alert['alert'].lower()}"

@@ -103,7 +103,7 @@ def manifests(request: pytest.FixtureRequest) -> Manifests:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_lint_has_nothing_to_say(choice: str) -> None:
+def test_helm_lint_accepts_the_chart(choice: str) -> None:
     report = helm_python.lint(CHART, CHOICES[choice][0], strict=True)
     assert not report["errors"]
     # A chart for a registry's web page would have one.
@@ -111,20 +111,20 @@ def test_lint_has_nothing_to_say(choice: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.25", kubernetes_validate.latest_version()])
-def test_manifests_are_kubernetes_own(manifests: Manifests, version: str) -> None:
+def test_manifests_match_the_kubernetes_schemas(manifests: Manifests, version: str) -> None:
     for manifest in manifests.values():
         if not manifest["apiVersion"].startswith("monitoring.coreos.com/"):
             kubernetes_validate.validate(manifest, version, strict=True)
 
 
-def test_a_wrong_manifest_would_be_found() -> None:
+def test_the_kubernetes_schemas_reject_a_wrong_manifest() -> None:
     manifests = render()
     container(manifests)["comand"] = ["sh"]
     with pytest.raises(kubernetes_validate.ValidationError, match="comand"):
         kubernetes_validate.validate(manifests["Deployment"], kubernetes_validate.latest_version(), strict=True)
 
 
-def test_objects_belong_together(manifests: Manifests) -> None:
+def test_labels_and_selectors_of_the_manifests_match(manifests: Manifests) -> None:
     labels = manifests["Deployment"]["spec"]["template"]["metadata"]["labels"]
     chosen = {"app.kubernetes.io/name": "fastblt", "app.kubernetes.io/instance": "demo"}
     selectors = [
@@ -142,7 +142,7 @@ def test_objects_belong_together(manifests: Manifests) -> None:
     assert mounts == {volume["name"] for volume in pod(manifests)["volumes"]}
 
 
-def test_the_command_line_takes_the_arguments(manifests: Manifests) -> None:
+def test_the_command_line_accepts_the_arguments_of_the_chart(manifests: Manifests) -> None:
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     given = serve.make_context("serve", ["--model", "x", *container(manifests)["args"]]).params
     assert given["drain_seconds"] == 30
@@ -156,7 +156,7 @@ def test_a_pod_has_time_to_drain(manifests: Manifests) -> None:
     assert pod(manifests)["terminationGracePeriodSeconds"] >= least
 
 
-def test_it_is_the_images_user_and_its_folders(manifests: Manifests) -> None:
+def test_the_pod_uses_the_user_and_folders_of_the_image(manifests: Manifests) -> None:
     (user,) = re.findall(r"^USER (\d+):\1$", DOCKERFILE, re.M)
     assert pod(manifests)["securityContext"].items() >= {"runAsUser": int(user), "runAsNonRoot": True}.items()
     mounts = {mount["name"]: mount["mountPath"] for mount in container(manifests)["volumeMounts"]}
@@ -167,7 +167,7 @@ def test_it_is_the_images_user_and_its_folders(manifests: Manifests) -> None:
     assert container(manifests)["securityContext"]["readOnlyRootFilesystem"]
 
 
-def test_everything_that_names_a_port_means_the_servers(manifests: Manifests) -> None:
+def test_every_port_in_the_manifests_is_the_servers(manifests: Manifests) -> None:
     (port,) = container(manifests)["ports"]
     named = [container(manifests)[f"{probe}Probe"]["httpGet"]["port"] for probe in ("startup", "readiness", "liveness")]
     named += [entry["targetPort"] for entry in manifests["Service"]["spec"]["ports"]]
@@ -178,7 +178,7 @@ def test_everything_that_names_a_port_means_the_servers(manifests: Manifests) ->
     assert set(named) == {port["name"]}
 
 
-def test_the_server_answers_what_is_asked_of_it(tiny_server: str) -> None:
+def test_the_server_answers_the_paths_and_metrics_named_in_the_chart(tiny_server: str) -> None:
     manifests = render(EVERYTHING | {"autoscaling": {"enabled": True}})
     paths = [container(manifests)[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "readiness", "liveness")]
     (endpoint,) = manifests["PodMonitor"]["spec"]["podMetricsEndpoints"]
@@ -190,14 +190,14 @@ def test_the_server_answers_what_is_asked_of_it(tiny_server: str) -> None:
         assert target["type"] == "AverageValue" and int(target["averageValue"]) > 0
 
 
-def test_autoscaling_leaves_the_replicas_alone() -> None:
+def test_with_autoscaling_the_deployment_sets_no_replicas() -> None:
     scaled = render({"autoscaling": {"enabled": True, "maxReplicas": 9}})
     assert "replicas" not in scaled["Deployment"]["spec"] and render()["Deployment"]["spec"]["replicas"] == 1
     target = scaled["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
     assert (target["kind"], target["name"]) == ("Deployment", scaled["Deployment"]["metadata"]["name"])
 
 
-def test_keys_reach_the_server_as_a_file() -> None:
+def test_api_keys_reach_the_server_as_a_file() -> None:
     manifests = render({"apiKeys": {"secret": "keys", "key": "mine"}})
     (variable,) = container(manifests)["env"]
     (volume,) = (v["secret"] for v in pod(manifests)["volumes"] if v["name"] == "api-keys")
@@ -208,7 +208,7 @@ def test_keys_reach_the_server_as_a_file() -> None:
     assert "keys" not in str(render())
 
 
-def test_no_variable_of_kubernetes_is_taken_for_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_variables_of_kubernetes_are_not_read_as_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """It sets FASTBLT_PORT to a URL for a Service that is called fastblt, as a release of that name has it."""
     manifests = render(name="fastblt")
     assert manifests["Service"]["metadata"]["name"] == "fastblt"
@@ -224,7 +224,7 @@ def archive(tmp_path: Path) -> Iterator[Path]:
     yield Path(helm_python.package(str(CHART), destination=str(tmp_path)))
 
 
-def test_rules_are_those_of_prometheus_itself(archive: Path, tmp_path: Path) -> None:
+def test_the_chart_has_the_prometheus_rules_of_the_repository(archive: Path, tmp_path: Path) -> None:
     written = [yaml.safe_load((ROOT / "deploy" / "prometheus" / f).read_text()) for f in ("rules.yml", "alerts.yml")]
     for chart in (CHART, archive):
         spec = render({"prometheusRule": {"enabled": True}}, chart)["PrometheusRule"]["spec"]
@@ -233,7 +233,7 @@ def test_rules_are_those_of_prometheus_itself(archive: Path, tmp_path: Path) -> 
     subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"], check=True)
 
 
-def test_the_pod_monitor_names_the_job_that_rules_expect() -> None:
+def test_the_pod_monitor_uses_the_job_name_of_the_rules() -> None:
     manifests = render({"podMonitor": {"enabled": True}}, name="other")
     label = manifests["PodMonitor"]["spec"]["jobLabel"]
     job = manifests["Deployment"]["spec"]["template"]["metadata"]["labels"][label]
@@ -257,12 +257,12 @@ def test_the_pod_monitor_names_the_job_that_rules_expect() -> None:
         ({"autoscaling": {"enabled": True, "minReplicas": 5}}, "minReplicas 5 must not exceed maxReplicas 4"),
     ],
 )  # fmt: skip
-def test_wrong_values_are_refused_by_name(values: dict[str, Any], message: str) -> None:
+def test_wrong_chart_values_are_refused_by_name(values: dict[str, Any], message: str) -> None:
     with pytest.raises(helm_python.HelmError, match=re.escape(message)):
         render(values)
 
 
-def test_the_documented_values_are_the_charts() -> None:
+def test_the_documented_values_are_accepted_by_the_chart() -> None:
     text = (ROOT / "docs" / "containers.md").read_text()
     (flags,) = re.findall(r"^    helm install fastblt deploy/helm/fastblt --set (\S+)$", text, re.M)
     assert container(render(helm_python.parse_set_string(flags)))["image"].startswith("registry.example.com/fastblt:")
@@ -275,7 +275,7 @@ def test_the_documented_values_are_the_charts() -> None:
         assert series and re.fullmatch(series[1], metric["pods"]["metric"]["name"])
 
 
-def test_every_value_is_in_the_schema() -> None:
+def test_every_chart_value_is_in_the_schema() -> None:
     with helm_python.Chart.load(CHART) as chart:
         values, schema = chart.values, chart.schema
     assert schema

@@ -36,7 +36,7 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
-def test_hadolint_has_nothing_to_say() -> None:
+def test_hadolint_accepts_the_dockerfile() -> None:
     subprocess.run([Path(sys.executable).with_name("hadolint"), ROOT / "Dockerfile"], check=True)
 
 
@@ -54,7 +54,7 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
         podman.clear()
 
 
-def test_it_serves_what_is_mounted_and_drains(podman: Podman, tiny: Path) -> None:
+def test_the_image_serves_a_mounted_model_and_drains(podman: Podman, tiny: Path) -> None:
     mounts = [f"--volume={tiny}:/models:ro", "--volume=kernels:/cache"]
     with serving(podman, *CLOSED, *mounts, image=IMAGE, flags=CPU) as server, httpx.Client(base_url=server.url) as http:
         asked = "tr '\\0' ' ' < /proc/1/cmdline; id -u; touch /models/x /x"
@@ -75,24 +75,24 @@ def test_it_serves_what_is_mounted_and_drains(podman: Podman, tiny: Path) -> Non
         assert server.state("ExitCode") == "0"
 
 
-def test_it_serves_the_embedded_model_as_any_user(podman: Podman) -> None:
+def test_the_image_serves_the_embedded_model_as_any_user(podman: Podman) -> None:
     with serving(podman, *CLOSED, "--tmpfs=/cache", "--user=4321:4321", image=IMAGE, flags=CPU) as server:
         assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "nano"
 
 
-def test_without_a_gpu_it_says_what_is_missing(podman: Podman) -> None:
+def test_the_image_without_a_gpu_reports_the_missing_cuda_device(podman: Podman) -> None:
     said = podman("run", "--rm", *RUN, *CLOSED, IMAGE, code=1)
     last = said.splitlines()[-1]
     assert re.fullmatch(r"fastblt: device 'cuda': torch \S+ finds no CUDA device; 'cpu' needs none", last)
 
 
-def test_triton_can_compile_what_it_compiles_first(podman: Podman) -> None:
+def test_triton_compiles_its_driver_interface_in_the_image(podman: Podman) -> None:
     """Its interface to the driver: with the compiler and headers of the image, into a volume, and loaded from there."""
     run = ["run", "--rm", "--interactive", *RUN, *CLOSED, "--volume=kernels:/cache", "--entrypoint=python", IMAGE, "-"]
     assert re.search(r"^/cache/\S+/cuda_utils\.\S+\.so: undefined symbol: cu", podman(*run, stdin=TRITONS_FIRST_STEP))
 
 
-def test_the_gpu_check_runs_in_it(podman: Podman, tmp_path: Path) -> None:
+def test_the_gpu_check_runs_in_the_image(podman: Podman, tmp_path: Path) -> None:
     """As documented, but for the GPU, the report's folder, and the wheels, which must be those of this Python."""
     wheels = tmp_path / "wheels"
     pip = [sys.executable, "-m", "pip"]
@@ -104,7 +104,7 @@ def test_the_gpu_check_runs_in_it(podman: Podman, tmp_path: Path) -> None:
     assert "| exactness | passed |" in (tmp_path / "gpu_check-cpu-quick.md").read_text()
 
 
-def test_its_other_commands_run_as_documented(podman: Podman) -> None:
+def test_the_other_commands_of_the_image_run_as_documented(podman: Podman) -> None:
     ((options, words),) = (run for run in documented_runs() if "generate" in run[1])
     assert len(podman("run", *RUN, *options, IMAGE, *words)) > 20
     (inspect,) = re.findall(r"^    docker exec fastblt fastblt (.*)$", DOCS, re.M)
@@ -112,7 +112,7 @@ def test_its_other_commands_run_as_documented(podman: Podman) -> None:
     assert said.startswith("nano: fastblt format")
 
 
-def test_only_what_is_needed_is_in_it(podman: Podman) -> None:
+def test_the_image_holds_only_the_needed_files(podman: Podman) -> None:
     found = podman("run", "--rm", *RUN, "--entrypoint=sh", IMAGE, "-c", "ls /src /opt /models; find /models -type d")
     assert found.splitlines()[0].endswith("No such file or directory")
     assert "README.md" in found and "/models/nano" not in found
@@ -136,7 +136,7 @@ def documented_runs() -> list[tuple[list[str], list[str]]]:
     return found
 
 
-def test_documented_options_are_podmans_too_and_flags_the_servers(podman: Podman) -> None:
+def test_documented_options_are_accepted_by_podman_and_flags_by_the_server(podman: Podman) -> None:
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     assert len(documented_runs()) == 7
     for options, flags in documented_runs():

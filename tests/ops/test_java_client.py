@@ -90,7 +90,7 @@ def text(tiny_server: str) -> str:
     return told
 
 
-def test_a_completion(tiny_server: str, text: str) -> None:
+def test_the_java_client_reads_a_completion(tiny_server: str, text: str) -> None:
     with relay(tiny_server) as between:
         (answer,) = java(between.url, ASKED)
     head, _, body = between.requests[0].partition(b"\r\n\r\n")
@@ -99,7 +99,7 @@ def test_a_completion(tiny_server: str, text: str) -> None:
     assert json.loads("".join(answer.lines))["choices"][0]["text"] == text
 
 
-def test_a_stream(tiny_server: str, text: str) -> None:
+def test_the_java_client_reads_a_stream(tiny_server: str, text: str) -> None:
     (answer,) = java(tiny_server, ASKED | {"stream": True, "stream_options": {"include_usage": True}})
     assert answer.status == "200 HTTP_1_1"
     events = [line.removeprefix("data: ") for line in answer.lines if line]
@@ -109,7 +109,7 @@ def test_a_stream(tiny_server: str, text: str) -> None:
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == ASKED["max_tokens"]
 
 
-def test_requests_share_a_connection(tiny_server: str, text: str) -> None:
+def test_requests_of_the_java_client_share_a_connection(tiny_server: str, text: str) -> None:
     with relay(tiny_server) as between:
         first, streamed, third = java(between.url, ASKED, ASKED | {"stream": True}, ASKED)
     assert len(between.requests) == 1
@@ -120,7 +120,7 @@ def test_requests_share_a_connection(tiny_server: str, text: str) -> None:
         assert json.loads("".join(answer.lines))["choices"][0]["text"] == text
 
 
-def test_an_error(tiny_server: str) -> None:
+def test_the_java_client_reads_an_error(tiny_server: str) -> None:
     (answer,) = java(tiny_server, ASKED | {"max_tokens": -1})
     assert answer.status == "400 HTTP_1_1"
     assert json.loads("".join(answer.lines))["error"]["param"] == "max_tokens"

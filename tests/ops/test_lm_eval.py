@@ -179,7 +179,7 @@ def write_task(name: str, folder: Path) -> None:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **source, **described}))
 
 
-def test_choices(told: Evaluated, model: Model) -> None:
+def test_lm_eval_scores_multiple_choice_as_the_plain_model_does(told: Evaluated, model: Model) -> None:
     right, seen = [], []
     for question, sample in zip(QUESTIONS, told.samples["choices"], strict=True):
         context = [*told.begin, *to_ids(question["context"])]
@@ -194,7 +194,7 @@ def test_choices(told: Evaluated, model: Model) -> None:
     assert [greedy for greedy, _ in seen].count(True) == 1 and [ends for _, ends in seen].count(True) == 3
 
 
-def test_whole_texts(told: Evaluated, model: Model) -> None:
+def test_lm_eval_scores_whole_texts_as_the_plain_model_does(told: Evaluated, model: Model) -> None:
     """lm-eval itself puts begin-of-sequence before a whole text; one of the tokenizer's comes second, and is scored."""
     if "rolling" not in told.samples:
         pytest.skip("lm-eval cannot ask for this with strings")

@@ -27,7 +27,7 @@ def answered(url: str, route: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-def test_guidellm(tiny_server: str, tmp_path: Path) -> None:
+def test_guidellm_measures_the_server(tiny_server: str, tmp_path: Path) -> None:
     health = answered(tiny_server, "/health")
     options = {
         # It looks at /health before anything else.
@@ -118,7 +118,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-async def test_vllm_bench(tiny_server: str, variant: str) -> None:
+async def test_requests_of_vllm_bench_are_answered(tiny_server: str, variant: str) -> None:
     body = VLLM | VARIANTS[variant]
     whole = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
     async with aiohttp.ClientSession() as session:

@@ -29,7 +29,7 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
         yield running
 
 
-def test_it_keeps_to_its_schema(server: RunningServer, tmp_path: Path) -> None:
+def test_the_server_conforms_to_its_openapi_schema(server: RunningServer, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.url}/openapi.json"]
     command += ["--checks", "all", "--exclude-checks", ",".join(LEFT_OUT), "--phases", "examples,coverage,fuzzing"]

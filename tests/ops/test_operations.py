@@ -9,7 +9,7 @@ import yaml
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 
 
-def test_prometheus_takes_every_query(tmp_path: Path) -> None:
+def test_prometheus_accepts_every_query_of_the_operations_guide(tmp_path: Path) -> None:
     queries = re.findall(r"^ *```promql\n(.*?)^ *```$", OPERATIONS.read_text(), re.M | re.S)
     assert len(queries) >= 8
     rules = [{"record": f"operations:query:{number}", "expr": query} for number, query in enumerate(queries)]

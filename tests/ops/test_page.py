@@ -64,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("decoder", CASES)
-def test_the_colours_are_what_the_engine_tells(server: RunningServer, page: Page, decoder: str) -> None:
+def test_the_page_colours_bytes_as_the_engine_traced_them(server: RunningServer, page: Page, decoder: str) -> None:
     fields = CASES[decoder]
     page["compare"].click()
     pane = ".pane:nth-child(1)"
@@ -98,7 +98,7 @@ def test_the_colours_are_what_the_engine_tells(server: RunningServer, page: Page
         assert len(set(kinds)) + len(set(passes)) > 2
 
 
-def test_patches_of_the_prompt_and_why_they_begin(server: RunningServer, page: Page) -> None:
+def test_the_page_shows_patches_of_the_prompt_and_why_they_begin(server: RunningServer, page: Page) -> None:
     page["prompt"].clear()
     page["prompt"].send_keys("naïve_values = [entry for entry in ")
     page["compare"].click()
@@ -135,7 +135,7 @@ def test_patches_of_the_prompt_and_why_they_begin(server: RunningServer, page: P
     assert line.get_attribute("d").count("V") == len(told["entropies"]) - 1
 
 
-def test_two_decoders_side_by_side(page: Page) -> None:
+def test_the_page_compares_two_decoders(page: Page) -> None:
     page.run()
     assert f"The texts are equal: {BYTES} bytes" in page["verdict"].text
     rows = {row.text.splitlines()[0] for row in page.all("#costs tbody th")}
@@ -147,7 +147,7 @@ def test_two_decoders_side_by_side(page: Page) -> None:
     assert "The texts" in page["verdict"].text
 
 
-def test_by_keyboard_alone(page: Page) -> None:
+def test_the_page_can_be_used_by_keyboard_alone(page: Page) -> None:
     """Ctrl+Enter runs, Escape stops, arrows go through the bytes."""
     page.set("#max-tokens", 3000)
     keys = ActionChains(page.driver)
@@ -168,7 +168,7 @@ def test_by_keyboard_alone(page: Page) -> None:
     assert {"prompt", "max-tokens", "temperature", "seed", "compare", "run", "rejected"} <= focusable
 
 
-def test_a_server_that_stops_hears_of_it(server: RunningServer, page: Page) -> None:
+def test_the_stop_button_aborts_the_request_on_the_server(server: RunningServer, page: Page) -> None:
     before = server.aborted()
     page.set("#max-tokens", 3000)
     page["run"].click()
@@ -178,7 +178,7 @@ def test_a_server_that_stops_hears_of_it(server: RunningServer, page: Page) -> N
     assert server.metrics("fastblt_running_sequences") == {"fastblt_running_sequences": 0}
 
 
-def test_refusals_are_told_in_words(page: Page) -> None:
+def test_the_page_shows_the_message_of_a_refused_request(page: Page) -> None:
     page["prompt"].clear()
     page.driver.execute_script("document.getElementById('prompt').value = 'x'.repeat(60000)")
     page["run"].click()
@@ -186,7 +186,7 @@ def test_refusals_are_told_in_words(page: Page) -> None:
     assert "max_tokens" in next(problem.text for problem in page.all(".pane .problem") if problem.text)
 
 
-def test_what_a_model_writes_is_no_html(page: Page) -> None:
+def test_the_page_shows_model_output_as_text_and_not_html(page: Page) -> None:
     page["prompt"].clear()
     page["prompt"].send_keys("<img src=x onerror=alert(1)><b>")
     page.run()
@@ -194,7 +194,7 @@ def test_what_a_model_writes_is_no_html(page: Page) -> None:
     assert page.all(".pane:nth-child(1) .before")[0].text == "<img src=x onerror=alert(1)><b>"
 
 
-def test_plots_move_with_the_server(page: Page) -> None:
+def test_the_plots_show_the_servers_metrics(page: Page) -> None:
     page.run()
     decoders = page["throughput-now"]
     page.wait(lambda: "blt" in decoders.text)
@@ -203,13 +203,13 @@ def test_plots_move_with_the_server(page: Page) -> None:
     assert page.all("#throughput path, #throughput polyline")
 
 
-def test_nothing_comes_from_elsewhere(server: RunningServer, page: Page) -> None:
+def test_the_page_loads_nothing_from_other_hosts(server: RunningServer, page: Page) -> None:
     page.run()
     loaded: list[str] = page.driver.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
     assert len(loaded) > 8 and all(name.startswith(server.url) for name in loaded)
 
 
-def test_a_key_is_asked_for_and_kept_in_the_tab(tmp_path: Path, driver: Chrome) -> None:
+def test_the_page_asks_for_an_api_key_and_keeps_it_in_the_tab(tmp_path: Path, driver: Chrome) -> None:
     with running_server(NANO, tmp_path / "log", "--api-keys", KEY) as closed:
         page = Page(driver, closed.url)
         assert page["key-form"].is_displayed() and "API key" in page["problem"].text
@@ -226,7 +226,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(tmp_path: Path, driver: Chrome) 
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_on_a_phone(server: RunningServer, dark: bool) -> None:
+def test_the_page_fits_a_phone_screen(server: RunningServer, dark: bool) -> None:
     with browser(360, 740, dark=dark) as driver:
         page = Page(driver, server.url)
         page.set("#max-tokens", BYTES)
@@ -239,6 +239,6 @@ def test_on_a_phone(server: RunningServer, dark: bool) -> None:
         assert page.complaints() == []
 
 
-def test_it_can_be_switched_off(tmp_path: Path) -> None:
+def test_the_page_can_be_switched_off(tmp_path: Path) -> None:
     with running_server(NANO, tmp_path / "log", "--no-page") as server:
         assert httpx.get(server.url).status_code == 404

@@ -28,7 +28,7 @@ def cluster() -> Iterator[Cluster]:
         yield running
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_command_and_it_says_why(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_ends_the_command_with_the_reason(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "application.log"
     with pytest.raises(AssertionError), running_application(cluster, tmp_path / "none", log):
         pass
@@ -36,9 +36,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_command_and_it_says_why(cluster:
     assert f"{tmp_path}/none: no such directory" in line and "Traceback" not in line
 
 
-def test_a_replica_that_is_taken_away_finishes_what_it_runs_and_so_does_a_shutdown(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_downscaling_and_shutdown_let_replicas_finish_their_requests(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "application.log"
     flags = "--max-replicas 2 --target-requests 2 --upscale-delay 0 --downscale-delay 1 --drain-seconds 60"
     with running_application(cluster, NANO, log, *flags.split()) as application:
@@ -66,8 +64,8 @@ def test_a_replica_that_is_taken_away_finishes_what_it_runs_and_so_does_a_shutdo
     assert not alive(left.pid) and not alive(left.engine_pid)
 
 
-def test_a_terminal_that_closes_drains_a_cluster_of_the_commands_own(tmp_path: Path) -> None:
-    """It tells the cluster's processes, too, and the command twice."""
+def test_closing_the_terminal_drains_the_commands_own_cluster(tmp_path: Path) -> None:
+    """The terminal sends SIGHUP to the cluster's processes, too, and twice to the command."""
     log = tmp_path / "application.log"
     own = Cluster("local", clean_environment(tmp_path))
     with running_application(own, NANO, log, "--drain-seconds", "60") as application:
@@ -81,7 +79,7 @@ def test_a_terminal_that_closes_drains_a_cluster_of_the_commands_own(tmp_path: P
         assert application.process.wait(SECONDS) == 0
 
 
-def test_nohup_is_heeded(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_command_under_nohup_ignores_sighup(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "application.log"
     with running_application(cluster, NANO, log, through=["nohup"]) as application:
         application.process.send_signal(signal.SIGHUP)

@@ -48,27 +48,27 @@ DOC = (ROOT / "docs" / "ray.md").read_text()
 # Routing, without a cluster.
 
 
-def test_a_prefix_has_a_replica_of_its_own_and_prefixes_are_spread() -> None:
+def test_a_prefix_always_gets_the_same_replica_and_prefixes_are_spread() -> None:
     loads = dict.fromkeys("abcd", 0)
     first = Counter(order(loads, prefix, imbalance=0)[0] for prefix in PREFIXES)
     assert first.keys() == loads.keys() and min(first.values()) > len(PREFIXES) / 8
     assert all(order(loads, prefix, 0) == rank(prefix, "dcba") for prefix in PREFIXES)
 
 
-def test_only_the_share_of_a_replica_that_goes_moves() -> None:
+def test_removing_a_replica_moves_only_its_own_prefixes() -> None:
     for prefix in PREFIXES:
         before, after = rank(prefix, "abcd"), rank(prefix, "abc")
         assert after == [replica for replica in before if replica != "d"]
 
 
-def test_a_replica_that_is_busier_than_others_is_not_chosen_for_its_prefix() -> None:
+def test_a_replica_busier_than_others_is_not_chosen_for_its_prefix() -> None:
     first, second, third = rank(b"x", "abc")
     assert order({first: 4, second: 0, third: 0}, b"x", imbalance=4) == [first, second, third]
     assert order({first: 5, second: 0, third: 0}, b"x", imbalance=4) == [second, third, first]
     assert order({first: 9, second: 6, third: 0}, b"x", imbalance=4) == [third, second, first]
 
 
-def test_without_a_prefix_the_idlest_is_chosen() -> None:
+def test_a_request_without_a_prefix_gets_the_idlest_replica() -> None:
     assert order({"a": 2, "b": 0, "c": 1}, None, imbalance=4) == ["b", "c", "a"]
     assert {order({"a": 0, "b": 0}, None, imbalance=4)[0] for _ in range(100)} == {"a", "b"}
 
@@ -89,7 +89,7 @@ def test_without_a_prefix_the_idlest_is_chosen() -> None:
         ("nonsense", None),
     ],
 )
-def test_the_prefix_of_a_request(prompt: str, prefix: bytes | None) -> None:
+def test_the_prefix_is_read_from_the_prompt(prompt: str, prefix: bytes | None) -> None:
     assert prefix_of(f'{{"prompt": {prompt}}}'.encode(), 4) == prefix
 
 
@@ -100,7 +100,7 @@ def test_a_body_without_a_prompt_has_no_prefix() -> None:
 # What is shipped.
 
 
-def test_every_flag_is_documented_with_its_default_and_no_other() -> None:
+def test_documented_ray_flags_and_defaults_are_the_settings() -> None:
     rows = dict(re.findall(r"^\| `--([\w-]+)` \| (.*) \|$", DOC, re.M))
     assert [name.replace("-", "_") for name in rows] == list(RaySettings.model_fields)
     for name, row in rows.items():
@@ -109,7 +109,7 @@ def test_every_flag_is_documented_with_its_default_and_no_other() -> None:
         assert default is None or f"default `{default:g}`" in row
 
 
-def test_the_configuration_is_one_of_serves_and_builds() -> None:
+def test_the_committed_configuration_is_valid_for_ray_serve_and_builds() -> None:
     config = yaml.safe_load((ROOT / "deploy" / "ray_serve.yaml").read_text())
     ServeDeploySchema.model_validate(config)
     (application,) = config["applications"]
@@ -171,13 +171,13 @@ def said(answer: httpx.Response) -> Any:
     return body
 
 
-def test_the_answers_are_those_of_a_single_server(plain: list[Any], application: Application) -> None:
+def test_responses_equal_those_of_a_single_server(plain: list[Any], application: Application) -> None:
     answers = [said(application.complete(**fields)) for fields in SAME]
     assert answers == plain[:-1]
     assert [model["id"] for model in application.get("/v1/models").json()["data"]] == plain[-1]
 
 
-def test_a_stream_comes_as_it_is_made(application: Application) -> None:
+def test_a_stream_arrives_while_it_is_generated(application: Application) -> None:
     whole = application.complete(prompt="class ", **LONG).json()["choices"][0]["text"]
     stream = Stream(application, prompt="class ", **LONG, stream_options={"include_usage": True}).join()
     assert stream.text == whole
@@ -185,7 +185,7 @@ def test_a_stream_comes_as_it_is_made(application: Application) -> None:
     assert len(set(stream.arrivals)) > 5 and stream.arrivals[0] < stream.arrivals[-1] / 2
 
 
-def test_health(application: Application) -> None:
+def test_health_and_version_routes_answer(application: Application) -> None:
     live, ready = application.get("/health/live"), application.get("/health/ready")
     assert (live.status_code, live.json()) == (200, {"status": "live"})
     assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
@@ -204,7 +204,7 @@ def test_health(application: Application) -> None:
         (413, "body_too_large", "/v1/completions", b" " * (5 << 20)),
     ],
 )
-def test_errors_are_those_of_a_single_server(
+def test_errors_equal_those_of_a_single_server(
     application: Application, status: int, code: str, path: str, body: bytes
 ) -> None:
     with application.http() as http:
@@ -212,7 +212,7 @@ def test_errors_are_those_of_a_single_server(
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
-def test_keys(application: Application) -> None:
+def test_all_routes_but_health_and_replicas_require_an_api_key(application: Application) -> None:
     for headers in ({}, {"authorization": "Bearer wrong"}):
         answer = httpx.get(f"{application.url}/v1/models", headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
@@ -220,7 +220,7 @@ def test_keys(application: Application) -> None:
         assert httpx.get(f"{application.url}{path}").is_success
 
 
-def test_a_request_keeps_its_id_and_the_log_has_it(application: Application) -> None:
+def test_the_request_id_is_kept_and_logged(application: Application) -> None:
     with application.http() as http:
         given = http.get("/v1/models", headers={"x-request-id": "try-1"})
         made = http.get("/v1/models")
@@ -229,7 +229,7 @@ def test_a_request_keeps_its_id_and_the_log_has_it(application: Application) -> 
     until(lambda: all(name in application.log.read_text() for name in ("try-1", request_id)), "the log")
 
 
-def test_a_full_queue_refuses(application: Application) -> None:
+def test_a_full_queue_refuses_requests(application: Application) -> None:
     answers: list[httpx.Response] = []
 
     def burst() -> None:
@@ -251,7 +251,7 @@ def test_a_full_queue_refuses(application: Application) -> None:
     assert {answer.status_code for answer in answers} == {200, 429}
 
 
-def test_a_client_that_leaves_stops_the_work(application: Application) -> None:
+def test_a_client_that_disconnects_aborts_its_request(application: Application) -> None:
     def running() -> float:
         return sum(application.metric(r.id, "fastblt_running_sequences") for r in application.replicas())
 
@@ -263,11 +263,11 @@ def test_a_client_that_leaves_stops_the_work(application: Application) -> None:
     until(lambda: not running(), "no running sequence")
 
 
-def test_requests_that_wait_bring_a_second_replica(pair: Application) -> None:
+def test_waiting_requests_start_a_second_replica(pair: Application) -> None:
     assert len(pair.ready(2)) == 2
 
 
-def test_a_prefix_sticks_to_a_replica_which_knows_it(pair: Application) -> None:
+def test_requests_with_one_prefix_go_to_the_replica_that_cached_it(pair: Application) -> None:
     served = {replica.id: pair.metric(replica.id, "fastblt_sequences_total") for replica in pair.ready(2)}
     for number in range(6):
         answer = pair.complete(prompt="y" * 256 + f"{number}", max_tokens=1).json()
@@ -280,7 +280,7 @@ def test_a_prefix_sticks_to_a_replica_which_knows_it(pair: Application) -> None:
     assert all(pair.metric(r, "fastblt_sequences_total") - served[r] - grown[r] == 2 for r in served)
 
 
-def test_a_busy_replica_leaves_its_prefix_to_others(pair: Application) -> None:
+def test_requests_for_a_busy_replica_go_to_another(pair: Application) -> None:
     first, second = pair.ready(2)
     served = pair.metric(second.id, "fastblt_sequences_total")
     (prompt,) = pair.prompts_for(first, 1)
@@ -290,7 +290,7 @@ def test_a_busy_replica_leaves_its_prefix_to_others(pair: Application) -> None:
     assert 1 <= pair.metric(second.id, "fastblt_sequences_total") - served <= 5
 
 
-def test_prometheus_finds_every_replica(pair: Application, tmp_path: Path) -> None:
+def test_prometheus_discovers_every_replica(pair: Application, tmp_path: Path) -> None:
     block = re.search(r"^```yaml\n(scrape_configs:\n.*?)^```$", DOC, re.M | re.S)
     assert block
     (scrape,) = yaml.safe_load(block[1].replace("http://127.0.0.1:8000", pair.url))["scrape_configs"]
@@ -308,7 +308,7 @@ def test_prometheus_finds_every_replica(pair: Application, tmp_path: Path) -> No
     assert pair.get("/replicas/none/metrics").status_code == 404
 
 
-def test_an_engine_that_is_killed_is_restarted_and_its_requests_go_on(pair: Application) -> None:
+def test_a_killed_engine_is_restarted_and_its_requests_continue(pair: Application) -> None:
     first, second = pair.ready(2)
     streams = [Stream(pair, prompt=prompt, **LONG) for r in (first, second) for prompt in pair.prompts_for(r, 2)]
     for stream in streams:
@@ -321,7 +321,7 @@ def test_an_engine_that_is_killed_is_restarted_and_its_requests_go_on(pair: Appl
     assert [stream.join().text for stream in again] == [stream.text for stream in streams]
 
 
-def test_a_replica_that_is_killed_loses_nothing_that_a_retry_does_not_bring(pair: Application) -> None:
+def test_requests_of_a_killed_replica_succeed_when_retried(pair: Application) -> None:
     first, second = pair.ready(2)
     lost, kept = ([Stream(pair, prompt=p, **LONG) for p in pair.prompts_for(r, 3)] for r in (first, second))
     whole: list[httpx.Response] = []
@@ -347,7 +347,7 @@ def test_a_replica_that_is_killed_loses_nothing_that_a_retry_does_not_bring(pair
     assert {first.id, second.id} & {r.id for r in pair.ready(2)} == {second.id}
 
 
-def test_a_replica_whose_engine_will_not_come_back_is_replaced(pair: Application) -> None:
+def test_a_replica_whose_engine_does_not_restart_is_replaced(pair: Application) -> None:
     first, second = pair.ready(2)
 
     def gone() -> bool:

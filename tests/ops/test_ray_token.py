@@ -39,7 +39,7 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-def test_a_run_of_its_own_leaves_a_token_and_the_next_cluster_is_joined_with_it(tmp_path: Path) -> None:
+def test_a_local_cluster_leaves_a_token_with_which_the_next_cluster_is_joined(tmp_path: Path) -> None:
     environment = clean_environment(tmp_path)
     with running_application(Cluster("local", environment), NANO, tmp_path / "alone.log") as application:
         assert application.complete(prompt="x", max_tokens=1).is_success
@@ -52,7 +52,7 @@ def test_a_run_of_its_own_leaves_a_token_and_the_next_cluster_is_joined_with_it(
 
 
 @pytest.mark.parametrize("mode", [None, "token"])
-def test_a_cluster_that_was_given_a_token_is_joined_with_it(closed: Cluster, tmp_path: Path, mode: str | None) -> None:
+def test_a_cluster_with_a_given_token_is_joined_with_it(closed: Cluster, tmp_path: Path, mode: str | None) -> None:
     """It need not lie in the home folder."""
     given = clean_environment(tmp_path) | {TOKEN: SECRET} | ({MODE: mode} if mode else {})
     with running_application(closed._replace(environment=given), NANO, tmp_path / "application.log") as application:
@@ -70,14 +70,14 @@ def test_a_cluster_that_was_given_a_token_is_joined_with_it(closed: Cluster, tmp
         ({f"{TOKEN}_PATH": "/nowhere"}, "RAY_AUTH_TOKEN_PATH is set but file cannot be opened or is empty: /nowhere"),
     ],
 )
-def test_without_the_clusters_token_it_says_what_to_do(
+def test_joining_a_closed_cluster_without_its_token_explains_what_to_do(
     closed: Cluster, tmp_path: Path, variables: dict[str, str], said: str
 ) -> None:
     line = refusal(closed.address, clean_environment(tmp_path) | variables)
     assert said in line and closed.address.rpartition(":")[2] in line
 
 
-def test_an_open_cluster_is_joined_although_there_is_a_token(tmp_path: Path) -> None:
+def test_an_open_cluster_is_joined_even_when_a_token_exists(tmp_path: Path) -> None:
     token_file(tmp_path).parent.mkdir()
     token_file(tmp_path).write_text(SECRET)
     environment = clean_environment(tmp_path)
@@ -96,5 +96,5 @@ def test_an_open_cluster_is_joined_although_there_is_a_token(tmp_path: Path) -> 
         ("nonsense", "cannot join the Ray cluster at nonsense: Invalid address format"),
     ],
 )
-def test_where_there_is_no_cluster_it_says_so(tmp_path: Path, address: str, said: str) -> None:
+def test_joining_a_missing_cluster_explains_that_there_is_none(tmp_path: Path, address: str, said: str) -> None:
     assert said in refusal(address, clean_environment(tmp_path))

@@ -158,7 +158,7 @@ def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     yield Served(collector, log.read_text())
 
 
-def test_the_collector_is_told_who_speaks(served: Served) -> None:
+def test_exported_traces_name_the_service(served: Served) -> None:
     assert served.collector.paths == {"/v1/traces"}
     assert served.collector.headers[0]["x-tenant"] == "us"
     (resource,) = served.collector.resources
@@ -188,7 +188,7 @@ def test_a_request_is_a_server_span_in_the_trace_of_its_caller(served: Served) -
     assert "error.type" not in attributes
 
 
-def test_the_models_work_is_a_span_below_it_with_its_cost(served: Served) -> None:
+def test_the_models_work_is_a_child_span_with_its_cost(served: Served) -> None:
     (span,) = served.below(served.root("t-plain")).values()
     assert (span.name, span.kind) == ("text_completion tiny:blt-s", Span.SPAN_KIND_INTERNAL)
     attributes = values(span.attributes)
@@ -215,7 +215,7 @@ def test_the_models_work_is_a_span_below_it_with_its_cost(served: Served) -> Non
 
 
 @pytest.mark.parametrize("request_id", ["t-plain", "t-stream"])
-def test_its_phases_follow_each_other(served: Served, request_id: str) -> None:
+def test_queue_prefill_and_decode_spans_follow_each_other(served: Served, request_id: str) -> None:
     root = served.root(request_id)
     (span,) = served.below(root).values()
     phases = served.below(span)
@@ -235,7 +235,7 @@ def test_its_phases_follow_each_other(served: Served, request_id: str) -> None:
     assert decode.end_time_unix_nano > decode.start_time_unix_nano
 
 
-def test_a_stream_counts_all_its_sequences(served: Served) -> None:
+def test_the_span_of_a_stream_counts_all_its_sequences(served: Served) -> None:
     (span,) = served.below(served.root("t-stream")).values()
     attributes = values(span.attributes)
     assert attributes["gen_ai.request.stream"] is True
@@ -245,7 +245,7 @@ def test_a_stream_counts_all_its_sequences(served: Served) -> None:
     assert (attributes["fastblt.prompts"], attributes["fastblt.sequences"]) == (2, 4)
 
 
-def test_a_clients_mistake_is_no_error_of_the_server(served: Served) -> None:
+def test_a_client_error_does_not_mark_the_span_as_failed(served: Served) -> None:
     span = served.root("t-wrong")
     attributes = values(span.attributes)
     assert (attributes["http.response.status_code"], attributes["fastblt.error"]) == (400, "invalid_value")
@@ -253,7 +253,7 @@ def test_a_clients_mistake_is_no_error_of_the_server(served: Served) -> None:
     assert not served.below(span)
 
 
-def test_who_left_is_told(served: Served) -> None:
+def test_the_span_marks_a_client_that_disconnected(served: Served) -> None:
     span = served.root("t-left")
     assert values(span.attributes)["fastblt.client_left"] is True
     (work,) = served.below(span).values()
@@ -264,12 +264,12 @@ def test_who_left_is_told(served: Served) -> None:
     assert set(served.below(work)) == {"decode"}
 
 
-def test_probes_are_not_traced_and_all_else_is(served: Served) -> None:
+def test_all_requests_but_probes_are_traced(served: Served) -> None:
     roots = [span for span in served.spans if span.kind == Span.SPAN_KIND_SERVER]
     assert sorted(span.name for span in roots) == ["GET /v1/models/{name:path}", *["POST /v1/completions"] * 4]
 
 
-def test_neither_content_nor_a_key_is_sent(served: Served) -> None:
+def test_traces_contain_neither_content_nor_api_keys(served: Served) -> None:
     sent = b"".join(served.collector.bodies)
     assert b"tester/1" in sent
     assert MARK.encode() not in sent and KEY.encode() not in sent
@@ -300,7 +300,7 @@ def test_the_environment_alone_switches_traces_on(tiny: Path, tmp_path: Path, mo
         assert {resource["service.name"] for resource in collector.resources} == {"fastblt"}
 
 
-def test_a_collector_that_is_not_there_costs_one_line_and_no_request(tiny: Path, tmp_path: Path) -> None:
+def test_a_missing_collector_costs_one_log_line_and_no_request(tiny: Path, tmp_path: Path) -> None:
     with collecting() as gone:
         pass
     flags = ["--otlp-endpoint", gone.url, "--log-format", "json"]
@@ -320,7 +320,7 @@ def test_a_collector_that_is_not_there_costs_one_line_and_no_request(tiny: Path,
     assert entries[-1]["message"] == "stopped"
 
 
-async def test_a_collector_that_hangs_neither_fills_the_memory_nor_delays_the_end(
+async def test_a_hanging_collector_neither_fills_memory_nor_delays_shutdown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "10")
@@ -336,7 +336,7 @@ async def test_a_collector_that_hangs_neither_fills_the_memory_nor_delays_the_en
         assert time.monotonic() - began < FLUSH_SECONDS + 1
         assert "the last spans are lost" in caplog.text
         collector.answers.set()
-    # Those under way, and a full queue behind them.
+    # Those under way, and a full queue after them.
     assert len(collector.spans) <= 20
 
 
@@ -348,7 +348,7 @@ async def test_a_collector_that_hangs_neither_fills_the_memory_nor_delays_the_en
         ("OTEL_PROPAGATORS", "pigeon", "pigeon"),
     ],
 )
-def test_what_cannot_be_obeyed_is_refused_at_the_start(variable: str, value: str, why: str) -> None:
+def test_unsupported_otel_variables_are_refused_at_the_start(variable: str, value: str, why: str) -> None:
     command = [sys.executable, "-m", "server", "serve", "--model", "none", "--otlp-endpoint", "http://127.0.0.1:1"]
     environment = os.environ | {variable: value}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
