@@ -40,7 +40,7 @@ def formula(preset: str) -> PaperFormula:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_formula_gives_the_papers_tables(name: str) -> None:
+def test_the_formula_reproduces_the_papers_tables(name: str) -> None:
     """The printed calls are means rounded down, so a row's gigabytes lie within one call of each."""
     of = formula(name.split()[0])
     reference = TABLES[name][0][2]
@@ -51,7 +51,7 @@ def test_the_formula_gives_the_papers_tables(name: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_stage_weights_are_all_parameters_but_the_tables(preset: str) -> None:
+def test_stage_weights_are_all_parameters_but_the_embedding_tables(preset: str) -> None:
     config = PRESETS[preset]
     counts = count_parameters(config)
     weights = StageBytes.of(config, 1, 1).weights
@@ -81,7 +81,7 @@ def test_a_request_alone_pays_for_every_call() -> None:
         assert least < usage.bytes_read < 1.6 * least
 
 
-def test_a_batch_shares_its_weights_out() -> None:
+def test_a_batch_divides_the_bytes_read_among_its_requests() -> None:
     engine = make_engine(NANO)
     before = sum(engine.ledger.total.bytes_read.values())
     outs = run(engine, [request(str(i), [1], 40, decoder="blt-s" if i % 2 else "blt") for i in range(8)])
@@ -98,8 +98,8 @@ def test_a_batch_shares_its_weights_out() -> None:
     assert sum(snapshot.stage_seconds.values()) < snapshot.step_seconds
 
 
-def test_what_plain_blt_would_have_cost() -> None:
-    """The formula for blt's own calls, whatever decoder wrote the text; what was prompt costs nobody."""
+def test_estimated_blt_bytes_equal_the_formula_for_plain_blt() -> None:
+    """The formula for blt's own calls, whatever decoder wrote the text; the prompt costs nothing."""
     engine = make_engine(NANO)
     ways: dict[str, dict[str, Any]] = {
         "blt": {},
@@ -119,7 +119,7 @@ def test_what_plain_blt_would_have_cost() -> None:
     assert sum(decoders["blt-dv"].estimated_bytes.values()) < own
 
 
-def test_blt_calls_are_what_can_be_counted_by_hand() -> None:
+def test_calls_of_blt_equal_a_count_by_hand() -> None:
     engine = make_engine(NANO)
     prompt = text(30, 3)
     end = run(engine, [request("a", prompt, 50)])["a"].end

@@ -44,7 +44,7 @@ FIGURES = {
 }
 
 
-def test_ratios_are_of_paired_turns_and_predicted_by_what_is_read() -> None:
+def test_speed_ratios_are_of_paired_turns_and_predicted_by_bytes_read() -> None:
     found = against_tokens.figures(PAIRS, {"f16": 500.0, "q8_0": 250.0}, replays=True)
     blt, dv = found["rows"]
     assert blt["against"]["f16"]["ratio"] == pytest.approx({"median": 0.25, "least": 0.25, "most": 0.25})
@@ -59,7 +59,7 @@ def test_ratios_are_of_paired_turns_and_predicted_by_what_is_read() -> None:
     assert q8["read_mb_per_byte"] == 250 / 1e6 and q8["asleep"] == 1
 
 
-def test_the_page_has_slower_rows_too(tmp_path: Path) -> None:
+def test_the_results_page_includes_slower_rows(tmp_path: Path) -> None:
     facts = {"model": "1b shape", "dtype": "bfloat16", "device": "cpu", "notes": ["random weights"], "replays": True}
     content = {"program": "against_tokens", "subject": facts, **FIGURES}
     content |= against_tokens.figures(PAIRS, {"f16": 500e6, "q8_0": 250e6}, replays=True)
@@ -82,7 +82,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without")
-def test_without_the_extra_a_line_says_how_to_install_it() -> None:
+def test_without_the_extra_against_tokens_explains_how_to_install_it() -> None:
     with pytest.raises(SystemExit) as end:
         against_tokens.main(["--shape", "tiny"])
     # Python prints a code that is a text, and ends with 1.
@@ -93,14 +93,14 @@ def test_without_the_extra_a_line_says_how_to_install_it() -> None:
 
 
 @pytest.mark.usefixtures("without")
-def test_without_the_extra_the_short_set_leaves_it_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_extra_the_short_set_leaves_out_against_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert short.main(["--list"]) == 0
     said = capsys.readouterr()
     assert "against_tokens" not in said.out and "benchmarks.against_hf" in said.out
     assert said.err.startswith("left out: against_tokens needs gguf and llama_cpp") and said.err.count("\n") == 1
 
 
-def test_with_the_extra_the_short_set_has_it(
+def test_with_the_extra_the_short_set_has_against_tokens(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(program, "find_spec", lambda name: ModuleSpec(name, None))
@@ -117,7 +117,7 @@ def test_with_the_extra_the_short_set_has_it(
         (["--bytes", "16"], "--bytes must be at least 34"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(
+def test_against_tokens_refuses_arguments_that_cannot_be_compared(
     arguments: Sequence[str], why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -125,14 +125,14 @@ def test_what_cannot_be_compared_is_refused(
     assert why in capsys.readouterr().err
 
 
-def test_the_llama_has_the_published_size() -> None:
+def test_the_llama_shape_has_the_published_size() -> None:
     llama = LLAMAS["1b"]
     assert llama.parameters == 1_235_814_400
     # Keys and values of 8 heads in 16 layers, 64 numbers of 2 bytes each.
     assert llama.kv_row == 2 * 16 * 8 * 64 * 2
 
 
-def test_a_process_that_cannot_begin_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_llama_cpp_process_that_cannot_start_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with (
         pytest.raises(RuntimeError, match="llama.cpp ended with 1; the lines above say why"),
         token_engine(tmp_path / "nothing.gguf", 1, 64),
@@ -142,7 +142,7 @@ def test_a_process_that_cannot_begin_is_an_error(tmp_path: Path, capfd: pytest.C
     assert "nothing.gguf" in said or "No module named 'llama_cpp'" in said
 
 
-def test_a_token_model_is_written_once(tmp_path: Path) -> None:
+def test_a_token_model_file_is_written_once_and_reused(tmp_path: Path) -> None:
     need_the_extra()
     sizes = {}
     for form in FORMATS:
@@ -154,7 +154,7 @@ def test_a_token_model_is_written_once(tmp_path: Path) -> None:
     assert sizes["f16"] == sizes["bf16"] and sizes["q8_0"] / sizes["f16"] == pytest.approx(17 / 32, abs=0.02)
 
 
-def test_llama_cpp_writes_what_transformers_writes(tmp_path: Path) -> None:
+def test_llama_cpp_writes_the_text_of_transformers(tmp_path: Path) -> None:
     need_the_extra()
     path = token_model(tmp_path, "tiny", "f16")
     expected = {length: greedy(path, PROMPT[:length], 6) for length in (6, 5, 2)}

@@ -49,7 +49,7 @@ def waits(engine: Engine, kind: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "drafts", "blocks"])
-def test_always_waits_less_often_than_never_and_no_other_kind_changes_that(model: Path, kind: str) -> None:
+def test_run_ahead_always_waits_less_than_never_for_each_kind_of_work_alone(model: Path, kind: str) -> None:
     never, always = RunAhead.everywhere("never"), RunAhead.everywhere("always")
     found = {}
     for name, ahead in (
@@ -64,7 +64,7 @@ def test_always_waits_less_often_than_never_and_no_other_kind_changes_that(model
     assert found["always"] == found["this alone"] < found["never"] == found["all but this"]
 
 
-def test_the_next_step_is_begun_always_or_never(model: Path) -> None:
+def test_the_policy_decides_whether_the_next_step_is_launched_ahead(model: Path) -> None:
     for policy, begins in (("always", True), ("never", False)):
         engine = make_engine(model, prefix_cache=False)
         engine.stepper.ahead.policy = replace(RunAhead.everywhere("never"), next_step=policy)
@@ -78,7 +78,7 @@ def test_the_next_step_is_begun_always_or_never(model: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", WAYS)
-def test_no_text_and_no_bill_depends_on_the_policy(model: Path, kind: str) -> None:
+def test_text_and_usage_do_not_depend_on_the_run_ahead_policy(model: Path, kind: str) -> None:
     policies: tuple[Policy, ...] = ("measured", "always", "never")
     engines = [make_engine(model, run_ahead=policy) for policy in policies]
     assert [engine.stepper.ahead.policy for engine in engines] == [RunAhead.everywhere(policy) for policy in policies]

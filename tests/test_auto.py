@@ -17,7 +17,7 @@ from engine.decoders.blt_s import SelfSpeculation
 SEQUENCE: Any = SimpleNamespace(mean_patch=4.0)
 
 
-def test_a_line_is_found_and_shared_by_its_company() -> None:
+def test_a_line_is_fitted_to_costs_and_shared_by_the_rows_of_a_batch() -> None:
     line = Line()
     draw = random.Random(0)
     for _ in range(300):
@@ -27,7 +27,7 @@ def test_a_line_is_found_and_shared_by_its_company() -> None:
     assert line.share(8, 10) == pytest.approx(2.2, abs=0.1)
 
 
-def test_a_line_follows_the_machine() -> None:
+def test_a_fitted_line_follows_changes_of_the_machine() -> None:
     line = Line()
     for seconds in [1.0] * 500 + [3.0] * 500:
         line.observe(4, seconds)
@@ -61,18 +61,18 @@ def choice(made: Auto) -> Any:
     return made._chosen.decoder
 
 
-def test_where_reading_weights_is_what_costs_it_drafts_as_far_as_drafts_are_right() -> None:
+def test_auto_drafts_longer_the_more_drafts_are_accepted_when_reading_weights_dominates() -> None:
     good, poor = choice(auto(costs(**LARGE_GLOBAL), 0.99, 0.1)), choice(auto(costs(**LARGE_GLOBAL), 0.9, 0.1))
     assert isinstance(good, SelfSpeculation) and isinstance(poor, SelfSpeculation)
     assert good._draft_length > poor._draft_length
     assert isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.5, 0.8)), VerifiedDiffusion)
 
 
-def test_where_rows_are_what_costs_it_does_not_draft() -> None:
+def test_auto_does_not_draft_when_rows_dominate_the_cost() -> None:
     assert isinstance(choice(auto(costs(**COMPUTE_BOUND), 0.6, 0.4)), Autoregressive)
 
 
-def test_a_crowd_that_shares_the_weights_does_not_draft() -> None:
+def test_auto_does_not_draft_for_a_crowd_that_shares_the_weights() -> None:
     mixed = {stage: (a, 0.3) for stage, (a, _) in LARGE_GLOBAL.items()}
     alone, crowded = costs(**mixed), costs(**mixed)
     crowded.num_running = 60
@@ -80,8 +80,8 @@ def test_a_crowd_that_shares_the_weights_does_not_draft() -> None:
     assert type(choice(auto(crowded, 0.97, 0.3))) is Autoregressive
 
 
-def test_of_rejected_drafts_only_the_first_counts_as_checked() -> None:
-    """What comes after it was drafted behind a wrong byte and says nothing of the model."""
+def test_only_the_first_rejected_byte_of_a_draft_counts_as_checked() -> None:
+    """Later bytes were drafted after a wrong byte and say nothing of the model."""
     ended, whole = AcceptanceRate(0.5), AcceptanceRate(0.5)
     ended.observe(8, 3)
     whole.observe(8, 8)
@@ -90,7 +90,7 @@ def test_of_rejected_drafts_only_the_first_counts_as_checked() -> None:
 
 
 @pytest.mark.parametrize("drafted", [2, 8, 32])
-def test_the_rate_of_agreement_is_a_bytes_chance_however_long_drafts_are(drafted: int) -> None:
+def test_the_acceptance_rate_is_per_byte_whatever_the_draft_length(drafted: int) -> None:
     draw, chance, rates = random.Random(drafted), 0.8, []
     agreement = AcceptanceRate(0.5)
     for _ in range(2000):
@@ -101,7 +101,7 @@ def test_the_rate_of_agreement_is_a_bytes_chance_however_long_drafts_are(drafted
     assert 0.65 < sum(rates) / len(rates) < 0.85
 
 
-def test_what_was_given_up_is_tried_again() -> None:
+def test_auto_tries_an_abandoned_decoder_again() -> None:
     made = auto(costs(**LARGE_GLOBAL), 0.97, 0.1)
     tried = 0
     for _ in range(3 * PROBE_INTERVAL):
@@ -114,6 +114,6 @@ def test_what_was_given_up_is_tried_again() -> None:
     assert tried == 3
 
 
-def test_block_diffusion_only_if_the_text_may_be_another() -> None:
+def test_auto_chooses_block_diffusion_only_when_inexact_text_is_allowed() -> None:
     assert isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.3, 0.2, exact=False)), BlockDiffusion)
     assert not isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.3, 0.2)), BlockDiffusion)

@@ -69,13 +69,13 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Cont
     return cache(lambda name: (run(name, TOYS[name], work, out), out))
 
 
-def test_every_program_has_a_toy() -> None:
+def test_every_benchmark_has_toy_arguments() -> None:
     assert set(summary.PROGRAMS) == set(TOYS) == set(HEADERS)
     assert {run.split()[0] for run in short.RUNS} <= set(TOYS)
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_a_program_leaves_figures_a_table_and_a_picture(name: str, toys: Callable[[str], tuple[Content, Path]]) -> None:
+def test_a_benchmark_writes_figures_a_table_and_a_plot(name: str, toys: Callable[[str], tuple[Content, Path]]) -> None:
     if lacks := program.lacking(name):
         pytest.skip(lacks)
     content, out = toys(name)
@@ -103,7 +103,7 @@ def test_replayed_acceptance_is_labelled_and_can_be_left_out(tmp_path: Path) -> 
     assert [content["rows"][1]["acceptance"] for content in (replayed, own)] == ["replayed acceptance", "the model's"]
 
 
-def test_aims_are_met_or_missed(toys: Callable[[str], tuple[Content, Path]]) -> None:
+def test_verdicts_state_whether_benchmark_aims_are_met(toys: Callable[[str], tuple[Content, Path]]) -> None:
     content = deepcopy(toys("serving")[0])
     for median, met in ((0.96, True), (0.94, False)):
         content["rows"][0]["of_engine"] = {"median": median, "least": median, "most": median}
@@ -122,7 +122,7 @@ def test_aims_are_met_or_missed(toys: Callable[[str], tuple[Content, Path]]) -> 
     assert [verdict.met for verdict in summary.verdicts(content)] == [False], "the ratio must grow"
 
 
-def test_one_that_breaks_does_not_stop_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_that_fails_does_not_stop_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     toy = f"prefix --shape tiny --num-threads 1 {TOYS['prefix']}"
     assert short.run_all(["nothing", toy], tmp_path) == 1
     said = capfd.readouterr()
@@ -130,7 +130,7 @@ def test_one_that_breaks_does_not_stop_the_others(tmp_path: Path, capfd: pytest.
     assert "| 3 | 200 bytes |" in (tmp_path / "README.md").read_text()
 
 
-def test_one_that_takes_too_long_is_stopped(
+def test_a_benchmark_that_takes_too_long_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(short, "LIMIT_SECONDS", 0.1)
@@ -138,18 +138,18 @@ def test_one_that_takes_too_long_is_stopped(
     assert "broke: stopped after 0.1 s" in capfd.readouterr().err
 
 
-def test_the_short_set_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_short_set_of_benchmarks_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert short.main(["--list", "--only", "batching"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(line.startswith("python -m benchmarks.batching") for line in lines)
 
 
-def test_commands_leave_folders_out() -> None:
+def test_recorded_benchmark_commands_leave_out_folders() -> None:
     given = ["--shape", "1b", "--work", "w", "--ways", "blt-s k=8", "--out", "o"]
     assert program.command("x", given) == "python -m benchmarks.x --shape 1b --ways 'blt-s k=8'"
 
 
-def test_what_is_shrunk_is_said() -> None:
+def test_the_description_of_a_benchmark_model_names_shrunk_parts() -> None:
     assert "hash tables of 10,007 rows instead of 500,002" in described("1b", "fast")
     assert not any("hash" in note for note in described("nano", "fast"))
     for form in get_args(Form):
@@ -159,13 +159,13 @@ def test_what_is_shrunk_is_said() -> None:
     assert shaped("nano", "hf").patching.max_patch_length is None
 
 
-def test_prompts_stay_the_same() -> None:
+def test_benchmark_prompts_never_change() -> None:
     """Figures of different commits compare only as long as they do."""
     (prompt,) = generate.prompts(1, 24)
     assert bytes(i - BYTE_OFFSET for i in prompt[1:]) == PROMPT
 
 
-def test_turns_alternate() -> None:
+def test_benchmarks_in_turn_alternate() -> None:
     seen: list[str] = []
     pairs = in_turn(lambda: seen.append("A"), lambda: seen.append("B"), 3)
     assert seen == ["A", "B"] * 3 and len(pairs) == 3

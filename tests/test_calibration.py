@@ -59,7 +59,7 @@ def mean_by_the_oracle(rule: PatchingRule, texts: list[list[float]], threshold: 
     st.lists(st.lists(st.integers(0, 12).map(lambda n: n / 4), min_size=2, max_size=24), min_size=1, max_size=3),
     st.floats(0.5, 9),
 )
-def test_no_threshold_comes_nearer(name: str, texts: list[list[float]], wanted: float) -> None:
+def test_calibrate_finds_the_nearest_threshold(name: str, texts: list[list[float]], wanted: float) -> None:
     rule = RULES[name]
     thresholds = Thresholds(rule, [np.array(entropies, dtype=np.float32) for entropies in texts])
     found = thresholds.nearest(wanted)
@@ -74,7 +74,7 @@ def test_no_threshold_comes_nearer(name: str, texts: list[list[float]], wanted: 
 
 
 @given(st.lists(st.floats(0, 5.5, width=32), min_size=2, max_size=30), st.floats(1, 6))
-def test_the_number_that_is_printed_decides_as_float32_does(entropies: list[float], wanted: float) -> None:
+def test_the_printed_threshold_gives_the_same_patches_in_float32(entropies: list[float], wanted: float) -> None:
     values = np.array(entropies, dtype=np.float32)
     found = Thresholds(PatchingRule(), [values]).nearest(wanted)
     printed = float(repr(found.threshold))
@@ -82,7 +82,7 @@ def test_the_number_that_is_printed_decides_as_float32_does(entropies: list[floa
     assert found.mean_patch == (len(values) - 1) / patches
 
 
-def test_there_is_nothing_to_calibrate_without_a_threshold_or_a_byte() -> None:
+def test_calibrating_without_threshold_or_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="no threshold"):
         Thresholds(PatchingRule(mode="bytes"), [np.ones(5, dtype=np.float32)])
     with pytest.raises(ValueError, match="no byte"):
@@ -117,7 +117,7 @@ def engine_entropies(engine: Engine, ids: list[int]) -> list[float]:
         ("gqa", {"dtype": "bfloat16", "kernels": "torch"}),
     ],
 )
-def test_entropies_are_those_that_the_engine_decides_by(name: str, choices: dict[str, str], tmp_path: Path) -> None:
+def test_entropies_for_calibration_equal_the_engines(name: str, choices: dict[str, str], tmp_path: Path) -> None:
     if name in OUR_MODELS:
         save_ours(tmp_path, OUR_MODELS[name]())
     else:
@@ -134,7 +134,7 @@ def test_entropies_are_those_that_the_engine_decides_by(name: str, choices: dict
         np.testing.assert_allclose(found, expected, atol=3e-4, rtol=0)
 
 
-def test_of_the_model_only_the_patcher_is_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibrate_reads_only_the_patcher_of_the_model(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, asked = load(tiny), set()
 
     class Watched(dict[str, torch.Tensor]):
@@ -166,7 +166,7 @@ def calibrate(model: Path, *arguments: str | Path) -> dict:
 
 
 @pytest.mark.parametrize("name", ["plain", "monotonic", "threshold-add"])
-def test_a_model_with_the_threshold_has_the_patches_that_were_foretold(name: str, tmp_path: Path, file: Path) -> None:
+def test_a_model_with_the_calibrated_threshold_has_the_predicted_patches(name: str, tmp_path: Path, file: Path) -> None:
     config, tensors = OUR_MODELS[name]()
     save(tmp_path / "model", config, tensors)
     found = calibrate(tmp_path / "model", "--patch-size=2.5", file)
@@ -204,7 +204,7 @@ def test_calibrate_draws_a_picture(tiny: Path, tmp_path: Path, file: Path) -> No
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_calibrate_says_in_one_line_why_it_cannot(
+def test_calibrate_explains_in_one_line_why_it_cannot(
     tiny: Path, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("calibrate", "--model", tiny, "--patch-size=4")
@@ -221,6 +221,6 @@ def test_calibrate_says_in_one_line_why_it_cannot(
     assert "pip install matplotlib" in fails(*command, f"--plot={tmp_path / 'a.png'}", file)
 
 
-def test_a_model_of_single_bytes_has_no_threshold(tmp_path: Path, file: Path) -> None:
+def test_calibrate_refuses_a_model_with_single_byte_patches(tmp_path: Path, file: Path) -> None:
     HF_MODELS["every-byte"]().save_pretrained(tmp_path / "m")
     assert "there is no threshold" in fails("calibrate", "--model", tmp_path / "m", "--patch-size=2", file)

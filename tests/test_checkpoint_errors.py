@@ -61,33 +61,33 @@ def edit_config(folder: Path, change: Callable[[Json], Any]) -> None:
 # Tensors
 
 
-def test_a_missing_tensor(folder: Path) -> None:
+def test_a_missing_tensor_is_refused_by_name(folder: Path) -> None:
     edit_tensors(folder, lambda t: t.pop(QUERY))
     refused(folder, f"tensor {QUERY} is missing, expected shape [64, 64]")
 
 
-def test_an_extra_tensor(folder: Path) -> None:
+def test_an_extra_tensor_is_refused_by_name(folder: Path) -> None:
     edit_tensors(folder, lambda t: t.update({"model.extra.weight": torch.zeros(3, 5)}))
     refused(folder, "tensor model.extra.weight of shape [3, 5] is not part of this model")
 
 
-def test_a_misshaped_tensor(folder: Path) -> None:
+def test_a_misshaped_tensor_is_refused_with_both_shapes(folder: Path) -> None:
     edit_tensors(folder, lambda t: t.update({HEAD: torch.zeros(261, 32)}))
     refused(folder, f"tensor {HEAD} has shape [261, 32], expected [260, 32]")
 
 
-def test_a_fused_hash_table_that_is_too_short(folder: Path) -> None:
+def test_a_fused_hash_table_that_is_too_short_is_refused(folder: Path) -> None:
     name = "model.encoder_hash_tok_embedding.weight"
     edit_tensors(folder, lambda t: t.update({name: torch.zeros(501, 32)}))
     refused(folder, f"tensor {name} has shape [501, 32], expected [502, 32]")
 
 
-def test_a_tensor_of_integers(folder: Path) -> None:
+def test_a_tensor_of_integers_is_refused(folder: Path) -> None:
     edit_tensors(folder, lambda t: t.update({HEAD: torch.zeros(260, 32, dtype=torch.int8)}))
     refused(folder, f"tensor {HEAD} has dtype I8, expected float32, bfloat16 or float16")
 
 
-def test_many_problems_are_listed_first_ones_first_and_counted(folder: Path) -> None:
+def test_the_first_of_many_tensor_errors_are_listed_and_the_rest_counted(folder: Path) -> None:
     edit_tensors(folder, lambda t: [t.pop(name) for name in [*t][:10]])
     message = refused(folder, "and 6 more")
     assert message.count("is missing") == 4
@@ -96,26 +96,26 @@ def test_many_problems_are_listed_first_ones_first_and_counted(folder: Path) -> 
 # Files
 
 
-def test_a_missing_folder(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_folder_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "no such directory")
 
 
-def test_a_folder_without_a_config(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_config_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "there is no config.json or params.json. fastblt reads")
 
 
-def test_a_folder_without_weights(folder: Path) -> None:
+def test_a_checkpoint_without_weights_is_refused(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     refused(folder, f"{WEIGHTS}: no such file")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 1000, 100_000, -1])
-def test_a_truncated_file(folder: Path, keep: int) -> None:
+def test_a_truncated_safetensors_file_is_refused(folder: Path, keep: int) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:keep])
     refused(folder, f"{WEIGHTS}: not a whole safetensors file")
 
 
-def test_a_file_that_is_no_safetensors(folder: Path) -> None:
+def test_a_file_that_is_not_safetensors_is_refused(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(b"<html>" * 10_000)
     refused(folder, f"{WEIGHTS}: not a whole safetensors file")
 
@@ -127,13 +127,13 @@ def shard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Json:
     return index
 
 
-def test_a_missing_shard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_shard_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = shard(folder, monkeypatch)["weight_map"][HEAD]
     (folder / lost).unlink()
     refused(folder, f"{lost}: no such file")
 
 
-def test_a_shard_without_what_the_index_lists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_without_a_listed_tensor_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = shard(folder, monkeypatch)
     index["weight_map"]["model.more.weight"] = index["weight_map"][HEAD]
     (folder / WEIGHTS_INDEX).write_text(json.dumps(index))
@@ -141,7 +141,7 @@ def test_a_shard_without_what_the_index_lists(folder: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {HEAD: 3}, {HEAD: "../outside.safetensors"}, {HEAD: "/etc/passwd"}])
-def test_an_index_that_does_not_map_names_to_files_beside_it(
+def test_an_index_must_map_tensor_names_to_files_beside_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, weight_map: object
 ) -> None:
     shard(folder, monkeypatch)
@@ -153,17 +153,17 @@ def test_an_index_that_does_not_map_names_to_files_beside_it(
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"model_type": "blt",}', "\0", "nul"])
-def test_a_config_that_is_not_json(folder: Path, text: str) -> None:
+def test_a_config_that_is_not_json_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     refused(folder, "config.json: not JSON")
 
 
-def test_a_config_that_is_not_text(folder: Path) -> None:
+def test_a_config_that_is_not_text_is_refused(folder: Path) -> None:
     (folder / "config.json").write_bytes(b"\xff\xfe\xfa")
     refused(folder, "config.json: not JSON")
 
 
-def test_a_config_that_is_not_an_object(folder: Path) -> None:
+def test_a_config_that_is_not_a_json_object_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("[1]")
     refused(folder, "config.json: expected a JSON object, found list")
 
@@ -211,7 +211,9 @@ def test_a_config_that_is_not_an_object(folder: Path) -> None:
         (lambda c: c.update(global_config=7), ["global_config = 7"]),
     ],
 )
-def test_a_bad_field_is_named_with_its_value(folder: Path, change: Callable[[Json], Any], words: list[str]) -> None:
+def test_a_bad_config_field_is_refused_with_its_value(
+    folder: Path, change: Callable[[Json], Any], words: list[str]
+) -> None:
     edit_config(folder, change)
     message = refused(folder, "config.json", *words)
     with pytest.raises(CheckpointError) as caught:
@@ -222,14 +224,14 @@ def test_a_bad_field_is_named_with_its_value(folder: Path, change: Callable[[Jso
 # Meta's layout
 
 
-def test_a_folder_of_metas_without_a_patcher(tmp_path: Path) -> None:
+def test_a_meta_folder_without_a_patcher_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "inner"
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps({"model": {}}))
     refused(folder, "no folder entropy_model with the patcher inside or beside it")
 
 
-def test_metas_arguments_that_are_not_there_or_of_another_architecture(tmp_path: Path) -> None:
+def test_missing_and_unsupported_meta_arguments_are_refused(tmp_path: Path) -> None:
     (tmp_path / "entropy_model").mkdir()
     entropy = tmp_path / "entropy_model" / "params.json"
     entropy.write_text(json.dumps({"entropy_model": {"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 260}}))
@@ -248,13 +250,13 @@ def test_metas_arguments_that_are_not_there_or_of_another_architecture(tmp_path:
         ({"ffn_dim_multiplier": 1e308}, ["ffn_dim_multiplier = 1e+308", "1000"]),
     ],
 )
-def test_numbers_of_metas_that_no_model_has(change: Json, words: list[str], tmp_path: Path) -> None:
+def test_impossible_numbers_in_meta_arguments_are_refused(change: Json, words: list[str], tmp_path: Path) -> None:
     write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=True, beside=False)
     (tmp_path / "m" / "config.json").write_text(json.dumps({"args": META_ARGS | change}))
     refused(tmp_path / "m", "config.json", *words)
 
 
-def test_a_file_of_torchs_that_is_truncated_or_holds_more_than_tensors(tmp_path: Path) -> None:
+def test_a_pth_file_that_is_truncated_or_holds_more_than_tensors_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "consolidated.pth"
     torch.save({"model": {"a": torch.zeros(100)}}, file)
     whole = file.read_bytes()
@@ -262,7 +264,7 @@ def test_a_file_of_torchs_that_is_truncated_or_holds_more_than_tensors(tmp_path:
         file.write_bytes(whole[:keep])
         with pytest.raises(CheckpointError, match=r"consolidated\.pth: not a whole file of tensors"):
             open_torch(file)
-    torch.save({"model": {"a": test_a_missing_tensor}}, file)
+    torch.save({"model": {"a": test_a_missing_tensor_is_refused_by_name}}, file)
     with pytest.raises(CheckpointError, match=r"consolidated\.pth"):
         open_torch(file)
     torch.save({"model": {"a": 3}}, file)
@@ -280,7 +282,7 @@ def test_a_file_of_torchs_that_is_truncated_or_holds_more_than_tensors(tmp_path:
     ],
     ids=["a number as a name", "a pair as a name", "sparse", "without numbers"],
 )
-def test_a_state_dict_of_something_else_than_named_numbers(state: object, tmp_path: Path) -> None:
+def test_a_state_dict_with_anything_but_named_tensors_is_refused(state: object, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "consolidated.pth")
     with pytest.raises(CheckpointError, match="expected a state dict of tensors"):
         open_torch(tmp_path / "consolidated.pth")
@@ -289,7 +291,7 @@ def test_a_state_dict_of_something_else_than_named_numbers(state: object, tmp_pa
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), min_size=1, max_size=4))
 @settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @pytest.mark.filterwarnings("ignore")
-def test_a_broken_pickle_raises_nothing_else(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
+def test_a_broken_pickle_raises_only_checkpoint_errors(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
     whole, file = tmp_path / "whole.pth", tmp_path / "consolidated.pth"
     if not whole.exists():
         torch.save({"model": {f"layer.{i}": torch.zeros(2, 3) for i in range(3)}}, whole)
@@ -308,7 +310,7 @@ def test_a_broken_pickle_raises_nothing_else(tmp_path: Path, changes: list[tuple
 
 
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS])
-def test_what_is_no_file_is_not_waited_for(name: str, folder: Path) -> None:
+def test_a_fifo_or_folder_in_place_of_a_file_is_refused_at_once(name: str, folder: Path) -> None:
     (folder / name).unlink()
     os.mkfifo(folder / name)
     refused(folder, f"{name}: not a regular file")
@@ -318,19 +320,19 @@ def test_what_is_no_file_is_not_waited_for(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
-def test_json_that_is_nested_too_deep(text: str, folder: Path) -> None:
+def test_json_that_is_nested_too_deep_is_refused(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
     refused(folder, "config.json: not JSON")
 
 
-def test_a_shard_with_a_name_that_no_file_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_name_that_is_too_long_for_a_file_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = shard(folder, monkeypatch)
     index["weight_map"] = dict.fromkeys(index["weight_map"], "x" * 300 + ".safetensors")
     (folder / WEIGHTS_INDEX).write_text(json.dumps(index))
     refused(folder, ".safetensors: file name too long")
 
 
-def test_a_message_is_one_line_whatever_the_files_hold(folder: Path) -> None:
+def test_checkpoint_error_messages_are_one_line_whatever_the_files_hold(folder: Path) -> None:
     edit_config(folder, lambda c: c.update({"a\nb": "c\x1b[31m"}))
     (note,) = load(folder).notes
     assert r"a\nb = c\x1b[31m" in note
@@ -340,7 +342,7 @@ def test_a_message_is_one_line_whatever_the_files_hold(folder: Path) -> None:
     refused(folder, r"vocab_size = 2\r60")
 
 
-def test_a_name_can_be_sent_and_printed(folder: Path) -> None:
+def test_model_names_are_escaped_to_valid_unicode(folder: Path) -> None:
     edit_config(folder, lambda c: c["fastblt"].update(name="tiny\ud800\n"))
     assert load(folder).config.name == r"tiny\ud800\n"
     assert model_name(Path("/models/tiny\udcff")) == r"tiny\udcff"
@@ -349,7 +351,7 @@ def test_a_name_can_be_sent_and_printed(folder: Path) -> None:
 # Writing
 
 
-def test_nothing_is_written_of_tensors_that_do_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_tensors_of_wrong_shapes_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.checkpoint.hf.SHARD_BYTES", 100_000)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     tensors = random_tensors(TINY, 1)
@@ -363,7 +365,7 @@ def test_nothing_is_written_of_tensors_that_do_not_fit(folder: Path, monkeypatch
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_what_the_format_cannot_say_is_not_written(tmp_path: Path) -> None:
+def test_saving_a_config_that_the_format_cannot_express_is_refused(tmp_path: Path) -> None:
     config = replace(TINY, decoder=replace(TINY.decoder, window=13))
     with pytest.raises(CheckpointError, match="not 64 and 13"):
         save(tmp_path / "new", config, random_tensors(config, 0))

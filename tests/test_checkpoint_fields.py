@@ -52,7 +52,7 @@ RELEASED_BY_HAND = {
 """Fields that the conversions on the hub have and transformers' classes do not."""
 
 
-def test_so_are_those_of_the_conversions_on_the_hub() -> None:
+def test_every_field_of_converted_checkpoints_on_the_hub_is_accounted_for() -> None:
     assert set(RELEASED_BY_HAND["config"]) <= hf_config.HfConfig.accounted_fields()
     for stage in (hf_config._Encoder, hf_config._Decoder, hf_config._Global, hf_config._Patcher):
         assert set(RELEASED_BY_HAND["stage"]) <= stage.accounted_fields()
@@ -79,7 +79,7 @@ def write_hf(folder: Path, *changes: dict[str, Any], **top: Any) -> Path:
         ({"encoder_config": {"vocab_size": 264}}, "encoder_config.vocab_size 264"),
     ],
 )
-def test_what_transformers_models_could_be_and_ours_is_not_is_refused(
+def test_unsupported_values_of_transformers_fields_are_refused(
     change: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError) as caught:
@@ -87,17 +87,17 @@ def test_what_transformers_models_could_be_and_ours_is_not_is_refused(
     assert said in str(caught.value)
 
 
-def test_the_special_ids_may_be_named_where_they_are_the_usual_ones(tmp_path: Path) -> None:
+def test_the_usual_special_ids_may_be_named_in_the_config(tmp_path: Path) -> None:
     assert load(write_hf(tmp_path, eos_token_id=[2], bos_token_id=1, pad_token_id=3)).notes == ()
 
 
-def test_a_field_that_is_not_known_is_told(tmp_path: Path) -> None:
+def test_unknown_config_fields_are_reported(tmp_path: Path) -> None:
     folder = write_hf(tmp_path, {"encoder_config": {"gated": True}}, rotary_pct=0.5, new_thing=None)
     (note,) = load(folder).notes
     assert note == f"{folder}/config.json: unknown fields, ignored: rotary_pct = 0.5, encoder_config.gated = True"
 
 
-def test_metas_rules_of_patching_hold_in_transformers_form_too(tmp_path: Path) -> None:
+def test_metas_patching_rules_are_read_from_transformers_configs(tmp_path: Path) -> None:
     """Transformers reads neither field."""
     plain = load(write_hf(tmp_path, monotonicity=False, patching_threshold_add=None))
     assert plain.notes == ()
@@ -174,9 +174,7 @@ def test_every_field_of_metas_classes_is_accounted_for(public: str, ours: type[S
         ({"conv_kernel_size": 3}, "conv_kernel_size = 3"),
     ],
 )
-def test_what_metas_models_could_be_and_ours_is_not_is_refused(
-    change: dict[str, Any], said: str, tmp_path: Path
-) -> None:
+def test_unsupported_values_of_meta_arguments_are_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=True, beside=False)
     (tmp_path / "m" / "config.json").write_text(json.dumps({"args": META_ARGS | change}))
     with pytest.raises(CheckpointError) as caught:
@@ -194,7 +192,7 @@ def test_what_metas_models_could_be_and_ours_is_not_is_refused(
         ({"patcher_args": {"patching_mode": "space"}}, "data.patcher_args.patching_mode = space"),
     ],
 )
-def test_so_is_a_tokenizer_or_a_patching_that_is_not_ours(data: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_unsupported_meta_tokenizers_and_patching_are_refused(data: dict[str, Any], said: str, tmp_path: Path) -> None:
     write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=True, beside=False)
     (tmp_path / "m" / "train_args.json").write_text(json.dumps({"data": {"patcher_args": PATCHER_ARGS} | data}))
     with pytest.raises(CheckpointError) as caught:
@@ -203,7 +201,7 @@ def test_so_is_a_tokenizer_or_a_patching_that_is_not_ours(data: dict[str, Any], 
     assert "train_args.json" in str(caught.value)
 
 
-def test_an_error_names_the_file_that_it_is_in(tmp_path: Path) -> None:
+def test_a_patching_error_names_the_file_that_it_comes_from(tmp_path: Path) -> None:
     """Where two files say how to patch."""
     write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=True, beside=False)
     (tmp_path / "m" / "config.json").write_text(json.dumps({"args": META_ARGS | {"patching_mode": "static"}}))
@@ -213,7 +211,7 @@ def test_an_error_names_the_file_that_it_is_in(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{tmp_path / 'm' / 'config.json'}: patching_mode = static")
 
 
-def test_what_is_not_known_of_metas_arguments_is_told(tmp_path: Path) -> None:
+def test_unknown_meta_arguments_are_reported(tmp_path: Path) -> None:
     write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=False, beside=False)
     params = {"model": META_ARGS | {"skip": 1}, "data": {"patcher_args": PATCHER_ARGS | {"jitter": 0.1}}}
     (tmp_path / "m" / "params.json").write_text(json.dumps(params))
@@ -226,7 +224,7 @@ def test_what_is_not_known_of_metas_arguments_is_told(tmp_path: Path) -> None:
     assert len(notes) == 3
 
 
-def test_patches_may_see_each_other_across_documents_though_bytes_do_not(tmp_path: Path) -> None:
+def test_latents_attend_across_documents_without_global_isolation_and_bytes_do_not(tmp_path: Path) -> None:
     """Meta's `attn_bias_type: "causal"`, which isolates documents everywhere but in the global stage."""
     config, tensors = our_model(our_config(isolate_documents=True, isolate_global=False), 27)
     ids = text(150, 8)

@@ -53,7 +53,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.parametrize("name", HF_MODELS)
-def test_a_model_that_transformers_saved_means_the_same_here(name: str, tmp_path: Path) -> None:
+def test_a_model_saved_by_transformers_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     model = HF_MODELS[name]()
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path)
@@ -63,7 +63,7 @@ def test_a_model_that_transformers_saved_means_the_same_here(name: str, tmp_path
     torch.testing.assert_close(ours, hf_logits(model, IDS), atol=1e-4, rtol=0)
 
 
-def test_shards_give_the_same_as_one_file(tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_loads_like_one_file(tmp_path: Path) -> None:
     model = HF_MODELS["k2"]()
     model.save_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "many", max_shard_size="50kB")
@@ -72,7 +72,7 @@ def test_shards_give_the_same_as_one_file(tmp_path: Path) -> None:
     assert_same_tensors(many.tensors, load(tmp_path / "one").tensors)
 
 
-def test_absent_keys_take_the_defaults_of_transformers(tmp_path: Path) -> None:
+def test_missing_config_keys_take_the_defaults_of_transformers(tmp_path: Path) -> None:
     BltConfig().save_pretrained(tmp_path / "full")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "blt"}')
@@ -80,7 +80,7 @@ def test_absent_keys_take_the_defaults_of_transformers(tmp_path: Path) -> None:
     assert read_config(tmp_path / "bare").encoder.ffn_dim == 2730
 
 
-def test_the_released_config_with_its_old_keys_is_the_1b(tmp_path: Path) -> None:
+def test_the_released_config_with_its_old_keys_is_the_1b_preset(tmp_path: Path) -> None:
     def stack(hidden: int, layers: int, heads: int, ffn: int, positions: int, theta: int) -> dict[str, object]:
         return {
             "hidden_size": hidden,
@@ -110,7 +110,7 @@ def test_the_released_config_with_its_old_keys_is_the_1b(tmp_path: Path) -> None
     assert replace(read_config(tmp_path), name="1b") == PRESETS["1b"]
 
 
-def test_old_and_new_spellings_say_the_same(tmp_path: Path) -> None:
+def test_old_and_new_config_keys_give_the_same_config(tmp_path: Path) -> None:
     HF_MODELS["k2"]().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["patcher_config"] |= {"rms_norm_eps": 1e-4, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
@@ -170,7 +170,7 @@ FULL_CONFIG = ModelConfig(
     ids=["everything set", "tiny", "monotonic", "bytes"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_saved_comes_back(config: ModelConfig, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_loaded_unchanged(config: ModelConfig, dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = random_tensors(config, 3, dtype)
     save(tmp_path, config, tensors)
     loaded = load(tmp_path)
@@ -186,7 +186,7 @@ def test_saving_converts_every_tensor_to_the_dtype_asked_for(tmp_path: Path) -> 
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_transformers_loads_what_we_save_and_computes_the_same(tmp_path: Path) -> None:
+def test_transformers_loads_our_checkpoints_with_the_same_logits(tmp_path: Path) -> None:
     config = replace(
         PRESETS["tiny"], decoder_input="encoder", mask_id=None, block_size=None, patching=PatchingRule(threshold=4)
     )
@@ -249,7 +249,7 @@ def test_loading_maps_the_file_and_reads_no_page_of_it(tmp_path: Path) -> None:
     assert tables[1][-1].sum() == 0
 
 
-def test_writing_asks_for_one_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_holds_one_shard_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, alive, most = PRESETS["tiny"], weakref.WeakSet[torch.Tensor](), 0
 
     class Watched(RandomTensors):
@@ -368,7 +368,7 @@ def write_meta(folder: Path, tensors: dict[str, torch.Tensor], *, hub: bool, bes
 
 @pytest.mark.parametrize("hub", [True, False], ids=["as on the hub", "as trained"])
 @pytest.mark.parametrize("beside", [True, False], ids=["patcher beside", "patcher inside"])
-def test_a_checkpoint_in_metas_layout_has_its_meaning(hub: bool, beside: bool, tmp_path: Path) -> None:
+def test_a_checkpoint_in_metas_layout_is_loaded(hub: bool, beside: bool, tmp_path: Path) -> None:
     tensors = random_tensors(META_CONFIG, 0, torch.bfloat16)
     write_meta(tmp_path / "blt_1b", tensors, hub=hub, beside=beside)
     loaded = load(tmp_path / "blt_1b")
@@ -376,7 +376,7 @@ def test_a_checkpoint_in_metas_layout_has_its_meaning(hub: bool, beside: bool, t
     assert_same_tensors(loaded.tensors, tensors)
 
 
-def test_a_file_of_torchs_may_hold_views_and_parameters(tmp_path: Path) -> None:
+def test_a_pth_file_may_hold_views_and_parameters(tmp_path: Path) -> None:
     """Kernels read numbers where they lie, one after the other."""
     tensors = random_tensors(META_CONFIG, 0)
     views = {name: t.t().contiguous().t() if t.dim() == 2 else torch._neg_view(-t) for name, t in tensors.items()}
@@ -386,7 +386,7 @@ def test_a_file_of_torchs_may_hold_views_and_parameters(tmp_path: Path) -> None:
     assert all(t.is_contiguous() and not t.is_neg() and not t.requires_grad for t in loaded.values())
 
 
-def test_metas_feed_forward_widths_are_those_of_the_released_models(tmp_path: Path) -> None:
+def test_feed_forward_widths_of_meta_checkpoints_are_the_released_ones(tmp_path: Path) -> None:
     write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=True, beside=False)
     wide = {"dim_local_encoder": 1024, "dim_local_decoder": 1024, "dim_global": 4096, "multiple_of": 256}
     (tmp_path / "m" / "config.json").write_text(json.dumps({"args": META_ARGS | wide}))
@@ -394,7 +394,7 @@ def test_metas_feed_forward_widths_are_those_of_the_released_models(tmp_path: Pa
     assert (config.encoder.ffn_dim, config.global_.ffn_dim) == (2816, 11008)
 
 
-def test_what_the_training_arguments_do_not_say_of_patching_is_taken_from_the_models(tmp_path: Path) -> None:
+def test_patching_missing_in_metas_training_arguments_is_taken_from_the_models(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     write_meta(folder, random_tensors(META_CONFIG, 0), hub=True, beside=False)
     (folder / "train_args.json").unlink()
@@ -430,7 +430,7 @@ def test_what_the_training_arguments_do_not_say_of_patching_is_taken_from_the_mo
 
 
 @pytest.mark.parametrize("bias", ["block_causal", "causal", None, "absent"])
-def test_metas_global_stage_isolates_documents_where_its_mask_is_block_causal(bias: str | None, tmp_path: Path) -> None:
+def test_metas_global_stage_isolates_documents_only_with_a_block_causal_mask(bias: str | None, tmp_path: Path) -> None:
     write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=True, beside=False)
     args = META_ARGS | {"attn_bias_type": bias}
     if bias == "absent":
@@ -440,7 +440,7 @@ def test_metas_global_stage_isolates_documents_where_its_mask_is_block_causal(bi
     assert (config.isolate_documents, config.isolate_global) == (True, bias == "block_causal")
 
 
-def test_the_patcher_may_lie_anywhere_and_in_either_form(tmp_path: Path) -> None:
+def test_the_patcher_may_lie_in_any_folder_and_in_either_format(tmp_path: Path) -> None:
     tensors = random_tensors(META_CONFIG, 0, torch.bfloat16)
     write_meta(tmp_path / "blt_1b", tensors, hub=True, beside=False)
     apart = (tmp_path / "blt_1b" / "entropy_model").rename(tmp_path / "apart")
@@ -466,7 +466,7 @@ def test_the_patcher_may_lie_anywhere_and_in_either_form(tmp_path: Path) -> None
 # Whatever the format
 
 
-def test_a_threshold_may_be_given_instead_of_the_checkpoints(tmp_path: Path) -> None:
+def test_a_given_patching_threshold_overrides_the_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, PRESETS["tiny"], random_tensors(PRESETS["tiny"], 0))
     tiny = PRESETS["tiny"].patching
     assert load(tmp_path, patching_threshold=-0.5).config.patching == replace(tiny, threshold=-0.5)
@@ -479,7 +479,7 @@ def test_a_threshold_may_be_given_instead_of_the_checkpoints(tmp_path: Path) -> 
         load(tmp_path, patching_threshold=1.5)
 
 
-def test_a_model_has_the_name_of_its_folder_and_not_of_what_a_link_leads_to(tmp_path: Path) -> None:
+def test_a_model_is_named_by_its_folder_and_not_by_the_target_of_a_link(tmp_path: Path) -> None:
     blobs = tmp_path / "models--org--a.model-1" / "blobs"
     save(blobs, PRESETS["tiny"], random_tensors(PRESETS["tiny"], 0))
     config = json.loads((blobs / "config.json").read_text())
@@ -500,7 +500,7 @@ def test_a_model_has_the_name_of_its_folder_and_not_of_what_a_link_leads_to(tmp_
     assert read_config(tmp_path / "current").name == "current"
 
 
-def test_metas_folders_have_their_own_names_in_the_hubs_cache_too(tmp_path: Path) -> None:
+def test_meta_folders_in_the_hub_cache_keep_their_names(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--facebook--blt" / "snapshots" / "main"
     write_meta(snapshot / "blt_1b", random_tensors(META_CONFIG, 0), hub=False, beside=True)
     assert read_config(snapshot / "blt_1b") == replace(META_CONFIG, name="facebook/blt/blt_1b")
@@ -511,7 +511,7 @@ def larger_than_memory() -> int:
     return 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def test_files_larger_than_the_memory_are_described_and_mapped(tmp_path: Path) -> None:
+def test_safetensors_larger_than_memory_are_described_and_mapped(tmp_path: Path) -> None:
     rows = larger_than_memory() // (2 * 32 * 2)
     config = replace(PRESETS["tiny"], hashes=HashConfig((3, 4), 1, rows))
     shapes = {n: s for n, s in expected_shapes(config).items() if "hash" not in n} | {FUSED: (2 * rows, 32)}
@@ -522,7 +522,7 @@ def test_files_larger_than_the_memory_are_described_and_mapped(tmp_path: Path) -
     assert tables["model.encoder_hash_tok_embedding.1.weight"][-1].sum() == 0
 
 
-def test_so_are_those_of_torch(tmp_path: Path) -> None:
+def test_pth_files_larger_than_memory_are_mapped(tmp_path: Path) -> None:
     rows = larger_than_memory() // (32 * 2)
     with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
         table = torch.empty(rows, 32, dtype=torch.bfloat16)
@@ -533,7 +533,7 @@ def test_so_are_those_of_torch(tmp_path: Path) -> None:
     assert (stored["small"].shape, stored["small"].map().sum()) == ((3, 5), 0)
 
 
-def test_what_is_mapped_of_torchs_files_is_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mapped_tensors_of_pth_files_equal_the_saved_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the way that files larger than the memory take, which are too large to hold anything here."""
     whole = torch.randn(7, 6)
     tensors = {

@@ -54,7 +54,7 @@ def test_released_shapes_have_the_published_parameter_counts(name: str) -> None:
     assert sum(prod(shape) for shape in expected_shapes(PRESETS[name]).values()) == RELEASED[name]["total"]
 
 
-def test_the_3b_has_the_counts_fitted_to_fast_blts_tables() -> None:
+def test_the_3b_preset_has_the_parameter_counts_fitted_to_fast_blts_tables() -> None:
     counts = count_parameters(PRESETS["3b"])
     # The table of the paper's P_dec counts the head, and its P_enc + P_glob neither hashes nor patcher; in millions.
     embedding = 261 * 1024
@@ -69,7 +69,7 @@ def test_the_3b_has_the_counts_fitted_to_fast_blts_tables() -> None:
         ("7b", {"patcher": 42, "encoder": 5, "decoder": 30, "global": 512, "latent": 120, "open": 7.5}),
     ],
 )
-def test_a_row_of_each_cache_costs_what_the_shapes_say(name: str, kib: dict[str, float]) -> None:
+def test_bytes_per_row_of_each_cache_follow_from_the_shapes(name: str, kib: dict[str, float]) -> None:
     costs = cache_costs(PRESETS[name], torch.bfloat16)
     assert {cache: cost.bytes_per_row / KIB for cache, cost in costs.items()} == kib
     assert costs["decoder"].most_bytes == 512 * kib["decoder"] * KIB
@@ -95,7 +95,7 @@ def test_random_tensors_depend_on_seed_and_name_alone() -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "nano"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_random_model_is_lively(name: str, seed: int) -> None:
+def test_a_random_model_has_varied_logits_and_entropies(name: str, seed: int) -> None:
     tensors = random_tensors(PRESETS[name], seed)
     config = calibrated(PRESETS[name], tensors)
     ids = text(200, seed, specials=False)
@@ -117,7 +117,7 @@ def test_calibration_reaches_a_mean_patch_of_four_under_every_rule() -> None:
         assert 2 < len(words) / len(starts) < 8, changes
 
 
-def test_a_description_says_what_is_in_the_file(tmp_path: Path) -> None:
+def test_describe_reports_the_contents_of_the_checkpoint(tmp_path: Path) -> None:
     config = replace(PRESETS["tiny"], hashes=HashConfig((3, 5), 1, 40))
     tensors = random_tensors(config, 0, torch.bfloat16)
     save(tmp_path, config, tensors | {"lm_head.weight": tensors["lm_head.weight"].float()})
@@ -130,7 +130,7 @@ def test_a_description_says_what_is_in_the_file(tmp_path: Path) -> None:
     assert json.loads(json.dumps(asdict(d)))["hashes"]["rows"] == 40
 
 
-def test_the_text_of_a_description_holds_its_figures(tmp_path: Path) -> None:
+def test_the_rendered_description_holds_its_figures(tmp_path: Path) -> None:
     save(tmp_path, PRESETS["tiny"], random_tensors(PRESETS["tiny"], 0))
     lines = render(describe(tmp_path)).splitlines()
     assert lines[0].startswith("tiny: fastblt format, ")

@@ -62,30 +62,30 @@ class TestServeFlags:
 
         return parse
 
-    def test_are_one_per_field(self) -> None:
+    def test_serve_has_one_flag_per_settings_field(self) -> None:
         assert set(ENGINE_FLAGS) == {field.name for field in fields(EngineConfig)}
         assert not set(ENGINE_FLAGS) & set(ServerSettings.model_fields)
 
-    def test_leave_the_defaults_in_force(self, parse) -> None:
+    def test_serve_without_flags_uses_the_defaults(self, parse) -> None:
         assert parse() == (ServerSettings(), EngineConfig("here"))
 
-    def test_name_the_embedded_model_where_none_is_given(self, parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_serve_without_a_model_uses_the_embedded_model(self, parse, monkeypatch: pytest.MonkeyPatch) -> None:
         assert parse(model=False)[1] == EngineConfig(str(ROOT / "models" / "nano"))
         monkeypatch.setenv("FASTBLT_MODEL", "there")
         assert parse(model=False)[1] == EngineConfig("there")
         assert parse()[1] == EngineConfig("here")
 
-    def test_set_what_they_say(self, parse) -> None:
+    def test_serve_flags_set_their_fields(self, parse) -> None:
         flags = ["--port=0", "--dtype=bfloat16", "--no-isolate-documents", "--default-timeout=1.5", "--max-length=9"]
         settings, config = parse(*flags)
         assert (settings.port, settings.default_timeout) == (0, 1.5)
         assert config == EngineConfig("here", dtype="bfloat16", isolate_documents=False, max_length=9)
 
-    def test_may_be_repeated_where_a_list_is_meant(self, parse) -> None:
+    def test_list_flags_of_serve_may_be_repeated(self, parse) -> None:
         settings, _ = parse("--cors-origins", "http://a,http://b", "--cors-origins", "http://c")
         assert settings.cors_origins == ["http://a", "http://b", "http://c"]
 
-    def test_win_over_the_environment(self, parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_serve_flags_override_environment_variables(self, parse, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FASTBLT_PORT", "1")
         monkeypatch.setenv("FASTBLT_MAX_QUEUE", "200")
         settings, _ = parse("--port", "2")
@@ -98,7 +98,7 @@ class TestServeFlags:
         _, config = parse("--page-size", "16")
         assert config == EngineConfig("here", dtype="bfloat16", graphs=False, page_size=16)
 
-    def test_name_the_flag_and_the_variable_of_a_bad_value(self, parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_errors_of_bad_serve_values_name_flag_and_variable(self, parse, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"--port \(or FASTBLT_PORT\): input should be less"):
             parse("--port", "65536")
         monkeypatch.setenv("FASTBLT_RETRY_AFTER", "soon")
@@ -108,7 +108,7 @@ class TestServeFlags:
         with pytest.raises(ValueError, match="FASTBLT_DEVICE.*'gpu' is not one of 'cpu', 'cuda'"):
             parse()
 
-    def test_never_show_a_key(self, parse) -> None:
+    def test_errors_of_serve_flags_never_show_an_api_key(self, parse) -> None:
         with pytest.raises(ValueError) as caught:
             parse("--api-keys", "s3cret", "--port", "-1")
         assert "s3cret" not in str(caught.value)
@@ -128,7 +128,7 @@ def test_generate_runs_prompts_as_a_batch_and_each_equals_a_full_forward(tiny: P
         assert result["usage"]["total_tokens"] == len(ids) + 24
 
 
-def test_generate_streams_the_bytes_themselves(tiny: Path, tmp_path: Path) -> None:
+def test_generate_streams_raw_bytes(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt").write_bytes(b"\xff\x00\n")
     flags = ["--model", tiny, "--max-tokens", "20", "--prompt-file"]
     raw = run("generate", *flags, tmp_path / "prompt")
@@ -145,7 +145,7 @@ def test_generate_stops_before_a_stop_string(tiny: Path) -> None:
     assert bytes.fromhex(stopped["bytes"]) == data[: data.index(stop)]
 
 
-def test_generate_tells_patches_of_prompt_and_output(tiny: Path) -> None:
+def test_generate_reports_patches_of_prompt_and_output(tiny: Path) -> None:
     flags = ["--patches", "--max-tokens=30", "--temperature=0.9", "--stop=\x00"]
     checkpoint = load(tiny)
     prompts = ["naïve(", "x" * 90]
@@ -162,13 +162,13 @@ def test_generate_tells_patches_of_prompt_and_output(tiny: Path) -> None:
     assert "patches" not in generate(tiny, "--prompt=a", "--max-tokens=1")[0]
 
 
-def test_generate_draws_what_its_seed_says(tiny: Path) -> None:
+def test_generate_samples_the_same_bytes_for_the_same_seed(tiny: Path) -> None:
     sampled = ["--prompt=abc", "--max-tokens=20", "--temperature=1", "--top-k=50", "--top-p=0.9", "--min-p=0.01"]
     one, again, other = (generate(tiny, *sampled, f"--seed={seed}")[0]["bytes"] for seed in (1, 1, 2))
     assert one == again != other
 
 
-def test_generate_refuses_what_it_cannot_do(tiny: Path, tmp_path: Path) -> None:
+def test_generate_refuses_wrong_combinations_of_flags(tiny: Path, tmp_path: Path) -> None:
     model = ("generate", "--model", tiny)
     assert "several prompts need --json" in fails(*model, "--prompt=a", "--prompt=b", code=2)
     assert "--prompt-file" in fails(*model, code=2)
@@ -186,7 +186,7 @@ def test_generate_refuses_what_it_cannot_do(tiny: Path, tmp_path: Path) -> None:
     assert "no such directory" in fails("generate", "--model", tmp_path / "none", "--prompt=a")
 
 
-def test_generate_on_a_missing_gpu_says_so(tiny: Path) -> None:
+def test_generate_without_a_gpu_refuses_device_cuda(tiny: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -194,7 +194,7 @@ def test_generate_on_a_missing_gpu_says_so(tiny: Path) -> None:
     assert "device 'cuda': torch" in fails("generate", "--model", tiny, "--prompt=a", "--device=cuda")
 
 
-def test_a_batch_tells_of_its_failures_in_their_places(tiny: Path) -> None:
+def test_generate_reports_failures_of_a_batch_in_prompt_order(tiny: Path) -> None:
     flags = ["--prompt=a", f"--prompt={'x' * 4090}", "--max-tokens=6", "--json"]
     result = runner.invoke(app, ["generate", "--model", str(tiny), *flags])
     fine, failed = map(json.loads, result.stdout.splitlines())
@@ -202,7 +202,7 @@ def test_a_batch_tells_of_its_failures_in_their_places(tiny: Path) -> None:
     assert failed["error"]["code"] == "too_long"
 
 
-def test_a_closed_pipe_is_no_traceback(tiny: Path) -> None:
+def test_generate_into_a_closed_pipe_prints_no_traceback(tiny: Path) -> None:
     command = [*COMMAND, "generate", "--model", tiny, "--prompt=a", "--max-tokens=300"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
@@ -221,20 +221,20 @@ def test_init_writes_the_same_weights_for_the_same_seed(tmp_path: Path) -> None:
     assert len(written("d", "--hash-rows=9")) < len(written("e", "--hash-rows=99"))
 
 
-def test_init_takes_the_config_of_a_model(tiny: Path, tmp_path: Path) -> None:
+def test_init_accepts_the_config_of_an_existing_model(tiny: Path, tmp_path: Path) -> None:
     for name, source in (("folder", tiny), ("file", tiny / "config.json")):
         result = runner.invoke(app, ["init", "--config", str(source), str(tmp_path / name)])
         assert result.exit_code == 0, result.output
         assert load(tmp_path / name).config.encoder == load(tiny).config.encoder
 
 
-def test_init_overwrites_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_init_refuses_to_overwrite_a_folder(tiny: Path, tmp_path: Path) -> None:
     assert "not an empty folder" in fails("init", "--config=tiny", tiny)
     assert "no such directory" in fails("init", "--config=none", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_inspect_counts_what_is_there(tiny: Path) -> None:
+def test_inspect_counts_the_parameters_of_the_checkpoint(tiny: Path) -> None:
     described = json.loads(runner.invoke(app, ["inspect", str(tiny), "--json"]).stdout)
     assert described["parameters"]["total"] == sum(t.numel() for t in load(tiny).tensors.values())
     shown = runner.invoke(app, ["inspect", str(tiny)]).stdout
@@ -242,7 +242,7 @@ def test_inspect_counts_what_is_there(tiny: Path) -> None:
     assert "no such directory" in fails("inspect", tiny / "none")
 
 
-def test_inspect_and_generate_take_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_and_generate_default_to_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # From any folder.
     monkeypatch.chdir(tmp_path)
     assert runner.invoke(app, ["inspect"]).stdout.startswith("nano: fastblt format, ")
@@ -252,11 +252,11 @@ def test_inspect_and_generate_take_the_embedded_model(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("command", ["eval", "calibrate", "compare"])
-def test_what_measures_a_model_wants_its_name(command: str) -> None:
+def test_commands_that_measure_a_model_require_the_model_flag(command: str) -> None:
     assert "Missing option '--model'" in fails(command, "file", code=2)
 
 
-def test_inspect_and_generate_take_a_threshold(tiny: Path) -> None:
+def test_inspect_and_generate_accept_a_patching_threshold(tiny: Path) -> None:
     command = ["inspect", str(tiny), "--patching-threshold=0.25"]
     assert json.loads(runner.invoke(app, [*command, "--json"]).stdout)["patching"]["threshold"] == 0.25
     assert "entropy above 0.25 nats" in runner.invoke(app, command).stdout
@@ -281,7 +281,7 @@ def test_inspect_and_generate_take_a_threshold(tiny: Path) -> None:
     assert global_calls("--patching-threshold=99") < 4
 
 
-def test_serve_says_in_one_line_why_it_cannot(tiny: Path, tmp_path: Path) -> None:
+def test_serve_explains_in_one_line_why_it_cannot_start(tiny: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert b"the port is already in use" in run("serve", "--model", tiny, "--port", port, code=1)

@@ -44,7 +44,7 @@ def answer(status: int, body: bytes, *headers: str) -> bytes:
     return "\r\n".join([*head, "", ""]).encode() + body
 
 
-def test_a_stream_adds_up_to_the_completion(tiny_server: str) -> None:
+def test_a_client_stream_adds_up_to_the_completion(tiny_server: str) -> None:
     with Client(tiny_server) as client:
         whole = client.complete("def f(", max_tokens=30, temperature=0, ignore_eos=True)
         events = list(client.stream("def f(", max_tokens=30, temperature=0, ignore_eos=True))
@@ -53,7 +53,7 @@ def test_a_stream_adds_up_to_the_completion(tiny_server: str) -> None:
     assert events[-1].usage == whole.usage
 
 
-async def test_the_async_client_says_the_same(tiny_server: str) -> None:
+async def test_the_async_client_gets_the_same_responses(tiny_server: str) -> None:
     fields = {"max_tokens": 20, "temperature": 1, "seed": 7, "logprobs": 0}
     with Client(tiny_server) as client:
         models, whole = client.models(), client.complete("x", **fields)
@@ -65,7 +65,7 @@ async def test_the_async_client_says_the_same(tiny_server: str) -> None:
     assert whole.choices[0].data.decode(errors="replace") == whole.text
 
 
-def test_errors_have_their_types(tiny_server: str) -> None:
+def test_the_client_raises_errors_of_their_types(tiny_server: str) -> None:
     with Client(tiny_server) as client:
         with pytest.raises(ApiError) as caught:
             client.complete("x", model="none")
@@ -75,12 +75,12 @@ def test_errors_have_their_types(tiny_server: str) -> None:
         assert (caught.value.status, caught.value.param) == (400, "block_size")
 
 
-def test_bytes_are_not_guessed_from_text(tiny_server: str) -> None:
+def test_the_client_does_not_guess_bytes_from_text(tiny_server: str) -> None:
     with Client(tiny_server) as client, pytest.raises(ValueError, match="logprobs=0"):
         _ = client.complete("x", max_tokens=1).choices[0].data
 
 
-def test_a_refused_connection_fails() -> None:
+def test_a_refused_connection_raises_connection_failed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with Client(f"http://127.0.0.1:{port}", retries=0) as client, pytest.raises(ConnectionFailed):
@@ -88,7 +88,7 @@ def test_a_refused_connection_fails() -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_it_comes_back_when_it_was_asked_to(status: int) -> None:
+def test_the_client_retries_after_the_time_that_the_server_names(status: int) -> None:
     busy = answer(status, b'{"error": {"message": "busy"}}', "retry-after: 0")
     with (
         scripted(busy, busy, answer(200, b'{"data": [{"id": "m"}]}')) as (url, seen),
@@ -98,7 +98,7 @@ def test_it_comes_back_when_it_was_asked_to(status: int) -> None:
     assert len(seen) == 3 and all(b"authorization: bearer k" in request.lower() for request in seen)
 
 
-async def test_it_gives_up_after_its_retries() -> None:
+async def test_the_client_gives_up_after_its_retries() -> None:
     busy = answer(429, b'{"error": {"message": "busy", "code": "queue_full"}}', "retry-after: 0")
     with scripted(busy, busy) as (url, seen):
         async with AsyncClient(url, retries=1) as client:
@@ -108,7 +108,7 @@ async def test_it_gives_up_after_its_retries() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 500])
-def test_it_does_not_repeat_what_will_not_help(status: int) -> None:
+def test_the_client_does_not_retry_permanent_errors(status: int) -> None:
     with (
         scripted(answer(status, b"<html>no</html>")) as (url, _),
         Client(url) as client,
@@ -117,7 +117,7 @@ def test_it_does_not_repeat_what_will_not_help(status: int) -> None:
         client.models()
 
 
-def test_a_stream_that_breaks_off_is_no_completion() -> None:
+def test_a_stream_that_breaks_off_raises_connection_failed() -> None:
     with scripted(answer(200, f"data: {json.dumps(CHUNK)}\n\n".encode())) as (url, _), Client(url) as client:
         stream = client.stream("x", model="m")
         assert next(stream).text == "ä\u2028\n"
@@ -125,13 +125,13 @@ def test_a_stream_that_breaks_off_is_no_completion() -> None:
             next(stream)
 
 
-def test_an_error_event_is_an_error() -> None:
+def test_an_error_event_in_a_stream_raises_an_error() -> None:
     with pytest.raises(ApiError, match="sorry"):
         list(Events().feed(b'data: {"error": {"message": "sorry"}}\n\n'))
 
 
 @given(st.lists(st.integers(0, 400)), st.sampled_from([b"\n", b"\r\n"]))
-def test_events_do_not_depend_on_where_bytes_are_cut(cuts: list[int], newline: bytes) -> None:
+def test_parsed_events_do_not_depend_on_where_bytes_are_cut(cuts: list[int], newline: bytes) -> None:
     event = json.dumps(CHUNK, ensure_ascii=False).encode()
     lines = [
         b": keep-alive",
@@ -153,7 +153,7 @@ def test_events_do_not_depend_on_where_bytes_are_cut(cuts: list[int], newline: b
     events.check_done()
 
 
-def test_the_terminal_prints_text_to_stdout_and_notes_to_stderr(tiny_server: str) -> None:
+def test_the_terminal_client_prints_text_to_stdout_and_notes_to_stderr(tiny_server: str) -> None:
     with Client(tiny_server) as client:
         text = client.complete("abc", max_tokens=20, temperature=0).text
     command = [*COMMAND, "client", "--url", tiny_server, "--prompt=abc", "--max-tokens=20"]
@@ -162,18 +162,18 @@ def test_the_terminal_prints_text_to_stdout_and_notes_to_stderr(tiny_server: str
     assert b"bytes/s" in done.stderr
 
 
-def test_the_terminal_fails_in_one_line(tiny_server: str) -> None:
+def test_the_terminal_client_fails_with_one_line(tiny_server: str) -> None:
     command = [*COMMAND, "client", "--url", tiny_server, "--prompt=abc", "--model=none"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "'none' does not exist" in done.stderr
 
 
-def test_ctrl_c_ends_a_stream_and_not_the_terminal(tiny_server: str) -> None:
+def test_ctrl_c_ends_a_stream_and_not_the_terminal_client(tiny_server: str) -> None:
     command = [*COMMAND, "client", "--url", tiny_server, "--max-tokens=4000", "--temperature=1", "--seed=1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
     def heed_interrupts() -> None:
-        # Whoever runs the tests in the background of a shell has children that ignore them.
+        # When the tests run in the background of a shell, their child processes ignore interrupts.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     with subprocess.Popen(command, cwd=ROOT, bufsize=0, preexec_fn=heed_interrupts, **pipes) as process:

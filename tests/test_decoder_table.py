@@ -37,7 +37,7 @@ def complete(server: RunningServer, status: int = 200, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("temperature", [0, 0.5])
-def test_a_row_is_served(server: RunningServer, temperature: float) -> None:
+def test_a_registered_decoder_is_served_and_equals_blt(server: RunningServer, temperature: float) -> None:
     sampling = {"temperature": temperature, "seed": 3, "logprobs": 1}
     wanted = complete(server, decoder="blt", **sampling)
     found = complete(server, decoder="look-up", draft_length=6, **sampling)
@@ -46,7 +46,7 @@ def test_a_row_is_served(server: RunningServer, temperature: float) -> None:
     assert cost["decoder"] == "look-up" and cost["drafted"] > 0
 
 
-def test_its_drafts_are_accepted_and_counted_under_its_name(server: RunningServer) -> None:
+def test_drafts_of_a_registered_decoder_are_counted_under_its_name(server: RunningServer) -> None:
     label = '{decoder="look-up"}'
     before = server.metrics("fastblt_accepted_bytes_total")[f"fastblt_accepted_bytes_total{label}"]
     cost = complete(server, model="tiny:look-up", temperature=0)["usage"]["fastblt"]
@@ -56,7 +56,7 @@ def test_its_drafts_are_accepted_and_counted_under_its_name(server: RunningServe
     assert server.metrics("fastblt_end_to_end_seconds_count")[f"fastblt_end_to_end_seconds_count{label}"] > 0
 
 
-def test_models_page_and_schema_list_it(server: RunningServer) -> None:
+def test_models_page_and_schema_list_a_registered_decoder(server: RunningServer) -> None:
     with server.client() as http:
         models = {card["id"]: card["decoders"] for card in http.get("/v1/models").json()["data"]}
         script = http.get("/page/table.js").text
@@ -68,7 +68,7 @@ def test_models_page_and_schema_list_it(server: RunningServer) -> None:
     assert f"Extension, {' and '.join(DRAFTING)}: " in schema["draft_length"]["description"]
 
 
-def test_options_are_refused_in_its_name(server: RunningServer) -> None:
+def test_errors_about_options_name_the_registered_decoder(server: RunningServer) -> None:
     error = complete(server, 400, decoder="look-up", block_size=4)["error"]
     assert error["param"] == "block_size"
     assert error["message"] == "block_size is an option of blt-d and blt-dv, not of look-up"
@@ -78,18 +78,18 @@ def test_options_are_refused_in_its_name(server: RunningServer) -> None:
     assert error["param"] == "decoder" and "'blt-s'" in error["message"] and " or 'look-up'" in error["message"]
 
 
-def test_the_command_line_lists_it() -> None:
+def test_generate_help_lists_a_registered_decoder() -> None:
     command = [sys.executable, "-m", "tests.look_up", "generate", "--help"]
     told = " ".join(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert "|look-up>" in told and f"{', '.join(DRAFTING)}: most bytes to draft" in told
 
 
-def test_a_model_without_mask_has_the_rows_that_need_none() -> None:
+def test_a_model_without_mask_id_offers_only_decoders_without_mask() -> None:
     assert available(mask=True) == tuple(DECODERS)
     assert set(DECODERS) - set(available(mask=False)) == {"blt-d", "blt-dv"}
 
 
-def test_a_row_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_register_refuses_invalid_and_duplicate_decoder_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "DECODERS", dict(DECODERS))
     row = replace(DECODERS["blt"], name="a-row-2")
     register(row)
@@ -103,13 +103,13 @@ def test_a_row_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         register(replace(row, name="other", options=("exact", "depth")))
 
 
-def test_options_and_rules_of_all_rows_are_there_to_be_given() -> None:
+def test_options_of_every_decoder_are_request_fields() -> None:
     for spec in DECODERS.values():
         assert set(spec.options) <= set(CompletionRequest.model_fields)
         assert (spec.rule is None) == ("unmask" not in spec.options)
 
 
-def test_only_what_nobody_checks_is_inexact() -> None:
+def test_only_decoders_without_verification_are_inexact() -> None:
     def exact(decoder: str, *, asked: bool) -> bool:
         request = Request(id="a", prompt_ids=[1], max_tokens=1, decoder=decoder, exact=asked)
         return DECODERS[decoder].is_exact(request)

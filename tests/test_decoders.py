@@ -155,7 +155,7 @@ def test_exact_decoders_equal_blt_when_pages_run_out(model: Path) -> None:
         assert_same(out, wanted[name])
 
 
-def test_scores_are_blts_too(model: Path) -> None:
+def test_scores_of_exact_decoders_equal_blts(model: Path) -> None:
     ps = prompts(6, model)
     engine = make_engine(model)
     wanted = run(engine, requests(ps, "", 30, {}, logprobs=2))
@@ -166,7 +166,7 @@ def test_scores_are_blts_too(model: Path) -> None:
         assert out.logprobs == wanted[name.split("-")[1]].logprobs
 
 
-def test_a_step_calls_every_stage_at_most_once(model: Path) -> None:
+def test_a_step_of_any_batch_calls_every_stage_at_most_once(model: Path) -> None:
     engine = make_engine(model, cache_bytes=128 << 20)
     how = [*settings_of(engine), {"decoder": "blt"}, *([{"decoder": "blt-d"}] if engine.model_config.mask_id else [])]
     for i, p in enumerate(prompts(2 * len(how), model)):
@@ -186,7 +186,7 @@ def test_a_step_calls_every_stage_at_most_once(model: Path) -> None:
     assert most == 2 * len(how)
 
 
-def test_a_round_reads_the_global_weights_once(model: Path) -> None:
+def test_a_round_reads_the_global_weights_at_most_once(model: Path) -> None:
     engine = make_engine(model)
     for how in [
         {"decoder": "blt-s", "draft_length": 8},
@@ -285,19 +285,19 @@ def test_block_diffusion_equals_algorithm_1(model: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["released-form"], indirect=True)
-def test_block_diffusion_is_refused_by_a_model_that_did_not_learn_it(model: Path) -> None:
+def test_block_diffusion_is_refused_by_a_model_without_mask_id(model: Path) -> None:
     out = run(make_engine(model), [request("a", [1], 8, decoder="blt-d")])["a"]
     assert not isinstance(out.end, Finished) and "not trained with block diffusion" in str(out.end)
 
 
-def test_more_ids_than_were_asked_for_are_refused(model: Path) -> None:
+def test_more_output_ids_than_max_tokens_are_refused(model: Path) -> None:
     """A restarted engine gets what its forerunner wrote, never more than the request allows."""
     out = run(make_engine(model), [request("a", [1, 60], 3, output_ids=[70, 71, 72, 73])])["a"]
     assert not isinstance(out.end, Finished) and "output_ids holds 4 ids, and max_tokens is 3" in str(out.end)
 
 
 @pytest.mark.parametrize("model", DIFFUSION_MODELS, indirect=True)
-def test_block_diffusion_does_not_depend_on_company_or_preemption(model: Path) -> None:
+def test_block_diffusion_does_not_depend_on_other_requests_or_preemption(model: Path) -> None:
     engine = crowded_engine(model, max_sequences=12, max_step_rows=31, max_length=160)
     ps = prompts(16, model)
     how = [
@@ -314,7 +314,7 @@ def test_block_diffusion_does_not_depend_on_company_or_preemption(model: Path) -
 
 
 @pytest.mark.parametrize("model", DIFFUSION_MODELS, indirect=True)
-def test_finishing_the_patch_begins_blocks_where_patches_begin(model: Path) -> None:
+def test_with_finish_patch_blocks_begin_where_patches_begin(model: Path) -> None:
     engine = make_engine(model)
     engine.add(request("a", prompts(3, model)[2], 60, decoder="blt-d", finish_patch=True))
     starts = 0
@@ -390,7 +390,7 @@ def states(
     return found
 
 
-def test_after_a_rejected_draft_all_is_as_if_it_had_never_been(model: Path) -> None:
+def test_a_rejected_draft_leaves_the_state_of_plain_blt(model: Path) -> None:
     prompt = prompts(9, model)[8]
     engine = make_engine(model)
     wanted = states(model, prompt, 60)
@@ -403,7 +403,7 @@ def test_after_a_rejected_draft_all_is_as_if_it_had_never_been(model: Path) -> N
             assert_same_state(after, wanted[length])
 
 
-def test_after_passes_in_vain_all_is_as_if_they_had_never_been(model: Path) -> None:
+def test_unused_passes_launched_ahead_leave_the_state_of_plain_blt(model: Path) -> None:
     prompt = prompts(9, model)[8]
     wanted, found = states(model, prompt, 60), states(model, prompt, 60, runs_on=True)
     assert len(found) < len(wanted)
@@ -427,7 +427,7 @@ def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "how", [{"decoder": "blt"}, {"decoder": "blt-s", "draft_length": 4}, {"decoder": "blt-dv"}], ids=str
 )
-def test_continuations_follow_the_models_law(how: dict[str, Any], count: int, tmp_path: Path) -> None:
+def test_sampled_continuations_follow_the_models_distribution(how: dict[str, Any], count: int, tmp_path: Path) -> None:
     config = our_config(
         dim=16, global_dim=32, hashes=HashConfig((2, 3), 1, 31), patching=PatchingRule(max_patch_length=3),
         decoder_input="embedding", mask_id=260, block_size=4,
@@ -471,7 +471,7 @@ def test_a_block_longer_than_trained_is_refused_with_the_reason(tmp_path: Path) 
 # Edges.
 
 
-def test_sequences_as_long_as_the_model_allows(tmp_path: Path) -> None:
+def test_every_decoder_fills_a_sequence_to_the_models_maximum_length(tmp_path: Path) -> None:
     fast = {"decoder_input": "embedding", "mask_id": 260, "block_size": 8}
     folder = save_ours(tmp_path / "model", our_model(our_config(max_positions=64, **fast), 52))
     engine = make_engine(folder)
@@ -487,7 +487,7 @@ def test_sequences_as_long_as_the_model_allows(tmp_path: Path) -> None:
         assert len(run(engine, [request("a", prompt[:40], 17, **how)])["a"].ids) == 17
 
 
-def test_a_text_that_outgrows_the_patches_ends_with_its_length(tmp_path: Path) -> None:
+def test_a_text_with_too_many_patches_ends_with_finish_reason_length(tmp_path: Path) -> None:
     fast = {"decoder_input": "embedding", "mask_id": 260, "block_size": 8}
     config, tensors = our_model(our_config(patching=PatchingRule(max_patch_length=2), **fast), 53)
     config = replace(config, global_=replace(config.global_, max_positions=12))

@@ -32,7 +32,7 @@ def result() -> dict[str, object]:
         return decoding.measure(NANO, [OWN_SOURCE.read_bytes()], num_prompts=2, num_bytes=24, num_prefixes=70)
 
 
-def test_figures_of_exact_decoders_agree_with_blt_and_with_each_other(result: dict[str, object]) -> None:
+def test_figures_of_compare_show_exact_decoders_agreeing_with_blt(result: dict[str, object]) -> None:
     rows = {row["name"]: row for row in result["rows"]}  # type: ignore[attr-defined]
     for row in rows.values():
         if row["decoder"] != "blt-d":
@@ -50,7 +50,7 @@ def test_figures_of_exact_decoders_agree_with_blt_and_with_each_other(result: di
     assert all(row.keys() == stored["rows"][0].keys() for row in rows.values())
 
 
-def test_a_block_is_checked_from_its_first_byte_on() -> None:
+def test_block_acceptance_counts_from_the_first_byte_of_a_block() -> None:
     """Along real text: as many first bytes of blocks are right as blt itself confirms from the same prefix."""
     engine = make_engine(NANO)
     source = [1, *(byte + BYTE_OFFSET for byte in OWN_SOURCE.read_bytes()[2000:2512])]
@@ -74,7 +74,7 @@ def test_a_block_is_checked_from_its_first_byte_on() -> None:
         assert count == right
 
 
-def test_compare_says_in_one_line_that_its_files_are_too_short(tiny: Path, tmp_path: Path) -> None:
+def test_compare_refuses_files_that_are_too_short(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(b"x" * 500)
     assert "at least one must have a kilobyte" in fails("compare", "--model", tiny, tmp_path / "short")
 
@@ -85,7 +85,7 @@ def make_decoder_of(engine: Engine, **fields: Any) -> Decoder:
     )
 
 
-def test_the_card_gets_the_table_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_compare_writes_its_table_into_the_card_and_keeps_the_rest(tmp_path: Path) -> None:
     # Measured once, in a form that a test above holds fresh figures to.
     result = json.loads((NANO / "decoders.json").read_text())
     (tmp_path / "README.md").write_text(f"# before\n\n{decoding.BEGIN}\nold\n{decoding.END}\n\n# behind\n")
@@ -98,7 +98,7 @@ def test_the_card_gets_the_table_and_keeps_the_rest(tmp_path: Path) -> None:
     assert (tmp_path / "decoders.png").stat().st_size > 10_000
 
 
-def test_the_embedded_models_card_shows_what_was_measured() -> None:
+def test_the_embedded_models_card_shows_the_measured_table() -> None:
     measured = json.loads((NANO / "decoders.json").read_text())
     assert decoding.table(measured) in (NANO / "README.md").read_text()
 
@@ -112,7 +112,7 @@ def rendered(parts: list[object]) -> str:
 
 
 @pytest.mark.parametrize("decoder", ["blt", "blt-s", "blt-d", "blt-dv", "auto"])
-def test_traces_add_up_to_the_text(decoder: str) -> None:
+def test_shown_traces_add_up_to_the_text(decoder: str) -> None:
     engine = make_engine(NANO)
     sampling = SamplingParams(temperature=0.9, seed=2)
     prompt = text(40, 1, specials=False)
@@ -145,7 +145,7 @@ def test_traces_add_up_to_the_text(decoder: str) -> None:
 
 
 @pytest.mark.parametrize("decoder", ["blt", "blt-d"])
-def test_the_prompt_is_shown_in_its_patches(decoder: Any) -> None:
+def test_generate_show_prints_the_prompt_in_its_patches(decoder: Any) -> None:
     prompt, show = "naïve = [".encode(), Show(offline.prompt_ids("naïve = [".encode()))
     config, sampling = EngineConfig(str(NANO)), SamplingParams(temperature=0)
     given: dict[str, Any] = {"max_tokens": 20, "sampling": sampling, "stop": [], "ignore_eos": True, "options": {}}
@@ -166,7 +166,7 @@ def test_the_prompt_is_shown_in_its_patches(decoder: Any) -> None:
     assert all(style.dim for style in spans)
 
 
-def test_a_rejected_draft_is_shown_where_it_was_rejected() -> None:
+def test_generate_show_prints_a_rejected_draft_where_it_was_rejected() -> None:
     show = Show()
     ids = [byte + BYTE_OFFSET for byte in b"abX"]
     drafts = [byte + BYTE_OFFSET for byte in b"abcd"]

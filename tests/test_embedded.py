@@ -13,12 +13,12 @@ from server.embedded import embedded_model
 from tests.conftest import ROOT
 
 
-def test_a_checkout_has_it_beside_the_packages() -> None:
+def test_a_checkout_has_the_embedded_model_beside_the_packages() -> None:
     assert embedded_model() == ROOT / "models" / "nano"
     assert load(embedded_model()).config.name == "nano"
 
 
-def test_the_package_has_it_where_a_wheel_was_installed(tmp_path: Path) -> None:
+def test_an_installed_package_has_the_embedded_model_inside(tmp_path: Path) -> None:
     package, neighbour = tmp_path / "server", tmp_path / "models" / "nano"
     inside = package / "models" / "nano"
     inside.mkdir(parents=True)
@@ -54,7 +54,7 @@ def test_an_installed_wheel_knows_its_commit(site: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_runs_its_own_from_any_folder(site: Path, tmp_path: Path) -> None:
+def test_an_installed_wheel_runs_its_embedded_model_from_any_folder(site: Path, tmp_path: Path) -> None:
     found = Path(run(site, tmp_path, "-c", "from server.embedded import *; print(embedded_model())").strip())
     assert found == site / "server" / "models" / "nano"
     assert {path.name for path in found.iterdir()} == {"README.md", "config.json", "decoders.json", "model.safetensors"}

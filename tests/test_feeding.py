@@ -1,4 +1,4 @@
-"""Passes behind a step of blt: fewer steps, the same bytes, the same bill."""
+"""Passes after a step of blt: fewer steps, the same bytes, the same bill."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -38,19 +38,19 @@ def asked(how: dict[str, Any], count: int = 5) -> list[Request]:
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("graphs", [False, True])
-def test_the_same_bytes_for_the_same_calls_in_fewer_steps(model: Path, how: dict[str, Any], graphs: bool) -> None:
+def test_passes_after_a_step_keep_bytes_and_usage(model: Path, how: dict[str, Any], graphs: bool) -> None:
     plain = feeding(make_engine(model), runs_on=False)
     wanted = run(plain, asked(how))
     engine = feeding(make_engine(model, graphs=graphs), runs_on=True)
     found = run(engine, asked(how))
     assert {name: out.ids for name, out in found.items()} == {name: out.ids for name, out in wanted.items()}
-    if "stop" not in how:  # What ran behind a stop string did run.
+    if "stop" not in how:  # Passes after a stop string did run.
         assert {name: bill(out) for name, out in found.items()} == {name: bill(out) for name, out in wanted.items()}
     assert engine.snapshot().steps < plain.snapshot().steps
 
 
-def test_what_was_in_vain_is_counted_for_nobody_and_took_its_time(model: Path) -> None:
-    """Prompts of one id: every row belongs to somebody."""
+def test_unused_passes_after_a_step_are_charged_to_no_request_but_timed(model: Path) -> None:
+    """Prompts of one id: every row belongs to a request."""
     engine = feeding(make_engine(model), runs_on=True)
     seen: dict[str, list[int]] = {}
     saw = engine.ledger.latency.observe
@@ -65,7 +65,7 @@ def test_what_was_in_vain_is_counted_for_nobody_and_took_its_time(model: Path) -
     assert set(seen["patcher"]) == set(seen["decoder"]) == {4}, "and are known for what they took"
 
 
-def test_closing_together_reads_the_global_stage_less_often(model: Path) -> None:
+def test_patches_closed_together_read_the_global_weights_less_often(model: Path) -> None:
     engines = [feeding(make_engine(model), runs_on=runs_on) for runs_on in (False, True)]
     for engine in engines:
         run(engine, asked({}))
@@ -74,14 +74,14 @@ def test_closing_together_reads_the_global_stage_less_often(model: Path) -> None
     assert together.read_bytes["global"] < apart.read_bytes["global"]
 
 
-def test_little_memory_costs_steps_and_no_byte(model: Path) -> None:
+def test_passes_after_a_step_write_the_same_bytes_with_little_memory(model: Path) -> None:
     wanted = run(feeding(make_engine(model), runs_on=False), asked({}, 40))
     engine = feeding(crowded_engine(model, max_length=128, max_sequences=40), runs_on=True)
     assert {name: out.ids for name, out in run(engine, asked({}, 40)).items()} == {n: o.ids for n, o in wanted.items()}
     assert engine.snapshot().preemptions
 
 
-def test_prefixes_make_room(model: Path) -> None:
+def test_cached_prefixes_cost_no_additional_steps(model: Path) -> None:
     """All pages but those in use are kept for texts to come, sooner or later."""
     steps = []
     for prefix_cache in (False, True):
@@ -94,14 +94,14 @@ def test_prefixes_make_room(model: Path) -> None:
     assert steps[0] == steps[1]
 
 
-def test_beside_others_bytes_are_fed_step_by_step(model: Path) -> None:
+def test_beside_other_decoders_blt_feeds_bytes_step_by_step(model: Path) -> None:
     engine = feeding(make_engine(model), runs_on=True)
     both = [request("blt", text(30, 1), 24), request("draft", text(30, 2), 200, decoder="blt-s", draft_length=2)]
     found = run(engine, both)["blt"].ids
     assert found == run(make_engine(model), both[:1])["blt"].ids
 
 
-def test_scores_and_penalties_too(model: Path) -> None:
+def test_requests_with_scores_or_penalties_are_fed_step_by_step(model: Path) -> None:
     sampling = SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5)
     for how in ({"logprobs": 2}, {"sampling": sampling}):
         engine = feeding(make_engine(model), runs_on=True)
@@ -109,7 +109,7 @@ def test_scores_and_penalties_too(model: Path) -> None:
         assert engine.snapshot().steps >= 20
 
 
-def test_a_prompt_that_is_scored_comes_first(model: Path) -> None:
+def test_a_prompt_is_scored_before_passes_after_a_step_begin(model: Path) -> None:
     scored = request("a", text(30, 2), 20, prompt_logprobs=True, logprobs=None)
     engine = feeding(make_engine(model), runs_on=True)
     found = run(engine, [scored])["a"]
@@ -118,12 +118,12 @@ def test_a_prompt_that_is_scored_comes_first(model: Path) -> None:
     assert engine.snapshot().steps < 20
 
 
-def test_even_a_prompt_of_one_id_is_scored(model: Path) -> None:
+def test_a_prompt_of_one_id_is_scored(model: Path) -> None:
     found = run(feeding(make_engine(model), runs_on=True), [request("a", [1], 20, prompt_logprobs=True)])["a"]
     assert [score.id for score in found.prompt_logprobs] == [1] and len(found.ids) == 20
 
 
-def test_the_last_patch_that_fits_has_as_many_bytes_as_without(model: Path, tmp_path: Path) -> None:
+def test_the_last_patch_that_fits_has_the_same_bytes_with_passes_after_a_step(model: Path, tmp_path: Path) -> None:
     """A text ends with the first byte of a patch that the caches could not hold."""
     made = load(model)
     few = replace(made.config, global_=replace(made.config.global_, max_positions=12))
@@ -142,7 +142,7 @@ def unpromising(model: Path) -> Engine:
     return engine
 
 
-def test_a_pass_is_tried_now_and_then(model: Path) -> None:
+def test_an_unpromising_pass_is_tried_again_at_intervals(model: Path) -> None:
     """Else one unlucky measurement would rule them out for good."""
     engine = unpromising(model)
     tried: list[str] = []
@@ -152,21 +152,21 @@ def test_a_pass_is_tried_now_and_then(model: Path) -> None:
     assert 1 <= tried.count(BYTE_AHEAD) <= 2
 
 
-def test_a_cpu_does_not_try_a_pass_for_a_sequence_alone(model: Path) -> None:
+def test_a_cpu_tries_no_unpromising_pass_for_a_sequence_alone(model: Path) -> None:
     engine = unpromising(model)
     engine.ledger.latency.observe = lambda stage, *_: pytest.fail("tried") if stage == BYTE_AHEAD else None  # type: ignore[method-assign]
     run(engine, [request("a", text(20, 1), PROBE_INTERVAL + 10)])
 
 
-def test_but_not_where_no_byte_could_follow(model: Path) -> None:
+def test_no_unpromising_pass_is_tried_when_no_byte_could_follow(model: Path) -> None:
     engine = unpromising(model)
     engine.ledger.latency.observe = lambda stage, *_: pytest.fail("tried") if stage == BYTE_AHEAD else None  # type: ignore[method-assign]
     for n in range(PROBE_INTERVAL + 1):
         run(engine, [request(name, [1, 5], 1) for name in (f"{n}", f"{n} too")])
 
 
-def test_no_patch_is_shorter_than_a_byte(model: Path) -> None:
-    """Behind a BOS alone the next patch has begun, too."""
+def test_the_expected_patch_length_is_at_least_one_byte(model: Path) -> None:
+    """After a BOS alone the next patch has begun, too."""
     engine, patches = make_engine(model), []
     feeding = engine.ledger.latency.byte_ahead
     engine.ledger.latency.byte_ahead = lambda size, patch: patches.append(patch) or feeding(size, patch)  # type: ignore[method-assign, func-returns-value]
@@ -182,7 +182,7 @@ def learnt(**seconds: float) -> LatencyModel:
     return costs
 
 
-def test_what_a_pass_must_promise() -> None:
+def test_the_relative_cost_of_a_pass_follows_from_stage_costs() -> None:
     local = {"patcher": 1.0, "encoder": 1.0, "decoder": 2.0}
     assert LatencyModel(drafts_encode=False).byte_ahead(1, 4.0) == 1.0, "nothing is known"
     assert learnt(**local).byte_ahead(1, 4.0) == 1.0, "nothing to save"

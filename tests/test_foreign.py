@@ -36,7 +36,7 @@ def refusal(folder: Path) -> str:
         ({"model_type": 3}, "a model of no known kind: it has no model_type"),
     ],
 )
-def test_other_models_are_called_by_their_names(config: dict[str, Any], what: str, tmp_path: Path) -> None:
+def test_a_foreign_model_is_refused_by_name(config: dict[str, Any], what: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert refusal(tmp_path) == f"{tmp_path / 'config.json'}: this is {what}. {READ_INSTEAD}"
 
@@ -52,7 +52,7 @@ def test_other_models_are_called_by_their_names(config: dict[str, Any], what: st
         ([], "there is no config.json or params.json"),
     ],
 )
-def test_so_is_what_has_no_configuration(names: list[str], what: str, tmp_path: Path) -> None:
+def test_a_foreign_folder_without_a_config_is_refused_by_name(names: list[str], what: str, tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).touch()
     message = refusal(tmp_path)
@@ -72,7 +72,7 @@ def blt_of_transformers(folder: Path) -> None:
         ("tiny.gguf", "in the GGUF format"),
     ],
 )
-def test_so_is_a_blt_without_the_weights_that_are_read(name: str, what: str, tmp_path: Path) -> None:
+def test_a_blt_with_weights_in_another_format_is_refused(name: str, what: str, tmp_path: Path) -> None:
     blt_of_transformers(tmp_path)
     (tmp_path / name).touch()
     message = refusal(tmp_path)
@@ -83,14 +83,14 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9266854
 
 
 @pytest.mark.parametrize("hub", [True, False])
-def test_a_pointer_of_git_lfs_is_not_the_weights(hub: bool, tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_refused_as_weights(hub: bool, tmp_path: Path) -> None:
     write_meta(tmp_path / "m", random_tensors(META_CONFIG, 0), hub=hub, beside=False)
     (tmp_path / "m" / ("model.safetensors" if hub else "consolidated.pth")).write_text(LFS)
     assert "a Git LFS pointer, not the weights: run `git lfs pull`" in refusal(tmp_path / "m")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_link_that_leads_nowhere_is_said_to(name: str, tmp_path: Path) -> None:
+def test_a_broken_link_is_reported(name: str, tmp_path: Path) -> None:
     save(tmp_path, PRESETS["tiny"], random_tensors(PRESETS["tiny"], 0))
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("../../blobs/0123")
@@ -139,7 +139,7 @@ def several(folder: Path) -> None:
         (several, "this folder is not a model, but contains some. Name one of them: {folder}/blt_1b, {folder}/blt_7b"),
     ],
 )
-def test_a_nested_or_unfinished_folder_of_metas_says_where_to_look(
+def test_errors_about_nested_or_incomplete_meta_folders_say_where_to_look(
     make: Callable[[Path], None], what: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "blt"
@@ -148,7 +148,7 @@ def test_a_nested_or_unfinished_folder_of_metas_says_where_to_look(
 
 
 @pytest.mark.parametrize("form", ["hub", "trained", "in a config"])
-def test_a_patcher_alone_is_no_model(form: str, tmp_path: Path) -> None:
+def test_a_patcher_alone_is_refused_as_a_model(form: str, tmp_path: Path) -> None:
     if form == "hub":
         (tmp_path / "config.json").write_text(json.dumps({"args": ENTROPY_ARGS}))
     else:
@@ -158,14 +158,14 @@ def test_a_patcher_alone_is_no_model(form: str, tmp_path: Path) -> None:
     assert "this is a BLT's patcher (entropy model) alone. Name the model itself; --patcher takes" in refusal(tmp_path)
 
 
-def test_a_model_that_names_its_entropy_model_too_is_one(tmp_path: Path) -> None:
+def test_a_model_whose_params_mention_its_entropy_model_is_loaded(tmp_path: Path) -> None:
     write_trained(tmp_path / "m")
     params = json.loads((tmp_path / "m" / "params.json").read_text())
     (tmp_path / "m" / "params.json").write_text(json.dumps(params | {"entropy_model": ENTROPY_ARGS}))
     assert load(tmp_path / "m").config == replace(META_CONFIG, name="m")
 
 
-def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
+def test_every_command_refuses_a_foreign_model_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").touch()
     for command in (["inspect"], ["size", "--model"], ["generate", "--prompt=a", "--model"], ["serve", "--model"]):
         assert "this is a model in the GGUF format (x.gguf)" in fails(*command, tmp_path)

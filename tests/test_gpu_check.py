@@ -81,7 +81,7 @@ def ran(folder: Path) -> list[str]:
     return found
 
 
-def test_what_parts_find_or_break_on_is_written_and_the_rest_goes_on(fakes: Path) -> None:
+def test_failures_and_errors_of_parts_are_written_and_the_other_parts_run(fakes: Path) -> None:
     checked = checking(fakes, {"endless": 1.5})
     assert checked.run(["wrong", "broken", "endless", "good"], [], 100) == FAILED
     assert checked.path.name == "gpu_check-some-device-tm-9-quick.json"
@@ -100,7 +100,7 @@ def test_what_parts_find_or_break_on_is_written_and_the_rest_goes_on(fakes: Path
     assert "two and two are five" in told and "no such kernel" in told and "| endless | broke |" in told
 
 
-def test_a_run_goes_on_with_what_is_missing(fakes: Path) -> None:
+def test_a_gpu_check_resumes_with_the_missing_parts(fakes: Path) -> None:
     checked = checking(fakes)
     assert checked.run(["good"], [], 5) == MISSING, "too little time to begin"
     assert ran(fakes) == []
@@ -114,7 +114,7 @@ def test_a_run_goes_on_with_what_is_missing(fakes: Path) -> None:
     assert ran(fakes) == ["broken"], "what broke is tried again"
 
 
-def test_figures_of_other_sources_are_made_anew_or_marked(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_of_other_sources_are_measured_again_or_marked(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = checking(fakes)
     checked.run(["good"], [], 100)
     monkeypatch.setattr(check, "fingerprint", lambda: "later")
@@ -127,7 +127,7 @@ def test_figures_of_other_sources_are_made_anew_or_marked(fakes: Path, monkeypat
     assert "other sources" not in checked.path.with_suffix(".md").read_text()
 
 
-def test_a_part_that_the_whole_checks_time_cuts_is_missing(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_cut_by_the_total_time_limit_counts_as_missing(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "LEAST_SECONDS", 1)
     checked = checking(fakes)
     assert checked.run(["endless", "good"], [], 1.5) == MISSING
@@ -135,7 +135,7 @@ def test_a_part_that_the_whole_checks_time_cuts_is_missing(fakes: Path, monkeypa
     assert parts["endless"]["status"] == "cut" and parts["endless"]["figures"] == {"before": 1} and "good" not in parts
 
 
-def test_a_budget_that_runs_out_in_mid_list_leaves_a_report_and_the_same_command_goes_on(
+def test_a_gpu_check_cut_by_its_budget_leaves_a_report_and_can_be_resumed(
     fakes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first part had its time, the second is cut with rows, the others are not begun; then what is missing runs."""
@@ -164,7 +164,7 @@ def test_a_budget_that_runs_out_in_mid_list_leaves_a_report_and_the_same_command
     assert ran(fakes)[0] == "slow"
 
 
-def test_what_figures_decide_is_said(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decisions_from_figures_are_printed(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (fakes / "fake_good.py").write_text(
         "def measure(setting, piece):\n    piece.put(decided={'T0, is it so': 'it is.'})\n"
     )
@@ -180,7 +180,7 @@ def test_the_report_names_card_torch_triton_and_driver(fakes: Path) -> None:
     assert "triton" in head
 
 
-def test_the_fingerprint_is_of_the_sources() -> None:
+def test_the_fingerprint_is_a_hash_of_the_sources() -> None:
     assert check.fingerprint() == check.fingerprint()
     assert re.fullmatch("[0-9a-f]{12}", check.fingerprint())
     assert all((ROOT / source).exists() for source in check.SOURCES)
@@ -197,7 +197,7 @@ def imported(path: Path) -> Iterator[list[str]]:
             yield from ([*base.split("."), alias.name] for alias in node.names)
 
 
-def test_it_needs_nothing_but_what_is_documented() -> None:
+def test_the_gpu_check_imports_only_documented_packages() -> None:
     """Other benchmarks plot and serve; what they share with the check does not."""
     shared = [ROOT / "benchmarks" / f"{name}.py" for name in check.SHARED]
     for path in [*shared, *(ROOT / "benchmarks" / "gpu_check").glob("*.py")]:
@@ -206,7 +206,9 @@ def test_it_needs_nothing_but_what_is_documented() -> None:
             assert package != "benchmarks" or rest[0] in {*check.SHARED, "gpu_check"}, path
 
 
-def test_without_a_cuda_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gpu_check_without_a_cuda_device_suggests_device_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["gpu_check"])
     assert main() == 1
@@ -232,7 +234,7 @@ def told(part: str, figures: Figures) -> str:
     return render(content, [])
 
 
-def test_probe(setting: Setting) -> None:
+def test_the_probe_part_measures_bandwidth_and_products(setting: Setting) -> None:
     figures = figures_of(probe, setting)
     assert figures["peak_gb_s"] >= figures["copy_gb_s"] > 0
     assert figures["products"][0]["torch bf16"] > 0
@@ -240,7 +242,7 @@ def test_probe(setting: Setting) -> None:
     assert f"native planner {native.LIBRARY is not None}" in told("probe", figures)
 
 
-def test_exactness(setting: Setting) -> None:
+def test_the_exactness_part_compares_texts_of_all_decoders_and_models(setting: Setting) -> None:
     rows = figures_of(exactness, setting)["texts"]
     ways = {model: {row["decoder"] for row in rows if row["model"] == model} for model in ("tiny, random", "nano")}
     assert ways == dict.fromkeys(ways, set(exactness.WAYS))
@@ -250,7 +252,7 @@ def test_exactness(setting: Setting) -> None:
     assert "| nano | float32 | blt-s | 2 | 0% | 0% | 0% |" in told("exactness", {"texts": rows})
 
 
-def test_texts_that_differ_are_found(setting: Setting) -> None:
+def test_the_exactness_part_finds_texts_that_differ(setting: Setting) -> None:
     texts = {"blt": [[1, 2], [3]], "blt-s": [[1, 2], [4]], "blt-d": [[9], [9]]}
     found = {"triton, graphs": texts, "triton, at once": {**texts, "blt": [[1, 2], [5]]}, "torch, at once": texts}
     rows = {row["decoder"]: row for row in exactness.compare(found)}
@@ -264,14 +266,14 @@ def test_texts_that_differ_are_found(setting: Setting) -> None:
     assert not any("blt-d" in failure or "torch" in failure for failure in failures)
 
 
-def test_nano(setting: Setting) -> None:
+def test_the_nano_part_measures_speed_with_and_without_graphs(setting: Setting) -> None:
     rows = figures_of(nano, setting)["speed"]
     assert [row["graphs"] for row in rows] == [True] * len(nano.WAYS) + [False] * len(nano.WAYS)
     assert all(row["bytes_per_second"] > 0 for row in rows)
     assert told("nano", {"speed": rows}).count("| blt-dv B=8 |") == 2
 
 
-def test_1b_with_replayed_acceptance(setting: Setting) -> None:
+def test_the_1b_parts_measure_speed_with_replayed_acceptance(setting: Setting) -> None:
     figures = figures_of(shape_1b, setting)
     assert [row["decoder"] for row in figures["speed"]] == list(variants.RANDOM["fast"])
     assert all(0 <= row["host_gap"] <= 1 and row["host_us_per_byte"] >= 0 for row in figures["speed"])
@@ -287,14 +289,14 @@ def test_1b_with_replayed_acceptance(setting: Setting) -> None:
     assert "replayed acceptance" in told("1b", figures) and "hash tables of 251 rows" in told("1b", figures)
 
 
-def test_a_crowd(setting: Setting) -> None:
+def test_the_crowd_part_measures_speed_of_many_sequences(setting: Setting) -> None:
     rows = figures_of(crowd, setting)["speed"]
     assert [(row["concurrency"], row["decoder"]) for row in rows] == [(n, way) for n in (2, 3) for way in crowd.WAYS]
     assert all(row["bytes_per_second"] > 0 and row["bandwidth_use"] > 0 for row in rows)
     assert "| 3 | blt-dv B=8 |" in told("crowd", {"speed": rows})
 
 
-def test_running_ahead_writes_the_same_text(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ahead_part_finds_one_text_with_every_policy(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = figures_of(ahead, setting)
     rows = figures["ahead"]
     assert [(row["decoder"], row["ahead"]) for row in rows] == [
@@ -305,7 +307,9 @@ def test_running_ahead_writes_the_same_text(setting: Setting, monkeypatch: pytes
     assert "| blt-d B=8 | never |" in told("ahead", figures)
 
 
-def test_another_text_of_an_engine_that_runs_ahead_is_found(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ahead_part_reports_an_engine_that_writes_another_text(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = iter(range(1000))
     real = ahead.generate
 
@@ -321,14 +325,14 @@ def test_another_text_of_an_engine_that_runs_ahead_is_found(setting: Setting, mo
     assert len(failures) == 4 and "another text than without running ahead" in failures[0]
 
 
-def test_profile(setting: Setting) -> None:
+def test_the_profile_part_lists_operations_per_step(setting: Setting) -> None:
     rows = figures_of(profiling, setting)["steps"]
     assert [row["decoder"] for row in rows] == list(profiling.WAYS)[:2]
     assert all(row["top"] and row["launches_per_step"]["operations"] > 10 for row in rows)
     assert "| aten::" in told("profile", {"steps": rows})
 
 
-def test_a_devices_time_is_what_any_kernel_covers() -> None:
+def test_device_time_is_the_time_covered_by_any_kernel() -> None:
     def event(device: str, name: str, start: float, end: float) -> SimpleNamespace:
         time = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
         return SimpleNamespace(device_type=SimpleNamespace(name=device), name=name, time_range=time)
@@ -344,7 +348,7 @@ def test_a_devices_time_is_what_any_kernel_covers() -> None:
 
 
 @pytest.mark.parametrize(("rate", "length"), [(0.9114, 8), (0.7693, 16), (0.5, 1)])
-def test_replayed_drafts_stand_at_the_papers_rate(rate: float, length: int) -> None:
+def test_replayed_drafts_are_accepted_at_the_papers_rate(rate: float, length: int) -> None:
     class Wrong:
         def round(self, sequence: Any, room: int) -> Iterator[Any]:
             return Committed([7], [], range(length), 0)
@@ -361,14 +365,14 @@ def test_replayed_drafts_stand_at_the_papers_rate(rate: float, length: int) -> N
     assert sum(stood) / len(stood) / length == pytest.approx(rate, abs=0.02)
 
 
-def test_engines_that_nobody_holds_are_gone_before_the_next(setting: Setting) -> None:
+def test_unused_engines_are_freed_before_the_next_is_made(setting: Setting) -> None:
     model = random_model(setting.work, "tiny", "fast")
     first = weakref.ref(setting.engine(model))
     second = setting.engine(model)
     assert first() is None and second.stepper.device.type == "cpu"
 
 
-def test_replayed_text_leaves_a_sound_sequence(setting: Setting) -> None:
+def test_decoding_continues_correctly_after_replayed_text(setting: Setting) -> None:
     """What follows a replayed text is what follows the same text as a prompt."""
     engine = setting.engine(random_model(setting.work, "tiny", "fast"), dtype="float32")
     prompt = prompts(1, 30)
@@ -379,7 +383,7 @@ def test_replayed_text_leaves_a_sound_sequence(setting: Setting) -> None:
         assert generate(engine, grown, 6, {"decoder": "blt-s"}).texts == generate(engine, grown, 6, {}).texts
 
 
-def test_kernel_tests_are_handed_out_one_by_one(setting: Setting) -> None:
+def test_kernel_tests_are_listed_one_by_one(setting: Setting) -> None:
     every = kernel_tests.tests(Setting("cuda", quick=False, work=setting.work))
     functions = {test.partition("[")[0] for test in every}
     assert len(every) == len(set(every)) > len(functions) > 20
@@ -388,7 +392,9 @@ def test_kernel_tests_are_handed_out_one_by_one(setting: Setting) -> None:
     assert 0 < len(few) < 20 and set(few) < set(every)
 
 
-def test_kernel_tests_run_apart_and_are_told_as_they_end(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_tests_run_in_separate_processes_and_are_reported_as_they_end(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     passing, failing = "def test_good(): pass", "def test_bad(): assert 1 == 2"
     skipping = "import os, pytest\n@pytest.mark.skip(reason='no')\ndef test_skipped(): pass"
     torn = "@pytest.fixture\ndef torn():\n    raise OSError('no way')\ndef test_without(torn): pass"
@@ -407,7 +413,7 @@ def test_kernel_tests_run_apart_and_are_told_as_they_end(setting: Setting, monke
     assert "assert 1 == 2" in told("kernels", content["figures"])
 
 
-def test_the_wheels_that_are_documented_are_those_that_are_asked_for() -> None:
+def test_documented_wheels_are_those_that_the_gpu_check_installs() -> None:
     makefile, script = (ROOT / "Makefile").read_text(), (ROOT / "deploy" / "gpu_check.sh").read_text()
     documented = set(re.findall(r"^\| `([\w-]+)`", (ROOT / "docs" / "gpu.md").read_text(), re.M)) - set(PARTS)
     needed = {name for line in re.findall(r'^needed="(.*)"$', script, re.M) for name in line.split()} - {"$needed"}

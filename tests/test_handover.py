@@ -26,7 +26,7 @@ TOY = scale_for("cpu", quick=True)
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_a_question_is_measured_and_decides(name: str) -> None:
+def test_every_handover_question_is_measured_and_decided(name: str) -> None:
     question = import_module(QUESTIONS[name])
     cases = question.cases(TOY)
     rows, refused = [], []
@@ -43,7 +43,7 @@ def test_a_question_is_measured_and_decides(name: str) -> None:
     assert "." in question.decide(full) and len(cases) == len({str(case) for case in cases})
 
 
-def test_what_only_a_card_can_do_is_named() -> None:
+def test_cases_that_need_a_gpu_are_refused_with_the_reason() -> None:
     found = {}
     for name, case in (
         ("T8", {"matrix": "global o", "weights": "bits by assembler"}),
@@ -56,7 +56,7 @@ def test_what_only_a_card_can_do_is_named() -> None:
     assert "assembler" in found["T8"] and "conditional nodes" in found["T7"] and "sm_90" in found["T5"]
 
 
-def test_the_sizes_are_the_presets() -> None:
+def test_the_handover_sizes_are_those_of_the_presets() -> None:
     scale = scale_for("cuda", quick=False)
     for name, of in (("patcher", PRESETS["1b"].patcher), ("decoder", PRESETS["1b"].decoder)):
         assert scale.stacks[name] == Stack(of.num_layers, of.dim, of.ffn_dim, of.num_heads)
@@ -70,7 +70,7 @@ def test_the_sizes_are_the_presets() -> None:
 
 
 @pytest.mark.parametrize(("width", "segments"), [(96, 8), (48, 4), (32, 1)])
-def test_a_product_in_segments_is_the_product(width: int, segments: int) -> None:
+def test_a_matrix_product_in_segments_equals_the_whole_product(width: int, segments: int) -> None:
     generator = torch.Generator().manual_seed(width)
     x = torch.randn(3, width, generator=generator).bfloat16()
     weight = (torch.randn(24, width, generator=generator) * width**-0.5).bfloat16()
@@ -83,7 +83,7 @@ def test_a_product_in_segments_is_the_product(width: int, segments: int) -> None
         assert torch.equal(alone[0], y[1]), "a row's bits do not depend on the others"
 
 
-def test_more_columns_than_fit_at_a_time_are_summed_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_beyond_the_tile_width_are_summed_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     cut = {"SEGMENTS": 8, "WIDTH": 4, "ROUNDS": 3}
     assert [tile.segmented(width)["ROUNDS"] for width in (768, 1024, 2048, 2816, 5632)] == [1, 1, 1, 2, 3]
     monkeypatch.setattr(tile, "segmented", lambda width, segments: cut)
@@ -107,7 +107,7 @@ def test_all_numbers_of_float8_widen_exactly() -> None:
             assert torch.equal(y.float(), weight.float()[:, start : start + 16].T)
 
 
-def test_a_stack_is_what_torch_makes_of_it_whatever_its_company() -> None:
+def test_the_stack_kernel_equals_torch_whatever_other_rows_there_are() -> None:
     shape = TOY.stacks["decoder"]
     weights, x = stack.draw(TOY, shape), TOY.rows_of(3, shape.dim)
     for length in (5, stack.PAGE):
@@ -118,7 +118,7 @@ def test_a_stack_is_what_torch_makes_of_it_whatever_its_company() -> None:
         assert torch.equal(stack.Run(TOY, shape, weights, x[2:], length)(apart=True)[0], found[2])
 
 
-def test_phases_that_do_not_wait_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phases_that_do_not_wait_for_each_other_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     class Deaf:
         def __getitem__(self, grid: object) -> Any:
             return lambda *_, **__: None
@@ -128,7 +128,7 @@ def test_phases_that_do_not_wait_are_found(monkeypatch: pytest.MonkeyPatch) -> N
         signals.measure(TOY, {"by": "words", "memory": "idle"})
 
 
-def test_segments_are_judged_by_what_they_save() -> None:
+def test_the_decision_about_segments_depends_on_the_time_saved() -> None:
     def rows(eight: float, one: float, now: float) -> list[dict[str, Any]]:
         cases = products.cases(TOY)
         return [{**c, "us": {8: eight, 1: one, 4: 1.0, products.NOW: now}[c["segments"]]} for c in cases]
@@ -139,7 +139,7 @@ def test_segments_are_judged_by_what_they_save() -> None:
     assert find(rows(1, 2, 3), matrix="decoder o", segments=1)
 
 
-def test_the_kernels_fit_a_device_and_ask_for_their_weights_before_they_wait() -> None:
+def test_the_handover_kernels_fit_a_device_and_prefetch_weights_before_they_wait() -> None:
     # Kernels that were defined for the interpreter cannot be compiled: another process defines them anew.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.kernels_static", "--handover", "--arch", "90"]
@@ -171,7 +171,9 @@ def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "bad_question"
 
 
-def test_a_case_that_hangs_or_dies_costs_no_other(bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_that_hangs_or_crashes_does_not_stop_the_others(
+    bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measure = Worker.measure
     # The first answers of a new process take as long as its imports.
     monkeypatch.setattr(
@@ -188,7 +190,7 @@ def test_a_case_that_hangs_or_dies_costs_no_other(bad: str, tmp_path: Path, monk
     assert "no answer within 1 s" in hangs and "ended with 9" in dies and "ValueError: no such thing" in raises
 
 
-def test_a_budget_that_runs_out_leaves_what_was_found(bad: str, tmp_path: Path) -> None:
+def test_a_handover_budget_that_runs_out_keeps_the_figures_measured(bad: str, tmp_path: Path) -> None:
     piece = Piece(tmp_path / "piece.json")
     handover.measure(Setting("cpu", True, tmp_path), piece, budget_s=0.0, questions={"T0": bad})
     figures = json.loads((tmp_path / "piece.json").read_text())["figures"]
@@ -208,7 +210,7 @@ importlib.util.find_spec = lambda name: None if name in absent else find(name)
 """
 
 
-def test_it_needs_torch_and_triton_alone(tmp_path: Path) -> None:
+def test_the_handover_part_needs_only_torch_and_triton(tmp_path: Path) -> None:
     """What a bare machine lacks cannot be imported; the command still comes to the part's first figures."""
     (tmp_path / "sitecustomize.py").write_text(BARE)
     done = subprocess.run(

@@ -25,12 +25,12 @@ def kernel_rows(ids: list[int], sizes: tuple[int, ...], functions: int, rows: in
 
 
 @pytest.mark.parametrize("size", KNOWN)
-def test_known_hashes_of_the_released_model(size: int) -> None:
+def test_hash_rows_equal_those_of_the_released_code(size: int) -> None:
     assert kernel_rows(IDS, (size,), 1, 500002) == [KNOWN[size]]
     assert reference.hash_rows(our_config(hashes=HashConfig((size,), 1, 500002)), IDS) == [KNOWN[size]]
 
 
-def test_both_sides_use_the_same_primes() -> None:
+def test_kernel_and_reference_use_the_same_primes() -> None:
     assert PRIMES == reference.PRIMES
 
 
@@ -41,7 +41,7 @@ def test_both_sides_use_the_same_primes() -> None:
     functions=st.integers(1, 11),
     rows=st.integers(2, 500002),
 )
-def test_kernel_equals_plain_integers_and_hugging_face(
+def test_the_hash_kernel_equals_plain_integers_and_hugging_face(
     ids: list[int], sizes: list[int], functions: int, rows: int
 ) -> None:
     found = kernel_rows(ids, tuple(sizes), functions, rows)
@@ -56,7 +56,7 @@ def test_kernel_equals_plain_integers_and_hugging_face(
 
 
 @given(ids=st.lists(st.integers(0, 259), min_size=1, max_size=20), cut=st.integers(0, 20), width=st.integers(1, 9))
-def test_windows_do_not_depend_on_where_a_chunk_starts(ids: list[int], cut: int, width: int) -> None:
+def test_ngram_windows_do_not_depend_on_where_a_chunk_starts(ids: list[int], cut: int, width: int) -> None:
     cut = min(cut, len(ids))
     whole = ngram_windows(ids, 0, len(ids), width)
     assert ngram_windows(ids, 0, cut, width) + ngram_windows(ids, cut, len(ids), width) == whole
@@ -64,7 +64,7 @@ def test_windows_do_not_depend_on_where_a_chunk_starts(ids: list[int], cut: int,
     assert whole == [token for j in range(len(ids)) for token in padded[j : j + width]]
 
 
-def test_embedding_is_a_plain_sum_and_takes_tables_of_another_dtype() -> None:
+def test_hash_embed_is_a_plain_sum_and_takes_tables_of_another_dtype() -> None:
     torch.manual_seed(0)
     embedding, tables = torch.randn(260, 8), [torch.randn(50, 8).bfloat16() for _ in range(3)]
     windows = torch.tensor(ngram_windows(IDS, 0, len(IDS), 5)).view(-1, 5)

@@ -124,7 +124,7 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("given", [*NEEDED, SHARDED])
-def test_a_layout_comes_with_what_it_needs_and_nothing_else(
+def test_only_the_files_that_a_layout_needs_are_downloaded(
     given: str, hub: Hub, cache: Path, repositories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = {file.name for file in (repositories / SHARDED).glob("model-*")}
@@ -147,7 +147,7 @@ def test_a_layout_comes_with_what_it_needs_and_nothing_else(
 
 
 @pytest.mark.parametrize("given", ["org/blt-1b", "org/blt/blt_1b"])
-def test_the_path_tells_the_name_by_the_layout_of_the_cache(given: str, hub: Hub, cache: Path) -> None:
+def test_a_downloaded_model_lies_at_its_place_in_the_hub_cache(given: str, hub: Hub, cache: Path) -> None:
     repository, _, inside = given.partition("/blt_1b")
     commit = hub.commit(repository)
     expected = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
@@ -166,7 +166,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(revision: str, hub: Hub, monke
     assert local_folder(given) == folder
 
 
-def test_a_folder_wins_over_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_folder_is_preferred_to_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("org/blt-1b").mkdir(parents=True)
     assert local_folder("org/blt-1b") == Path("org/blt-1b")
@@ -175,7 +175,7 @@ def test_a_folder_wins_over_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytes
     assert not hub.requests
 
 
-def test_a_pinned_name_has_the_commit(hub: Hub) -> None:
+def test_a_pinned_model_name_has_the_commit(hub: Hub) -> None:
     name, apart = f"org/blt/blt_1b@{hub.commit('org/blt')}", f"org/blt-entropy@{hub.commit('org/blt-entropy')}"
     given = EngineConfig("org/blt/blt_1b@v1", patcher="org/blt-entropy", dtype="bfloat16")
     found = pinned(given)
@@ -192,7 +192,7 @@ def test_the_patcher_may_be_a_repository_of_its_own(hub: Hub) -> None:
     assert_same_tensors(*({n: t for n, t in c.tensors.items() if "patcher" not in n} for c in (apart, inside)))
 
 
-def test_a_connection_that_breaks_is_resumed(hub: Hub, repositories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_download_is_resumed(hub: Hub, repositories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.break_after = 50_000
     folder = local_folder("org/blt-1b-hf")
@@ -204,7 +204,7 @@ def test_a_connection_that_breaks_is_resumed(hub: Hub, repositories: Path, monke
 # The token
 
 
-def test_a_token_opens_what_is_gated_or_private_and_goes_to_the_hub_alone(
+def test_a_hub_token_opens_gated_and_private_models_and_is_sent_only_to_the_hub(
     hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -220,7 +220,7 @@ def test_a_token_opens_what_is_gated_or_private_and_goes_to_the_hub_alone(
     assert "downloading org/tiny" in caplog.text and TOKEN not in caplog.text
 
 
-def test_a_token_that_is_no_header_is_not_shown(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_hub_token_is_not_shown(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_bro\x01ken")
     assert "ken" not in error("org/tiny").replace("token", "")
 
@@ -245,7 +245,7 @@ def test_a_token_that_is_no_header_is_not_shown(hub: Hub, monkeypatch: pytest.Mo
         ("org/x--y", "no name that the hub allows"),
     ],
 )
-def test_what_is_not_there_is_one_line_that_says_what_is(given: str, message: str, hub: Hub) -> None:
+def test_an_error_about_a_missing_hub_model_says_what_there_is(given: str, message: str, hub: Hub) -> None:
     assert message.format(hub=hub.url) in error(given)
     assert not any(name.endswith((".safetensors", ".pth", ".gguf")) for name in hub.fetched())
 
@@ -258,7 +258,7 @@ def test_a_gated_repository_names_the_page_of_its_licence(hub: Hub, monkeypatch:
     assert f"gated, and the token given has no access: {page}" in error("org/blt-1b")
 
 
-def test_a_token_without_access_or_unknown_says_so(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_blame_a_hub_token_without_access_or_unknown(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.private = {"org/tiny"}
     monkeypatch.setenv("HF_TOKEN", WITHOUT_ACCESS)
     assert "no such repository" in error("org/tiny") and "unless the token given may not read it" in error("org/tiny")
@@ -266,7 +266,7 @@ def test_a_token_without_access_or_unknown_says_so(hub: Hub, monkeypatch: pytest
     assert "refuses the token given (HF_TOKEN or `hf auth login`): it may be mistyped or expired" in error("org/tiny")
 
 
-def test_offline_only_what_is_wholly_in_the_cache_is_there(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_only_models_wholly_in_the_cache_are_used(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     local_folder("org/tiny", weights=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
@@ -277,7 +277,7 @@ def test_offline_only_what_is_wholly_in_the_cache_is_there(hub: Hub, monkeypatch
 
 
 @pytest.mark.parametrize("how", ["no network", "the hub is down"])
-def test_without_the_hub_the_cache_is_used_with_a_warning(
+def test_an_unreachable_hub_means_the_cache_is_used_with_a_warning(
     how: str, hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = local_folder("org/tiny")
@@ -291,7 +291,7 @@ def test_without_the_hub_the_cache_is_used_with_a_warning(
     assert (expected if how == "no network" else "answers with status 500") in error("org/blt-1b-hf")
 
 
-def test_a_disk_that_is_too_small_is_seen_before_the_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_reported_before_the_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 0, 10))
     assert re.search(r"0\.\d MB to download, but \S+ has room for 0\.0 MB; set HF_HOME", error("org/blt-1b-hf"))
@@ -301,7 +301,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_download(hub: Hub, monkeypa
 # The command line
 
 
-def test_every_command_takes_a_name(hub: Hub, tmp_path: Path, repositories: Path) -> None:
+def test_every_command_accepts_a_hub_name(hub: Hub, tmp_path: Path, repositories: Path) -> None:
     name = "org/blt-1b"
     result = runner.invoke(sys.modules["server.cli"].app, ["size", "--config", name, "--json"])
     assert result.exit_code == 0, result.output
@@ -333,7 +333,7 @@ def test_every_command_takes_a_name(hub: Hub, tmp_path: Path, repositories: Path
     assert "--write needs a folder" in fails("compare", "--model", name, "--write")
 
 
-def test_serve_takes_a_name_and_answers_as_from_a_folder(hub: Hub, repositories: Path, tmp_path: Path) -> None:
+def test_serve_with_a_hub_name_answers_as_with_a_folder(hub: Hub, repositories: Path, tmp_path: Path) -> None:
     """Under the name that it has on the hub, with its slash."""
     name = "org/blt-1b-hf"
     checkpoint = load(repositories / name)
@@ -397,20 +397,20 @@ PART = st.builds("".join, st.tuples(st.sampled_from("aZ0_"), st.text("aZ0_-", ma
 
 
 @given(PART, PART, st.lists(PART, max_size=2), st.none() | PART | st.just("refs/pr/1"))
-def test_a_reference_is_read_as_it_is_written(org: str, name: str, inside: list[str], revision: str | None) -> None:
+def test_a_hub_reference_is_parsed_from_its_text(org: str, name: str, inside: list[str], revision: str | None) -> None:
     found = Reference(f"{org}/{name}", "/".join(inside), revision)
     assert Reference.parse(str(found)) == found
 
 
 @given(st.text("ab./@~:\\ \n-", max_size=12))
-def test_a_reference_never_leaves_the_cache(text: str) -> None:
+def test_a_hub_reference_never_leaves_the_cache(text: str) -> None:
     if found := Reference.parse(text):
         assert str(found) == text
         for path in (found.repository, found.folder, found.revision or ""):
             assert not path.startswith(("/", ".", "~")) and ".." not in path and "\\" not in path and "\n" not in path
 
 
-def test_json_of_a_repository_that_is_nested_too_deep(tmp_path: Path) -> None:
+def test_hub_json_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(HubError, match=r"config\.json: not JSON"):
         check_is_blt(Reference("org/name"), tmp_path)

@@ -42,41 +42,41 @@ def repository(tmp_path: Path) -> Path:
 class TestCommit:
     """Of a checkout, and of nothing else."""
 
-    def test_is_the_one_that_git_names(self, repository: Path) -> None:
+    def test_the_commit_is_the_head_of_git(self, repository: Path) -> None:
         head = git(repository, "rev-parse", "HEAD")
         git(repository, "tag", "v1")
         assert commits.commit_of(repository) == head[:12]
         (repository / "file").write_text("b")
         assert commits.commit_of(repository) == f"{head[:12]}-dirty"
 
-    def test_is_that_of_a_work_tree(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_commit_of_a_work_tree_is_its_own(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         git(repository, "worktree", "add", "-q", "beside")
         head = git(repository, "rev-parse", "HEAD")
         # As where a hook of another repository starts the server.
         monkeypatch.setenv("GIT_DIR", "/elsewhere")
         assert commits.commit_of(repository / "beside") == head[:12]
 
-    def test_is_not_that_of_a_repository_around(self, repository: Path) -> None:
+    def test_the_commit_is_not_that_of_an_enclosing_repository(self, repository: Path) -> None:
         inside = repository / ".venv"
         inside.mkdir()
         assert commits.commit_of(inside) is None
 
-    def test_is_unknown_without_git(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_commit_is_unknown_without_git(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "")
         assert commits.commit_of(repository) is None
 
-    def test_is_unknown_before_the_first(self, tmp_path: Path) -> None:
+    def test_the_commit_is_unknown_in_an_empty_repository(self, tmp_path: Path) -> None:
         git(tmp_path, "init", "-q")
         assert commits.commit_of(tmp_path) is None
 
-    def test_is_what_a_wheel_holds(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_commit_is_read_from_the_file_in_a_wheel(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(commits, "BAKED", tmp_path / "COMMIT")
         assert commits.commit() == commits.commit_of(ROOT)
         (tmp_path / "COMMIT").write_text("0123456789ab\n")
         assert commits.commit() == "0123456789ab"
 
 
-def test_a_build_writes_down_the_commit(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_records_the_commit(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (repository / "engine").mkdir()
     for name in ("hatch_build.py", "engine/commit.py"):
         shutil.copy(ROOT / name, repository / name)
@@ -89,7 +89,7 @@ def test_a_build_writes_down_the_commit(repository: Path, monkeypatch: pytest.Mo
     assert write_commit().read_text() == "0123456789ab\n"
 
 
-def test_the_native_library_is_the_best_that_torch_would_run_here() -> None:
+def test_the_native_library_is_the_best_for_this_processor() -> None:
     """torch asks the processor itself."""
     if sys.platform != "linux" or not native.LIBRARY:
         pytest.skip("needs Linux and a C compiler")
@@ -111,7 +111,7 @@ def test_the_native_library_is_the_best_that_torch_would_run_here() -> None:
         ("", "x86-64-v2"),
     ],
 )
-def test_a_level_asks_for_all_of_its_instructions(
+def test_an_instruction_set_level_needs_all_its_instructions(
     flags: str, best: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "cpuinfo"
@@ -131,7 +131,7 @@ def test_a_level_asks_for_all_of_its_instructions(
         (None, "aarch64", {"cpu": "native", "cuda": "torch"}),
     ],
 )
-def test_the_kernels_are_the_best_that_are_there(
+def test_the_preferred_kernels_are_the_best_available(
     triton: str | None, instruction_set: str | None, kernels: dict[str, KernelName]
 ) -> None:
     here = Installed("0.1.0", None, "2.13.0", triton, instruction_set)
@@ -142,13 +142,13 @@ def test_the_kernels_are_the_best_that_are_there(
     assert here.detailed("torch") == "torch"
 
 
-def test_it_is_told_without_loading_what_it_is_about() -> None:
+def test_reporting_versions_loads_neither_torch_nor_triton() -> None:
     loaded = "{'torch', 'triton', 'numpy'} & sys.modules.keys()"
     code = f"import sys, server.cli; server.cli.installed(); sys.exit(bool({loaded}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_the_version_of_the_command() -> None:
+def test_the_version_flag_reports_what_is_installed() -> None:
     result = CliRunner().invoke(app, ["--version"])
     told = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert result.exit_code == 0 and result.stdout.startswith(f"fastblt {version('fastblt')}\n")
@@ -159,7 +159,7 @@ def test_the_version_of_the_command() -> None:
         assert told["commit"].removesuffix("-dirty") == git(ROOT, "rev-parse", "HEAD")[:12]
 
 
-def test_the_version_of_a_server(tiny_server: str) -> None:
+def test_the_version_route_reports_what_is_installed(tiny_server: str) -> None:
     told, here = httpx.get(f"{tiny_server}/version").json(), installed()
     kernels = choose_kernels(None, torch.device("cpu")).name
     assert told["version"] == version("fastblt")

@@ -75,7 +75,7 @@ def wanted(model: Path) -> Output:
 
 
 @pytest.mark.parametrize("threads_of_torch", [1, 2])
-def test_torchs_kernels_keep_the_promise_too(model: Path, threads_of_torch: int) -> None:
+def test_torch_kernels_give_the_same_bits_alone_batched_and_chunked(model: Path, threads_of_torch: int) -> None:
     """They pad to what this machine's library needs; everywhere else here our own compute."""
     with threads(threads_of_torch):
         it = alone(model, kernels="torch")
@@ -83,28 +83,28 @@ def test_torchs_kernels_keep_the_promise_too(model: Path, threads_of_torch: int)
         assert_same(alone(model, kernels="torch", max_step_rows=7), it)
 
 
-def test_nor_does_company_in_bfloat16(model: Path) -> None:
+def test_other_requests_change_no_bit_in_bfloat16(model: Path) -> None:
     it = alone(model, dtype="bfloat16")
     assert_same(run(make_engine(model, dtype="bfloat16"), [*others()[:9], the_request()])["it"], it)
     assert_same(alone(model, dtype="bfloat16", max_step_rows=7), it)
 
 
-def test_company_changes_nothing(model: Path, wanted: Output) -> None:
+def test_other_requests_in_the_batch_change_no_bit(model: Path, wanted: Output) -> None:
     crowd = others()
     together = [*crowd[:9], the_request(), *crowd[9:]]
     assert_same(run(make_engine(model), together)["it"], wanted)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
-def test_chunked_prefill_changes_nothing(model: Path, wanted: Output, rows: int) -> None:
+def test_chunked_prefill_changes_no_bit(model: Path, wanted: Output, rows: int) -> None:
     assert_same(alone(model, max_step_rows=rows), wanted)
 
 
-def test_chunks_in_company_change_nothing(model: Path, wanted: Output) -> None:
+def test_chunked_prefill_beside_other_requests_changes_no_bit(model: Path, wanted: Output) -> None:
     assert_same(run(make_engine(model, max_step_rows=13), [the_request(), *others()])["it"], wanted)
 
 
-def test_preemption_changes_nothing(model: Path, wanted: Output) -> None:
+def test_preemption_changes_no_bit(model: Path, wanted: Output) -> None:
     engine = crowded_engine(model, max_sequences=6, max_step_rows=32, max_length=200)
     # Company that is served first, until the pages run out.
     early = [request(f"e{i}", text(120, 40 + i), 60, priority=-1) for i in range(5)]
@@ -119,5 +119,5 @@ def test_preemption_changes_nothing(model: Path, wanted: Output) -> None:
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_other_pages_change_no_byte(model: Path, wanted: Output, page_size: int) -> None:
+def test_the_page_size_changes_no_byte(model: Path, wanted: Output, page_size: int) -> None:
     assert alone(model, page_size=page_size).ids == wanted.ids

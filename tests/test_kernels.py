@@ -35,7 +35,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def test_rms_norm_is_the_formula() -> None:
+def test_rms_norm_equals_the_formula() -> None:
     x, weight = randn(5, 7), randn(7, seed=1)
     for row, found in zip(x.tolist(), rms_norm(x, weight, 1e-5), strict=True):
         scale = 1 / math.sqrt(sum(v * v for v in row) / 7 + 1e-5)
@@ -44,7 +44,7 @@ def test_rms_norm_is_the_formula() -> None:
         )
 
 
-def test_rope_turns_neighbouring_pairs() -> None:
+def test_rope_rotates_neighbouring_pairs() -> None:
     x, theta = randn(3, 2, 6), 500.0
     positions = [0, 7, 1000]
     found = apply_rope(x, rope_table(6, theta, 1001, CPU)[positions])
@@ -64,7 +64,7 @@ def test_entropy_is_in_nats() -> None:
     torch.testing.assert_close(entropy(logits), expected, atol=1e-6, rtol=0)
 
 
-def test_swiglu_is_the_formula() -> None:
+def test_swiglu_equals_the_formula() -> None:
     gate, up = randn(3, 5), randn(3, 5, seed=1)
     torch.testing.assert_close(swiglu(gate, up), gate / (1 + (-gate).exp()) * up)
 
@@ -80,9 +80,9 @@ def test_patch_max_is_elementwise_also_for_single_bytes_and_negative_states() ->
     assert torch.equal(found, torch.cat((torch.stack(expected), torch.zeros(1, 4))))
 
 
-def test_slot_attention_is_the_formula() -> None:
+def test_slot_attention_equals_the_formula() -> None:
     q, k, v = randn(4, 3, 8), randn(4, 5, 3, 8, seed=1), randn(4, 5, 3, 8, seed=2)
-    # Latent r lies in page r, behind r rows of another.
+    # Latent r lies in page r, after r rows of another.
     caches = [torch.zeros(4, 3, 9, 8) for _ in range(2)]
     for r in range(4):
         caches[0][r, :, r : r + 5], caches[1][r, :, r : r + 5] = k[r].transpose(0, 1), v[r].transpose(0, 1)
@@ -143,7 +143,7 @@ ROW_BY_ROW: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("width", [36, 260, 20])
 @pytest.mark.parametrize("name", ROW_BY_ROW)
 @pytest.mark.usefixtures("one_and_two_threads")
-def test_rows_are_the_same_bits_alone_and_in_company(name: str, width: int, dtype: torch.dtype) -> None:
+def test_rows_are_the_same_bits_alone_and_beside_other_rows(name: str, width: int, dtype: torch.dtype) -> None:
     kernel, x = ROW_BY_ROW[name], randn(131, width, dtype=dtype)
     expected = kernel(x)
     for count in (1, 2, 3, 7, 16, 33, 130):

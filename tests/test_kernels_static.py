@@ -10,7 +10,7 @@ from kernels.dispatch import TritonKernels
 ROOT = Path(__file__).parent.parent
 
 
-def test_kernels_compile_for_real_shapes_and_fit() -> None:
+def test_triton_kernels_compile_for_real_shapes_and_fit_the_device() -> None:
     # Kernels that were defined for the interpreter cannot be compiled: another process defines them anew.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.kernels_static", "--rows", "1", "64", "--ones"]
@@ -24,7 +24,7 @@ def test_kernels_compile_for_real_shapes_and_fit() -> None:
     assert "all fit" in done.stdout
 
 
-def test_a_spill_and_too_much_shared_memory_do_not_fit() -> None:
+def test_kernels_that_spill_or_need_too_much_shared_memory_do_not_fit() -> None:
     from benchmarks.kernels_static import SHARED_LIMIT, Compiled
 
     limit = SHARED_LIMIT[90]
@@ -34,7 +34,7 @@ def test_a_spill_and_too_much_shared_memory_do_not_fit() -> None:
     assert not Compiled(None, 90, 255, 0, limit, early=0).fits  # type: ignore[arg-type]
 
 
-def test_blocks_can_be_tried() -> None:
+def test_the_linear_blocks_benchmark_lists_block_sizes() -> None:
     command = [sys.executable, "-m", "benchmarks.linear_blocks", "--quick"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)

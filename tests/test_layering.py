@@ -50,7 +50,7 @@ def test_a_package_imports_only_what_is_below_it(package: str) -> None:
     assert not wrong
 
 
-def test_only_the_command_line_of_the_server_knows_the_clients_training_and_torch() -> None:
+def test_in_server_only_the_command_line_imports_clients_training_and_torch() -> None:
     users = {path.name for path, name in imports("server") if name in ("clients", "training", "torch")}
     assert users <= {"cli.py"}
 
@@ -68,6 +68,6 @@ def test_the_http_process_never_loads_torch(modules: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_nobody_else_owns_our_package_names() -> None:
+def test_no_other_installed_distribution_owns_our_package_names() -> None:
     owners = packages_distributions()
     assert {name: owner for name in ALLOWED if (owner := set(owners.get(name, [])) - {"fastblt"})} == {}

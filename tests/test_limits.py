@@ -89,7 +89,7 @@ def start(request: pytest.FixtureRequest, tables_guarded: None) -> Callable[[Pat
 
 
 @pytest.mark.parametrize("decoder", ["blt", "blt-s", "blt-dv", "auto", "blt-d"])
-def test_texts_go_up_to_the_last_position_of_the_shortest_stage_and_no_further(
+def test_texts_reach_exactly_the_last_position_of_the_shortest_stage(
     limit: tuple[str, Path], decoder: str, start: Callable[[Path], Engine]
 ) -> None:
     stage, folder = limit
@@ -113,7 +113,7 @@ def test_texts_go_up_to_the_last_position_of_the_shortest_stage_and_no_further(
             engine.memory.caches.check_integrity()
 
 
-def test_a_text_ends_where_patches_do(few_patches: Path, start: Callable[[Path], Engine]) -> None:
+def test_a_text_ends_at_the_maximum_number_of_patches(few_patches: Path, start: Callable[[Path], Engine]) -> None:
     found, engine = load(few_patches), start(few_patches)
     assert engine.memory.caches.max_patches == PATCHES
     prompt = text(20, 40, specials=False)
@@ -152,7 +152,7 @@ def test_a_prompt_may_have_as_many_patches_as_there_are_positions(
             assert str(PATCHES) in output.end.message
 
 
-def test_so_it_is_with_tritons_kernels(tmp_path: Path, tables_guarded: None) -> None:
+def test_triton_kernels_reach_the_last_position_of_the_shortest_stage(tmp_path: Path, tables_guarded: None) -> None:
     """In the interpreter, which takes seconds for what a device does in milliseconds: as little as there can be."""
     config, tensors = our_model(limited(11, 13, 5, 14), 32)
     save_ours(tmp_path, (config, tensors))
@@ -164,7 +164,7 @@ def test_so_it_is_with_tritons_kernels(tmp_path: Path, tables_guarded: None) -> 
         assert output.ids == expected
 
 
-def test_a_table_that_is_shorter_than_the_caches_are_made_for_is_noticed_at_once(
+def test_a_rope_table_shorter_than_the_caches_is_refused_at_once(
     few_patches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever made it too short: nothing would notice later."""
@@ -177,7 +177,7 @@ def test_a_table_that_is_shorter_than_the_caches_are_made_for_is_noticed_at_once
 # The released lengths
 
 
-def test_entropies_go_on_to_the_last_byte_of_the_released_lengths(tmp_path: Path) -> None:
+def test_entropies_equal_hugging_faces_to_the_last_byte_of_the_released_lengths(tmp_path: Path) -> None:
     """8,192 positions of the patcher, 24,576 of encoder and decoder: as Hugging Face's, whose positions have no end.
 
     A patcher of two layers with a window of 40 sees 79 ids back. So Hugging Face's, whose attention over all ids at

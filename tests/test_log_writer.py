@@ -1,4 +1,4 @@
-"""Log lines on their way to somebody who reads slowly, later, or not at all."""
+"""Log lines on their way to a reader that reads slowly, later, or not at all."""
 
 import io
 import os
@@ -94,7 +94,7 @@ def writers() -> list[threading.Thread]:
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_nobody_waits_for_a_reader_who_finds_one_gap_that_is_told(pipe: Callable[..., Pipe], blocking: bool) -> None:
+def test_a_stalled_log_reader_blocks_no_writer_and_finds_one_gap(pipe: Callable[..., Pipe], blocking: bool) -> None:
     stuck = pipe(blocking=blocking)
     longest = 0.0
     for number in range(stuck.fill(), 3000):
@@ -126,7 +126,7 @@ STEPS = st.lists(
 
 @given(STEPS, st.sampled_from([400, 5000]), st.booleans())
 @settings(max_examples=60)
-def test_what_is_read_with_its_gaps_filled_is_what_was_put(
+def test_log_lines_read_plus_reported_gaps_equal_the_lines_written(
     steps: list[tuple[str, int]], limit_bytes: int, blocking: bool
 ) -> None:
     pipe = Pipe(limit_bytes, blocking)
@@ -155,7 +155,7 @@ def test_what_is_read_with_its_gaps_filled_is_what_was_put(
     assert dropped == pipe.writer.dropped
 
 
-def test_lines_stay_in_one_piece_beside_those_of_another_process(pipe: Callable[..., Pipe]) -> None:
+def test_lines_of_two_log_writers_on_one_pipe_are_not_mixed(pipe: Callable[..., Pipe]) -> None:
     one = pipe(limit_bytes=1 << 20)
     other = LogWriter(one.stream, gap)
     for number in range(2000):
@@ -168,7 +168,7 @@ def test_lines_stay_in_one_piece_beside_those_of_another_process(pipe: Callable[
     assert [text for text in one.lines if len(text) == 170] == [line(number, 170) for number in range(2000)]
 
 
-def test_a_reader_who_leaves_takes_no_memory_and_one_who_comes_hears_of_it(tmp_path: Path) -> None:
+def test_without_a_log_reader_lines_are_dropped_and_the_next_reader_sees_the_gap(tmp_path: Path) -> None:
     path = tmp_path / "fifo"
     os.mkfifo(path)
     first = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -194,7 +194,7 @@ def test_a_reader_who_leaves_takes_no_memory_and_one_who_comes_hears_of_it(tmp_p
         assert writer.dropped == 1001
 
 
-def test_a_line_that_a_full_disk_has_torn_ends_before_the_next(tmp_path: Path) -> None:
+def test_a_log_line_cut_by_a_full_disk_ends_before_the_next(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with (tmp_path / "log").open("w") as stream:
         writer = LogWriter(stream, gap)
@@ -210,7 +210,7 @@ def test_a_line_that_a_full_disk_has_torn_ends_before_the_next(tmp_path: Path) -
     assert (tmp_path / "log").read_text().splitlines() == [line(0), line(1)[:50], gap(3), "room"]
 
 
-def test_a_stream_in_memory_is_written_to_until_it_is_closed() -> None:
+def test_an_in_memory_log_stream_is_written_until_it_is_closed() -> None:
     stream = io.StringIO()
     writer = LogWriter(stream, gap, 100)
     for text in ("one", "x" * 100, "two"):
@@ -223,7 +223,7 @@ def test_a_stream_in_memory_is_written_to_until_it_is_closed() -> None:
     assert writer.dropped == 2
 
 
-def test_what_an_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+def test_characters_that_the_log_encoding_lacks_are_escaped(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w", encoding="ascii") as stream:
         writer = LogWriter(stream, gap)
         writer.put("a\u2028\udcff")
@@ -231,7 +231,7 @@ def test_what_an_encoding_lacks_is_escaped(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "a\\u2028\\udcff\n"
 
 
-def test_closing_writes_what_waits_and_does_not_wait_for_long(pipe: Callable[..., Pipe]) -> None:
+def test_closing_a_log_writer_writes_queued_lines_within_a_time_limit(pipe: Callable[..., Pipe]) -> None:
     before = len(writers())
     ready, stuck = pipe(), pipe()
     put = stuck.fill()
@@ -256,7 +256,7 @@ def test_closing_writes_what_waits_and_does_not_wait_for_long(pipe: Callable[...
     assert stuck.lines == [line(number) for number in range(put + 51 - stuck.writer.dropped)]
 
 
-def test_many_threads_lose_nothing(pipe: Callable[..., Pipe]) -> None:
+def test_lines_logged_by_many_threads_are_all_written(pipe: Callable[..., Pipe]) -> None:
     shared = pipe(limit_bytes=1 << 20)
 
     def put(thread: int) -> None:

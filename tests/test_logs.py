@@ -57,7 +57,7 @@ def fail() -> None:
         logging.getLogger("fastblt.x").exception("it\nfailed", extra={"count": 3, "path": ROOT, "names": ["a"]})
 
 
-def test_a_json_line_is_one_line_whatever_is_in_it(log: Log) -> None:
+def test_a_json_log_line_is_one_line_whatever_it_holds(log: Log) -> None:
     stream = log("json", "info")
     fail()
     (line,) = lines(stream)
@@ -70,7 +70,7 @@ def test_a_json_line_is_one_line_whatever_is_in_it(log: Log) -> None:
     assert abs((datetime.fromisoformat(line["time"]) - datetime.now(UTC)).total_seconds()) < 60
 
 
-def test_a_human_line_is_one_line_but_for_a_traceback(log: Log) -> None:
+def test_a_human_log_line_is_one_line_except_for_a_traceback(log: Log) -> None:
     stream = log("human", "info")
     fail()
     first, *traceback = text(stream).splitlines()
@@ -78,7 +78,7 @@ def test_a_human_line_is_one_line_but_for_a_traceback(log: Log) -> None:
     assert traceback[0].startswith("Traceback")
 
 
-def test_fields_of_the_request_are_in_every_line_of_it(log: Log) -> None:
+def test_every_log_line_of_a_request_has_the_request_fields(log: Log) -> None:
     for format in ("human", "json"):
         stream = log(format, "info")
         token = logs.context.set({"request_id": "r-1", "trace_id": "t-1"})
@@ -90,7 +90,7 @@ def test_fields_of_the_request_are_in_every_line_of_it(log: Log) -> None:
         assert ("t-1" in odd) == (format == "json")
 
 
-def test_debug_is_for_our_own_lines(log: Log) -> None:
+def test_debug_level_applies_only_to_fastblt_loggers(log: Log) -> None:
     stream = log("json", "debug")
     for name in ("fastblt.a", "asyncio", "urllib3.connectionpool"):
         logging.getLogger(name).debug("said")
@@ -103,7 +103,7 @@ def test_debug_is_for_our_own_lines(log: Log) -> None:
     ]
 
 
-def test_a_level_is_least(log: Log) -> None:
+def test_lines_below_the_log_level_are_left_out(log: Log) -> None:
     stream = log("json", "error")
     for name in ("fastblt", "other"):
         logging.getLogger(name).warning("said")
@@ -111,7 +111,7 @@ def test_a_level_is_least(log: Log) -> None:
     assert [line["level"] for line in lines(stream)] == ["error", "error"]
 
 
-def test_warnings_and_what_nobody_catches_are_lines_too(log: Log) -> None:
+def test_warnings_and_uncaught_exceptions_are_logged(log: Log) -> None:
     stream = log("json", "info")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -122,7 +122,7 @@ def test_warnings_and_what_nobody_catches_are_lines_too(log: Log) -> None:
     assert uncaught["level"] == "critical" and "KeyError: 'lost'" in uncaught["exception"]
 
 
-def test_colour_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch, log: Log) -> None:
+def test_log_colours_are_used_only_on_terminals_that_allow_them(monkeypatch: pytest.MonkeyPatch, log: Log) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -143,13 +143,13 @@ def test_colour_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch, l
     assert not coloured(Terminal())
 
 
-def test_a_terminal_gets_nothing_to_obey() -> None:
+def test_control_characters_in_log_messages_are_escaped() -> None:
     record = logging.makeLogRecord({"msg": "\x1b[2Jgone", "levelname": "INFO", "name": "fastblt"})
     assert "\x1b" not in HumanFormatter(colour=False).format(record)
 
 
 @pytest.mark.parametrize("format", ["human", "json"])
-def test_lines_that_were_dropped_are_told_in_the_format_of_the_log(log: Log, format: FormatName) -> None:
+def test_dropped_log_lines_are_reported_in_the_format_of_the_log(log: Log, format: FormatName) -> None:
     stream = log(format, "error")
     assert logs.dropped() == 0
     token = logs.context.set({"request_id": "r-1"})
@@ -165,7 +165,7 @@ def test_lines_that_were_dropped_are_told_in_the_format_of_the_log(log: Log, for
         assert told[1:] == ["WARNING", "logs", "1 log line was dropped: nothing read the log\n"]
 
 
-def test_a_line_that_cannot_be_made_is_a_line_too(log: Log) -> None:
+def test_a_log_line_that_cannot_be_formatted_is_logged_as_an_error(log: Log) -> None:
     stream = log("json", "info")
     logging.getLogger("fastblt.x").info("%d", "secret")
     (line,) = lines(stream)
@@ -173,7 +173,7 @@ def test_a_line_that_cannot_be_made_is_a_line_too(log: Log) -> None:
     assert "TypeError" in line["exception"] and "secret" not in line["exception"]
 
 
-def test_configuring_anew_writes_what_waits_and_leaves_one_thread(log: Log) -> None:
+def test_configuring_logs_again_writes_queued_lines_and_leaves_one_thread(log: Log) -> None:
     before = threading.active_count()
     for _ in range(3):
         stream = log("human", "info")
@@ -186,7 +186,7 @@ def test_configuring_anew_writes_what_waits_and_leaves_one_thread(log: Log) -> N
 @pytest.mark.parametrize(
     ("last", "code"), [("log.critical('said'); raise SystemExit(3)", 3), ("raise KeyError('said')", 1)]
 )
-def test_the_last_line_of_a_process_comes_out(last: str, code: int) -> None:
+def test_the_last_log_line_of_a_process_is_written(last: str, code: int) -> None:
     first = "import logging; from engine import logs; logs.configure(logs.LogSettings(format='json'), 'test')"
     program = f"{first}; log = logging.getLogger('fastblt'); {last}"
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60)

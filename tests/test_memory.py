@@ -64,7 +64,7 @@ def test_wide_tables_do_not_make_the_matrices_wide(mixed: Path) -> None:
     assert Weights(load(mixed).tensors, torch.float32, CPU, kernels).matrix_dtype == torch.bfloat16
 
 
-def test_it_is_said_what_the_model_takes_and_what_there_is(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_states_needed_and_free_memory(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fastblt.engine")
     make_engine(mixed, dtype="bfloat16")
     (line,) = caplog.messages
@@ -73,7 +73,7 @@ def test_it_is_said_what_the_model_takes_and_what_there_is(mixed: Path, caplog: 
     assert " are free on cpu" in line
 
 
-def test_what_cannot_fit_is_refused_before_it_is_read(
+def test_a_model_larger_than_free_memory_is_refused_before_it_is_read(
     mixed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(room, "available", lambda device: 100_000)
@@ -89,7 +89,7 @@ def test_what_cannot_fit_is_refused_before_it_is_read(
     make_engine(mixed)
 
 
-def test_free_memory_is_what_can_be_freed_within_the_limit_of_the_container(
+def test_free_memory_respects_the_memory_limit_of_the_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert 0 < (room.available(CPU) or 0) < 1 << 50
@@ -106,7 +106,7 @@ def test_free_memory_is_what_can_be_freed_within_the_limit_of_the_container(
     assert room.available(CPU) == (1000 << 10) + 102400 + 1024
 
 
-def test_a_large_model_is_seen_to_come(
+def test_loading_logs_its_progress(
     mixed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "fastblt.engine")

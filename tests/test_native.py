@@ -33,7 +33,7 @@ few = settings(quick, max_examples=40)
 SHAPES = st.sampled_from([(4, 4, 8), (4, 2, 16), (6, 2, 20), (1, 1, 2), (2, 1, 64)])
 
 
-def test_they_are_compiled_and_chosen_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_kernels_are_compiled_and_chosen_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`make` compiles them wherever it can install fastblt at all."""
     assert native.LIBRARY
     assert choose_kernels(None, CPU).name == "native"
@@ -45,7 +45,7 @@ def test_they_are_compiled_and_chosen_on_a_cpu(monkeypatch: pytest.MonkeyPatch) 
         choose_kernels("native", CPU)
 
 
-def test_an_engine_says_so_where_they_are_not_compiled(
+def test_an_engine_warns_when_native_kernels_are_not_compiled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native, "LIBRARY", None)
@@ -61,7 +61,7 @@ def test_an_engine_says_so_where_they_are_not_compiled(
     SEEDS, FLOATS, FLOATS, st.integers(1, 40), st.integers(1, 70), st.integers(1, 150), st.booleans(), st.booleans(),
     st.booleans(), st.integers(0, 2),
 )  # fmt: skip
-def test_linear(
+def test_linear_equals_torch(
     seed: int, dtype: torch.dtype, stored: torch.dtype, rows: int, out: int, width: int, normed: bool, gated: bool,
     fp8: bool, residuals: int,
 ) -> None:  # fmt: skip
@@ -85,7 +85,7 @@ def test_linear(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("out", "width"), [(32, 32), (260, 96), (704, 256), (7, 45), (2000, 500)])
-def test_rows_are_the_same_bits_alone_in_company_and_by_any_number_of_threads(
+def test_linear_rows_are_the_same_bits_in_any_batch_and_with_any_number_of_threads(
     out: int, width: int, dtype: torch.dtype
 ) -> None:
     draw = Draw(out)
@@ -99,7 +99,7 @@ def test_rows_are_the_same_bits_alone_in_company_and_by_any_number_of_threads(
             assert torch.equal(found, expected[start : start + count]), (count, start)
 
 
-def test_thousands_of_rows_need_no_stack() -> None:
+def test_linear_over_200000_rows_does_not_overflow_the_thread_stack() -> None:
     """As `--max-step-rows` may ask for; a thread's stack is a few megabytes, or less."""
     draw = Draw(0)
     weight, x = Matrix(draw.randn(40, 8)), draw.randn(200_000, 8)
@@ -107,14 +107,14 @@ def test_thousands_of_rows_need_no_stack() -> None:
         close(NATIVE.linear(x, NATIVE.matrix(weight)), TORCH.linear(x, weight))
 
 
-def test_threads_of_one_process_may_all_compute() -> None:
+def test_several_threads_may_call_native_kernels_at_once() -> None:
     weight, x = NATIVE.matrix(Matrix(Draw(0).randn(3000, 700))), Draw(1).randn(9, 700)
     expected = NATIVE.linear(x, weight)
     with threads(3), ThreadPoolExecutor(3) as pool:
         assert all(pool.map(lambda _: torch.equal(NATIVE.linear(x, weight), expected), range(300)))
 
 
-def test_so_may_a_forked_process() -> None:
+def test_a_forked_process_may_call_native_kernels() -> None:
     """In a process of its own: forking one that has threads is what Python warns of."""
     code = """
 import os, signal, torch
@@ -134,7 +134,7 @@ else:
 
 @few
 @given(SEEDS, FLOATS, layouts(), SHAPES)
-def test_attention(seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[int, int, int]) -> None:
+def test_attention_equals_torch(seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[int, int, int]) -> None:
     draw, (heads, kv_heads, head_dim) = Draw(seed), shape
     laid = Laid(layout, draw, split=False)
     caches = [draw.randn(laid.num_pages, kv_heads, laid.page_size, head_dim, dtype=dtype) for _ in range(2)]
@@ -159,7 +159,7 @@ def test_attention(seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[i
     SEEDS, FLOATS, layouts(), SHAPES, st.integers(1, 2), st.sampled_from(["layers", "slots", "keys"]),
     st.integers(1, 2), st.booleans(), st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_stack(
+def test_stack_equals_torch(
     seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[int, int, int], layers: int, kind: str, of_them: int,
     embeds: bool, has_head: bool, some: bool,
 ) -> None:  # fmt: skip
@@ -211,7 +211,7 @@ def test_stack(
         whole = function(x, KvCache(tuple(kv) for kv in own), plan, beside)  # type: ignore[misc]
         if k is NATIVE and len(wanted):
             assert torch.equal(whole[wanted], y)
-        # Padding writes where nobody looks.
+        # Padding rows write to cells that are never read.
         live = page[: laid.num_rows]
         return [y.flatten(), own[:, :, 1:], others[:, :, live], states[live]]
 
@@ -221,7 +221,7 @@ def test_stack(
 
 @few
 @given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 3), st.sampled_from([(4, 8), (2, 20), (1, 2)]))
-def test_keys(seed: int, dtype: torch.dtype, rows: int, layers: int, shape: tuple[int, int]) -> None:
+def test_keys_equals_torch(seed: int, dtype: torch.dtype, rows: int, layers: int, shape: tuple[int, int]) -> None:
     draw, (kv_heads, head_dim), dim = Draw(seed), shape, 24
     places = torch.tensor(draw.shuffled(7 * 4)[:rows])
     x, norm = draw.randn(rows, dim, dtype=dtype), draw.randn(dim, dtype=dtype)
@@ -237,7 +237,7 @@ def test_keys(seed: int, dtype: torch.dtype, rows: int, layers: int, shape: tupl
 
 @few
 @given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 40))
-def test_store_states(seed: int, dtype: torch.dtype, rows: int, dim: int) -> None:
+def test_store_states_equals_torch(seed: int, dtype: torch.dtype, rows: int, dim: int) -> None:
     draw = Draw(seed)
     places, states = torch.tensor(draw.shuffled(7 * 4)[:rows]), draw.randn(rows, dim, dtype=dtype)
     caches = torch.zeros(2, 7, 4, dim, dtype=dtype)
@@ -251,7 +251,7 @@ def test_store_states(seed: int, dtype: torch.dtype, rows: int, dim: int) -> Non
     SEEDS, FLOATS, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(1, 9),
     st.integers(1, 70), st.integers(1, 3),
 )  # fmt: skip
-def test_hash_embed(
+def test_hash_embed_equals_torch(
     seed: int, dtype: torch.dtype, stored: torch.dtype, rows: int, dim: int, functions: int
 ) -> None:  # fmt: skip
     draw, sizes = Draw(seed), (3, 4, 8)
@@ -263,7 +263,7 @@ def test_hash_embed(
 
 @few
 @given(SEEDS, FLOATS, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 300))
-def test_patch_max(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) -> None:
+def test_patch_max_equals_torch(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) -> None:
     draw = Draw(seed)
     places = torch.tensor(draw.shuffled(60)[: sum(lengths)], dtype=torch.int64)
     how = draw.randn(12, 5, dim, dtype=dtype), places // 5, places % 5, torch.tensor([0, *lengths]).cumsum(0)
@@ -272,21 +272,21 @@ def test_patch_max(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) 
 
 @few
 @given(SEEDS, FLOATS, st.integers(1, 6), st.integers(1, 300), st.sampled_from([0.1, 3.0, 40.0, 400.0]))
-def test_entropy(seed: int, dtype: torch.dtype, rows: int, vocab_size: int, spread: float) -> None:
+def test_entropy_equals_torch(seed: int, dtype: torch.dtype, rows: int, vocab_size: int, spread: float) -> None:
     logits = Draw(seed).randn(rows, vocab_size, dtype=dtype) * spread
     close(NATIVE.entropy(logits), TORCH.entropy(logits))
 
 
 @few
 @given(SEEDS, st.sampled_from(RULES), st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5)), max_size=4))
-def test_boundaries(seed: int, rule: Rule, sequences: list[tuple[int, int]]) -> None:
+def test_boundaries_equals_torch(seed: int, rule: Rule, sequences: list[tuple[int, int]]) -> None:
     how = (*Draw(seed).patches(sequences), rule)
     assert torch.equal(NATIVE.boundaries(*how), TORCH.boundaries(*how))
 
 
 @few
 @given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]), st.sampled_from([-math.inf, math.inf, math.nan]))
-def test_likeliest(seed: int, rows: int, vocab_size: int, bad: float) -> None:
+def test_likeliest_equals_torch(seed: int, rows: int, vocab_size: int, bad: float) -> None:
     draw = Draw(seed)
     logits = draw.below(5, rows, vocab_size).float()
     logits[0, draw.below(vocab_size, 2)] = bad
@@ -296,7 +296,7 @@ def test_likeliest(seed: int, rows: int, vocab_size: int, bad: float) -> None:
 
 @few
 @given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]), st.booleans())
-def test_sample(seed: int, rows: int, vocab_size: int, double: bool) -> None:
+def test_sample_equals_torch(seed: int, rows: int, vocab_size: int, double: bool) -> None:
     draw = Draw(seed)
     logits, laws, uniforms = draw.randn(rows, vocab_size) * 3, draw.laws(rows, vocab_size), draw.uniform(rows)
     logits[:, -1] = logits[:, 0]
@@ -308,8 +308,8 @@ def test_sample(seed: int, rows: int, vocab_size: int, double: bool) -> None:
         assert torch.equal(NATIVE.sample(logits[at], laws[at], uniforms[at]), found[at])
 
 
-def test_what_is_drawn_from_no_distribution_is_an_id() -> None:
-    """It is drawn before the host hears that its logits were none, and may be fed meanwhile."""
+def test_sampling_from_logits_that_are_no_distribution_gives_a_valid_id() -> None:
+    """It is sampled before the host knows that its logits are no distribution, and may be fed meanwhile."""
     logits = torch.tensor([[math.nan, 0.0], [math.inf, 0.0], [0.0, math.nan], [-math.inf, -math.inf]])
     law = torch.tensor([1.0, 2.0, 0.9, 0.1]).double()
     found = NATIVE.sample(logits, law.repeat(4, 1), torch.full((4,), 0.999, dtype=torch.float64))
@@ -318,7 +318,7 @@ def test_what_is_drawn_from_no_distribution_is_an_id() -> None:
 
 @few
 @given(SEEDS, st.integers(1, 5), st.integers(1, 17))
-def test_accepted(seed: int, num: int, width: int) -> None:
+def test_accepted_equals_torch(seed: int, num: int, width: int) -> None:
     draw = Draw(seed)
     drafts, drawn, lengths = draw.below(2, num, width), draw.below(2, num, width), draw.below(width + 1, num)
     drawn[0] = drafts[0]
@@ -327,7 +327,7 @@ def test_accepted(seed: int, num: int, width: int) -> None:
 
 @few
 @given(SEEDS, st.integers(1, 5), st.integers(1, 12), st.sampled_from([0.1, 3.0, 20.0]))
-def test_unmasking(seed: int, num_blocks: int, size: int, spread: float) -> None:
+def test_unmasking_equals_torch(seed: int, num_blocks: int, size: int, spread: float) -> None:
     draw = Draw(seed)
     logits = draw.randn(num_blocks * size, 260) * spread
     logits[:, :3] = -math.inf
@@ -347,8 +347,8 @@ def test_unmasking(seed: int, num_blocks: int, size: int, spread: float) -> None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_no_number_stays_none_in_its_row_alone(bad: float) -> None:
-    """The engine fails the request whose logits are no distribution, and nobody else's."""
+def test_nan_and_infinity_stay_in_their_row(bad: float) -> None:
+    """The engine fails the request whose logits are no distribution, and no other."""
     x = Draw(0).randn(3, 40)
     x[1, 7] = bad
     weight = NATIVE.matrix(Matrix(Draw(1).randn(50, 40)))
@@ -358,7 +358,7 @@ def test_what_is_no_number_stays_none_in_its_row_alone(bad: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exponentials_are_right_at_every_size(dtype: torch.dtype) -> None:
+def test_exponentials_are_accurate_for_scores_of_any_size(dtype: torch.dtype) -> None:
     """Attention over one slot after another: a score of any size against one of zero."""
     scores = torch.linspace(-200, 200, 4001, dtype=torch.float64)
     keys, values = torch.zeros(4001, 1, 2, 1), torch.zeros(4001, 1, 2, 1)
@@ -373,14 +373,14 @@ def test_exponentials_are_right_at_every_size(dtype: torch.dtype) -> None:
     close(found, torch.sigmoid(rounded).to(dtype))
 
 
-def test_tables_may_differ_in_dtype() -> None:
+def test_hash_embed_takes_tables_of_different_dtypes() -> None:
     draw = Draw(3)
     tables = HashTables([draw.randn(50, 5), draw.randn(50, 5, dtype=torch.bfloat16)], (2, 3), 1, 50, CPU)
     windows, embedding = draw.below(10, 4, 3), draw.randn(10, 5)
     assert torch.equal(NATIVE.hash_embed(windows, embedding, tables), TORCH.hash_embed(windows, embedding, tables))
 
 
-def test_embeddings_of_single_bytes_are_copies() -> None:
+def test_hash_embed_of_single_bytes_copies_the_embedding() -> None:
     """No table, no sum: what is left of `hash_embed` is the byte's own row."""
     embedding = Draw(0).randn(10, 5)
     tables = HashTables([torch.zeros(4, 5)], (1,), 1, 4, CPU)

@@ -123,7 +123,7 @@ SeveralTablesOnOnePool.TestCase.settings = settings(max_examples=60, stateful_st
 TestSeveralTablesOnOnePool = SeveralTablesOnOnePool.TestCase
 
 
-def test_a_pool_refuses_pages_that_are_not_in_use_and_frees_none_of_them() -> None:
+def test_a_page_pool_refuses_to_free_pages_not_in_use_and_frees_none() -> None:
     pool = PagePool("test", 5)
     a, b = pool.take(2)
     free = next(page for page in range(1, 5) if page not in (a, b))
@@ -137,7 +137,7 @@ def test_a_pool_refuses_pages_that_are_not_in_use_and_frees_none_of_them() -> No
     assert pool.num_used == 0
 
 
-def test_the_page_given_back_last_is_taken_first() -> None:
+def test_the_page_freed_last_is_taken_first() -> None:
     pool = PagePool("test", 9)
     pages = pool.take(4)
     pool.give_back([pages[1]])
@@ -145,14 +145,14 @@ def test_the_page_given_back_last_is_taken_first() -> None:
     assert pool.take(2) == [pages[3], pages[1]]
 
 
-def test_taking_is_all_or_nothing() -> None:
+def test_taking_pages_is_all_or_nothing() -> None:
     pool = PagePool("test", 4)
     with pytest.raises(OutOfPages, match="'test'"):
         pool.take(4)
     assert pool.num_free == 3
 
 
-def test_the_integrity_check_sees_a_corrupted_pool() -> None:
+def test_the_integrity_check_detects_a_corrupted_page_pool() -> None:
     pool = PagePool("test", 4)
     pool.take(1)
     pool._free.pop()

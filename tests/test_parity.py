@@ -73,7 +73,7 @@ def engine(request: pytest.FixtureRequest, ours: Path) -> Iterator[Engine]:
     yield make_engine(ours, isolate_documents=request.param)
 
 
-def test_every_form_equals_the_plain_model_with_documents_isolated_or_not(engine: Engine, ours: Path) -> None:
+def test_every_model_form_equals_the_plain_model_with_documents_isolated_or_not(engine: Engine, ours: Path) -> None:
     checkpoint = load(ours)
     config = isolated(checkpoint.config, engine)
     ids = text(260, 10)
@@ -83,7 +83,7 @@ def test_every_form_equals_the_plain_model_with_documents_isolated_or_not(engine
         torch.testing.assert_close(engine_logits(engine, ids, chunk), wanted, atol=TOLERANCE, rtol=0)
 
 
-def test_greedy_text_of_every_form_equals_the_plain_models(engine: Engine, ours: Path) -> None:
+def test_greedy_text_of_every_model_form_equals_the_plain_models(engine: Engine, ours: Path) -> None:
     checkpoint = load(ours)
     prompt = text(60, 11)
     assert EOS_ID in prompt
@@ -102,7 +102,7 @@ def test_a_patch_may_have_fewer_bytes_than_slots(slots: int, longest: int, kerne
     torch.testing.assert_close(logits, reference.forward(config, tensors, ids), atol=TOLERANCE, rtol=0)
 
 
-def test_isolation_makes_a_difference(tmp_path: Path) -> None:
+def test_isolating_documents_changes_logits(tmp_path: Path) -> None:
     folder = save_ours(tmp_path / "model", OUR_MODELS["plain"]())
     ids = text(260, 10)
     alone, together = (engine_logits(make_engine(folder, isolate_documents=on), ids, 260) for on in (True, False))

@@ -48,7 +48,7 @@ def counted(u: Usage) -> tuple[Any, ...]:
         {"sampling": SamplingParams(temperature=1.0, seed=2, logit_bias={EOS_ID: 3.0, 100: -2.0})},
     ],
 )
-def test_alone_or_beside_one_that_feeds_bytes_the_text_and_the_counts_are_the_same(
+def test_text_and_usage_of_a_draft_are_the_same_alone_and_beside_a_blt_sequence(
     model: Path, way: str, how: dict[str, Any]
 ) -> None:
     asked = request("it", text(30, 2), 40, **WAYS[way], **how)
@@ -57,13 +57,13 @@ def test_alone_or_beside_one_that_feeds_bytes_the_text_and_the_counts_are_the_sa
     # The other's bytes outlast its rounds.
     beside = run(make_engine(model), [asked, request("other", text(20, 3), 300)])["it"]
     assert beside.ids == found.ids
-    if EOS_ID not in found.ids:  # A draft of its own goes on behind an EOS, for nothing; one in company stops there.
+    if EOS_ID not in found.ids:  # A draft alone goes on after an EOS, in vain; one beside others stops there.
         assert counted(usage(beside)) == counted(usage(found))
     passes = alone.ledger.total.calls["decoder"]
     assert alone.snapshot().steps < passes, "passes were run together"
 
 
-def test_a_whole_draft_is_one_step(model: Path) -> None:
+def test_a_whole_draft_takes_one_step(model: Path) -> None:
     engine = make_engine(model)
     u = usage(run(engine, [request("a", text(30, 2), 60, **WAYS["blt-s"])])["a"])
     assert u.decoder_calls > 3 * u.rounds
@@ -86,7 +86,7 @@ def stages_of_steps(engine: Engine, asked: list[Request]) -> list[tuple[str, ...
     return steps
 
 
-def test_a_verification_begins_behind_its_draft_on_the_device(model: Path) -> None:
+def test_the_verification_is_launched_after_its_draft_without_waiting_for_the_host(model: Path) -> None:
     asked = [request(str(n), text(30, n), 60, **WAYS["blt-s"]) for n in range(3)]
     steps = stages_of_steps(make_engine(model), asked)
     drafting = [n for n, names in enumerate(steps) if "draft" in names]
@@ -97,7 +97,7 @@ def test_a_verification_begins_behind_its_draft_on_the_device(model: Path) -> No
     assert sum("patcher" in steps[n] for n in drafting) > len(drafting) / 2
 
 
-def test_one_that_turns_out_otherwise_is_begun_again(model: Path) -> None:
+def test_a_verification_launched_with_wrong_drafts_is_launched_again(model: Path) -> None:
     """A draft that ends with an EOS is shorter than what was launched; one may leave meanwhile, one may come."""
     sampling = SamplingParams(temperature=1.0, seed=2, logit_bias={EOS_ID: 3.0})
     asked = [request(str(n), text(30, n), 40, sampling=sampling, **WAYS["blt-s"]) for n in range(3)]
@@ -127,7 +127,7 @@ def test_one_that_turns_out_otherwise_is_begun_again(model: Path) -> None:
         {"sampling": SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5, frequency_penalty=0.3)},
     ],
 )
-def test_scores_and_penalties_run_pass_by_pass(model: Path, way: str, how: dict[str, Any]) -> None:
+def test_requests_with_scores_or_penalties_run_pass_by_pass(model: Path, way: str, how: dict[str, Any]) -> None:
     engine = make_engine(model)
     found = run(engine, [request("it", text(30, 2), 30, **WAYS[way], **how)])["it"]
     assert engine.snapshot().steps >= engine.ledger.total.calls["decoder"]
@@ -135,7 +135,7 @@ def test_scores_and_penalties_run_pass_by_pass(model: Path, way: str, how: dict[
     assert len(found.logprobs) == (30 if "logprobs" in how else 0)
 
 
-def test_two_of_different_lengths_stop_together_and_go_on(model: Path) -> None:
+def test_drafts_of_different_lengths_in_one_step_write_the_same_text_as_alone(model: Path) -> None:
     asked = [
         request("a", text(30, 2), 40, decoder="blt-s", draft_length=3),
         request("b", text(25, 4), 40, decoder="blt-s", draft_length=8),
@@ -144,7 +144,7 @@ def test_two_of_different_lengths_stop_together_and_go_on(model: Path) -> None:
     assert {name: out.ids for name, out in run(make_engine(model), asked).items()} == alone
 
 
-def test_a_block_is_asked_after_only_where_it_may_be_done(model: Path) -> None:
+def test_the_host_reads_back_a_block_only_when_it_may_be_complete(model: Path) -> None:
     """Once blocks have needed several passes, so many are one launch; the text and the counts stay what they were."""
     asked = request("a", text(30, 2), 90, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.999))
     engine = make_engine(model)
@@ -165,7 +165,7 @@ def test_a_block_is_asked_after_only_where_it_may_be_done(model: Path) -> None:
     assert len(launches) < len(early)
 
 
-def test_where_asking_takes_longest_every_block_is_one_launch(model: Path) -> None:
+def test_with_policy_always_every_block_is_one_launch(model: Path) -> None:
     asked = request("a", text(30, 2), 90, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.6))
     wanted = run(make_engine(model), [asked])["a"]
     engine = make_engine(model)
@@ -178,7 +178,7 @@ def test_where_asking_takes_longest_every_block_is_one_launch(model: Path) -> No
     assert engine.snapshot().steps - steps == usage(found).rounds
 
 
-def test_a_block_that_needs_fewer_passes_than_those_before_pays_for_its_own(model: Path) -> None:
+def test_a_block_pays_only_for_the_passes_that_it_needs(model: Path) -> None:
     engine = make_engine(model)
     slow = request("slow", text(30, 2), 60, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.999))
     quick = request("quick", text(30, 2), 60, decoder="blt-d", unmask=UnmaskRule(rule="one_step"))
@@ -187,12 +187,12 @@ def test_a_block_that_needs_fewer_passes_than_those_before_pays_for_its_own(mode
     calls = engine.ledger.total.calls["decoder"]
     found = run(engine, [quick])["quick"]
     assert found.ids == alone.ids and usage(found).decoder_calls == usage(alone).decoder_calls
-    # The prompt's pass is nobody's.
+    # The prompt's pass is charged to no request.
     assert engine.ledger.total.calls["decoder"] - calls <= usage(found).decoder_calls + 1
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_is_learnt_from_what_was_recorded_meanwhile(model: Path, way: str) -> None:
+def test_the_latency_model_ignores_launches_that_record_graphs(model: Path, way: str) -> None:
     engine = make_engine(model, graphs=True)
     seen: list[str] = []
     engine.ledger.latency.observe = lambda stage, *_: seen.append(stage)  # type: ignore[method-assign]
@@ -221,8 +221,8 @@ def test_nothing_is_learnt_from_what_was_recorded_meanwhile(model: Path, way: st
     assert seen.count("asking") <= sum(name == "unmask" and not new for name, new in launched)
 
 
-def test_what_blocks_had_no_need_of_is_counted_for_nobody_and_took_its_time(model: Path) -> None:
-    """Prompts of one id: every row belongs to somebody."""
+def test_needless_passes_over_blocks_are_charged_to_no_request_but_timed(model: Path) -> None:
+    """Prompts of one id: every row belongs to a request."""
     slow, quick = (
         request(name, [1], count, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=alpha))
         for name, count, alpha in (("slow", 24, 0.999), ("quick", 60, 0.03))
@@ -262,7 +262,7 @@ def decoder_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("scores", [{}, {"logprobs": 0}], ids=["", "scored"])
-def test_the_decoder_runs_no_pass_over_a_block_that_is_surely_done(
+def test_the_decoder_runs_no_pass_over_a_complete_block(
     model: Path, decoder_passes: list[int], scores: dict[str, Any]
 ) -> None:
     """Even where asking takes longest, and whatever the blocks before needed."""
@@ -284,7 +284,7 @@ def test_the_decoder_runs_no_pass_over_a_block_that_is_surely_done(
     assert ran == u.decoder_calls <= 2 * u.rounds
 
 
-def test_no_more_passes_are_launched_unasked_than_the_slowest_remembered_block_needed(
+def test_passes_launched_ahead_do_not_exceed_those_of_the_slowest_recent_block(
     model: Path, decoder_passes: list[int]
 ) -> None:
     """A block each, by the rule of which one needs more passes than another; all of them are remembered."""

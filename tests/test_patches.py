@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
 TOLERANCE = 1e-4
 
 Oracle = Callable[[list[int]], tuple[list[float], list[int]]]
-"""Entropies behind all ids, and all patch starts that follow from them."""
+"""Entropies after all ids, and all patch starts that follow from them."""
 
 
 def of_reference(config: ModelConfig, tensors: dict[str, Tensor]) -> Oracle:
@@ -86,7 +86,7 @@ def assert_told(oracle: Oracle, asked: Request, output: Output) -> None:
 
 
 @pytest.mark.parametrize("rows", [5, 512])
-def test_they_are_the_oracles(model: tuple[Path, Oracle], rows: int) -> None:
+def test_entropies_and_patch_starts_equal_the_oracles(model: tuple[Path, Oracle], rows: int) -> None:
     """For all decoders side by side, at every way to cut prompts into steps, the prompt unknown and known."""
     folder, oracle = model
     engine = make_engine(folder, max_step_rows=rows)
@@ -106,7 +106,7 @@ def test_they_are_the_oracles(model: tuple[Path, Oracle], rows: int) -> None:
     assert all(output.end.usage.cached_tokens == BLOCK for output in found.values() if isinstance(output.end, Finished))
 
 
-def test_a_known_prompt_is_told_as_an_unknown_one(fast_blt: Path) -> None:
+def test_a_cached_prompt_reports_the_same_patches_as_an_uncached_one(fast_blt: Path) -> None:
     engine, plain = make_engine(fast_blt), make_engine(fast_blt, prefix_cache=False)
     shared = text(3 * BLOCK, 6)
     run(engine, [request("first", shared, 30)])
@@ -117,7 +117,7 @@ def test_a_known_prompt_is_told_as_an_unknown_one(fast_blt: Path) -> None:
         assert (found.ids, found.entropies, found.starts) == (wanted.ids, wanted.entropies, wanted.starts)
 
 
-def test_preempted_ones_tell_everything_once(fast_blt: Path) -> None:
+def test_a_preempted_request_reports_every_patch_once(fast_blt: Path) -> None:
     choices = {"max_sequences": 5, "max_step_rows": 48, "max_length": 300}
     engine, plain = crowded_engine(fast_blt, **choices), make_engine(fast_blt, prefix_cache=False)
     shared = text(2 * BLOCK, 8)
@@ -133,7 +133,7 @@ def test_preempted_ones_tell_everything_once(fast_blt: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["length", "eos", "stop"])
-def test_exact_decoders_tell_the_same_wherever_a_round_is_cut_off(fast_blt: Path, end: str) -> None:
+def test_exact_decoders_report_the_patches_of_blt_wherever_a_round_is_cut(fast_blt: Path, end: str) -> None:
     engine, runs_on = make_engine(fast_blt), feeding(make_engine(fast_blt), runs_on=True)
 
     def ended(by: Engine, seed: int, stop: bytes = b"", **fields: Any) -> Output:
@@ -152,7 +152,7 @@ def test_exact_decoders_tell_the_same_wherever_a_round_is_cut_off(fast_blt: Path
 
 
 @pytest.mark.parametrize("way", ["blt", "blt-s", "blt-d", "blt-dv"])
-def test_a_resumed_request_goes_on_where_the_first_engine_was_heard(fast_blt: Path, way: str) -> None:
+def test_a_resumed_request_continues_the_patches_that_the_first_engine_reported(fast_blt: Path, way: str) -> None:
     engine, asked = make_engine(fast_blt), asking("it", text(70, 10), 60, **WAYS[way])
     wanted = run(engine, [asked])["it"]
     heard = Output()
@@ -172,7 +172,7 @@ def test_a_resumed_request_goes_on_where_the_first_engine_was_heard(fast_blt: Pa
     assert (heard.ids, heard.entropies, heard.starts) == (wanted.ids, wanted.entropies, wanted.starts)
 
 
-def test_the_prompts_come_with_the_first_id_and_the_others_as_they_are_decided(fast_blt: Path) -> None:
+def test_patches_of_the_prompt_come_with_the_first_id_and_others_as_they_are_decided(fast_blt: Path) -> None:
     engine, asked = make_engine(fast_blt, max_step_rows=16), asking("it", text(100, 11), 40)
     engine.add(asked)
     known = ids = 0
@@ -192,7 +192,7 @@ rules = st.builds(
 
 
 @given(rules, st.lists(st.integers(0, 8).map(lambda n: n / 4), min_size=1, max_size=30), st.data())
-def test_decisions_add_up_however_they_are_asked_for(
+def test_patch_decisions_read_in_any_pieces_add_up_to_the_whole(
     rule: PatchingRule, entropies: list[float], data: st.DataObject
 ) -> None:
     patching, starts = Patching(), reference.patch_starts(rule, entropies)

@@ -44,7 +44,7 @@ def incremental(rule: PatchingRule, entropies: list[float], chunk: int = 1) -> l
 
 
 @pytest.mark.parametrize(("rule", "starts"), KNOWN)
-def test_known_starts(rule: PatchingRule, starts: list[int]) -> None:
+def test_patch_starts_equal_known_vectors(rule: PatchingRule, starts: list[int]) -> None:
     assert reference.patch_starts(rule, ENTROPIES) == starts
     assert incremental(rule, ENTROPIES) == starts
 
@@ -62,20 +62,20 @@ quarters = st.lists(st.integers(0, 12).map(lambda n: n / 4), min_size=1, max_siz
 
 
 @given(rule=rules, entropies=quarters, chunk=st.integers(1, 9))
-def test_incremental_form_equals_whole_form(rule: PatchingRule, entropies: list[float], chunk: int) -> None:
+def test_incremental_patch_starts_equal_the_oracles(rule: PatchingRule, entropies: list[float], chunk: int) -> None:
     starts = reference.patch_starts(rule, entropies)
     assert incremental(rule, entropies, chunk) == starts
 
 
 @given(rule=rules, entropies=quarters)
-def test_starts_of_a_prefix_are_a_prefix_of_the_starts(rule: PatchingRule, entropies: list[float]) -> None:
+def test_patch_starts_of_a_prefix_are_a_prefix_of_the_patch_starts(rule: PatchingRule, entropies: list[float]) -> None:
     starts = reference.patch_starts(rule, entropies)
     for count in range(1, len(entropies)):
         assert reference.patch_starts(rule, entropies[:count]) == [s for s in starts if s <= count]
 
 
 @given(entropies=quarters, threshold=st.sampled_from([0.5, 1.0, 1.335442066192627]))
-def test_threshold_rule_is_hugging_faces(entropies: list[float], threshold: float) -> None:
+def test_the_threshold_rule_equals_hugging_faces(entropies: list[float], threshold: float) -> None:
     lengths = BltPatcher.patch_lengths_from_entropies(
         torch.tensor([entropies]), len(entropies), patch_size=4, threshold=threshold
     )[0]
@@ -83,7 +83,7 @@ def test_threshold_rule_is_hugging_faces(entropies: list[float], threshold: floa
     assert incremental(PatchingRule(threshold=threshold), entropies) == starts
 
 
-def test_threshold_is_compared_in_single_precision() -> None:
+def test_the_threshold_is_compared_in_single_precision() -> None:
     threshold = 1.335442066192627
     at = torch.tensor(threshold).item()
     above = torch.nextafter(torch.tensor(threshold), torch.tensor(2.0)).item()

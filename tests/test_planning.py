@@ -56,7 +56,7 @@ def lengths_for(draw: st.DrawFn, drawn: Drawn) -> Lengths:
 
 
 @given(st.data())
-def test_every_row_is_written_where_it_lives_and_sees_what_it_should(data: st.DataObject) -> None:
+def test_an_attention_plan_writes_each_row_to_its_page_and_reads_its_context(data: st.DataObject) -> None:
     drawn = data.draw(drawn_spans())
     lengths = data.draw(lengths_for(drawn))
     numbers, shape = planning.plan(drawn.spans, drawn.spans, drawn.tiling, lengths)
@@ -89,7 +89,7 @@ def test_every_row_is_written_where_it_lives_and_sees_what_it_should(data: st.Da
 
 @pytest.mark.skipif(not native.LIBRARY, reason="the C kernels are not compiled")
 @given(st.data())
-def test_c_lays_the_same_plan(data: st.DataObject) -> None:
+def test_the_c_planner_equals_the_python_planner(data: st.DataObject) -> None:
     writes, queries = data.draw(drawn_spans()), data.draw(drawn_spans())
     for drawn, other in ((queries, queries), (queries, writes)):
         # What is written may be other rows than those that see, or none: of the same cache, pages of the same size.
@@ -101,7 +101,7 @@ def test_c_lays_the_same_plan(data: st.DataObject) -> None:
 
 
 @pytest.mark.skipif(not native.LIBRARY, reason="the C kernels are not compiled")
-def test_a_plan_may_be_larger_than_any_before() -> None:
+def test_an_attention_plan_may_be_larger_than_all_earlier_plans() -> None:
     table = BlockTable(PagePool("test", 20_000), 1)
     table.extend(10_000)
     spans = Spans()

@@ -69,7 +69,7 @@ def assert_all_can_be_forgotten(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("threshold", [-1.0, 4.5, 99.0])
-def test_what_is_known_of_a_prefix_goes_by_the_threshold_that_was_given(tmp_path: Path, threshold: float) -> None:
+def test_cached_patches_follow_the_given_patching_threshold(tmp_path: Path, threshold: float) -> None:
     config, tensors = OUR_MODELS["fast-blt"]()
     save_ours(tmp_path, (config, tensors))
     config = replace(config, patching=replace(config.patching, threshold=threshold))
@@ -85,7 +85,7 @@ def test_what_is_known_of_a_prefix_goes_by_the_threshold_that_was_given(tmp_path
         assert told == [start for start in starts if len(prompt) <= start <= max(told, default=0)]
 
 
-def test_a_known_prefix_changes_nothing_but_the_rows_that_run(model: Path) -> None:
+def test_a_cached_prefix_changes_only_the_rows_computed(model: Path) -> None:
     shared = text(3 * BLOCK + 20, 1)
     plain = make_engine(model, prefix_cache=False, max_step_rows=100)
     engine = make_engine(model, max_step_rows=100)
@@ -104,7 +104,7 @@ def test_a_known_prefix_changes_nothing_but_the_rows_that_run(model: Path) -> No
     assert_all_can_be_forgotten(engine)
 
 
-def test_what_was_generated_is_known_too(model: Path) -> None:
+def test_generated_text_is_cached_as_a_prefix(model: Path) -> None:
     """The next turn of a conversation, whatever decoder wrote the last one."""
     engine = make_engine(model)
     for seed, (way, fields) in enumerate(ways_of(engine).items()):
@@ -116,7 +116,7 @@ def test_what_was_generated_is_known_too(model: Path) -> None:
         assert_same(found, run(make_engine(model, prefix_cache=False), [next_turn])["next"])
 
 
-def test_the_whole_prompt_again_leaves_one_row(model: Path) -> None:
+def test_a_repeated_prompt_computes_at_least_one_row(model: Path) -> None:
     engine = make_engine(model)
     again = request("it", text(2 * BLOCK, 5), 20)
     first, second = run(engine, [again])["it"], run(engine, [again])["it"]
@@ -131,9 +131,7 @@ def test_the_whole_prompt_again_leaves_one_row(model: Path) -> None:
     [PatchingRule(monotonic=True), PatchingRule(threshold_add=0.1, max_patch_length=6)],
     ids=["monotonic", "threshold-add"],
 )
-def test_where_a_patch_starts_by_the_rise_of_entropy_a_prefix_hit_writes_the_same_ids(
-    tmp_path: Path, rule: PatchingRule
-) -> None:
+def test_a_cached_prefix_gives_the_same_ids_with_rules_by_entropy_rise(tmp_path: Path, rule: PatchingRule) -> None:
     """Meta's rules: the first decision after a prefix compares with the entropy of its last byte, whose row does not
     run again."""
     folder = save_ours(tmp_path / "model", our_model(our_config(patching=rule), 34))
@@ -147,7 +145,7 @@ def test_where_a_patch_starts_by_the_rise_of_entropy_a_prefix_hit_writes_the_sam
     assert {name: output.ids for name, output in found.items()} == {name: output.ids for name, output in wanted.items()}
 
 
-def test_scores_of_a_prompt_come_from_rows_that_ran(model: Path) -> None:
+def test_a_scored_prompt_is_not_read_from_the_prefix_cache(model: Path) -> None:
     engine = make_engine(model)
     plain = request("it", text(2 * BLOCK + 9, 6), 20)
     run(engine, [plain])
@@ -175,7 +173,7 @@ def tangled(count: int, decoders: list[str], draw: random.Random) -> list[Reques
 
 
 @pytest.mark.parametrize("room", [1, 4])
-def test_crowds_with_little_memory(model: Path, room: int) -> None:
+def test_the_prefix_cache_changes_no_text_of_a_crowd_with_little_memory(model: Path, room: int) -> None:
     """Prefixes come and go while sequences share, wait, are preempted and aborted."""
     draw = random.Random(room)
     choices = {"max_sequences": 5, "max_step_rows": 48, "max_length": 300}
@@ -203,7 +201,7 @@ def test_crowds_with_little_memory(model: Path, room: int) -> None:
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True], ids=["no-prefix-cache", "prefix-cache"])
-def test_no_row_reads_a_latent_that_its_sequence_no_longer_keeps(
+def test_no_row_reads_a_latent_that_its_sequence_has_freed(
     model: Path, prefix_cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pages have one latent each, and those of free pages are NaN."""
@@ -232,7 +230,7 @@ def test_no_row_reads_a_latent_that_its_sequence_no_longer_keeps(
         assert_same(found[r.id], wanted[r.id])
 
 
-def test_the_prefix_used_longest_ago_goes_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_prefix_is_evicted_first(tmp_path: Path) -> None:
     folder = save_ours(tmp_path / "model", our_model(our_config(), 32))
     engine = make_engine(folder)
     old, new = text(2 * BLOCK + 1, 7), text(2 * BLOCK + 1, 8)
@@ -245,7 +243,7 @@ def test_the_prefix_used_longest_ago_goes_first(tmp_path: Path) -> None:
     assert cached(run(engine, [request("new", new, 1)])["new"]) == 0
 
 
-def test_of_what_many_share_the_end_stays(tmp_path: Path) -> None:
+def test_the_end_of_a_long_shared_prefix_is_evicted_last(tmp_path: Path) -> None:
     """Windows that end inside a long prompt go first; its end, and all that it needs, serves on."""
     folder = save_ours(tmp_path / "model", our_model(our_config(), 33))
     engine, plain = make_engine(folder), make_engine(folder, prefix_cache=False)

@@ -51,7 +51,7 @@ async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> No
         await asyncio.sleep(0.01)
 
 
-async def test_many_streams_say_what_the_engine_says_and_end_once(tmp_path: Path) -> None:
+async def test_each_of_many_streams_equals_the_engines_output_and_ends_once(tmp_path: Path) -> None:
     async with running(tmp_path) as client:
         assert (client.state, client.limits.name, client.limits.pages) == ("ready", "scripted", {"byte": 8})
         heard = await asyncio.gather(*(read(client, request(f"p{i}", max_tokens=i)) for i in range(1, 51)))
@@ -91,7 +91,7 @@ async def test_two_requests_in_flight_cannot_share_an_id(tmp_path: Path) -> None
         assert await anext(stream)
 
 
-async def test_a_slow_reader_gets_one_merged_delta_and_stalls_nobody(tmp_path: Path) -> None:
+async def test_a_slow_reader_gets_one_merged_delta_and_stalls_no_other_stream(tmp_path: Path) -> None:
     async with running(tmp_path) as client, aclosing(client.submit(request("slow", max_tokens=30, logprobs=0))) as slow:
         first = await anext(slow)
         quick = await read(client, request("quick", max_tokens=60))
@@ -104,7 +104,7 @@ async def test_a_slow_reader_gets_one_merged_delta_and_stalls_nobody(tmp_path: P
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
-async def test_streams_go_on_with_the_same_bytes_when_the_process_ends(tmp_path: Path, sign: signal.Signals) -> None:
+async def test_streams_continue_with_the_same_bytes_when_the_engine_ends(tmp_path: Path, sign: signal.Signals) -> None:
     stop = scripted_text("stops", 60)[50:]
     async with running(tmp_path) as client:
         scored = request("scored", max_tokens=50, logprobs=0, prompt_logprobs=True)
@@ -127,7 +127,7 @@ async def test_streams_go_on_with_the_same_bytes_when_the_process_ends(tmp_path:
             assert transcript.text == scripted_text(f"p{i}", i)
 
 
-async def test_a_resumed_request_has_the_time_that_was_left(tmp_path: Path) -> None:
+async def test_a_resumed_request_keeps_its_remaining_timeout(tmp_path: Path) -> None:
     async with running(tmp_path) as client:
         began = time.monotonic()
         interrupted: list[float] = []
@@ -154,7 +154,7 @@ async def test_a_request_made_while_the_engine_restarts_is_served(tmp_path: Path
 
 
 @pytest.mark.parametrize("prompt", ["exit:5", "raise:0"])
-async def test_a_request_that_kills_engines_fails_alone(tmp_path: Path, prompt: str) -> None:
+async def test_a_request_that_crashes_the_engine_fails_without_failing_others(tmp_path: Path, prompt: str) -> None:
     async with running(tmp_path) as client:
         innocents = [request(f"p{i}", max_tokens=300) for i in range(5)]
         poison, *others = await asyncio.gather(read(client, request(prompt)), *(read(client, r) for r in innocents))
@@ -178,7 +178,7 @@ async def test_a_hanging_engine_is_killed_and_replaced(tmp_path: Path) -> None:
         assert (client.pid, client.restarts) == (pid, 2)
 
 
-async def test_crashing_too_often_is_the_end(tmp_path: Path) -> None:
+async def test_an_engine_that_crashes_too_often_is_given_up(tmp_path: Path) -> None:
     async with running(tmp_path, max_restarts=1) as client:
         with pytest.raises(EngineDead, match="2 times"):
             await read(client, request("a", max_tokens=9999), killer(client, 1, 2))
@@ -187,7 +187,7 @@ async def test_crashing_too_often_is_the_end(tmp_path: Path) -> None:
             await read(client, request("b"))
 
 
-async def test_an_engine_that_cannot_load_again_is_given_up(tmp_path: Path) -> None:
+async def test_an_engine_that_cannot_load_its_model_again_is_given_up(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.touch()
     async with running(model, max_restarts=1) as client:
@@ -218,7 +218,7 @@ async def test_a_loading_error_reaches_the_parent_as_one_message(
     assert "Traceback" not in capfd.readouterr().err
 
 
-async def test_stopping_ends_open_streams_and_may_be_repeated(tmp_path: Path) -> None:
+async def test_stopping_the_client_ends_open_streams_and_may_be_repeated(tmp_path: Path) -> None:
     async with running(tmp_path) as client:
         pid = client.pid
         task = asyncio.create_task(read(client, request("a", max_tokens=9999)))
@@ -231,7 +231,7 @@ async def test_stopping_ends_open_streams_and_may_be_repeated(tmp_path: Path) ->
         assert client.state == "dead"
 
 
-async def test_start_may_be_cancelled() -> None:
+async def test_cancelling_the_start_ends_the_engine_process() -> None:
     client = EngineClient(EngineConfig(model="sleep"), engine_factory=FACTORY)
     starting = asyncio.create_task(client.start())
     await eventually(lambda: client.pid is not None)
@@ -253,7 +253,7 @@ async def test_ctrl_c_in_the_terminal_does_not_reach_the_engine(tmp_path: Path) 
         assert client.restarts == 0
 
 
-async def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stopped_client_leaves_no_process_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def open_files() -> int:
@@ -312,6 +312,6 @@ async def test_the_engine_does_not_outlive_its_parent(model: str) -> None:
 @pytest.mark.parametrize(
     ("module", "foreign"), [("engine.process.client", "torch"), ("engine.process.child", "fastapi")]
 )
-async def test_each_side_imports_only_its_own(module: str, foreign: str) -> None:
+async def test_server_and_engine_processes_import_only_their_own_modules(module: str, foreign: str) -> None:
     code = f"import sys, {module}; sys.exit({foreign!r} in sys.modules)"
     assert await (await asyncio.create_subprocess_exec(sys.executable, "-c", code)).wait() == 0

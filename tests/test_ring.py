@@ -50,7 +50,7 @@ def rows() -> Tensor:
     return torch.randn(8, DIM, generator=torch.Generator().manual_seed(1)).bfloat16()
 
 
-def test_the_ring_multiplies_in_any_order_of_its_threads(tmp_path: Path, rows: Tensor) -> None:
+def test_the_ring_kernel_equals_torch_in_any_order_of_its_threads(tmp_path: Path, rows: Tensor) -> None:
     chain = compiled(tmp_path, ring.SOURCE.read_text())
     ended, eight = chain(rows, 0)
     assert ended
@@ -68,7 +68,7 @@ def test_the_ring_multiplies_in_any_order_of_its_threads(tmp_path: Path, rows: T
     ],
     ids=["weights not awaited", "words not awaited"],
 )
-def test_a_wait_that_is_missing_shows(tmp_path: Path, rows: Tensor, right: str, wrong: str) -> None:
+def test_a_ring_kernel_without_a_wait_gives_wrong_results(tmp_path: Path, rows: Tensor, right: str, wrong: str) -> None:
     source = ring.SOURCE.read_text()
     assert right in source
     chain = compiled(tmp_path, source.replace(right, wrong))

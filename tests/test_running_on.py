@@ -193,7 +193,7 @@ def bill(a: Asked, output: Output) -> tuple[Any, ...] | None:
     choices=SETTINGS,
     data=st.data(),
 )
-def test_launching_ahead_changes_nothing(
+def test_launching_ahead_changes_neither_text_nor_usage(
     models: Models,
     rule: str,
     reads: str,

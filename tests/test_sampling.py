@@ -82,7 +82,7 @@ ROWS = st.tuples(
 
 @settings(max_examples=300)
 @given(st.lists(ROWS, min_size=1, max_size=5))
-def test_every_row_follows_the_reference_law(
+def test_every_row_is_sampled_from_the_reference_distribution(
     rows: list[tuple[list[float], SamplingParams, dict[int, int], float]],
 ) -> None:
     logits, params, counts, uniforms = map(list, zip(*rows, strict=True))
@@ -106,7 +106,7 @@ def random_batch(rows: int) -> tuple[Tensor, list[SamplingParams], list[dict[int
 
 
 @pytest.mark.parametrize("rows", range(1, 34))
-def test_a_row_is_chosen_alike_alone_and_in_any_batch(rows: int) -> None:
+def test_a_row_gives_the_same_sample_alone_and_in_any_batch(rows: int) -> None:
     logits, params, counts, uniforms = random_batch(rows)
     together = choose(logits, params, counts, uniforms).tolist()
     alone = [int(choose(logits[r : r + 1], [params[r]], [counts[r]], [uniforms[r]])) for r in range(rows)]
@@ -115,7 +115,7 @@ def test_a_row_is_chosen_alike_alone_and_in_any_batch(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [2, 9, 17, 33])
 @pytest.mark.parametrize("width", [7, VOCAB])
-def test_softmax_and_log_softmax_do_not_round_by_the_batch(rows: int, width: int) -> None:
+def test_softmax_and_log_softmax_are_bitwise_the_same_in_any_batch(rows: int, width: int) -> None:
     logits = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)) * 5
     for f in (lambda x: x.double().softmax(-1), lambda x: x.log_softmax(-1)):
         assert torch.equal(f(logits), torch.cat([f(logits[r : r + 1].clone()) for r in range(rows)]))
@@ -142,7 +142,7 @@ def test_equal_logits_rank_by_id() -> None:
     assert list(logprobs_of(logits, [0], 2)[0].top) == [1, 2]
 
 
-def test_draws_follow_the_softmax() -> None:
+def test_samples_follow_the_softmax() -> None:
     """Chi-square with 5 degrees of freedom; 20.5 is the 0.1 % point, and the seeds are fixed."""
     logits, n = torch.tensor([[0.0, 1.0, -1.0, 0.5, 2.0, -2.0]]), 20_000
     counts = _histogram(logits, SamplingParams(), [draw(123, 0, i) for i in range(n)])
@@ -156,7 +156,7 @@ def _histogram(logits: Tensor, params: SamplingParams, uniforms: Sequence[float]
     return torch.bincount(chosen, minlength=logits.shape[1]).tolist()
 
 
-def test_draws_are_uniform_distinct_and_depend_on_every_argument() -> None:
+def test_random_draws_are_uniform_distinct_and_depend_on_every_argument() -> None:
     draws = [draw(seed, sample, position) for seed in (0, -1, 2**63) for sample in (0, 1) for position in range(500)]
     assert len(set(draws)) == len(draws)
     assert all(0 <= u < 1 for u in draws)
@@ -167,27 +167,27 @@ def test_draws_are_uniform_distinct_and_depend_on_every_argument() -> None:
 
 
 @given(st.integers(-(2**63), 2**64), st.integers(0, 2**64), st.integers(0, 2**40))
-def test_draws_are_numpys(seed: int, sample: int, position: int) -> None:
+def test_random_draws_equal_numpys_philox(seed: int, sample: int, position: int) -> None:
     mask = 2**64 - 1
     stream = np.random.Philox(key=(sample & mask) << 64 | seed & mask, counter=position)
     assert draw(seed, sample, position) == (int(stream.random_raw()) >> 11) * 2.0**-53
 
 
-def test_the_stream_of_a_seed_is_pinned() -> None:
+def test_random_draws_of_a_seed_never_change() -> None:
     """A change here breaks the promise that a seed keeps its meaning."""
     assert [draw(42, 0, i) for i in range(2)] == [0.8201981478608876, 0.36812845090913937]
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams()])
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]])
-def test_a_row_that_is_no_distribution_is_named(params: SamplingParams, bad: list[float]) -> None:
+def test_an_error_names_the_row_whose_logits_are_no_distribution(params: SamplingParams, bad: list[float]) -> None:
     for kernels in KERNELS:
         with pytest.raises(FloatingPointError, match="row 1"):
             _, highest = sampling.choose(torch.tensor([[1.0, 2.0], bad]), [params] * 2, [{}] * 2, [0.5] * 2, kernels)
             sampling.check(highest.tolist())
 
 
-def test_an_impossible_id_is_never_drawn() -> None:
+def test_an_id_with_probability_zero_is_never_sampled() -> None:
     logits = torch.tensor([[0.0, -math.inf, 0.0]])
     assert _histogram(logits, SamplingParams(), [0.0, 0.4999999, 0.5, 0.9999999999999999]) == [2, 0, 2]
 

@@ -114,7 +114,7 @@ jobs = st.lists(
 @given(
     jobs=jobs, budget=st.integers(1, 30), prompts=st.integers(1, 30), most=st.integers(1, 6), total=st.integers(60, 120)
 )
-def test_everything_finishes_within_the_budgets(
+def test_every_sequence_finishes_within_the_budgets(
     jobs: list[tuple[int, int, int, int, int]], budget: int, prompts: int, most: int, total: int
 ) -> None:
     memory = Memory(total)
@@ -149,7 +149,7 @@ def test_everything_finishes_within_the_budgets(
     assert started == set(range(len(jobs)))
 
 
-def test_a_step_spends_at_most_its_rows_and_generating_sequences_come_first() -> None:
+def test_a_step_keeps_its_row_budget_and_serves_generating_sequences_first() -> None:
     scheduler = Scheduler(Memory(10_000), max_sequences=8, max_step_rows=16)
     talking = [sequence(i, 1, 100) for i in range(4)]
     for s in talking:
@@ -163,7 +163,7 @@ def test_a_step_spends_at_most_its_rows_and_generating_sequences_come_first() ->
             advance(scheduler, part)
 
 
-def test_the_youngest_is_preempted_and_goes_on_later(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_youngest_sequence_is_preempted_and_resumed(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "fastblt")
     memory = Memory(30)
     scheduler = Scheduler(memory, max_sequences=4, max_step_rows=64)
@@ -187,7 +187,7 @@ def test_a_lower_priority_value_goes_first() -> None:
     assert [part.sequence for part in scheduler.schedule()] == [late]
 
 
-def test_waiting_makes_up_for_priority() -> None:
+def test_waiting_raises_the_priority_of_a_sequence() -> None:
     scheduler = Scheduler(Memory(2000), max_sequences=1, max_step_rows=64)
     scheduler.add(sequence(0, 1, STEPS_PER_PRIORITY + 9))
     patient = sequence(1, 5, 1, priority=3)
@@ -202,7 +202,7 @@ def test_waiting_makes_up_for_priority() -> None:
 
 @settings(max_examples=50)
 @given(priorities=st.lists(st.integers(-MOST_PRIORITY, MOST_PRIORITY), min_size=1, max_size=10), data=st.data())
-def test_those_that_come_together_go_by_priority_then_arrival(priorities: list[int], data: st.DataObject) -> None:
+def test_sequences_added_together_start_by_priority_then_arrival(priorities: list[int], data: st.DataObject) -> None:
     scheduler = Scheduler(Memory(1000), max_sequences=1, max_step_rows=16)
     for arrival, priority in enumerate(priorities):
         scheduler.add(sequence(arrival, data.draw(st.integers(1, 40)), 1, priority))
@@ -226,7 +226,7 @@ LONG, OUTPUT = 60, 6
     total=st.sampled_from((LONG + OUTPUT + LONGEST, 300)),
     draw=st.randoms(use_true_random=False),
 )
-def test_nobody_starves_behind_an_endless_stream_of_better_priorities(
+def test_an_endless_stream_of_better_priorities_starves_no_sequence(
     most: int, queue: int, rows: int, worse: int, longest: int, total: int, draw: Random
 ) -> None:
     scheduler = Scheduler(Memory(total), max_sequences=most, max_step_rows=most * LONGEST, max_prompt_rows=rows)
@@ -242,7 +242,7 @@ def test_nobody_starves_behind_an_endless_stream_of_better_priorities(
             scheduler.add(sequence(next(arrivals), draw.randint(1, longest), draw.randint(1, OUTPUT)))
         run_step(scheduler)
         steps += 1
-        # Then nobody who comes goes before it; who is there by then is soon done, each in turn the first of all.
+        # Then no new sequence goes before it; those already there are soon done, each in turn the first of all.
         alone = 2 * ceil((LONG + OUTPUT) / rows) + OUTPUT + 1
         assert steps <= worse * STEPS_PER_PRIORITY + (most + queue + 1) * alone
 
@@ -252,7 +252,7 @@ def test_nobody_starves_behind_an_endless_stream_of_better_priorities(
     rows=st.integers(8, 64),
     shorts=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 100)), min_size=1, max_size=8),
 )
-def test_short_prompts_do_not_wait_for_a_long_one_nor_it_for_them(rows: int, shorts: list[tuple[int, int]]) -> None:
+def test_short_and_long_prompts_do_not_block_each_other(rows: int, shorts: list[tuple[int, int]]) -> None:
     scheduler = Scheduler(Memory(10_000), max_sequences=16, max_step_rows=256, max_prompt_rows=rows)
     long = sequence(0, 2000, 1)
     scheduler.add(sequence(100, 1, 500))
@@ -269,7 +269,7 @@ def test_short_prompts_do_not_wait_for_a_long_one_nor_it_for_them(rows: int, sho
         assert steps <= 2 * ceil(2000 / rows) + 2
 
 
-def test_a_short_prompt_leaves_the_last_slot_to_the_first_in_line() -> None:
+def test_a_short_prompt_leaves_the_last_slot_to_the_first_waiting_sequence() -> None:
     scheduler = Scheduler(Memory(1000), max_sequences=3, max_step_rows=16)
     running, first, short, also = sequence(0, 100, 50), sequence(1, 90, 1), sequence(2, 20, 90), sequence(3, 30, 1)
     for s in (running, first, short, also):
@@ -284,7 +284,7 @@ def test_a_short_prompt_leaves_the_last_slot_to_the_first_in_line() -> None:
     assert scheduler.running == [running, first, short]
 
 
-def test_while_memory_is_short_short_prompts_leave_pages_to_the_first_in_line() -> None:
+def test_short_prompts_leave_scarce_pages_to_the_first_waiting_sequence() -> None:
     scheduler = Scheduler(Memory(100), max_sequences=8, max_step_rows=64, max_prompt_rows=12)
     talking, first = sequence(0, 1, 95), sequence(1, 40, 1)
     scheduler.add(talking)
@@ -309,7 +309,7 @@ small = st.floats(0.0, 0.01)
     stall=st.floats(0.0, 0.2),
     prompts=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 800)), min_size=1, max_size=6),
 )
-def test_prompts_stall_streams_no_longer_than_is_allowed(
+def test_prompt_rows_stall_streams_no_longer_than_allowed(
     fixed: float, per_row: float, late: float, stall: float, prompts: list[tuple[int, int]]
 ) -> None:
     def seconds(rows: int) -> float:
@@ -338,8 +338,8 @@ def test_prompts_stall_streams_no_longer_than_is_allowed(
 
 
 @given(st.integers(2, 20), st.integers(1, 16), st.integers(1, 40))
-def test_rounds_that_do_not_fit_into_a_step_come_first_in_the_next(count: int, draft: int, rows: int) -> None:
-    """Nobody who generates waits for longer than it takes to run all others once."""
+def test_rounds_that_do_not_fit_into_a_step_run_first_in_the_next(count: int, draft: int, rows: int) -> None:
+    """No generating sequence waits for longer than it takes to run all others once."""
     scheduler = Scheduler(Memory(1 << 20), max_sequences=count, max_step_rows=rows)
     for arrival in range(count):
         scheduler.add(sequence(arrival, 1, 60, decoder=SelfSpeculation(draft)))

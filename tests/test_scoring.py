@@ -66,7 +66,7 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["plain", "monotonic", "threshold-add", "fast-blt", "meta"])
-def test_figures_equal_a_plain_full_forward(name: str, tmp_path: Path, file: Path) -> None:
+def test_bits_per_byte_equal_a_plain_full_forward(name: str, tmp_path: Path, file: Path) -> None:
     folder = tmp_path / "model"
     if name == "meta":
         write_meta(folder, random_tensors(META_CONFIG, 0), hub=True, beside=False)
@@ -91,7 +91,7 @@ def test_figures_equal_a_plain_full_forward(name: str, tmp_path: Path, file: Pat
 
 
 @pytest.mark.parametrize("name", ["k2", "every-byte"])
-def test_figures_equal_hugging_faces_own(name: str, tmp_path: Path, file: Path) -> None:
+def test_bits_per_byte_equal_hugging_faces(name: str, tmp_path: Path, file: Path) -> None:
     model = HF_MODELS[name]()
     model.save_pretrained(tmp_path / "model")
     expected = sum(nats(hf_logits(model, ids), ids) for ids in cut(file.read_bytes(), 64))
@@ -100,7 +100,7 @@ def test_figures_equal_hugging_faces_own(name: str, tmp_path: Path, file: Path) 
     assert name != "every-byte" or result.mean_patch == 1
 
 
-def test_slices_that_overlap_give_context_and_score_each_byte_once(tmp_path: Path, file: Path) -> None:
+def test_overlapping_slices_give_context_and_score_each_byte_once(tmp_path: Path, file: Path) -> None:
     config, tensors = OUR_MODELS["fast-blt"]()
     save(tmp_path / "model", config, tensors)
     data, expected, patches = file.read_bytes(), 0.0, 0
@@ -123,7 +123,7 @@ def test_a_score_does_not_depend_on_the_batch_or_on_the_number_of_rows_in_a_step
     assert len(texts) == 7 and found[0] == found[1] == found[2]
 
 
-def test_figures_of_files_add_up(tiny: Path, tmp_path: Path, file: Path) -> None:
+def test_scores_of_several_files_add_up(tiny: Path, tmp_path: Path, file: Path) -> None:
     (tmp_path / "other").write_bytes(some_bytes(31, 1))
     both = evaluate(tiny, file, tmp_path / "other")
     alone = [evaluate(tiny, path) for path in (file, tmp_path / "other")]
@@ -142,7 +142,7 @@ def test_figures_of_files_add_up(tiny: Path, tmp_path: Path, file: Path) -> None
     st.data(),
     st.none() | st.integers(1, 50),
 )
-def test_every_byte_is_new_once_and_has_what_context_there_is(
+def test_every_byte_is_scored_once_with_the_available_context(
     files: list[bytes], context: int, data: st.DataObject, most: int | None
 ) -> None:
     stride = data.draw(st.integers(1, context))
@@ -163,7 +163,7 @@ def test_every_byte_is_new_once_and_has_what_context_there_is(
             assert s.num_known == 0
 
 
-def test_the_number_of_bytes_is_known_before_unless_a_pipe_has_them(tmp_path: Path, file: Path) -> None:
+def test_the_number_of_bytes_to_score_is_known_unless_read_from_a_pipe(tmp_path: Path, file: Path) -> None:
     assert Texts((file, file), 8, 8).check() == 300
     assert Texts((file, file), 8, 8, 200).check() == 200
     assert Texts((file, Path("-")), 8, 8).check() is None
@@ -173,7 +173,7 @@ def test_the_number_of_bytes_is_known_before_unless_a_pipe_has_them(tmp_path: Pa
 # The interval.
 
 
-def test_the_interval_covers_as_often_as_it_says() -> None:
+def test_the_95_percent_interval_covers_the_mean_as_often_as_stated() -> None:
     """Slices whose bits differ far more than their bytes would if they were independent."""
     draw, hit, runs = random.Random(0), 0, 1000
     for _ in range(runs):
@@ -187,7 +187,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
     assert hit / runs == pytest.approx(0.95, abs=0.03)
 
 
-def test_the_interval_is_the_textbooks() -> None:
+def test_the_confidence_interval_equals_the_textbook_formula() -> None:
     values, estimate = [1.5, 2.5, 2.0, 3.0, 1.0, 2.6], scoring.Estimate()
     for value in values:
         estimate.add(100 * value, 100)
@@ -197,7 +197,7 @@ def test_the_interval_is_the_textbooks() -> None:
     assert estimate.interval == pytest.approx((mean - half, mean + half), rel=0.01)
 
 
-def test_few_slices_have_no_interval(tiny: Path, file: Path) -> None:
+def test_few_slices_give_no_confidence_interval(tiny: Path, file: Path) -> None:
     result = evaluate(tiny, file)
     assert result.interval is None and "no interval: 3 of the 5 slices" in scoring.render(result)
 
@@ -205,7 +205,7 @@ def test_few_slices_have_no_interval(tiny: Path, file: Path) -> None:
 # The command.
 
 
-def test_eval_prints_one_object(tiny: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_with_json_prints_one_object(tiny: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["eval", "--model", str(tiny), "--context=16", "--max-bytes=100", "--json"]
     found = json.loads(runner.invoke(app, [*flags, str(file)]).stdout)
     assert found["bytes"] == 100 and found["slices"] == 7 and found["interval"][0] < found["bits_per_byte"]
@@ -232,7 +232,7 @@ def test_eval_prints_tables(tiny: Path, file: Path) -> None:
     assert f"{result.stages['global'].rows:,}" in done.stdout
 
 
-def test_eval_says_in_one_line_why_it_cannot(tiny: Path, tmp_path: Path, file: Path) -> None:
+def test_eval_explains_in_one_line_why_it_cannot_score(tiny: Path, tmp_path: Path, file: Path) -> None:
     (tmp_path / "empty").touch()
     model = ("eval", "--model", tiny)
     assert fails(*model, file, none := tmp_path / "none") == f"fastblt: {none}: No such file or directory\n"
@@ -248,14 +248,14 @@ def test_eval_says_in_one_line_why_it_cannot(tiny: Path, tmp_path: Path, file: P
     assert "Invalid value for FILE: name at least one file" in fails(*model, code=2)
 
 
-def test_a_context_of_too_many_patches_is_told_with_the_flag(tmp_path: Path, file: Path) -> None:
+def test_the_error_about_too_many_patches_names_the_context_flag(tmp_path: Path, file: Path) -> None:
     config, tensors = OUR_MODELS["plain"]()
     save(tmp_path / "m", replace(config, global_=replace(config.global_, max_positions=16)), tensors)
     with pytest.raises(ValueError, match="more than 16 patches.*: make --context smaller than 128"):
         evaluate(tmp_path / "m", file, context=128)
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal(
+def test_progress_is_printed_in_lines_without_a_terminal(
     tiny: Path, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("server.progress.INTERVAL", 0.0)
@@ -272,7 +272,7 @@ def test_progress_is_a_bar_on_a_terminal(
     assert "scoring" in said and "150/150 bytes" in said and "\r" in said
 
 
-def test_training_evaluates_block_diffusion_and_names_eval_for_the_rest(
+def test_training_evaluate_refuses_a_model_without_mask_id_and_suggests_eval(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = replace(PRESETS["tiny"], decoder_input="encoder", mask_id=None, block_size=None)

@@ -68,7 +68,7 @@ def hash_itemsize(folder: Path) -> int:
 @pytest.mark.parametrize(
     "choices", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "weights": "float8"}], ids=["f32", "bf16", "f8"]
 )
-def test_weights_take_what_the_tensors_of_an_engine_take(model: Path, choices: dict[str, Any]) -> None:
+def test_sized_weights_equal_the_tensors_of_an_engine(model: Path, choices: dict[str, Any]) -> None:
     engine = make_engine(model, kernels="torch", **choices)
     itemsize, fp8 = (4 if not choices else 2), "weights" in choices
     expected = WeightBytes.of(engine.model_config, itemsize, hash_itemsize(model), fp8=fp8)
@@ -89,12 +89,12 @@ def test_weights_take_what_the_tensors_of_an_engine_take(model: Path, choices: d
 
 
 @pytest.mark.parametrize("choices", [{}, {"cache_bytes": 20 << 20, "dtype": "bfloat16"}, {"max_length": 300}])
-def test_pools_are_as_large_as_they_were_planned(model: Path, choices: dict[str, Any]) -> None:
+def test_page_pools_of_an_engine_equal_the_planned_ones(model: Path, choices: dict[str, Any]) -> None:
     engine = make_engine(model, **choices)
     given = {"cache_bytes": 64 << 20, "page_size": 16} | choices
     plan = plan_caches(engine.model_config, EngineConfig(str(model), **given))
     assert num_bytes(engine.memory.caches) == plan.num_bytes <= given["cache_bytes"]
-    # The scratch page is nobody's.
+    # The scratch page belongs to no sequence.
     assert engine.limits.pages == {name: count - 1 for name, count in plan.pages.items()}
     assert {name: pool.total for name, pool in engine.snapshot().pools.items()} == engine.limits.pages
     assert engine.limits.max_length == plan.max_length
@@ -125,7 +125,7 @@ def crowd(engine: Engine, count: int, context: int) -> tuple[int, dict[str, int]
 
 
 @pytest.mark.parametrize("context", [200, 1000, 3000])
-def test_what_is_said_to_fit_runs_at_once_without_a_preemption(tiny: Path, context: int) -> None:
+def test_as_many_sequences_as_sized_run_at_once_without_preemption(tiny: Path, context: int) -> None:
     sizing = sized(tiny, context=context, patch=3.5, sequences=8)
     engine = engine_of(tiny, sizing)
     running, used = crowd(engine, 8, context)
@@ -138,7 +138,7 @@ def test_what_is_said_to_fit_runs_at_once_without_a_preemption(tiny: Path, conte
     assert sum(used[name] * engine.memory.caches.page_bytes[name] for name in used) > 0.6 * 8 * sizing.sequence_bytes
 
 
-def test_twice_as_many_do_not_run_at_once(tiny: Path) -> None:
+def test_twice_as_many_sequences_as_sized_do_not_run_at_once(tiny: Path) -> None:
     sizing = sized(tiny, context=2500, patch=3.5, sequences=4)
     engine = engine_of(tiny, sizing, max_sequences=8)
     running, _ = crowd(engine, 8, 2500)
@@ -147,7 +147,7 @@ def test_twice_as_many_do_not_run_at_once(tiny: Path) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("context", [1, 700, 9000])
-def test_the_flags_are_the_least_that_hold_the_load(preset: str, context: int) -> None:
+def test_the_suggested_flags_are_the_least_that_hold_the_load(preset: str, context: int) -> None:
     config = PRESETS[preset]
     context = min(context, config.max_length)
     load_of = Load(5, context, 4.5)
@@ -161,7 +161,7 @@ def test_the_flags_are_the_least_that_hold_the_load(preset: str, context: int) -
     assert any(less.pages[name] < plan.pages[name] for name in held)
 
 
-def test_memory_holds_as_many_as_fit_and_not_one_more() -> None:
+def test_memory_holds_exactly_the_number_of_sequences_stated() -> None:
     def of(**choices: Any) -> Sizing:
         drafting = Drafting(8, 0.9, 0.8, 3)
         config = EngineConfig("x", dtype="bfloat16")
@@ -182,12 +182,12 @@ def usages(outputs: dict[str, Output]) -> list[Usage]:
 
 @pytest.mark.parametrize("how", HOWS, ids=lambda how: how["decoder"])
 @pytest.mark.parametrize("count", [1, 4])
-def test_readings_are_what_the_accounting_of_real_generation_finds(how: dict[str, Any], count: int) -> None:
+def test_estimated_bytes_read_equal_the_accounting_of_real_generation(how: dict[str, Any], count: int) -> None:
     source = TEXT.read_bytes()
     length, output = 1200, 160
     prompts = [[1, *(byte + 4 for byte in source[i * 3000 :][: length - 1])] for i in range(count)]
     engine = Engine(EngineConfig(str(NANO), kernels="torch", max_step_rows=count * length, cache_bytes=2 << 30))
-    # Passes behind a step, which come if they seem worth their time, read less: what a machine does is not expected.
+    # Passes after a step, which run if they seem worth their time, read less: results would depend on the machine.
     feeding(engine, runs_on=False)
     found = usages(run(engine, [request(str(i), prompt, output, **how) for i, prompt in enumerate(prompts)]))
     counts, decoder = engine.snapshot().decoders[how["decoder"]], how["decoder"]
@@ -225,7 +225,7 @@ def test_readings_are_what_the_accounting_of_real_generation_finds(how: dict[str
         assert reading.shared_bytes_read < 0.7 * reading.bytes_read
 
 
-def test_a_bound_is_bandwidth_over_bytes() -> None:
+def test_the_bound_on_speed_is_bandwidth_divided_by_bytes_read() -> None:
     config = PRESETS["nano"]
     found = readings(
         config, StageBytes.of(config, 4, 2), PaperFormula.of(config, 4), Load(3, 900, 4), Drafting(block_passes=5), 1e9
@@ -251,7 +251,7 @@ def refused(*arguments: object) -> str:
     return " ".join(result.stderr.split())
 
 
-def test_json_has_the_sizing_and_where_its_numbers_are_from() -> None:
+def test_size_json_has_the_sizes_and_the_sources_of_their_numbers() -> None:
     found = json.loads(shown("--model", NANO, "--json", "--acceptance", "0.5", "--memory", "1GiB"))
     assert found["sources"] == {
         "patch_size": "measured",
@@ -266,7 +266,7 @@ def test_json_has_the_sizing_and_where_its_numbers_are_from() -> None:
     assert {reading["decoder"] for reading in found["decoders"]} == {"blt", "blt-s", "blt-d", "blt-dv"}
 
 
-def test_a_preset_and_its_folder_have_the_same_sizes(tiny: Path) -> None:
+def test_size_of_a_preset_equals_that_of_its_folder(tiny: Path) -> None:
     flags = ("--patch-size", 4, "--sequences", 3, "--json")
     folder, preset = (json.loads(shown(*which, *flags)) for which in (("--model", tiny), ("--config", "tiny")))
     # The fixture's tables are written in float32.
@@ -276,7 +276,7 @@ def test_a_preset_and_its_folder_have_the_same_sizes(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_tables_fit_into_120_columns_and_name_the_flags(preset: str) -> None:
+def test_size_tables_fit_into_120_columns_and_name_the_flags(preset: str) -> None:
     flags = ["--config", preset, "--dtype", "bfloat16", "--memory", "640GiB", "--bandwidth", "8TB/s"]
     out, found = shown(*flags), json.loads(shown(*flags, "--json"))
     assert max(map(len, out.splitlines())) <= 120
@@ -288,7 +288,7 @@ def test_the_tables_fit_into_120_columns_and_name_the_flags(preset: str) -> None
     assert "assumed" in out
 
 
-def test_too_little_memory_is_said() -> None:
+def test_size_reports_too_little_memory() -> None:
     assert "too little for the weights" in shown("--config", "1b", "--memory", "1GiB")
     assert "too little for one sequence" in shown("--config", "1b", "--memory", "13GiB")
 
@@ -315,11 +315,11 @@ def test_too_little_memory_is_said() -> None:
         (["--config", "tiny", "--bandwidth", "0"], "the bandwidth must be above 0"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(arguments: list[str], message: str) -> None:
+def test_size_refuses_impossible_numbers(arguments: list[str], message: str) -> None:
     assert message in refused(*arguments)
 
 
-def test_a_card_that_is_none_is_named(tmp_path: Path) -> None:
+def test_size_names_a_decoders_json_that_is_not_valid(tmp_path: Path) -> None:
     for file in NANO.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "decoders.json").unlink()
@@ -328,7 +328,7 @@ def test_a_card_that_is_none_is_named(tmp_path: Path) -> None:
     assert "decoders.json: not what `fastblt compare --write` leaves" in refused("--model", tmp_path)
 
 
-def test_every_byte_a_patch_needs_no_assumption() -> None:
+def test_size_of_a_model_with_single_byte_patches_needs_no_patch_size() -> None:
     config = replace(PRESETS["tiny"], patching=PatchingRule(mode="bytes"))
     sizing = size(config, EngineConfig("x"), 2, Drafting(block_passes=2), context=500, patch=1.0, sequences=2)
     assert sizing.caches["global"].rows == 500

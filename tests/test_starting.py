@@ -1,4 +1,4 @@
-"""The next step of blt, begun before the host has heard of the last: the same bytes, the same bill."""
+"""The next step of blt, begun before the host has read the last: the same bytes, the same bill."""
 
 from collections import Counter
 from dataclasses import replace
@@ -59,7 +59,7 @@ def counted(engine: Engine) -> list[int]:
 
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SAMPLED])
 @pytest.mark.parametrize("choices", [{}, {"graphs": True}, {"page_size": 4}])
-def test_the_same_bytes_for_the_same_calls(
+def test_launching_the_next_step_ahead_keeps_bytes_and_usage(
     model: Path, sampling: SamplingParams, choices: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = run(starting(make_engine(model, **choices), begins=False), asked(sampling=sampling))
@@ -71,7 +71,7 @@ def test_the_same_bytes_for_the_same_calls(
     assert engine.snapshot().steps <= 80
 
 
-def test_a_sequence_that_ends_makes_the_next_step_another(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_launched_ahead_is_discarded_when_a_sequence_ends(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     law = SamplingParams(temperature=1.0, seed=2, logit_bias={EOS_ID: 4.0})
     requests = asked(sampling=law, ignore_eos=False, stop=[b"e"])
     wanted = run(starting(make_engine(model), begins=False), requests)
@@ -84,7 +84,7 @@ def test_a_sequence_that_ends_makes_the_next_step_another(model: Path, monkeypat
     assert 0 < seen.count(True) < len(begun)
 
 
-def test_nor_does_it_begin_for_cells_that_are_encoded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_is_launched_ahead_for_cells_already_encoded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft whose prompt another has left in the cache begins without a row of its own."""
 
     def texts(*, begins: bool) -> dict[str, list[int]]:
@@ -116,7 +116,7 @@ def test_nor_does_it_begin_for_cells_that_are_encoded(model: Path, monkeypatch: 
 
 
 def overtaken(engine: Engine) -> dict[str, Output]:
-    """Another request comes behind every step, so that none is the one that was begun."""
+    """Another request comes after every step, so that none is the one that was begun."""
     requests = [request(str(n), [1], 6) for n in range(5)]
     outputs = {r.id: Output() for r in requests}
     waiting = list(requests)
@@ -128,7 +128,7 @@ def overtaken(engine: Engine) -> dict[str, Output]:
     return outputs
 
 
-def test_what_was_begun_in_vain_is_nobodys(model: Path) -> None:
+def test_an_unused_launch_ahead_is_charged_to_no_request(model: Path) -> None:
     engine = starting(make_engine(model), begins=True)
     outputs = overtaken(engine)
     usages = [usage(output) for output in outputs.values()]
@@ -136,7 +136,7 @@ def test_what_was_begun_in_vain_is_nobodys(model: Path) -> None:
         assert rows == sum(u.rows[stage] for u in usages), stage
 
 
-def test_a_launch_ahead_that_no_step_used_is_timed_like_any_other(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unused_launch_ahead_is_timed_like_any_other(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which every launch takes one second."""
     engine = starting(make_engine(model), begins=True)
     seen, clock, launched, learnt = watched(monkeypatch), iter(range(10**6)), Counter[str](), Counter[str]()
@@ -151,7 +151,7 @@ def test_a_launch_ahead_that_no_step_used_is_timed_like_any_other(model: Path, m
     assert {stage: learnt[stage] for stage in launched} == dict(launched), "what costs were learnt from"
 
 
-def test_nothing_is_begun_behind_the_last_byte_nor_without_pages(model: Path) -> None:
+def test_no_step_is_launched_ahead_after_the_last_byte_or_without_pages(model: Path) -> None:
     engine = starting(make_engine(model), begins=True)
     begun = counted(engine)
     run(engine, [request("a", text(9, 1), 4)])
@@ -161,7 +161,7 @@ def test_nothing_is_begun_behind_the_last_byte_nor_without_pages(model: Path) ->
     assert begun == [1, 1, 1]
 
 
-def test_what_it_must_promise() -> None:
+def test_the_relative_cost_of_a_launch_ahead_follows_from_stage_costs() -> None:
     def learnt(**seconds: float) -> LatencyModel:
         costs = LatencyModel(drafts_encode=False, has_device=True)
         for stage, one in seconds.items():

@@ -20,7 +20,7 @@ def search(text: bytes, stops: list[bytes]) -> tuple[bytes, int | None]:
 
 @settings(max_examples=400)
 @given(TEXTS, STOPS)
-def test_feeding_byte_by_byte_equals_a_search_of_the_whole_text(text: bytes, stops: list[bytes]) -> None:
+def test_the_stop_matcher_fed_byte_by_byte_equals_a_search_of_the_whole_text(text: bytes, stops: list[bytes]) -> None:
     expected, end = search(text, stops)
     matcher, released, stopped_at = StopMatcher(stops), b"", None
     for i, byte in enumerate(text):
@@ -41,7 +41,7 @@ def test_feeding_byte_by_byte_equals_a_search_of_the_whole_text(text: bytes, sto
 
 @settings(max_examples=100)
 @given(TEXTS, STOPS, st.data())
-def test_a_matcher_fed_the_same_bytes_again_goes_on_where_the_first_one_was(
+def test_a_stop_matcher_fed_the_same_bytes_again_has_the_same_state(
     text: bytes, stops: list[bytes], data: st.DataObject
 ) -> None:
     _, end = search(text, stops)

@@ -54,7 +54,7 @@ def run(
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_patch_length": 3}])
-def test_patches_are_the_served_ones(
+def test_patches_in_training_equal_those_in_serving(
     random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, changes: dict[str, int]
 ) -> None:
     config, weights = random_model
@@ -85,7 +85,7 @@ def test_the_training_pass_equals_the_oracle(name: str, row: Tensor) -> None:
         torch.testing.assert_close(logits, reference.forward(config, weights, text_ids), atol=1e-4, rtol=0)
 
 
-def test_no_row_sees_a_later_byte_even_through_a_latent(
+def test_no_row_attends_to_a_later_byte_even_through_a_latent(
     random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches
 ) -> None:
     config, weights = random_model
@@ -101,7 +101,7 @@ def test_no_row_sees_a_later_byte_even_through_a_latent(
     assert moved.diagonal()[1:].float().mean() > 0.9
 
 
-def test_a_block_sees_no_clean_byte_from_its_start_on(
+def test_a_block_attends_to_no_clean_byte_from_its_start_on(
     random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches
 ) -> None:
     config, weights = random_model
@@ -119,7 +119,7 @@ def test_a_block_sees_no_clean_byte_from_its_start_on(
         assert ((after - before).abs().amax(-1) > 1e-4).all(), "the byte just before the block is seen by all its cells"
 
 
-def test_a_block_behind_a_text_and_within_it_gives_the_same(
+def test_a_block_after_a_text_and_one_within_it_give_the_same_logits(
     random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches
 ) -> None:
     config, weights = random_model
@@ -133,7 +133,7 @@ def test_a_block_behind_a_text_and_within_it_gives_the_same(
         torch.testing.assert_close(behind, within, atol=1e-5, rtol=0)
 
 
-def test_blocks_see_all_of_themselves_and_nobody_sees_them(
+def test_a_block_attends_to_all_of_itself_and_no_other_row_attends_to_it(
     random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches
 ) -> None:
     config, weights = random_model
@@ -149,7 +149,7 @@ def test_blocks_see_all_of_themselves_and_nobody_sees_them(
     assert ((cells_after - cells)[0, 1].abs().amax(-1) > 1e-4).all(), "the last cell is seen by the first"
 
 
-def test_the_clean_loss_is_the_oracles_over_every_byte_the_last_included(
+def test_the_clean_loss_equals_the_oracles_over_every_byte(
     random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches
 ) -> None:
     config, weights = random_model
@@ -159,7 +159,7 @@ def test_the_clean_loss_is_the_oracles_over_every_byte_the_last_included(
     torch.testing.assert_close(found.clean, F.cross_entropy(logits, row[0, 1:]), atol=1e-4, rtol=0)
 
 
-def test_the_mask_loss_is_the_papers_sum_over_all_blocks(
+def test_the_mask_loss_equals_the_papers_sum_over_all_blocks(
     random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches
 ) -> None:
     config, weights = random_model
@@ -178,7 +178,7 @@ def test_the_mask_loss_is_the_papers_sum_over_all_blocks(
     assert float(found.mask) == pytest.approx(total / LENGTH, rel=1e-4)
 
 
-def test_a_sample_of_blocks_stands_for_all_and_padding_is_never_asked_for(
+def test_sampled_blocks_are_weighted_to_stand_for_all_and_skip_padding(
     random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches
 ) -> None:
     config, weights = random_model
@@ -199,7 +199,7 @@ def test_a_sample_of_blocks_stands_for_all_and_padding_is_never_asked_for(
     assert math.isfinite(float(loss.clean)) and math.isfinite(float(loss.mask))
 
 
-def test_every_weight_learns(
+def test_every_weight_gets_a_gradient(
     random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches
 ) -> None:
     config, weights = random_model

@@ -31,13 +31,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> State:
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=40))
-def test_packed_numbers_are_the_same_bits(bits: list[int]) -> None:
+def test_packed_numbers_are_unpacked_to_the_same_bits(bits: list[int]) -> None:
     numbers = torch.from_numpy(np.array(bits, np.uint32).view(np.float32))
     found = unpacked(packed(numbers), tuple(numbers.shape))
     assert found.numpy().view(np.uint32).tolist() == bits
 
 
-def test_packing_saves_the_exponents_and_what_was_rounded() -> None:
+def test_packing_compresses_exponents_and_rounded_mantissas() -> None:
     numbers = torch.randn(100, 1000, generator=torch.Generator().manual_seed(0))
     assert len(packed(numbers)) < 0.87 * 4 * numbers.numel()
     assert len(packed(numbers.bfloat16().float())) < 0.4 * 4 * numbers.numel()
@@ -49,7 +49,7 @@ def test_packing_saves_the_exponents_and_what_was_rounded() -> None:
 
 @settings(max_examples=25)
 @given(data=st.binary(max_size=100), most=st.integers(1, 40), old=st.binary(max_size=60))
-def test_parts_give_the_whole_and_the_next_write_clears_up(
+def test_parts_are_read_back_whole_and_the_next_write_removes_old_ones(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, most: int, old: bytes
 ) -> None:
     folder = tmp_path_factory.mktemp("parts")
@@ -62,7 +62,7 @@ def test_parts_give_the_whole_and_the_next_write_clears_up(
     assert all((folder / part.file).stat().st_size <= most for part in found)
 
 
-def test_a_state_in_parts_is_the_state(trained: State, tmp_path: Path) -> None:
+def test_a_state_saved_in_parts_is_loaded_unchanged(trained: State, tmp_path: Path) -> None:
     trained.save(tmp_path, MOST)
     files = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert len(files) > 5 and all(size <= MOST for name, size in files.items() if name != "state.json")
@@ -75,7 +75,7 @@ def test_a_state_in_parts_is_the_state(trained: State, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut_at", [1, 3, "manifest", "clearing"])
-def test_a_write_that_is_cut_leaves_the_state_before_it(
+def test_an_interrupted_write_keeps_the_previous_state(
     trained: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_at: int | str
 ) -> None:
     other = State.new(SETTINGS, CONFIG)
@@ -104,7 +104,7 @@ def test_a_write_that_is_cut_leaves_the_state_before_it(
     assert {path.name for path in tmp_path.iterdir()} == {"state.json", *named}
 
 
-def test_a_part_that_is_missing_or_not_what_it_was_is_named(trained: State, tmp_path: Path) -> None:
+def test_an_error_names_a_missing_or_damaged_part(trained: State, tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"state\.json does not exist: there is no run in"):
         State.load(tmp_path, CONFIG)
     trained.save(tmp_path, MOST)
@@ -131,7 +131,7 @@ def test_a_part_that_is_missing_or_not_what_it_was_is_named(trained: State, tmp_
         State.load(tmp_path, CONFIG)
 
 
-def test_what_a_lost_process_measured_gives_way_to_what_was_measured_after_it(tmp_path: Path) -> None:
+def test_metrics_of_a_lost_process_are_replaced_by_later_ones(tmp_path: Path) -> None:
     def measure(begin: int, end: int, by: float) -> None:
         with Metrics(tmp_path, begin) as metrics:
             for step in range(begin, end):
@@ -149,7 +149,7 @@ def test_what_a_lost_process_measured_gives_way_to_what_was_measured_after_it(tm
     assert sorted(os.listdir(tmp_path)) == ["metrics-00000000.jsonl", "metrics-00000003.jsonl"]
 
 
-def test_an_archive_holds_the_library_and_its_version(tmp_path: Path) -> None:
+def test_a_corpus_archive_holds_the_library_and_its_version(tmp_path: Path) -> None:
     library = tmp_path / "library"
     for i in range(60):
         (library / f"a{i % 3}").mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def test_an_archive_holds_the_library_and_its_version(tmp_path: Path) -> None:
             corpus.read_archive(archive)
 
 
-def test_many_matrices_at_once_are_trained_as_one_by_one() -> None:
+def test_batched_muon_equals_torchs_muon() -> None:
     draw = torch.Generator().manual_seed(0)
     shapes = [(24, 24), (32, 16), (24, 24), (16, 32), (32, 16)]
     ours = [torch.randn(shape, generator=draw, requires_grad=True) for shape in shapes]

@@ -37,7 +37,7 @@ class InterruptedCorpus(Corpus):
         return super().rows(draw, count, length)
 
 
-def test_the_library_is_read_without_installed_packages_and_split_by_name(tmp_path: Path) -> None:
+def test_the_corpus_leaves_out_installed_packages_and_is_split_by_name(tmp_path: Path) -> None:
     for i in range(200):
         (tmp_path / f"{i}.py").write_text(f"# {i}\n")
     (tmp_path / "site-packages").mkdir()
@@ -52,7 +52,7 @@ def test_the_library_is_read_without_installed_packages_and_split_by_name(tmp_pa
         standard_library(tmp_path / "nothing")
 
 
-def test_a_row_is_one_slice_of_one_document() -> None:
+def test_a_training_row_is_one_slice_of_one_document() -> None:
     documents = [[*(b + BYTE_OFFSET for b in text), EOS_ID] for text in TEXTS]
     rows = CORPUS.rows(np.random.default_rng(0), 50, 40).tolist()
     assert all(len(row) == 41 and row[0] == BOS_ID for row in rows)
@@ -64,13 +64,13 @@ def test_a_row_is_one_slice_of_one_document() -> None:
     assert any(EOS_ID in row for row in rows)
 
 
-def test_slices_hold_every_id_once() -> None:
+def test_evaluation_slices_hold_every_id_once() -> None:
     ids = [i for row in CORPUS.slices(16).tolist() for i in row[1:] if i != PAD_ID]
     assert ids == [i for text in TEXTS for i in [*(b + BYTE_OFFSET for b in text), EOS_ID]]
 
 
 @pytest.mark.parametrize("stop_at", [2, 4, 7])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, stop_at: int) -> None:
+def test_a_stopped_training_run_resumes_to_the_same_result(tmp_path: Path, stop_at: int) -> None:
     whole = State.new(SETTINGS, CONFIG)
     train(whole, CORPUS, tmp_path / "whole")
 
@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, stop_at: in
     assert losses[0] == losses[1] and len(losses[0]) == 2 * (SETTINGS.steps or 0)
 
 
-def test_a_run_by_minutes_ends_with_its_time() -> None:
+def test_a_training_run_limited_in_minutes_ends_on_time() -> None:
     settings = replace(SETTINGS, steps=None, minutes=10.0, patcher_share=0.1)
     state = State.new(settings, CONFIG)
     patcher, main = state.phases["patcher"], state.phases["model"]
@@ -101,7 +101,7 @@ def test_a_run_by_minutes_ends_with_its_time() -> None:
         Settings()
 
 
-def test_a_run_ends_in_a_model_folder_with_its_card_and_curve(tmp_path: Path) -> None:
+def test_a_training_run_exports_a_model_folder_with_card_and_curve(tmp_path: Path) -> None:
     state = State.new(SETTINGS, CONFIG)
     train(state, CORPUS, tmp_path / "run")
     result = export(state, CORPUS, CORPUS, tmp_path / "run", tmp_path / "out")
@@ -118,7 +118,7 @@ def test_a_run_ends_in_a_model_folder_with_its_card_and_curve(tmp_path: Path) ->
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_ablation_takes_the_patcher_of_another_run(tmp_path: Path) -> None:
+def test_an_ablation_reuses_the_patcher_of_another_run(tmp_path: Path) -> None:
     first = State.new(SETTINGS, CONFIG)
     with pytest.raises(ValueError, match="not finished its patcher"):
         State.new(SETTINGS, CONFIG).adopt_patcher(first)

@@ -43,7 +43,7 @@ def no_compiler_left() -> Iterator[None]:
     torch._dynamo.config.suppress_errors = False
 
 
-def test_stages_on_changing_machines_give_what_one_run_gives(whole: tuple[State, list[float]], tmp_path: Path) -> None:
+def test_stages_on_several_machines_equal_one_training_run(whole: tuple[State, list[float]], tmp_path: Path) -> None:
     folder, state = tmp_path / "0", State.new(SETTINGS, CONFIG)
     for stage in range(1, 20):
         try:
@@ -62,7 +62,7 @@ def test_stages_on_changing_machines_give_what_one_run_gives(whole: tuple[State,
         assert torch.equal(State.load(folder, CONFIG).weights[name], weight), name
 
 
-def test_a_stage_leaves_time_to_save_twice_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_stage_reserves_twice_the_time_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = State.save
 
     def slow(state: State, folder: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_stage_leaves_time_to_save_twice_over(tmp_path: Path, monkeypatch: pyt
     assert State.load(tmp_path, CONFIG).steps == len(read_metrics(tmp_path)) > 1
 
 
-def test_another_text_is_refused(tmp_path: Path) -> None:
+def test_resuming_with_another_corpus_is_refused(tmp_path: Path) -> None:
     train(State.new(replace(SETTINGS, steps=1), CONFIG), CORPUS, tmp_path)
     other = replace(CORPUS, texts=(*CORPUS.texts[:-1], b"another\n"))
     assert replace(CORPUS, python="3.99.0").digest == CORPUS.digest != other.digest
@@ -88,7 +88,7 @@ def test_another_text_is_refused(tmp_path: Path) -> None:
         export.export(State.load(tmp_path, CONFIG), other, CORPUS, tmp_path, tmp_path / "out")
 
 
-def test_a_step_elsewhere_touches_no_tensor_of_the_host_and_waits_once(
+def test_a_training_step_on_a_device_reads_no_host_tensor_and_waits_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Fused AdamW is for devices that torch has kernels for; the one here runs each operation alone.
@@ -127,7 +127,7 @@ def counted(name: str, waits: list[str], counts: list[int], monkeypatch: pytest.
     monkeypatch.setattr(training, name, making)
 
 
-def test_the_other_device_refuses_what_a_gpu_refuses() -> None:
+def test_the_simulated_device_refuses_host_tensors_and_counts_waits() -> None:
     with other_device() as waits:
         there = torch.ones(3, device=DEVICE)
         for mixed in (lambda: there + torch.ones(3), lambda: torch.cat([there, torch.ones(3)])):
@@ -169,7 +169,7 @@ print(main([*arguments, "--stage-minutes", "0.0001"]), main([*arguments, "--stag
 """
 
 
-def test_training_needs_little_installed_and_says_whether_there_is_more_to_do(tmp_path: Path, archive: Path) -> None:
+def test_training_imports_few_packages_and_its_exit_code_tells_whether_to_resume(tmp_path: Path, archive: Path) -> None:
     arguments = [sys.executable, "-c", LITTLE, " ".join(NEEDED | TORCHS), *command(tmp_path, archive)]
     found = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
@@ -178,7 +178,7 @@ def test_training_needs_little_installed_and_says_whether_there_is_more_to_do(tm
     assert "finished; python -m training.export --run" in found.stdout
 
 
-def test_a_state_from_the_middle_becomes_a_model(
+def test_an_unfinished_training_state_can_be_exported(
     tmp_path: Path, archive: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
@@ -211,7 +211,7 @@ def test_a_state_from_the_middle_becomes_a_model(
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has what is asked for")
-def test_what_cannot_be_is_said_at_once(
+def test_wrong_training_flags_are_refused_at_once(
     tmp_path: Path, archive: Path, capsys: pytest.CaptureFixture[str], more: str, message: str
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -220,7 +220,7 @@ def test_what_cannot_be_is_said_at_once(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_keeps_its_settings_and_is_not_begun_over(
+def test_a_resumed_run_keeps_its_settings_and_a_new_run_does_not_overwrite_it(
     tmp_path: Path, archive: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert training.main(command(tmp_path, archive, "--stage-minutes", "0.0001")) == MORE_TO_DO
@@ -240,7 +240,7 @@ def double(row: torch.Tensor) -> torch.Tensor:
     return 2 * row
 
 
-def test_a_pass_is_compiled_where_there_is_time_and_a_compiler(
+def test_a_training_pass_is_compiled_when_time_and_compiler_allow(
     no_compiler_left: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = torch.ones(2, 5, requires_grad=True)

@@ -14,7 +14,7 @@ NUMBERS = {
 
 
 @given(st.data())
-def test_what_is_read_in_one_copy_is_what_was_there(data: st.DataObject) -> None:
+def test_tensors_read_in_one_copy_are_unchanged(data: st.DataObject) -> None:
     tensors = []
     for dtype in data.draw(st.lists(st.sampled_from(list(NUMBERS)), min_size=1, max_size=4)):
         shape = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))
@@ -25,7 +25,7 @@ def test_what_is_read_in_one_copy_is_what_was_there(data: st.DataObject) -> None
     assert unpacked(packed(tensors), tensors) == expected == read(*tensors)
 
 
-def test_numbers_that_are_none_stay_so() -> None:
+def test_nan_and_infinity_survive_the_copy() -> None:
     bad = torch.tensor([torch.nan, torch.inf, 1.0])
     (found,) = unpacked(packed([bad]), [bad])
     assert found[0] != found[0] and found[1:] == [torch.inf, 1.0]

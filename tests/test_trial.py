@@ -16,7 +16,7 @@ from tests.engines import make_engine, request, run
 STAGES = {"patcher", "encoder", "global", "decoder", "step"}
 
 
-def test_an_engine_that_has_tried_is_as_new(tiny: Path) -> None:
+def test_calibration_leaves_the_engine_in_its_initial_state(tiny: Path) -> None:
     new, tried = make_engine(tiny), make_engine(tiny)
     tried.calibrate()
     assert tried.snapshot() == new.snapshot()
@@ -28,7 +28,7 @@ def test_an_engine_that_has_tried_is_as_new(tiny: Path) -> None:
     assert found["a"].end.usage.cached_tokens == 0  # type: ignore[union-attr]
 
 
-def test_it_knows_what_every_stage_costs_and_takes_prompts_by_that(tiny: Path) -> None:
+def test_calibration_measures_every_stage_and_sets_prompt_rows(tiny: Path) -> None:
     engine = make_engine(tiny, max_stall_ms=0.0)
     assert engine.info().prompt_rows == EngineConfig("").max_step_rows
     engine.calibrate()
@@ -41,7 +41,7 @@ def test_it_knows_what_every_stage_costs_and_takes_prompts_by_that(tiny: Path) -
     assert patient.info().prompt_rows == 77
 
 
-def test_costs_are_read_from_the_file_if_they_are_of_this_model(tiny: Path, tmp_path: Path) -> None:
+def test_stage_costs_are_read_from_the_file_only_for_the_same_model(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "costs.json"
     first = make_engine(tiny, stage_costs=str(file))
     first.calibrate()
@@ -57,7 +57,7 @@ def test_costs_are_read_from_the_file_if_they_are_of_this_model(tiny: Path, tmp_
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"of": {}, "steps": []}', '{"of": {}, "steps": [{"rows": "x"}]}'])
-def test_a_file_that_holds_something_else_is_refused(tiny: Path, tmp_path: Path, content: str) -> None:
+def test_a_file_without_stage_costs_is_refused(tiny: Path, tmp_path: Path, content: str) -> None:
     file = tmp_path / "costs.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=r"costs\.json holds no stage costs"):
@@ -65,7 +65,7 @@ def test_a_file_that_holds_something_else_is_refused(tiny: Path, tmp_path: Path,
 
 
 @given(fixed=st.floats(1e-4, 0.9), per_row=st.floats(0, 0.05))
-def test_trying_ends_in_time(fixed: float, per_row: float) -> None:
+def test_calibration_ends_within_its_time_budget(fixed: float, per_row: float) -> None:
     now = 0.0
 
     def step(rows: int) -> MeasuredStep:
@@ -84,7 +84,7 @@ def test_trying_ends_in_time(fixed: float, per_row: float) -> None:
 
 
 @given(fixed=st.floats(2e-3, 0.02), recording=st.floats(0.1, 40))
-def test_steps_that_record_do_not_count(fixed: float, recording: float) -> None:
+def test_steps_that_record_graphs_are_not_measured(fixed: float, recording: float) -> None:
     now = 0.0
     recorded: set[int] = set()
 
@@ -105,7 +105,7 @@ def test_steps_that_record_do_not_count(fixed: float, recording: float) -> None:
     assert len(found) == 5 or len(recorded) * (fixed + recording) >= trial.MOST_RECORDING_SECONDS
 
 
-def test_an_engine_that_records_is_tried_when_it_has(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_with_graphs_is_measured_after_recording(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(tiny, graphs=True)
     executor, counts = engine.stepper.executor, []
     monkeypatch.setattr(trial, "SECONDS", 0.0)
@@ -117,12 +117,12 @@ def test_an_engine_that_records_is_tried_when_it_has(tiny: Path, monkeypatch: py
     assert len(counts) == 2 * len(steps) and len(set(counts)) == len(steps)
 
 
-def test_without_a_second_step_prompts_get_the_least() -> None:
+def test_prompt_rows_are_least_when_only_one_step_was_measured() -> None:
     assert prompt_rows([MeasuredStep(1, {"decoder": (1, 1.0)})], 0.05, 512) == LEAST_PROMPT_ROWS
     assert prompt_rows([MeasuredStep(1, {"decoder": (1, 1.0)})], 0.05, 8) == 8
 
 
-def test_what_was_measured_is_where_learning_begins() -> None:
+def test_the_latency_model_starts_from_calibrated_costs() -> None:
     costs = LatencyModel(drafts_encode=False)
     for rows in (1, 4, 16, 64):
         costs.calibrate("decoder", rows, 1.0 + 0.5 * rows)

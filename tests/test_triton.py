@@ -25,7 +25,7 @@ from tests.operands import TRITONS as DEVICE
 TORCH, TRITON = Kernels(), TritonKernels()
 
 
-def test_twins_have_the_same_signature() -> None:
+def test_triton_and_torch_kernels_have_the_same_signatures() -> None:
     names = [name for name, value in vars(TritonKernels).items() if isinstance(value, staticmethod)]
     assert names == [name for name, value in vars(Kernels).items() if isinstance(value, staticmethod)]
     for name in names:
@@ -33,7 +33,7 @@ def test_twins_have_the_same_signature() -> None:
         assert getattr(TRITON, name) is not getattr(TORCH, name)
 
 
-def test_who_computes_is_chosen_by_name_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_chosen_by_name_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert choose_kernels(None, cuda).name == "triton"
     assert choose_kernels("torch", cuda).name == "torch"
@@ -51,7 +51,7 @@ def test_who_computes_is_chosen_by_name_and_device(monkeypatch: pytest.MonkeyPat
     SEEDS, FLOATS, st.integers(1, 40), st.integers(1, 70), st.integers(1, 150), st.booleans(), st.booleans(),
     st.booleans(), st.integers(0, 2),
 )  # fmt: skip
-def test_linear(
+def test_linear_equals_torch(
     seed: int, dtype: torch.dtype, rows: int, out: int, width: int, normed: bool, gated: bool, fp8: bool, residuals: int
 ) -> None:
     draw = Draw(seed, DEVICE)
@@ -73,7 +73,7 @@ def test_linear(
 
 @few
 @given(SEEDS, FLOATS, st.integers(1, 40), st.integers(1, 150))
-def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
+def test_rms_norm_equals_torch(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
     draw = Draw(seed, DEVICE)
     x, weight = draw.randn(rows, width, dtype=dtype), draw.randn(width, dtype=dtype)
     found = rms_norm_triton(x, weight, 1e-5)
@@ -81,7 +81,7 @@ def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
     assert torch.equal(rms_norm_triton(x[-1:].contiguous(), weight, 1e-5), found[-1:])
 
 
-def test_float8_keeps_three_bits_of_every_weight() -> None:
+def test_float8_quantization_keeps_three_bits_of_every_weight() -> None:
     weight = Draw(0, DEVICE).randn(20, 50)
     data, scale = quantize(weight)
     assert scale is not None
@@ -93,7 +93,7 @@ def test_float8_keeps_three_bits_of_every_weight() -> None:
 
 @few
 @given(SEEDS, FLOATS, layouts(), st.sampled_from([(4, 4, 8), (4, 2, 16), (6, 2, 20), (1, 1, 32)]))
-def test_attention(
+def test_attention_equals_torch(
     seed: int,
     dtype: torch.dtype,
     layout: Layout,
@@ -112,7 +112,7 @@ def test_attention(
 
 @few
 @given(SEEDS, FLOATS, layouts(), st.integers(1, 4))
-def test_long_contexts_split_over_the_device_are_the_same_bits(
+def test_attention_over_a_split_context_is_the_same_bits(
     seed: int, dtype: torch.dtype, layout: Layout, segment: int
 ) -> None:
     plans = [Laid(layout, Draw(seed, DEVICE), split).on_device() for split in (False, True)]
@@ -143,15 +143,15 @@ def test_attention_does_not_depend_on_the_batch(seed: int, dtype: torch.dtype, l
     assert torch.equal(TRITON.attention(q, *caches, alone)[: laid.num_rows], found[: laid.num_rows])
 
 
-def test_segments_are_many_enough_to_be_split() -> None:
-    """What the tests above rely on: their longest context spans several segments."""
+def test_the_longest_context_of_these_tests_spans_several_segments() -> None:
+    """What the tests of split contexts rely on."""
     laid = Laid((4, 0, [(300, 1, 0, 0)]), Draw(0, DEVICE), split=True)
     assert laid.plan.shape.most_segments == 300 // 4 // attention_file.SEGMENT + 1 > 3
 
 
 @few
 @given(SEEDS, FLOATS, st.integers(1, 9), st.sampled_from([(4, 4, 8), (6, 2, 20), (1, 1, 2)]))
-def test_store(seed: int, dtype: torch.dtype, rows: int, shape: tuple[int, int, int]) -> None:
+def test_store_equals_torch(seed: int, dtype: torch.dtype, rows: int, shape: tuple[int, int, int]) -> None:
     draw, (heads, kv_heads, head_dim) = Draw(seed, DEVICE), shape
     places = torch.tensor(draw.shuffled(7 * 4)[:rows], device=DEVICE)
     page, offset = places // 4, places % 4
@@ -173,7 +173,9 @@ def test_store(seed: int, dtype: torch.dtype, rows: int, shape: tuple[int, int, 
 
 @few
 @given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 4), st.sampled_from([(4, 4, 8), (10, 2, 20), (1, 1, 2)]))
-def test_slot_attention(seed: int, dtype: torch.dtype, rows: int, slots: int, shape: tuple[int, int, int]) -> None:
+def test_slot_attention_equals_torch(
+    seed: int, dtype: torch.dtype, rows: int, slots: int, shape: tuple[int, int, int]
+) -> None:
     draw, (heads, kv_heads, head_dim) = Draw(seed, DEVICE), shape
     caches = [draw.randn(5, kv_heads, 3 * slots, head_dim, dtype=dtype) for _ in range(2)]
     q, page, offset = draw.randn(rows, heads, head_dim, dtype=dtype), draw.below(5, rows), draw.below(3, rows) * slots
@@ -182,7 +184,7 @@ def test_slot_attention(seed: int, dtype: torch.dtype, rows: int, slots: int, sh
 
 @few
 @given(SEEDS, FLOATS, FLOATS, st.integers(1, 9), st.integers(1, 70), st.integers(1, 3))
-def test_hash_embed(
+def test_hash_embed_equals_torch(
     seed: int, dtype: torch.dtype, stored: torch.dtype, rows: int, dim: int, functions: int
 ) -> None:  # fmt: skip
     draw, sizes = Draw(seed, DEVICE), (3, 4, 8)
@@ -197,7 +199,7 @@ def test_hash_embed(
 
 @few
 @given(SEEDS, FLOATS, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 300))
-def test_patch_max(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) -> None:
+def test_patch_max_equals_torch(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) -> None:
     draw = Draw(seed, DEVICE)
     places = torch.tensor(draw.shuffled(60)[: sum(lengths)], dtype=torch.int64, device=DEVICE)
     bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
@@ -207,21 +209,21 @@ def test_patch_max(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) 
 
 @few
 @given(SEEDS, FLOATS, st.integers(1, 6), st.integers(1, 300), st.sampled_from([0.1, 3.0, 40.0]))
-def test_entropy(seed: int, dtype: torch.dtype, rows: int, vocab_size: int, spread: float) -> None:
+def test_entropy_equals_torch(seed: int, dtype: torch.dtype, rows: int, vocab_size: int, spread: float) -> None:
     logits = Draw(seed, DEVICE).randn(rows, vocab_size, dtype=dtype) * spread
     close(TRITON.entropy(logits), TORCH.entropy(logits))
 
 
 @few
 @given(SEEDS, st.sampled_from(RULES), st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5)), max_size=4))
-def test_boundaries(seed: int, rule: Rule, sequences: list[tuple[int, int]]) -> None:
+def test_boundaries_equals_torch(seed: int, rule: Rule, sequences: list[tuple[int, int]]) -> None:
     how = (*Draw(seed, DEVICE).patches(sequences), rule)
     assert torch.equal(TRITON.boundaries(*how), TORCH.boundaries(*how))
 
 
 @few
 @given(SEEDS, st.integers(1, 5), st.integers(1, 12), st.sampled_from([0.1, 3.0, 20.0]))
-def test_unmasking(seed: int, num_blocks: int, size: int, spread: float) -> None:
+def test_unmasking_equals_torch(seed: int, num_blocks: int, size: int, spread: float) -> None:
     draw = Draw(seed, DEVICE)
     logits = draw.randn(num_blocks * size, 260) * spread
     logits[:, :3] = -torch.inf
@@ -241,7 +243,7 @@ def test_unmasking(seed: int, num_blocks: int, size: int, spread: float) -> None
 
 @few
 @given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]))
-def test_likeliest(seed: int, rows: int, vocab_size: int) -> None:
+def test_likeliest_equals_torch(seed: int, rows: int, vocab_size: int) -> None:
     draw = Draw(seed, DEVICE)
     logits = draw.below(5, rows, vocab_size).float()
     logits[0, 0] = -torch.inf
@@ -253,7 +255,7 @@ def test_likeliest(seed: int, rows: int, vocab_size: int) -> None:
 
 @few
 @given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]), st.booleans())
-def test_sample(seed: int, rows: int, vocab_size: int, double: bool) -> None:
+def test_sample_equals_torch(seed: int, rows: int, vocab_size: int, double: bool) -> None:
     draw = Draw(seed, DEVICE)
     logits, laws = draw.randn(rows, vocab_size) * 3, draw.laws(rows, vocab_size)
     logits[:, -1] = logits[:, 0]
@@ -263,8 +265,8 @@ def test_sample(seed: int, rows: int, vocab_size: int, double: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("vocab_size", [1, 5, 260])
-def test_what_rows_of_nan_give_is_an_id(vocab_size: int) -> None:
-    """It is fed on before the host hears that it means nothing; an embedding has no rows for other numbers."""
+def test_rows_of_nan_give_valid_ids(vocab_size: int) -> None:
+    """It is fed on before the host knows that it means nothing; an embedding has no rows for other numbers."""
     logits = torch.full((3, vocab_size), torch.nan, device=DEVICE)
     laws = torch.tensor([[0.0, vocab_size, 1, 0], [1, vocab_size, 1, 0], [0.7, 1, 0.9, 0.1]], device=DEVICE).double()
     uniforms = torch.full((3,), 0.999, dtype=torch.float64, device=DEVICE)
@@ -274,7 +276,7 @@ def test_what_rows_of_nan_give_is_an_id(vocab_size: int) -> None:
 
 @few
 @given(SEEDS, st.integers(1, 5), st.integers(1, 17))
-def test_accepted(seed: int, num: int, width: int) -> None:
+def test_accepted_equals_torch(seed: int, num: int, width: int) -> None:
     draw = Draw(seed, DEVICE)
     drafts, drawn, lengths = draw.below(2, num, width), draw.below(2, num, width), draw.below(width + 1, num)
     drawn[0] = drafts[0]

@@ -44,13 +44,13 @@ def texts(model: Path, requests: list[Request], **choices: Any) -> dict[str, lis
     return {name: output.ids for name, output in run(make_engine(model, **choices), requests).items()}
 
 
-def test_triton_decodes_what_torch_decodes_with_every_decoder(model: Path) -> None:
+def test_triton_kernels_write_the_bytes_of_torch_kernels_with_every_decoder(model: Path) -> None:
     assert texts(model, requests(4, 3), kernels="triton") == texts(model, requests(4, 3), kernels="torch")
 
 
 @pytest.mark.parametrize(("name", "passes"), [("blt", True), ("blt", False), ("blt-s", True), ("blt-d", True)])
-def test_so_it_does_alone_and_launched_ahead(model: Path, name: str, passes: bool) -> None:
-    """Behind a step of blt, over a draft, over a block, the host does not see what is fed."""
+def test_triton_kernels_launched_ahead_write_the_bytes_of_torch_kernels(model: Path, name: str, passes: bool) -> None:
+    """After a step of blt, over a draft, over a block, the host does not see what is fed."""
     asked = [request(name, text(3, 1), 4, **DECODERS[name])]
     engine = make_engine(model, kernels="triton")
     engine.stepper.ahead.policy = AHEAD["always, passes" if passes else "always, the next step"]
@@ -61,12 +61,12 @@ def test_so_it_does_alone_and_launched_ahead(model: Path, name: str, passes: boo
     assert begun if not passes else engine.snapshot().steps < engine.ledger.total.calls["decoder"]
 
 
-def test_so_do_our_own(model: Path) -> None:
+def test_native_kernels_write_the_bytes_of_torch_kernels(model: Path) -> None:
     assert texts(model, requests(40), kernels="native") == texts(model, requests(40), kernels="torch")
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SamplingParams(temperature=0.9, seed=7)])
-def test_exact_decoders_write_blts_bytes_in_bfloat16_too(model: Path, sampling: SamplingParams) -> None:
+def test_exact_decoders_write_the_bytes_of_blt_in_bfloat16(model: Path, sampling: SamplingParams) -> None:
     """Rows are the same bits in any company whatever the dtype, so that near-ties of random weights decide alike."""
     ways = {name: how for name, how in DECODERS.items() if how["decoder"] in ("blt", "blt-s", "blt-dv")}
     asked = [request(name, text(20, 1), 60, **how | {"sampling": sampling}) for name, how in ways.items()]
@@ -76,7 +76,7 @@ def test_exact_decoders_write_blts_bytes_in_bfloat16_too(model: Path, sampling: 
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_padded_buffers_change_no_byte(model: Path, page_size: int) -> None:
+def test_recorded_stages_with_padded_buffers_change_no_byte(model: Path, page_size: int) -> None:
     expected = texts(model, requests(40))
     engine = make_engine(model, graphs=True, page_size=page_size)
     executor = engine.stepper.executor
@@ -89,7 +89,7 @@ def test_padded_buffers_change_no_byte(model: Path, page_size: int) -> None:
 
 
 @pytest.mark.parametrize("executor", [Eager, Graphs])
-def test_a_launch_is_told_right_before_its_stage(executor: type[Eager]) -> None:
+def test_the_launch_callback_runs_right_before_the_stage(executor: type[Eager]) -> None:
     said: list[str] = []
 
     def stage(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -102,13 +102,13 @@ def test_a_launch_is_told_right_before_its_stage(executor: type[Eager]) -> None:
     assert said == ["launching", "stage [0] [1.0]", "launching", "stage [0, 1] [1.0, 1.0]"]
 
 
-def test_lengths_are_padded_to_few() -> None:
+def test_buffer_lengths_are_padded_to_few_sizes() -> None:
     lengths = {padded(n) for n in range(1, 257)}
     assert all(n <= padded(n) <= max(n * 1.5, 1) for n in range(1, 257))
     assert lengths == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256}
 
 
-def test_arrays_travel_as_one() -> None:
+def test_arrays_packed_into_one_buffer_are_unpacked_unchanged() -> None:
     arrays = {"a": np.arange(3), "b": np.zeros((0, 5), np.int64), "c": np.arange(10).reshape(2, 5)}
     for name, part in unpack(torch.from_numpy(pack(arrays)), arrays).items():
         assert torch.equal(part, torch.from_numpy(arrays[name]))
@@ -122,7 +122,7 @@ def test_float8_weights_change_logits_little_and_patches_not_at_all(model: Path)
     assert 0 < difference < 0.15
 
 
-def test_float8_rounds_what_its_quality_was_measured_with(model: Path, tmp_path: Path) -> None:
+def test_float8_weights_equal_the_rounding_used_to_measure_quality(model: Path, tmp_path: Path) -> None:
     loaded = checkpoint.load(model)
     rounded = save_ours(tmp_path / "model", (loaded.config, as_float8(dict(loaded.tensors))))
     ids = text(60, 5)
@@ -130,7 +130,7 @@ def test_float8_rounds_what_its_quality_was_measured_with(model: Path, tmp_path:
     torch.testing.assert_close(found, engine_logits(make_engine(rounded), ids, 16), atol=1e-4, rtol=1e-4)
 
 
-def test_every_byte_a_patch(tmp_path: Path) -> None:
+def test_triton_kernels_write_the_bytes_of_torch_kernels_with_single_byte_patches(tmp_path: Path) -> None:
     """Global calls in every step, through recordings."""
     config, tensors = our_model(our_config(), 8)
     folder = save_ours(tmp_path / "model", (replace(config, patching=PatchingRule(mode="bytes")), tensors))

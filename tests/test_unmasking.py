@@ -43,14 +43,14 @@ def unmasked(rule: UnmaskRule, masked: list[int], confidence: list[float], entro
 
 
 @given(BLOCKS, RULES)
-def test_at_least_one_masked_place_is_settled_and_no_other(block: Block, rule: UnmaskRule) -> None:
+def test_every_rule_unmasks_at_least_one_masked_position_and_no_other(block: Block, rule: UnmaskRule) -> None:
     found = unmasked(rule, *block)
     assert found and set(found) <= set(block[0])
     assert len(set(found)) == len(found)
 
 
 @given(BLOCKS, st.floats(0, 1))
-def test_confidence_settles_all_above_alpha_or_the_best(block: Block, alpha: float) -> None:
+def test_the_confidence_rule_unmasks_positions_above_alpha_or_the_most_confident(block: Block, alpha: float) -> None:
     masked, confidence, _ = block
     found = unmasked(UnmaskRule(rule="confidence", alpha=alpha), *block)
     above = {place for place in masked if confidence[place] > alpha}
@@ -58,7 +58,7 @@ def test_confidence_settles_all_above_alpha_or_the_best(block: Block, alpha: flo
 
 
 @given(BLOCKS, st.floats(0, 10), st.booleans())
-def test_entropies_are_bounded_and_no_lower_one_is_left(block: Block, gamma: float, minus_max: bool) -> None:
+def test_the_entropy_rule_unmasks_lowest_entropies_within_gamma(block: Block, gamma: float, minus_max: bool) -> None:
     masked, _, entropy = block
     found = unmasked(UnmaskRule(rule="entropy", gamma=gamma, minus_max=minus_max), *block)
     values = [entropy[place] for place in found]
@@ -72,6 +72,6 @@ def test_entropies_are_bounded_and_no_lower_one_is_left(block: Block, gamma: flo
     )
 
 
-def test_ties_go_to_the_left() -> None:
+def test_unmasking_rules_break_ties_to_the_left() -> None:
     assert unmasked(UnmaskRule(rule="confidence", alpha=0.9), [1, 2, 3], [0.5] * 4, [1.0] * 4) == [1]
     assert unmasked(UnmaskRule(rule="entropy", gamma=2.0), [1, 2, 3], [0.5] * 4, [1.0] * 4) == [1, 2]
