@@ -181,9 +181,9 @@ TRAFFIC: dict[str, Any] = {
     ),
     "entropy": lambda logits: entropy.traffic(logits.shape[0], logits.shape[1], logits.itemsize),
     "boundaries": lambda entropies, previous, spans, rule: boundary.traffic(len(entropies), len(spans)),
-    "certainty": lambda logits: unmask_file.traffic(1, logits.shape[0], logits.shape[1]),
+    "confidence_and_entropy": lambda logits: unmask_file.traffic(1, logits.shape[0], logits.shape[1]),
     "unmask": lambda masked, *_: Traffic(masked.numel() * 9 + 16 * len(masked), masked.numel()),
-    "likeliest": lambda logits: Traffic(logits.nbytes, 12 * logits.shape[0]),
+    "argmax": lambda logits: Traffic(logits.nbytes, 12 * logits.shape[0]),
     "sample": lambda logits, *_: sampling.traffic(logits.shape[0], logits.shape[1]),
     "accepted": lambda drafts, *_: Traffic(drafts.nbytes * 2 + 8 * len(drafts), 8 * len(drafts)),
 }  # fmt: skip
@@ -222,11 +222,11 @@ def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[in
             model.decoder.write_latents(latents, caches.latent, slots, slots)
             read = states if config.decoder_input == "encoder" else ints(n)
             logits = model.decoder(read, caches.latent, ints(n), ints(n), caches.decoder, plan(n), ints(n))
-            kernels.certainty(logits)
+            kernels.confidence_and_entropy(logits)
             masked, figures = ints(n, 8) > 0, torch.empty(n, 8, device=meta)
             doubles = torch.empty(n, dtype=torch.float64, device=meta)
             kernels.unmask(masked, figures, figures, ints(n), doubles)
-            kernels.likeliest(logits)
+            kernels.argmax(logits)
             kernels.sample(logits, torch.empty(n, 4, dtype=torch.float64, device=meta), doubles)
             kernels.accepted(ints(n, 8), ints(n, 8), ints(n))
 
@@ -260,9 +260,9 @@ def record_ones(recorder: Recorder) -> None:
         kernels.hash_embed(ones(1, 1, dtype=torch.int64), ones(1, 1), tables)
         kernels.patch_max(ones(1, 1, 1), one(), one(), ones(2, dtype=torch.int64))
         kernels.boundaries(kernels.entropy(ones(1, 1)), doubles, ones(1, 4, dtype=torch.int64), Rule(1.0, longest=1))
-        kernels.certainty(singles)
+        kernels.confidence_and_entropy(singles)
         kernels.unmask(ones(1, 1, dtype=torch.bool), singles, singles, one(), doubles)
-        kernels.likeliest(singles)
+        kernels.argmax(singles)
         for dtype in (torch.float32, torch.float64):
             kernels.sample(ones(1, 1, dtype=dtype), ones(1, 4, dtype=torch.float64), doubles)
         kernels.accepted(ones(1, 1, dtype=torch.int64), ones(1, 1, dtype=torch.int64), one())

@@ -23,7 +23,7 @@ from . import (
 )
 from .available import KernelName
 from .linear import Matrix
-from .stack import KeysFunction, KeysWeights, StackFunction, StackWeights, composed_keys, composed_stack
+from .stack import CrossKvFunction, CrossKvWeights, StackFunction, StackWeights, composed_cross_kv, composed_stack
 
 plan = native.plan if native.LIBRARY else planning.plan
 """See `kernels.planning`: always on the host."""
@@ -48,9 +48,9 @@ class Kernels:
     patch_max = staticmethod(pooling.patch_max)
     entropy = staticmethod(entropy.entropy)
     boundaries = staticmethod(boundary.boundaries)
-    certainty = staticmethod(unmasking.certainty)
+    confidence_and_entropy = staticmethod(unmasking.confidence_and_entropy)
     unmask = staticmethod(unmasking.unmask)
-    likeliest = staticmethod(sampling.likeliest)
+    argmax = staticmethod(sampling.argmax)
     sample = staticmethod(sampling.sample)
     accepted = staticmethod(sampling.accepted)
 
@@ -66,9 +66,9 @@ class Kernels:
         """Builds a stack of transformer layers."""
         return composed_stack(self, weights)
 
-    def keys(self, weights: Sequence[KeysWeights]) -> KeysFunction:
+    def cross_kv(self, weights: Sequence[CrossKvWeights]) -> CrossKvFunction:
         """Builds the function that stores rows as keys and values of several cross-attentions."""
-        return composed_keys(self, weights)
+        return composed_cross_kv(self, weights)
 
 
 class TritonKernels(Kernels):
@@ -87,9 +87,9 @@ class TritonKernels(Kernels):
     patch_max = staticmethod(pooling.patch_max_triton)
     entropy = staticmethod(entropy.entropy_triton)
     boundaries = staticmethod(boundary.boundaries_triton)
-    certainty = staticmethod(unmasking.certainty_triton)
+    confidence_and_entropy = staticmethod(unmasking.confidence_and_entropy_triton)
     unmask = staticmethod(unmasking.unmask_triton)
-    likeliest = staticmethod(sampling.likeliest_triton)
+    argmax = staticmethod(sampling.argmax_triton)
     sample = staticmethod(sampling.sample_triton)
     accepted = staticmethod(sampling.accepted_triton)
 
@@ -108,9 +108,9 @@ class NativeKernels(Kernels):
     entropy = staticmethod(native.entropy)
     patch_max = staticmethod(native.patch_max)
     boundaries = staticmethod(native.boundaries)
-    certainty = staticmethod(native.certainty)
+    confidence_and_entropy = staticmethod(native.confidence_and_entropy)
     unmask = staticmethod(native.unmask)
-    likeliest = staticmethod(native.likeliest)
+    argmax = staticmethod(native.argmax)
     sample = staticmethod(native.sample)
     accepted = staticmethod(native.accepted)
 
@@ -123,8 +123,8 @@ class NativeKernels(Kernels):
     def stack(self, weights: StackWeights) -> StackFunction:
         return native.stack(weights)
 
-    def keys(self, weights: Sequence[KeysWeights]) -> KeysFunction:
-        return native.keys(weights)
+    def cross_kv(self, weights: Sequence[CrossKvWeights]) -> CrossKvFunction:
+        return native.cross_kv(weights)
 
 
 def choose_kernels(name: KernelName | None, device: torch.device) -> Kernels:

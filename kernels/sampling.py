@@ -20,7 +20,7 @@ MASS_SCALE = 2.0**52
 _SCALE = tl.constexpr(MASS_SCALE)
 
 
-def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The id of each row's largest logit (the lowest id if equal), (R,) int64, and that logit (NaN if any is), (R,).
 
     logits (R, V) float32.
@@ -29,15 +29,15 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return ids, highest
 
 
-def sample(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
+def sample(logits: Tensor, params: Tensor, uniforms: Tensor) -> Tensor:
     """One id per row, (R,) int64: temperature, top_k, top_p, min_p, then the inverse of the distribution function in id
     order at `uniforms`. Temperature 0 takes the largest logit. Equal logits rank by id, lower first.
 
-    logits (R, V) float32 or float64; laws (R, 4) float64: the four in that order, top_k V for none; uniforms (R,)
+    logits (R, V) float32 or float64; params (R, 4) float64: the four in that order, top_k V for none; uniforms (R,)
     float64.
     """
     logits = logits.double()
-    temperature, top_k, top_p, min_p = laws.unbind(1)
+    temperature, top_k, top_p, min_p = params.unbind(1)
     highest = logits.amax(-1, keepdim=True)
     best = (logits == highest).to(torch.int8).argmax(-1)
     # The maximum goes first, so that no temperature, however small, overflows.
@@ -77,7 +77,7 @@ def traffic(rows: int, vocab_size: int) -> Traffic:
 
 
 @jit
-def likeliest_kernel(logits_ptr, ids_ptr, highest_ptr, vocab_size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def argmax_kernel(logits_ptr, ids_ptr, highest_ptr, vocab_size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One row."""
     let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
@@ -92,11 +92,11 @@ def likeliest_kernel(logits_ptr, ids_ptr, highest_ptr, vocab_size, BLOCK: tl.con
     tl.store(highest_ptr + row, tl.where(bad, float("nan"), highest))
 
 
-def likeliest_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """As `likeliest`, except for the id of a row that has a NaN."""
+def argmax_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """As `argmax`, except for the id of a row that has a NaN."""
     rows, vocab_size = logits.shape
     ids, highest = torch.empty(rows, dtype=torch.int64, device=logits.device), logits.new_empty(rows)
-    likeliest_kernel[(rows,)](
+    argmax_kernel[(rows,)](
         logits, ids, highest, vocab_size, BLOCK=power_of_two(vocab_size), num_warps=4, **overlap(logits)
     )
     return ids, highest
@@ -150,13 +150,13 @@ def sample_kernel(
     tl.store(out_ptr + row, tl.minimum(found, vocab_size - 1))
 
 
-def sample_triton(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
+def sample_triton(logits: Tensor, params: Tensor, uniforms: Tensor) -> Tensor:
     """As `sample`."""
     rows, vocab_size = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     block = power_of_two(vocab_size)
     sample_kernel[(rows,)](
-        logits, laws, uniforms, out, vocab_size,
+        logits, params, uniforms, out, vocab_size,
         BLOCK=block, CHUNK=min(block, 16), num_warps=8, **overlap(logits),
     )  # fmt: skip
     return out

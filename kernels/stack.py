@@ -33,7 +33,7 @@ class KvCache(tuple[KvPages, ...]):
         return (ctypes.c_int64 * (5 * len(self)))(*(number for layer in numbers for number in layer))
 
 
-class Beside(NamedTuple):
+class CrossCache(NamedTuple):
     """The other cache that each row of a stack reads or writes: at page[r], offset[r] (R,) int64."""
 
     cache: KvCache
@@ -45,16 +45,21 @@ class Beside(NamedTuple):
 
 class StackFunction(Protocol):
     def __call__(
-        self, x: Tensor, cache: KvCache, plan: AttentionPlan, beside: Beside | None = None, wanted: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: KvCache,
+        plan: AttentionPlan,
+        cross: CrossCache | None = None,
+        logit_rows: Tensor | None = None,
     ) -> Tensor:
         """x (R, dim), or ids (R,) if there is an embedding, to states (R, dim), or to logits if there is a head. The
-        rows' K/V go to the cache first, so that rows of one call see each other. wanted (W,) int64: the rows to return,
-        by default all; if empty, the result is undefined.
+        rows' K/V go to the cache first, so that rows of one call see each other. logit_rows (W,) int64: the rows to
+        return, by default all; if empty, the result is undefined.
         """
         ...
 
 
-KeysFunction = Callable[[Tensor, KvCache, Tensor, Tensor], None]
+CrossKvFunction = Callable[[Tensor, KvCache, Tensor, Tensor], None]
 """Stores x (R, dim) as keys and values at page[r], offset[r] (R,) int64 of every cache."""
 
 
@@ -93,7 +98,7 @@ class SlotsWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class KeysWeights:
+class CrossKvWeights:
     """Turns rows into keys and values of a cross-attention; kv: keys and values stacked."""
 
     norm: Tensor
@@ -113,37 +118,41 @@ class HeadWeights:
 class StackWeights:
     """Layers in a row.
 
-    slots: of the first layers; each reads the latent whose slots begin at `Beside`. keys: of the last layers; the
+    slots: of the first layers; each reads the latent whose slots begin at `CrossCache`. cross_kv: of the last layers; the
     states after each are stored there as keys and values, those after the first also as states.
     """
 
     layers: Sequence[LayerWeights]
     embedding: Tensor | None = None
     slots: Sequence[SlotsWeights] = ()
-    keys: Sequence[KeysWeights] = ()
+    cross_kv: Sequence[CrossKvWeights] = ()
     head: HeadWeights | None = None
 
 
 def composed_stack(k: "Kernels", w: StackWeights) -> StackFunction:
-    first_keys = len(w.layers) - len(w.keys)
+    first_kv = len(w.layers) - len(w.cross_kv)
 
     def stack(
-        x: Tensor, cache: KvCache, plan: AttentionPlan, beside: Beside | None = None, wanted: Tensor | None = None
+        x: Tensor,
+        cache: KvCache,
+        plan: AttentionPlan,
+        cross: CrossCache | None = None,
+        logit_rows: Tensor | None = None,
     ) -> Tensor:
         if w.embedding is not None:
             x = F.embedding(x, w.embedding)
         for i, (layer, kv) in enumerate(zip(w.layers, cache, strict=True)):
             if i < len(w.slots):
-                assert beside
-                x = _slots(k, w.slots[i], x, beside.cache[i], beside.page, beside.offset)
+                assert cross
+                x = _slots(k, w.slots[i], x, cross.cache[i], cross.page, cross.offset)
             x = _layer(k, layer, x, kv, plan)
-            if i >= first_keys:
-                assert beside
-                _keys(k, w.keys[i - first_keys], x, beside.cache[i - first_keys], beside.page, beside.offset)
-                if i == first_keys and beside.states is not None:
-                    k.store_states(x, beside.page, beside.offset, beside.states)
-        if wanted is not None:
-            x = x.index_select(0, wanted)
+            if i >= first_kv:
+                assert cross
+                _cross_kv(k, w.cross_kv[i - first_kv], x, cross.cache[i - first_kv], cross.page, cross.offset)
+                if i == first_kv and cross.states is not None:
+                    k.store_states(x, cross.page, cross.offset, cross.states)
+        if logit_rows is not None:
+            x = x.index_select(0, logit_rows)
         if w.head is not None and len(x):
             x = k.linear(x, w.head.matrix, norm=w.head.norm, eps=w.head.eps)
         return x
@@ -151,12 +160,12 @@ def composed_stack(k: "Kernels", w: StackWeights) -> StackFunction:
     return stack
 
 
-def composed_keys(k: "Kernels", ws: Sequence[KeysWeights]) -> KeysFunction:
-    def keys(x: Tensor, cache: KvCache, page: Tensor, offset: Tensor) -> None:
+def composed_cross_kv(k: "Kernels", ws: Sequence[CrossKvWeights]) -> CrossKvFunction:
+    def store(x: Tensor, cache: KvCache, page: Tensor, offset: Tensor) -> None:
         for w, kv in zip(ws, cache, strict=True):
-            _keys(k, w, x, kv, page, offset)
+            _cross_kv(k, w, x, kv, page, offset)
 
-    return keys
+    return store
 
 
 def _layer(k: "Kernels", w: LayerWeights, x: Tensor, cache: KvPages, plan: AttentionPlan) -> Tensor:
@@ -173,6 +182,6 @@ def _slots(k: "Kernels", w: SlotsWeights, x: Tensor, cache: KvPages, page: Tenso
     return k.linear(seen.flatten(1), w.o, residual=x, twice=True)
 
 
-def _keys(k: "Kernels", w: KeysWeights, x: Tensor, cache: KvPages, page: Tensor, offset: Tensor) -> None:
+def _cross_kv(k: "Kernels", w: CrossKvWeights, x: Tensor, cache: KvPages, page: Tensor, offset: Tensor) -> None:
     kv = k.linear(x, w.kv, norm=w.norm, eps=w.eps).unflatten(1, (-1, w.head_dim))
     k.store_kv(kv, page, offset, *cache)

@@ -10,7 +10,7 @@ ONE_STEP, CONFIDENCE, ENTROPY, ENTROPY_MINUS_MAX = range(4)
 """Rules, as numbers."""
 
 
-def certainty(logits: Tensor) -> tuple[Tensor, Tensor]:
+def confidence_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Highest probability and entropy (nats) of softmax(logits): (R, V) float32 in, twice (R,) float32 out.
 
     Ids with a logit of -inf are ignored.
@@ -53,7 +53,7 @@ def _settled(cells: list[int], confidence: list[float], entropy: list[float], ru
 
 
 def traffic(num_blocks: int, size: int, vocab_size: int) -> Traffic:
-    """Bytes of `certainty` and `unmask`."""
+    """Bytes of `confidence_and_entropy` and `unmask`."""
     cells = num_blocks * size
     return Traffic(cells * (4 * vocab_size + 9), cells * 9)
 
@@ -62,7 +62,9 @@ def traffic(num_blocks: int, size: int, vocab_size: int) -> Traffic:
 
 
 @jit
-def certainty_kernel(logits_ptr, confidence_ptr, entropy_ptr, vocab_size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def confidence_and_entropy_kernel(
+    logits_ptr, confidence_ptr, entropy_ptr, vocab_size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
     """One row."""
     let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
@@ -75,11 +77,11 @@ def certainty_kernel(logits_ptr, confidence_ptr, entropy_ptr, vocab_size, BLOCK:
     tl.store(entropy_ptr + row, tl.sum(tl.where(p > 0.0, -p * tl.log(tl.where(p > 0.0, p, 1.0)), 0.0), 0))
 
 
-def certainty_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """As `certainty`."""
+def confidence_and_entropy_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """As `confidence_and_entropy`."""
     rows, vocab_size = logits.shape
     confidence, entropy = logits.new_empty(rows), logits.new_empty(rows)
-    certainty_kernel[(rows,)](
+    confidence_and_entropy_kernel[(rows,)](
         logits, confidence, entropy, vocab_size, BLOCK=power_of_two(vocab_size), num_warps=4, **overlap(logits)
     )
     return confidence, entropy

@@ -57,7 +57,7 @@ class Draw:
         entropies, previous = self.uniform(ends[-1] + 2).float() * 2, self.uniform(len(spans)) * 2
         return entropies, previous, torch.tensor(spans, dtype=torch.int64, device=self.device).view(-1, 4)
 
-    def laws(self, rows: int, vocab_size: int) -> Tensor:
+    def params(self, rows: int, vocab_size: int) -> Tensor:
         """For `kernels.sampling.sample`."""
         choices = (0.0, 0.3, 1.0, 2.0), (1.0, min(3.0, vocab_size), vocab_size), (0.0, 0.5, 0.9, 1.0), (0.0, 0.05, 1.0)
         picked = [torch.tensor(values).double()[self.below(len(values), rows).cpu()] for values in choices]

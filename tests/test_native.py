@@ -22,7 +22,7 @@ from kernels.dispatch import Kernels, NativeKernels, choose_kernels
 from kernels.hash_embed import HashTables
 from kernels.linear import Matrix, quantize
 from kernels.rope import rope_table
-from kernels.stack import Beside, HeadWeights, KeysWeights, KvCache, LayerWeights, SlotsWeights, StackWeights
+from kernels.stack import CrossCache, CrossKvWeights, HeadWeights, KvCache, LayerWeights, SlotsWeights, StackWeights
 from tests.engines import threads
 from tests.operands import CPU, FLOATS, RULES, SEEDS, Draw, Laid, Layout, close, layouts
 from tests.operands import few as quick
@@ -198,7 +198,7 @@ def test_stack_equals_torch(
                 [LayerWeights(*packed(w), rope, heads, kv_heads, head_dim, 1e-5) for w in of_layers],
                 embedding=embedding if embeds else None,
                 slots=[SlotsWeights(*packed(w), heads, kv_heads, head_dim, 1e-5, slots) for w in of_slots],
-                keys=[KeysWeights(*packed(w), head_dim, 1e-5) for w in of_keys],
+                cross_kv=[CrossKvWeights(*packed(w), head_dim, 1e-5) for w in of_keys],
                 head=HeadWeights(*packed(of_head), 1e-5) if has_head else None,
             )
         )
@@ -206,7 +206,7 @@ def test_stack_equals_torch(
         states = torch.zeros(rows, 3 * slots, dim, dtype=dtype)
         beside = None
         if kind != "layers":
-            beside = Beside(KvCache(tuple(kv) for kv in others), page, offset, states if kind == "keys" else None)  # type: ignore[misc]
+            beside = CrossCache(KvCache(tuple(kv) for kv in others), page, offset, states if kind == "keys" else None)  # type: ignore[misc]
         y = function(x, KvCache(tuple(kv) for kv in own), plan, beside, wanted)  # type: ignore[misc]
         whole = function(x, KvCache(tuple(kv) for kv in own), plan, beside)  # type: ignore[misc]
         if k is NATIVE and len(wanted):
@@ -221,7 +221,7 @@ def test_stack_equals_torch(
 
 @few
 @given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 3), st.sampled_from([(4, 8), (2, 20), (1, 2)]))
-def test_keys_equals_torch(seed: int, dtype: torch.dtype, rows: int, layers: int, shape: tuple[int, int]) -> None:
+def test_cross_kv_equals_torch(seed: int, dtype: torch.dtype, rows: int, layers: int, shape: tuple[int, int]) -> None:
     draw, (kv_heads, head_dim), dim = Draw(seed), shape, 24
     places = torch.tensor(draw.shuffled(7 * 4)[:rows])
     x, norm = draw.randn(rows, dim, dtype=dtype), draw.randn(dim, dtype=dtype)
@@ -229,7 +229,7 @@ def test_keys_equals_torch(seed: int, dtype: torch.dtype, rows: int, layers: int
     results = []
     for k in (TORCH, NATIVE):
         caches = torch.zeros(layers, 2, 7, kv_heads, 4, head_dim, dtype=dtype)
-        function = k.keys([KeysWeights(norm, k.matrix(Matrix(m)), head_dim, 1e-5) for m in matrices])
+        function = k.cross_kv([CrossKvWeights(norm, k.matrix(Matrix(m)), head_dim, 1e-5) for m in matrices])
         function(x, KvCache(tuple(kv) for kv in caches), places // 4, places % 4)  # type: ignore[misc]
         results.append(caches)
     close(results[1], results[0])
@@ -290,7 +290,7 @@ def test_likeliest_equals_torch(seed: int, rows: int, vocab_size: int, bad: floa
     draw = Draw(seed)
     logits = draw.below(5, rows, vocab_size).float()
     logits[0, draw.below(vocab_size, 2)] = bad
-    for found, expected in zip(NATIVE.likeliest(logits), TORCH.likeliest(logits), strict=True):
+    for found, expected in zip(NATIVE.argmax(logits), TORCH.argmax(logits), strict=True):
         assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
 
 
@@ -298,14 +298,14 @@ def test_likeliest_equals_torch(seed: int, rows: int, vocab_size: int, bad: floa
 @given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]), st.booleans())
 def test_sample_equals_torch(seed: int, rows: int, vocab_size: int, double: bool) -> None:
     draw = Draw(seed)
-    logits, laws, uniforms = draw.randn(rows, vocab_size) * 3, draw.laws(rows, vocab_size), draw.uniform(rows)
+    logits, params, uniforms = draw.randn(rows, vocab_size) * 3, draw.params(rows, vocab_size), draw.uniform(rows)
     logits[:, -1] = logits[:, 0]
     logits = logits.double() if double else logits
-    found = NATIVE.sample(logits, laws, uniforms)
-    assert torch.equal(found, TORCH.sample(logits, laws, uniforms))
+    found = NATIVE.sample(logits, params, uniforms)
+    assert torch.equal(found, TORCH.sample(logits, params, uniforms))
     for row in range(rows):
         at = slice(row, row + 1)
-        assert torch.equal(NATIVE.sample(logits[at], laws[at], uniforms[at]), found[at])
+        assert torch.equal(NATIVE.sample(logits[at], params[at], uniforms[at]), found[at])
 
 
 def test_sampling_from_logits_that_are_no_distribution_gives_a_valid_id() -> None:
@@ -331,8 +331,8 @@ def test_unmasking_equals_torch(seed: int, num_blocks: int, size: int, spread: f
     draw = Draw(seed)
     logits = draw.randn(num_blocks * size, 260) * spread
     logits[:, :3] = -math.inf
-    found, expected = NATIVE.certainty(logits), TORCH.certainty(logits)
-    for ours, theirs, alone in zip(found, expected, NATIVE.certainty(logits[1:]), strict=True):
+    found, expected = NATIVE.confidence_and_entropy(logits), TORCH.confidence_and_entropy(logits)
+    for ours, theirs, alone in zip(found, expected, NATIVE.confidence_and_entropy(logits[1:]), strict=True):
         close(ours, theirs)
         assert torch.equal(ours[1:], alone)
     # Some of them equal.

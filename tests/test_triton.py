@@ -86,7 +86,7 @@ def test_float8_quantization_keeps_three_bits_of_every_weight() -> None:
     data, scale = quantize(weight)
     assert scale is not None
     error = (data.float() * scale[:, None] - weight).abs()
-    # Beside the rounding of a mantissa of three bits, what is too small for the least exponent.
+    # CrossCache the rounding of a mantissa of three bits, what is too small for the least exponent.
     assert bool((error <= weight.abs() * 2**-4 + scale[:, None] * 2**-9).all())
     assert quantize(torch.zeros(2, 3)).data.float().abs().sum() == 0
 
@@ -227,8 +227,8 @@ def test_unmasking_equals_torch(seed: int, num_blocks: int, size: int, spread: f
     draw = Draw(seed, DEVICE)
     logits = draw.randn(num_blocks * size, 260) * spread
     logits[:, :3] = -torch.inf
-    expected = TORCH.certainty(logits)
-    for found, right in zip(TRITON.certainty(logits), expected, strict=True):
+    expected = TORCH.confidence_and_entropy(logits)
+    for found, right in zip(TRITON.confidence_and_entropy(logits), expected, strict=True):
         close(found, right)
     # The twin's own figures, some of them equal, so that near-ties decide alike.
     confidence, entropy = (t.view(num_blocks, size) for t in expected)
@@ -247,19 +247,19 @@ def test_likeliest_equals_torch(seed: int, rows: int, vocab_size: int) -> None:
     draw = Draw(seed, DEVICE)
     logits = draw.below(5, rows, vocab_size).float()
     logits[0, 0] = -torch.inf
-    for found, expected in zip(TRITON.likeliest(logits), TORCH.likeliest(logits), strict=True):
+    for found, expected in zip(TRITON.argmax(logits), TORCH.argmax(logits), strict=True):
         assert torch.equal(found, expected)
     logits[0, -1] = torch.nan
-    assert TRITON.likeliest(logits)[1].isnan().tolist() == [True] + [False] * (rows - 1)
+    assert TRITON.argmax(logits)[1].isnan().tolist() == [True] + [False] * (rows - 1)
 
 
 @few
 @given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]), st.booleans())
 def test_sample_equals_torch(seed: int, rows: int, vocab_size: int, double: bool) -> None:
     draw = Draw(seed, DEVICE)
-    logits, laws = draw.randn(rows, vocab_size) * 3, draw.laws(rows, vocab_size)
+    logits, params = draw.randn(rows, vocab_size) * 3, draw.params(rows, vocab_size)
     logits[:, -1] = logits[:, 0]
-    how = logits.double() if double else logits, laws, draw.uniform(rows)
+    how = logits.double() if double else logits, params, draw.uniform(rows)
     assert torch.equal(TRITON.sample(*how), TORCH.sample(*how))
 
 
@@ -268,9 +268,9 @@ def test_sample_equals_torch(seed: int, rows: int, vocab_size: int, double: bool
 def test_rows_of_nan_give_valid_ids(vocab_size: int) -> None:
     """It is fed on before the host knows that it means nothing; an embedding has no rows for other numbers."""
     logits = torch.full((3, vocab_size), torch.nan, device=DEVICE)
-    laws = torch.tensor([[0.0, vocab_size, 1, 0], [1, vocab_size, 1, 0], [0.7, 1, 0.9, 0.1]], device=DEVICE).double()
+    params = torch.tensor([[0.0, vocab_size, 1, 0], [1, vocab_size, 1, 0], [0.7, 1, 0.9, 0.1]], device=DEVICE).double()
     uniforms = torch.full((3,), 0.999, dtype=torch.float64, device=DEVICE)
-    for ids in (TRITON.likeliest(logits)[0], TRITON.sample(logits, laws, uniforms)):
+    for ids in (TRITON.argmax(logits)[0], TRITON.sample(logits, params, uniforms)):
         assert all(0 <= i < vocab_size for i in ids.tolist())
 
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionPlan
 from kernels.dispatch import Kernels
-from kernels.stack import Beside, HeadWeights, KvCache, StackWeights
+from kernels.stack import CrossCache, HeadWeights, KvCache, StackWeights
 
 from ..config import ModelConfig
 from ..memory.caches import decoder_cross_layers
@@ -22,7 +22,7 @@ class Decoder:
             CrossAttention(config.decoder, weights, f"{prefix}.cross_attn_layers.{i}", kernels)
             for i in range(decoder_cross_layers(config))
         ]
-        self._keys = kernels.keys([c.keys for c in cross])
+        self._cross_kv = kernels.cross_kv([c.cross_kv for c in cross])
         self._stack = kernels.stack(
             StackWeights(
                 layers_of(config.decoder, weights, prefix),
@@ -39,15 +39,15 @@ class Decoder:
     def write_latents(self, latents: Tensor, cache: KvCache, page: Tensor, offset: Tensor) -> None:
         """Splits latents (P, global dim) into slots and stores the K/V of every layer. page, offset (P * slots,)."""
         slots = self._kernels.linear(latents, self._slots).view(-1, self._config.decoder.dim)
-        self._keys(slots, cache, page, offset)
+        self._cross_kv(slots, cache, page, offset)
 
     def __call__(
         self, x: Tensor, latents: KvCache, page: Tensor, offset: Tensor, cache: KvCache, plan: AttentionPlan,
-        wanted: Tensor,
+        logit_rows: Tensor,
     ) -> Tensor:  # fmt: skip
-        """x to the logits (W, V) float32 of the rows `wanted` (W,); of none they mean nothing.
+        """x to the logits (W, V) float32 of the rows `logit_rows` (W,); of none they mean nothing.
 
         x: ids (R,), [MASK] among them, if the decoder has a table of its own, else states (R, dim). Row r reads the
         latent whose slots begin at page[r], offset[r].
         """
-        return self._stack(x, cache, plan, Beside(latents, page, offset), wanted).float()
+        return self._stack(x, cache, plan, CrossCache(latents, page, offset), logit_rows).float()

@@ -5,7 +5,7 @@ from torch import Tensor
 from kernels.attention import AttentionPlan
 from kernels.dispatch import Kernels
 from kernels.hash_embed import HashTables
-from kernels.stack import Beside, KvCache, StackWeights
+from kernels.stack import CrossCache, KvCache, StackWeights
 
 from ..config import ModelConfig
 from ..memory.caches import encoder_cross_layers
@@ -32,7 +32,7 @@ class Encoder:
             for i in range(stored - num_cross, stored)
         ]
         layers = layers_of(config.encoder, weights, prefix)
-        self._stack = kernels.stack(StackWeights(layers, keys=[cross.keys for cross in self._cross]))
+        self._stack = kernels.stack(StackWeights(layers, cross_kv=[cross.cross_kv for cross in self._cross]))
 
     def __call__(
         self,
@@ -49,7 +49,7 @@ class Encoder:
         its keys and values for the patch's queries.
         """
         x = self._kernels.hash_embed(windows, self._embedding, self._hashes)
-        return self._stack(x, cache, plan, Beside(open_kv, open_plan.page, open_plan.offset, open_states))
+        return self._stack(x, cache, plan, CrossCache(open_kv, open_plan.page, open_plan.offset, open_states))
 
     def close(
         self,

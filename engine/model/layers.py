@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.dispatch import Kernels
 from kernels.linear import Matrix, quantize
 from kernels.rope import rope_table
-from kernels.stack import KeysWeights, LayerWeights, SlotsWeights
+from kernels.stack import CrossKvWeights, LayerWeights, SlotsWeights
 
 from ..checkpoint.names import DECODER, ENCODER, GLOBAL, HASHES, PATCHER
 from ..config import StackConfig
@@ -116,9 +116,9 @@ class CrossAttention:
         self._config = config
 
     @property
-    def keys(self) -> KeysWeights:
+    def cross_kv(self) -> CrossKvWeights:
         """What stores keys and values."""
-        return KeysWeights(self._kv_norm, self._kv, self._config.head_dim, self._eps)
+        return CrossKvWeights(self._kv_norm, self._kv, self._config.head_dim, self._eps)
 
     def slots(self, count: int) -> SlotsWeights:
         """`query`, attention over one latent's slots and `output`, in one."""

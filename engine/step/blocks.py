@@ -62,14 +62,14 @@ class BlockPasses:
         """The ids of all cells laid end to end, (C,)."""
         return pad(self.ids.flatten(), (0, 1)).index_select(0, self._tensors["flat"])
 
-    def law(self, logits: Tensor) -> Tensor:
-        """What cells are drawn from: logits (C, V) without the ids that they never become."""
+    def allowed(self, logits: Tensor) -> Tensor:
+        """What cells are drawn from, logits (C, V) without the ids that they never become."""
         return logits.index_fill(1, self._tensors["specials"], -torch.inf)
 
     def settle(self, logits: Tensor, drawn: Tensor, highest: Tensor) -> None:
-        """The end of a pass. logits (C, V): as `law` gives them; drawn, highest (C,): what was drawn from these, and
-        the largest."""
-        confidence, entropy, best = (self._grid(t) for t in (*self._kernels.certainty(logits), highest))
+        """The end of a pass. logits (C, V): as `allowed` gives them; drawn, highest (C,): what was drawn from these,
+        and the largest."""
+        confidence, entropy, best = (self._grid(t) for t in (*self._kernels.confidence_and_entropy(logits), highest))
         rules, bounds = self._tensors["rules"], self._tensors["bounds"]
         settled = self._kernels.unmask(self._masked, confidence, entropy, rules, bounds)
         self.ids = self.ids.where(~settled, self._grid(drawn))

@@ -21,7 +21,7 @@ from .plan import Arrays, Plan, padded_array
 
 
 class DecoderRows(msgspec.Struct, frozen=True):
-    """Rows of the stage, planned: whose they are, and of how many logits are wanted."""
+    """Rows of the stage, planned: whose they are, and of how many logits are logit_rows."""
 
     padded: int
     arrays: Arrays
@@ -59,7 +59,7 @@ class DecoderStage:
         """All but the latents that the rows read: those may not be known yet."""
         ids: list[int] = []
         state_rows: list[int] = []
-        wanted: list[int] = []
+        logit_rows: list[int] = []
         shares: list[Share] = []
         spans, encoded = Spans(), 0
         for rows in batch:
@@ -69,7 +69,7 @@ class DecoderStage:
             state_rows += range(encoded - count, encoded)
             if not count:
                 continue
-            wanted += range(len(ids) + rows.logits_from - begin, len(ids) + count)
+            logit_rows += range(len(ids) + rows.logits_from - begin, len(ids) + count)
             ids += rows.sequence.ids[begin : rows.end]
             ids += rows.cells
             start = begin if begin < rows.end else rows.cells_start
@@ -77,14 +77,14 @@ class DecoderStage:
             shares.append(self._launcher.share(spans, "decoder", rows, start, start + count, rows.num_block))
         executor = self._launcher.executor
         padded = executor.rows(len(ids)) if ids else 0
-        padded_wanted = executor.parts(executor.rows(len(wanted)), padded) if wanted else 0
+        padded_wanted = executor.parts(executor.rows(len(logit_rows)), padded) if logit_rows else 0
         plan = self._launcher.plan("decoder", spans, spans, padded)
         arrays = {
             "rows": padded_array(state_rows if self._reads_states else ids, padded),
-            "wanted": padded_array(wanted, padded_wanted),
+            "logit_rows": padded_array(logit_rows, padded_wanted),
             "plan": plan.data,
         }
-        return DecoderRows(padded, arrays, plan, len(ids), len(wanted), shares)
+        return DecoderRows(padded, arrays, plan, len(ids), len(logit_rows), shares)
 
     def add_latents(self, planned: DecoderRows) -> DecoderRows:
         """Says which latent each row reads.
@@ -121,7 +121,7 @@ class DecoderStage:
         def stage(t: Mapping[str, Tensor]) -> Tensor:
             x = t["states"].index_select(0, t["rows"]) if reads_states else t["ids"] if "ids" in t else t["rows"]
             latents, cache = self._caches.latent, self._caches.decoder
-            return decoder(x, latents, t["page"], t["offset"], cache, plan.on_device(t, "plan"), t["wanted"])
+            return decoder(x, latents, t["page"], t["offset"], cache, plan.on_device(t, "plan"), t["logit_rows"])
 
         tensors = NOTHING
         if reads_states:
@@ -157,10 +157,10 @@ class DecoderStage:
             for number, planned in enumerate(plans):
                 plan = planned.plan.on_device(t, f"plan{number}")
                 for _ in range(times):
-                    state.take(decoder(state.cells, latents, t["page"], t["offset"], cache, plan, t["wanted"]))
+                    state.take(decoder(state.cells, latents, t["page"], t["offset"], cache, plan, t["logit_rows"]))
             return state.out()
 
-        arrays = {key: plans[0].arrays[key] for key in ("page", "offset", "wanted")}
+        arrays = {key: plans[0].arrays[key] for key in ("page", "offset", "logit_rows")}
         arrays |= {f"plan{number}": planned.plan.data for number, planned in enumerate(plans)}
         each = [planned.plan for planned in plans]
         padded = plans[0].padded

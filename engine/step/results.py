@@ -31,7 +31,7 @@ def results_of(batch: Sequence[Rows], logits: Tensor, kernels: Kernels) -> list[
     logits = _drawn_rows(batch, logits)
     blocks = _Blocks.of(drawing, logits, kernels)
     if blocks:
-        logits = logits.index_copy(0, blocks.index, blocks.law)
+        logits = logits.index_copy(0, blocks.index, blocks.logits)
     drawn, highest = choose(logits, *_sampling(drawing), kernels)
     verified = _accepted(drawing, drawn, kernels)
     chosen, bests, *more = read(drawn, highest, *verified, *(blocks.settle(drawn) if blocks else ()))
@@ -164,11 +164,11 @@ def _result(rows: Rows, chosen: list[int], scores: list[TokenLogprob], accepted:
 
 
 class _Blocks:
-    """The blocks of a step, in one pass of `BlockPasses`. index: rows of their cells; law: what these are drawn
-    from."""
+    """The blocks of a step, in one pass of `BlockPasses`. index: rows of their cells; logits: what these are
+    drawn from."""
 
-    def __init__(self, passes: BlockPasses, index: Tensor, law: Tensor) -> None:
-        self._passes, self.index, self.law = passes, index, law
+    def __init__(self, passes: BlockPasses, index: Tensor, logits: Tensor) -> None:
+        self._passes, self.index, self.logits = passes, index, logits
 
     @classmethod
     def of(cls, drawing: Sequence[Rows], logits: Tensor, kernels: Kernels) -> "_Blocks | None":
@@ -183,11 +183,11 @@ class _Blocks:
         blocks = [(rows.ask.block, rows.ask.rule) for rows in drawing if isinstance(rows.ask, Unmask)]
         tensors = block_tensors(blocks, len(blocks), len(cell_rows), logits.device)
         passes = BlockPasses(kernels, tensors, mask_id=drawing[0].sequence.mask_id)
-        return cls(passes, index, passes.law(logits[index]))
+        return cls(passes, index, passes.allowed(logits[index]))
 
     def settle(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks after the pass, and in which pass each cell was settled: (S, B) int64 both."""
-        self._passes.settle(self.law, drawn[self.index], self.law.amax(-1))
+        self._passes.settle(self.logits, drawn[self.index], self.logits.amax(-1))
         return self._passes.ids, self._passes.when
 
 

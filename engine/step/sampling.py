@@ -16,11 +16,11 @@ _MASK_64 = 2**64 - 1
 _PADDING = SamplingParams(temperature=0)
 
 
-def laws_of(
+def row_params(
     params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]], vocab_size: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """How some rows become ids: of `changes` (R, V) float64, what is added to the logits, and `laws` (R, 4) float64, as
-    `kernels.sampling` has them, those that any row needs.
+    """How some rows become ids: `changes` (R, V) float64, added to the logits, and `params` (R, 4) float64, as
+    `kernels.sampling` has them; only those that a row needs.
 
     counts: how often each id was generated, per row.
     """
@@ -32,23 +32,23 @@ def laws_of(
             row[list(change)] = torch.tensor(list(change.values()), dtype=torch.float64)
         tensors["changes"] = to_device(added.numpy(), device)
     if any(p.temperature > 0 for p in params):
-        laws = [(p.temperature, p.top_k or vocab_size, p.top_p, p.min_p) for p in params]
-        tensors["laws"] = on_device(laws, device)
+        rows = [(p.temperature, p.top_k or vocab_size, p.top_p, p.min_p) for p in params]
+        tensors["params"] = on_device(rows, device)
     return tensors
 
 
-def padded_laws(
+def padded_params(
     params: Sequence[SamplingParams], length: int, vocab_size: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """`laws_of` rows without penalties, and of as many more as make `length`."""
-    return laws_of([*params, *[_PADDING] * (length - len(params))], [{}] * length, vocab_size, device)
+    """`row_params` rows without penalties, and of as many more as make `length`."""
+    return row_params([*params, *[_PADDING] * (length - len(params))], [{}] * length, vocab_size, device)
 
 
 def uniforms_for(
-    laws: Mapping[str, Tensor], uniforms: Sequence[float] | Sequence[Sequence[float]], device: torch.device
+    tensors: Mapping[str, Tensor], uniforms: Sequence[float] | Sequence[Sequence[float]], device: torch.device
 ) -> Tensor | None:
-    """The draws on the device, if any row needs one. laws: of `laws_of`."""
-    return on_device(uniforms, device) if "laws" in laws else None
+    """The draws on the device, if any row needs one. tensors: of `row_params`."""
+    return on_device(uniforms, device) if "params" in tensors else None
 
 
 def draw_ids(
@@ -57,15 +57,15 @@ def draw_ids(
     """One id per row, (R,) int64, from logits (R, V) float32, and the largest logit, NaN if any is, (R,). Equal logits
     rank by id, lower first.
 
-    tensors: of `laws_of`. uniforms (R,) float64: a draw in [0, 1) per row, which only rows with temperature > 0 use;
-    None if there are no laws.
+    tensors: of `row_params`. uniforms (R,) float64: a draw in [0, 1) per row, which only rows with temperature > 0 use;
+    None if there are no params.
     """
-    ids, highest = kernels.likeliest(logits)
-    laws, changes = tensors.get("laws"), tensors.get("changes")
+    ids, highest = kernels.argmax(logits)
+    params, changes = tensors.get("params"), tensors.get("changes")
     if changes is not None:
         logits = logits.double() + changes
         ids = logits.argmax(-1)
-    return ids if laws is None or uniforms is None else kernels.sample(logits, laws, uniforms), highest
+    return ids if params is None or uniforms is None else kernels.sample(logits, params, uniforms), highest
 
 
 def choose(
@@ -76,8 +76,8 @@ def choose(
     kernels: Kernels,
 ) -> tuple[Tensor, Tensor]:
     """One id per row and its largest logit, as `draw_ids` gives them."""
-    laws = laws_of(params, counts, logits.shape[1], logits.device)
-    return draw_ids(logits, laws, uniforms_for(laws, uniforms, logits.device), kernels)
+    tensors = row_params(params, counts, logits.shape[1], logits.device)
+    return draw_ids(logits, tensors, uniforms_for(tensors, uniforms, logits.device), kernels)
 
 
 def on_device(numbers: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:

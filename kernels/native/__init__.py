@@ -24,7 +24,16 @@ from ..hash_embed import HashTables
 from ..hash_embed import hash_embed as hash_embed_torch
 from ..linear import Matrix
 from ..planning import SPAN, Lengths, Spans, Tiling
-from ..stack import Beside, KeysFunction, KeysWeights, KvCache, LayerWeights, SlotsWeights, StackFunction, StackWeights
+from ..stack import (
+    CrossCache,
+    CrossKvFunction,
+    CrossKvWeights,
+    KvCache,
+    LayerWeights,
+    SlotsWeights,
+    StackFunction,
+    StackWeights,
+)
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
@@ -40,7 +49,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "fastblt_linear": "ppp f i p i p q ii",
         "fastblt_attention": "pppp q ii",
         "fastblt_stack": "ppppppppp q p i",
-        "fastblt_keys": "p q pppp q i",
+        "fastblt_cross_kv": "p q pppp q i",
         "fastblt_hash_embed": "pp q pp q i",
         "fastblt_entropy": "pp qq i",
         "fastblt_patch_max": "ppppp qqq i",
@@ -89,7 +98,7 @@ class _Slots(ctypes.Structure):
     ]
 
 
-class _Keys(ctypes.Structure):
+class _CrossKv(ctypes.Structure):
     _fields_ = [("norm", _POINTER), ("kv", _Matrix), ("eps", ctypes.c_float), ("bf16", ctypes.c_int32)]
 
 
@@ -97,10 +106,10 @@ class _Stack(ctypes.Structure):
     _fields_ = [
         ("layers", ctypes.POINTER(_Layer)),
         ("slots", ctypes.POINTER(_Slots)),
-        ("keys", ctypes.POINTER(_Keys)),
+        ("cross_kv", ctypes.POINTER(_CrossKv)),
         *((name, _POINTER) for name in ("embedding", "norm")),
         ("head", _Matrix),
-        *((name, _INT) for name in ("num_layers", "num_slots", "num_keys", "dim")),
+        *((name, _INT) for name in ("num_layers", "num_slots", "num_cross_kv", "dim")),
         ("eps", ctypes.c_float),
         ("bf16", ctypes.c_int32),
     ]
@@ -268,8 +277,8 @@ def boundaries(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -
     return found
 
 
-def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.sampling.likeliest`."""
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.sampling.argmax`."""
     assert LIBRARY
     logits, (rows, vocabulary) = logits.contiguous(), logits.shape
     ids, highest = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
@@ -277,13 +286,13 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return ids, highest
 
 
-def sample(logits: Tensor, laws: Tensor, uniforms: Tensor) -> Tensor:
+def sample(logits: Tensor, params: Tensor, uniforms: Tensor) -> Tensor:
     """`kernels.sampling.sample`."""
     assert LIBRARY
     logits, (rows, vocabulary) = logits.contiguous(), logits.shape
     ids = torch.empty(rows, dtype=torch.int64)
     LIBRARY.fastblt_sample(
-        logits.data_ptr(), logits.dtype == torch.float64, laws.data_ptr(), uniforms.data_ptr(), ids.data_ptr(), rows,
+        logits.data_ptr(), logits.dtype == torch.float64, params.data_ptr(), uniforms.data_ptr(), ids.data_ptr(), rows,
         vocabulary,
     )  # fmt: skip
     return ids
@@ -297,8 +306,8 @@ def accepted(drafts: Tensor, drawn: Tensor, lengths: Tensor) -> Tensor:
     return right
 
 
-def certainty(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.unmasking.certainty`."""
+def confidence_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.unmasking.confidence_and_entropy`."""
     assert LIBRARY
     logits, (rows, vocabulary) = logits.contiguous(), logits.shape
     confidence, entropies = torch.empty(rows), torch.empty(rows)
@@ -323,10 +332,10 @@ def stack(w: StackWeights) -> StackFunction:
     call, norms = LIBRARY.fastblt_stack, _Norms()
     layers = [_layer(layer, norms) for layer in w.layers]
     slots = [_slots(slots, norms) for slots in w.slots]
-    keys = [_keys(keys, norms) for keys in w.keys]
+    keys = [_cross_kv(keys, norms) for keys in w.cross_kv]
     like, width = w.layers[0].attention_norm, layers[0].dim
     struct = _Stack(
-        (_Layer * len(layers))(*layers), (_Slots * len(slots))(*slots), (_Keys * len(keys))(*keys),
+        (_Layer * len(layers))(*layers), (_Slots * len(slots))(*slots), (_CrossKv * len(keys))(*keys),
         _address(w.embedding), None, _Matrix(), len(layers), len(slots), len(keys), width, 0.0, _is_bf16(like),
     )  # fmt: skip
     if w.head is not None:
@@ -337,16 +346,16 @@ def stack(w: StackWeights) -> StackFunction:
 
     # Keeps the memory behind the addresses alive as long as the function.
     def run(
-        x: Tensor, cache: KvCache, plan: AttentionPlan, beside: Beside | None = None, wanted: Tensor | None = None,
-        alive: Any = (w, norms),
+        x: Tensor, cache: KvCache, plan: AttentionPlan, cross: CrossCache | None = None,
+        logit_rows: Tensor | None = None, alive: Any = (w, norms),
     ) -> Tensor:  # fmt: skip
-        rows = (x if wanted is None else wanted).shape[0]
+        rows = (x if logit_rows is None else logit_rows).shape[0]
         y = torch.empty(rows, width, dtype=like.dtype)
-        besides = _NOTHING if beside is None else (
-            beside.cache.addresses, _address(beside.states), beside.page.data_ptr(), beside.offset.data_ptr()
+        crosses = _NOTHING if cross is None else (
+            cross.cache.addresses, _address(cross.states), cross.page.data_ptr(), cross.offset.data_ptr()
         )  # fmt: skip
         call(
-            address, plan.addresses, cache.addresses, *besides, x.data_ptr(), _address(wanted), rows, y.data_ptr(),
+            address, plan.addresses, cache.addresses, *crosses, x.data_ptr(), _address(logit_rows), rows, y.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         return y
@@ -354,11 +363,11 @@ def stack(w: StackWeights) -> StackFunction:
     return run
 
 
-def keys(ws: Sequence[KeysWeights]) -> KeysFunction:
-    """`kernels.stack.composed_keys` as one call."""
+def cross_kv(ws: Sequence[CrossKvWeights]) -> CrossKvFunction:
+    """`kernels.stack.composed_cross_kv` as one call."""
     assert LIBRARY
-    call, norms = LIBRARY.fastblt_keys, _Norms()
-    structs = (_Keys * len(ws))(*(_keys(w, norms) for w in ws))
+    call, norms = LIBRARY.fastblt_cross_kv, _Norms()
+    structs = (_CrossKv * len(ws))(*(_cross_kv(w, norms) for w in ws))
 
     def run(x: Tensor, cache: KvCache, page: Tensor, offset: Tensor, alive: Any = (ws, norms)) -> None:
         call(
@@ -391,8 +400,8 @@ def _slots(w: SlotsWeights, norms: _Norms) -> _Slots:
     )
 
 
-def _keys(w: KeysWeights, norms: _Norms) -> _Keys:
-    return _Keys(norms(w.norm), _struct(w.kv), w.eps, _is_bf16(w.norm))
+def _cross_kv(w: CrossKvWeights, norms: _Norms) -> _CrossKv:
+    return _CrossKv(norms(w.norm), _struct(w.kv), w.eps, _is_bf16(w.norm))
 
 
 def _struct(matrix: Matrix) -> _Matrix:

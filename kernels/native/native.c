@@ -32,16 +32,16 @@ typedef struct {
     Matrix kv;
     float eps;
     int32_t bf16;
-} Keys;
+} CrossKv;
 
 typedef struct {
     const Layer *layers;
     const Slots *slots;
-    const Keys *keys;
+    const CrossKv *cross_kv;
     const void *embedding;
     const float *norm;
     Matrix head;
-    int64_t num_layers, num_slots, num_keys, dim;
+    int64_t num_layers, num_slots, num_cross_kv, dim;
     float eps;
     int32_t bf16;
 } Stack;
@@ -190,11 +190,11 @@ static void read_slots(
     arena_used = mark;
 }
 
-static size_t keys_floats(const Keys *k, int64_t rows) { return rows * (2 * k->kv.in + k->kv.out) + 64 * 3; }
+static size_t cross_kv_floats(const CrossKv *k, int64_t rows) { return rows * (2 * k->kv.in + k->kv.out) + 64 * 3; }
 
 /* Stores rows as keys and values. */
-static void store_keys(
-    const Keys *k, const int64_t *page, const int64_t *offset, const Cache *cache, const float *x, int64_t rows
+static void store_cross_kv(
+    const CrossKv *k, const int64_t *page, const int64_t *offset, const Cache *cache, const float *x, int64_t rows
 ) {
     int64_t dim = k->kv.in, width = cache->head_dim;
     size_t mark = arena_used;
@@ -210,32 +210,32 @@ static void store_keys(
     arena_used = mark;
 }
 
-/* `stack` of kernels/stack.py. x: (rows, dim), or ids (rows,) where there is an embedding. wanted (left,), or null: the
-   rows to output. beside, states, page, offset: `Beside`. */
+/* `stack` of kernels/stack.py. x: (rows, dim), or ids (rows,) where there is an embedding. logit_rows (left,), or null: the
+   rows to output. cross, states, page, offset: `CrossCache`. */
 void fastblt_stack(
-    const Stack *s, const Plan *plan, const Cache *caches, const Cache *beside, void *states, const int64_t *page,
-    const int64_t *offset, const void *x, const int64_t *wanted, int64_t left, void *y, int threads
+    const Stack *s, const Plan *plan, const Cache *caches, const Cache *cross, void *states, const int64_t *page,
+    const int64_t *offset, const void *x, const int64_t *logit_rows, int64_t left, void *y, int threads
 ) {
     int64_t rows = plan->rows, dim = s->dim, bf16 = s->bf16;
     size_t most = left * (3 * dim + s->head.out) + 64 * 4;
     for (int64_t i = 0; i < s->num_layers; i++) most = larger(most, layer_floats(s->layers + i, rows));
     for (int64_t i = 0; i < s->num_slots; i++) most = larger(most, slots_floats(s->slots + i, rows));
-    for (int64_t i = 0; i < s->num_keys; i++) most = larger(most, keys_floats(s->keys + i, rows));
+    for (int64_t i = 0; i < s->num_cross_kv; i++) most = larger(most, cross_kv_floats(s->cross_kv + i, rows));
     begin(threads, rows * dim + 64 + most);
     float *now = take(rows * dim);
     if (s->embedding) widen_rows(now, s->embedding, x, rows, dim, bf16);
     else widen(now, x, rows * dim, bf16);
     for (int64_t i = 0; i < s->num_layers; i++) {
-        if (i < s->num_slots) read_slots(s->slots + i, page, offset, beside + i, now, rows);
+        if (i < s->num_slots) read_slots(s->slots + i, page, offset, cross + i, now, rows);
         layer(s->layers + i, plan, caches + i, now);
-        int64_t key = i + s->num_keys - s->num_layers, size = bf16 ? 2 : 4;
-        if (key >= 0) store_keys(s->keys + key, page, offset, beside + key, now, rows);
+        int64_t key = i + s->num_cross_kv - s->num_layers, size = bf16 ? 2 : 4;
+        if (key >= 0) store_cross_kv(s->cross_kv + key, page, offset, cross + key, now, rows);
         for (int64_t r = 0; r < rows && key == 0 && states; r++)
-            narrow((char *)states + (page[r] * beside->page_size + offset[r]) * dim * size, now + r * dim, dim, bf16);
+            narrow((char *)states + (page[r] * cross->page_size + offset[r]) * dim * size, now + r * dim, dim, bf16);
     }
-    if (wanted) {
+    if (logit_rows) {
         float *some = take(left * dim);
-        for (int64_t r = 0; r < left; r++) memcpy(some + r * dim, now + wanted[r] * dim, dim * sizeof *some);
+        for (int64_t r = 0; r < left; r++) memcpy(some + r * dim, now + logit_rows[r] * dim, dim * sizeof *some);
         now = some;
     }
     if (s->norm) {
@@ -248,17 +248,17 @@ void fastblt_stack(
 }
 
 /* x (rows, dim) as keys and values of `count` caches. */
-void fastblt_keys(
-    const Keys *keys, int64_t count, const int64_t *page, const int64_t *offset, const Cache *caches, const void *x,
+void fastblt_cross_kv(
+    const CrossKv *keys, int64_t count, const int64_t *page, const int64_t *offset, const Cache *caches, const void *x,
     int64_t rows, int threads
 ) {
     int64_t numbers = rows * keys->kv.in;
     size_t most = 0;
-    for (int64_t i = 0; i < count; i++) most = larger(most, keys_floats(keys + i, rows));
+    for (int64_t i = 0; i < count; i++) most = larger(most, cross_kv_floats(keys + i, rows));
     begin(threads, numbers + 64 + most);
     float *wide = take(numbers);
     widen(wide, x, numbers, keys->bf16);
-    for (int64_t i = 0; i < count; i++) store_keys(keys + i, page, offset, caches + i, wide, rows);
+    for (int64_t i = 0; i < count; i++) store_cross_kv(keys + i, page, offset, caches + i, wide, rows);
     finish();
 }
 
@@ -349,14 +349,14 @@ void fastblt_boundaries(
 void fastblt_likeliest(const float *logits, int64_t *ids, float *highest, int64_t rows, int64_t vocabulary) {
     for (int64_t r = 0; r < rows; r++) {
         const float *x = logits + r * vocabulary;
-        ids[r] = likeliest(x, vocabulary);
+        ids[r] = argmax(x, vocabulary);
         highest[r] = x[ids[r]];
     }
 }
 
-/* logits: doubles if `is_double`. laws (rows, 4). */
+/* logits: doubles if `is_double`. params (rows, 4). */
 void fastblt_sample(
-    const void *logits, int is_double, const double *laws, const double *uniforms, int64_t *ids, int64_t rows,
+    const void *logits, int is_double, const double *params, const double *uniforms, int64_t *ids, int64_t rows,
     int64_t vocabulary
 ) {
     double x[vocabulary];
@@ -365,7 +365,7 @@ void fastblt_sample(
             int64_t at = r * vocabulary + i;
             x[i] = is_double ? ((const double *)logits)[at] : (double)((const float *)logits)[at];
         }
-        ids[r] = sample(x, vocabulary, laws + 4 * r, uniforms[r]);
+        ids[r] = sample(x, vocabulary, params + 4 * r, uniforms[r]);
     }
 }
 
@@ -378,7 +378,7 @@ void fastblt_accepted(
 }
 
 void fastblt_certainty(const float *logits, float *confidence, float *entropy, int64_t rows, int64_t vocabulary) {
-    for (int64_t r = 0; r < rows; r++) certainty(logits + r * vocabulary, vocabulary, confidence + r, entropy + r);
+    for (int64_t r = 0; r < rows; r++) confidence_and_entropy(logits + r * vocabulary, vocabulary, confidence + r, entropy + r);
 }
 
 /* Blocks of `size` cells. */

@@ -26,7 +26,7 @@ from ..blocks import BlockPasses, block_tensors
 from ..decoder import DecoderRows
 from ..launch import padded_tensor
 from ..results import cell_params, uniform
-from ..sampling import draw_ids, padded_laws, uniforms_for
+from ..sampling import draw_ids, padded_params, uniforms_for
 from ..stages import Stages
 from ..transfer import read
 
@@ -150,9 +150,9 @@ class BlocksAhead:
         cells = [(rows.sequence, rows.cells_start + cell) for rows in batch for cell in range(rows.num_block)]
         params = [cell_params(sequence.request) for sequence, _ in cells]
         uniforms = [uniform(*cell) for cell in cells] + [0.0] * (padded - len(cells))
-        laws = padded_laws(params, padded, self._stages.decoder.vocab_size, self._device)
-        draws = uniforms_for(laws, uniforms, self._device)
-        return laws if draws is None else laws | {"uniforms": draws}
+        tensors = padded_params(params, padded, self._stages.decoder.vocab_size, self._device)
+        draws = uniforms_for(tensors, uniforms, self._device)
+        return tensors if draws is None else tensors | {"uniforms": draws}
 
 
 def _without_text(rows: Rows) -> Rows:
@@ -165,9 +165,9 @@ class _Passes(BlockPasses):
     """See `engine.step.decoder.PassState`."""
 
     def take(self, logits: Tensor) -> None:
-        law = self.law(logits)
-        drawn, highest = draw_ids(law, self._tensors, self._tensors.get("uniforms"), self._kernels)
-        self.settle(law, drawn, highest)
+        allowed = self.allowed(logits)
+        drawn, highest = draw_ids(allowed, self._tensors, self._tensors.get("uniforms"), self._kernels)
+        self.settle(allowed, drawn, highest)
 
     def out(self) -> Tensor:
         """(3, S, B) int64: the cells, when they were settled, whether their logits were bad."""

@@ -22,7 +22,7 @@ from ...decoders import Next, Result
 from ...memory.memory import Memory, Reach
 from ...rows import Rows
 from ..results import uniform
-from ..sampling import check, draw_ids, on_device, padded_laws, uniforms_for
+from ..sampling import check, draw_ids, on_device, padded_params, uniforms_for
 from ..stages import STAND_IN, Stages
 from ..transfer import read
 
@@ -57,11 +57,11 @@ class BytesAhead:
         if not passes:
             return None
         sampling = [rows.sequence.request.sampling for rows in batch]
-        laws = padded_laws(sampling, len(batch), self._stages.decoder.vocab_size, self._device)
+        params = padded_params(sampling, len(batch), self._stages.decoder.vocab_size, self._device)
         logits = self._stages.run(batch)
         executor = self._stages.launcher.executor
         began, recorded = time.perf_counter(), executor.num_recorded
-        found = self._launch(batch, logits, laws, passes)
+        found = self._launch(batch, logits, params, passes)
         if executor.num_recorded == recorded:
             seconds = (time.perf_counter() - began) / len(found.decided)
             self._ledger.latency.observe(BYTE_AHEAD, len(batch), seconds)
@@ -108,8 +108,8 @@ class BytesAhead:
         reaches = [Reach(rows.sequence, rows.end, rows.end + passes) for rows in batch]
         return passes if self._memory.reserve_all(reaches) else 0
 
-    def _launch(self, batch: Sequence[Rows], logits: Tensor, laws: Mapping[str, Tensor], passes: int) -> _Passes:
-        """Draws the step's bytes and launches the passes. logits (S, V): the step's. laws: see
+    def _launch(self, batch: Sequence[Rows], logits: Tensor, params: Mapping[str, Tensor], passes: int) -> _Passes:
+        """Draws the step's bytes and launches the passes. logits (S, V): the step's. params: see
         `engine.step.sampling.draw_ids`."""
         stages = self._stages
         windows = stages.encoder.windows((rows.sequence, rows.end - 1) for rows in batch)
@@ -117,8 +117,8 @@ class BytesAhead:
         found = _Passes()
         while True:
             number = len(found.drawn)
-            uniforms = uniforms_for(laws, [uniform(rows.sequence, rows.end + number) for rows in batch], self._device)
-            ids, highest = draw_ids(logits, laws, uniforms, self._kernels)
+            uniforms = uniforms_for(params, [uniform(rows.sequence, rows.end + number) for rows in batch], self._device)
+            ids, highest = draw_ids(logits, params, uniforms, self._kernels)
             found.drawn.append(torch.stack((ids.double(), highest.double())))
             if number == passes:
                 return found

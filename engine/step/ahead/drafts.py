@@ -20,7 +20,7 @@ from ...decoders import Draft, Result
 from ...memory.memory import Memory, Reach
 from ...rows import Rows
 from ..results import uniform
-from ..sampling import check, draw_ids, padded_laws, uniforms_for
+from ..sampling import check, draw_ids, padded_params, uniforms_for
 from ..stages import STAND_IN, Begun, Stages
 from ..transfer import read_async, to_device
 
@@ -45,7 +45,7 @@ class DraftsAhead:
         padded = plans[0].padded
         padding = padded - len(batch)
         sampling = [rows.sequence.request.sampling for rows in batch]
-        tensors = padded_laws(sampling, padded, stages.decoder.vocab_size, device)
+        tensors = padded_params(sampling, padded, stages.decoder.vocab_size, device)
         tensors["ids"] = to_device(np.array([rows.cells[0] for rows in batch] + [0] * padding), device)
         uniforms = [
             [uniform(rows.sequence, rows.cells_start + 1 + n) for rows in batch] + [0.0] * padding for n in range(most)

@@ -19,7 +19,7 @@ from ...decoders import Next, Result
 from ...memory.memory import Memory, Reach
 from ...rows import Rows
 from ..results import uniform
-from ..sampling import check, draw_ids, padded_laws, uniforms_for
+from ..sampling import check, draw_ids, padded_params, uniforms_for
 from ..stages import STAND_IN, Stages
 from ..transfer import read_async
 
@@ -40,10 +40,10 @@ class NextStepAhead:
             return None
         stages, size, device = self._stages, len(batch), self._stages.launcher.device
         sampling = [rows.sequence.request.sampling for rows in batch]
-        laws = padded_laws(sampling, size, stages.decoder.vocab_size, device)
+        params = padded_params(sampling, size, stages.decoder.vocab_size, device)
         logits = stages.run(batch)
-        uniforms = uniforms_for(laws, [uniform(rows.sequence, rows.end) for rows in batch], device)
-        ids, highest = draw_ids(logits, laws, uniforms, self._kernels)
+        uniforms = uniforms_for(params, [uniform(rows.sequence, rows.end) for rows in batch], device)
+        ids, highest = draw_ids(logits, params, uniforms, self._kernels)
         readback = read_async(ids, highest)
         began, recorded = time.perf_counter(), stages.launcher.executor.num_recorded
         windows = stages.encoder.windows((rows.sequence, rows.end - 1) for rows in batch)
