@@ -4,15 +4,16 @@ import logging
 import time
 from itertools import count
 
+from . import admission
 from .build import build, calibrate
 from .config import EngineConfig
-from .decoders import DECODERS, Committed, Decoder, Result, SharedPrior, Verify, make_decoder
+from .decoders import Committed, Decoder, Result, SharedPrior, Verify, make_decoder
 from .output import usage_of
 from .report import Report, info_of
 from .rows import Rows
 from .scheduler import Scheduler
 from .sequence import Sequence
-from .types import MAX_DRAFT, EngineInfo, Event, Failed, FinishReason, Request, Snapshot
+from .types import EngineInfo, Event, Failed, FinishReason, Request, Snapshot
 
 log = logging.getLogger("fastblt.engine")
 
@@ -80,7 +81,9 @@ class Engine:
 
         A refusal is not raised: it comes as a `Failed` from the next step.
         """
-        refusal = self._refuse(request)
+        refusal = admission.check(request, self.limits)
+        if request.id in self._sequences:
+            refusal = Failed(id=request.id, code="invalid", message=f"id {request.id!r} is in use", param="id")
         if refusal is not None:
             log.debug("refused: %s", refusal.code, extra=request.log_fields)
             self._events.append(refusal)
@@ -200,48 +203,3 @@ class Engine:
         now = time.monotonic()
         for sequence in [s for s in self._sequences.values() if s.deadline is not None and s.deadline <= now]:
             self._finish(sequence, "timeout")
-
-    def _refuse(self, request: Request) -> Failed | None:
-        def refuse(code: str, message: str, param: str | None) -> Failed:
-            return Failed(id=request.id, code=code, message=message, param=param)  # type: ignore[arg-type]
-
-        if request.id in self._sequences:
-            return refuse("invalid", f"id {request.id!r} is in use", "id")
-        if request.decoder not in self.limits.decoders:
-            return refuse("decoder_unavailable", self._why_unavailable(request.decoder), "decoder")
-        if not 1 <= request.draft_length <= MAX_DRAFT:
-            return refuse(
-                "invalid", f"draft_length goes from 1 to {MAX_DRAFT}, not {request.draft_length}", "draft_length"
-            )
-        trained = self.model_config.block_size
-        if request.block_size is not None and not 1 <= request.block_size <= (trained or MAX_DRAFT):
-            why = f"this model was trained with blocks of up to {trained} bytes"
-            return refuse(
-                "invalid", f"block_size goes from 1 to {trained}, not {request.block_size}: {why}", "block_size"
-            )
-        vocabulary = self.model_config.vocab_size
-        bad = next((i for i in (*request.prompt_ids, *request.output_ids) if not 0 <= i < vocabulary), None)
-        if bad is not None or not request.prompt_ids:
-            what = "is empty" if bad is None else f"holds the id {bad}"
-            return refuse("invalid", f"prompt {what}; it needs ids from 0 to {vocabulary - 1}", "prompt")
-        if len(request.output_ids) > request.max_tokens:
-            why = f"holds {len(request.output_ids)} ids, and max_tokens is {request.max_tokens}"
-            return refuse("invalid", f"output_ids {why}", "output_ids")
-        length, limit = len(request.prompt_ids) + request.max_tokens, self.memory.caches.max_length
-        # Blocks that are not checked are run whole.
-        blocks = not DECODERS[request.decoder].is_exact(request)
-        spare = (request.block_size or self.model_config.block_size or 1) - 1 if blocks and request.max_tokens else 0
-        if length + spare > limit:
-            behind = f", and the last block may reach {spare} behind them" if spare else ""
-            return refuse(
-                "too_long",
-                f"prompt ({len(request.prompt_ids)} ids) and max_tokens ({request.max_tokens}) make {length}{behind}; "
-                f"this model and its caches hold {limit}",
-                "max_tokens",
-            )
-        return None
-
-    def _why_unavailable(self, decoder: str) -> str:
-        masked = decoder in DECODERS and DECODERS[decoder].needs_mask
-        why = ": this checkpoint was not trained with block diffusion and has no [MASK]" if masked else ""
-        return f"decoder {decoder!r} is not available{why}; this engine offers {', '.join(self.limits.decoders)}"

@@ -7,6 +7,9 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
+from engine.admission import Fault
+from engine.types import Failed
+
 from .responses import JsonResponse
 
 SHOWN_CHARACTERS = 80
@@ -46,6 +49,20 @@ TYPES = {
     500: "server_error",
     503: "service_unavailable",
 }
+
+REFUSALS: dict[str, Code | None] = {
+    "too_long": "context_length_exceeded",
+    "decoder_unavailable": "decoder_unavailable",
+    "invalid": None,
+}
+"""The engine's codes, and ours for them."""
+PLAINER = {
+    "Value error, ": "",
+    "Input should be ": "must be ",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
+"""Words of Pydantic's messages, and ours for them, which `engine.admission` uses too."""
 
 
 class ErrorDetail(BaseModel):
@@ -96,6 +113,13 @@ def request_timeout(seconds: float) -> ApiError:
     return ApiError(408, message, code="request_timeout", headers={"connection": "close"})
 
 
+def from_failed(failed: Failed | Fault) -> ApiError:
+    """For a request that `engine.admission` refuses, or in which the engine failed."""
+    if failed.code == "internal":
+        return ApiError(500, failed.message, code="internal_error")
+    return ApiError(400, failed.message, param=failed.param, code=REFUSALS[failed.code])
+
+
 def from_validation(error: ValidationError) -> ApiError:
     """Names the first offending field, its value and what would be right."""
     first = error.errors(include_url=False, include_context=True)[0]
@@ -109,7 +133,9 @@ def from_validation(error: ValidationError) -> ApiError:
         return ApiError(400, f"{field} is required", param=field, code="missing_required_parameter")
     if kind == "extra_forbidden":
         return unknown_parameter(field)
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"]
+    for theirs, ours in PLAINER.items():
+        message = message.replace(theirs, ours, 1)
     message = f"{field}: {message[:1].lower()}{message[1:]}, not {shown(first['input'])}"
     return ApiError(400, message, param=field, code="invalid_value")
 

@@ -14,19 +14,12 @@ from engine.types import DecoderName, Delta, Event, Failed, Finished, Request, T
 
 from .admission import Gate, Ticket
 from .choice import ChoiceStream, Piece
-from .errors import ApiError, Code
+from .errors import ApiError, from_failed
 from .merge import merge
 from .metrics import Metrics
 from .requests import Plan
 from .schemas import Choice, Completion, CompletionUsage, FastBltUsage, PromptTokensDetails
 from .settings import ServerSettings
-
-REFUSALS: dict[str, Code | None] = {
-    "too_long": "context_length_exceeded",
-    "decoder_unavailable": "decoder_unavailable",
-    "invalid": None,
-}
-
 
 LOGGED_CHARACTERS = 1000
 """Most characters of a text with `--log-content`."""
@@ -116,9 +109,7 @@ class Generation:
             scores.learn(event)
         if isinstance(event, Failed):
             self.clocks[index].end("error" if event.code == "internal" else "refused")
-            if event.code == "internal":
-                raise ApiError(500, event.message, code="internal_error")
-            raise ApiError(400, event.message, param=event.param, code=REFUSALS[event.code])
+            raise from_failed(event)
         if isinstance(event, Finished):
             self.clocks[index].end(event.reason, event.usage)
             if event.reason == "abort":

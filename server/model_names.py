@@ -35,13 +35,8 @@ def check_model(name: str, settings: ServerSettings, limits: ModelLimits) -> Dec
 def choose_decoder(
     model: str, decoder: DecoderName | None, settings: ServerSettings, limits: ModelLimits
 ) -> DecoderName:
-    """The decoder chosen by the model's name and the decoder field. Raises ApiError if they conflict or it is not
-    available."""
+    """The decoder chosen by the model's name and the decoder field. Raises ApiError if they conflict."""
     alias = check_model(model, settings, limits)
     if alias and decoder and alias != decoder:
         raise ApiError(400, f"decoder {decoder!r} contradicts the model {model!r}", param="decoder")
-    chosen = alias or decoder or DEFAULT_DECODER
-    if chosen not in limits.decoders:
-        message = f"the decoder {chosen!r} is not available; offered: {', '.join(limits.decoders)}"
-        raise ApiError(400, message, param="decoder", code="decoder_unavailable")
-    return chosen
+    return alias or decoder or DEFAULT_DECODER

@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 import msgspec
 from pydantic import ValidationError
 
-from .errors import ApiError, from_validation, shown, unknown_parameter
+from engine.admission import prompt_too_long
+
+from .errors import ApiError, from_failed, from_validation, shown, unknown_parameter
 from .neutral import NEUTRAL
 from .schemas import PROMPT_RULE, CompletionRequest, NotOffered
 
@@ -106,8 +108,7 @@ def _bound_prompt(raw: bytes, max_prompts: int, max_length: int) -> None:
             message = f"prompt: {least} prompts or more; at most {max_prompts} are allowed"
             raise ApiError(400, message, param="prompt", code="invalid_value")
     elif (ids := raw.count(b",") + 1) > max_length:
-        message = f"prompt: {ids} ids; this model's sequences hold {max_length}"
-        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        raise from_failed(prompt_too_long(ids, max_length))
     if len(raw) > SMALL_BODY_BYTES:
         try:
             _arrays[kind].decode(raw)

@@ -4,11 +4,11 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from engine import logs
+from engine import admission, logs
 from engine.config import BOS_ID, BYTE_OFFSET, ModelLimits
 from engine.types import DecoderName, Request, SamplingParams, UnmaskRule
 
-from .errors import ApiError
+from .errors import ApiError, from_failed
 from .model_names import choose_decoder, default_model
 from .options import OPTIONS, WrongOption, options_of
 from .schemas import CompletionRequest
@@ -48,11 +48,9 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
     if limit is not None and request.max_tokens > limit:
         raise ApiError(400, f"max_tokens: must be at most {limit}, not {request.max_tokens}", param="max_tokens")
     prompts = [_to_ids(text, request, limits) for text in texts]
-    _bound_scores(request, prompts, samples, settings.max_scores)
-    _bound_entropies(request, prompts, samples, settings.max_scores)
     ranked = samples > request.n
-    requests = []
-    bias = _bias(request.logit_bias, limits)
+    requests: list[Request] = []
+    bias = {int(token): value for token, value in request.logit_bias.items()}
     log_fields = dict(logs.context.get())
     for number, prompt_ids in enumerate(prompts):
         # With a seed of its own a prompt's samples do not depend on the prompts beside it; without one, equal prompts
@@ -90,6 +88,12 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
             )
             for sample in range(samples)
         ]
+    # The samples of a prompt differ in nothing that may be refused.
+    for first in requests[::samples]:
+        if refusal := admission.check(first, limits):
+            raise from_failed(refusal)
+    _bound_scores(request, prompts, samples, settings.max_scores)
+    _bound_entropies(request, prompts, samples, settings.max_scores)
     return Plan(request, model, requests, samples)
 
 
@@ -155,29 +159,10 @@ def _bound_entropies(request: CompletionRequest, prompts: list[list[int]], sampl
 
 def _to_ids(prompt: str | list[int], request: CompletionRequest, limits: ModelLimits) -> list[int]:
     """A string becomes BOS, if that is wanted, and its bytes; names of special ids in it are just text. Ids are taken
-    as they are."""
-    first = [BOS_ID] if request.add_special_tokens else []
-    data = prompt.encode() if isinstance(prompt, str) else None
-    length, max_tokens = len(prompt) if data is None else len(first) + len(data), request.max_tokens
-    if not length:
-        raise ApiError(400, "prompt: must not be empty without a begin-of-sequence id", param="prompt")
-    if length + max_tokens > limits.max_length:
-        message = (
-            f"this model's sequences hold {limits.max_length} bytes, begin-of-sequence included; "
-            f"prompt ({length}) and max_tokens ({max_tokens}) make {length + max_tokens}"
-        )
-        param = "prompt" if length > limits.max_length else "max_tokens"
-        raise ApiError(400, message, param=param, code="context_length_exceeded")
-    if data is not None:
-        return [*first, *(byte + BYTE_OFFSET for byte in data)]
-    assert isinstance(prompt, list)
-    if (bad := next((i for i in prompt if not 0 <= i < limits.vocab_size), None)) is not None:
-        raise ApiError(400, f"prompt: token ids go from 0 to {limits.vocab_size - 1}, not {bad}", param="prompt")
-    return prompt
-
-
-def _bias(bias: dict[str, float], limits: ModelLimits) -> dict[int, float]:
-    if bad := [key for key in bias if int(key) >= limits.vocab_size]:
-        message = f"logit_bias: token ids go from 0 to {limits.vocab_size - 1}, not {bad[0]}"
-        raise ApiError(400, message, param="logit_bias")
-    return {int(key): value for key, value in bias.items()}
+    as they are. A text that is too long becomes no ids."""
+    if isinstance(prompt, list):
+        return prompt
+    first, data = [BOS_ID] if request.add_special_tokens else [], prompt.encode()
+    if (length := len(first) + len(data)) > limits.max_length:
+        raise from_failed(admission.prompt_too_long(length, limits.max_length))
+    return [*first, *(byte + BYTE_OFFSET for byte in data)]

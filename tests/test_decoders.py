@@ -293,7 +293,7 @@ def test_block_diffusion_is_refused_by_a_model_without_mask_id(model: Path) -> N
 def test_more_output_ids_than_max_tokens_are_refused(model: Path) -> None:
     """A restarted engine gets what its forerunner wrote, never more than the request allows."""
     out = run(make_engine(model), [request("a", [1, 60], 3, output_ids=[70, 71, 72, 73])])["a"]
-    assert not isinstance(out.end, Finished) and "output_ids holds 4 ids, and max_tokens is 3" in str(out.end)
+    assert not isinstance(out.end, Finished) and "must have at most max_tokens ids (3), not 4" in str(out.end)
 
 
 @pytest.mark.parametrize("model", DIFFUSION_MODELS, indirect=True)
@@ -462,8 +462,8 @@ def test_a_block_longer_than_trained_is_refused_with_the_reason(tmp_path: Path) 
     engine = make_engine(save_ours(tmp_path / "model", (replace(config, name="x"), tensors)))
     for fields, message in (
         ({"decoder": "blt-d", "block_size": 5}, "trained with blocks of up to 4"),
-        ({"decoder": "blt-s", "draft_length": 33}, "draft_length goes from 1 to 32"),
-        ({"decoder": "blt-s", "draft_length": 0}, "draft_length goes from 1 to 32"),
+        ({"decoder": "blt-s", "draft_length": 33}, "draft_length: must be at most 32, not 33"),
+        ({"decoder": "blt-s", "draft_length": 0}, "draft_length: must be at least 1, not 0"),
     ):
         assert message in str(run(engine, [request("a", [1, 70], 8, **fields)])["a"].end)
 
@@ -480,7 +480,7 @@ def test_every_decoder_fills_a_sequence_to_the_models_maximum_length(tmp_path: P
     for how in [*DRAFTS, *BLOCKS[:2], *AUTO]:
         assert run(engine, [request("a", prompt, 4, **how)])["a"].ids == wanted
     for how in ({"decoder": "blt-d"}, {"decoder": "auto", "exact": False}):
-        assert "last block may reach 7 behind" in str(run(engine, [request("a", prompt, 4, **how)])["a"].end)
+        assert "last block may reach 7 ids past" in str(run(engine, [request("a", prompt, 4, **how)])["a"].end)
         assert isinstance(
             run(engine, [request("a", prompt, 0, prompt_logprobs=True, logprobs=0, **how)])["a"].end, Finished
         )

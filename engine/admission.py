@@ -1,0 +1,140 @@
+"""Which requests a loaded model can run.
+
+The engine asks before it takes a request, and the server before it sends one, so that a refusal has one text. A text
+names the field, what would be right, and what was given.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+from .config import ModelLimits
+from .decoders.table import DECODERS
+from .types import MAX_DRAFT, Failed, Request
+
+FIELDS = {"prompt_ids": "prompt", "sampling.logit_bias": "logit_bias"}
+"""Fields of a `Request` that texts and `Failed.param` call otherwise: as the API does."""
+
+
+class Fault(NamedTuple):
+    """Why a request cannot be run. field: of `Request`. rule: what would be right and what was given."""
+
+    code: Literal["too_long", "decoder_unavailable", "invalid"]
+    field: str
+    rule: str
+
+    @property
+    def param(self) -> str:
+        return FIELDS.get(self.field, self.field)
+
+    @property
+    def message(self) -> str:
+        return f"{self.param}: {self.rule}"
+
+
+Rule = Callable[[Request, ModelLimits], Fault | None]
+
+
+def check(request: Request, limits: ModelLimits) -> Failed | None:
+    """Why a model with these limits cannot run the request: the first fault; None if there is none."""
+    for rule in RULES:
+        if fault := rule(request, limits):
+            return Failed(id=request.id, code=fault.code, message=fault.message, param=fault.param)
+    return None
+
+
+# The rules. Each holds only where none before it has found a fault.
+
+
+def _decoder(request: Request, limits: ModelLimits) -> Fault | None:
+    decoder = request.decoder
+    if decoder not in DECODERS:
+        return Fault("decoder_unavailable", "decoder", f"must be {_any_of(DECODERS)}, not {decoder!r}")
+    if decoder in limits.decoders:
+        return None
+    why = "this checkpoint was not trained with block diffusion and has no [MASK]"
+    return Fault("decoder_unavailable", "decoder", f"must be {_any_of(limits.decoders)}, not {decoder!r}: {why}")
+
+
+def _draft_length(request: Request, limits: ModelLimits) -> Fault | None:
+    return _out_of_range("draft_length", request.draft_length, 1, MAX_DRAFT)
+
+
+def _block_size(request: Request, limits: ModelLimits) -> Fault | None:
+    if request.block_size is None:
+        return None
+    why = f": this model was trained with blocks of up to {limits.block_size} bytes"
+    return _out_of_range("block_size", request.block_size, 1, limits.block_size, why)
+
+
+def _max_tokens(request: Request, limits: ModelLimits) -> Fault | None:
+    return _out_of_range("max_tokens", request.max_tokens, 0, None)
+
+
+def _prompt(request: Request, limits: ModelLimits) -> Fault | None:
+    if not request.prompt_ids:
+        return Fault("invalid", "prompt_ids", "must not be empty; a begin-of-sequence id is enough")
+    if len(request.prompt_ids) > limits.max_length:
+        return prompt_too_long(len(request.prompt_ids), limits.max_length)
+    return _unknown_id("prompt_ids", request.prompt_ids, limits)
+
+
+def _output_ids(request: Request, limits: ModelLimits) -> Fault | None:
+    count, most = len(request.output_ids), request.max_tokens
+    if count > most:
+        return Fault("invalid", "output_ids", f"must have at most max_tokens ids ({most}), not {count}")
+    return _unknown_id("output_ids", request.output_ids, limits)
+
+
+def _logit_bias(request: Request, limits: ModelLimits) -> Fault | None:
+    return _unknown_id("sampling.logit_bias", request.sampling.logit_bias, limits)
+
+
+def _length(request: Request, limits: ModelLimits) -> Fault | None:
+    prompt, count, spare = len(request.prompt_ids), request.max_tokens, 0
+    if count and not DECODERS[request.decoder].is_exact(request):
+        # Blocks that are not checked are run whole.
+        spare = (request.block_size or limits.block_size or 1) - 1
+    most = max(limits.max_length - prompt - spare, 0)
+    if count <= most:
+        return None
+    block = f", and the last block may reach {spare} ids past max_tokens" if spare else ""
+    why = f"this model and its caches hold {limits.max_length} ids{block}"
+    return Fault("too_long", "max_tokens", f"must be at most {most} after a prompt of {prompt} ids, not {count}: {why}")
+
+
+RULES: tuple[Rule, ...] = (
+    _decoder,
+    _draft_length,
+    _block_size,
+    _max_tokens,
+    _prompt,
+    _output_ids,
+    _logit_bias,
+    _length,
+)
+
+
+def prompt_too_long(num_ids: int, max_length: int) -> Fault:
+    """The fault of a prompt that is too long whatever `max_tokens` is. The server finds it before it makes ids."""
+    rule = f"must have at most {max_length} ids, begin-of-sequence included, not {num_ids}"
+    return Fault("too_long", "prompt_ids", f"{rule}: this model and its caches hold no more")
+
+
+def _out_of_range(field: str, value: int, least: int, most: int | None, why_most: str = "") -> Fault | None:
+    if value < least:
+        return Fault("invalid", field, f"must be at least {least}, not {value}")
+    if most is not None and value > most:
+        return Fault("invalid", field, f"must be at most {most}, not {value}{why_most}")
+    return None
+
+
+def _unknown_id(field: str, ids: Iterable[int], limits: ModelLimits) -> Fault | None:
+    unknown = next((token for token in ids if not 0 <= token < limits.vocab_size), None)
+    if unknown is None:
+        return None
+    return Fault("invalid", field, f"token ids must be from 0 to {limits.vocab_size - 1}, not {unknown}")
+
+
+def _any_of(names: Iterable[str]) -> str:
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} or {last}" if others else last
