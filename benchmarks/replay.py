@@ -2,16 +2,16 @@
 instead.
 
 A round runs exactly as its decoder defines it, draft and verification; only then the number of committed drafts is
-replaced. That leaves a valid sequence, since the verifying rows were computed from the drafts. The rates are the Fast
-BLT paper's (`engine.sizing.PAPER_ACCEPTANCE`). A figure that rests on this is always labelled "replayed acceptance".
+replaced. That leaves a valid sequence, since the verifying rows were computed from the drafts. The rates are those
+of `engine.decoders.paper`. A figure that rests on this is always labelled "replayed acceptance".
 """
 
 import random
 
 from engine.decoders import Committed, Decoder, Round, SequenceView, make_decoder
 from engine.decoders.auto import SharedPrior
+from engine.decoders.paper import PAPER_ACCEPTANCE
 from engine.engine import Engine
-from engine.sizing import PAPER_ACCEPTANCE
 from engine.types import Request
 
 from .generate import Wrap

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from engine.decoders.paper import PAPER_PASSES
 from engine.engine import Engine
-from engine.sizing import PAPER_PASSES
 from engine.types import UnmaskRule
 
 from .models import Form

@@ -16,9 +16,10 @@ from engine.checkpoint import load
 from engine.checkpoint.describe import format_size
 from engine.checkpoint.names import HASHES
 from engine.config import ModelConfig
+from engine.decoders.paper import PAPER_ACCEPTANCE, PAPER_PASSES
 from engine.layout import DECODERS
-from engine.sizing import ASSUMED_PATCH, PAPER_ACCEPTANCE, PAPER_PASSES, Drafting, Sizing
 
+from .sizing import ASSUMED_PATCH, Drafting, Sizing
 from .tables import drawn, number_table
 
 WRITTEN_ITEMSIZE = 2

@@ -17,10 +17,11 @@ from engine.config import EngineConfig, PatchingRule
 from engine.costs.accounting import PaperFormula, StageBytes
 from engine.engine import Engine
 from engine.memory.caches import longest_draft, plan_caches
-from engine.sizing import Drafting, Load, Sizing, WeightBytes, caches_held, engine_for, readings, size
+from engine.memory.weights import WeightBytes
 from engine.types import Finished, Usage
 from kernels.stack import StackWeights
 from server.cli import app
+from server.sizing import Drafting, Load, Sizing, caches_held, engine_for, readings, size
 from tests.engines import Output, feeding, make_engine, request, run
 from tests.models import text
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..checkpoint.describe import format_size
 from ..checkpoint.names import HASHES
 from ..config import ModelConfig
-from ..sizing import WeightBytes
 from .caches import CachePlan
+from .weights import WeightBytes
 
 log = logging.getLogger("fastblt.engine")
 

@@ -5,25 +5,20 @@ lengths are bytes of a sequence, its prompt and output together; means may be fr
 """
 
 from dataclasses import dataclass, replace
-from math import ceil, inf, prod
+from math import ceil, inf
 
-import torch
+from engine.checkpoint import count_parameters
+from engine.config import EngineConfig, ModelConfig
+from engine.costs.accounting import PaperFormula, StageBytes
+from engine.counts import STAGES
+from engine.memory.caches import CacheSpec, cache_specs, longest_draft, plan_caches, typical_pages
+from engine.memory.weights import WeightBytes
+from engine.types import MAX_DRAFT
 
-from .checkpoint import count_parameters, expected_shapes
-from .checkpoint.names import HASHES
-from .config import EngineConfig, ModelConfig
-from .costs.accounting import PaperFormula, StageBytes
-from .counts import STAGES
-from .memory.caches import CacheSpec, cache_specs, longest_draft, plan_caches, typical_pages
-from .types import MAX_DRAFT
-
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number, by the values of `EngineConfig.dtype`."""
 ASSUMED_PATCH = 4.5
 """Bytes per patch of a model of which nothing else is known."""
-PAPER_ACCEPTANCE = {("blt-s", 4): 0.9677, ("blt-s", 8): 0.9114, ("blt-s", 16): 0.7693, ("blt-dv", 8): 0.8034}
-"""Share of the drafted bytes that stand, by decoder and length, blt-dv in one step: what Fast BLT reports for its 1B
-models, French to English (table 3)."""
-PAPER_PASSES = {8: 3}
-"""Decoder passes over a block of blt-d, by its size: 187 for 64 blocks there, at confidence 0.7."""
 OPEN_PATCHES = 8
 """Mean patches that an open patch is taken to hold at most, in a model that does not bound it."""
 LEAST_STEP_ROWS = 256
@@ -31,38 +26,6 @@ LEAST_STEP_ROWS = 256
 ROUND_ROWS_TO = 64
 MOST_SEQUENCES = 1 << 16
 """Where the search for what fits ends."""
-
-
-@dataclass(frozen=True, slots=True)
-class WeightBytes:
-    """What the weights take. stages: what a stage reads once per call, its matrices and norms. The tables are looked up
-    row by row: a byte's embeddings, those of its n-grams, and the angles of rotary positions."""
-
-    stages: dict[str, int]
-    byte_tables: int
-    hash_tables: int
-    rotary_tables: int
-    total: int
-
-    @classmethod
-    def of(
-        cls,
-        config: ModelConfig,
-        itemsize: int,
-        hash_itemsize: int,
-        *,
-        matrix_itemsize: int | None = None,
-        fp8: bool = False,
-    ) -> "WeightBytes":
-        stages = StageBytes.of(config, itemsize, hash_itemsize, matrix_itemsize=matrix_itemsize, fp8=fp8).weights
-        shapes = expected_shapes(config).items()
-        embeddings = itemsize * sum(prod(shape) for name, shape in shapes if name.endswith("embed_tokens.weight"))
-        hashes = hash_itemsize * sum(prod(shape) for name, shape in shapes if name.startswith(HASHES))
-        stacks = (config.encoder, config.global_, config.decoder)
-        tables = [(config.patcher_positions, config.patcher), *((stack.max_positions, stack) for stack in stacks)]
-        # A cosine and a sine per pair of numbers, in float32.
-        rotary = sum(4 * positions * stack.head_dim for positions, stack in tables)
-        return cls(stages, embeddings, hashes, rotary, sum(stages.values()) + embeddings + hashes + rotary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +143,7 @@ def size(
     """
     load = Load(engine.max_sequences if sequences is None else sequences, context, patch)
     _check(config, load, drafting, reserve, bandwidth)
-    itemsize, fp8 = getattr(torch, engine.dtype).itemsize, engine.weights == "float8"
+    itemsize, fp8 = DTYPE_BYTES[engine.dtype], engine.weights == "float8"
     weights = WeightBytes.of(config, itemsize, hash_itemsize, fp8=fp8)
     fitting = None
     if memory is not None:
@@ -260,7 +223,7 @@ def _check(config: ModelConfig, load: Load, drafting: Drafting, reserve: float, 
 
 def caches_held(config: ModelConfig, engine: EngineConfig, load: Load) -> dict[str, Held]:
     """What one sequence of the load holds of each cache, drafts included."""
-    itemsize = getattr(torch, engine.dtype).itemsize
+    itemsize = DTYPE_BYTES[engine.dtype]
     draft = longest_draft(config)
     held = {}
     for name, spec in _specs(config, engine, load).items():
