@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, flag_help
 from engine.engine import Engine
 
 from . import report
@@ -97,10 +97,13 @@ def parser(
     which.add_argument("--model", type=Path, help=f"folder of a checkpoint; {default}")
     which.add_argument("--shape", choices=SHAPES, help="random weights of that shape, with small hash tables")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 for a --shape, float32 for a --model"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help=f"{flag_help('dtype', phrase=True)}; default: bfloat16 for a --shape, float32 for a --model",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--num-threads", type=int, help="threads (default: one per core)")
+    device = flag_help("device", phrase=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=f"{device} (%(default)s)")
+    parser.add_argument("--num-threads", type=int, help=flag_help("num_threads", phrase=True))
     parser.add_argument("--turns", type=int, default=3, help="turns of A and B (%(default)s)")
     if replays:
         parser.add_argument(

@@ -6,8 +6,8 @@ whoever starts the engine.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 KernelName = Literal["torch", "triton", "native"]
 WeightsName = Literal["float8"]
@@ -152,48 +152,102 @@ class ModelConfig:
             raise ValueError(f"mask_id {self.mask_id} must be the id behind the vocabulary, {self.vocab_size}")
 
 
+def _flag(help_text: str, least: int | None = None) -> dict[str, Any]:
+    """Metadata of a field of `EngineConfig`: the help of its flag, and the least value of a number."""
+    return {"help": help_text, "least": least}
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How an engine runs a model. Sizes are counts, not bytes, unless the name says so."""
+    """How an engine runs a model. Every field is also a flag of `fastblt serve`, and its help says what it means: it
+    stands here alone. Sizes are counts, not bytes, unless the name says so."""
 
-    model: str
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    device: Literal["cpu", "cuda"] = "cpu"
-    kernels: KernelName | None = None
-    """None takes Triton's on a CUDA device, torch's elsewhere."""
-    graphs: bool | None = None
-    """Whether stages run as recorded graphs; None records on a CUDA device only."""
-    weights: WeightsName | None = None
-    """How the large matrices are stored; None: in `dtype`."""
-    max_sequences: int = 64
-    """Most sequences in the running batch."""
-    max_step_rows: int = 512
-    """Most byte rows per step, prompt and generated together: what memory is planned for."""
-    max_stall_ms: float = 50.0
-    """By how many milliseconds prompts may make a step longer. It may always become twice as long as the shortest
-    one."""
-    stage_costs: str | None = None
-    """File with what steps cost: read if it is of this model, else measured at the start and written."""
-    cache_bytes: int = 2 << 30
-    """Memory for all page pools together."""
-    page_size: int = 64
-    """Rows per page of the caches; those that keep a few rows per sequence use an eighth of it."""
-    prefix_cache: bool = True
-    """Whether what was computed of a text serves later ones that begin like it."""
-    max_length: int | None = None
-    """Most ids per sequence; None takes the model's own limit, or less if the caches could not hold one such
-    sequence."""
-    isolate_documents: bool | None = None
-    """Overrides the checkpoint's setting."""
-    num_threads: int | None = None
-    """CPU threads for tensor work; None takes one per core."""
-    patcher: str | None = None
-    """Folder of the patcher, for a model in Meta's layout whose patcher is elsewhere."""
-    patching_threshold: float | None = None
-    """Nats; None takes the checkpoint's."""
-    run_ahead: Policy = "measured"
-    """When the host launches work before it has read what earlier work gave: where measured times say that it pays,
-    wherever it can, or not at all. No text depends on it. See `engine.step.ahead.policy`."""
+    model: str = field(
+        metadata=_flag("Folder of the checkpoint, or a model on the Hugging Face hub: org/name[/folder][@revision].")
+    )
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=_flag("Dtype of weights and arithmetic."))
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata=_flag("Where the model runs."))
+    kernels: KernelName | None = field(
+        default=None,
+        metadata=_flag(
+            "Kernel backend: native, torch or triton; by default triton on a CUDA device and native on a CPU, or torch "
+            "where these are missing."
+        ),
+    )
+    """See `kernels.dispatch.choose_kernels`."""
+    graphs: bool | None = field(
+        default=None,
+        metadata=_flag("Whether kernels are launched as recorded graphs; by default on a CUDA device."),
+    )
+    weights: WeightsName | None = field(
+        default=None,
+        metadata=_flag("float8 rounds the large matrices, which halves what a GPU reads; by default as --dtype."),
+    )
+    max_sequences: int = field(default=64, metadata=_flag("Most sequences in the running batch.", 1))
+    max_step_rows: int = field(
+        default=512, metadata=_flag("Most byte rows per step, prompts included; memory is planned for them.", 1)
+    )
+    max_stall_ms: float = field(
+        default=50.0,
+        metadata=_flag(
+            "Milliseconds by which prompts may lengthen a step, or the length of the shortest step if that is more.", 0
+        ),
+    )
+    stage_costs: str | None = field(
+        default=None,
+        metadata=_flag(
+            "JSON file of measured step costs: read if it fits this model, else measured and written; by default "
+            "measured at every start."
+        ),
+    )
+    cache_bytes: int = field(default=2 << 30, metadata=_flag("Memory for all caches together, in bytes.", 1))
+    page_size: int = field(default=64, metadata=_flag("Rows per cache page.", 1))
+    """Caches that keep a few rows per sequence use an eighth of it."""
+    prefix_cache: bool = field(
+        default=True, metadata=_flag("Whether later prompts reuse the cached beginning of earlier texts.")
+    )
+    max_length: int | None = field(
+        default=None, metadata=_flag("Most ids per sequence; by default what the model and the caches can hold.", 1)
+    )
+    isolate_documents: bool | None = field(
+        default=None,
+        metadata=_flag("Whether an end-of-sequence id hides the text before it; by default as the model says."),
+    )
+    patcher: str | None = field(
+        default=None,
+        metadata=_flag(
+            "Folder or repository of the patcher, for a model in Meta's layout whose patcher is elsewhere; by default "
+            "entropy_model in or beside the model's folder."
+        ),
+    )
+    patching_threshold: float | None = field(
+        default=None,
+        metadata=_flag(
+            "Entropy above which a byte starts a patch, in nats; by default the model's own. `fastblt calibrate` finds "
+            "one for a mean patch length."
+        ),
+    )
+    run_ahead: Policy = field(
+        default="measured",
+        metadata=_flag(
+            "Whether the host launches work before it has read earlier results: measured (where it pays), always or "
+            "never. No text depends on it."
+        ),
+    )
+    """See `engine.step.ahead.policy`."""
+    num_threads: int | None = field(
+        default=None, metadata=_flag("CPU threads for tensor work; by default one per core.", 1)
+    )
+
+
+def flag_help(name: str, *, phrase: bool = False) -> str:
+    """The help of the flag of a field of `EngineConfig`. phrase: without the capital and the full stop, as programs for
+    developers write theirs."""
+    text: str = next(f for f in fields(EngineConfig) if f.name == name).metadata["help"]
+    if not phrase:
+        return text
+    first, _, rest = text.removesuffix(".").partition(" ")
+    return f"{first if first.isupper() else first.lower()} {rest}"
 
 
 @dataclass(frozen=True, slots=True)

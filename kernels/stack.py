@@ -118,8 +118,8 @@ class HeadWeights:
 class StackWeights:
     """Layers in a row.
 
-    slots: of the first layers; each reads the latent whose slots begin at `CrossCache`. cross_kv: of the last layers; the
-    states after each are stored there as keys and values, those after the first also as states.
+    slots: of the first layers; each reads the latent whose slots begin at `CrossCache`. cross_kv: of the last layers;
+    the states after each are stored there as keys and values, those after the first also as states.
     """
 
     layers: Sequence[LayerWeights]

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from engine.config import EngineConfig, KernelName, ModelConfig, WeightsName
+from engine.config import EngineConfig, KernelName, ModelConfig, WeightsName, flag_help
 from engine.hub import HubError, local_folder, localised
 from engine.installed import installed
 from engine.types import MAX_DRAFT, SamplingParams, UnmaskRule
 
 from .embedded import embedded_model
-from .flags import EMBEDDED, ENGINE_FLAGS, with_settings
+from .flags import EMBEDDED, with_settings
 from .options import OPTIONS, RULES, KnownDecoder, WrongOption, options_of, parse_bytes, parse_unmask, show_unmask
 from .settings import ServerSettings
 from .texts import CONTEXT, Texts
@@ -53,7 +53,7 @@ def _bytes(given: str | int) -> int:
 
 def _engine_option(name: str) -> Any:
     """The option of an EngineConfig field, with the help of `fastblt serve`."""
-    return typer.Option(help=ENGINE_FLAGS[name][0])
+    return typer.Option(help=flag_help(name))
 
 
 def _embedded() -> str:
@@ -65,7 +65,7 @@ DtypeName = Literal["float32", "bfloat16"]
 Model = Annotated[str, _engine_option("model")]
 """For commands that measure: a figure is useless unless the user knows its model."""
 ModelOrEmbedded = Annotated[
-    str, typer.Option(help=ENGINE_FLAGS["model"][0], default_factory=_embedded, show_default=EMBEDDED)
+    str, typer.Option(help=flag_help("model"), default_factory=_embedded, show_default=EMBEDDED)
 ]
 Dtype = Annotated[DtypeName, _engine_option("dtype")]
 Device = Annotated[Literal["cpu", "cuda"], _engine_option("device")]
@@ -448,9 +448,7 @@ def compare(
 
 @app.command()
 def inspect(
-    path: Annotated[
-        str, typer.Argument(help=ENGINE_FLAGS["model"][0], default_factory=_embedded, show_default=EMBEDDED)
-    ],
+    path: Annotated[str, typer.Argument(help=flag_help("model"), default_factory=_embedded, show_default=EMBEDDED)],
     patcher: Patcher = None,
     patching_threshold: PatchingThreshold = None,
     as_json: AsJson = False,
@@ -478,7 +476,8 @@ def size(
         typer.Option(min=1, help="Concurrent sequences.", show_default="64, or fewer if --memory holds fewer"),
     ] = None,
     context: Annotated[
-        int, typer.Option(parser=_bytes, metavar="BYTES", help="Mean length of a sequence: prompt plus output.")
+        int,
+        typer.Option(parser=_bytes, metavar="BYTES", help="Mean length of a sequence in bytes: prompt plus output."),
     ] = 2048,
     patch_size: Annotated[
         float | None, typer.Option(help="Mean bytes per patch.", show_default="as measured with the model, or 4.5")

@@ -11,48 +11,13 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, flag_help
 
 from .embedded import NAME, embedded_model
 from .settings import ServerSettings
 
-ENGINE_FLAGS: dict[str, tuple[str, int | None]] = {
-    "model": ("Folder of the checkpoint, or a model on the Hugging Face hub: org/name[/folder][@revision].", None),
-    "dtype": ("What weights are held and computed in.", None),
-    "device": ("Where the model runs.", None),
-    "kernels": ("Who computes; by default triton on a CUDA device, native on a CPU.", None),
-    "graphs": ("Whether kernels are launched as recorded graphs; by default on a CUDA device.", None),
-    "weights": ("Rounds the large matrices to float8, which halves what a GPU reads; by default as --dtype.", None),
-    "max_sequences": ("Most sequences in the running batch.", 1),
-    "max_step_rows": ("Most byte rows per step, prompts included; memory is planned for them.", 1),
-    "max_stall_ms": (
-        "Milliseconds by which prompts may make a step longer; as long as the shortest step in any case.",
-        0,
-    ),
-    "stage_costs": ("File with what steps cost: read if it is of this model, else measured and written.", None),
-    "cache_bytes": ("Memory for all caches together, in bytes.", 1),
-    "page_size": ("Rows per cache page.", 1),
-    "prefix_cache": ("Whether what was computed of a text serves later ones that begin like it.", None),
-    "max_length": ("Most ids per sequence; by default what the model and the caches can hold.", 1),
-    "isolate_documents": ("Whether an end-of-sequence id hides what is before it; by default as the model says.", None),
-    "patcher": (
-        "Folder or repository of the patcher, for a model in Meta's layout whose patcher is elsewhere; by default "
-        "entropy_model in or beside the model's folder.",
-        None,
-    ),
-    "patching_threshold": (
-        "Entropy above which a byte starts a patch, in nats; by default the model's own. `fastblt calibrate` finds "
-        "one for a mean patch length.",
-        None,
-    ),
-    "run_ahead": (
-        "When the host launches work before it has read what earlier work gave: measured (where it pays), always or "
-        "never. No text depends on it.",
-        None,
-    ),
-    "num_threads": ("CPU threads for tensor work; by default one per core.", 1),
-}
-"""Help and least value per field of EngineConfig."""
+ENGINE_FLAGS = {field.name: field for field in fields(EngineConfig)}
+"""By name; the metadata has help and least value."""
 EMBEDDED = f"{NAME}, which comes with fastblt"
 """The default of "model", for people."""
 
@@ -83,12 +48,13 @@ def with_settings(command: Callable[..., None], *further: type[BaseSettings]) ->
 
 
 def _engine_parameter(name: str) -> inspect.Parameter:
-    field = next(f for f in fields(EngineConfig) if f.name == name)
-    help_text, least = ENGINE_FLAGS[name]
+    field = ENGINE_FLAGS[name]
     # The model alone has no default that is the same on every machine.
     shown = EMBEDDED if field.default is MISSING else field.default
     default = None if shown is None else str(shown)
-    return _parameter(name, _plain(field.type), help_text, default, envvar=_variable(name), least=least)
+    return _parameter(
+        name, _plain(field.type), flag_help(name), default, envvar=_variable(name), least=field.metadata["least"]
+    )
 
 
 def _setting_parameter(name: str, info: FieldInfo) -> inspect.Parameter:

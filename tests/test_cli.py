@@ -5,6 +5,7 @@ import socket
 import subprocess
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -19,6 +20,7 @@ from tests import reference
 from tests.conftest import COMMAND, ROOT
 
 NANO = ROOT / "models" / "nano"
+SERVE: Any = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
 
 runner = CliRunner()
 
@@ -63,7 +65,8 @@ class TestServeFlags:
         return parse
 
     def test_serve_has_one_flag_per_settings_field(self) -> None:
-        assert set(ENGINE_FLAGS) == {field.name for field in fields(EngineConfig)}
+        flags = {parameter.name for parameter in SERVE.params} - {"help"}
+        assert flags == {field.name for field in fields(EngineConfig)} | set(ServerSettings.model_fields)
         assert not set(ENGINE_FLAGS) & set(ServerSettings.model_fields)
 
     def test_serve_without_flags_uses_the_defaults(self, parse) -> None:

@@ -63,6 +63,19 @@ def test_every_option_has_help() -> None:
     ]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_row_of_a_flag_begins_with_its_help(command: str) -> None:
+    """Rows write values as code, and put a default at the end."""
+    rows = {
+        row.split("`")[1]: re.sub("[`']", "", row.split("|")[2])
+        for row in re.findall("^\\| `--.*", SECTIONS[command], re.M)
+    }
+    for option in COMMANDS[command].params:
+        if option.param_type_name == "option" and option.name != "help":
+            told = re.split(r"; by default| \[default: | \[env var: ", option.help)[0].replace("'", "").rstrip(".")
+            assert rows[option.opts[0]].strip().startswith(told), option.name
+
+
 @pytest.mark.parametrize("name", ["model", *DEFAULTS])
 def test_every_setting_is_documented_with_its_variable_and_default(name: str) -> None:
     row = next(line for line in SECTIONS["serve"].splitlines() if line.startswith(f"| `--{name.replace('_', '-')}`"))

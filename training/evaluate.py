@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import checkpoint
-from engine.config import BOS_ID, BYTE_OFFSET, PAD_ID, EngineConfig, ModelConfig
+from engine.config import BOS_ID, BYTE_OFFSET, PAD_ID, EngineConfig, ModelConfig, flag_help
 from engine.engine import Engine
 from engine.types import Delta, Failed, Finished, Request, SamplingParams
 from kernels.linear import quantize
@@ -135,7 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--corpus", type=Path, help="archive of python -m training.corpus (default: this Python's library)"
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device to compute on (default cpu)")
+    device_help = f"{flag_help('device', phrase=True)} (default cpu)"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=device_help)
     options = parser.parse_args(arguments)
     try:
         device = chosen_device(options.device)

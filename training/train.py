@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import PRESETS
+from engine.config import flag_help
 from engine.step.transfer import to_device
 
 from . import STARTED, model, objective
@@ -290,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     here.add_argument("--corpus", type=Path, help=text)
     compiled = "compile the passes; auto: on cuda, where it is measured to be faster (default auto)"
     here.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help=compiled)
-    here.add_argument("--threads", type=_positive, help="CPU threads (default: one per core)")
+    here.add_argument("--threads", type=_positive, help=flag_help("num_threads", phrase=True))
     options = parser.parse_args(arguments)
 
     if options.out and options.stage_minutes:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
+from engine.config import flag_help
 
 from .check import PARTS, Check
 from .device import nvidia_smi
@@ -25,7 +26,8 @@ def main() -> int:
     parser.add_argument("--again", nargs="+", choices=PARTS, default=[], help="run these parts again")
     parser.add_argument("--keep", action="store_true", help="keep figures that were made by other sources")
     parser.add_argument("--budget-s", type=float, default=480, help="seconds for everything (480)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    device = flag_help("device", phrase=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=f"{device} (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see whether everything runs")
     parser.add_argument("--trace", action="store_true", help="also write chrome traces of the profiled steps")
     options = parser.parse_args()
