@@ -55,7 +55,7 @@ class Scheduler:
     ) -> None:
         self._memory = memory
         self._max_sequences = max_sequences
-        self._max_step_rows = max_step_rows
+        self.max_step_rows = max_step_rows
         self.max_prompt_rows = max_prompt_rows or max_step_rows
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -78,7 +78,7 @@ class Scheduler:
     def schedule(self) -> list[Rows]:
         """The rows of the next step; their pages are reserved."""
         self._steps += 1
-        step = _Step(self._max_step_rows, self.max_prompt_rows)
+        step = _Step(self.max_step_rows, self.max_prompt_rows)
         preempted = self.preemptions
         rounds = [s for s in self.running if not _reads(s)]
         for sequence in sorted(rounds, key=lambda s: s.arrival not in self._passed_over):

@@ -32,9 +32,9 @@ SMALL_BODY_BYTES = 64 << 10
 
 T = TypeVar("T")
 
-_FIELDS = [*CompletionRequest.model_fields, *NEUTRAL]
+FIELDS = [*CompletionRequest.model_fields, *NEUTRAL]
 _ABSENT = msgspec.Raw()
-_members = [(name, msgspec.Raw, msgspec.field(default=_ABSENT)) for name in _FIELDS]
+_members = [(name, msgspec.Raw, msgspec.field(default=_ABSENT)) for name in FIELDS]
 _split = msgspec.json.Decoder(msgspec.defstruct("Members", _members))
 _split_strictly = msgspec.json.Decoder(msgspec.defstruct("Members", _members, forbid_unknown_fields=True))
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.S)
@@ -81,7 +81,7 @@ def _bound(body: bytes, max_prompts: int, max_length: int) -> None:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         message = f"the body is not valid JSON: {why}"
         raise _encoding_fault(body) or ApiError(400, message, code="invalid_json") from None
-    raws: dict[str, msgspec.Raw] = {name: raw for name in _FIELDS if (raw := getattr(members, name)) is not _ABSENT}
+    raws: dict[str, msgspec.Raw] = {name: raw for name in FIELDS if (raw := getattr(members, name)) is not _ABSENT}
     if len(body) - sum(map(len, raws.values())) > OTHER_BYTES:
         raise _unknown_field(body)
     for name, raw in raws.items():

@@ -51,20 +51,20 @@ def auto(costs: LatencyModel, drafting: float, diffusion: float, exact: bool = T
     """One that has seen drafts of both kinds be right so often."""
     experience = SharedPrior()
     found = Auto(8, costs, experience, exact)
-    for agreement, rate in ((found._drafts, drafting), (found._blocks, diffusion)):
+    for agreement, rate in ((found.drafts, drafting), (found.blocks, diffusion)):
         agreement.prior = rate
     return found
 
 
 def choice(made: Auto) -> Any:
     made.choose(SEQUENCE)
-    return made._chosen.decoder
+    return made.chosen.decoder
 
 
 def test_auto_drafts_longer_the_more_drafts_are_accepted_when_reading_weights_dominates() -> None:
     good, poor = choice(auto(costs(**LARGE_GLOBAL), 0.99, 0.1)), choice(auto(costs(**LARGE_GLOBAL), 0.9, 0.1))
     assert isinstance(good, SelfSpeculation) and isinstance(poor, SelfSpeculation)
-    assert good._draft_length > poor._draft_length
+    assert good.draft_length > poor.draft_length
     assert isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.5, 0.8)), VerifiedDiffusion)
 
 
@@ -105,12 +105,12 @@ def test_auto_tries_an_abandoned_decoder_again() -> None:
     made = auto(costs(**LARGE_GLOBAL), 0.97, 0.1)
     tried = 0
     for _ in range(3 * PROBE_INTERVAL):
-        for agreement in (made._drafts, made._blocks):
+        for agreement in (made.drafts, made.blocks):
             agreement.idle += 1
         decoder = choice(made)
         tried += isinstance(decoder, VerifiedDiffusion)
         if isinstance(decoder, SelfSpeculation):
-            made._drafts.idle = 0
+            made.drafts.idle = 0
     assert tried == 3
 
 

@@ -25,10 +25,10 @@ from tests.test_checkpoint_formats import ENTROPY_ARGS, META_ARGS, META_CONFIG, 
     ("public", "ours"),
     [
         (blt.BltConfig, hf_config.HfConfig),
-        (blt.BltLocalEncoderConfig, hf_config._Encoder),
-        (blt.BltLocalDecoderConfig, hf_config._Decoder),
-        (blt.BltGlobalTransformerConfig, hf_config._Global),
-        (blt.BltPatcherConfig, hf_config._Patcher),
+        (blt.BltLocalEncoderConfig, hf_config.EncoderSection),
+        (blt.BltLocalDecoderConfig, hf_config.DecoderSection),
+        (blt.BltGlobalTransformerConfig, hf_config.GlobalSection),
+        (blt.BltPatcherConfig, hf_config.PatcherSection),
     ],
 )
 def test_every_field_of_transformers_is_accounted_for(public: type[PreTrainedConfig], ours: type[Section]) -> None:
@@ -54,7 +54,12 @@ RELEASED_BY_HAND = {
 
 def test_every_field_of_converted_checkpoints_on_the_hub_is_accounted_for() -> None:
     assert set(RELEASED_BY_HAND["config"]) <= hf_config.HfConfig.accounted_fields()
-    for stage in (hf_config._Encoder, hf_config._Decoder, hf_config._Global, hf_config._Patcher):
+    for stage in (
+        hf_config.EncoderSection,
+        hf_config.DecoderSection,
+        hf_config.GlobalSection,
+        hf_config.PatcherSection,
+    ):
         assert set(RELEASED_BY_HAND["stage"]) <= stage.accounted_fields()
 
 
@@ -147,11 +152,11 @@ TOKENIZER = "vocab_size_unit_1 bpe_delim bpe_tokenizer_path add_bos add_eos"
 @pytest.mark.parametrize(
     ("public", "ours"),
     [
-        (MODEL, meta._ModelArgs),
-        (ENTROPY, meta._EntropyArgs),
-        (PATCHER, meta._PatcherArgs),
-        (TOKENIZER, meta._BytesOfTokenizer),
-        ("name init_kwargs", meta._TokenizerArgs),
+        (MODEL, meta.ModelArgs),
+        (ENTROPY, meta.EntropyArgs),
+        (PATCHER, meta.PatcherArgs),
+        (TOKENIZER, meta.BytesOfTokenizer),
+        ("name init_kwargs", meta.TokenizerArgs),
     ],
     ids=["model", "entropy model", "patcher", "tokenizer", "tokenizer args"],
 )

@@ -56,7 +56,7 @@ def run_step(scheduler: Scheduler) -> list[Rows]:
     generating = {s.arrival for s in scheduler.running if s.remaining <= (MAX_DRAFT if s.num_output else 1)}
     step = scheduler.schedule()
     # An ask is not cut: the last one may go beyond.
-    assert sum(part.num_rows for part in step[:-1]) < scheduler._max_step_rows
+    assert sum(part.num_rows for part in step[:-1]) < scheduler.max_step_rows
     prompts = [part for part in step if part.sequence.arrival not in generating]
     assert sum(part.num_rows for part in prompts[:-1]) < scheduler.max_prompt_rows
     for part in step:

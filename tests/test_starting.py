@@ -140,12 +140,12 @@ def test_an_unused_launch_ahead_is_timed_like_any_other(model: Path, monkeypatch
     """By a clock on which every launch takes one second."""
     engine = starting(make_engine(model), begins=True)
     seen, clock, launched, learnt = watched(monkeypatch), iter(range(10**6)), Counter[str](), Counter[str]()
-    engine.stepper.stages.launcher._clock.now = lambda: float(next(clock))  # type: ignore[method-assign]
+    engine.stepper.stages.launcher.clock.now = lambda: float(next(clock))  # type: ignore[method-assign]
     launch = engine.stepper.executor.run
     engine.stepper.executor.run = lambda stage, *rest: (launched.update([stage]), launch(stage, *rest))[1]  # type: ignore[method-assign]
     engine.ledger.latency.observe = lambda stage, *_: learnt.update([stage])  # type: ignore[method-assign]
     overtaken(engine)
-    assert False in seen and engine.stepper.stages._begun is None
+    assert False in seen and engine.stepper.stages.begun is None
     assert launched["patcher"] > engine.ledger.total.calls["patcher"], "some served nobody"
     assert engine.ledger.total.seconds == dict(launched), "seconds of each stage"
     assert {stage: learnt[stage] for stage in launched} == dict(launched), "what costs were learnt from"

@@ -33,7 +33,7 @@ def test_calibration_measures_every_stage_and_sets_prompt_rows(tiny: Path) -> No
     assert engine.info().prompt_rows == EngineConfig("").max_step_rows
     engine.calibrate()
     costs = engine.ledger.latency
-    assert all(costs._share(stage, 4) > 0 for stage in STAGES)
+    assert all(costs.seconds(stage, 4) > 0 for stage in STAGES)
     assert LEAST_PROMPT_ROWS <= engine.info().prompt_rows <= EngineConfig("").max_step_rows
     assert engine.info().prompt_rows == engine.prompt_rows
     patient = make_engine(tiny, max_step_rows=77, max_stall_ms=60_000.0)

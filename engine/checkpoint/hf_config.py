@@ -102,7 +102,7 @@ class _Stack(_Section):
         return stack
 
 
-class _Encoder(_Stack):
+class EncoderSection(_Stack):
     vocab_size: Size = 260
     hidden_size: Size = 1024
     num_hidden_layers: Few = 1
@@ -118,7 +118,7 @@ class _Encoder(_Stack):
     }
 
 
-class _Decoder(_Stack):
+class DecoderSection(_Stack):
     hidden_size: Size = 1024
     num_hidden_layers: Few = 9
     num_attention_heads: Size = 16
@@ -131,7 +131,7 @@ class _Decoder(_Stack):
     immaterial = _Stack.immaterial | {"vocab_size": "the head is made for the vocab_size of the whole configuration"}
 
 
-class _Global(_Stack):
+class GlobalSection(_Stack):
     hidden_size: Size = 2048
     num_hidden_layers: Few = 25
     num_attention_heads: Size = 16
@@ -139,7 +139,7 @@ class _Global(_Stack):
     max_position_embeddings: Size = 4096
 
 
-class _Patcher(_Stack):
+class PatcherSection(_Stack):
     default_theta: ClassVar[float] = 10000.0
 
     vocab_size: Size = 260
@@ -183,10 +183,10 @@ class HfConfig(_Section):
     encoder_hash_byte_group_size: list[Few] | None = None
     encoder_hash_byte_group_vocab: Size = 500002
     encoder_hash_byte_group_nb_functions: Size = Field(default=1, le=11)
-    encoder_config: _Encoder | None = None
-    decoder_config: _Decoder | None = None
-    global_config: _Global | None = None
-    patcher_config: _Patcher | None = None
+    encoder_config: EncoderSection | None = None
+    decoder_config: DecoderSection | None = None
+    global_config: GlobalSection | None = None
+    patcher_config: PatcherSection | None = None
     tie_word_embeddings: Literal[False] | None = False
     bos_token_id: Literal[1] | None = None
     eos_token_id: Literal[2] | None = None
@@ -211,13 +211,13 @@ class HfConfig(_Section):
     @property
     def cross_layers_of_encoder(self) -> int:
         """Cross-attention layers that the file holds for the encoder, used or not."""
-        encoder = self.encoder_config or _Encoder()
+        encoder = self.encoder_config or EncoderSection()
         return encoder.num_hidden_layers if encoder.cross_attn_all_layers else 1
 
     def model(self, name: str) -> ModelConfig:
         """Raises ValueError where fields contradict each other."""
-        encoder, decoder = self.encoder_config or _Encoder(), self.decoder_config or _Decoder()
-        global_, patcher = self.global_config or _Global(), self.patcher_config or _Patcher()
+        encoder, decoder = self.encoder_config or EncoderSection(), self.decoder_config or DecoderSection()
+        global_, patcher = self.global_config or GlobalSection(), self.patcher_config or PatcherSection()
         _require_equal("encoder_config.cross_attn_k", encoder.cross_attn_k, "cross_attn_k", self.cross_attn_k)
         _require_equal("decoder_config.cross_attn_k", decoder.cross_attn_k, "cross_attn_k", self.cross_attn_k)
         _require_equal("encoder_config.vocab_size", encoder.vocab_size, "vocab_size", self.vocab_size)

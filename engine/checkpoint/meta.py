@@ -90,7 +90,7 @@ class _Transformer(Section):
         return stack
 
 
-class _EntropyArgs(_Transformer):
+class EntropyArgs(_Transformer):
     vocab_size: Size
     dim: Size
     n_layers: Few
@@ -102,7 +102,7 @@ class _EntropyArgs(_Transformer):
     )
 
 
-class _PatcherArgs(Section):
+class PatcherArgs(Section):
     patching_mode: Literal["entropy", "byte"] = "entropy"
     threshold: float = 1.335442066192627
     threshold_add: float | None = None
@@ -126,7 +126,7 @@ class _PatcherArgs(Section):
         )
 
 
-class _BytesOfTokenizer(Section):
+class BytesOfTokenizer(Section):
     add_bos: Literal[True] = True
     bpe_delim: Literal[False] = False
     vocab_size_unit_1: Literal[256] = 256
@@ -137,19 +137,19 @@ class _BytesOfTokenizer(Section):
     }
 
 
-class _TokenizerArgs(Section):
+class TokenizerArgs(Section):
     name: Literal["blt", "bytes"] = "blt"
-    init_kwargs: _BytesOfTokenizer | None = None
+    init_kwargs: BytesOfTokenizer | None = None
 
 
 class _Data(Section):
     """The part of the training arguments that says what the model was given. Every other field is of training."""
 
     patcher_args: dict[str, Any] = {}
-    tokenizer_args: _TokenizerArgs = _TokenizerArgs()
+    tokenizer_args: TokenizerArgs = TokenizerArgs()
 
 
-class _ModelArgs(_Transformer):
+class ModelArgs(_Transformer):
     """A literal is the one value that this architecture has."""
 
     vocab_size: Size
@@ -243,7 +243,7 @@ class _ModelArgs(_Transformer):
     def _split(cls, sizes: object) -> object:
         return [size for size in sizes.split(",") if size] if isinstance(sizes, str) else sizes
 
-    def model(self, name: str, entropy: _EntropyArgs, patching: PatchingRule) -> ModelConfig:
+    def model(self, name: str, entropy: EntropyArgs, patching: PatchingRule) -> ModelConfig:
         """Raises ValueError where arguments contradict each other."""
         vocab_size = self.vocab_size + self.pm_size
         if entropy.vocab_size != vocab_size:
@@ -325,8 +325,8 @@ def read_config(path: Path, patcher: Path | None = None) -> tuple[ModelConfig, t
     """
     file, data, arguments = _arguments(path, "model", of_model=True)
     entropy_file, _, entropy_arguments = _arguments(_entropy_folder(path, patcher), "entropy_model", of_model=False)
-    entropy = validate(_EntropyArgs, entropy_arguments, entropy_file)
-    args = validate(_ModelArgs, arguments, file)
+    entropy = validate(EntropyArgs, entropy_arguments, entropy_file)
+    args = validate(ModelArgs, arguments, file)
     notes = unknown_note(args, str(file)) + unknown_note(entropy, str(entropy_file))
 
     training_file, training = file, data
@@ -337,8 +337,8 @@ def read_config(path: Path, patcher: Path | None = None) -> tuple[ModelConfig, t
     notes += unknown_note(found.tokenizer_args, str(training_file), "data.tokenizer_args.")
     said = found.patcher_args
     # Apart first, so that an error names the file that it is in.
-    validate(_PatcherArgs, said, training_file, "data.patcher_args")
-    patching = validate(_PatcherArgs, args.patching | said, file)
+    validate(PatcherArgs, said, training_file, "data.patcher_args")
+    patching = validate(PatcherArgs, args.patching | said, file)
     notes += unknown_note(patching, str(training_file), "data.patcher_args.")
     for name, value in args.patching.items():
         if said.get(name, value) != value:

@@ -100,27 +100,28 @@ class LatencyModel:
         """One more pass of the local stages after a step of blt (1 before any was observed). It can save a step's local
         stages and host, and weights of the global stage that are read for fewer patches than close by the end of the
         passes."""
-        local = sum(self._launch(stage, sequences) for stage in ("patcher", "encoder", "decoder"))
+        local = sum(self.seconds(stage, sequences) for stage in ("patcher", "encoder", "decoder"))
         some_close = 1 - (1 - 1 / patch) ** sequences
-        saved = local + self._launch(HOST, sequences) + (some_close - 1 / patch) * self._launch("global", 0)
-        return max(local, self._launch(BYTE_AHEAD, sequences)) / saved if local else 1.0
+        saved = local + self.seconds(HOST, sequences) + (some_close - 1 / patch) * self.seconds("global", 0)
+        return max(local, self.seconds(BYTE_AHEAD, sequences)) / saved if local else 1.0
 
     def next_step(self, sequences: int) -> float:
         """Beginning the next step of blt before the last one is read: the host's time over the device's meanwhile; 0
         before any was observed."""
         if not self._has_device:
             return inf
-        stages = self._launch("patcher", sequences) + self._launch("encoder", sequences)
-        return self._launch(NEXT_STEP, sequences) / stages if stages else 0.0
+        stages = self.seconds("patcher", sequences) + self.seconds("encoder", sequences)
+        return self.seconds(NEXT_STEP, sequences) / stages if stages else 0.0
 
     def readback(self, rows: int) -> float:
         """Reading a result between passes of the decoder over so many rows, in passes; 0 before any was observed."""
-        decoder = self._launch("decoder", rows)
-        return self._launch(READBACK, rows) / decoder if decoder else 0.0
+        decoder = self.seconds("decoder", rows)
+        return self.seconds(READBACK, rows) / decoder if decoder else 0.0
 
     def _share(self, stage: str, rows: float) -> float:
-        return self._launch(stage, rows, self.num_running)
+        return self.seconds(stage, rows, self.num_running)
 
-    def _launch(self, stage: str, rows: float, num_sharing: int = 1) -> float:
+    def seconds(self, stage: str, rows: float, num_sharing: int = 1) -> float:
+        """Expected seconds of a launch, or of one of the host\'s parts; 0 before any was observed."""
         line = self._lines.get(stage)
         return line.share(rows, num_sharing) if line else 0.0

@@ -80,8 +80,8 @@ class Auto(Decoder):
     def __init__(self, block_size: int, latency: Latency, prior: SharedPrior, exact: bool) -> None:
         self._latency = latency
         self._prior = prior
-        self._drafts = AcceptanceRate(prior.drafts.rate)
-        self._blocks = AcceptanceRate(prior.blocks.rate)
+        self.drafts = AcceptanceRate(prior.drafts.rate)
+        self.blocks = AcceptanceRate(prior.blocks.rate)
         self._blt = Autoregressive()
         self._by_length = {k: SelfSpeculation(k) for k in DRAFT_LENGTHS}
         one_step = UnmaskRule(rule="one_step")
@@ -89,30 +89,30 @@ class Auto(Decoder):
         inexact = block_size and not exact
         self._free = BlockDiffusion(block_size, DEFAULT_RULE, finish_patch=False) if inexact else None
         self._free_size, self._free_passes = block_size, block_size / 2
-        self._chosen = Option(0.0, None, self._blt)
+        self.chosen = Option(0.0, None, self._blt)
 
     def choose(self, sequence: SequenceView) -> None:
         options = self._options(sequence.mean_patch)
-        self._chosen = max(options, key=lambda option: option.bytes_per_second)
-        for rate in (self._drafts, self._blocks):
-            if rate.idle >= PROBE_INTERVAL and self._chosen.rate is not rate:
+        self.chosen = max(options, key=lambda option: option.bytes_per_second)
+        for rate in (self.drafts, self.blocks):
+            if rate.idle >= PROBE_INTERVAL and self.chosen.rate is not rate:
                 probes = [option for option in options if option.rate is rate]
                 if probes:
-                    self._chosen = max(probes, key=lambda option: option.bytes_per_second)
+                    self.chosen = max(probes, key=lambda option: option.bytes_per_second)
                     rate.idle = 0
 
     def round(self, sequence: SequenceView, room: int) -> Round:
-        decoder, rate = self._chosen.decoder, self._chosen.rate
+        decoder, rate = self.chosen.decoder, self.chosen.rate
         passes = sequence.counts.decoder_calls
         outcome: Committed = yield from decoder.round(sequence, room)
         if decoder is self._free:
             self._free_passes = MEMORY * self._free_passes + (1 - MEMORY) * (sequence.counts.decoder_calls - passes)
-        for each in (self._drafts, self._blocks):
+        for each in (self.drafts, self.blocks):
             each.idle += 1
         if rate and outcome.drafted:
             rate.idle = 0
             rate.observe(outcome.drafted, outcome.accepted)
-            shared = self._prior.drafts if rate is self._drafts else self._prior.blocks
+            shared = self._prior.drafts if rate is self.drafts else self._prior.blocks
             shared.observe(outcome.drafted, outcome.accepted)
         return outcome
 
@@ -122,10 +122,10 @@ class Auto(Decoder):
         for k, decoder in self._by_length.items():
             # About half of the rows come after the first patch that closes.
             seconds = latency.draft(k, 1) + latency.verify(k + 1, max(1, k + 1 - int(patch / 2)), patch)
-            options.append(Option(self._drafts.committed(k) / seconds, self._drafts, decoder))
+            options.append(Option(self.drafts.committed(k) / seconds, self.drafts, decoder))
         for size, block in self._by_size.items():
             seconds = latency.draft(1, size + 1) + latency.verify(size + 1, size + 1, patch)
-            options.append(Option(self._blocks.committed(size) / seconds, self._blocks, block))
+            options.append(Option(self.blocks.committed(size) / seconds, self.blocks, block))
         if self._free:
             size = self._free_size
             seconds = latency.draft(max(1, round(self._free_passes)) - 1, size)

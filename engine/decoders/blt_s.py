@@ -16,10 +16,10 @@ class SelfSpeculation(Decoder):
     """
 
     def __init__(self, draft_length: int) -> None:
-        self._draft_length = draft_length
+        self.draft_length = draft_length
 
     def round(self, sequence: SequenceView, room: int) -> Round:
-        k = min(self._draft_length, room - 1, sequence.tokens_left - 1)
+        k = min(self.draft_length, room - 1, sequence.tokens_left - 1)
         if not can_draft(sequence) or k < 1:
             return (yield from one_byte())
         drafts: list[int] = []

@@ -90,7 +90,7 @@ class Graphs(Eager):
         super().__init__(device, floor)
         self._recordings: OrderedDict[object, _Recording] = OrderedDict()
         self._num_recorded = 0
-        self._recorder = _Recorder(device) if device.type == "cuda" else None
+        self._recorder = Recorder(device) if device.type == "cuda" else None
 
     def rows(self, n: int) -> int:
         return super().rows(n) if n > MOST_GRAPH_ROWS else padded(max(n, self._floor))
@@ -134,7 +134,7 @@ class Graphs(Eager):
         return self._num_recorded
 
 
-class _Recorder:
+class Recorder:
     """Makes CUDA graphs. All are recorded on one side stream and share their memory, so that the next one to run may
     write over whatever lies there.
 
@@ -187,7 +187,7 @@ class _Recording:
         arrays: Arrays,
         tensors: Mapping[str, Tensor],
         device: torch.device,
-        recorder: _Recorder | None,
+        recorder: Recorder | None,
     ) -> None:
         self._stage = stage
         self._packed = torch.empty(sum(a.size for a in arrays.values()), dtype=torch.int64, device=device)

@@ -39,7 +39,7 @@ class Launcher:
         isolate: bool,
     ) -> None:
         self.executor, self.device = executor, device
-        self._clock, self._isolate = clock, isolate
+        self.clock, self._isolate = clock, isolate
         large = large_tile or LARGE_TILE
         # Every slot sees the whole open patch, and there may be more slots than a patch has bytes.
         self._tilings = {
@@ -66,7 +66,7 @@ class Launcher:
     def begin(self, stage: str) -> Launch:
         """A launch whose planning starts now. Where the host runs the stages, planning is part of their time; a device
         has other work meanwhile, or none."""
-        return Launch(stage, [], 0, began=self._clock.now() if self._clock.waits else None)
+        return Launch(stage, [], 0, began=self.clock.now() if self.clock.waits else None)
 
     def run(
         self,
@@ -84,12 +84,12 @@ class Launcher:
         recorded = self.executor.num_recorded
 
         def launching() -> None:
-            launch.began = launch.began or self._clock.now()
+            launch.began = launch.began or self.clock.now()
 
         key = times, *(plan.shape for plan in plans)
         out = self.executor.run(name or launch.stage, stage, rows, arrays, tensors, key, launching)
         launch.recorded = self.executor.num_recorded > recorded
-        launch.ended = self._clock.now()
+        launch.ended = self.clock.now()
         return out
 
 

@@ -66,7 +66,7 @@ class Stages:
         self.global_ = GlobalStage(model, caches, launcher, isolate=isolate and model.config.isolate_global)
         self.decoder = DecoderStage(model, caches, launcher)
         self._memory, self._ledger = memory, ledger
-        self._begun: Begun | None = None
+        self.begun: Begun | None = None
 
     def run(self, batch: Seq[Rows]) -> Tensor:
         """The wanted logits, (rows, V) float32 on the device: of each sequence its wanted rows of the text, then its
@@ -106,17 +106,17 @@ class Stages:
         assert launched
         self.discard()
         hold = self._memory.hold({rows.sequence.arrival: rows.end for rows in batch})
-        self._begun = Begun(batch, hold, [patched, launched[0]], decide, launched[1])
-        return self._begun
+        self.begun = Begun(batch, hold, [patched, launched[0]], decide, launched[1])
+        return self.begun
 
     def discard(self, *, broken: bool = False) -> None:
         """Discards the step launched ahead; its cost is charged to no request. broken: only one that cannot be taken
         up any more."""
-        begun = self._begun
+        begun = self.begun
         if begun and (begun.hold.broken or not broken):
             for launch in begun.launches:
                 self._ledger.took(launch)
-            self._begun = None
+            self.begun = None
             self._memory.hold({})
 
     def _first_half(self, batch: Seq[Rows], text: Seq[Rows]) -> tuple[Decide | None, Tensor | None]:
@@ -133,12 +133,12 @@ class Stages:
 
     def _take_up(self, batch: Seq[Rows], text: Seq[Rows]) -> tuple[Decide, Tensor] | None:
         """The step that was begun, if it was this one."""
-        begun = self._begun
+        begun = self.begun
         others = self.encoder.takes_cells and any(rows.cells for rows in batch)
         if not begun or others or not begun.is_of(text):
             self.discard()
             return None
-        self._begun = None
+        self.begun = None
         self._memory.hold({})
         for launch in begun.launches:
             self._ledger.took(launch, launch.shares)

@@ -13,7 +13,7 @@ from benchmarks.gpu_check.setting import Setting
 from benchmarks.models import Form, random_model
 from benchmarks.report import NANO
 from engine.decoders import DECODERS
-from engine.step.graphs import Graphs, _Recorder
+from engine.step.graphs import Graphs, Recorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -79,7 +79,7 @@ def test_measured_stage_time_excludes_planning_on_the_host(graphs: bool, tmp_pat
 
 
 def test_recording_a_graph_restores_allocators_and_garbage_collector() -> None:
-    recorder, x = _Recorder(torch.device("cuda")), torch.arange(8.0, device="cuda")
+    recorder, x = Recorder(torch.device("cuda")), torch.arange(8.0, device="cuda")
     torch.empty(1 << 26, device="cuda")
     reserved = torch.cuda.memory_reserved()
     collected: list[bool] = []
