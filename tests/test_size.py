@@ -17,8 +17,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("engine", "server", "kernels")
-MOST = 10_000
-"""Lines of code of the hot core: what it has, rounded up to 50. The aim is 7,000; lower it as the core shrinks."""
+MOST = 10_600
+"""Lines of code of the hot core: its size, rounded up to 50. The aim is 7,000. It was 7,500 when that was set; HTTP by
+hand, supervision and telemetry came since. Lower it as the core shrinks."""
 LARGEST = 5
 """How many classes and functions are named."""
 
@@ -32,7 +33,7 @@ OUTSIDE = {
     "engine/installed.py": "versions, for `--version`, `/version` and the log's first line",
     "engine/layout.py": "names of a checkpoint's files",
     "engine/scoring.py": "scores files, for `fastblt eval`",
-    "engine/sizing.py": "tells sizes in advance, for `fastblt size`",
+    "server/sizing.py": "tells sizes in advance, for `fastblt size`",
     "server/calibration.py": "the command `fastblt calibrate`",
     "server/cli.py": "the command line: it starts a server, and no request passes through it",
     "server/embedded.py": "finds models/nano for the command line",
