@@ -13,6 +13,8 @@ from engine.decoders.blt import Autoregressive
 from engine.decoders.blt_d import BlockDiffusion
 from engine.decoders.blt_dv import VerifiedDiffusion
 from engine.decoders.blt_s import SelfSpeculation
+from engine.scheduler import Scheduler
+from tests.test_scheduler import Memory, sequence
 
 SEQUENCE: Any = SimpleNamespace(mean_patch=4.0)
 
@@ -117,3 +119,18 @@ def test_auto_tries_an_abandoned_decoder_again() -> None:
 def test_auto_chooses_block_diffusion_only_when_inexact_text_is_allowed() -> None:
     assert isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.3, 0.2, exact=False)), BlockDiffusion)
     assert not isinstance(choice(auto(costs(**LARGE_GLOBAL), 0.3, 0.2)), BlockDiffusion)
+
+
+def test_auto_does_not_choose_inside_the_scheduler() -> None:
+    class Unasked(LatencyModel):
+        def verify(self, rows: int, decoded: int, patch: float) -> float:
+            raise AssertionError("asked for a cost")
+
+    decoder = Auto(8, Unasked(drafts_encode=False), SharedPrior(), exact=True)
+    memory = Memory(1 << 20)
+    scheduler = Scheduler(memory, max_sequences=2, max_step_rows=64)
+    asked = sequence(0, 10, 10, decoder=decoder)
+    scheduler.add(asked)
+    assert [rows.sequence for rows in scheduler.schedule()] == [asked]
+    with pytest.raises(AssertionError, match="asked for a cost"):
+        asked.choose()
