@@ -81,4 +81,4 @@ def parse_bytes(text: str) -> int:
             return int(TypeAdapter(ByteSize).validate_python(size))
     except ValidationError:
         pass
-    raise ValueError(f"{text!r} is no number of bytes such as 2048, 512MiB, 80GiB or 3.35TB")
+    raise ValueError(f"{text!r} is not a number of bytes, such as 2048, 512MiB, 80GiB or 3.35TB")

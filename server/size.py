@@ -1,7 +1,7 @@
-"""`fastblt size`: what is given, measured or assumed of a model's text, and the engine's sizes as tables.
+"""`fastblt size`: finds the numbers that sizes depend on, and prints the sizes as tables.
 
-A folder with a `decoders.json`, which `fastblt compare --write` leaves, knows how drafts go with its model. Of others
-the figures of the Fast BLT paper are assumed.
+A number is given by a flag, measured, or assumed. Measured ones are in the model's folder, in the `decoders.json` that
+`fastblt compare --write` writes; assumed ones are from the Fast BLT paper.
 """
 
 import json
@@ -30,7 +30,7 @@ Source = Literal["given", "measured", "assumed"]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model in question. card: what `fastblt compare` measured, by its settings' names."""
+    """The model to size. card: what `fastblt compare` measured, by the names of its settings."""
 
     config: ModelConfig
     hash_itemsize: int = WRITTEN_ITEMSIZE
@@ -38,7 +38,8 @@ class Subject:
 
     @classmethod
     def read(cls, folder: Path, patcher: str | None = None) -> "Subject":
-        """Of a checkpoint, whose tensors are not read. Raises CheckpointError, or ValueError for a broken card."""
+        """Reads a checkpoint's configuration and card, not its tensors. Raises CheckpointError, or ValueError for a
+        broken card."""
         checkpoint = load(folder, patcher=patcher)
         itemsize = next(t.dtype.itemsize for name, t in checkpoint.tensors.items() if name.startswith(HASHES))
         return cls(checkpoint.config, itemsize, _read_card(folder / DECODERS))
@@ -46,7 +47,8 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What sizes depend on beside the model. patch: bytes. sources: where each number is from, by its flag's name."""
+    """What sizes depend on besides the model. patch: mean bytes. sources: where each number is from, by its flag's
+    name."""
 
     patch: float
     drafting: Drafting
@@ -54,9 +56,10 @@ class Text:
 
 
 def text_of(subject: Subject, draft_length: int, **given: float | None) -> Text:
-    """`given`: patch_size, acceptance, block_acceptance, block_passes; None for what is to be known otherwise.
+    """given: patch_size, acceptance, block_acceptance and block_passes, each None if its flag is not given.
 
-    Raises ValueError where nothing is known, or for blocks of a model that has none.
+    Raises ValueError for a number that is neither given, measured nor assumed, and for block flags of a model without
+    blocks.
     """
     asked = {name: value for name, value in given.items() if value is not None}
     if subject.config.block_size is None and (blocks := [name for name in asked if name.startswith("block_")]):
@@ -66,7 +69,7 @@ def text_of(subject: Subject, draft_length: int, **given: float | None) -> Text:
     numbers = assumed | measured | asked
     if "acceptance" not in numbers:
         known = ", ".join(str(length) for decoder, length in PAPER_ACCEPTANCE if decoder == "blt-s")
-        raise ValueError(f"no acceptance is known at draft length {draft_length}, only at {known}: give --acceptance")
+        raise ValueError(f"--acceptance is needed for --draft-length {draft_length}; it is known only for {known}")
     sources: dict[str, Source] = {
         name: "given" if name in asked else "measured" if name in measured else "assumed" for name in numbers
     }
@@ -106,7 +109,7 @@ def _read_card(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return {row["name"]: row for row in json.loads(path.read_text())["rows"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not what `fastblt compare --write` leaves ({error!r})") from error
+        raise ValueError(f"{path}: must be as `fastblt compare --write` writes it ({error!r})") from error
 
 
 def to_json(sizing: Sizing, text: Text) -> dict[str, Any]:
@@ -115,7 +118,7 @@ def to_json(sizing: Sizing, text: Text) -> dict[str, Any]:
 
 
 def render(sizing: Sizing, text: Text, model: str) -> str:
-    """As text for people. `model`: the flag that names it, as it was given."""
+    """As text for people. model: the flags that name the model, as they were given."""
     s = sizing
     return "\n\n".join(
         (
@@ -137,13 +140,13 @@ def _headline(s: Sizing) -> str:
 
 
 def _weights(s: Sizing) -> str:
-    rows = [(stage, count, "read once per call of the stage") for stage, count in s.weights.stages.items()]
+    rows = [(stage, count, "all read in each call of the stage") for stage, count in s.weights.stages.items()]
     tables = {
         "byte tables": s.weights.byte_tables,
         "hash tables": s.weights.hash_tables,
         "rotary tables": s.weights.rotary_tables,
     }
-    rows += [(name, count, "a few rows of it per byte") for name, count in tables.items()]
+    rows += [(name, count, "a few rows read per byte") for name, count in tables.items()]
     return drawn(_bytes_table("weights", [*rows, ("total", s.weights.total, "")]))
 
 
@@ -161,11 +164,11 @@ def _caches(s: Sizing) -> str:
 def _memory(s: Sizing) -> str:
     rows = [
         ("weights", s.weights.total, ""),
-        ("caches", s.cache_bytes, f"the pools of {s.sequences:,} sequences"),
+        ("caches", s.cache_bytes, f"for {s.sequences:,} sequences at once"),
         (
             "reserve",
             s.memory_needed - s.weights.total - s.cache_bytes,
-            f"{s.reserve:.0%}: activations, driver and so on",
+            f"{s.reserve:.0%} for activations, CUDA graphs, the driver",
         ),
         ("needed", s.memory_needed, ""),
     ]
@@ -185,7 +188,7 @@ def _flags(s: Sizing, model: str) -> str:
     return (
         f"fastblt serve {model} --dtype {s.dtype}{weights} --max-sequences {s.max_sequences} "
         f"--max-step-rows {s.max_step_rows} --cache-bytes {s.cache_bytes}\n"
-        f"The longest sequence may then have {s.max_length:,} bytes, in {s.max_patches:,} patches at most."
+        f"With these flags a sequence may have up to {s.max_length:,} bytes and up to {s.max_patches:,} patches."
     )
 
 
@@ -205,25 +208,24 @@ def _decoders(s: Sizing) -> str:
 def _notes(s: Sizing, text: Text) -> str:
     drafting = s.drafting
     numbers = {
-        "patch_size": f"a patch has {s.patch:.4g} bytes",
-        "acceptance": f"blt-s drafts {drafting.draft_length} bytes, of which {drafting.acceptance:.1%} stand",
-        "block_acceptance": f"{drafting.block_acceptance:.1%} of a block of blt-dv stand",
-        "block_passes": f"blt-d takes {drafting.block_passes:.3g} passes over a block",
+        "patch_size": f"a patch has {s.patch:.4g} bytes on average",
+        "acceptance": f"blt-s drafts {drafting.draft_length} bytes per round; {drafting.acceptance:.1%} are accepted",
+        "block_acceptance": f"blt-dv drafts a block per round; {drafting.block_acceptance:.1%} of it is accepted",
+        "block_passes": f"blt-d takes {drafting.block_passes:.3g} decoder passes per block",
     }
     lines = [
-        f"Calls and bytes are per generated byte, at {s.context:,} bytes of context; prompts are left out. Alone: one",
-        "sequence. Together: all in step, sharing the weights of every call. auto takes the best exact decoder.",
+        f"Calls and bytes are per generated byte, at {s.context:,} bytes of context; prompts are not counted. Alone:",
+        "one sequence. Together: all in the same steps, so that they share each read of the weights. auto is not",
+        "listed: for each round it takes the fastest of the decoders that write the text of blt.",
         *(f"* {what}: {text.sources[name]}" for name, what in numbers.items() if name in text.sources),
     ]
     if s.bandwidth is not None:
-        lines.append(
-            f"* bound = {s.bandwidth:,.0f} bytes/s / bytes read; for all sequences, as if nothing else took time"
-        )
+        lines.append(f"* bound: {s.bandwidth:,.0f} bytes/s of bandwidth / bytes read, as if only reading took time")
     return "\n".join(lines)
 
 
 def _bytes_table(name: str, rows: list[tuple[str, int, str]]) -> Table:
-    """Bytes as they are and for people, and what they are."""
+    """A row per part: its bytes, the same for people, and a note."""
     table = number_table(name, "bytes", "")
     table.add_column("")
     for what, count, note in rows:

@@ -300,20 +300,29 @@ def test_size_reports_too_little_memory() -> None:
         ([], "give either --model or --config"),
         (["--config", "tiny", "--model", "x"], "give either --model or --config"),
         (["--model", "/nowhere"], "no such directory"),
-        (["--config", "tiny", "--context", "5000"], "the context goes from 1 to 4096 bytes"),
-        (["--config", "tiny", "--context", "0"], "the context goes from 1 to 4096 bytes"),
-        (["--config", "1b", "--context", "20000", "--patch-size", "2"], "are 10000 patches; 1b holds 4096"),
-        (["--config", "tiny", "--patch-size", "9"], "patches of tiny have 1 to 8 bytes, not 9"),
-        (["--config", "tiny", "--patch-size", "nan"], "patches of tiny have 1 to 8 bytes, not nan"),
-        (["--config", "tiny", "--acceptance", "91"], "the acceptance is a share of the drafted bytes"),
-        (["--config", "tiny", "--block-acceptance", "-1"], "the block acceptance is a share"),
-        (["--config", "tiny", "--block-passes", "9"], "a block of 8 bytes takes 1 to 8 passes, not 9"),
+        (["--config", "tiny", "--context", "5000"], "--context: must be from 1 to 4096 bytes"),
+        (["--config", "tiny", "--context", "0"], "--context: must be from 1 to 4096 bytes"),
+        (
+            ["--config", "1b", "--context", "20000", "--patch-size", "2"],
+            "are 10000 patches; a sequence of 1b has at most 4096",
+        ),
+        (["--config", "tiny", "--patch-size", "9"], "--patch-size: must be from 1 to 8 bytes for tiny, not 9"),
+        (["--config", "tiny", "--patch-size", "nan"], "--patch-size: must be from 1 to 8 bytes for tiny, not nan"),
+        (["--config", "tiny", "--acceptance", "91"], "--acceptance: must be a share of the drafted bytes"),
+        (["--config", "tiny", "--block-acceptance", "-1"], "--block-acceptance: must be a share"),
+        (
+            ["--config", "tiny", "--block-passes", "9"],
+            "--block-passes: must be from 1 to 8 for blocks of 8 bytes, not 9",
+        ),
         (["--config", "1b", "--block-passes", "3"], "--block-passes: 1b was not trained with block diffusion"),
-        (["--config", "tiny", "--draft-length", "12"], "no acceptance is known at draft length 12, only at 4, 8, 16"),
-        (["--config", "tiny", "--memory", "80GB!"], "'80GB!' is no number of bytes"),
-        (["--config", "tiny", "--memory", "80 quux"], "'80 quux' is no number of bytes"),
-        (["--config", "tiny", "--reserve", "1"], "the reserve is a share of the memory"),
-        (["--config", "tiny", "--bandwidth", "0"], "the bandwidth must be above 0"),
+        (
+            ["--config", "tiny", "--draft-length", "12"],
+            "--acceptance is needed for --draft-length 12; it is known only for 4, 8, 16",
+        ),
+        (["--config", "tiny", "--memory", "80GB!"], "'80GB!' is not a number of bytes"),
+        (["--config", "tiny", "--memory", "80 quux"], "'80 quux' is not a number of bytes"),
+        (["--config", "tiny", "--reserve", "1"], "--reserve: must be a share of the memory"),
+        (["--config", "tiny", "--bandwidth", "0"], "--bandwidth: must be above 0"),
     ],
 )
 def test_size_refuses_impossible_numbers(arguments: list[str], message: str) -> None:
@@ -326,7 +335,7 @@ def test_size_names_a_decoders_json_that_is_not_valid(tmp_path: Path) -> None:
     (tmp_path / "decoders.json").unlink()
     assert "assumed" in shown("--model", tmp_path)
     (tmp_path / "decoders.json").write_text("[]")
-    assert "decoders.json: not what `fastblt compare --write` leaves" in refused("--model", tmp_path)
+    assert "decoders.json: must be as `fastblt compare --write` writes it" in refused("--model", tmp_path)
 
 
 def test_size_of_a_model_with_single_byte_patches_needs_no_patch_size() -> None:
