@@ -62,8 +62,9 @@ def _draft_length(request: Request, limits: ModelLimits) -> Fault | None:
 def _block_size(request: Request, limits: ModelLimits) -> Fault | None:
     if request.block_size is None:
         return None
-    why = f": this model was trained with blocks of up to {limits.block_size} bytes"
-    return _out_of_range("block_size", request.block_size, 1, limits.block_size, why)
+    trained = limits.block_size
+    why = f": this model was trained with blocks of up to {trained} bytes" if trained else ""
+    return _out_of_range("block_size", request.block_size, 1, trained or MAX_DRAFT, why)
 
 
 def _max_tokens(request: Request, limits: ModelLimits) -> Fault | None:
