@@ -1,9 +1,9 @@
 """Log lines of both processes: for people, or one JSON object each for machines.
 
-A message says everything to a person; what a machine may want to compute with is given beside it, as `extra`, and only
-JSON shows that. Nothing that a client sent as content may stand in either.
+A message has all that a person needs. Numbers for machines are passed as `extra`, and only JSON lines have them.
+Neither may contain the content of a client's request.
 
-Lines are made where they are logged, for that is where the request is known, and written by a thread (`log_writer`).
+A line is formatted in the thread that logs it, where the request is known, and written by another (`log_writer`).
 """
 
 import json
@@ -24,13 +24,13 @@ LevelName = Literal["debug", "info", "warning", "error"]
 FormatName = Literal["human", "json"]
 
 context: ContextVar[Mapping[str, str]] = ContextVar("log context", default=MappingProxyType({}))
-"""Fields of every line that is logged on behalf of the present request."""
+"""Fields of every line that is logged for the current request."""
 
 LAST_SECONDS = 1.0
-"""For the lines that still wait when logging ends, with the process or because it is configured anew."""
+"""To write the lines that still wait when the process ends or logging is configured again."""
 
 _OWN = frozenset([*vars(logging.makeLogRecord({})), "message", "asctime"])
-"""Attributes that every record has; any other is a field that was given as `extra`."""
+"""Attributes of every record; any other is a field passed as `extra`."""
 
 
 class LogSettings(msgspec.Struct, frozen=True):
@@ -46,7 +46,7 @@ def configure(settings: LogSettings, process: str, stream: IO[str] | None = None
     colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     handler = _Handler(stream, JsonFormatter(process) if settings.format == "json" else HumanFormatter(colour))
     level = getattr(logging, settings.level.upper())
-    # Other people's debug lines may hold whatever they were given; these are never wanted.
+    # Debug lines of other libraries may contain any content, and are never logged.
     logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
     logging.getLogger("fastblt").setLevel(level)
     logging.captureWarnings(True)
@@ -54,13 +54,13 @@ def configure(settings: LogSettings, process: str, stream: IO[str] | None = None
 
 
 def flush(seconds: float = LAST_SECONDS) -> None:
-    """Waits until what was logged is written, but no longer than `seconds`."""
+    """Waits up to `seconds` until all lines are written."""
     for handler in _handlers():
         handler.writer.flush(seconds)
 
 
 def dropped() -> int:
-    """Lines of this process that nobody will read: they came while nobody read the log, and too many waited."""
+    """How many lines of this process were dropped, because the log was not read and too many lines waited."""
     return sum(handler.writer.dropped for handler in _handlers())
 
 
@@ -84,7 +84,7 @@ class JsonFormatter(logging.Formatter):
             line.setdefault(name, value)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        # All but ASCII is escaped: to some readers U+2028 is a line break.
+        # All but ASCII is escaped: some readers take U+2028 for a line break.
         return json.dumps(line, default=str, separators=(",", ":"))
 
 
@@ -110,9 +110,9 @@ class HumanFormatter(logging.Formatter):
 
 
 class _Handler(logging.Handler):
-    """Makes a line in the thread that logs it and leaves it to a writer.
+    """Formats a line in the thread that logs it, and passes it to a writer.
 
-    `logging` closes it when the process ends, as the last thing, and when it is configured anew.
+    `logging` closes it at the very end of the process, and when it is configured again.
     """
 
     def __init__(self, stream: IO[str], formatter: logging.Formatter) -> None:
@@ -121,8 +121,8 @@ class _Handler(logging.Handler):
         self.writer = LogWriter(stream, self._note)
 
     def createLock(self) -> None:
-        """None: the writer has its own. With two, its thread could wait for one and whoever logs for the other, when
-        the garbage collector runs something that logs."""
+        """None: the writer has its own lock. With two, the writer's thread and a thread that logs could wait for each
+        other, when the garbage collector runs code that logs."""
         self.lock = None
 
     def handle(self, record: logging.LogRecord) -> bool:
@@ -133,7 +133,7 @@ class _Handler(logging.Handler):
         try:
             line = self.format(record)
         except Exception:
-            # What `logging` does itself would wait for the reader, and repeat the arguments, which may be content.
+            # The default of `logging` would wait for the reader, and write the arguments, which may be content.
             line = self._line(logging.ERROR, record.name, "a log line could not be made", exc_info=sys.exc_info())
         self.writer.put(line)
 
@@ -142,7 +142,7 @@ class _Handler(logging.Handler):
         super().close()
 
     def _note(self, lines: int) -> str:
-        """In place of lines that are missing. It is written at any level: they all had the one that is asked for."""
+        """The line in place of dropped ones. It is written at any level: each of them would have been."""
         message = f"{lines} log {'line was' if lines == 1 else 'lines were'} dropped: nothing read the log"
         return self._line(logging.WARNING, "fastblt.logs", message, dropped_lines=lines)
 
@@ -165,7 +165,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _printable(text: str) -> str:
-    """On one line, and without what a terminal would obey."""
+    """On one line, and without a terminal's control characters."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 

@@ -1,4 +1,4 @@
-"""The caches: which there are, how large their pools can be, and the tensors behind the pages.
+"""The caches: which there are, how large their pools can be, and their tensors.
 
 | cache   | a row is             | holds                                              | live                      |
 |---------|----------------------|----------------------------------------------------|---------------------------|
@@ -34,7 +34,7 @@ TYPICAL_BYTES = 2048
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
     """One cache. `rows_from`: "byte" or "patch". `window`: rows that stay live, None for all. `row_elements`: numbers
-    that a row takes, over all layers."""
+    in a row, over all layers."""
 
     name: str
     rows_from: str
@@ -48,13 +48,13 @@ class CacheSpec:
         return ceil(live / self.page_size) + 1
 
     def pages_between(self, chunk: int, draft: int) -> int:
-        """Most pages that sequences may hold together beyond `pages_for(rows, draft)` in a step of `chunk` rows: few
-        of them have more than `draft` rows in it, and each of those begins one page more at most."""
+        """Most pages that all sequences together may hold beyond `pages_for(rows, draft)` in a step of `chunk` rows.
+        Few of them have more than `draft` rows in it, and each of these begins at most one page more."""
         return ceil(chunk / self.page_size) + chunk // draft if chunk > draft else 0
 
 
 def longest_draft(config: ModelConfig) -> int:
-    """Most rows that a sequence runs ahead of its text, and those that verify them or settle it."""
+    """Most rows that a sequence adds in a round: its drafts and their verification, or a block and the one before."""
     return max(LONGEST_DRAFT, 2 * (config.block_size or 0))
 
 
@@ -89,10 +89,10 @@ def cache_specs(config: ModelConfig, page_size: int) -> dict[str, CacheSpec]:
 
 @dataclass(frozen=True, slots=True)
 class CachePlan:
-    """How large an engine's pools are; there is no tensor yet.
+    """How large an engine's pools will be, before any tensor is made.
 
-    page_bytes: of one page. pages: per pool, the scratch page included. `max_length` and `max_patches` say how long one
-    sequence may get when it has every page for itself.
+    page_bytes: of one page. pages: per pool, the scratch page included. max_length, max_patches: most ids and patches
+    of a sequence that has all pages to itself.
     """
 
     specs: dict[str, CacheSpec]
@@ -103,19 +103,19 @@ class CachePlan:
 
     @property
     def num_bytes(self) -> int:
-        """Of all pools."""
+        """The size of all pools."""
         return sum(count * self.page_bytes[name] for name, count in self.pages.items())
 
 
 def typical_pages(
     config: ModelConfig, engine: EngineConfig, specs: dict[str, CacheSpec], sequences: int
 ) -> dict[str, int]:
-    """Pages per pool, the scratch page included, in which so many sequences of up to `TYPICAL_BYTES` run at once."""
+    """Pages per pool, the scratch page included, for this many sequences of up to `TYPICAL_BYTES` at once."""
     draft = longest_draft(config)
     chunk = max(engine.max_step_rows, draft)
     length = min(TYPICAL_BYTES, _longest(config, engine))
-    # A patch holds four bytes or so. Each sequence may have a draft under way, none of whose bytes has been patched
-    # yet; a step's other rows, those of prompts, are there once, whoever has them.
+    # A patch holds about four bytes. Each sequence may have a draft, whose bytes are not in patches yet. The rows of
+    # prompts in a step are counted once, not per sequence.
     rows = {"byte": length, "patch": length // 4 + draft}
     return {
         spec.name: 1 + sequences * spec.pages_for(rows[spec.rows_from], draft) + spec.pages_between(chunk, draft)
@@ -124,8 +124,8 @@ def typical_pages(
 
 
 def plan_caches(config: ModelConfig, engine: EngineConfig) -> CachePlan:
-    """Sizes the pools so that as many typical sequences as possible fit into `cache_bytes`, up to `max_sequences`; what
-    is left goes to the global cache, the only one that grows with the text without bound.
+    """Sizes the pools so that as many typical sequences as possible fit into `cache_bytes`, up to `max_sequences`. The
+    rest goes to the global cache, the only one that grows with the text without bound.
 
     Raises ValueError if `cache_bytes` cannot hold a single sequence.
     """
@@ -162,12 +162,12 @@ def plan_caches(config: ModelConfig, engine: EngineConfig) -> CachePlan:
 
 
 def _longest(config: ModelConfig, engine: EngineConfig) -> int:
-    """Most bytes of a sequence that are asked for."""
+    """Most ids of a sequence, as configured."""
     return min(engine.max_length or config.max_length, config.max_length)
 
 
 class Caches:
-    """Pools and tensors, as `plan_caches` has them."""
+    """Pools and tensors, sized by `plan_caches`."""
 
     def __init__(self, config: ModelConfig, engine: EngineConfig) -> None:
         plan = plan_caches(config, engine)
@@ -196,7 +196,7 @@ class Caches:
         self._tensors["open"].append(self.open_states)
 
     def first_live(self, name: str, end: int, patch: int, patch_start: int) -> int:
-        """The first row of a cache that whoever goes on behind row `end`, in that patch, may look at."""
+        """The first row of a cache that rows from `end` on, in that patch, may read."""
         spec = self.specs[name]
         if name == "open":
             return patch_start
@@ -218,7 +218,7 @@ class Caches:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on the CPU as pages of memory that become real when they are first written."""
+    """Zeros. On a CPU the system provides their memory only when they are first written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)

@@ -1,6 +1,6 @@
-"""Who gets pages: what fits, what is taken and given back, and which prefixes are forgotten for it.
+"""Which sequence gets pages: what fits, what is taken and given back, and which prefixes are forgotten for it.
 
-Caches and pools know nothing of this; the scheduler asks, and preempts where nothing fits.
+Caches and pools do not depend on this. The scheduler asks, and preempts if rows do not fit.
 """
 
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ class Reach(NamedTuple):
 
 @dataclass(slots=True)
 class Hold:
-    """Rows that the device is writing ahead of the host, up to the end given for each arrival. broken: a sequence has
-    lost its pages since, so that others may write there."""
+    """Rows that the device is writing ahead of the host. ends: per sequence's arrival, the position after them. broken:
+    a sequence has lost its pages since, so that others may write there."""
 
     ends: Mapping[int, int]
     broken: bool = False
@@ -41,22 +41,22 @@ class Memory:
         self._hold = Hold({})
 
     def room(self, sequence: Sequence) -> int:
-        """Rows of the text that a sequence may still run before it could outgrow the caches, were they its alone: rows
-        whose boundaries are decided, or else one for each patch that has a place, since each may close one."""
+        """Rows of the text that a sequence may run next without outgrowing the caches, even with all pages its own:
+        those whose boundaries are decided, or else one per patch that still fits, since each may close one."""
         decided, computed = sequence.patching.decided, sequence.num_computed
         return decided - computed if computed < decided else self.caches.max_patches - sequence.patch_of(computed)
 
     def fits(self, rows: Rows) -> bool:
-        """Whether `reserve` will find pages, once prefixes make room."""
+        """Whether `reserve` will find pages, if it forgets prefixes."""
         return self._fit(self._missing(self._short(Reach(rows.sequence, rows.end, rows.reach))))
 
     def reserve(self, rows: Rows) -> None:
-        """Takes the pages for rows that fit; forgets prefixes for them. An undecided byte counts as closing a patch,
-        and one more patch may be closed for a block."""
+        """Takes the pages for rows that fit, and forgets prefixes for them if need be. An undecided byte counts as
+        closing a patch, and one more patch may be closed for a block."""
         self._take(self._short(Reach(rows.sequence, rows.end, rows.reach)))
 
     def reserve_all(self, reaches: Seq[Reach]) -> bool:
-        """Takes the pages for all, or none: then the answer is False, and nothing is forgotten."""
+        """Takes the pages for all and returns True; or takes none, forgets nothing and returns False."""
         if any(reach > self.caches.max_length for _, _, reach in reaches):
             return False
         short = [table for reach in reaches for table in self._short(reach)]
@@ -66,19 +66,19 @@ class Memory:
         return True
 
     def make_room(self, missing: Mapping[PagePool, int]) -> None:
-        """Forgets prefixes, the one used longest ago first, until so many pages are free. Raises OutOfPages."""
+        """Forgets prefixes, the least recently used first, until that many pages are free. Raises OutOfPages."""
         while not all(pool.can_take(pages) for pool, pages in missing.items()):
             if not (self.prefixes and self.prefixes.forget()):
-                raise OutOfPages("pages are kept that no prefix holds")
+                raise OutOfPages("some pages are marked as kept, but belong to no prefix")
 
     def attach(self, sequence: Sequence) -> None:
-        """Before a sequence is admitted: lets it begin after the longest prefix that is known, unless its prompt's rows
-        must run for their scores."""
+        """Before a sequence is admitted: lets it begin after its longest cached prefix, unless its prompt's rows must
+        run for their scores."""
         if self.prefixes:
             self.prefixes.attach(sequence, from_root=sequence.scores_prompt)
 
     def remember(self, sequence: Sequence) -> None:
-        """Keeps what the sequence has computed for texts to come."""
+        """Keeps what the sequence has computed for later texts."""
         if self.prefixes:
             self.prefixes.remember(sequence)
 

@@ -1,4 +1,4 @@
-"""Page accounting: who holds which page. Integers only; the tensors behind the pages are `engine.memory.caches`."""
+"""Page accounting: which table holds which page. Integers only; the tensors are in `engine.memory.caches`."""
 
 from array import array
 from collections.abc import Iterable
@@ -11,20 +11,20 @@ class OutOfPages(RuntimeError):
 class PagePool:
     """Pages 1..num_pages-1 of one cache. Page 0 is never handed out: padding rows write there.
 
-    A page is held by any number of tables, and may be kept besides for texts to come: then it outlives its holders and
-    is free again when both have let go of it. The page that became free last is taken first, since it is still warm.
+    Any number of tables may hold a page, and the prefix cache may also keep it for later texts. It is free again once
+    it is neither held nor kept. The page that became free last is taken first, since it is still warm.
     """
 
     def __init__(self, name: str, num_pages: int) -> None:
         if num_pages < 2:
-            raise ValueError(f"pool {name!r} needs a page besides the scratch page, not {num_pages} pages")
+            raise ValueError(f"pool {name!r} must have at least 2 pages, one of them for padding, not {num_pages}")
         self.name = name
         self.num_total = num_pages - 1
         self._free = list(range(self.num_total, 0, -1))
         self._holders = [0] * num_pages
         self._kept = [0] * num_pages
         self.num_idle = 0
-        """Pages that nobody holds but that are kept."""
+        """Pages that are kept and that no table holds."""
 
     @property
     def num_free(self) -> int:
@@ -47,13 +47,13 @@ class PagePool:
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """Another holder for pages that are held or kept."""
+        """Adds a holder to pages that are held or kept."""
         for page in pages:
             self.num_idle -= not self._holders[page]
             self._holders[page] += 1
 
     def give_back(self, pages: Iterable[int]) -> None:
-        """One holder less. Raises ValueError, with nothing changed, if a page is not in use or is named twice."""
+        """Removes a holder. Raises ValueError, with nothing changed, if a page is not in use or is named twice."""
         pages = list(pages)
         for page in pages:
             if not 1 <= page <= self.num_total or not self._holders[page]:
@@ -69,13 +69,13 @@ class PagePool:
                     self._free.append(page)
 
     def keep(self, pages: Iterable[int]) -> None:
-        """Keeps pages that somebody holds; as often as `forget` will be said of them."""
+        """Keeps pages that are held; call `forget` once per `keep`."""
         for page in pages:
             assert self._holders[page]
             self._kept[page] += 1
 
     def forget(self, pages: Iterable[int]) -> None:
-        """Takes one `keep` back."""
+        """Undoes one `keep`."""
         for page in pages:
             self._kept[page] -= 1
             if not self._kept[page] and not self._holders[page]:
@@ -96,7 +96,7 @@ class PagePool:
 class BlockTable:
     """The pages of one sequence in one cache.
 
-    `pages` hold rows [first * page_size, (first + len(pages)) * page_size); rows before were trimmed and stay dead
+    `pages` hold rows [first * page_size, (first + len(pages)) * page_size). Earlier rows were trimmed and stay dead
     until `release`.
     """
 
@@ -105,16 +105,16 @@ class BlockTable:
         self._page_size = page_size
         self.pages = array("q")
         self.first = 0
-        """Absolute index of the first live page; where the next page will stand if there is none."""
+        """Absolute index of the first live page, or of the next page to be taken if there is none."""
         self.capacity = 0
         """No page is missing for rows before this one."""
         self._settled = (1, 0)
-        """`settle` changes nothing for a first row below the former and an end above the latter."""
+        """`settle` changes nothing for a first row below the first number and an end above the second."""
         self._tail_is_borrowed = False
         self._count()
 
     def missing(self, end: int) -> int:
-        """Pages that `own()` and `extend(end)` would take."""
+        """How many pages `own()` and `extend(end)` would take."""
         if end <= self.capacity:
             return 0
         return max(self._pages_up_to(end) - self.first - len(self.pages), 0) + self._tail_is_borrowed
@@ -127,7 +127,7 @@ class BlockTable:
         return index, self.pages[index - self.first : self._pages_up_to(end) - self.first].tolist()
 
     def borrow(self, first: int, pages: list[int], end: int) -> None:
-        """Begins an empty table with pages of others, from that index on; they hold rows up to `end`. `own` must come
+        """Fills an empty table with pages of others, from page index `first` on; they hold rows up to `end`. Call `own`
         before a row is written."""
         self._pool.share(pages)
         self.first, self.pages = first, array("q", pages)
@@ -135,8 +135,8 @@ class BlockTable:
         self._count()
 
     def own(self) -> tuple[int, int] | None:
-        """Takes a page in place of a borrowed one into which rows will be written. Returns (old, new) for the caller
-        to copy. Raises OutOfPages, with nothing taken."""
+        """Takes a page to replace the borrowed one that rows will be written into. Returns (old, new) for the caller to
+        copy. Raises OutOfPages, with nothing taken."""
         if not self._tail_is_borrowed:
             return None
         (page,) = self._pool.take(1)
@@ -153,7 +153,7 @@ class BlockTable:
             self._count()
 
     def settle(self, first: int, end: int) -> None:
-        """`trim_before` and `cut`: rows first..end-1 stay."""
+        """Does `trim_before` and `cut`: rows first..end-1 stay."""
         if first >= self._settled[0]:
             self.trim_before(first)
         if end <= self._settled[1]:
@@ -168,7 +168,7 @@ class BlockTable:
         self._count()
 
     def cut(self, end: int) -> None:
-        """Gives back the pages that only hold rows at or behind `end`."""
+        """Gives back the pages that only hold rows from `end` on."""
         keep = max(self._pages_up_to(end) - self.first, 0)
         tail, self.pages = self.pages[keep:], self.pages[:keep]
         self._pool.give_back(tail)
@@ -182,7 +182,7 @@ class BlockTable:
         return self.pages[index] * self._page_size + row % self._page_size
 
     def release(self) -> None:
-        """Gives everything back; the table starts anew at row 0."""
+        """Gives all pages back; the table starts again at row 0."""
         self._pool.give_back(self.pages)
         self.pages, self.first, self._tail_is_borrowed = array("q"), 0, False
         self._count()

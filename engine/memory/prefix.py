@@ -1,14 +1,14 @@
-"""The prefix cache: what was computed of a text serves every later text that begins like it.
+"""The prefix cache: later texts reuse the cached rows of an earlier text that begins like them.
 
-A tree over ids, in blocks of `BLOCK`. A node keeps what a sequence needs to go on behind its block: the pages of the
-caches as far as they are live there, where patches start, the entropies (4 bytes an id: a request that asks for them
-can begin behind a known prefix too). Pages are shared, not copied, but for those that are not full: who goes on behind
-a node writes into them, and gets a copy of its own (`BlockTable.own`).
+A tree over ids, in blocks of `BLOCK`. A node keeps what a sequence needs to continue after its block: the live pages
+of the caches, where patches start, and the entropies. (These take 4 bytes an id, so that a request for them can begin
+after a prefix too.) Full pages are shared, not copied. A sequence that continues after a node writes into its last
+page, so it gets its own copy if that page is not full (`BlockTable.own`).
 
-Nothing is set aside for it. When a sequence needs pages, those that only this cache keeps are taken back, from the
-prefix that was used longest ago first. A use is that a sequence began there: of a long prompt that many share, the end
-is used, and what lies before it is only passed through. So a node with others behind it becomes hollow first: it keeps
-what they need, the rows that stay live, and no longer the windows that end at itself, where nobody begins.
+No pages are reserved for it. When a sequence needs pages, those that only this cache keeps are freed, the least
+recently used prefix first. A prefix is used when a sequence begins right after it. Of a long prompt that many requests
+share only the end is used. So a node with children becomes hollow first: it keeps the rows that its children need,
+those that stay live, and gives up the windows ending here, which no new sequence needs.
 """
 
 from array import array
@@ -31,14 +31,14 @@ class Node:
     block: tuple[int, ...]
     end: int
     starts: list[int]
-    """Patch starts behind the parent's end, up to `end`: that one is decided too."""
+    """Patch starts after the parent's end, up to and including `end`: that one is decided too."""
     num_closed: int
     """Patches that end before `end`."""
     entropies: "array[float]"
-    """Behind each byte of the block, as `Patching.entropies`."""
+    """After each byte of the block, as `Patching.entropies`."""
     pages: dict[str, tuple[int, list[int]]]
-    """Per cache the index of the first page and the pages: all live ones, or, where all rows stay live, those of the
-    rows behind the parent's end. A hollow node has the latter alone."""
+    """Per cache the index of the first page, and the pages: all live ones or, where all rows stay live, those of the
+    rows after the parent's end. A hollow node has only the latter."""
     children: dict[tuple[int, ...], "Node"] = field(default_factory=dict)
     alive: bool = True
 
@@ -50,19 +50,19 @@ class PrefixCache:
         self._caches = caches
         self.root = Node(None, (), 0, [], 0, array("f"), {})
         self._by_use: OrderedDict[Node, None] = OrderedDict()
-        """All nodes but hollow ones, the one used longest ago first. Who has no children is never hollow."""
+        """All nodes but hollow ones, the least recently used first. A node without children is never hollow."""
         self._lasting = {name for name, spec in caches.specs.items() if name != "open" and spec.window is None}
 
     def attach(self, sequence: Sequence, *, from_root: bool = False) -> None:
-        """Lets a sequence without rows begin after the longest prefix that is known; one id is left to compute.
-        from_root: it begins at the start, and its prefixes are only remembered."""
+        """Lets a sequence without rows begin after its longest cached prefix; one id is left to compute. from_root: it
+        begins at its first id, and its prefixes are only remembered."""
         sequence.prefix = node = self.root if from_root else self._find(sequence.ids)
         if node is self.root:
             return
         path = list(_path(node))
         for name, table in sequence.tables.items():
             if name in self._lasting:
-                # Where the pages of two nodes meet, the later one has what stands in the earlier one's too.
+                # Where two nodes share a page index, the later node's page has the earlier one's rows too.
                 found = {
                     index + i: page for n in path for index, pages in [n.pages[name]] for i, page in enumerate(pages)
                 }
@@ -76,8 +76,8 @@ class PrefixCache:
         self._by_use.move_to_end(node)
 
     def remember(self, sequence: Sequence) -> None:
-        """Keeps what the sequence has computed, up to the last whole block. Must come before pages are given back that
-        a step has made dead."""
+        """Keeps the rows that the sequence has computed, up to the last whole block. Call it before pages that a step
+        has made dead are given back."""
         node = sequence.prefix
         # A round that ends its request may have computed more than is committed.
         end = min(sequence.num_computed, len(sequence.ids))
@@ -87,7 +87,8 @@ class PrefixCache:
             self._by_use.move_to_end(node)
 
     def forget(self) -> bool:
-        """Gives back pages of the node used longest ago: all, or those that end at it. False if there is none."""
+        """Gives back pages of the least recently used node: all, or only its windows if it has children. False if there
+        is no node."""
         if not self._by_use:
             return False
         node = next(iter(self._by_use))
@@ -99,7 +100,7 @@ class PrefixCache:
         return True
 
     def _remove(self, node: Node) -> None:
-        """And those before it that only led here."""
+        """Removes the node, and those before it that only led to it."""
         while node.parent and not node.children:
             self._give_back(node, list(node.pages))
             self._by_use.pop(node, None)
@@ -125,13 +126,13 @@ class PrefixCache:
         return found
 
     def _child(self, parent: Node, block: tuple[int, ...], sequence: Sequence) -> Node:
-        """The node behind the parent, with all that the sequence has for it."""
+        """The parent's child for `block`, with the sequence's pages for it."""
         node = parent.children.get(block)
         if node is None:
             end = parent.end + BLOCK
             starts, num_closed = sequence.patching.starts, sequence.patch_of(end)
-            behind = starts[sequence.patch_of(parent.end) + 1 : num_closed + 1]
-            node = Node(parent, block, end, behind, num_closed, sequence.patching.entropies[parent.end : end], {})
+            added = starts[sequence.patch_of(parent.end) + 1 : num_closed + 1]
+            node = Node(parent, block, end, added, num_closed, sequence.patching.entropies[parent.end : end], {})
             parent.children[block] = node
         if node not in self._by_use:
             start = sequence.patching.starts[node.num_closed]
@@ -147,7 +148,7 @@ class PrefixCache:
         return node
 
     def _rows(self, name: str, node: Node) -> int:
-        """Rows of a cache behind a prefix."""
+        """How many rows of a cache a prefix has."""
         return node.end if self._caches.specs[name].rows_from == "byte" else node.num_closed
 
 

@@ -1,4 +1,4 @@
-"""What a model takes of the memory where it runs, and what there is: said before gigabytes are read."""
+"""How much memory a model needs where it runs, and how much is free: checked before gigabytes are read."""
 
 import logging
 from collections.abc import Mapping
@@ -31,10 +31,10 @@ def check_room(
     fp8: bool,
     mapped: bool,
 ) -> None:
-    """Logs what the weights and caches will take and what is available. Nothing is read for it.
+    """Logs how much memory the weights and caches need and how much is free. No tensor is read.
 
-    mapped: whether matrices may be used where they are in the file. Raises ValueError if a device cannot hold all this,
-    or a CPU's memory not the weights that are copied into it: pages of its caches become real only as they are used,
+    mapped: whether matrices can be used in the file, without a copy. Raises ValueError if a GPU cannot hold weights and
+    caches, or a CPU's memory the weights that are copied into it. On a CPU the caches take memory only as they fill,
     and hash tables stay in their file.
     """
     on_cpu = device.type == "cpu"
@@ -49,7 +49,7 @@ def check_room(
         format_size(weights),
         f", {format_size(sizes.hash_tables)} of hash tables in their file," if on_cpu else "",
         format_size(plan.num_bytes),
-        "how much memory is free is not known" if there is None else f"{format_size(there)} are free on {device.type}",
+        "free memory is unknown" if there is None else f"{format_size(there)} are free on {device.type}",
     )
     if there is None or weights + plan.num_bytes <= there:
         return
@@ -58,15 +58,15 @@ def check_room(
         f"and {format_size(there)} are free on {device.type}"
     )
     if not on_cpu or (weights > there and not mapped):
-        raise ValueError(f"{short}: --cache-bytes makes the caches smaller, and `fastblt size --memory` says what fits")
+        raise ValueError(f"{short}: --cache-bytes makes the caches smaller; `fastblt size --memory` shows what fits")
     log.warning("%s: it may run out of memory when it is busy; --cache-bytes makes the caches smaller", short)
 
 
 def available(device: torch.device) -> int | None:
-    """Free bytes; of a CPU's memory those that can be freed, swap space included, within the container's limit. None
-    where the system does not tell."""
+    """Free bytes. On a CPU also those that can be freed and swap space, within the container's limit. None where the
+    system does not report them."""
     if device.type == "cuda":
-        # torch's allocator keeps the memory of tensors that are gone, and uses it again.
+        # torch's allocator keeps the memory of freed tensors and reuses it.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     try:
@@ -79,7 +79,7 @@ def available(device: torch.device) -> int | None:
 
 
 def _container_room() -> int | None:
-    """What the control group leaves, its page cache not counted as taken; None if it has no limit."""
+    """Free bytes of the control group, with its page cache counted as free; None if it has no limit."""
     try:
         limit = int((CGROUP / "memory.max").read_text())
         taken = int((CGROUP / "memory.current").read_text())

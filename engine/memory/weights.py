@@ -1,4 +1,4 @@
-"""What a model's weights take, in bytes: arithmetic over its shapes, before any tensor is read."""
+"""The size of a model's weights in bytes, from its shapes, before any tensor is read."""
 
 from dataclasses import dataclass
 from math import prod
@@ -11,8 +11,8 @@ from ..costs.accounting import StageBytes
 
 @dataclass(frozen=True, slots=True)
 class WeightBytes:
-    """What the weights take. stages: what a stage reads once per call, its matrices and norms. The tables are looked up
-    row by row: a byte's embeddings, those of its n-grams, and the angles of rotary positions."""
+    """Bytes of the weights. stages: per stage its matrices and norms, which each call reads once. The tables are looked
+    up row by row: embeddings of bytes, embeddings of n-grams, angles of rotary positions."""
 
     stages: dict[str, int]
     byte_tables: int

@@ -3,8 +3,9 @@
     python -m engine.process.child ADDRESS LIFELINE FACTORY CONFIG LOGS
 
 It connects to the ZeroMQ address, loads the engine (`FACTORY` is "module:callable", `CONFIG` an EngineConfig and `LOGS`
-LogSettings as JSON) and steps it as long as there is work. Exit codes: 0 asked to leave, 1 failed. LIFELINE is the
-reading end of a pipe whose other end only the parent holds: when it closes, the parent is gone and so is this process.
+LogSettings as JSON) and steps it as long as there is work. Exit codes: 0 if asked to end, 1 if it failed. LIFELINE is
+the reading end of a pipe whose other end only the parent holds: when the parent ends, the pipe closes and this process
+ends too.
 """
 
 import gc
@@ -30,13 +31,13 @@ log = logging.getLogger("fastblt.engine.process")
 SNAPSHOT_INTERVAL = 0.1
 """Least seconds between two snapshots while there is work."""
 FIRST_LINES_SECONDS = 0.5
-"""Longest that the news of having loaded waits for whoever reads the log."""
+"""Longest wait for log lines to be written before the first message is sent."""
 LINGER_MS = 2000
-"""How long a leaving process tries to deliver its last message."""
+"""How long a process that ends tries to deliver its last message."""
 
 
 class EngineLike(Protocol):
-    """What the loop asks of an engine; see `engine.engine.Engine`."""
+    """What the loop needs of an engine; see `engine.engine.Engine`."""
 
     @property
     def limits(self) -> ModelLimits: ...
@@ -70,7 +71,7 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
         socket.connect(address)
 
         def send(message: Message) -> None:
-            # The parent logs what this means, or ends this process at once: what was logged before is to come first.
+            # The parent logs this message, or ends this process at once. Lines logged before it should come first.
             logs.flush(FIRST_LINES_SECONDS)
             socket.send(encode(message))
 
@@ -89,7 +90,7 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
             *(limits.name, time.monotonic() - began, f"{limits.parameters:,}", info.weights, info.device),
         )
         send(Started(limits, info, _snapshot(engine)))
-        # What was loaded stays; without this the collector walks through all of it again and again.
+        # What was loaded stays: without this every garbage collection would scan all of it.
         gc.collect()
         gc.freeze()
         try:
@@ -98,7 +99,7 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
             log.exception("the engine failed; its process ends")
             return 1
         finally:
-            # Else libraries complain on the way out about what was never collected.
+            # Otherwise libraries warn at exit about objects that were never collected.
             gc.unfreeze()
     return 0
 
@@ -129,7 +130,7 @@ def _serve(engine: EngineLike, socket: zmq.Socket[bytes]) -> None:
 
 
 def _snapshot(engine: EngineLike) -> Snapshot:
-    """With what only the process knows."""
+    """The engine's, with the count of dropped log lines, which only the process knows."""
     return msgspec.structs.replace(engine.snapshot(), dropped_log_lines=logs.dropped())
 
 
@@ -140,7 +141,7 @@ def _leave_with_parent(lifeline: int) -> None:
 
 
 def _describe(error: Exception) -> str:
-    """One message for a person. Errors that are about the input speak for themselves, others name their type."""
+    """One message for a person. An error about the input is given as it is, any other with its type."""
     if str(error) and isinstance(error, (ValueError, OSError)):
         return str(error)
     return f"{type(error).__name__}: {error}"

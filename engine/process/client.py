@@ -1,9 +1,9 @@
-"""The parent's side of the engine process: starts it, feeds it, restarts it. No torch in here.
+"""The parent's side of the engine process: starts it, sends it requests, restarts it. Imports no torch.
 
-If the process dies, a new one gets every request in flight with the ids that arrived so far as `output_ids`, and goes
-on behind them. Whoever reads a stream sees a pause, and the bytes that an undisturbed engine would have sent: choosing
-an id depends on the ids before it and a counter-based draw alone, and text that is held back for a stop string depends
-on the ids alone, so the engine feeds `output_ids` to its stop matcher and releases only what comes new behind them.
+If the process dies, a new one gets every request in flight, with the ids that arrived so far as `output_ids`, and
+continues after them. The reader of a stream sees a pause, then the bytes that the first engine would have sent. An id
+depends only on the ids before it and a counter-based draw. Text held back for a stop string depends only on the ids:
+the engine feeds `output_ids` to its stop matcher, and releases only the text after them.
 """
 
 import asyncio
@@ -45,39 +45,39 @@ log = logging.getLogger("fastblt.engine.client")
 State = Literal["starting", "ready", "restarting", "dead"]
 
 SETTINGS_PREFIX = "FASTBLT_"
-"""Of variables that hold settings. The child gets its own as arguments."""
+"""Of environment variables that hold settings. The child gets its settings as arguments."""
 STEADY_SECONDS = 60.0
 """A crash later than this after loading starts a new count of crashes."""
 FRUITLESS_CRASHES = 2
-"""Crashes in a row that a request may be part of without any event between them."""
+"""Crashes in a row, without an event between them, after which a request fails."""
 NAMED_REQUESTS = 8
-"""Most requests that the log line about a crash names."""
+"""Most requests named in the log line about a crash."""
 HANG_TICKS = 4
 STOP_SECONDS = 5.0
 LAST_WORDS_SECONDS = 0.5
 
 
 class EngineStartError(RuntimeError):
-    """The engine process could not load its model. The message is for the operator."""
+    """The engine process could not load its model. The message is meant for the operator."""
 
 
 class EngineDead(RuntimeError):
-    """The engine process is gone and will not come back."""
+    """The engine process has ended and will not be restarted."""
 
 
 class EngineClient:
     """One engine process and the streams of its requests. Lives on one event loop.
 
-    It survives a crash or a hang of the process (work in flight and no sign of life for `hang_timeout` seconds) by
-    restarting it. More than `max_restarts` crashes in a row, each within a minute of loading, and it is dead.
+    It restarts the process after a crash or a hang (requests in flight, and no message for `hang_timeout` seconds).
+    After more than `max_restarts` crashes in a row, each within a minute of loading, it is dead.
 
-    A new process gets the requests of the last one one after another, each when the one before has shown progress: so
-    one that kills engines meets few others when it does. In flight during two crashes without an event between them, a
-    request is taken for their cause and ends in `Failed`.
+    A new process gets the requests of the last one one after another, each once the one before has shown progress. So
+    a request that crashes engines does so with few others in flight. A request that is in flight during two crashes
+    without an event between them ends in `Failed`, since it is probably their cause.
     """
 
     limits: ModelLimits
-    """Of the loaded model; there is none before `start`."""
+    """Of the loaded model; not set before `start`."""
 
     def __init__(
         self,
@@ -97,15 +97,15 @@ class EngineClient:
         self._supervisor: asyncio.Task[None] | None = None
         self._streams: dict[str, _Stream] = {}
         self._held: deque[_Stream] = deque()
-        """Streams of the last process that this one has not got yet."""
+        """Streams of the last process that this one has not received yet."""
         self._probe: _Stream | None = None
-        """The one that it got last; the next follows when this shows progress."""
+        """The one that it received last; the next follows once this one shows progress."""
         self._num_messages = 0
         self.state: State = "starting"
         self.restarts = 0
         self.info = EngineInfo()
         self.snapshot = Snapshot()
-        """The newest one. A restarted engine's counters start anew."""
+        """The newest one. The counters of a restarted engine begin at 0."""
 
     @property
     def pid(self) -> int | None:
@@ -135,9 +135,9 @@ class EngineClient:
     async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of a request, the last one a `Finished` or `Failed`. Closing the generator early aborts it.
 
-        The request goes to the engine with the first iteration. Deltas that a slow reader has not fetched are merged
-        into one. `Finished.usage` counts the calls of the engine that finished the request, not of one that died.
-        Raises EngineDead if the engine is gone for good, ValueError if a request with this id is in flight.
+        The first iteration sends the request to the engine. Deltas that a slow reader has not fetched are merged into
+        one. `Finished.usage` only counts the work of the engine that finished the request, not of one that died.
+        Raises EngineDead if the engine will not be restarted, ValueError if a request with this id is in flight.
         """
         if self.state == "dead":
             raise EngineDead("the engine is not running")
@@ -159,8 +159,8 @@ class EngineClient:
                 self._forget(stream)
 
     def _send(self, command: Command) -> None:
-        # Not while there is no engine: a new one gets all that is in flight when it is ready. The socket has no high-
-        # water mark, so that a send to a living process is done at once; to a dead one it is dropped with the socket.
+        # Not while there is no engine: a new one gets all requests in flight once it is ready. The socket has no
+        # high-water mark, so a send to a running process never waits; to a dead one it is dropped with the socket.
         if self._child and self.state == "ready":
             self._child.socket.send(encode(command))
 
@@ -178,7 +178,7 @@ class EngineClient:
                 self._send(stream.resumed())
 
     async def _supervise(self) -> None:
-        """Receives until the process ends, restarts it, and so on until it will not come back."""
+        """Receives until the process ends, restarts it, and so on until it crashes too often."""
         crashes = 0
         try:
             while True:
@@ -209,21 +209,21 @@ class EngineClient:
             await self._reap(0)
 
     async def _receive_until_exit(self) -> int:
-        """Delivers messages until the process ends, by itself or killed because it hangs; returns its exit code."""
+        """Delivers messages until the process ends, or is killed because it hangs; returns its exit code."""
         assert self._child and self._child.process
         process, socket = self._child.process, self._child.socket
         receiver = asyncio.create_task(self._receive(socket))
         exited = asyncio.create_task(process.wait())
-        # Silence is counted in ticks, not read off a clock: a machine that was asleep for an hour has missed one tick.
-        heard, silent_ticks = 0, 0
+        # Silence is counted in ticks, not by the clock: an hour of the machine's sleep is one tick.
+        received, silent_ticks = 0, 0
         try:
             while not exited.done():
                 tick = self._hang_timeout / HANG_TICKS
                 await asyncio.wait({receiver, exited}, timeout=tick, return_when="FIRST_COMPLETED")
                 if receiver.done():
                     receiver.result()
-                quiet = self._streams and heard == self._num_messages
-                heard, silent_ticks = self._num_messages, silent_ticks + 1 if quiet else 0
+                silent = self._streams and received == self._num_messages
+                received, silent_ticks = self._num_messages, silent_ticks + 1 if silent else 0
                 if silent_ticks > HANG_TICKS:
                     log.error("the engine has been silent for %g s", self._hang_timeout)
                     self._child.kill()
@@ -247,7 +247,7 @@ class EngineClient:
                         self._resume_next()
 
     def _blame(self) -> None:
-        """After a crash: fails the requests that keep being there when it happens."""
+        """After a crash: fails the requests that were in flight during too many crashes."""
         self._probe = None
         for stream in [stream for stream in self._streams.values() if stream.sent]:
             stream.sent = False
@@ -265,9 +265,9 @@ class EngineClient:
             stream.end(EngineDead(why))
 
     async def _spawn(self) -> None:
-        """Starts a process, waits until it is ready, and hands it everything in flight. Raises EngineStartError."""
+        """Starts a process, waits until it is ready, and sends it all requests in flight. Raises EngineStartError."""
         try:
-            # Needed until the process has connected.
+            # The directory is needed until the process has connected.
             with TemporaryDirectory(prefix="fastblt-") as directory:
                 self._child = _Child(f"ipc://{directory}/engine")
                 await self._child.start(self._engine_factory, self._config, self._logs)
@@ -290,7 +290,7 @@ class EngineClient:
 
 
 class _Child:
-    """A process, the socket to it, and the pipe whose closing tells it that its parent is gone."""
+    """A process, the socket to it, and a pipe: when it closes, the process knows that its parent has ended."""
 
     def __init__(self, address: str) -> None:
         self.process: asyncio.subprocess.Process | None = None
@@ -324,7 +324,7 @@ class _Child:
         try:
             await asyncio.wait({receiver, exited}, return_when="FIRST_COMPLETED")
             if not receiver.done():
-                # Its last words may still be on their way.
+                # Its last message may still be on its way.
                 await asyncio.wait({receiver}, timeout=LAST_WORDS_SECONDS)
             if not receiver.done():
                 raise EngineStartError(f"the engine process {_describe_exit(exited.result())} while it was loading")
@@ -342,7 +342,7 @@ class _Child:
             self.process.kill()
 
     async def close(self, patience: float) -> None:
-        """Ends the process, after `patience` seconds by force, and frees everything."""
+        """Waits up to `patience` seconds for the process to end, kills it if it has not, and frees everything."""
         try:
             if self.process:
                 try:
@@ -359,13 +359,13 @@ class _Child:
 
 
 class _Stream:
-    """A request in flight: what its reader has not fetched yet, and what a new engine would have to know."""
+    """A request in flight: the events that its reader has not fetched, and what a new engine needs to continue it."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.fruitless_crashes = 0
         self.sent = False
-        """Whether the present engine has it."""
+        """Whether the current engine has it."""
         self.ended = False
         self._submitted = time.monotonic()
         self._output_ids = list(request.output_ids)
@@ -397,7 +397,7 @@ class _Stream:
         self._news.set()
 
     async def next(self) -> Event:
-        """The next event, or all Deltas since the last one in one. Raises EngineDead."""
+        """The next event, or all Deltas since the last call merged into one. Raises EngineDead."""
         await self._news.wait()
         if not self._unread.empty:
             delta, self._unread = self._unread.delta(self.request.id), _Unread()
@@ -410,7 +410,7 @@ class _Stream:
         return self._last
 
     def resumed(self) -> Request:
-        """The request for an engine that knows nothing of it: goes on where the last one was heard."""
+        """The request for a new engine: it continues after the last event that arrived."""
         self._resumed = True
         timeout, patches_from = self.request.timeout, self.request.patches_from
         return msgspec.structs.replace(
@@ -459,14 +459,14 @@ class _Unread:
 
 
 def _environment() -> dict[str, str]:
-    """Of the child: it can import what its parent can, however that was installed, and does not get the server's
-    settings, among which may be API keys."""
+    """The child's environment: it can import all that its parent can, however that was installed. It does not get the
+    server's settings, which may include API keys."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS_PREFIX)}
     return kept | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
 
 
 def _named(requests: list[Request]) -> str:
-    """What an engine was doing when it died."""
+    """Which requests an engine was running when it died, for a log line."""
     names = list(dict.fromkeys(request.log_fields.get("request_id", request.id) for request in requests))
     more = f" and {len(names) - NAMED_REQUESTS} more" if len(names) > NAMED_REQUESTS else ""
     return f"while it ran {', '.join(names[:NAMED_REQUESTS])}{more}" if names else "while it was idle"

@@ -1,7 +1,7 @@
-"""A thread that writes log lines, so that whoever logs never waits for whoever reads the log.
+"""A thread that writes log lines, so that no other thread waits for the reader of the log.
 
-A pipe holds 64 KiB. When nobody reads it, the next write lasts until somebody does: made where the line is logged, it
-would stop the event loop, and with it every route, or the engine between two steps.
+A pipe holds 64 KiB. Once it is full, the next write blocks until the reader takes something. In the thread that logs
+the line, such a write would stop the event loop, and with it every route, or the engine between two steps.
 """
 
 import os
@@ -14,14 +14,14 @@ from itertools import accumulate
 from typing import IO, NamedTuple
 
 LIMIT_BYTES = 4 << 20
-"""Most text that waits to be written."""
+"""Most bytes of lines that wait to be written."""
 
 
 class _Batch(NamedTuple):
-    """What is written at once."""
+    """Lines that are written at once."""
 
-    told: int
-    """How many dropped lines its head tells of."""
+    reported: int
+    """How many dropped lines its head reports."""
     head: bytes
     lines: list[bytes]
 
@@ -29,8 +29,8 @@ class _Batch(NamedTuple):
 class LogWriter:
     """Writes lines to one stream, in their order.
 
-    A line that does not fit into `limit_bytes` is dropped, and so is every further one until all that waits is written:
-    that makes one gap. `note` makes the line that stands in its place, from the number of lines that are missing there.
+    A line that does not fit into `limit_bytes` is dropped, and so are all further ones until the waiting lines are
+    written. That makes one gap. `note` makes the line that is written in its place, from the number of dropped lines.
     """
 
     def __init__(self, stream: IO[str], note: Callable[[int], str], limit_bytes: int = LIMIT_BYTES) -> None:
@@ -40,57 +40,57 @@ class LogWriter:
         self._note = note
         self._limit = limit_bytes
         self.dropped = 0
-        """Lines that nobody will read."""
-        self._untold = 0
-        """Those of them that no note has told of."""
-        # What the garbage collector runs may log while the lock is held.
+        """Lines that were not written and never will be."""
+        self._unreported = 0
+        """Those of them that no note has reported."""
+        # The garbage collector may run code that logs while the lock is held.
         lock = threading.RLock()
-        self._news = threading.Condition(lock)
+        self._added = threading.Condition(lock)
         self._written = threading.Condition(lock)
         self._lines: deque[bytes] = deque()
         self._waiting = 0
-        """Bytes of these, and of what is being written."""
+        """Bytes of these lines and of those being written."""
         self._full = False
         self._failed = False
-        """Whether the last write failed: the reader had left, or the disk was full."""
+        """Whether the last write failed: the reader had closed the pipe, or the disk was full."""
         self._torn = False
-        """Whether it ended within a line."""
+        """Whether the last write ended within a line."""
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="log writer", daemon=True)
         self._thread.start()
 
     def put(self, line: str) -> None:
-        """Has a line written soon, or drops it. Never waits."""
+        """Queues a line to be written, or drops it. Never waits."""
         text = self._encode(line)
-        with self._news:
+        with self._added:
             self._full |= self._waiting + len(text) > self._limit
             if self._full or self._closed:
                 self._drop(1)
             else:
                 self._lines.append(text)
                 self._waiting += len(text)
-            self._news.notify()
+            self._added.notify()
 
     def flush(self, seconds: float) -> bool:
-        """Waits until no line waits to be written, but no longer than `seconds`; says whether that is so."""
+        """Waits up to `seconds` until all lines are written or dropped; returns whether they are."""
         with self._written:
             return self._written.wait_for(lambda: not self._waiting and not self._full, seconds)
 
     def close(self, seconds: float) -> None:
-        """Takes no more lines, and gives those that wait `seconds` to be written. The thread ends then, or when a write
-        that is stuck returns."""
-        with self._news:
+        """Takes no more lines, and waits up to `seconds` for the queued ones to be written. The thread ends then, or
+        when a blocked write returns."""
+        with self._added:
             self._closed = True
-            self._news.notify()
+            self._added.notify()
         self._thread.join(seconds)
-        with self._news:
+        with self._added:
             self._drop(len(self._lines))
             self._lines.clear()
             self._full = False
 
     def _drop(self, lines: int) -> None:
         self.dropped += lines
-        self._untold += lines
+        self._unreported += lines
 
     def _encode(self, line: str) -> bytes:
         return f"{line}\n".encode(self._encoding, "backslashreplace")
@@ -100,21 +100,21 @@ class LogWriter:
             self._account(batch, self._write(b"".join([batch.head, *batch.lines])))
 
     def _take(self) -> _Batch | None:
-        """What to write next; None if nothing will follow.
+        """The next lines to write; None once there will be no more.
 
-        Both processes share the pipe, and it keeps their lines apart in writes of up to PIPE_BUF bytes only.
+        Both processes write to the pipe. It does not mix their lines if a write has at most PIPE_BUF bytes.
         """
-        with self._news:
-            self._news.wait_for(lambda: self._lines or self._full or self._closed)
+        with self._added:
+            self._added.wait_for(lambda: self._lines or self._full or self._closed)
             if not self._lines and not self._full:
                 return None
             head = b"\n" if self._torn else b""
-            told = 0
-            # The gap is after all that waited, or, if writing failed, before what is tried now.
+            reported = 0
+            # The gap is after all lines that waited or, if the last write failed, before those written now.
             if not self._lines or self._failed:
-                told, self._untold = self._untold, 0
-            if told:
-                head += self._encode(self._note(told))
+                reported, self._unreported = self._unreported, 0
+            if reported:
+                head += self._encode(self._note(reported))
             self._full = self._full and bool(self._lines)
             self._waiting += len(head)
             lines: list[bytes] = []
@@ -122,17 +122,17 @@ class LogWriter:
             while self._lines and (not lines or size + len(self._lines[0]) <= select.PIPE_BUF):
                 lines.append(self._lines.popleft())
                 size += len(lines[-1])
-            return _Batch(told, head, lines)
+            return _Batch(reported, head, lines)
 
     def _write(self, text: bytes) -> int:
-        """Waits for the reader; returns how many bytes were written, less than all if nobody will read the rest."""
+        """Waits for the reader; returns how many bytes were written: fewer than all if the write failed."""
         done = 0
         try:
             if self._descriptor is None:
                 self._stream.write(text.decode(self._encoding))
                 self._stream.flush()
                 return len(text)
-            # Not through the stream: the interpreter cannot end while a thread is stuck with the stream's lock.
+            # Not through the stream: the interpreter cannot end while a blocked thread holds the stream's lock.
             rest = memoryview(text)
             while done < len(text):
                 try:
@@ -146,7 +146,7 @@ class LogWriter:
         return done
 
     def _account(self, batch: _Batch, done: int) -> None:
-        """Counts what a write of `done` bytes left out."""
+        """Counts the lines that a write of `done` bytes did not finish."""
         ends = list(accumulate(map(len, batch.lines), initial=len(batch.head)))
         whole = bisect_right(ends, done)
         with self._written:
@@ -154,14 +154,14 @@ class LogWriter:
             if done:
                 self._torn = done not in ends
             if not whole:
-                self._untold += batch.told
+                self._unreported += batch.reported
             self._drop(len(ends) - max(whole, 1))
             self._waiting -= ends[-1]
             self._written.notify_all()
 
 
 def _descriptor(stream: IO[str]) -> int | None:
-    """None if there is none, as of a stream in memory."""
+    """The stream's file descriptor; None if it has none, as a stream in memory."""
     try:
         return stream.fileno()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the engine process and its parent say to each other, and how it looks on the socket (MessagePack)."""
+"""The messages between the engine process and its parent, and their encoding on the socket (MessagePack)."""
 
 import msgspec
 
@@ -21,7 +21,7 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Batch(msgspec.Struct, frozen=True, tag=True):
-    """What one step brought."""
+    """The events of one step, and perhaps a snapshot."""
 
     events: list[Event]
     snapshot: Snapshot | None = None
