@@ -1,8 +1,7 @@
-"""What a model is and how an engine runs it: frozen values, made once at the edge and passed down.
+"""The configurations of a model and of an engine: frozen values, made once at the edge and passed down.
 
-`ModelConfig` says everything that the four stages need to know about a checkpoint. It is independent of the file
-format; `engine.checkpoint` translates Hugging Face's and Meta's files into it. `EngineConfig` holds the choices of
-whoever starts the engine.
+`ModelConfig` has all that the four stages need to know about a checkpoint. It is independent of the file format;
+`engine.checkpoint` translates Hugging Face's and Meta's files into it. `EngineConfig` holds the operator's choices.
 """
 
 from collections.abc import Iterable
@@ -16,8 +15,8 @@ Policy = Literal["measured", "always", "never"]
 BOE_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 SPECIAL_NAMES = {BOE_ID: "<boe>", BOS_ID: "<s>", EOS_ID: "</s>", PAD_ID: "<pad>"}
 BYTE_OFFSET = 4
-"""The id of byte value b is b + 4; ids 0..3 are the specials above. A model may have ids beyond the bytes' (Meta's
-`pm_size`): they are drawn and fed like any other, and are no text."""
+"""The id of byte value b is b + 4; ids 0..3 are the specials above. A model may have ids after those of bytes (Meta's
+`pm_size`): they are drawn and fed like any other, but are not text."""
 BYTES_END = BYTE_OFFSET + 256
 
 
@@ -27,7 +26,7 @@ def is_byte(token: int) -> bool:
 
 
 def text_of(ids: Iterable[int]) -> bytes:
-    """The bytes among them."""
+    """The bytes among some ids."""
     return bytes(token - BYTE_OFFSET for token in ids if is_byte(token))
 
 
@@ -35,8 +34,8 @@ def text_of(ids: Iterable[int]) -> bytes:
 class StackConfig:
     """One stack of transformer layers.
 
-    `window` is the number of positions a row sees, itself included; None means all. `max_positions` counts bytes for
-    the patcher, encoder and decoder, patches for the global stage.
+    `window` is the number of positions that a row sees, itself included; None means all. `max_positions` counts bytes
+    for the patcher, encoder and decoder, patches for the global stage.
     """
 
     dim: int
@@ -75,7 +74,7 @@ class HashConfig:
 
 @dataclass(frozen=True, slots=True)
 class PatchingRule:
-    """When does the next byte start a patch? Entropies in nats.
+    """When the next byte starts a patch. Entropies are in nats.
 
     mode "entropy": H > threshold; with `monotonic`, H - H_previous > threshold; with `threshold_add`, both
     H > threshold and H - H_previous > threshold_add. mode "bytes": every byte is its own patch. A patch is closed as
@@ -94,14 +93,14 @@ class ModelConfig:
     """The whole model. `slots` (k in the paper) is the number of query slots per patch.
 
     decoder_input: "encoder" reads the encoder's last byte states (BLT as released); "embedding" looks the bytes up in
-    a table of the decoder's own (Fast-BLT), which is what lets it draft without the encoder. `mask_id` and
-    `block_size` are None unless the checkpoint was trained with block diffusion. The mask is the id right behind the
-    vocabulary: the decoder's table has one row more for it, and no head ever predicts it.
-    encoder_refine: several encoder layers with cross-attention in each refine the slots layer by layer (Meta); off,
-    only the last layer's cross-attention counts (Hugging Face, and every released model, which has one layer).
+    the decoder's own table (Fast-BLT), so that it can draft without the encoder. `mask_id` and `block_size` are None
+    unless the checkpoint was trained with block diffusion. The mask is the first id after the vocabulary: the decoder's
+    table has one more row for it, and no head ever predicts it.
+    encoder_refine: whether the cross-attention of each encoder layer refines the slots (Meta). If not, only that of the
+    last layer counts (Hugging Face, and every released model, which has one layer).
     isolate_documents: an EOS ends a document; later bytes do not attend across it (Meta). Off equals Hugging Face.
-    isolate_global: whether that holds for patches too. Meta's code always isolates bytes, but patches only where the
-    model's arguments say so, as those of all released models do.
+    isolate_global: whether that holds for patches too. Meta's code always isolates bytes, but patches only if the
+    model's arguments ask for it, as those of all released models do.
     """
 
     name: str
@@ -128,15 +127,15 @@ class ModelConfig:
 
     @property
     def max_length(self) -> int:
-        """Most ids (prompt with BOS, plus output) that a sequence may hold: no byte position may leave a table."""
+        """Most ids of a sequence, prompt with BOS plus output: the encoder and decoder have no further positions."""
         return min(self.encoder.max_positions, self.decoder.max_positions)
 
     @property
     def patcher_positions(self) -> int:
-        """Positions that the patcher's rotary table has: those of a whole sequence, however few the checkpoint names
-        (8,192 of 24,576 in the released models). Rotary positions have no end, and Hugging Face's entropies go on
-        beyond them; Meta's code cuts a longer text into pieces of 8,192, which hardly differs, as the patcher sees a
-        window of 512."""
+        """Positions of the patcher's rotary table: enough for a whole sequence, even if the checkpoint names fewer
+        (8,192 of 24,576 in the released models). Rotary positions have no end, and Hugging Face's code uses them for
+        longer texts. Meta's code cuts such a text into pieces of 8,192. The entropies hardly differ, as the patcher
+        sees a window of 512."""
         return max(self.patcher.max_positions, self.max_length)
 
     def __post_init__(self) -> None:
@@ -145,11 +144,11 @@ class ModelConfig:
         if self.encoder.dim != self.decoder.dim:
             raise ValueError(f"encoder.dim {self.encoder.dim} and decoder.dim {self.decoder.dim} must be equal")
         if (self.mask_id is None) != (self.block_size is None):
-            raise ValueError("mask_id and block_size belong together: both or neither")
+            raise ValueError(f"mask_id {self.mask_id}, block_size {self.block_size}: both must be set, or neither")
         if self.mask_id is not None and self.decoder_input != "embedding":
-            raise ValueError("a [MASK] needs decoder_input 'embedding'")
+            raise ValueError(f"with a mask_id decoder_input must be 'embedding', not {self.decoder_input!r}")
         if self.mask_id is not None and self.mask_id != self.vocab_size:
-            raise ValueError(f"mask_id {self.mask_id} must be the id behind the vocabulary, {self.vocab_size}")
+            raise ValueError(f"mask_id {self.mask_id} must be {self.vocab_size}, the first id after the vocabulary")
 
 
 def _flag(help_text: str, least: int | None = None) -> dict[str, Any]:
@@ -159,8 +158,8 @@ def _flag(help_text: str, least: int | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How an engine runs a model. Every field is also a flag of `fastblt serve`, and its help says what it means: it
-    stands here alone. Sizes are counts, not bytes, unless the name says so."""
+    """How an engine runs a model. Every field is also a flag of `fastblt serve`, documented by its help. Sizes are
+    counts, and bytes only where the name has `bytes`."""
 
     model: str = field(
         metadata=_flag("Folder of the checkpoint, or a model on the Hugging Face hub: org/name[/folder][@revision].")
@@ -241,8 +240,8 @@ class EngineConfig:
 
 
 def flag_help(name: str, *, phrase: bool = False) -> str:
-    """The help of the flag of a field of `EngineConfig`. phrase: without the capital and the full stop, as programs for
-    developers write theirs."""
+    """The help of the flag of an `EngineConfig` field. phrase: without the capital and the full stop, as in the help of
+    developers' programs."""
     text: str = next(f for f in fields(EngineConfig) if f.name == name).metadata["help"]
     if not phrase:
         return text
@@ -252,7 +251,7 @@ def flag_help(name: str, *, phrase: bool = False) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What the server must know of a loaded model, without tensors."""
+    """What the server must know about a loaded model."""
 
     name: str
     max_length: int

@@ -13,7 +13,7 @@ log = logging.getLogger("fastblt.engine")
 
 
 class Memory(Protocol):
-    """What the scheduler asks of memory; see `engine.memory.memory`."""
+    """What the scheduler needs of memory; see `engine.memory.memory`."""
 
     def fits(self, rows: Rows) -> bool: ...
 
@@ -27,24 +27,24 @@ class Memory(Protocol):
 
 
 STEPS_PER_PRIORITY = 256
-"""A sequence that has waited so many steps longer goes before one whose priority is one better."""
+"""A sequence that has waited this many steps longer goes before one whose priority is one better."""
 MOST_PRIORITY = 64
-"""Priorities beyond this, to either side, count as this: so waiting makes up for any."""
+"""Priorities are clipped to plus or minus this, so that waiting makes up for any difference."""
 
 
 class Scheduler:
     """Queues, row budgets, admission, order and preemption.
 
-    A step runs the asks of sequences that generate, first of those that the last step had no rows for; then chunks of
-    prompts, or of texts that must be computed again: of running sequences, or of waiting ones that it admits. It ends
-    when `max_step_rows` are spent, or `max_prompt_rows` on prompts. An ask is not cut once the ids before it are
-    computed: the last may go beyond either.
+    A step first runs the asks of sequences that generate, beginning with those that did not fit into the last step.
+    Then it runs chunks of prompts, and of texts that must be computed again: those of running sequences, or of waiting
+    ones that it admits. It is full at `max_step_rows` rows, or at `max_prompt_rows` of prompts. An ask is not cut once
+    the ids before it are computed, so the last one may exceed either limit.
 
-    The order is fixed when a sequence comes: by the step of its arrival, later or earlier by `STEPS_PER_PRIORITY` for
-    each unit of priority. So only those that come within a known number of steps can overtake, and nobody starves.
-    Every other time prompts take their turns in this order, so that the first always gets on; in between, those of a
-    better priority and then the shortest go first, so that short ones do not wait for long ones. While memory is short
-    all go in order, so that pages are left to the first in line.
+    The order is fixed when a sequence arrives: by the step of its arrival, later or earlier by `STEPS_PER_PRIORITY` for
+    each unit of priority. So only sequences that arrive within a known number of steps can overtake, and none starves.
+    In every second step prompts go in this order, so that the first always advances. In the others those of a better
+    priority go first, and among equals the shortest, so that short prompts do not wait for long ones. While memory is
+    short all go in order, so that the first gets the pages.
 
     When pages run out the last in the order is preempted: it gives all its pages back, waits at its old place, and is
     recomputed later. The first in the order is never preempted by another, so there is always progress.
@@ -89,7 +89,7 @@ class Scheduler:
         return step.batch
 
     def _add_prompts(self, step: "_Step", may_admit: bool) -> None:
-        """may_admit: whether memory was not short so far."""
+        """may_admit: False if memory was short in this step."""
         line = list(self.waiting) if len(self.running) < self._max_sequences else []
         waiting = {s.arrival for s in line}
         prompts = [s for s in self.running if _reads(s)] + line
@@ -103,8 +103,8 @@ class Scheduler:
         self._prefers_short = step.has_prompts and may_admit and not self._prefers_short
 
     def _admit(self, sequence: Sequence, step: "_Step") -> bool:
-        """Lets a waiting sequence run if there is a slot, others than the first in line if there is one for that too;
-        False if it lacks pages."""
+        """Lets a waiting sequence run if there are slots for it and the first in line; False if it lacks
+        pages."""
         slots = self._max_sequences - len(self.running)
         if slots < (1 if sequence is self.waiting[0] else 2):
             return True
@@ -120,7 +120,7 @@ class Scheduler:
         return True
 
     def _run(self, sequence: Sequence, step: "_Step", budget: int, *, is_prompt: bool) -> bool:
-        """Adds a running sequence's rows, for which others may be preempted; False if one was."""
+        """Adds a running sequence's rows, preempting others if need be; False if one was preempted."""
         rows = self._rows(sequence, budget)
         preempted = self.preemptions
         if self._make_room(rows, step):
@@ -128,7 +128,7 @@ class Scheduler:
         return self.preemptions == preempted
 
     def _rows(self, sequence: Sequence, budget: int) -> Rows:
-        """What it asks for, or as much of the text before that as the budget and the caches allow."""
+        """The rows of its ask, or as much of the text before that as the budget and the caches allow."""
         room = self._memory.room(sequence)
         whole = Rows.of(sequence, sequence.next_ask(room))
         fits = whole.num_rows <= budget and whole.num_text <= room
@@ -137,7 +137,7 @@ class Scheduler:
         return Rows.prefill(sequence, sequence.num_computed + min(sequence.remaining - 1, budget, room))
 
     def preempt(self, sequence: Sequence) -> None:
-        """Sends a running sequence back to wait, without its pages."""
+        """Returns a running sequence to the queue, without its pages."""
         rows, fields = sequence.num_computed, sequence.request.log_fields
         log.debug("preempted for lack of pages; %d rows must be computed again", rows, extra=fields)
         self.running.remove(sequence)
@@ -151,7 +151,7 @@ class Scheduler:
         sequence.restart()
 
     def _make_room(self, rows: Rows, step: "_Step") -> bool:
-        """Reserves pages, preempting from the back; False if the sequence itself had to go."""
+        """Reserves pages, preempting the last in the order first; False if the sequence itself was preempted."""
         while not self._memory.fits(rows):
             victim = self.running[-1]
             step.drop(victim)
@@ -163,7 +163,7 @@ class Scheduler:
 
 
 class _Step:
-    """The rows so far, and how many are left."""
+    """The rows of a step so far, and how many more fit."""
 
     def __init__(self, rows: int, prompt_rows: int) -> None:
         self.rows_left = rows
@@ -177,7 +177,7 @@ class _Step:
 
     @property
     def ran(self) -> Container[int]:
-        """Arrivals of the sequences whose rounds it has."""
+        """Arrivals of the generating sequences whose rows it has."""
         return self._rounds
 
     @property
@@ -194,7 +194,7 @@ class _Step:
         self._prompt_rows_left -= rows.num_rows if is_prompt else 0
 
     def drop(self, sequence: Sequence) -> None:
-        """Takes back what the sequence was to run."""
+        """Removes the sequence's rows."""
         if rows := self._rounds.pop(sequence.arrival, None):
             self.rows_left += rows.num_rows
         elif rows := self._prompts.pop(sequence.arrival, None):

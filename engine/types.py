@@ -1,4 +1,4 @@
-"""What crosses the border of the engine: requests in, events out. Plain data, no tensors.
+"""What goes into the engine and comes out: requests in, events out. Plain data, no tensors.
 
 Every admitted request ends in exactly one `Finished` or `Failed`. Events of one request arrive in order.
 """
@@ -17,8 +17,8 @@ FinishReason = Literal["stop", "length", "abort", "timeout"]
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose a byte from its logits. temperature 0 is greedy and ignores the filters and the seed.
 
-    Order: logit_bias, penalties (over the ids generated so far), temperature, then top_k, top_p, min_p, each on
-    what the one before left. `logit_bias` maps ids to an additive bias in [-100, 100].
+    Order: logit_bias, penalties (over the ids generated so far), temperature, then top_k, top_p, min_p, each over the
+    ids that the one before kept. `logit_bias` maps ids to an additive bias in [-100, 100].
     """
 
     temperature: float = 1.0
@@ -69,8 +69,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Seconds after admission at which the request ends with reason "timeout"."""
     decoder: DecoderName = "blt"
     draft_length: int = 8
-    """Most bytes to draft per round, 1 to `MAX_DRAFT`. It, the next three and `exact` are options of the decoders whose
-    rows of the table name them."""
+    """Most bytes to draft per round, 1 to `MAX_DRAFT`. This, the next three fields and `exact` are options of some
+    decoders; their rows of the table name them."""
     block_size: int | None = None
     """Bytes per block; None takes the length that the model was trained with."""
     unmask: UnmaskRule | None = None
@@ -78,15 +78,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     finish_patch: bool = False
     """Begin blocks only where a patch begins."""
     trace: bool = False
-    """Report how every round came to its bytes."""
+    """Report how every round produced its bytes."""
     patches_from: int | None = None
     """Report entropies and patch starts from this id on; 0 is the prompt's first. None reports nothing."""
     exact: bool = True
-    """False also allows decoders whose text is their own."""
+    """False also allows decoders whose text differs from blt's."""
     output_ids: list[int] = []
-    """Ids that this request has generated already, in an engine that died: it goes on behind them."""
+    """Ids that an engine that died has generated for this request; generation continues after them."""
     log_fields: dict[str, str] = {}
-    """What log lines about it also say, as the id of the HTTP request that it is part of."""
+    """Fields added to log lines about it, such as the id of its HTTP request."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -112,8 +112,8 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request cost so far. Neither its prompt's prefill is counted, nor rows that a preemption makes it compute
-    again; passes of a round that a preemption cut off are."""
+    """What a request cost so far. Its prompt's prefill and rows computed again after a preemption are not counted;
+    passes of a round that a preemption interrupted are."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -126,40 +126,41 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     drafted: int = 0
     """Bytes drafted, or decoded in blocks."""
     accepted: int = 0
-    """Of these, bytes that became text, before any was cut off at a stop."""
+    """How many of these became text, before the text was cut at a stop."""
     rows: dict[str, int] = {}
     """Rows per stage: patcher, encoder, global, decoder."""
     estimated_bytes: int = 0
     """Weight bytes by the paper's formula (4.2): decoder passes and encoder/global passes times their parameters."""
     bytes_read: int = 0
-    """Bytes really read: weights, the patcher's too, each pass shared out among the batch by rows; keys and values;
-    hash rows."""
+    """Bytes really read: weights, the patcher's included, with each pass divided among the batch by rows; keys and
+    values; hash rows."""
     preemptions: int = 0
     cached_tokens: int = 0
-    """Ids of the prompt that the prefix cache knew."""
+    """Ids of the prompt that were found in the prefix cache."""
     queue_seconds: float = 0.0
     """From its arrival in the engine to its first step."""
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
-    """How one round came to its bytes, for whoever wants to watch."""
+    """How one round produced its bytes."""
 
     num_ids: int
     """Committed ids of this round."""
     drafts: list[int] = []
-    """What was drafted, or decoded as a block."""
+    """The bytes that were drafted, or decoded as a block."""
     accepted: int = 0
     """How many of these, from the first on, are among the committed ids."""
     passes: list[int] = []
-    """Of a block, in which pass each cell was settled, from 0 on."""
+    """For each cell of a block the pass in which it was settled, from 0 on."""
     patch_starts: list[int] = []
-    """Places in the output that start patches, as far as decided now and not told before."""
+    """Positions in the output that start patches, if decided by now and not reported before."""
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Newly committed ids, and the text bytes that are now certain.
 
-    `text` lags behind `ids` while a stop string may be under way; what was sent is never taken back.
+    `text` is shorter than `ids` while it may end in the beginning of a stop string. Text that was sent is never taken
+    back.
     """
 
     id: str
@@ -172,15 +173,15 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=T
     prompt_logprobs: list[TokenLogprob] = []
     """Sent once, before the first id, complete, one per prompt id."""
     entropies: list[float] = []
-    """If asked for, of the next ids of prompt and output that have been through the patcher: nats after each, float32.
-    The prompt's come with the first generated id, those of the last id, or of a last block, never."""
+    """If asked for, the entropies after the next ids of prompt and output that the patcher has read: nats, float32. The
+    prompt's come with the first generated id. The last id, or a last block, has none."""
     patch_starts: list[int] = []
-    """Where these entropies let patches start: 0 is the prompt's first id. May name the place after the last id that
-    has an entropy."""
+    """Positions of the patches that these entropies start: 0 is the prompt's first id. The last one may be the position
+    after the last id that has an entropy."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The one last event of a request. `text` flushes what was still held back (nothing of a stop string)."""
+    """The last event of a request. `text` is what was still held back, without a completed stop string."""
 
     id: str
     reason: FinishReason
@@ -191,7 +192,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The request could not be run; also a last event. Nothing else was hurt."""
+    """The request could not be run; also a last event. Other requests are not affected."""
 
     id: str
     code: Literal["too_long", "decoder_unavailable", "invalid", "internal"]
@@ -205,11 +206,11 @@ class PoolStats(msgspec.Struct, frozen=True):
     total: int
     used: int
     cached: int = 0
-    """Kept for texts to come, and there for whoever needs a page."""
+    """Kept for later texts, and freed when a sequence needs pages."""
 
 
 class DecoderCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """What all requests of one decoder have done and cost, prefill left out. Dictionaries are per stage."""
+    """What all requests of one decoder have done and cost, without prefill. Dictionaries are per stage."""
 
     committed: int = 0
     """Ids generated."""
@@ -217,30 +218,30 @@ class DecoderCounts(msgspec.Struct, frozen=True, kw_only=True):
     drafted: int = 0
     accepted: int = 0
     calls: dict[str, int] = {}
-    """Passes that the requests took part in, each counted for every one of them."""
+    """Passes that the requests took part in, counted once per request."""
     rows: dict[str, int] = {}
     read_bytes: dict[str, int] = {}
     seconds: dict[str, float] = {}
     """Their shares, by rows, of the time that passes took."""
     estimated_bytes: dict[str, int] = {}
-    """Weight bytes by the paper's formula; it knows no patcher."""
+    """Weight bytes by the paper's formula, which leaves the patcher out."""
     blt_estimated_bytes: int = 0
-    """What that formula gives for plain BLT writing the same ids: a decoder pass each, an encoder/global pass for each
-    patch that they begin."""
+    """Weight bytes by that formula for plain BLT with the same ids: a decoder pass for each, and an encoder/global pass
+    for each patch that they begin."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The engine's state and its counters since start, sent every so often and whenever it falls idle."""
+    """The engine's state and its counters since it started, sent at intervals and whenever it becomes idle."""
 
     running: int = 0
     waiting: int = 0
     preemptions: int = 0
     steps: int = 0
     step_seconds: float = 0.0
-    """In steps, the host's work between the stages included."""
+    """Time in steps, the host's work between the stages included."""
     prompt_rows: int = 0
     cached_rows: int = 0
-    """Of prompts, found in the prefix cache instead."""
+    """Rows of prompts that were found in the prefix cache instead of computed."""
     calls: dict[str, int] = {}
     """Per stage: patcher, encoder, global, decoder."""
     rows: dict[str, int] = {}
@@ -252,26 +253,26 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Per decoder that a request asked for."""
     pools: dict[str, PoolStats] = {}
     device_memory: tuple[int, int] | None = None
-    """Bytes used, by whomever, and in all; of a GPU."""
+    """Bytes used by all processes, and in total; of a GPU."""
     dropped_log_lines: int = 0
-    """By the engine process, since it began."""
+    """By the engine process, since it started."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What stays as it is while an engine lives, for whoever watches it."""
+    """Facts about an engine that do not change while it runs, for monitoring."""
 
     device: str = ""
-    """Its name."""
+    """The device's name."""
     dtype: str = ""
     weights: str = ""
-    """What the large matrices are stored in."""
+    """Dtype of the large matrices."""
     kernels: str = ""
     weight_bytes: dict[str, int] = {}
-    """Per stage: what every pass of it reads of the weights."""
+    """Per stage: bytes of weights that every pass reads."""
     page_bytes: dict[str, int] = {}
     """Per pool: the size of a page."""
     peak_bandwidth: dict[str, float] = {}
-    """Bytes per second that this machine's memory gave when it was tried; see `engine.costs.bandwidth.probe`."""
+    """Bytes per second of this machine's memory, as measured; see `engine.costs.bandwidth.probe`."""
     prompt_rows: int = 0
     """Most rows of prompts in a step."""
 

@@ -1,4 +1,4 @@
-"""What decoding reads, in bytes: by the paper's formula and by what the engine does."""
+"""The bytes that decoding reads: by the paper's formula, and as the engine counts them."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from ..memory.caches import decoder_cross_layers, encoder_cross_layers
 class PaperFormula:
     """Fast BLT 4.2: b (N_dec P_dec + N_enc (P_enc + P_glob)) bytes; encoder and global are counted together.
 
-    Patcher, K/V and look-ups are not in it. b, the bytes of a parameter, is 2 there.
+    It leaves out the patcher, K/V and look-ups. b, the bytes of a parameter, is 2 in the paper.
     """
 
     decoder: float
@@ -42,9 +42,9 @@ class PaperFormula:
 class StageBytes:
     """Bytes that the stages read.
 
-    weights: per stage, once per call. Closing a patch is the global stage's: the encoder's cross-attention, the global
-    transformer, the latent's projection and its keys and values. kv_row: per stage, a row of its cache that is looked
-    at. row: per stage, what every row looks up: embeddings, hash rows, its latent's keys and values.
+    weights: per stage, once per call. Closing a patch belongs to the global stage: the encoder's cross-attention, the
+    global transformer, the latent's projection and its keys and values. kv_row: per stage, for each row of its cache
+    that is read. row: per stage, the look-ups of every row: embeddings, hash rows, its latent's keys and values.
     """
 
     weights: dict[str, int]
@@ -61,7 +61,7 @@ class StageBytes:
         matrix_itemsize: int | None = None,
         fp8: bool = False,
     ) -> "StageBytes":
-        """Sums what the kernels' own files say. fp8: the large matrices take a byte per number."""
+        """Sums the kernels' own counts. fp8: the large matrices take a byte per number."""
         enc, glob, dec, pat = config.encoder, config.global_, config.decoder, config.patcher
         encoder_cross, decoder_cross = encoder_cross_layers(config), decoder_cross_layers(config)
 

@@ -1,7 +1,7 @@
-"""How long something takes on a device, and how fast the device moves memory.
+"""How long something takes on a device, and how fast the device's memory is.
 
-A step that is bound by reading weights can at best stream them as fast as the device's memory gives them: what the
-engine reads per second is told as a share of that.
+A step that is bound by reading weights is at best as fast as the device's memory. What the engine reads per second is
+reported as a share of that.
 """
 
 import statistics
@@ -15,16 +15,16 @@ from kernels.linear import Matrix
 
 REPEATS = 5
 PROBED_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-"""More than caches hold, and little enough to be read some times while an engine starts. A GPU reads it in less than a
-launch takes if there is not much of it."""
+"""More than caches hold, and small enough to be read a few times while an engine starts. A GPU would read less in a
+shorter time than a launch takes."""
 PROBED_TIMES = {"cpu": 1, "cuda": 5}
 PROBED_WIDTH = 1024
 
 
 def probe(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Bytes per second. "copy": a plain copy, what is read and written together. "gemv": one row times a matrix in
-    `dtype` by these kernels, the matrix alone. Takes a few tenths of a second and `2 * PROBED_BYTES` of memory, on a
-    GPU at most half of what is free."""
+    """Bytes per second. "copy": of a plain copy, reads plus writes. "gemv": of the matrix in one row times a matrix in
+    `dtype` by these kernels. Takes a few tenths of a second and `2 * PROBED_BYTES` of memory, on a GPU at most half of
+    what is free."""
     size, times = PROBED_BYTES[device.type], PROBED_TIMES[device.type]
     if device.type == "cuda":
         size = min(size, torch.cuda.mem_get_info(device)[0] // 4 // PROBED_WIDTH * PROBED_WIDTH)
@@ -34,14 +34,14 @@ def probe(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> dict[st
     x = torch.ones(1, PROBED_WIDTH, dtype=dtype, device=device)
     found = {"copy": copied, "gemv": stream_rate(lambda m: kernels.linear(x, m), [matrix], device, times=times)}
     if device.type == "cuda":
-        # torch would keep it for itself.
+        # Otherwise torch keeps this memory.
         del matrix
         torch.cuda.empty_cache()
     return found
 
 
 def seconds(work: Callable[[], object], device: torch.device, *, times: int = 1) -> float:
-    """Seconds of one `work()`, the median of a few repeats of `times` calls each, after one that does not count."""
+    """Seconds of one `work()`: the median of a few repeats of `times` calls each, after a call that is not counted."""
     work()
     found: list[float] = []
     for _ in range(REPEATS):
@@ -63,10 +63,10 @@ def seconds(work: Callable[[], object], device: torch.device, *, times: int = 1)
 
 
 def recorded(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """`work` as one CUDA graph, so that the host's launches do not count; off a CUDA device as it is."""
+    """`work` as one CUDA graph, so that the host's launches do not count; unchanged on other devices."""
     if device.type != "cuda":
         return work
-    # What is compiled at first use must not be compiled while recording.
+    # Kernels that are compiled at their first use must not be compiled while recording.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -79,7 +79,7 @@ def recorded(work: Callable[[], object], device: torch.device) -> Callable[[], o
 
 
 def copy_rate(device: torch.device, size: int, times: int = 3) -> float:
-    """Bytes per second that a plain copy of `size` bytes moves, read and written together."""
+    """Bytes per second of a plain copy of `size` bytes, reads plus writes."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / seconds(lambda: target.copy_(source), device, times=times)
@@ -88,7 +88,7 @@ def copy_rate(device: torch.device, size: int, times: int = 3) -> float:
 def stream_rate(
     multiply: Callable[[Matrix], object], matrices: list[Matrix], device: torch.device, times: int = 3
 ) -> float:
-    """Bytes of matrices per second that products with each of them in turn read."""
+    """Bytes of matrices read per second by products with each of them in turn."""
 
     def work() -> None:
         for matrix in matrices:

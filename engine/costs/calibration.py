@@ -1,5 +1,5 @@
-"""What a step costs, measured on the engine before it serves, or read from a file; and how many rows of prompts a step
-can take for that."""
+"""How long a step takes, measured on the engine before it serves, or read from a file; and how many rows of prompts a
+step may therefore have."""
 
 import os
 import time
@@ -14,23 +14,23 @@ from ..config import BOS_ID, BYTE_OFFSET
 from .latency import HOST, LatencyModel
 
 MEASURED_ROWS = (1, 4, 16, 64, 256)
-"""One row as while a sequence is alone, a few as drafts and crowds have, many as of prompts."""
+"""One row, as of a single sequence; a few, as of drafts or many sequences; many, as of prompts."""
 SECONDS = 0.25
-"""For how long they are repeated; the fastest counts, since the first may include work that is done once."""
+"""How long the steps are repeated; the fastest counts, since the first may include work that is done once."""
 MOST_SECONDS = 1.5
-"""No step begins that is expected to end later."""
+"""No step begins that is expected to end later than this."""
 MOST_RECORDING_SECONDS = 60.0
-"""Besides those: for compiling and recording what steps run. Further numbers of rows stay unmeasured."""
+"""In addition, for compiling and recording kernels. After that no further numbers of rows are measured."""
 LEAST_PROMPT_ROWS = 16
-"""However long they stall others: prompts must make progress."""
+"""Even if they stall other sequences for longer: prompts must make progress."""
 PATCH = 4.0
-"""Bytes to a patch, where the time of a step is predicted."""
+"""Bytes per patch, to predict the time of a step."""
 TEXT = """\
 The port was quiet before six, and nobody on the pier could have said which of the two ships had come in first. Mrs
 Okafor counted 37 crates, then 38; the last one, she wrote, "smells of oranges". By noon they were all gone, and so was
 the rain. What remained was a rope, a lamp and an argument about the tide."""
 PROMPT = [BOS_ID, *(byte + BYTE_OFFSET for byte in TEXT.encode())]
-"""Its bytes make patches as text does."""
+"""Ordinary text, so that its patches are as long as usual."""
 
 
 class MeasuredStep(msgspec.Struct, frozen=True):
@@ -45,7 +45,7 @@ class MeasuredStep(msgspec.Struct, frozen=True):
 
 
 class RecordingModel(LatencyModel):
-    """Keeps what it observes of steps, instead of learning from it."""
+    """Keeps its observations of steps, instead of learning from them."""
 
     def __init__(self) -> None:
         super().__init__(drafts_encode=False)
@@ -55,14 +55,14 @@ class RecordingModel(LatencyModel):
         self._launches.append((stage, rows, seconds))
 
     def step(self, rows: int, seconds: float) -> MeasuredStep:
-        """What was observed since the last time, of a step that took so long."""
+        """The observations since the last call, as a step that took `seconds`."""
         stages: dict[str, tuple[int, float]] = {}
         for stage, count, took in self._launches:
             if stage != HOST:
                 before = stages.get(stage, (0, 0.0))
                 stages[stage] = before[0] + count, before[1] + took
         self._launches.clear()
-        # A GPU runs stages beside the host: that time is theirs.
+        # A GPU runs stages while the host works: that time counts as theirs.
         host = max(seconds - sum(took for _, took in stages.values()), 0.0)
         return MeasuredStep(rows, stages | {HOST: (rows, host)})
 
@@ -77,8 +77,8 @@ def measure_steps(
 ) -> list[MeasuredStep]:
     """The fastest step of each number of rows up to `most_rows`, in ascending order; fewer numbers if steps take long.
 
-    step: runs one of so many rows. num_recorded: how much has been recorded by now; a step that records does not count,
-    nor does its time, and is run again.
+    step: runs a step of that many rows. num_recorded: how many recordings there are by now. A step that records is not
+    counted, nor is its time, and it is run again.
     """
     began, recording = time.perf_counter(), 0.0
     found: dict[int, MeasuredStep] = {}
@@ -118,8 +118,8 @@ def _predicted(found: Sequence[MeasuredStep], rows: int) -> float:
 
 
 def prompt_rows(steps: Sequence[MeasuredStep], stall: float, most: int) -> int:
-    """Most rows of prompts, from `LEAST_PROMPT_ROWS` to `most`, that make a step longer by no more than `stall`
-    seconds, or by as much again as the shortest step takes, if that is more."""
+    """Most rows of prompts, from `LEAST_PROMPT_ROWS` to `most`, that lengthen a step by no more than `stall` seconds,
+    or the length of the shortest step if that is more."""
     seconds = list(accumulate((tried.seconds for tried in steps), max))
     points = list(zip((tried.rows for tried in steps), seconds, strict=True))
     shortest = seconds[0]
@@ -134,8 +134,8 @@ def prompt_rows(steps: Sequence[MeasuredStep], stall: float, most: int) -> int:
 
 
 def read(path: Path, of: dict[str, str | int]) -> list[MeasuredStep] | None:
-    """The steps in a file; None if there is none, or if it is of something else than `of`. Raises ValueError for a file
-    that holds no such thing, OSError for one that cannot be read."""
+    """The steps in a file; None if there is no file, or if its identity is not `of`. Raises ValueError for a file that
+    does not hold steps, OSError for one that cannot be read."""
     try:
         file = msgspec.json.decode(path.read_bytes(), type=_File)
     except FileNotFoundError:
@@ -143,14 +143,14 @@ def read(path: Path, of: dict[str, str | int]) -> list[MeasuredStep] | None:
     except msgspec.DecodeError as error:
         raise ValueError(f"{path} holds no stage costs: {error}") from error
     if not file.steps or [tried.rows for tried in file.steps] != sorted({tried.rows for tried in file.steps}):
-        raise ValueError(f"{path} holds no stage costs: steps must be there, with ascending rows")
+        raise ValueError(f"{path} holds no stage costs: `steps` must have entries, with ascending `rows`")
     return file.steps if file.of == of else None
 
 
 def write(path: Path, of: dict[str, str | int], steps: list[MeasuredStep]) -> None:
     """Raises OSError."""
     content = msgspec.json.format(msgspec.json.encode(_File(of, steps)), indent=2)
-    # Whoever reads it meanwhile gets the old one whole.
+    # A process that reads the file meanwhile gets the whole old one.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_bytes(content + b"\n")
     unfinished.replace(path)

@@ -19,7 +19,7 @@ class Clock(Protocol):
     def now(self) -> Moment: ...
 
     def passed(self, moment: Moment) -> bool:
-        """Whether it is known when that was."""
+        """Whether the device has reached that moment, so that its time is known."""
         ...
 
     def seconds(self, began: Moment, ended: Moment) -> float: ...
@@ -39,7 +39,7 @@ class HostClock:
 
 
 class DeviceClock:
-    """The host is ahead of the device: events in its queue say when the device came to them."""
+    """The host is ahead of the device: events in the device's queue record when it reached them."""
 
     waits = False
 

@@ -1,10 +1,10 @@
-"""How long the stages take, measured at the start (`engine.costs.calibration`) and learnt from the steps since."""
+"""How long the stages take: measured at the start (`engine.costs.calibration`), then learnt from every step."""
 
 from dataclasses import dataclass
 from math import inf
 
 FORGET = 0.98
-"""What an observation counts one launch later: the machine's load changes."""
+"""Weight of an observation one launch later: the machine's load changes."""
 HOST = "step"
 """Seconds of a step outside its stages."""
 BYTE_AHEAD = "byte_ahead"
@@ -12,7 +12,7 @@ BYTE_AHEAD = "byte_ahead"
 NEXT_STEP = "next_step"
 """Seconds until the host has launched patcher and encoder of the next step."""
 READBACK = "readback"
-"""Seconds outside the stages from one decision on how many passes to run to the next."""
+"""Seconds outside the stages between two decisions on how many passes to run."""
 
 Sums = tuple[float, float, float, float, float]
 """Of 1, rows, seconds, rows², rows × seconds."""
@@ -20,8 +20,8 @@ Sums = tuple[float, float, float, float, float]
 
 @dataclass(slots=True)
 class Line:
-    """Seconds of a launch as a + b * rows, by least squares: over what was measured at the start, and over what was
-    observed since, the recent counting more. The former keeps the slope known while all launches are alike."""
+    """Seconds of a launch as a + b * rows, by least squares over the measurements at the start and the observations
+    since, recent ones counting more. The former keep the slope known while all launches have the same rows."""
 
     measured: Sums = (0.0,) * 5
     observed: Sums = (0.0,) * 5
@@ -33,7 +33,7 @@ class Line:
         self.observed = _add(self.observed, rows, seconds, FORGET)
 
     def share(self, rows: float, num_sharing: int) -> float:
-        """Expected seconds for `rows` rows in a launch that so many sequences share; 0 before any was observed."""
+        """Expected seconds for `rows` rows in a launch that `num_sharing` sequences share; 0 if none was observed."""
         n, sum_rows, sum_seconds, rows_rows, rows_seconds = map(sum, zip(self.measured, self.observed, strict=True))
         if not n:
             return 0.0
@@ -50,16 +50,16 @@ def _add(sums: Sums, rows: int, seconds: float, weight: float) -> Sums:
 
 
 class LatencyModel:
-    """Implements `engine.decoders.auto.Latency`. What a launch costs whatever its rows is shared by all running
-    sequences, so drafts pay while a sequence is alone and reads all weights for itself, and less so in a crowd.
+    """Implements `engine.decoders.auto.Latency`. All running sequences share the part of a launch's time that does not
+    depend on its rows. So drafts pay most while a sequence runs alone and the weights are read for it only.
 
     num_running: sequences that run now, set by the engine.
     """
 
     MOST_ROWS = 512
-    """Launches over more rows, those of long prompts, say nothing of rounds."""
+    """Launches over more rows are those of long prompts, and not observed: they tell nothing about rounds."""
     ROUND_ROWS = 64
-    """What was measured beyond this, where rows cost more and more, would bend the lines where rounds are."""
+    """Measurements over more rows, which cost more each, are left out: they would distort the lines for rounds."""
 
     def __init__(self, drafts_encode: bool, *, has_device: bool = False) -> None:
         """drafts_encode: whether a drafted row goes through the encoder too. has_device: whether stages run while the
@@ -69,13 +69,13 @@ class LatencyModel:
         self._lines: dict[str, Line] = {}
 
     def calibrate(self, stage: str, rows: int, seconds: float) -> None:
-        """Takes what was measured at the start."""
+        """Takes a measurement made at the start."""
         if 0 < rows <= self.ROUND_ROWS:
             self._lines.setdefault(stage, Line()).calibrate(rows, seconds)
 
     def observe(self, stage: str, rows: int, seconds: float) -> None:
-        """Takes what a stage took, or one of the host's parts named above. Leave out launches in which something was
-        recorded or compiled."""
+        """Takes the time of a stage, or of one of the host's parts named above. Leave out launches that recorded or
+        compiled kernels."""
         if 0 < rows <= self.MOST_ROWS:
             self._lines.setdefault(stage, Line()).observe(rows, seconds)
 
@@ -94,19 +94,18 @@ class LatencyModel:
         closes = min(closing, 1.0) * self._share("global", max(closing, 1.0))
         return stages + closes + self._share(HOST, rows) + 1e-9
 
-    # What running ahead costs, over what it saves: below 1 it pays.
+    # The cost of running ahead, divided by what it saves: below 1 it pays.
 
     def byte_ahead(self, sequences: int, patch: float) -> float:
-        """One more pass of the local stages after a step of blt (1 before any was observed). It can save a step's local
-        stages and host, and weights of the global stage that are read for fewer patches than close by the end of the
-        passes."""
+        """One more pass of the local stages after a step of blt; 1 before any was observed. It can save a step's local
+        stages and host time. It also saves reads of the global stage's weights, as more patches close in one step."""
         local = sum(self.seconds(stage, sequences) for stage in ("patcher", "encoder", "decoder"))
         some_close = 1 - (1 - 1 / patch) ** sequences
         saved = local + self.seconds(HOST, sequences) + (some_close - 1 / patch) * self.seconds("global", 0)
         return max(local, self.seconds(BYTE_AHEAD, sequences)) / saved if local else 1.0
 
     def next_step(self, sequences: int) -> float:
-        """Beginning the next step of blt before the last one is read: the host's time over the device's meanwhile; 0
+        """Beginning the next step of blt before reading the last one: the host's time over the device's meanwhile; 0
         before any was observed."""
         if not self._has_device:
             return inf
@@ -114,7 +113,7 @@ class LatencyModel:
         return self.seconds(NEXT_STEP, sequences) / stages if stages else 0.0
 
     def readback(self, rows: int) -> float:
-        """Reading a result between passes of the decoder over so many rows, in passes; 0 before any was observed."""
+        """Reading a result between decoder passes over `rows` rows, in passes; 0 before any was observed."""
         decoder = self.seconds("decoder", rows)
         return self.seconds(READBACK, rows) / decoder if decoder else 0.0
 
@@ -122,6 +121,6 @@ class LatencyModel:
         return self.seconds(stage, rows, self.num_running)
 
     def seconds(self, stage: str, rows: float, num_sharing: int = 1) -> float:
-        """Expected seconds of a launch, or of one of the host\'s parts; 0 before any was observed."""
+        """Expected seconds of a launch, or of one of the host's parts; 0 before any was observed."""
         line = self._lines.get(stage)
         return line.share(rows, num_sharing) if line else 0.0

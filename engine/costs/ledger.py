@@ -1,4 +1,4 @@
-"""Who pays: every launch of a stage is charged here, to the requests that it served and to none if it served none."""
+"""Charges every launch of a stage to the requests that it served, and to none if it served none."""
 
 import time
 from collections import defaultdict, deque
@@ -17,7 +17,7 @@ from .latency import HOST, LatencyModel
 
 class Share(NamedTuple):
     """A sequence's rows in one pass of a stage: how many, how many of them belong to generation, how many cache rows
-    they look at."""
+    they read."""
 
     rows: Rows
     num_rows: int
@@ -27,8 +27,8 @@ class Share(NamedTuple):
 
 @dataclass(slots=True)
 class Launch:
-    """One launch of a stage. shares: whose rows a pass has; num_rows: of a pass; passes: how many it makes over them;
-    recorded: whether it was recorded for that, which takes longer."""
+    """One launch of a stage. shares: each sequence's rows in a pass; num_rows: rows of a pass; passes: how many passes
+    it makes; recorded: whether it made a recording, which takes longer."""
 
     stage: str
     shares: list[Share]
@@ -42,7 +42,7 @@ class Launch:
 class Ledger:
     """Counts and seconds of an engine, its decoders and its requests; teaches the latency model.
 
-    total: all passes, prompts included. latency: may be replaced, by one that records.
+    total: all passes, prompts included. latency: may be replaced.
     """
 
     def __init__(self, stage_bytes: StageBytes, latency: LatencyModel, clock: Clock) -> None:
@@ -51,16 +51,16 @@ class Ledger:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what was counted."""
+        """Resets all counts."""
         self.total = Counts()
         self.decoders: dict[str, Counts] = defaultdict(Counts)
-        """Of requests that have ended; seconds of all."""
+        """Counts of requests that have ended; seconds are those of all requests."""
         self._pending: deque[tuple[Launch, dict[str, float]]] = deque()
         """Launches whose time is not known yet, and each decoder's part of it."""
 
     def took(self, launch: Launch, *served: Sequence[Share]) -> None:
-        """Charges each pass to those that it served; `served` has an entry for each pass that served any. A pass's
-        weights are shared by rows. The time is noted once the device says it."""
+        """Charges each pass to the sequences that it served; `served` has an entry for each pass that served any. The
+        weights that a pass reads are divided by rows. The time is added once the device has finished."""
         parts: dict[str, float] = defaultdict(float)
         for shares in served:
             self._charge(launch.stage, shares, parts, len(served))
@@ -85,7 +85,7 @@ class Ledger:
         total.bytes_read[stage] += whole
 
     def poll(self) -> None:
-        """Notes the time of launches that are done since."""
+        """Adds the time of launches that have finished since the last call."""
         while self._pending and self._clock.passed(self._pending[0][0].ended):
             launch, parts = self._pending.popleft()
             seconds = self.seconds(launch)
@@ -93,17 +93,17 @@ class Ledger:
             for decoder, part in parts.items():
                 self.decoders[decoder].seconds[launch.stage] += seconds * part
             if not launch.recorded:
-                # A pass takes the same time whether or not it serves anyone.
+                # A pass takes the same time whether or not it serves a request.
                 self.latency.observe(launch.stage, launch.num_rows, seconds / launch.passes)
 
     def seconds(self, launch: Launch) -> float:
-        """What a launch took that is known to have ended."""
+        """The time of a launch that is known to have ended."""
         return self._clock.seconds(launch.began, launch.ended)
 
     @contextmanager
     def step(self, batch: Sequence[Rows], num_recorded: Callable[[], int]) -> Iterator[None]:
-        """Around a step: what it takes besides its stages. On a GPU the clocks of stages run late, so that an earlier
-        step's may be among these."""
+        """Around a step: observes its time outside the stages. On a GPU the times of stages arrive late, so that an
+        earlier step's may be subtracted."""
         began, recorded = time.perf_counter(), num_recorded()
         stages, calls = self._stage_seconds(), self.total.calls["decoder"]
         yield
@@ -117,7 +117,7 @@ class Ledger:
         return sum(self.total.seconds.values())
 
     def committed(self, counts: Counts, outcome: Committed, num_ids: int, patches: int) -> None:
-        """A round of a request. num_ids: of these, how many became text; patches: how many they begin."""
+        """Counts a round of a request. num_ids: how many of its ids became text; patches: how many these begin."""
         counts.rounds += outcome.rounds
         counts.drafted += outcome.drafted
         counts.accepted += outcome.accepted
@@ -125,5 +125,5 @@ class Ledger:
         counts.patches += patches
 
     def ended(self, decoder: str, counts: Counts) -> None:
-        """A request has ended: what it cost stays with its decoder."""
+        """A request has ended: its counts are added to its decoder's."""
         self.decoders[decoder].add(counts)
