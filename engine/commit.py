@@ -1,17 +1,17 @@
-"""The commit that this code is of. hatch_build.py runs this file, too, so it needs Python alone."""
+"""The commit of this code. hatch_build.py runs this file too, so it imports only the standard library."""
 
 import os
 import subprocess
 from pathlib import Path
 
 BAKED = Path(__file__).with_name("COMMIT")
-"""Written into a wheel. A checkout has none: there git knows."""
+"""Written into a wheel. A checkout does not have it: git is asked instead."""
 SECONDS = 5.0
-"""For git to answer, on however slow a disk."""
+"""Longest wait for git."""
 
 
 def commit() -> str | None:
-    """Its first 12 digits, with "-dirty" after them if files were changed since; None where nothing tells."""
+    """Its first 12 digits, with "-dirty" after them if files were changed since; None if it is not known."""
     try:
         return BAKED.read_text().strip() or None
     except OSError:
@@ -19,7 +19,7 @@ def commit() -> str | None:
 
 
 def commit_of(root: Path) -> str | None:
-    """Of a checkout at `root` itself: a repository further up, around a virtual environment, is someone else's."""
+    """The commit of a checkout at `root` itself: a repository in a folder above it is another project's."""
     repository = root / ".git"
     if not repository.exists():
         return None

@@ -1,4 +1,4 @@
-"""A model's patcher by itself: the entropies that an engine decides by, without the rest of the model."""
+"""A model's patcher by itself: the entropies from which an engine decides boundaries, without the other stages."""
 
 import numpy as np
 import torch
@@ -23,10 +23,10 @@ CHUNK = 512
 
 
 class Entropies:
-    """Reads texts with the stage that an engine of this configuration runs, one after another. Of the checkpoint only
-    the patcher's tensors are read.
+    """Runs the patcher over texts, one after another, as an engine of this configuration does. Reads only the patcher's
+    tensors of the checkpoint.
 
-    Raises CheckpointError, and ValueError for a device or kernels that are not there.
+    Raises CheckpointError, and ValueError for a missing device or kernel backend.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -54,8 +54,8 @@ class Entropies:
 
     @torch.inference_mode()
     def of(self, ids: list[int]) -> NDArray[np.float32]:
-        """The entropy in nats after each of the ids of a text, (N,). No EOS may be among them, as a document would
-        end there, and no more of them than the model's `max_length`."""
+        """The entropy in nats after each id of a text, (N,). ids: at most the model's `max_length`, and no EOS, which
+        would end a document."""
         table = BlockTable(self._pool, self._spec.page_size)
         parts = []
         for start in range(0, len(ids), CHUNK):

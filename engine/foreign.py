@@ -1,6 +1,6 @@
-"""Checkpoints that are not a complete BLT: what they are, in the words that their users know.
+"""Checkpoints that are not a complete BLT: what they are, in words that their users know.
 
-Knows only file names and JSON, so that a model from the hub can be refused before its weights are downloaded.
+Reads only file names and JSON, so that a model from the hub can be refused before its weights are downloaded.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,7 +19,7 @@ _BYT5_VOCABULARY = 384
 
 
 def kind_of_config(config: Mapping[str, Any]) -> str | None:
-    """What a `config.json` is of, as 'EvaByte, another kind of byte model'; None if it may be of a BLT."""
+    """What kind of model a `config.json` is for, as 'EvaByte, another kind of byte model'; None if perhaps a BLT."""
     if config.get("model_type") == "blt" or "args" in config:
         return None
     kind = config.get("model_type")
@@ -35,7 +35,7 @@ def kind_of_config(config: Mapping[str, Any]) -> str | None:
 
 
 def kind_of_files(names: Collection[str]) -> str | None:
-    """What a folder without a BLT's configuration or weights is, by its files' names; None if they do not tell."""
+    """What a folder without a BLT's configuration or weights is, by its files' names; None if they do not show it."""
 
     def some(*endings: str) -> str | None:
         return next((name for name in sorted(names) if name.endswith(endings)), None)
@@ -51,12 +51,12 @@ def kind_of_files(names: Collection[str]) -> str | None:
     if any(name.startswith("hnet_") for name in names) and some(".pt"):
         return "H-Net, another kind of byte model"
     if found := some("pytorch_model.bin", "pytorch_model.bin.index.json"):
-        return f"a model with pickled weights ({found}), which may run code; transformers' save_pretrained has others"
+        return f"a model with pickled weights ({found}), which may run code: save it as safetensors with transformers"
     return None
 
 
 def models_inside(folder: Path) -> list[str]:
-    """Names of the folders in it that look like models. An entropy model is a part of another."""
+    """Names of the subfolders that look like models. An entropy model is part of another model."""
     found = {file.parent.name for name in (CONFIG, PARAMS, CONSOLIDATED) for file in folder.glob(f"*/{name}")}
     return sorted(found - {ENTROPY_FOLDER})
 

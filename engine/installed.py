@@ -1,4 +1,4 @@
-"""What is installed here, told at once and without torch: versions, the commit, who can compute."""
+"""What is installed here, found quickly and without torch: versions, the commit, the kernel backends."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,9 +12,9 @@ from .config import KernelName
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """version: "unknown" in a checkout that was never installed. commit: as `engine.commit` has it. torch, triton: None
-    where they are not installed. instruction_set: what the library of our C that this processor loads was compiled for,
-    "x86-64-v3" or a machine's name; None where none was compiled."""
+    """version: "unknown" in a checkout that was never installed. commit: as in `engine.commit`. torch, triton: None if
+    not installed. instruction_set: what the C kernels that this processor loads were compiled for, "x86-64-v3" or a
+    machine's name; None if none were compiled."""
 
     version: str
     commit: str | None
@@ -23,11 +23,11 @@ class Installed:
     instruction_set: str | None
 
     def preferred(self, device: str) -> KernelName:
-        """Who computes on a device ("cpu", "cuda") unless the user chooses."""
+        """The default kernel backend of a device ("cpu", "cuda")."""
         return available.preferred(device, self.instruction_set is not None, self.triton is not None)
 
     def detailed(self, kernels: str) -> str:
-        """The kernels' name, for people: "native (x86-64-v3)", "triton" or "torch"."""
+        """The kernel backend, for people: "native (x86-64-v3)", "triton" or "torch"."""
         return f"{kernels} ({self.instruction_set})" if kernels == "native" and self.instruction_set else kernels
 
     def rows(self) -> dict[str, str]:
@@ -42,7 +42,7 @@ class Installed:
 
 @cache
 def installed() -> Installed:
-    """Of this machine. It does not change while a process runs."""
+    """What is installed on this machine. It does not change while a process runs."""
     library = available.library()
     return Installed(
         version=_version("fastblt") or "unknown",

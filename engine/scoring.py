@@ -1,4 +1,4 @@
-"""How well a model predicts texts: what the engine's own prefill gives for each byte, as it is served."""
+"""How well a model predicts texts: the log-probability of each byte by the engine's own prefill."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from .engine import Engine
 from .types import Delta, Failed, Request
 
 IN_FLIGHT = 2
-"""Texts that the engine holds at once, in running batches: while one ends the next is there."""
+"""Texts that the engine holds at once, in multiples of the running batch: so a next one waits when one ends."""
 
 
 class Text(Protocol):
-    """Some ids, of which the first `num_known` after BOS are context, not scored."""
+    """The ids of a text. The first `num_known` after BOS are context and not scored."""
 
     @property
     def ids(self) -> list[int]: ...
@@ -26,20 +26,20 @@ Given = TypeVar("Given", bound=Text)
 
 
 class Refused(ValueError):
-    """The engine does not take a text."""
+    """The engine refuses a text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """nats: of all ids that were scored, added up. patches: how many begin with one of them."""
+    """nats: the sum over all scored ids. patches: how many begin with a scored id."""
 
     nats: float
     patches: int
 
 
 def score(engine: Engine, texts: Iterable[Given]) -> Iterator[tuple[Given, Score]]:
-    """Scores all of them, many at a time, in the order in which they are done. A text's score does not depend on the
-    others. Raises Refused for one that the engine does not take."""
+    """Scores texts, many at a time, and yields each when it is done. A text's score does not depend on the others.
+    Raises Refused if the engine refuses one."""
     waiting = iter(texts)
     live: dict[str, Given] = {}
     nats: dict[str, float] = {}
@@ -60,6 +60,6 @@ def score(engine: Engine, texts: Iterable[Given]) -> Iterator[tuple[Given, Score
                     nats[name] = -sum(entry.logprob or 0.0 for entry in scored[live[name].num_known + 1 :])
                 case Delta(id=name, patch_starts=starts):
                     text = live.pop(name)
-                    # The last of them may be where the text ends.
+                    # The last start may be where the text ends.
                     patches = sum(text.num_known < start < len(text.ids) for start in starts)
                     yield text, Score(nats.pop(name), patches)

@@ -1,8 +1,8 @@
-"""Which threshold gives patches of a wanted mean length: an exact search over entropies that are known.
+"""Which threshold gives patches of a wanted mean length: an exact search over known entropies.
 
-As the threshold rises, patches can only merge, and a longest patch cuts what has merged into no more pieces than there
-were. So the mean length is a step function that never falls. Its steps are at the judged values, and bisecting them
-with the rule itself finds the best.
+As the threshold rises, patches can only merge. A limit on their length cuts a merged patch into no more pieces than
+there were before. So the mean length is a step function that never falls. Its steps are at the judged values, and
+bisecting these finds the best threshold.
 """
 
 from bisect import bisect_left
@@ -26,11 +26,11 @@ class Calibration:
 
 
 class Thresholds:
-    """Thresholds of a rule and the patches of some texts under each. The mean leaves BOS out, which is a patch of its
-    own: it is the number of bytes over the number of patches that begin with one."""
+    """Thresholds of a rule, and the mean patch length of some texts under each: the number of bytes divided by the
+    number of patches that begin with a byte. BOS, a patch of its own, is left out."""
 
     def __init__(self, rule: PatchingRule, texts: Iterable[Floats]) -> None:
-        """texts: of each, the entropies (nats) after BOS and after every byte, (bytes + 1,) float32.
+        """texts: for each, the entropies (nats) after BOS and after every byte, (bytes + 1,) float32.
 
         Raises ValueError for the mode "bytes", and if there is no byte.
         """
@@ -42,7 +42,7 @@ class Thresholds:
             raise ValueError("the texts hold no byte")
         self._longest = rule.max_patch_length
         self.judged: Floats = self._judged[np.isfinite(self._judged)]
-        """What the threshold is compared with, of every byte that it decides about."""
+        """The value compared with the threshold, for every byte that the threshold decides about."""
         self._steps = np.unique(self.judged)
 
     @property
@@ -63,19 +63,18 @@ class Thresholds:
         return self.num_bytes / int((-(-lengths // self._longest)).sum())
 
     def nearest(self, wanted: float) -> Calibration:
-        """The threshold whose mean length comes nearest to `wanted`; no other comes nearer. It has as few digits as
-        float32 needs to decide so."""
+        """The threshold whose mean length is nearest to `wanted`, with as few digits as give the same patches."""
         steps = range(len(self._steps) + 1)
         at = bisect_left(steps, wanted, key=self._at_step)
         best = min(steps[max(at - 1, 0) : at + 1], key=lambda step: abs(self._at_step(step) - wanted))
         return Calibration(self._threshold(best), self._at_step(best))
 
     def _at_step(self, step: int) -> float:
-        """The mean length once the `step` smallest values start no patch any more."""
+        """The mean length if the `step` smallest values start no patch."""
         return self.mean_patch(float(self._steps[step - 1]) if step else -np.inf)
 
     def _threshold(self, step: int) -> float:
-        """A number that does so: from the last of these values on, and below the next."""
+        """A threshold for `_at_step`: at least the last of these values, and below the next."""
         if not len(self._steps):
             return 0.0
         if step == 0:
@@ -87,8 +86,8 @@ class Thresholds:
 
 
 def _judged(rule: PatchingRule, entropies: Floats) -> Floats:
-    """What is compared with the threshold to decide whether a byte starts a patch, of every byte: infinite where it
-    always does, minus infinite where it never does (see `kernels.boundary.starts_patch`)."""
+    """For every byte the value that is compared with the threshold to decide whether it starts a patch: infinite if it
+    always does, minus infinite if it never does (see `kernels.boundary.starts_patch`)."""
     values = entropies[:-1].copy()
     rises = np.diff(values)
     if rule.monotonic:

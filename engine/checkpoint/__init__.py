@@ -1,4 +1,4 @@
-"""Checkpoints: three formats in, one out, tensors mapped from the files rather than read.
+"""Checkpoints: reads three formats and writes one. Tensors are mapped from the files rather than read.
 
 | format  | a folder with                                                        | module |
 |---------|----------------------------------------------------------------------|--------|
@@ -44,5 +44,5 @@ __all__ = [
 def save(
     path: str | Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """Writes our own format, in `dtype` if given, into a folder that need not exist. Raises CheckpointError."""
+    """Writes our own format, in `dtype` if given, into a folder that need not exist yet. Raises CheckpointError."""
     hf.write(Path(path), config, tensors, dtype)

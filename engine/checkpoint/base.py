@@ -1,4 +1,4 @@
-"""What reading a checkpoint gives: the checkpoint, or the one error of this package."""
+"""The result of reading a checkpoint: the checkpoint, or this package's only error."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,14 @@ class CheckpointError(ValueError):
 
 
 def printable(text: str) -> str:
-    r"""With escapes (`\n`, `\x1b`) for what cannot be printed: names and values are those of a stranger's file."""
+    r"""With escapes (`\n`, `\x1b`) for unprintable characters: names and values come from files of unknown origin."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model in memory. `tensors` are mapped from `files`, in their dtypes, under the names of `expected_shapes`; they
-    must not be written to. `notes`: what the user should know of how the files are understood, a sentence each."""
+    must not be written to. `notes`: what the user should know about how the files were understood, a sentence each."""
 
     config: ModelConfig
     tensors: dict[str, Tensor]

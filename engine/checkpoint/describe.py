@@ -1,4 +1,4 @@
-"""What a checkpoint is, in figures, without running it."""
+"""A checkpoint's sizes and settings, without running it."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ _PARTS = {HASHES: "hash tables", ENCODER: "encoder", GLOBAL: "global", DECODER: 
 
 @dataclass(frozen=True, slots=True)
 class CacheCost:
-    """What one cache costs a sequence: a row per byte or per patch, of which no more than `most_rows` stay. Rounding
-    to whole pages is not counted."""
+    """The memory of one cache per sequence: a row per byte or per patch, at most `most_rows` of them. Rounding up to
+    whole pages is not counted."""
 
     row: Literal["byte", "patch"]
     bytes_per_row: int
@@ -35,7 +35,7 @@ class Description:
     name: str
     format: Format
     notes: tuple[str, ...]
-    """What the user should know of how the files are understood."""
+    """What the user should know about how the files were understood."""
     vocab_size: int
     slots: int
     decoder_input: str
@@ -120,7 +120,7 @@ def describe(
 
 
 def render(description: Description) -> str:
-    """As text for people."""
+    """The description as text for people."""
     d = description
     form = "reads the encoder's states" if d.decoder_input == "encoder" else "has its own byte embedding"
     if d.block_size is not None:
@@ -167,7 +167,7 @@ def _rule(rule: PatchingRule) -> str:
 
 
 def format_size(count: float) -> str:
-    """Bytes as people read them: three digits and a binary unit."""
+    """A number of bytes with three digits and a binary unit."""
     size, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:

@@ -1,8 +1,8 @@
-"""How the fields of a configuration are accounted for: none is passed over in silence.
+"""How the fields of a configuration are accounted for: none is ignored silently.
 
-A field that a section declares is honoured, or refused by its type, which then allows only the value that this
-architecture has. `immaterial` lists the fields that change nothing about what the model computes, with the reason.
-Any other field with a value is reported to the user as unknown.
+A field that a section declares is used, or its type allows only the one value that this architecture has. `immaterial`
+lists the fields that do not change what the model computes, each with the reason. Any other field with a value is
+reported to the user as unknown.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from .base import printable
 
 Size = Annotated[int, Field(ge=1, lt=2**63)]
-"""Beyond it, products with floats overflow."""
+"""Products of larger numbers with floats overflow."""
 Few = Annotated[int, Field(ge=1, le=1000)]
-"""Layers, whose tensors are listed before a file is looked at, and bytes of a hash group, of which every row keeps as
-many: a slip in a number must not fill the memory."""
+"""For layers, whose tensors are listed before a file is opened, and for the bytes of a hash group, which every row
+keeps: a typing error must not fill the memory."""
 
 
 Theta = Annotated[float, Field(ge=1, le=1e15)]
-"""Base of the rotary angles. One far below 1 would turn them into infinities."""
+"""Base of the rotary angles. A base far below 1 would make them infinite."""
 
 
 class Section(BaseModel):
@@ -33,7 +33,7 @@ class Section(BaseModel):
 
     @classmethod
     def accounted_fields(cls) -> set[str]:
-        """Every name that is honoured, refused or immaterial."""
+        """Every name that is declared or immaterial."""
         names = set(cls.model_fields) | set(cls.immaterial)
         for info in cls.model_fields.values():
             choices = getattr(info.validation_alias, "choices", [])
@@ -41,7 +41,7 @@ class Section(BaseModel):
         return names
 
     def unknown_fields(self, inside: str = "") -> Iterator[str]:
-        """'field = value' of all that is not accounted for, here and in the sections within. A null says nothing."""
+        """'field = value' for all fields that are not accounted for, here and in nested sections; no nulls."""
         for name, value in (self.model_extra or {}).items():
             if name not in self.immaterial and value is not None:
                 yield f"{inside}{name} = {str(value)[:60]}"
@@ -52,6 +52,6 @@ class Section(BaseModel):
 
 
 def unknown_note(section: Section, file: str, inside: str = "") -> list[str]:
-    """The one note about them, if there are any: a line."""
+    """One line about all unknown fields, or none if there are none."""
     unknown = list(section.unknown_fields(inside))
     return [printable(f"{file}: unknown fields, ignored: {', '.join(unknown)}")] if unknown else []

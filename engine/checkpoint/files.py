@@ -1,8 +1,8 @@
-"""Reading files without reading their contents: tensors are listed with their shapes and mapped into memory.
+"""Opens files of tensors without reading the tensors: they are listed with their shapes and mapped into memory.
 
-A mapped tensor's pages come from the file when they are first touched, and can be dropped again: nothing is copied.
-Files are mapped for reading only, which the kernel allows however large they are; libraries map them as private
-copies, which it refuses beyond the memory of the machine.
+A mapped tensor's pages are read from the file when they are first used, and can be dropped again: nothing is copied.
+Files are mapped read-only, which the operating system allows at any size. Libraries map them as private copies, which
+it refuses for files larger than the machine's memory.
 """
 
 import json
@@ -39,17 +39,17 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-"""What a model may be stored in, as safetensors and torch spell it."""
+"""The dtypes of stored models, as safetensors and torch spell them."""
 LFS_POINTER = b"version https://git-lfs"
 _SHOWN = 4
-"""Problems that one message lists."""
+"""Most problems listed in one message."""
 
 Validated = TypeVar("Validated", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file. `map` gives it, backed by the file and not to be written to."""
+    """A tensor in a file. `map` returns it, backed by the file; it must not be written to."""
 
     file: Path
     shape: Shape
@@ -58,8 +58,8 @@ class Stored:
 
 
 def model_name(folder: Path) -> str:
-    """The folder's own name, or of a snapshot in the hub's cache the repository's: org/name. Links are not followed:
-    they lead to files that are named by their contents."""
+    """The folder's name or, for a snapshot in the hub's cache, the repository's: org/name. Links are not followed: the
+    files that they lead to are named by their hashes."""
     parts = Path(os.path.abspath(folder)).parts
     for at, part in enumerate(parts):
         if part.startswith("models--") and parts[at + 1 : at + 2] == ("snapshots",) and len(parts) > at + 2:
@@ -68,7 +68,7 @@ def model_name(folder: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError if it is not there or not a JSON object."""
+    """Raises CheckpointError if the file does not exist or is not a JSON object."""
     try:
         _require_file(path)
         data = json.loads(path.read_text())
@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def validate(kind: type[Validated], data: object, path: Path, inside: str = "") -> Validated:
-    """`data`, found in `path` under the key `inside`, as `kind`. Raises CheckpointError that names field and value."""
+    """`data`, from `path` under the key `inside`, as `kind`. Raises CheckpointError that names the field and value."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -111,9 +111,9 @@ def open_safetensors(folder: Path) -> dict[str, Stored]:
         held = _open_safetensors_file(folder / shard)
         listed = {name for name, file in shard_of.items() if file == shard}
         if held.keys() != listed:
-            problems = [f"{name} is listed, but not there" for name in sorted(listed - held.keys())]
-            problems += [f"{name} is there, but not listed" for name in sorted(held.keys() - listed)]
-            raise CheckpointError(f"{folder / shard}: does not hold what {WEIGHTS_INDEX} says: {_listed(problems)}")
+            problems = [f"{name} is listed, but not in the file" for name in sorted(listed - held.keys())]
+            problems += [f"{name} is in the file, but not listed" for name in sorted(held.keys() - listed)]
+            raise CheckpointError(f"{folder / shard}: does not match {WEIGHTS_INDEX}: {_listed(problems)}")
         stored |= held
     return stored
 
@@ -121,7 +121,7 @@ def open_safetensors(folder: Path) -> dict[str, Stored]:
 def _open_safetensors_file(path: Path) -> dict[str, Stored]:
     try:
         _require_file(path)
-        # Checks the whole file. Of its frameworks, numpy's alone maps a file for reading only.
+        # Checks the whole file. Of the library's frameworks only numpy maps a file read-only.
         safe_open(path, framework="np")
         with path.open("rb") as file:
             (header_bytes,) = struct.unpack("<Q", file.read(8))
@@ -141,7 +141,7 @@ def _open_safetensors_file(path: Path) -> dict[str, Stored]:
 
 
 def _require_file(path: Path) -> None:
-    """Raises OSError, also for a pipe, which would have to be waited for."""
+    """Raises OSError for all but a regular file: reading a pipe might never end."""
     if path.is_dir():
         raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
     if os.path.lexists(path) and not stat.S_ISREG(path.stat().st_mode):
@@ -153,32 +153,32 @@ def _map_file(descriptor: int) -> mmap.mmap:
 
 
 def _view(whole: mmap.mmap, offset: int, dtype: str, shape: Shape) -> Tensor:
-    """A tensor of one of `DTYPES`, whose numbers lie end to end in a mapped file from the byte `offset` on."""
+    """A tensor of one of `DTYPES`, stored contiguously in a mapped file from byte `offset` on."""
     count = prod(shape)
     if not count:
         return torch.empty(shape, dtype=DTYPES[dtype])
     with warnings.catch_warnings():
-        # That it must not be written to is known here.
+        # The tensor is never written to.
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         return torch.frombuffer(whole, dtype=DTYPES[dtype], offset=offset, count=count).view(shape)
 
 
 def open_torch(path: Path) -> dict[str, Stored]:
-    """The state dict of a file that torch.save wrote, bare or under "model". Only tensors are unpickled."""
+    """The state dict of a file by torch.save, at the top or under "model". Only tensors are unpickled."""
     try:
         _require_file(path)
         data = _load_torch(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error, path)}") from error
-    except Exception as error:  # a broken pickle makes torch raise whatever its broken part leads to
+    except Exception as error:  # a broken pickle can make torch raise anything
         broken = f"not a whole file of tensors by torch.save: {_reason(error)}"
         raise CheckpointError(f"{path}: {_pointer(path) or broken}") from error
     state = data.get("model", data) if isinstance(data, dict) else data
     if not isinstance(state, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in state.items()):
-        raise CheckpointError(f"{path}: expected a state dict of tensors, bare or under 'model'")
+        raise CheckpointError(f"{path}: expected a state dict of tensors, at the top or under 'model'")
 
     def stored(tensor: Tensor) -> Stored:
-        # A file may hold transposed and negated views, and parameters. Most hold none, and nothing is copied.
+        # A file may hold transposed or negated views, or parameters: these are copied. Most files hold none.
         return Stored(
             path,
             tuple(tensor.shape),
@@ -190,18 +190,18 @@ def open_torch(path: Path) -> dict[str, Stored]:
 
 
 def _is_plain(given: object) -> bool:
-    """Whether it is a tensor with its numbers in memory, one after the other."""
+    """Whether it is an ordinary dense tensor with its numbers in memory."""
     return isinstance(given, Tensor) and given.layout == torch.strided and not given.is_nested and not given.is_meta
 
 
 def _load_torch(path: Path) -> Any:
-    """What torch.save wrote, its tensors mapped from the file."""
+    """The object in a file by torch.save, its tensors mapped from the file."""
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except RuntimeError as error:
         if "unable to mmap" not in str(error):
             raise
-    # It is larger than the memory. Fake tensors know where in the file their numbers lie, and take a second to import.
+    # The file is larger than the memory. Fake tensors know their place in the file, and take a second to import.
     with FakeTensorMode():
         data = torch.load(path, weights_only=True)
     with path.open("rb") as file:
@@ -251,7 +251,7 @@ def _listed(problems: list[str]) -> str:
 
 
 def _pointer(path: Path) -> str | None:
-    """What a file is that only stands for the weights."""
+    """What to do about a file that is only a pointer to the weights; None if it is not one."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             return "a Git LFS pointer, not the weights: run `git lfs pull` in its repository to fetch them"

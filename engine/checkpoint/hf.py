@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's layout, ours included: `config.json` beside safetensors, single or sharded."""
+"""Checkpoints in Hugging Face's layout, ours included: `config.json` and safetensors, single or sharded."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -34,7 +34,7 @@ def read(path: Path, data: dict[str, Any]) -> Checkpoint:
 
 
 def _file_shapes(config: ModelConfig, crosses: int) -> dict[str, Shape]:
-    """What a file holds: hash tables fused, and `crosses` cross-attention layers in the encoder."""
+    """The tensors of a file: hash tables fused, and `crosses` cross-attention layers in the encoder."""
     shapes = expected_shapes(config) | cross_attention(ENCODER, config.encoder, crosses)
     for t in range(config.hashes.num_tables):
         del shapes[hash_table(t)]
@@ -47,7 +47,7 @@ def _canonical(config: ModelConfig, stored: Mapping[str, Stored], crosses: int) 
     for t, table in enumerate(tensors.pop(FUSED_HASHES).split(config.hashes.rows)):
         tensors[hash_table(t)] = table
     if not config.encoder_refine:
-        # Hugging Face pools anew in every layer, so that only the last layer's cross-attention reaches anything.
+        # Hugging Face pools again in every layer, so that only the last layer's cross-attention has an effect.
         for layer in range(crosses):
             for name in cross_attention(ENCODER, config.encoder, 1):
                 stored_name = name.replace("layers.0", f"layers.{layer}")
@@ -56,10 +56,9 @@ def _canonical(config: ModelConfig, stored: Mapping[str, Stored], crosses: int) 
 
 
 def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
-    """Writes our own format into folder `path`; what is there stays until everything is written.
+    """Writes our own format into folder `path`; old files stay until all new ones are written.
 
-    One shard is in memory at a time, besides what `tensors` holds. `tensors` may be mapped from the files that are
-    replaced.
+    One shard is in memory at a time, in addition to `tensors`. These may be mapped from the files that are replaced.
     """
     expected = expected_shapes(config)
     for name in sorted(expected.keys() | tensors.keys()):
@@ -85,7 +84,7 @@ def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype:
             gathered = {name: _gather(config, name, shapes[name], tensors, dtype) for name in names}
             save_file(gathered, unfinished / file, {"format": "pt"})
             del gathered
-            (unfinished / file).chmod(0o644)  # the library leaves it to its owner alone
+            (unfinished / file).chmod(0o644)  # the library lets only the owner read it
         _write_json(unfinished / CONFIG, rendered)
         for old in path.glob("model*.safetensors*"):
             old.unlink()
@@ -94,7 +93,7 @@ def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype:
 
 
 def _shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Names in runs of at most SHARD_BYTES; a larger tensor has a shard to itself."""
+    """Names in groups of at most SHARD_BYTES; a larger tensor has a shard to itself."""
     names: list[str] = []
     total = 0
     for name, size in sizes.items():

@@ -1,8 +1,8 @@
 """`config.json` of Hugging Face's BLT, read and written.
 
-Ours is the same file plus the section `fastblt`, for what Hugging Face's model does not have. Absent keys take the
-defaults of transformers' `BltConfig`; both spellings of its keys are read (`rms_norm_eps` and `norm_eps`,
-`rope_parameters.rope_theta` and `rope_theta`). `engine.checkpoint.fields` says how fields are accounted for.
+Ours is the same file plus the section `fastblt`, for features that Hugging Face's model does not have. Absent keys take
+the defaults of transformers' `BltConfig`. Both spellings of its keys are read (`rms_norm_eps` and `norm_eps`,
+`rope_parameters.rope_theta` and `rope_theta`). `engine.checkpoint.fields` describes how fields are accounted for.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ _IMMATERIAL = {
         _BOOKKEEPING,
     ),
     **dict.fromkeys(("_attn_implementation", "attn_implementation", "attn_impl"), _ATTENTION),
-    **dict.fromkeys(("dtype", "torch_dtype"), "every tensor has its own dtype, and --dtype says what to compute in"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "every tensor has its own dtype, and --dtype sets that of arithmetic"),
     "initializer_range": "of weights before training",
     "dropout": "of training",
     "pad_token_id": "batches are not padded",
@@ -167,7 +167,7 @@ class _Fastblt(BaseModel):
 
 
 class HfConfig(_Section):
-    """The file. `model` says what it means."""
+    """The contents of the file; `model` translates them."""
 
     model_type: Literal["blt"]
     vocab_size: Size = 260
@@ -200,7 +200,7 @@ class HfConfig(_Section):
         "rope_theta": _EACH_STAGE,
         "patching_batch_size": "how many texts transformers patches at once",
         "patching_device": "where transformers patches",
-        "realtime_patching": "patches are always decided while bytes come",
+        "realtime_patching": "patches are always decided as bytes arrive",
     }
 
     @field_validator("eos_token_id", mode="before")
@@ -260,7 +260,7 @@ class HfConfig(_Section):
         )
 
     def notes(self, path: Path) -> list[str]:
-        """What the user should know of how the file is understood."""
+        """What the user should know about how the file was understood."""
         notes = []
         if self.fastblt is None and (self.monotonicity or self.patching_threshold_add is not None):
             rule = "monotonicity" if self.monotonicity else f"patching_threshold_add = {self.patching_threshold_add}"
@@ -269,7 +269,7 @@ class HfConfig(_Section):
 
 
 def parse(data: dict[str, Any], path: Path) -> tuple[HfConfig, ModelConfig]:
-    """`data` is what `path` holds. Raises CheckpointError that names the field and its value."""
+    """data: the contents of `path`. Raises CheckpointError that names the field and its value."""
     config = validate(HfConfig, data, path)
     try:
         return config, config.model(model_name(path.parent))
@@ -278,13 +278,13 @@ def parse(data: dict[str, Any], path: Path) -> tuple[HfConfig, ModelConfig]:
 
 
 def render(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The contents of `config.json`. Raises CheckpointError for what the format cannot say."""
+    """The contents of `config.json`. Raises CheckpointError for what the format cannot express."""
     if config.encoder.window != config.decoder.window:
         raise CheckpointError(
-            f"to be saved, encoder and decoder need one window, not {config.encoder.window} and {config.decoder.window}"
+            f"cannot be saved: encoder.window {config.encoder.window} must equal decoder.window {config.decoder.window}"
         )
     if config.global_.window is not None:
-        raise CheckpointError(f"a global stage with a window, here {config.global_.window}, cannot be saved")
+        raise CheckpointError(f"cannot be saved: global_.window {config.global_.window} must be None")
     cross = {"cross_attn_k": config.slots, "hidden_size_global": config.global_.dim}
     rule = config.patching
     return {

@@ -1,14 +1,15 @@
 """Checkpoints in Meta's layouts, read only.
 
 A folder holds `params.json` (training arguments) and `consolidated.pth`, or `config.json` with the model's arguments
-under "args" and `model.safetensors`. The patcher is a model of its own, of the same form, in a folder `entropy_model`
-inside or beside, or in any folder that the user names. Its window is 512 whatever its file says, as in Meta's loader.
+under "args" and `model.safetensors`. The patcher is a model of its own in the same layout. Its folder is
+`entropy_model`, inside the model's folder or beside it, or one that the user names. Its window is always 512, as in
+Meta's loader.
 
-How a text is patched, the training arguments say under data.patcher_args: `params.json` holds them, and beside
-`config.json` lies `train_args.json`. What they do not say is taken from the model's own arguments. What the entropy
-model's training arguments say of patching is about its own training, which has no patches.
-`engine.checkpoint.fields` says how fields are accounted for; the immaterial ones are those that Meta's code at commit
-9774ed4f does not read when it generates.
+How a text is patched is set by the training arguments, under data.patcher_args. They are in `params.json`, or in
+`train_args.json` beside `config.json`. Settings missing there are taken from the model's own arguments. The entropy
+model's training arguments do not count: it is trained without patches.
+`engine.checkpoint.fields` describes how fields are accounted for; the immaterial ones are those that Meta's code at
+commit 9774ed4f does not read when it generates.
 """
 
 import os
@@ -111,9 +112,9 @@ class PatcherArgs(Section):
 
     immaterial = {
         **dict.fromkeys(("device", "log_time", "patching_batch_size", "patching_device"), _SPEED),
-        "entropy_model_checkpoint_dir": "the patcher lies beside the model, or where --patcher says",
+        "entropy_model_checkpoint_dir": "the patcher is beside the model, or in the folder that --patcher names",
         "patch_size": "only counts for patches of one size",
-        "realtime_patching": "patches are always decided while bytes come",
+        "realtime_patching": "patches are always decided as bytes arrive",
     }
 
     def rule(self) -> PatchingRule:
@@ -143,14 +144,14 @@ class TokenizerArgs(Section):
 
 
 class _Data(Section):
-    """The part of the training arguments that says what the model was given. Every other field is of training."""
+    """The part of the training arguments about the model's input. All other fields only matter for training."""
 
     patcher_args: dict[str, Any] = {}
     tokenizer_args: TokenizerArgs = TokenizerArgs()
 
 
 class ModelArgs(_Transformer):
-    """A literal is the one value that this architecture has."""
+    """A literal is the only value that this architecture allows."""
 
     vocab_size: Size
     pm_size: int = Field(default=0, ge=0, lt=2**63)
@@ -232,7 +233,7 @@ class ModelArgs(_Transformer):
         **dict.fromkeys(
             ("encoder_ngram_to_size_str", "ngram_vocab_sizes"), "only count with encoder_enable_byte_ngrams"
         ),
-        "entropy_model_checkpoint_dir": "the patcher lies beside the model, or where --patcher says",
+        "entropy_model_checkpoint_dir": "the patcher is beside the model, or in the folder that --patcher names",
         "max_length": "only counts without rotary positions",
         "patch_in_forward": "patches are always decided before the model runs",
         "patch_size": "only counts for patches of one size",
@@ -301,25 +302,25 @@ class ModelArgs(_Transformer):
             decoder_cross_all_layers=self.cross_attn_all_layers_decoder,
             encoder_refine=self.cross_attn_all_layers_encoder and self.n_layers_local_encoder > 1,
             isolate_documents=True,
-            # Encoder, decoder and patcher always do; the global stage has the mask that is named here.
+            # Encoder, decoder and patcher always isolate documents; the global stage has the mask named here.
             isolate_global=self.attn_bias_type == "block_causal",
         )
 
     @property
     def patching(self) -> dict[str, Any]:
-        """What these arguments say of the patching, in the words of the patcher's."""
-        said = {
+        """The patching that these arguments set, under the names in data.patcher_args."""
+        arguments = {
             "patching_mode": self.patching_mode,
             "threshold": self.patching_threshold,
             "threshold_add": self.patching_threshold_add,
             "monotonicity": self.monotonicity or None,
             "max_patch_length": self.max_patch_length,
         }
-        return {name: value for name, value in said.items() if value is not None}
+        return {name: value for name, value in arguments.items() if value is not None}
 
 
 def read_config(path: Path, patcher: Path | None = None) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The configuration, and what the user should know of how the files are understood.
+    """The configuration, and what the user should know about how the files were understood.
 
     Raises CheckpointError that names the file, the field and its value.
     """
@@ -335,21 +336,21 @@ def read_config(path: Path, patcher: Path | None = None) -> tuple[ModelConfig, t
         training = read_json(training_file)
     found = validate(_Data, training.get("data") or {}, training_file, "data")
     notes += unknown_note(found.tokenizer_args, str(training_file), "data.tokenizer_args.")
-    said = found.patcher_args
-    # Apart first, so that an error names the file that it is in.
-    validate(PatcherArgs, said, training_file, "data.patcher_args")
-    patching = validate(PatcherArgs, args.patching | said, file)
+    given = found.patcher_args
+    # First by themselves, so that an error names the right file.
+    validate(PatcherArgs, given, training_file, "data.patcher_args")
+    patching = validate(PatcherArgs, args.patching | given, file)
     notes += unknown_note(patching, str(training_file), "data.patcher_args.")
     for name, value in args.patching.items():
-        if said.get(name, value) != value:
+        if given.get(name, value) != value:
             notes.append(
-                f"{training_file}: data.patcher_args.{name} = {said[name]} counts, as in Meta's code, "
-                f"and not {value}, which {file} says"
+                f"{training_file}: data.patcher_args.{name} = {given[name]} is used, as in Meta's code, "
+                f"and not {value} from {file}"
             )
-    if "threshold" not in args.patching | said and patching.patching_mode == "entropy":
+    if "threshold" not in args.patching | given and patching.patching_mode == "entropy":
         notes.append(
-            f"{training_file if said else path / TRAIN_ARGS}: does not say the patching threshold; "
-            f"{patching.threshold} is taken, the default of Meta's code. --patching-threshold sets another"
+            f"{training_file if given else path / TRAIN_ARGS}: no patching threshold is set; {patching.threshold}, the "
+            "default of Meta's code, is used. --patching-threshold sets another"
         )
     try:
         return args.model(model_name(path), entropy, patching.rule()), tuple(notes)
@@ -369,7 +370,7 @@ def read(path: Path, patcher: Path | None = None) -> Checkpoint:
 
 
 def _arguments(path: Path, key: str, *, of_model: bool) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The file with a model's arguments, all that it holds, and the arguments."""
+    """The file with a model's arguments, its contents, and the arguments."""
     file, key = (path / PARAMS, key) if (path / PARAMS).exists() else (path / CONFIG, "args")
     data = read_json(file)
     args = data.get(key)

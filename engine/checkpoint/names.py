@@ -1,7 +1,7 @@
-"""The one table of tensor names and shapes.
+"""The only table of tensor names and shapes.
 
-Names are Hugging Face's, with one exception: in memory there is one hash table per (function, group size), where a
-file of Hugging Face's fuses them, one below the other, into `FUSED_HASHES`.
+Names are Hugging Face's, with one exception: in memory there is one hash table per (function, group size). Hugging
+Face's files concatenate them into `FUSED_HASHES`.
 """
 
 from ..config import ModelConfig, StackConfig
@@ -22,7 +22,7 @@ def hash_table(index: int) -> str:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Name and shape of every tensor that a model of this configuration consists of, in memory."""
+    """Name and shape, in memory, of every tensor of a model with this configuration."""
     local, latent = config.encoder.dim, config.slots * config.encoder.dim
     shapes: dict[str, Shape] = {hash_table(t): (config.hashes.rows, local) for t in range(config.hashes.num_tables)}
 

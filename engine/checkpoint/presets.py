@@ -1,4 +1,4 @@
-"""Random models: shapes to try and test the engine with, and weights that behave like a model's."""
+"""Random models: shapes to try and test the engine with, and weights that behave like trained ones."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -96,7 +96,7 @@ PRESETS: dict[str, ModelConfig] = {
         ),
     )
 }
-"""Shapes by name: "1b" and "7b" as released (the latter after the paper's table 10), "3b" as Fast-BLT's."""
+"""Shapes by name: "1b" and "7b" as released (the latter by the paper's table 10), "3b" as Fast-BLT's."""
 
 
 class RandomTensors(Mapping[str, Tensor]):
@@ -139,7 +139,7 @@ def random_tensors(config: ModelConfig, seed: int, dtype: torch.dtype = torch.fl
 
 
 def calibrate(config: ModelConfig, tensors: Mapping[str, Tensor]) -> float:
-    """A threshold (nats) at which patches of pseudo-text come out MEAN_PATCH bytes long on average.
+    """A threshold (nats) at which patches of pseudo-text are MEAN_PATCH bytes long on average.
 
     Only the patcher's tensors are looked up.
     """
@@ -152,7 +152,7 @@ def calibrate(config: ModelConfig, tensors: Mapping[str, Tensor]) -> float:
 
 
 def calibrated(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
-    """The configuration with a threshold that suits `tensors`; unchanged if it has patches of a byte each."""
+    """The configuration with a threshold that suits `tensors`; unchanged if each byte is a patch."""
     if config.patching.mode == "bytes":
         return config
     return replace(config, patching=replace(config.patching, threshold=calibrate(config, tensors)))

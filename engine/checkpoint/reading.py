@@ -1,4 +1,4 @@
-"""Which format a folder is in, and reading it."""
+"""Finds out a folder's format and reads it."""
 
 import math
 import os
@@ -59,7 +59,7 @@ def _refuse_patcher(folder: Path, patcher: Path | None) -> None:
 
 
 def _hf_data(folder: Path) -> dict[str, Any] | None:
-    """What config.json holds; None if the folder is of Meta's making."""
+    """The contents of config.json; None if the folder is in Meta's layout."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory")
     if (folder / PARAMS).exists():

@@ -1,7 +1,7 @@
-"""A model by its name on the Hugging Face hub: what the user gave becomes a folder on this machine.
+"""A model by its name on the Hugging Face hub: turns what the user gave into a folder on this machine.
 
 The library `huggingface_hub` downloads, with its cache, its token and its settings (HF_HOME, HF_TOKEN, HF_ENDPOINT,
-HF_HUB_OFFLINE). It is imported only where a name leads to the hub, and torch never: the process that serves HTTP
+HF_HUB_OFFLINE). It is imported only if a name is not a folder. torch is never imported: the process that serves HTTP
 downloads before it starts the engine's.
 """
 
@@ -19,11 +19,11 @@ USAGE = "give the folder of a checkpoint, or the name of a model on the Hugging 
 
 
 def local_folder(given: str, *, weights: bool = True) -> Path:
-    """`given` itself if it is a folder, else the folder in the hub's cache, after what it lacks was downloaded.
+    """`given` itself if it is a folder, else the folder in the hub's cache, after missing files were downloaded.
 
     The latter is `.../models--org--name/snapshots/COMMIT`, plus the folder inside the repository if one was named; the
-    files in it are links. Without `weights` only JSON files are downloaded. Raises HubError; KeyboardInterrupt if
-    SIGINT or SIGTERM comes while it downloads.
+    files in it are links. Without `weights` only JSON files are downloaded. Raises HubError; KeyboardInterrupt at
+    SIGINT or SIGTERM during a download.
     """
     if os.path.isdir(given):
         return Path(given)
@@ -35,13 +35,13 @@ def local_folder(given: str, *, weights: bool = True) -> Path:
 
 
 def localised(config: EngineConfig) -> EngineConfig:
-    """With the model and its patcher in folders on this machine. Raises as `local_folder` does."""
+    """The configuration with its model and patcher as folders on this machine. Raises as `local_folder` does."""
     return _with_each(config, lambda given: str(local_folder(given)))
 
 
 def pinned(config: EngineConfig) -> EngineConfig:
-    """What gives the same model and patcher on every machine: absolute paths of folders, or names on the hub with the
-    commit as their revision. Downloads and raises as `local_folder` does."""
+    """The configuration with names that mean the same model and patcher every time: absolute paths of folders, or names
+    on the hub with a commit as their revision. Downloads and raises as `local_folder` does."""
     return _with_each(config, _pinned)
 
 

@@ -1,4 +1,4 @@
-"""Downloading what a model needs into the hub's cache, and finding it there."""
+"""Downloads the files that a model needs into the hub's cache, or finds them there."""
 
 import logging
 import os
@@ -22,14 +22,14 @@ from .reference import HubError, Reference
 log = logging.getLogger("fastblt.hub")
 
 LIBRARY = "fastblt"
-"""What the hub is told of the program that asks."""
+"""This program's name in requests to the hub."""
 STOP_SECONDS = 5.0
-"""For the library's threads, which nothing interrupts, to see that they are to stop."""
+"""Time for the library's threads, which cannot be interrupted, to notice that they should stop."""
 _stopped = Event()
 
 
 class _Bar(tqdm):
-    """The library's progress bar, on terminals only. Its threads come by here with each piece of a file."""
+    """The library's progress bar, on terminals only. Its threads call `update` with each piece of a file."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["disable"] = kwargs.get("disable") or None
@@ -43,7 +43,7 @@ class _Bar(tqdm):
 
 
 class _NoBar(_Bar):
-    """For what takes no time."""
+    """No bar, for downloads that take no time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"disable": True})
@@ -53,7 +53,7 @@ def download(reference: Reference, weights: bool) -> Path:
     """The model's folder in the cache. Raises HubError, or KeyboardInterrupt at SIGINT or SIGTERM."""
     with _stopping_at_signals(), _quiet():
         with explained(reference):
-            # Also stores which commit the revision is, so that it is known offline.
+            # Also stores the revision's commit, so that it is known offline.
             root = _fetch(reference, reference.revision, files.json_files(reference), _NoBar)
         folder = root / reference.folder
         if weights or not files.is_model(folder):
@@ -67,7 +67,7 @@ def download(reference: Reference, weights: bool) -> Path:
 
 
 def _list(reference: Reference, root: Path) -> tuple[set[str], HubError | None]:
-    """The files of the repository at the commit of `root`; if the hub does not tell, those in the cache, and why."""
+    """The repository's files at the commit of `root`; if the hub cannot list them, those in the cache and its error."""
     try:
         with explained(reference):
             info = HfApi(library_name=LIBRARY).model_info(
@@ -126,7 +126,7 @@ def _bytes_missing(reference: Reference, root: Path, names: list[str]) -> int:
 
 
 def _check_room(reference: Reference, needed: int) -> None:
-    """Raises HubError if the disk of the cache has no room for it."""
+    """Raises HubError if the cache's disk has less than `needed` bytes free."""
     cache = constants.HF_HUB_CACHE
     free = shutil.disk_usage(cache).free
     if needed > free:
@@ -142,15 +142,15 @@ def _size(count: int) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's own lines: a warning has several, and requests are logged with addresses that may be
-    signed. What matters is raised, and becomes one line."""
+    """Silences the library's log: its warnings take several lines, and it logs URLs that may be signed. Its exceptions
+    become one line each."""
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "httpx", "httpx2")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            # Of a disk that is nearly full: `_check_room` has an error for it.
+            # Warnings of a nearly full disk: `_check_room` raises an error for it.
             warnings.filterwarnings("ignore", module="huggingface_hub")
             yield
     finally:
@@ -160,12 +160,12 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _stopping_at_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM interrupt the library's threads, too, which would otherwise go on to the end of their files.
-    SIGTERM as well, since it does nothing to the first process of a container that does not ask for it."""
+    """Lets SIGINT and SIGTERM stop the library's threads, which would otherwise read their files to the end. SIGTERM
+    needs a handler, since by default it does nothing to the first process of a container."""
     if current_thread() is not main_thread():
         yield
         return
-    # One that waits for the network does not come by its bar.
+    # A thread that waits for the network does not call its bar.
     deadline = Timer(STOP_SECONDS, os._exit, (130,))
     deadline.daemon = True
 

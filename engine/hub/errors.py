@@ -1,4 +1,4 @@
-"""What can go wrong between here and the hub, in one line that says what to do. Never with a token in it."""
+"""Errors of the hub, each in one line that says what to do and never contains a token."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ TOKEN = "HF_TOKEN or `hf auth login`"
 
 @contextmanager
 def explained(reference: Reference) -> Iterator[None]:
-    """What the library raises becomes a HubError about `reference`."""
+    """Turns the library's exceptions into a HubError about `reference`."""
     try:
         yield
     except HubError:
@@ -31,7 +31,7 @@ def is_offline() -> bool:
 def _reason(error: BaseException, reference: Reference) -> str:
     hub, repository = constants.ENDPOINT, reference.repository
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.DryRunError)) and error.__cause__:
-        # The library looked into its cache after this.
+        # The library tried its cache after this error.
         return _reason(error.__cause__, reference)
     if isinstance(error, errors.GatedRepoError):
         page = f"{hub}/{repository}"
@@ -75,5 +75,5 @@ def _token() -> str | None:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    # A header that cannot be sent is shown by the library that refuses it.
+    # An error about an invalid header shows the header, and with it the token.
     return lines[0] if lines and "Bearer" not in lines[0] else type(error).__name__

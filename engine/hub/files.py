@@ -1,4 +1,4 @@
-"""Which files of a repository a model needs, in the layouts of the released ones. Paths are relative to its root."""
+"""Which files of a repository a model needs, in the layouts of released models. Paths are relative to its root."""
 
 import json
 import re
@@ -29,8 +29,8 @@ def json_files(reference: Reference) -> list[str]:
 
 
 def check_is_blt(reference: Reference, root: Path) -> None:
-    """Raises HubError if the JSON files, which are in `root`, are those of another kind of model, before gigabytes of
-    it are downloaded."""
+    """Raises HubError if the JSON files, which are in `root`, are those of another kind of model: before gigabytes are
+    downloaded."""
     folder = root / reference.folder
     if not _is_metas(folder) and (kind := foreign.kind_of_config(_config(folder))):
         raise HubError(f"{reference}: this is {kind}. {foreign.READ_INSTEAD}")
@@ -43,7 +43,7 @@ def weight_files(reference: Reference, root: Path, files: Collection[str]) -> li
     if not found or not is_model(root / folder):
         raise HubError(f"{reference}: {what_is_there(reference, files)}")
     if _is_metas(root / folder):
-        # The first that is there, as when it is loaded.
+        # The first patcher that exists, as in loading.
         beside = [_weights(patcher, root, files) for patcher in _patchers(folder) if is_model(root / patcher)]
         found += beside[0] if beside else []
     return found
@@ -55,7 +55,7 @@ def is_model(folder: Path) -> bool:
 
 
 def what_is_there(reference: Reference, files: Collection[str]) -> str:
-    """Why there is no model where `reference` says, and where there are some."""
+    """Why there is no model at `reference`, and where the repository has models."""
     folders = sorted({str(PurePosixPath(file).parent).removeprefix(".") for file in files})
     models = [
         f"{reference.repository}/{folder}".rstrip("/")
@@ -71,7 +71,7 @@ def what_is_there(reference: Reference, files: Collection[str]) -> str:
         return f"this is {kind}. {foreign.READ_INSTEAD}"
     needed = f"{CONFIG} or {PARAMS} beside {WEIGHTS}, the shards of {WEIGHTS_INDEX}, or {CONSOLIDATED}"
     shown = ", ".join(sorted(files)[:4]) + (", ..." if len(files) > 4 else "")
-    return f"{problem}: that takes {needed}; the repository holds {shown or 'nothing'}"
+    return f"{problem}: a BLT needs {needed}; the repository holds {shown or 'nothing'}"
 
 
 def _holds_model(folder: str, files: Collection[str]) -> bool:
@@ -80,7 +80,7 @@ def _holds_model(folder: str, files: Collection[str]) -> bool:
 
 
 def _weights(folder: str, root: Path, files: Collection[str]) -> list[str]:
-    """Safetensors rather than what torch.save wrote, and one file rather than shards; [] if there is none."""
+    """Safetensors if there are any, else the file by torch.save; one file rather than shards; [] if there is none."""
     if (single := _join(folder, WEIGHTS)) in files:
         return [single]
     if _join(folder, WEIGHTS_INDEX) in files:

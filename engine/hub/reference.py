@@ -1,4 +1,4 @@
-"""How a model on the hub is named: `org/name`, `org/name/folder`, each with `@revision` if need be."""
+"""The names of models on the hub: `org/name` or `org/name/folder`, with `@revision` if need be."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ _REFERENCE = re.compile(rf"({_PART}/{_PART})((?:/{_PART})*)(?:@(\w[\w./-]*))?", 
 
 
 class HubError(ValueError):
-    """A model that cannot be had from the hub, or a folder that is not there. One line that says what to do."""
+    """A model that cannot be downloaded, or a folder that does not exist. One line that says what to do."""
 
 
 @dataclass(frozen=True, slots=True)

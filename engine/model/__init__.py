@@ -1,4 +1,4 @@
-"""The four stages of a byte-latent model. Each runs on its own over a ragged batch and owns no state but weights."""
+"""The four stages of a byte-latent model. Each runs separately over a ragged batch and has no state but its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class Model:
         self.matrix_itemsize = weights.matrix_dtype.itemsize
 
     def check_lengths(self, max_length: int, max_patches: int) -> None:
-        """Raises ValueError if sequences so long would leave a stage's rotary table: kernels do not look."""
+        """Raises ValueError if such sequences would exceed a stage's rotary table: kernels do not check this."""
         for stage, positions in self.positions.items():
             needed = max_patches if stage == "global" else max_length
             if positions < needed:
@@ -60,7 +60,7 @@ class Model:
 class RowFloors:
     """Fewest rows of a matrix product and of an attention tile that make rows independent of their batch.
 
-    `proven` is False where the machine's library has no such count among those tried."""
+    `proven` is False if no count that was tried does so with the machine's library."""
 
     rows: int
     tile: int
@@ -68,8 +68,8 @@ class RowFloors:
 
 
 def find_row_floors(model: Model, specs: dict[str, CacheSpec], dtype: torch.dtype, device: torch.device) -> RowFloors:
-    """Tries the machine's products on the model's shapes (under a second for small models); Triton's kernels need no
-    such count."""
+    """Tries the machine's matrix products on the model's shapes (under a second for small models). Triton's kernels
+    need no such count."""
     config = model.config
     if model.kernels.tile is not None:
         return RowFloors(rows=1, tile=model.kernels.tile, proven=True)

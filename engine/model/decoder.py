@@ -45,7 +45,7 @@ class Decoder:
         self, x: Tensor, latents: KvCache, page: Tensor, offset: Tensor, cache: KvCache, plan: AttentionPlan,
         logit_rows: Tensor,
     ) -> Tensor:  # fmt: skip
-        """x to the logits (W, V) float32 of the rows `logit_rows` (W,); of none they mean nothing.
+        """x to the logits (W, V) float32 of the rows `logit_rows` (W,); if there are none the output has no meaning.
 
         x: ids (R,), [MASK] among them, if the decoder has a table of its own, else states (R, dim). Row r reads the
         latent whose slots begin at page[r], offset[r].

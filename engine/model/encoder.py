@@ -45,8 +45,8 @@ class Encoder:
     ) -> Tensor:
         """windows (R, W) int64, the last ids up to each byte, to the byte states (R, dim).
 
-        Each byte also leaves in the open-patch cache what its patch will need when it closes: the state to pool, and
-        its keys and values for the patch's queries.
+        Also stores in the open-patch cache what a patch needs when it closes: each byte's state to pool, and its keys
+        and values for the patch's queries.
         """
         x = self._kernels.hash_embed(windows, self._embedding, self._hashes)
         return self._stack(x, cache, plan, CrossCache(open_kv, open_plan.page, open_plan.offset, open_states))
@@ -62,8 +62,8 @@ class Encoder:
     ) -> Tensor:
         """Pools closed patches: (patches, slots * dim), the global stage's input before its projection.
 
-        The bytes of all patches laid end to end lie at bytes_page, bytes_offset, those of patch p from bounds[p] to
-        bounds[p + 1] - 1; in `plan` the rows are the patches' slots.
+        bytes_page, bytes_offset: where the bytes of all patches are, in order; those of patch p have the indices
+        bounds[p] to bounds[p + 1] - 1. In `plan` the rows are the patches' slots.
         """
         pooled = self._kernels.patch_max(open_states, bytes_page, bytes_offset, bounds)
         slots = self._kernels.linear(pooled, self._slots).view(-1, pooled.shape[1])

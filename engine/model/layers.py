@@ -1,4 +1,4 @@
-"""The parts that the stages are made of: their weights, transformer layers, cross-attention."""
+"""The parts of the stages: weights, transformer layers, cross-attention."""
 
 from collections.abc import Mapping
 
@@ -19,14 +19,14 @@ STAGES = {PATCHER: "patcher", ENCODER: "encoder", GLOBAL: "global", DECODER: "de
 
 
 def matrix_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype, kernels: Kernels) -> torch.dtype:
-    """What large matrices are held in. A bfloat16 number is a float32, too: products that widen as they read lose
-    nothing."""
+    """The dtype of large matrices in memory. Kernels that widen bfloat16 to float32 as they read lose nothing if all
+    stored tensors are bfloat16."""
     stored = {tensor.dtype for name, tensor in tensors.items() if not name.startswith(HASHES)}
     return torch.bfloat16 if kernels.widens and stored == {torch.bfloat16} else dtype
 
 
 class Weights:
-    """A checkpoint's tensors as the stages take them: on their device, and matrices of one input joined into one."""
+    """A checkpoint's tensors as the stages use them: on the device, and matrices with the same input joined."""
 
     def __init__(
         self,
@@ -42,23 +42,23 @@ class Weights:
         self._kernels, self._fp8 = kernels, fp8
         self.matrix_dtype = matrix_dtype(tensors, dtype, kernels)
         self.linear_shapes: set[tuple[int, int]] = set()
-        """(out, in) of every matrix that was handed out."""
+        """(out, in) of every matrix returned so far."""
         read = sum(t.nbytes for name, t in tensors.items() if device.type != "cpu" or not name.startswith(HASHES))
         self._progress = Progress(read)
         self.positions: dict[str, int] = {}
-        """Of every stage whose layers were handed out."""
+        """Of every stage whose layers were made: rows of its rotary table."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def tensor(self, name: str) -> Tensor:
-        """A norm or an embedding table. Not copied if it is as it should be."""
+        """A norm or an embedding table. Not copied if its device and dtype are right."""
         self._progress.advance(self._tensors[name].nbytes)
         return self._tensors[name].to(self.device, self._dtype)
 
     def stored(self, name: str) -> Tensor:
-        """A hash table, of which a byte reads one row. On a CPU it stays as and where it is stored. A GPU has it in its
-        own memory, and no wider than the model's dtype: what is read of it is rounded to that anyway."""
+        """A hash table, of which a byte reads one row. On a CPU it stays in its file, in the stored dtype. A GPU has it
+        in its own memory, no wider than the model's dtype, to which its rows would be rounded anyway."""
         tensor = self._tensors[name]
         if self.device.type == "cpu":
             return tensor
@@ -66,7 +66,7 @@ class Weights:
         return tensor.to(self.device, self._dtype if tensor.itemsize > self._dtype.itemsize else tensor.dtype)
 
     def matrix(self, *names: str, exact: bool = False) -> Matrix:
-        """The matrices (out, in) of these names, laid on top of each other. exact: never as float8."""
+        """The matrices (out, in) of these names, concatenated along `out`. exact: never as float8."""
         self._progress.advance(sum(self._tensors[name].nbytes for name in names))
         parts = [self._tensors[name].to(self.device, self.matrix_dtype) for name in names]
         self.linear_shapes.add((sum(len(part) for part in parts), parts[0].shape[1]))
@@ -99,7 +99,7 @@ def layers_of(config: StackConfig, weights: Weights, prefix: str, *, exact: bool
 
 
 class CrossAttention:
-    """Weights of one cross-attention: queries and keys/values are normed apart, without positions or mask.
+    """Weights of one cross-attention: queries and keys/values are normed separately, without positions or mask.
 
     Released models carry a double residual, x + (x + Wo attn).
     """
@@ -117,11 +117,11 @@ class CrossAttention:
 
     @property
     def cross_kv(self) -> CrossKvWeights:
-        """What stores keys and values."""
+        """The weights that make keys and values."""
         return CrossKvWeights(self._kv_norm, self._kv, self._config.head_dim, self._eps)
 
     def slots(self, count: int) -> SlotsWeights:
-        """`query`, attention over one latent's slots and `output`, in one."""
+        """The weights for `query`, attention over one latent's slots, and `output`, in one call."""
         of = self._config
         return SlotsWeights(
             self._q_norm, self._q, self._o, of.num_heads, of.num_kv_heads, of.head_dim, self._eps, count
@@ -132,5 +132,5 @@ class CrossAttention:
         return self._kernels.linear(x, self._q, norm=self._q_norm, eps=self._eps).unflatten(1, self._heads)
 
     def output(self, attended: Tensor, x: Tensor) -> Tensor:
-        """What the heads saw (R, heads, head_dim), and the input x (R, dim), to the output (R, dim)."""
+        """The heads' results (R, heads, head_dim), and the input x (R, dim), to the output (R, dim)."""
         return self._kernels.linear(attended.flatten(1), self._o, residual=x, twice=True)

@@ -1,4 +1,4 @@
-"""Stage 1, bytes to entropies: a small byte language model that says how uncertain the next byte is."""
+"""Stage 1, bytes to entropies: a small byte language model that predicts how uncertain the next byte is."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from .layers import Weights, layers_of
 
 
 class Patcher:
-    """Its weights are never rounded further than the model's dtype: a boundary decides about all that follows."""
+    """Its weights are never rounded further than the model's dtype: a boundary affects all that follows."""
 
     def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
         self._kernels = kernels
@@ -31,5 +31,5 @@ class Patcher:
         )
 
     def __call__(self, ids: Tensor, cache: KvCache, plan: AttentionPlan) -> Tensor:
-        """ids (R,) to the entropy in nats of what follows each of them, (R,) float32."""
+        """ids (R,) to the entropy in nats after each of them, (R,) float32."""
         return self._kernels.entropy(self._stack(ids, cache, plan))

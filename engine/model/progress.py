@@ -1,4 +1,4 @@
-"""How far the reading of weights is: a line in the log now and then, so that a large model is seen to come."""
+"""Logs how many weights have been read, every few seconds, since a large model takes long to load."""
 
 import logging
 import time
@@ -12,14 +12,14 @@ INTERVAL = 3.0
 
 
 class Progress:
-    """Of `total` bytes."""
+    """Progress through `total` bytes."""
 
     def __init__(self, total: int) -> None:
         self._total, self._read = total, 0
-        self._told = time.monotonic()
+        self._logged = time.monotonic()
 
     def advance(self, count: int) -> None:
         self._read += count
-        if (now := time.monotonic()) - self._told >= INTERVAL:
-            self._told = now
+        if (now := time.monotonic()) - self._logged >= INTERVAL:
+            self._logged = now
             log.info("read %d %% of %s of weights", 100 * self._read // self._total, format_size(self._total))

@@ -1,4 +1,4 @@
-"""Blocks of cells on the device: which are masked, what they become, pass after pass (Fast BLT 3.1)."""
+"""Blocks of cells on the device: which cells are masked, and what they become in each pass (Fast BLT 3.1)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,11 +22,11 @@ NO_CELL = -1
 def block_tensors(
     blocks: Sequence[tuple[Sequence[int], UnmaskRule]], num_blocks: int, num_cells: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Blocks as they stand before some passes, from their ids and rules, padded to that many blocks and cells.
+    """Blocks before some passes, from their ids and rules, padded to `num_blocks` blocks and `num_cells` cells.
 
-    ids (S, B) int64: a row per block, `NO_CELL` where one is shorter than others; flat (C,) int64: of all cells laid
-    end to end the place there, S * B for padding; rules (S,) int64 and bounds (S,) float64 as `kernels.unmasking` has
-    them; specials (3,) int64.
+    ids (S, B) int64: a row per block, `NO_CELL` after a shorter one; flat (C,) int64: for each cell, all laid end to
+    end, its index in `ids.flatten()`, S * B for padding; rules (S,) int64 and bounds (S,) float64 as in
+    `kernels.unmasking`; specials (3,) int64.
     """
     width = max(len(ids) for ids, _ in blocks)
     padding = num_blocks - len(blocks)
@@ -43,9 +43,9 @@ def block_tensors(
 
 
 class BlockPasses:
-    """Some passes over blocks, from `block_tensors`: reads and makes tensors alone, so that it can be recorded.
+    """Some passes over blocks, from `block_tensors`: uses only tensors, so that it can be recorded.
 
-    ids (S, B): the cells as they are now. when (S, B): in which pass each was settled, -1 if in none. bad (S, B):
+    ids (S, B): the cells as they are now. when (S, B): the pass in which each was settled, -1 if in none. bad (S, B):
     whether a cell's logits were no distribution.
     """
 
@@ -63,12 +63,12 @@ class BlockPasses:
         return pad(self.ids.flatten(), (0, 1)).index_select(0, self._tensors["flat"])
 
     def allowed(self, logits: Tensor) -> Tensor:
-        """What cells are drawn from, logits (C, V) without the ids that they never become."""
+        """The logits (C, V) that cells are drawn from: without the ids that they never become."""
         return logits.index_fill(1, self._tensors["specials"], -torch.inf)
 
     def settle(self, logits: Tensor, drawn: Tensor, highest: Tensor) -> None:
-        """The end of a pass. logits (C, V): as `allowed` gives them; drawn, highest (C,): what was drawn from these,
-        and the largest."""
+        """Ends a pass. logits (C, V): from `allowed`; drawn, highest (C,): the ids drawn from these, and the largest
+        logits."""
         confidence, entropy, best = (self._grid(t) for t in (*self._kernels.confidence_and_entropy(logits), highest))
         rules, bounds = self._tensors["rules"], self._tensors["bounds"]
         settled = self._kernels.unmask(self._masked, confidence, entropy, rules, bounds)
@@ -85,7 +85,7 @@ class BlockPasses:
 
 
 def rule_and_bound(rule: UnmaskRule) -> tuple[int, float]:
-    """The rule's number in `kernels.unmasking`, and what it compares with."""
+    """The rule's number in `kernels.unmasking`, and its bound."""
     if rule.rule == "confidence":
         return CONFIDENCE, rule.alpha
     if rule.rule == "entropy":

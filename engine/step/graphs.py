@@ -1,8 +1,8 @@
-"""Running a stage: at once, or on a CUDA device as a recorded graph of kernels.
+"""Runs a stage: directly, or on a CUDA device as a recorded graph of kernels.
 
-A step of a small stage takes the device less time than the host needs to launch its kernels one by one. A CUDA graph
+The device computes a small stage in less time than the host needs to launch its kernels one by one. A CUDA graph
 launches them all together, but always with the same shapes and addresses. So arrays are padded to one of a few lengths,
-and every combination of lengths that comes up is recorded once, over buffers of its own.
+and every combination of lengths that occurs is recorded once, over its own buffers.
 """
 
 import gc
@@ -22,15 +22,15 @@ Stage = Callable[[Mapping[str, Tensor]], Tensor]
 """From a stage's inputs to its output; also writes caches."""
 
 MOST_GRAPH_ROWS = 256
-"""More rows than this keep the device busy by themselves."""
+"""More rows than this keep the device busy without a graph."""
 MOST_RECORDINGS = 256
-"""Recordings hold memory; the one that was not used for longest goes first."""
+"""Recordings hold memory; the least recently used is dropped first."""
 LEAST_PAGES = 64
-"""Shorter lists of pages are not worth a recording of their own."""
+"""Shorter lists of pages are padded to this, to need fewer recordings."""
 
 
 class Eager:
-    """Pads as `engine.step.plan.Padding`, and runs stages at once.
+    """Implements `engine.step.plan.Padding`, and runs stages directly.
 
     floor: fewest rows that make rows independent of each other.
     """
@@ -67,10 +67,11 @@ class Eager:
         key: object,
         launching: Callable[[], None],
     ) -> Tensor:
-        """The output of `stage` over `rows` rows: arrays, once they are on the device, and tensors that are there.
+        """The output of `stage` over `rows` rows. Its inputs are `arrays`, copied to the device, and `tensors`, which
+        are on it.
 
-        name, key: what tells the stage's recordings apart besides the inputs' shapes. launching: called when the inputs
-        are on their way, right before the stage. The output is valid until the stage runs again.
+        name, key: distinguish the stage's recordings, in addition to the inputs' shapes. launching: called once the
+        inputs are on their way, right before the stage. The output is valid until the stage runs again.
         """
         if self._device.type == "cpu":
             inputs = {name: torch.from_numpy(a) for name, a in arrays.items()}
@@ -83,7 +84,7 @@ class Eager:
 class Graphs(Eager):
     """Records stages as CUDA graphs and replays them. One buffer takes all arrays of a stage in a single copy.
 
-    Off a CUDA device it runs the stage over the same padded buffers, so that tests see the same shapes and addresses.
+    On other devices it runs the stage over the same padded buffers, so that tests see the same shapes and addresses.
     """
 
     def __init__(self, device: torch.device, floor: int) -> None:
@@ -135,11 +136,11 @@ class Graphs(Eager):
 
 
 class Recorder:
-    """Makes CUDA graphs. All are recorded on one side stream and share their memory, so that the next one to run may
-    write over whatever lies there.
+    """Makes CUDA graphs. All are recorded on one side stream and share their memory: each may overwrite what another
+    has left there.
 
-    `torch.cuda.graph` would wait for the device and empty the allocators' caches every time, which whatever is
-    allocated afterwards pays for.
+    `torch.cuda.graph` would wait for the device and empty the allocators' caches every time, which makes later
+    allocations slow.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -147,16 +148,16 @@ class Recorder:
         self._memory = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A graph of `work`, which is also run once, and its output, outside of the shared memory."""
+        """A graph of `work`, which is also run once, and its output, outside the shared memory."""
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            # The first run compiles what is not compiled yet, which must not happen while recording. It writes the
-            # same cache rows that the replay will.
+            # The first run compiles kernels, which must not happen while recording. It writes the same cache rows as
+            # the replay.
             output = torch.empty_like(work())
             with _no_collection():
-                # Other threads may allocate, copy and ask for events meanwhile.
+                # Other threads may allocate, copy and query events meanwhile.
                 graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
                 try:
                     output.copy_(work())
@@ -168,7 +169,7 @@ class Recorder:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Without the garbage collector: graphs and pinned memory that it may free must not be freed while recording."""
+    """Stops the garbage collector: it must not free graphs and pinned memory during a recording."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -179,7 +180,7 @@ def _no_collection() -> Iterator[None]:
 
 
 class _Recording:
-    """A stage over fixed buffers. recorder: None runs it at once."""
+    """A stage over fixed buffers. recorder: None runs it directly."""
 
     def __init__(
         self,
@@ -213,7 +214,7 @@ class _Recording:
 
     def _fill(self, arrays: Arrays, tensors: Mapping[str, Tensor]) -> None:
         if self._copied is not None:
-            # The host's buffer may still be on its way from the last step.
+            # The copy of the last step's buffer may not have finished.
             self._copied.synchronize()
         pack(arrays, self._numbers)
         self._packed.copy_(self._on_host, non_blocking=True)
@@ -224,7 +225,7 @@ class _Recording:
 
 
 def padded(n: int) -> int:
-    """The next of the lengths 1, 2, 3, 4, 6, 8, 12, 16, ...: at most half as much again."""
+    """`n` rounded up to one of 1, 2, 3, 4, 6, 8, 12, 16, ...: at most half as much again."""
     power = _power_of_two(n)
     return power * 3 // 4 if n <= power * 3 // 4 and power > 2 else power
 
@@ -234,7 +235,7 @@ def _power_of_two(n: int) -> int:
 
 
 def pack(arrays: Arrays, out: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-    """All arrays in one, laid end to end."""
+    """All arrays in one, end to end."""
     return np.concatenate([a.ravel() for a in arrays.values()], out=out)
 
 

@@ -1,4 +1,4 @@
-"""What a stage reads of a step: index arrays, made on the host once per step and cache."""
+"""The index arrays that a stage reads, made on the host once per step and cache."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -13,12 +13,12 @@ from kernels.dispatch import plan
 from kernels.planning import Lengths, Spans, Tiling
 
 Arrays = dict[str, NDArray[np.int64]]
-"""What one stage reads in one step besides weights and caches, by name."""
+"""The inputs of one stage in one step, in addition to weights and caches, by name."""
 
 
 class Padding(Protocol):
-    """How long arrays are made: what a kernel, or a recorded graph of kernels, wants. `parts`: what there is at most
-    one of per row, in a stage of `rows` padded rows. `least_pages`: see `kernels.planning.Lengths.pages`."""
+    """How long arrays are made for a kernel, or for a recorded graph of kernels. `parts`: length of arrays with at most
+    one entry per row, in a stage of `rows` padded rows. `least_pages`: see `kernels.planning.Lengths.pages`."""
 
     least_pages: int
 
@@ -37,12 +37,12 @@ class Plan(msgspec.Struct, frozen=True):
     tiling: Tiling
 
     def on_device(self, tensors: Mapping[str, Tensor], name: str) -> AttentionPlan:
-        """The plan whose numbers went to the device under that name."""
+        """The plan, whose numbers are on the device as `tensors[name]`."""
         return AttentionPlan(tensors[name], self.shape, self.tiling.small, self.tiling.page_size)
 
 
 def plan_attention(writes: Spans, queries: Spans, tiling: Tiling, padding: Padding, padded_queries: int) -> Plan:
-    """Plans one cache of a step, padded as a stage of so many queries is."""
+    """Plans one cache of a step, padded for a stage of `padded_queries` queries."""
     rows = padding.rows(writes.num_rows) if writes.num_rows else 0
     lengths = Lengths(rows, padded_queries, padding.parts(0, padded_queries), padding.least_pages)
     data, shape = plan(writes, queries, tiling, lengths)
@@ -52,5 +52,5 @@ def plan_attention(writes: Spans, queries: Spans, tiling: Tiling, padding: Paddi
 
 
 def padded_array(values: list[int], length: int) -> NDArray[np.int64]:
-    """The values, and zeros behind them up to `length`."""
+    """The values, and zeros after them up to `length`."""
     return np.array(values + [0] * (length - len(values)), dtype=np.int64)
