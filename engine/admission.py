@@ -1,7 +1,7 @@
 """Which requests a loaded model can run.
 
-The engine asks before it takes a request, and the server before it sends one, so that a refusal has one text. A text
-names the field, what would be right, and what was given.
+The engine checks before it takes a request, and the server before it sends one, so both refuse with the same text. The
+text names the field, what would be right, and what was given.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from .decoders.table import DECODERS
 from .types import MAX_DRAFT, Failed, Request
 
 FIELDS = {"prompt_ids": "prompt", "sampling.logit_bias": "logit_bias"}
-"""Fields of a `Request` that texts and `Failed.param` call otherwise: as the API does."""
+"""Fields of a `Request` that have another name in the API, which texts and `Failed.param` use."""
 
 
 class Fault(NamedTuple):
@@ -93,7 +93,7 @@ def _logit_bias(request: Request, limits: ModelLimits) -> Fault | None:
 def _length(request: Request, limits: ModelLimits) -> Fault | None:
     prompt, count, spare = len(request.prompt_ids), request.max_tokens, 0
     if count and not DECODERS[request.decoder].is_exact(request):
-        # Blocks that are not checked are run whole.
+        # Blocks that are not verified run to their end.
         spare = (request.block_size or limits.block_size or 1) - 1
     most = max(limits.max_length - prompt - spare, 0)
     if count <= most:

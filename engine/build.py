@@ -1,4 +1,4 @@
-"""From an EngineConfig to the parts of an engine, and what they cost on this machine."""
+"""Builds the parts of an engine from an EngineConfig, and measures how long their steps take."""
 
 import logging
 import time
@@ -40,7 +40,7 @@ log = logging.getLogger("fastblt.engine")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an engine is made of, but for its requests."""
+    """All parts of an engine except its requests."""
 
     model: Model
     limits: ModelLimits
@@ -54,8 +54,8 @@ class Parts:
 
 
 def build(config: EngineConfig) -> Parts:
-    """Raises CheckpointError for a checkpoint that cannot be served, ValueError for a device that is not there and for
-    sizes that cannot work."""
+    """Builds all parts. Raises CheckpointError for a checkpoint that cannot be served, ValueError for a missing device
+    and for sizes that cannot work."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
@@ -67,7 +67,7 @@ def build(config: EngineConfig) -> Parts:
     kernels = choose_kernels(config.kernels, device)
     if device.type == "cpu" and config.kernels is None and kernels.name == "torch":
         log.warning("fastblt's own CPU kernels are not compiled: falling back to torch, several times slower")
-    # Our own products hold float8 weights as bfloat16, and in panels.
+    # Our own CPU kernels keep float8 weights as bfloat16, in panels.
     fp8 = config.weights == "float8" and not kernels.widens
     model, caches = _load(config, loaded, kernels, device, dtype, fp8=fp8)
     floors = find_row_floors(model, caches.specs, dtype, device)
@@ -98,7 +98,7 @@ def build(config: EngineConfig) -> Parts:
 def _load(
     config: EngineConfig, loaded: Checkpoint, kernels: Kernels, device: torch.device, dtype: torch.dtype, *, fp8: bool
 ) -> tuple[Model, Caches]:
-    """The model on its device, and its caches, once it is clear that there is room."""
+    """The model on its device, and its caches, after a check that the memory suffices."""
     check_room(
         loaded.config,
         loaded.tensors,
@@ -151,11 +151,11 @@ def device_name(device: torch.device) -> str:
 
 
 def calibrate(engine: "Engine") -> int:
-    """Teaches an engine how long steps take, from its file of stage costs if there is one, else from some that it runs;
-    the engine is otherwise unchanged. Takes up to two seconds, and where these steps must be compiled and recorded up
-    to a minute more. Returns how many rows of prompts a step can have.
+    """Calibrates an engine's latency model, from its file of stage costs if there is one, else from steps that it runs;
+    the engine is otherwise unchanged. Takes up to two seconds, and up to a minute more if kernels must be compiled and
+    recorded. Returns how many rows of prompts a step can have.
 
-    Raises ValueError for a file that holds something else, OSError for one that cannot be read or written.
+    Raises ValueError for a file that does not hold stage costs, OSError for one that cannot be read or written.
     """
     config, identity = engine.config, _identity(engine)
     path = Path(config.stage_costs) if config.stage_costs else None

@@ -9,9 +9,9 @@ STAGES = ("patcher", "encoder", "global", "decoder")
 class Counts:
     """Dictionaries are per stage; padding does not count. Of requests and decoders a prompt's prefill is left out.
 
-    committed, drafted, accepted: bytes. patches: those that the committed ids begin, the global calls of plain BLT for
-    the same text. calls: passes. seconds: of a decoder its share, by rows, of the time that passes took; not kept for
-    a single request.
+    committed, drafted, accepted: bytes. patches: those that the committed ids begin, which is the number of global
+    calls of plain BLT for the same text. calls: passes. seconds: a decoder's share, by rows, of the time of passes; not
+    kept for a single request.
     """
 
     committed: int = 0

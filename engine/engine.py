@@ -21,8 +21,8 @@ log = logging.getLogger("fastblt.engine")
 class Engine:
     """One model, its caches and all requests in flight.
 
-    Raises CheckpointError for a checkpoint that cannot be served, ValueError for a device that is not there and for
-    sizes that cannot work.
+    Raises CheckpointError for a checkpoint that cannot be served, ValueError for a missing device and for sizes that
+    cannot work.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -67,19 +67,19 @@ class Engine:
         return self._scheduler.running
 
     def info(self) -> EngineInfo:
-        """What does not change."""
+        """Facts that do not change."""
         return info_of(self.config, self.parts, self.prompt_rows)
 
     def snapshot(self) -> Snapshot:
-        """What has been done so far, and what is under way."""
+        """The counters so far, and the current state."""
         return self._report.snapshot(self._scheduler)
 
     # Requests.
 
     def add(self, request: Request, decoder: Decoder | None = None) -> None:
-        """Takes a request, to be decoded by `decoder` instead of its own if there is one.
+        """Takes a request. decoder: replaces the one that it names.
 
-        A refusal is not raised: it comes as a `Failed` from the next step.
+        A refusal is not raised: the next step returns it as a `Failed`.
         """
         refusal = admission.check(request, self.limits)
         if request.id in self._sequences:
@@ -109,7 +109,7 @@ class Engine:
     # A step.
 
     def step(self) -> list[Event]:
-        """Runs one batch through the stages and returns what became of it."""
+        """Runs one batch through the stages and returns the events."""
         began = time.perf_counter()
         self._expire()
         batch = self._scheduler.schedule()
@@ -120,8 +120,8 @@ class Engine:
         else:
             self.memory.caches.check_integrity()
             if self._sequences:
-                raise RuntimeError(f"{len(self._sequences)} sequences wait, and none can run")
-        # A step begun ahead for a request that has ended here is not taken up.
+                raise RuntimeError(f"{len(self._sequences)} sequences wait, but none fits into the caches")
+        # A step begun ahead cannot be used once one of its requests has ended.
         self.stepper.stages.discard(broken=True)
         events, self._events = self._events, []
         return events
@@ -137,7 +137,7 @@ class Engine:
                 self._advance(rows, result)
 
     def _advance(self, rows: Rows, result: Result | None) -> None:
-        """What a sequence's step came to: rows computed, perhaps ids committed, perhaps its end."""
+        """Applies a step to a sequence: rows are computed, ids may be committed, and the request may end."""
         sequence = rows.sequence
         verifies = isinstance(rows.ask, Verify)
         if not verifies:
@@ -162,7 +162,7 @@ class Engine:
             self._commit(sequence, outcome)
 
     def _commit(self, sequence: Sequence, outcome: Committed) -> None:
-        """Appends generated ids up to where the request must end, and says so."""
+        """Appends generated ids up to where the request must end, and adds their events."""
         output = sequence.output
         ids, text, reason = output.take(outcome.ids)
         sequence.append(ids)

@@ -1,4 +1,4 @@
-"""What a request is answered with: text that is certain, log-probabilities, traces, boundaries, and why it ends."""
+"""The answer to a request: text that is certain, log-probabilities, traces, boundaries, and why it ends."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """The output of one request, as far as the client was told of it."""
+    """The output of one request, as far as it was sent to the client."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -36,8 +36,8 @@ class Output:
         return len(self._prompt_scores)
 
     def take(self, ids: Iterable[int]) -> tuple[list[int], bytes, FinishReason | None]:
-        """Takes committed ids up to where the request must end: these, the bytes that became certain, and why it ends,
-        if it does. Only bytes are text."""
+        """Takes committed ids up to where the request must end. Returns these, the bytes that became certain, and why
+        it ends, if it does. Only bytes are text."""
         kept: list[int] = []
         text = b""
         for token in ids:
@@ -75,7 +75,7 @@ class Output:
         return Delta(id=self._request.id, entropies=entropies, patch_starts=starts)
 
     def score_prompt(self, scores: list[TokenLogprob]) -> Delta | None:
-        """Takes scores of the prompt's next ids; the event, once all are there."""
+        """Takes scores of the prompt's next ids; returns their event once all have come."""
         self._prompt_scores += scores
         if not scores or len(self._prompt_scores) < len(self._request.prompt_ids):
             return None
@@ -89,7 +89,7 @@ class Output:
         )
 
     def count_patches(self, sequence: "Sequence", num_ids: int) -> int:
-        """Patches that generated ids begin, as far as decided now and not counted before. num_ids: those that were
+        """Patches that generated ids begin, if decided by now and not counted before. num_ids: how many ids were
         committed last."""
         starts, before = sequence.patching.starts, self._num_counted
         if before is None:
@@ -121,7 +121,7 @@ class Output:
         if self._request.patches_from is None:
             return [], []
         begin, patching = self._num_decided, sequence.patching
-        # A round that ends its request may know more: what is reported must not depend on the decoder.
+        # The last round may have decided more, but what is reported must not depend on the decoder.
         self._num_decided = end = min(patching.decided, max(len(sequence.ids) - 1, sequence.num_prompt))
         return patching.decisions(begin, end)
 

@@ -1,4 +1,4 @@
-"""What an engine tells those who watch it: what it is, and what it has done."""
+"""What an engine reports for monitoring: what it is, and what it has done."""
 
 import torch
 
@@ -11,7 +11,7 @@ from .types import DecoderCounts, EngineInfo, PoolStats, Snapshot
 
 
 def info_of(config: EngineConfig, parts: Parts, prompt_rows: int) -> EngineInfo:
-    """What does not change. Measures the memory's bandwidth, which takes a few tenths of a second."""
+    """Facts that do not change. Measures the memory's bandwidth, which takes a few tenths of a second."""
     device = parts.stepper.device
     return EngineInfo(
         device=device_name(device),
@@ -78,7 +78,7 @@ def _rounded(by_stage: dict[str, float]) -> dict[str, int]:
 
 
 def _device_memory(device: torch.device) -> tuple[int, int] | None:
-    """Bytes used, and in all; None on a CPU."""
+    """Bytes used, and in total; None on a CPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)

@@ -21,7 +21,7 @@ class Rows(msgspec.Struct):
     start: int
     end: int
     ask: Ask | None = None
-    """None: rows on the way to one."""
+    """None for rows before the ask, which only fill the caches."""
     cells: Seq[int] = ()
     cells_start: int = 0
     num_block: int = 0
@@ -30,7 +30,7 @@ class Rows(msgspec.Struct):
     logits_from: int = 0
     """First row of the text whose logits are wanted: `drawn_from`, or before it for the scores of a prompt."""
     decode_from: int = 0
-    """First row of the text that the decoder runs. All three move on when the step learns which rows it may skip."""
+    """First row of the text that the decoder runs. All three increase once the step knows which rows it may skip."""
     counted_from: int = 0
     """Rows from here on belong to generation: they are not a prompt's, nor computed for a second time."""
     prompt_scores: list[TokenLogprob] = []
@@ -43,7 +43,7 @@ class Rows(msgspec.Struct):
 
     @classmethod
     def of(cls, sequence: Sequence, ask: Ask) -> "Rows":
-        """All that an ask takes, after whatever is not computed yet."""
+        """All rows of an ask, after the rows of the text that are not computed yet."""
         start, end = sequence.num_computed, len(sequence.ids)
         match ask:
             case Next():

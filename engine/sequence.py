@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def start_of(documents: list[int], place: int) -> int:
-    """Where the document begins that holds a byte or a patch. An EOS belongs to the document that it ends."""
+    """Where the document of a byte or a patch begins. An EOS belongs to the document that it ends."""
     return documents[bisect_right(documents, place) - 1]
 
 
@@ -71,7 +71,7 @@ class Sequence:
         """First patch of every document: after each patch that holds an EOS."""
         self.mask_id = -1 if mask_id is None else mask_id
         self.num_cached = 0
-        """Ids of the prompt that the prefix cache knew."""
+        """Ids of the prompt that were found in the prefix cache."""
         self._begun: float | None = None
         """When its first step began."""
         self._decoder: Decoder = decoder or Autoregressive()
@@ -82,15 +82,15 @@ class Sequence:
         self.preemptions = 0
         self.tables = tables
         self.prefix: Node | None = None
-        """How far the prefix cache knows its ids, if it takes part."""
+        """Its longest cached prefix, if it uses the prefix cache."""
         self.output = Output(request)
         self.counts = Counts()
-        """Of all rounds, the one under way included."""
+        """Of all rounds, the current one included."""
         self._note_documents(0)
 
     @property
     def order(self) -> tuple[int, int]:
-        """Who goes first; see `Scheduler`."""
+        """Its place in the order; see `Scheduler`."""
         return self.due, self.arrival
 
     @property
@@ -108,7 +108,7 @@ class Sequence:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether rows of the prompt must run for their scores."""
+        """Whether rows of the prompt must still run for their scores."""
         return self.request.prompt_logprobs and self.output.num_scored < self.num_prompt
 
     @property
@@ -123,14 +123,14 @@ class Sequence:
         self._decoder.choose(self)
 
     def next_ask(self, room: int) -> Ask:
-        """What the round under way asks for; begins one if there is none (`room`: see `Decoder.round`)."""
+        """The ask of the current round; begins a round if there is none (`room`: see `Decoder.round`)."""
         if self._ask is None:
             self._round = self._decoder.round(self, room)
             self._ask = next(self._round)
         return self._ask
 
     def resume(self, result: Result) -> Committed | None:
-        """Gives the round what it asked for; its outcome, if that was the end of it."""
+        """Gives the round what it asked for; returns its outcome if the round ends."""
         assert self._round is not None
         try:
             self._ask = self._round.send(result)
@@ -141,13 +141,13 @@ class Sequence:
         return None
 
     def _drop_round(self) -> None:
-        """Forgets a round under way. Nothing of it has been committed."""
+        """Forgets the current round. None of its bytes have been committed."""
         self._round = self._ask = None
 
     # Rows.
 
     def note_step(self, now: float) -> int:
-        """Takes note of its first step. Ids of its prompt that the prefix cache knew, if it is that one."""
+        """Notes the time of its first step. Returns the ids of its prompt that were cached, in later steps 0."""
         if self._begun is not None:
             return 0
         self._begun, self.num_cached = now, min(self.num_computed, self.num_prompt)
@@ -166,14 +166,14 @@ class Sequence:
             self.patch_documents.pop()
 
     def begin_after(self, end: int, num_closed: int, starts: Iterable[int], entropies: "array[float]") -> None:
-        """Rows before `end` are in the caches already: they close so many patches. starts, entropies: see
+        """Rows before `end` are in the caches already, and close `num_closed` patches. starts, entropies: see
         `Patching.resume`."""
         self.num_computed = end
         self.patching.resume(starts, entropies)
         self.note_patch_documents(0, num_closed)
 
     def restart(self) -> None:
-        """Its pages are gone: all rows must run again, and a round under way is dropped."""
+        """Its pages were given back: all rows must run again, and the current round is dropped."""
         self.num_computed = 0
         self._drop_round()
 
@@ -212,7 +212,7 @@ class Sequence:
         return self.patching.starts[-1] == self.num_computed
 
     def decide(self, entropies: Seq[float], opens: Seq[bool]) -> None:
-        """Takes what the patcher says of the next bytes; see `Patching.take`."""
+        """Takes the patcher's results for the next bytes; see `Patching.take`."""
         self.patching.take(entropies, opens)
 
     def undecide(self, end: int) -> None:

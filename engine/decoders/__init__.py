@@ -8,10 +8,10 @@
 | blt-dv | unmasking passes draft a block, one pass verifies it | 1 to B + 1 | blt's               |
 | auto   | blt, blt-s or blt-dv, whichever promises to be best  | as these   | blt's               |
 
-`table` has what the rest of the project knows of them: adding a row there adds a decoder everywhere.
+`table` has all that the rest of the project knows about them: adding a row there adds a decoder everywhere.
 
 A round yields an ask for one step of the engine and is resumed with its `Result`; the engine runs the asks of all
-sequences as one batch. A round that is dropped half-way (preemption) leaves nothing behind and can be begun again.
+sequences as one batch. A round that is dropped half-way (preemption) leaves no trace and can begin again.
 """
 
 from .asks import Ask, Committed, Decoder, Draft, Next, Result, Round, SequenceView, Unmask, Verify

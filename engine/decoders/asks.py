@@ -52,8 +52,8 @@ class Verify(msgspec.Struct, frozen=True):
     """How many of the drafts the model itself would give, and the byte that it gives after those: the last row of the
     text and the drafts run through all stages.
 
-    exact: so many of these rows have been through the decoder as drafts were made, reading the newest latent. They are
-    exact up to the first that closes a patch, and the decoder skips them that far.
+    exact: how many of these rows the decoder has run already while drafting, reading the newest latent. They are exact
+    up to the first that closes a patch, and the decoder skips them that far.
     """
 
     drafts: Sequence[int]
@@ -67,9 +67,9 @@ class Result(msgspec.Struct, frozen=True):
     """What the model gives for an ask, drawn with the random numbers that belong to each place.
 
     ids: of Next and Draft the bytes that follow; of Unmask the block as it is now; of Verify the byte after the
-    accepted drafts. accepted: of Verify. settled: of Unmask, for each cell in which of the `passes` it became a byte,
-    -1 if in none. scores: only if the request asked for log-probabilities; of Verify those of all rows, of Unmask those
-    of what each cell would have become.
+    accepted drafts. accepted: of Verify. settled: of Unmask, for each cell the one of the `passes` in which it became a
+    byte, -1 if in none. scores: only if the request asked for log-probabilities; of Verify those of all rows, of Unmask
+    those of the bytes that the cells would have become.
     """
 
     ids: list[int] = []

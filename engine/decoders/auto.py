@@ -12,7 +12,7 @@ from .blt_s import SelfSpeculation
 
 DRAFT_LENGTHS = (2, 4, 8, 16, 32)
 MEMORY = 0.9
-"""What an observation counts one round later."""
+"""Weight of an observation one round later."""
 PRIOR_ROUNDS = 4.0
 PROBE_INTERVAL = 64
 """Rounds after which a kind of draft that did not promise enough is tried again."""
@@ -26,7 +26,7 @@ class Latency(Protocol):
         ...
 
     def draft(self, passes: int, rows: int) -> float:
-        """So many decoder passes over `rows` rows each, a step each."""
+        """`passes` decoder passes over `rows` rows each, one per step."""
         ...
 
     def verify(self, rows: int, decoded: int, patch: float) -> float:
@@ -53,7 +53,7 @@ class AcceptanceRate:
         self.checked = MEMORY * self.checked + accepted + (accepted < drafted)
 
     def committed(self, drafts: int) -> float:
-        """Bytes that a round with so many drafts is expected to commit, the model's own included."""
+        """Bytes that a round with `drafts` drafts is expected to commit, the model's own byte included."""
         return sum(self.rate**i for i in range(drafts + 1))
 
 

@@ -10,10 +10,10 @@ DEFAULT_RULE = UnmaskRule(rule="confidence", alpha=0.7)
 class BlockDiffusion(Decoder):
     """Fast BLT 3.1, algorithm 1 without verification: a block of [MASK]s, unmasked by one decoder pass after another.
 
-    The block reads the latent of the patch that is open at its beginning, as if it ended there. That latent is left out
-    of what later patches see: a patch goes on where the entropies say. The bytes of the last block run as rows of the
-    text in the first pass over the next. With `finish_patch` bytes are decoded one by one until a patch ends, and only
-    there a block begins, as in training.
+    The block reads the latent of the open patch, as if that ended where the block begins. Later patches do not see this
+    latent: the entropies alone decide where a patch ends. The bytes of the last block run as rows of the text in the
+    first pass over the next. With `finish_patch` bytes are decoded one by one until a patch ends, and a block only
+    begins there, as in training.
     """
 
     def __init__(self, block_size: int, rule: UnmaskRule, finish_patch: bool) -> None:

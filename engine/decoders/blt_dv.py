@@ -10,9 +10,9 @@ DEFAULT_RULE = UnmaskRule(rule="one_step")
 class VerifiedDiffusion(Decoder):
     """Fast BLT 5.2: a block as in BLT-D, then Verify as in BLT-S.
 
-    As there, a round has one encoder and global pass: the block reads the latents that the last verification left. The
-    last byte of the text leads in the block's first pass, and gives its first byte by next-byte prediction. That is
-    exact unless a patch closes there, and a better guess than the diffusion's in any case.
+    As in BLT-S, a round has one encoder and global pass: the block reads the latents that the last verification left.
+    The last byte of the text leads in the block's first pass and predicts the block's first byte. That is exact unless
+    a patch closes there, and always a better guess than the diffusion's.
     """
 
     def __init__(self, block_size: int, rule: UnmaskRule) -> None:

@@ -8,11 +8,11 @@ from .phrases import accept, can_draft, one_byte
 class SelfSpeculation(Decoder):
     """Fast BLT 5.1, algorithm 2, with draft length k.
 
-    Three things are better than there. A draft reads the latents that the last round's verification left, so a round
-    has one encoder and global pass instead of two. A drafted row that turns out to read the right latent, because no
-    patch has closed before it, is exact and is not decoded again. And drafts are drawn, not only maximised: with the
-    random number that belongs to a place, draft and model agree whenever their distributions put that number on the
-    same byte, so the text is what blt draws with this seed, byte for byte.
+    Three things are better than in the paper. A draft reads the latents that the last round's verification left, so a
+    round has one encoder and global pass instead of two. A drafted row before which no patch has closed has read the
+    right latent: it is exact and not decoded again. And drafts can be sampled, not only greedy. Each position has its
+    own random number, so draft and model agree whenever their distributions map it to the same byte. The text is what
+    blt draws with this seed, byte for byte.
     """
 
     def __init__(self, draft_length: int) -> None:
@@ -26,6 +26,6 @@ class SelfSpeculation(Decoder):
         while len(drafts) < k and EOS_ID not in drafts:
             drafts += (yield Draft(tuple(drafts), at_most=k - len(drafts))).ids
         if EOS_ID in drafts:
-            # Bytes after it may not see those before it.
+            # Bytes after an EOS may not see those before it.
             del drafts[drafts.index(EOS_ID) + 1 :]
         return accept(drafts, (yield Verify(drafts, exact=len(drafts))))

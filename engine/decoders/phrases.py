@@ -1,4 +1,4 @@
-"""What several decoders say: one byte, a block denoised, drafts accepted."""
+"""Parts of rounds that several decoders share: one byte, a block denoised, drafts accepted."""
 
 from collections.abc import Generator, Sequence
 

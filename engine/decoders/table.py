@@ -17,9 +17,9 @@ class Setting(NamedTuple):
     """What a decoder is made with besides its request."""
 
     block_size: int
-    """Bytes per block: as the request says, and at most as the model was trained with; 0 without [MASK]."""
+    """Bytes per block: the request's, but at most those that the model was trained with; 0 without [MASK]."""
     rule: UnmaskRule
-    """How blocks are unmasked: as the request says, else by the row's own rule."""
+    """How blocks are unmasked: the request's rule, else that of the decoder's row."""
     latency: Latency
     prior: SharedPrior
 
@@ -37,9 +37,9 @@ class DecoderSpec:
     needs_mask: bool = False
     """Whether the model must have been trained with block diffusion, and so have [MASK]."""
     options: tuple[str, ...] = ()
-    """Fields of a `Request` that mean something to it, and not to every decoder."""
+    """Fields of a `Request` that it uses, and that other decoders do not."""
     rule: UnmaskRule | None = None
-    """How blocks are unmasked where a request does not say; None for decoders without that option."""
+    """How blocks are unmasked if a request has no rule; None for decoders without that option."""
 
     def is_exact(self, request: Request) -> bool:
         """Whether the text of this request is blt's."""

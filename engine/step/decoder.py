@@ -21,7 +21,7 @@ from .plan import Arrays, Plan, padded_array
 
 
 class DecoderRows(msgspec.Struct, frozen=True):
-    """Rows of the stage, planned: whose they are, and of how many logits are logit_rows."""
+    """Planned rows of the stage. shares: each sequence's rows; num_logits: how many rows give logits."""
 
     padded: int
     arrays: Arrays
@@ -32,7 +32,7 @@ class DecoderRows(msgspec.Struct, frozen=True):
 
 
 class PassState(Protocol):
-    """What goes from one pass to the next, in tensors alone, so that it can be recorded."""
+    """What one pass leaves for the next, in tensors only, so that it can be recorded."""
 
     @property
     def cells(self) -> Tensor:
@@ -56,7 +56,7 @@ class DecoderStage:
         self.vocab_size = model.config.vocab_size
 
     def plan(self, batch: Seq[Rows]) -> DecoderRows:
-        """All but the latents that the rows read: those may not be known yet."""
+        """Plans all but the latents that the rows read, which may not be known yet."""
         ids: list[int] = []
         state_rows: list[int] = []
         logit_rows: list[int] = []
@@ -143,7 +143,7 @@ class DecoderStage:
         tensors: Mapping[str, Tensor],
         begin: Callable[[Mapping[str, Tensor]], PassState],
     ) -> tuple[Launch, Tensor]:
-        """Passes over cells, so many times with each plan, in one launch; also returns what the last state gives out.
+        """Passes over cells, `times` with each plan, in one launch; also returns the last state's `out`.
 
         Plans differ in positions alone. begin: makes the state from the stage's inputs, which hold `tensors`; name:
         that of its kind.
@@ -167,8 +167,8 @@ class DecoderStage:
         return launch, self._launcher.run(launch, stage, padded, arrays, *each, tensors=tensors, name=name, times=times)
 
     def skip_exact(self, rows: Rows) -> None:
-        """Lets the decoder skip rows that were exact when they drafted: up to the first that closes a patch, which read
-        a latent that was not there. Scores must come from one pass of the whole model."""
+        """Lets the decoder skip rows that were exact when they drafted: those up to the first that closes a patch,
+        whose latent did not exist then. Scores must come from one pass of the whole model."""
         if not isinstance(rows.ask, Verify) or rows.sequence.request.logprobs is not None:
             return
         starts = rows.sequence.patching.starts

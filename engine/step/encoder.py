@@ -67,7 +67,7 @@ class EncoderStage:
         ids = rows.sequence.ids
         if not isinstance(rows.ask, Draft):
             return ngram_windows(ids, start, end, self._width)
-        # Its row follows drafts that are not in the text.
+        # A draft's row comes after drafts that are not in the text.
         before = max(start - self._width, 0)
         text = [*ids[before:], *rows.ask.known[max(before - len(ids), 0) :]]
         return ngram_windows(text, start - before, end - before, self._width)

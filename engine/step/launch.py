@@ -1,4 +1,4 @@
-"""Launching a stage: whose rows it has, what they may look at, and when it ran."""
+"""Launches a stage: which sequences' rows it has, what these may read, and when it ran."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from .graphs import Eager, Stage
 from .plan import Arrays, Plan, plan_attention
 
 NO_DOCUMENTS = [0]
-"""Where documents begin if they are not told apart."""
+"""Where documents begin if they are not isolated."""
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -64,8 +64,8 @@ class Launcher:
         return plan_attention(writes, queries, self._tilings[cache], self.executor, padded_queries)
 
     def begin(self, stage: str) -> Launch:
-        """A launch whose planning starts now. Where the host runs the stages, planning is part of their time; a device
-        has other work meanwhile, or none."""
+        """A launch whose planning starts now. If the host runs the stages, planning is part of their time; on another
+        device it is not."""
         return Launch(stage, [], 0, began=self.clock.now() if self.clock.waits else None)
 
     def run(

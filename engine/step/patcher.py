@@ -20,7 +20,7 @@ from .plan import padded_array
 from .transfer import Readback
 
 Decide = Callable[[], None]
-"""Waits for decisions and gives them to their sequences."""
+"""Waits for decisions and passes them to their sequences."""
 
 
 class PatcherStage:

@@ -72,7 +72,7 @@ def _prompt_scores(rows: Rows, logits: Tensor) -> list[TokenLogprob]:
 
 
 def _drawn_rows(batch: Sequence[Rows], logits: Tensor) -> Tensor:
-    """The logits that ids are drawn from; others are wanted for the scores of prompts."""
+    """The logits that ids are drawn from; the others are for the scores of prompts."""
     index: list[int] = []
     end = 0
     for rows in batch:
@@ -128,7 +128,7 @@ def uniform(sequence: SequenceState, place: int) -> float:
 
 
 def cell_params(request: Request) -> SamplingParams:
-    """How a block's cells are drawn: as all bytes, but for a top-p of their own."""
+    """How a block's cells are drawn: like all bytes, but with their own top-p if there is one."""
     top_p = request.unmask.top_p if request.unmask else None
     return request.sampling if top_p is None else replace(request.sampling, top_p=top_p)
 

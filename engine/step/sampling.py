@@ -1,4 +1,4 @@
-"""From logits to ids: what a request's parameters do to its rows before `kernels.sampling` draws."""
+"""From logits to ids: applies a request's parameters to its rows before `kernels.sampling` draws."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
@@ -19,8 +19,8 @@ _PADDING = SamplingParams(temperature=0)
 def row_params(
     params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]], vocab_size: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """How some rows become ids: `changes` (R, V) float64, added to the logits, and `params` (R, 4) float64, as
-    `kernels.sampling` has them; only those that a row needs.
+    """The sampling parameters of some rows: `changes` (R, V) float64, added to the logits, and `params` (R, 4) float64,
+    as in `kernels.sampling`; each only if a row needs it.
 
     counts: how often each id was generated, per row.
     """
@@ -40,7 +40,7 @@ def row_params(
 def padded_params(
     params: Sequence[SamplingParams], length: int, vocab_size: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """`row_params` rows without penalties, and of as many more as make `length`."""
+    """`row_params` of rows without penalties, padded to `length` rows."""
     return row_params([*params, *[_PADDING] * (length - len(params))], [{}] * length, vocab_size, device)
 
 

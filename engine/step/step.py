@@ -1,4 +1,4 @@
-"""A step: the rows of all scheduled sequences through the stages, and what each asked for back."""
+"""A step: runs the rows of all scheduled sequences through the stages, and returns the result of each ask."""
 
 from collections.abc import Sequence as Seq
 
@@ -34,8 +34,8 @@ class Stepper:
 
     @torch.inference_mode()
     def run(self, batch: Seq[Rows]) -> Seq[Result | None]:
-        """The result of each sequence's ask, None for rows on the way to one. Raises FloatingPointError if the model
-        gives no distribution."""
+        """The result of each sequence's ask, None for rows without one. Raises FloatingPointError if the model gives no
+        distribution."""
         for rows in batch:
             if isinstance(rows.ask, Verify):
                 rows.sequence.extend(rows.ask.drafts)

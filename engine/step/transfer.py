@@ -1,4 +1,4 @@
-"""Between host and device without waiting: an ordinary copy waits until the device has done all that was launched."""
+"""Copies between host and device without waiting: an ordinary copy waits for all work launched before it."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def to_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
-    """On their way to the device, after what was launched; not copied where that is the host."""
+    """Starts to copy numbers to the device, after the work launched so far; no copy if that is the host."""
     tensor = torch.from_numpy(numbers)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def record_event(device: torch.device, *, timing: bool = False) -> torch.cuda.Event:
-    """An event after what was launched."""
+    """An event after the work launched so far."""
     event = torch.cuda.Event(enable_timing=timing)
     event.record(_stream(device))
     return event
@@ -24,7 +24,7 @@ def record_event(device: torch.device, *, timing: bool = False) -> torch.cuda.Ev
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all launches; to look it up each time takes longer than to record an event."""
+    """The stream of all launches, cached: looking it up takes longer than recording an event."""
     return torch.cuda.default_stream(device)
 
 

@@ -1,8 +1,8 @@
 """Running ahead: several passes in a row, without the host between them.
 
-Where all sequences of a step ask for the same, the device has what the next pass needs before the host knows it: blt
-and a draft feed the byte that was just drawn, a block the cells that were just settled. Or the next step begins so. In
-a mixed batch every pass is a step of its own, which all share.
+If all sequences of a step ask for the same, the device has what the next pass needs before the host does: blt and a
+draft feed the byte that was just drawn, a block the cells that were just settled. The next step can begin in the same
+way. In a mixed batch every pass is a separate step, which all sequences share.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Passes over blocks: as many in one launch as they will probably need.
 
-Only the device knows whether a block is done. To read that takes time in which it does nothing, and a pass too many
-takes its own; so one more pass is launched without reading as long as that costs less, given how many passes blocks
-have needed lately.
+Only the device knows whether a block is done. While the host reads that, the device is idle; but a superfluous pass
+takes time too. So one more pass is launched without reading as long as that costs less, by the number of passes that
+recent blocks have needed.
 """
 
 import time
@@ -31,7 +31,7 @@ from ..stages import Stages
 from ..transfer import read
 
 REMEMBERED = 32
-"""Blocks that tell how many passes one needs."""
+"""How many recent blocks predict the passes that the next ones need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class _Blocks:
 
     @property
     def most_passes(self) -> int:
-        """A block needs as many passes as it has cells at most, and one by the rule that settles all at once."""
+        """A block needs at most one pass per cell, and only one by the rule that settles all at once."""
         return max(1 if ask.rule.rule == "one_step" else len(ask.block) for ask in self.asks)
 
 
@@ -102,7 +102,7 @@ class BlocksAhead:
         launch, out = self._passes(blocks, tensors, passes)
         results = _after(results, out.tolist(), passes, blocks.mask)
         if not launch.recorded:
-            # All it took but the passes: what it takes to read.
+            # All time outside the passes counts as reading.
             seconds = max(time.perf_counter() - began - self._ledger.seconds(launch), 0.0)
             self._ledger.latency.observe(READBACK, blocks.rows.num_rows, seconds)
         self._charge(launch, blocks.rows, results, known)
@@ -113,11 +113,10 @@ class BlocksAhead:
         return self._stages.decoder.launch_passes("unmask", [blocks.rows], passes, tensors, begin)
 
     def _further(self, known: int, blocks: _Blocks, policy: Policy) -> int:
-        """How many passes to launch after the next before reading back, where so many are known not to have been
-        enough."""
+        """How many passes to launch after the next before reading back. known: passes that were not enough."""
 
         def chance(number: int) -> float:
-            """That one of the blocks needs a pass of this number, from 1 on."""
+            """The probability that one of the blocks needs its pass `number`, counted from 1."""
             share = sum(passes >= number for passes in self._needed) / len(self._needed)
             return 1 - (1 - share) ** len(blocks.asks)
 
@@ -175,7 +174,7 @@ class _Passes(BlockPasses):
 
 
 def _after(blocks: Sequence[Result], out: Sequence[list[list[int]]], passes: int, mask: int) -> list[Result]:
-    """Blocks after so many more passes. out: of `_Passes`. Raises FloatingPointError if a pass gave one no
+    """Blocks after `passes` more passes. out: of `_Passes`. Raises FloatingPointError if a block's logits are no
     distribution."""
     after = []
     for block, ids, when, bad in zip(blocks, *out, strict=False):

@@ -1,9 +1,9 @@
 """Bytes ahead: runs blt several bytes ahead of the host.
 
-Until a patch closes, blt needs the local stages alone for its next byte, and what these are fed is on the device: the
-byte that was just drawn. So after a step for sequences that all run blt the host launches some passes of patcher,
-encoder and decoder before it has read what the step gave. A sequence whose patch closes takes part in vain from there
-on and waits for the next step, where the others' patches close too: the global stage is read less often.
+Until a patch closes, blt needs only the local stages for its next byte, and their input is on the device: the byte that
+was just drawn. So after a step whose sequences all run blt, the host launches some passes of patcher, encoder and
+decoder before it reads the step's results. Once a sequence's patch closes, its further passes are wasted. It waits for
+the next step, in which other patches close too, so that the global stage is read less often.
 """
 
 import time
@@ -28,7 +28,7 @@ from ..transfer import read
 
 MOST_PASSES = 8
 PROBE_INTERVAL = 256
-"""Steps after which a pass is tried where none seemed worth it: only passes tell what they take."""
+"""Steps after which a pass is tried although none seemed worthwhile: only a pass shows how long it takes."""
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class BytesAhead:
         if executor.num_recorded == recorded:
             seconds = (time.perf_counter() - began) / len(found.decided)
             self._ledger.latency.observe(BYTE_AHEAD, len(batch), seconds)
-        # The host's stand-ins go; what they stood for comes.
+        # Replaces the host's stand-ins by the real ids and decisions.
         for rows in batch:
             rows.sequence.retract(rows.end)
             rows.sequence.undecide(rows.end)
@@ -75,7 +75,7 @@ class BytesAhead:
         counts = [_count(own, starts, most - 1) for own, starts, most in zip(ids, opens, at_most, strict=True)]
         for number, launches in enumerate(found.launches):
             for launch, shares in launches:
-                # What was done in vain is charged to no request.
+                # Wasted passes are charged to no request.
                 served = [share for share, count in zip(shares, counts, strict=True) if count > number]
                 self._ledger.took(launch, *([served] if served else []))
         for rows, count, values in zip(batch, counts, entropies, strict=True):
@@ -83,12 +83,12 @@ class BytesAhead:
         return [Result(drawn[: count + 1]) for drawn, count in zip(ids, counts, strict=True)]
 
     def _worthwhile(self, batch: Sequence[Rows], at_most: Sequence[int], policy: Policy) -> int:
-        """How many passes promise to feed more bytes than further steps would in their time, if there are pages."""
+        """How many passes are expected to feed more bytes than steps would in the same time, if there are pages."""
         size, most = len(batch), min(max(at_most) - 1, MOST_PASSES)
         if not most or policy == "never":
             return 0
         if size == 1 and policy == "measured" and self._device.type == "cpu":
-            # There the host computes: all that passes could save is the global stage's weights, read for several.
+            # On a CPU passes only save reads of the global stage's weights, and only for several sequences.
             return 0
         # After a BOS alone there are more starts than bytes.
         patches = [max(rows.sequence.mean_patch, 1.0) for rows in batch]
@@ -128,11 +128,11 @@ class BytesAhead:
             fed = [_row(rows, rows.end + number) for rows in batch]
             patched, decided = stages.patcher.launch_ahead(fed, ids, entropies)
             found.launches.append([(patched, patched.shares)])
-            # The next pass writes its own over it.
+            # The next pass overwrites the original.
             found.decided.append(decided.clone())
             entropies = found.decided[-1][0]
             if self._device.type == "cpu" and found.decided[-1][1].all():
-                # Here it costs nothing to look.
+                # On a CPU this check is free.
                 return found
             for rows in batch:
                 rows.sequence.decide([0.0], [False])
@@ -148,8 +148,8 @@ def _row(rows: Rows, at: int) -> Rows:
 
 
 def _count(ids: Sequence[int], starts: Sequence[float], most: int) -> int:
-    """Of how many passes the bytes stand: none starts a patch or a document. ids: what was drawn in the step and in the
-    passes. starts: per pass, whether a patch starts after the byte that it was fed."""
+    """How many passes are valid: those before a patch or a document starts. ids: drawn in the step and in the passes.
+    starts: per pass, whether a patch starts after the byte that it was fed."""
     count = 0
     while count < min(most, len(starts)) and ids[count] != EOS_ID and not starts[count]:
         count += 1

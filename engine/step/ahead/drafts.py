@@ -1,7 +1,7 @@
-"""Drafts ahead: a whole draft as one launch, and after it the first half of the step that verifies it.
+"""Drafts ahead: a whole draft as one launch, followed by the first half of the step that verifies it.
 
-While the device drafts the host prepares that step, and launches its patcher and encoder over the drafts that only the
-device knows.
+While the device drafts, the host prepares that step. It launches the patcher and encoder over the drafts, which only
+the device knows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ class DraftsAhead:
         self._stages, self._memory, self._ledger, self._kernels = stages, memory, ledger, kernels
 
     def run(self, batch: Sequence[Rows], policy: Policy) -> list[Result] | None:
-        """The results after as many passes as all drafts let follow; None, with nothing done, if that is one."""
+        """The results after as many passes as all drafts allow; None, with nothing done, if that is only one."""
         asks = [rows.ask for rows in batch if isinstance(rows.ask, Draft)]
         most = min(ask.at_most for ask in asks)
         if most == 1 or policy == "never":
@@ -65,7 +65,7 @@ class DraftsAhead:
         return [Result(own) for own in ids]
 
     def _begin_verification(self, batch: Sequence[Rows], asks: Sequence[Draft], drafts: Tensor) -> Begun | None:
-        """Begins it, if all drafts (S, k) began with this launch and end with it, and there are pages."""
+        """Begins the verification if this launch made all of the drafts (S, k), and if there are pages."""
         size, stages = drafts.shape[1], self._stages
         if any(ask.known or ask.at_most != size for ask in asks):
             return None
@@ -89,7 +89,7 @@ class DraftsAhead:
 
 
 class _Drafting:
-    """Passes each of which is fed with what was drawn from the one before; see `engine.step.decoder.PassState`."""
+    """Passes that are each fed the ids drawn from the one before; see `engine.step.decoder.PassState`."""
 
     def __init__(self, kernels: Kernels, tensors: Mapping[str, Tensor]) -> None:
         self._kernels, self._tensors = kernels, tensors

@@ -1,8 +1,8 @@
-"""The next step of blt, begun before the host reads what this one gave.
+"""The next step of blt, begun before the host reads the results of this one.
 
-Patcher and encoder of the next step need the byte that was just drawn, and that is on the device. So the host launches
-them after the step; while the device runs them it reads the bytes, commits them, answers and plans. A step that is then
-another one, because a sequence ended or a prompt came, discards them.
+Patcher and encoder of the next step need the byte that was just drawn, which is on the device. So the host launches
+them right after the step. While the device runs them, the host reads the bytes, commits them, answers and plans. If the
+next step then has other rows, because a sequence ended or a prompt arrived, they are discarded.
 """
 
 import time
@@ -24,7 +24,7 @@ from ..stages import STAND_IN, Stages
 from ..transfer import read_async
 
 PROBE_INTERVAL = 256
-"""Steps after which one is begun though it did not seem worth it: what that takes is only learnt from doing it."""
+"""Steps after which one is begun although it did not seem worthwhile: only that shows how long it takes."""
 
 
 class NextStepAhead:
@@ -35,7 +35,7 @@ class NextStepAhead:
         self._idle = 0
 
     def run(self, batch: Sequence[Rows], policy: Policy) -> list[Result] | None:
-        """The results of a step; None, with nothing done, if there is no gain in beginning the next."""
+        """The results of a step; None, with nothing done, if beginning the next would not pay."""
         if not self._worthwhile(batch, policy):
             return None
         stages, size, device = self._stages, len(batch), self._stages.launcher.device
@@ -64,7 +64,7 @@ class NextStepAhead:
         return [Result([token]) for token in drawn]
 
     def _worthwhile(self, batch: Sequence[Rows], policy: Policy) -> bool:
-        """Whether the device has more to do than it takes the host to begin it, all sequences go on, and there are
+        """Whether the device's work takes longer than its launch by the host, all sequences continue, and there are
         pages."""
         if policy == "never" or not all(isinstance(rows.ask, Next) and rows.ask.at_most > 1 for rows in batch):
             return False

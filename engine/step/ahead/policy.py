@@ -1,4 +1,4 @@
-"""When the host launches work before it has read what earlier work gave: a seam for operators, tests, measurements."""
+"""When the host launches work before it has read earlier results: a setting for operators, tests and measurements."""
 
 from dataclasses import dataclass
 
