@@ -419,7 +419,7 @@ def test_patching_missing_in_metas_training_arguments_is_taken_from_the_models(t
     (folder / "train_args.json").write_text(json.dumps({"data": {"patcher_args": {"threshold": 1.25}}}))
     found = load(folder)
     assert found.config.patching == PatchingRule(threshold=1.25, threshold_add=0.1, max_patch_length=7)
-    assert [note for note in found.notes if "threshold = 1.25 counts" in note and "not 1.574" in note] == list(
+    assert [note for note in found.notes if "threshold = 1.25 is used" in note and "not 1.574" in note] == list(
         found.notes
     )
 

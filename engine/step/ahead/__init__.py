@@ -40,14 +40,13 @@ class Ahead:
         kinds = {type(rows.ask) for rows in batch}
         if len(kinds) > 1 or not all(map(_is_plain, batch)):
             return None
-        policy = self.policy
-        match kinds.pop():
-            case kind if kind is Next:
-                return self._bytes.run(batch, policy.bytes) or self._next_step.run(batch, policy.next_step)
-            case kind if kind is Draft and not self._cells_are_encoded:
-                return self._drafts.run(batch, policy.drafts)
-            case kind if kind is Unmask:
-                return self._blocks.run(batch, policy.blocks)
+        (kind,) = kinds
+        if kind is Next:
+            return self._bytes.run(batch, self.policy.bytes) or self._next_step.run(batch, self.policy.next_step)
+        if kind is Draft and not self._cells_are_encoded:
+            return self._drafts.run(batch, self.policy.drafts)
+        if kind is Unmask:
+            return self._blocks.run(batch, self.policy.blocks)
         return None
 
 
