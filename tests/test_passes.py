@@ -1,5 +1,6 @@
 """Several passes in one step: what it saves, and that nothing else changes."""
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any
 import pytest
 
 from engine.config import EOS_ID
+from engine.costs.latency import READBACK
 from engine.costs.ledger import Launch
 from engine.counts import STAGES
 from engine.engine import Engine
 from engine.model import Decoder
+from engine.step.ahead import blocks
 from engine.step.ahead.policy import RunAhead
+from engine.step.blocks import block_tensors
 from engine.types import Delta, Finished, Request, SamplingParams, UnmaskRule, Usage
 from tests.engines import Output, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text
@@ -218,7 +222,22 @@ def test_the_latency_model_ignores_launches_that_record_graphs(model: Path, way:
     assert set(steps) == {False, True}
     assert seen.count("step") == steps.count(False)
     assert sum(map(seen.count, STAGES)) == sum(not new for _, new in launched)
-    assert seen.count("asking") <= sum(name == "unmask" and not new for name, new in launched)
+    readbacks = seen.count(READBACK)
+    assert readbacks <= sum(name == "unmask" and not new for name, new in launched)
+    assert readbacks or way != "blt-d"
+
+
+def test_the_time_of_a_readback_includes_sending_the_blocks_to_the_device(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a launch more would cost the host counts against it."""
+    delay = 0.01
+    monkeypatch.setattr(blocks, "block_tensors", lambda *given: (time.sleep(delay), block_tensors(*given))[1])
+    engine = make_engine(model)
+    readbacks: list[float] = []
+    engine.ledger.latency.observe = lambda stage, rows, seconds: readbacks.extend([seconds] * (stage == READBACK))  # type: ignore[method-assign]
+    run(engine, [request("a", text(30, 2), 12, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.999))])
+    assert readbacks and min(readbacks) >= delay
 
 
 def test_needless_passes_over_blocks_are_charged_to_no_request_but_timed(model: Path) -> None:

@@ -72,11 +72,11 @@ class BlocksAhead:
         blocks = _Blocks(asks, mask, planned, self._draws(batch, planned.padded))
         begin = partial(_Passes, self._kernels, mask_id=mask)
         while all(mask in result.ids for result in results):
-            known = results[0].passes
+            began, known = time.perf_counter(), results[0].passes
             further = self._further(known, blocks, policy)
             tensors = self._tensors(blocks, results)
             if logits is None:
-                results = self._launch_and_read(blocks, tensors, results, 1 + further)
+                results = self._launch_and_read(blocks, tensors, results, 1 + further, began)
                 continue
             first = begin(tensors)
             first.take(padded_tensor(logits, planned.padded))
@@ -96,13 +96,14 @@ class BlocksAhead:
         return results
 
     def _launch_and_read(
-        self, blocks: _Blocks, tensors: dict[str, Tensor], results: list[Result], passes: int
+        self, blocks: _Blocks, tensors: dict[str, Tensor], results: list[Result], passes: int, began: float
     ) -> list[Result]:
-        began, known = time.perf_counter(), results[0].passes
+        """The blocks after so many more passes. began: when it was decided how many."""
+        known = results[0].passes
         launch, out = self._passes(blocks, tensors, passes)
         results = _after(results, out.tolist(), passes, blocks.mask)
         if not launch.recorded:
-            # All time outside the passes counts as reading.
+            # All it took but the passes: what it takes to send the blocks, launch and read.
             seconds = max(time.perf_counter() - began - self._ledger.seconds(launch), 0.0)
             self._ledger.latency.observe(READBACK, blocks.rows.num_rows, seconds)
         self._charge(launch, blocks.rows, results, known)
