@@ -13,11 +13,13 @@ from torch import Tensor
 
 from engine.checkpoint import load
 from engine.config import EOS_ID, HashConfig, PatchingRule
+from engine.decoders import Decoder, Round, SequenceView, Verify
+from engine.decoders.phrases import accept
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.types import Finished, Request, SamplingParams, UnmaskRule
 from tests import reference
-from tests.engines import Output, crowded_engine, feeding, make_engine, request, run, save_ours
+from tests.engines import Output, crowded_engine, feeding, make_engine, request, run, save_ours, usage
 from tests.models import HF_MODELS, our_config, our_model, text
 
 NEAR_TIE = 1e-5
@@ -164,6 +166,35 @@ def test_scores_of_exact_decoders_equal_blts(model: Path) -> None:
     for name, out in run(engine, batch).items():
         assert_same(out, wanted[name.split("-")[1]])
         assert out.logprobs == wanted[name.split("-")[1]].logprobs
+
+
+class Foretold(Decoder):
+    """Lets the model verify a given text, from the first round on: rows of the prompt run with the drafts."""
+
+    def __init__(self, text: list[int]) -> None:
+        self._text = text
+
+    def round(self, sequence: SequenceView, room: int) -> Round:
+        begin = sequence.request.max_tokens - sequence.tokens_left
+        drafts = self._text[begin : begin + min(4, sequence.tokens_left - 1)]
+        return accept(drafts, (yield Verify(drafts)))
+
+
+@pytest.mark.parametrize("budget", [512, 17])
+def test_drafts_verified_with_the_end_of_a_prompt_see_all_of_it(tmp_path: Path, budget: int) -> None:
+    """Its rows have not run as drafts do, so the decoder skips none of them, however long the open patch is."""
+    config, tensors = our_model(our_config(), 5)
+    folder = save_ours(tmp_path / "model", (replace(config, patching=PatchingRule(threshold=99.0)), tensors))
+    asked = request("a", text(40, 2), 12)
+    wanted = run(make_engine(folder), [asked])["a"].ids
+    engine = make_engine(folder, max_step_rows=budget)
+    engine.add(asked, Foretold(wanted))
+    output = Output()
+    while engine.has_work:
+        for event in engine.step():
+            output.take(event)
+    assert output.ids == wanted
+    assert usage(output).accepted == usage(output).drafted > 0
 
 
 def test_a_step_of_any_batch_calls_every_stage_at_most_once(model: Path) -> None:

@@ -166,15 +166,22 @@ class DecoderStage:
         padded = plans[0].padded
         return launch, self._launcher.run(launch, stage, padded, arrays, *each, tensors=tensors, name=name, times=times)
 
+    def may_skip(self, rows: Rows) -> bool:
+        """Whether it depends on where patches close which rows run: only if they begin with rows that drafted, and
+        not for scores, which must come from one pass of the whole model."""
+        ask = rows.ask
+        if not isinstance(ask, Verify) or not ask.exact or rows.sequence.request.logprobs is not None:
+            return False
+        return rows.start == rows.end - len(ask.drafts) - 1
+
     def skip_exact(self, rows: Rows) -> None:
-        """Lets the decoder skip rows that were exact when they drafted: those up to the first that closes a patch,
-        whose latent did not exist then. Scores must come from one pass of the whole model."""
-        if not isinstance(rows.ask, Verify) or rows.sequence.request.logprobs is not None:
+        """Lets the decoder skip rows that were exact when they drafted: up to the first that closes a patch, which read
+        a latent that was not there."""
+        if not isinstance(rows.ask, Verify) or not self.may_skip(rows):
             return
         starts = rows.sequence.patching.starts
         closing = bisect_right(starts, rows.start)
         first = starts[closing] - 1 if closing < len(starts) else rows.end
-        exact = rows.end - len(rows.ask.drafts) - 1 + rows.ask.exact
-        rows.decode_from = max(min(first, exact), rows.start)
+        rows.decode_from = min(first, rows.start + rows.ask.exact)
         rows.logits_from = max(rows.logits_from, rows.decode_from)
         rows.drawn_from = max(rows.drawn_from, rows.decode_from)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..config import BYTE_OFFSET
 from ..costs.ledger import Launch, Ledger
-from ..decoders import Verify
 from ..memory.caches import Caches
 from ..memory.memory import Hold, Memory
 from ..model import Model
@@ -74,7 +73,7 @@ class Stages:
         text = [rows for rows in batch if rows.num_text]
         decide, states = self._take_up(batch, text) or self._first_half(batch, text)
         # While the device runs these, the host plans the decoder's rows, unless boundaries decide which rows run.
-        skips = any(isinstance(rows.ask, Verify) for rows in batch)
+        skips = any(map(self.decoder.may_skip, batch))
         planned = None if skips else self.decoder.plan(batch)
         if decide:
             decide()
