@@ -5,7 +5,8 @@ import time
 from itertools import count
 
 from . import admission
-from .build import build, calibrate
+from .build import build
+from .calibrate import calibrate
 from .config import EngineConfig
 from .decoders import Committed, Decoder, Result, SharedPrior, Verify, make_decoder
 from .output import usage_of
@@ -34,10 +35,14 @@ class Engine:
         self._prior = SharedPrior()
         self.prompt_rows = config.max_step_rows
         """Most rows of prompts in a step."""
+        self._sequences: dict[str, Sequence] = {}
         self.reset()
 
     def reset(self) -> None:
-        """Resets queues, events and counters."""
+        """Drops all requests and resets the counters."""
+        for sequence in self._sequences.values():
+            self.memory.release(sequence)
+        self.stepper.stages.discard()
         config = self.config
         self._scheduler = Scheduler(
             self.memory,
@@ -47,12 +52,12 @@ class Engine:
         )
         self.ledger.reset()
         self._report = Report(self.parts)
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences = {}
         self._arrivals = count()
         self._events: list[Event] = []
 
     def calibrate(self) -> None:
-        """See `engine.build.calibrate`. Optional; must come before the first request."""
+        """See `engine.calibrate`. Optional; must come before the first request."""
         self.prompt_rows = calibrate(self)
         self.reset()
 

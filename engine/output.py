@@ -82,8 +82,8 @@ class Output:
         return Delta(id=self._request.id, prompt_logprobs=list(self._prompt_scores))
 
     def finished(self, reason: FinishReason, usage: Usage) -> Finished:
-        """The last event; releases what was held back."""
-        text = self._stopping.flush()
+        """The last event. It releases what was held back, unless the client has left."""
+        text = b"" if reason == "abort" else self._stopping.flush()
         return Finished(
             id=self._request.id, reason=reason, text=text, usage=usage, cumulative_logprob=self._cumulative_logprob
         )

@@ -93,6 +93,11 @@ class Rows(msgspec.Struct):
         return self.end - self.logits_from + len(self.cells)
 
     @property
+    def num_skipped(self) -> int:
+        """Of Verify: drafts that stand unchecked, because the decoder skips the rows before them."""
+        return self.drawn_from - self.end + len(self.ask.drafts) + 1 if isinstance(self.ask, Verify) else 0
+
+    @property
     def num_drawn(self) -> int:
         return self.end - self.drawn_from + len(self.cells) if self.ask else 0
 

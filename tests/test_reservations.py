@@ -80,3 +80,13 @@ def test_rows_that_do_not_fit_are_not_reserved_in_part(engine: Engine) -> None:
         engine.memory.reserve(more)
     assert not any(table.pages for table in more.sequence.tables.values())
     assert not engine.memory.reserve_all([Reach(more.sequence, LONGEST, LONGEST + 1)]), "beyond the longest text"
+
+
+def test_reset_drops_all_requests_and_frees_their_pages(engine: Engine) -> None:
+    engine.add(request("dropped", text(50, 9), 40))
+    engine.step()
+    assert engine.has_work and any(pool.num_used for pool in engine.memory.caches.pools.values())
+    engine.reset()
+    assert not engine.has_work
+    assert not any(pool.num_used for pool in engine.memory.caches.pools.values())
+    assert run(engine, [request("dropped", text(50, 9), 4)])["dropped"].ids

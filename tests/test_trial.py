@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.build import measure
+from engine.calibrate import measure
 from engine.config import EngineConfig
 from engine.costs import calibration as trial
 from engine.costs.calibration import LEAST_PROMPT_ROWS, MeasuredStep, measure_steps, prompt_rows

@@ -140,7 +140,7 @@ def _accepted(drawing: Sequence[Rows], drawn: Tensor, kernels: Kernels) -> list[
     for rows in drawing:
         drafts: Sequence[int] = ()
         if isinstance(rows.ask, Verify):
-            drafts = rows.ask.drafts[rows.drawn_from - rows.end + len(rows.ask.drafts) + 1 :]
+            drafts = rows.ask.drafts[rows.num_skipped :]
         rows_of.append(range(at, at + len(drafts)))
         drafts_of.append(drafts)
         at += rows.num_drawn
@@ -159,8 +159,7 @@ def _result(rows: Rows, chosen: list[int], scores: list[TokenLogprob], accepted:
     if not isinstance(rows.ask, Verify):
         return Result(chosen, scores=scores)
     # Rows that the decoder skipped were exact when they drafted, so the bytes after them stand.
-    skipped = rows.drawn_from - rows.end + len(rows.ask.drafts) + 1
-    return Result([chosen[accepted]], skipped + accepted, scores=scores)
+    return Result([chosen[accepted]], rows.num_skipped + accepted, scores=scores)
 
 
 class _Blocks:

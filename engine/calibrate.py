@@ -1,0 +1,78 @@
+"""Measures what steps of an engine cost on this machine, before it serves."""
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .build import device_name
+from .costs import calibration
+from .types import Request
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+log = logging.getLogger("fastblt.engine")
+
+
+def calibrate(engine: "Engine") -> int:
+    """Calibrates an engine's latency model, from its file of stage costs if there is one, else from steps that it runs;
+    the engine is otherwise unchanged. Takes up to two seconds, and up to a minute more if kernels must be compiled and
+    recorded. Returns how many rows of prompts a step can have.
+
+    Raises ValueError for a file that does not hold stage costs, OSError for one that cannot be read or written.
+    """
+    config, identity = engine.config, _identity(engine)
+    path = Path(config.stage_costs) if config.stage_costs else None
+    steps = calibration.read(path, identity) if path else None
+    if steps is None:
+        steps = measure(engine)
+        if path:
+            calibration.write(path, identity, steps)
+    for measured in steps:
+        for stage, (rows, seconds) in measured.stages.items():
+            engine.ledger.latency.calibrate(stage, rows, seconds)
+    rows = calibration.prompt_rows(steps, config.max_stall_ms / 1000, config.max_step_rows)
+    log.info("calibrated: shortest step %.3g ms, prompt budget %d rows", 1000 * steps[0].seconds, rows)
+    return rows
+
+
+def _identity(engine: "Engine") -> dict[str, str | int]:
+    """What the cost of a step depends on."""
+    config = engine.config
+    return {
+        "model": config.model,
+        "parameters": engine.limits.parameters,
+        "patching": str(engine.model_config.patching),
+        "dtype": config.dtype,
+        "weights": config.weights or config.dtype,
+        "device": device_name(engine.stepper.device),
+        "kernels": engine.parts.kernels.name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def measure(engine: "Engine") -> list[calibration.MeasuredStep]:
+    """Runs some steps and leaves the engine unchanged; only time passes."""
+    ledger, memory, recording = engine.ledger, engine.memory, calibration.RecordingModel()
+    latency, ledger.latency = ledger.latency, recording
+    prefixes, memory.prefixes = memory.prefixes, None
+
+    def step(rows: int) -> calibration.MeasuredStep:
+        prompt = calibration.PROMPT[:rows]
+        engine.add(Request(id="calibration", prompt_ids=prompt, max_tokens=1, ignore_eos=True))
+        began = time.perf_counter()
+        while engine.has_work:
+            engine.step()
+        seconds = time.perf_counter() - began
+        ledger.poll()
+        return recording.step(rows, seconds)
+
+    try:
+        most_rows = min(engine.config.max_step_rows, memory.caches.max_length - 1)
+        return calibration.measure_steps(step, most_rows, lambda: engine.stepper.executor.num_recorded)
+    finally:
+        ledger.latency, memory.prefixes = latency, prefixes
+        engine.reset()
