@@ -22,6 +22,7 @@ from . import plot, report
 from .generate import prompts
 from .paired import in_turn, shown, spread
 from .program import Content, Verdict, finish, parser, subject
+from .report import ROOT
 from .servers import commit_of, server, streams
 
 LEAST = 0.95
@@ -49,11 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         flags = [f"--max-sequences={max(options.concurrency)}", "--no-prefix-cache", f"--dtype={model.dtype}"]
         flags += [f"--device={model.device}", f"--num-threads={options.num_threads}"]
         pairs: dict[int, list[Pair]] = {count: [] for count in options.concurrency}
-        for _ in range(options.starts):
+        roots = (ROOT, options.against.resolve())
+        for number in range(options.starts):
+            # A server may be some per cent faster for as long as it lives because it started second: they alternate.
+            first = number % 2
             with (
-                server(model.path, *flags) as this,
-                server(model.path, *flags, root=options.against.resolve()) as other,
+                server(model.path, *flags, root=roots[first]) as one,
+                server(model.path, *flags, root=roots[1 - first]) as two,
             ):
+                this, other = (two, one) if first else (one, two)
                 for count, found in pairs.items():
                     found += measure(this, other, count, options)
     figures: dict[str, Any] = {
