@@ -50,7 +50,8 @@ class Unmask(msgspec.Struct, frozen=True):
 
 class Verify(msgspec.Struct, frozen=True):
     """How many of the drafts the model itself would give, and the byte that it gives after those: the last row of the
-    text and the drafts run through all stages.
+    text and the drafts run through all stages. That last row must not have run, so `Next` cannot come before it in a
+    round.
 
     exact: how many of these rows the decoder has run already while drafting, reading the newest latent. They are exact
     up to the first that closes a patch, and the decoder skips them that far.

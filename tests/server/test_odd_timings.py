@@ -130,7 +130,8 @@ async def test_metrics_counters_continue_when_the_engine_restarts() -> None:
         async def committed() -> list[str]:
             lines = (await http.get("/metrics")).text.splitlines()
             names = ("fastblt_committed_bytes_total", "fastblt_stage_rows_total", "fastblt_log_lines_dropped_total")
-            return sorted(line for line in lines if line.startswith(names))
+            # What this process dropped depends on the tests that ran before.
+            return sorted(line for line in lines if line.startswith(names) and 'process="server"' not in line)
 
         client.snapshot = Snapshot(
             decoders={"blt-s": DecoderCounts(committed=10)}, rows={"global": 5}, dropped_log_lines=2
@@ -138,7 +139,6 @@ async def test_metrics_counters_continue_when_the_engine_restarts() -> None:
         assert await committed() == [
             'fastblt_committed_bytes_total{decoder="blt-s"} 10.0',
             'fastblt_log_lines_dropped_total{process="engine"} 2.0',
-            'fastblt_log_lines_dropped_total{process="server"} 0.0',
             'fastblt_stage_rows_total{stage="global"} 5.0',
         ]
         client.snapshot = Snapshot()
@@ -149,7 +149,6 @@ async def test_metrics_counters_continue_when_the_engine_restarts() -> None:
         assert await committed() == [
             'fastblt_committed_bytes_total{decoder="blt-s"} 13.0',
             'fastblt_log_lines_dropped_total{process="engine"} 3.0',
-            'fastblt_log_lines_dropped_total{process="server"} 0.0',
             'fastblt_stage_rows_total{stage="global"} 7.0',
         ]
 
