@@ -27,8 +27,9 @@ class Share(NamedTuple):
 
 @dataclass(slots=True)
 class Launch:
-    """One launch of a stage. shares: each sequence's rows in a pass; num_rows: rows of a pass; passes: how many passes
-    it makes; recorded: whether it made a recording, which takes longer."""
+    """One launch of a stage. shares: each sequence's rows in a pass, none where passes differ in that (then `took` gets
+    those of each); num_rows: rows of a pass; passes: how many passes it makes; recorded: whether it made a recording,
+    which takes longer."""
 
     stage: str
     shares: list[Share]

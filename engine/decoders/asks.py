@@ -3,6 +3,7 @@
 Positions are places in the text. Row j is fed byte j and predicts byte j + 1.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from typing import Protocol
 
@@ -134,14 +135,14 @@ class SequenceView(Protocol):
     def counts(self) -> Counts: ...
 
 
-class Decoder:
+class Decoder(ABC):
     """Makes rounds for one sequence."""
 
-    def choose(self, sequence: SequenceView) -> None:
-        """Decides how the next round goes, if there is a choice. Called when the sequence comes and after every
+    def choose(self, sequence: SequenceView) -> None:  # noqa: B027
+        """Decides how the next round goes; most decoders have no choice. Called when the sequence comes and after every
         round."""
 
+    @abstractmethod
     def round(self, sequence: SequenceView, room: int) -> Round:
         """A round after the ids that are committed now; up to `room` rows may run through all stages, drafts among
         them."""
-        raise NotImplementedError
