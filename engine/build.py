@@ -15,13 +15,13 @@ from .costs.clock import clock_of
 from .costs.latency import LatencyModel
 from .costs.ledger import Ledger
 from .decoders.table import available
-from .memory.caches import Caches, plan_caches
+from .memory.caches import Caches, longest_draft, plan_caches
 from .memory.memory import Memory
 from .memory.prefix import PrefixCache
 from .memory.room import check_room
+from .memory.text import Slots
 from .model import Model, RowFloors, find_row_floors
 from .model.layers import matrix_dtype
-from .step.ahead import RunAhead
 from .step.graphs import Eager, Graphs
 from .step.launch import Launcher
 from .step.stages import Stages
@@ -68,9 +68,11 @@ def build(config: EngineConfig) -> Parts:
     stage_bytes = StageBytes.of(
         loaded.config, dtype.itemsize, model.hash_itemsize, matrix_itemsize=model.matrix_itemsize, fp8=fp8
     )
-    latency = LatencyModel(loaded.config.decoder_input == "encoder", has_device=device.type != "cpu")
+    latency = LatencyModel(loaded.config.decoder_input == "encoder")
     ledger = Ledger(stage_bytes, latency, clock_of(device))
-    memory = Memory(caches, PrefixCache(caches) if config.prefix_cache else None)
+    # A draft may stand after the longest text, and a byte after it.
+    slots = Slots(config.max_sequences, caches.max_length + longest_draft(loaded.config) + 2, device)
+    memory = Memory(caches, PrefixCache(caches) if config.prefix_cache else None, slots)
     given = config.isolate_documents
     isolate = loaded.config.isolate_documents if given is None else given
     stages = _stages(config, model, floors, memory, ledger, device, isolate=isolate)
@@ -80,7 +82,7 @@ def build(config: EngineConfig) -> Parts:
         kernels=kernels,
         memory=memory,
         ledger=ledger,
-        stepper=Stepper(stages, memory, ledger, kernels, RunAhead.everywhere(config.run_ahead)),
+        stepper=Stepper(stages, memory, ledger, kernels, config.run_ahead),
         stage_bytes=stage_bytes,
         formula=PaperFormula.of(loaded.config, dtype.itemsize),
         isolates_documents=isolate,

@@ -233,7 +233,7 @@ class EngineConfig:
             "never. No text depends on it."
         ),
     )
-    """See `engine.step.ahead.policy`."""
+    """See `engine.step.ahead`."""
     num_threads: int | None = field(
         default=None, metadata=_flag("CPU threads for tensor work; by default one per core.", 1)
     )

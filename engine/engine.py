@@ -127,7 +127,7 @@ class Engine:
             if self._sequences:
                 raise RuntimeError(f"{len(self._sequences)} sequences wait, but none fits into the caches")
         # A step begun ahead cannot be used once one of its requests has ended.
-        self.stepper.stages.discard(broken=True)
+        self.stepper.stages.discard(lost=True)
         events, self._events = self._events, []
         return events
 

@@ -14,7 +14,8 @@ class Rows(msgspec.Struct):
     decoder alone (through the encoder too, where the decoder reads its states); the last `num_block` of them see each
     other.
 
-    While a step verifies drafts they are the end of `sequence.ids`, so that their rows are rows of the text.
+    Their ids are on the device (`engine.memory.text`). Drafts that a step verifies have rows of the text too, after
+    those of `sequence.ids`.
     """
 
     sequence: Sequence
@@ -22,7 +23,7 @@ class Rows(msgspec.Struct):
     end: int
     ask: Ask | None = None
     """None for rows before the ask, which only fill the caches."""
-    cells: Seq[int] = ()
+    num_cells: int = 0
     cells_start: int = 0
     num_block: int = 0
     drawn_from: int = 0
@@ -51,14 +52,13 @@ class Rows(msgspec.Struct):
             case Verify():
                 return cls._make(sequence, ask, end + len(ask.drafts), max(start, end - 1))
             case Draft():
-                known = ask.known or sequence.ids
                 rows = cls._make(sequence, ask, start, start)
-                rows.cells, rows.cells_start = (known[-1],), end - 1 + len(ask.known)
+                rows.num_cells, rows.cells_start = 1, end - 1 + len(ask.known)
             case Unmask():
-                lead = sequence.ids[-1:] if ask.lead else []
                 text = end if ask.close_patch else start
                 rows = cls._make(sequence, ask, text, text)
-                rows.cells, rows.cells_start, rows.num_block = (*lead, *ask.block), end - len(lead), len(ask.block)
+                rows.num_block = len(ask.block)
+                rows.num_cells, rows.cells_start = ask.lead + len(ask.block), end - ask.lead
         return rows
 
     @classmethod
@@ -66,22 +66,36 @@ class Rows(msgspec.Struct):
         start = sequence.num_computed
         logits_from = start if sequence.scores_prompt else drawn_from
         counted_from = max(sequence.num_prompt - 1, sequence.patching.decided)
-        return cls(sequence, start, end, ask, (), 0, 0, drawn_from, logits_from, start, counted_from)
+        return cls(sequence, start, end, ask, 0, 0, 0, drawn_from, logits_from, start, counted_from)
 
     @property
     def num_text(self) -> int:
         return self.end - self.start
 
     @property
+    def given(self) -> Seq[int]:
+        """The ids after the text that the ask brings along."""
+        match self.ask:
+            case Draft(ids) | Unmask(ids) | Verify(ids):
+                return ids
+            case _:
+                return ()
+
+    @property
+    def num_decided(self) -> int:
+        """Rows of the text whose boundaries are known: they run for a second time."""
+        return min(max(self.sequence.patching.decided - self.start, 0), self.num_text)
+
+    @property
     def num_rows(self) -> int:
-        return self.end - self.start + len(self.cells)
+        return self.end - self.start + self.num_cells
 
     @property
     def reach(self) -> int:
         """The position after the last row that the ask may lead to."""
         if isinstance(self.ask, Draft):
             return self.cells_start + self.ask.at_most
-        return self.cells_start + len(self.cells) if self.cells else self.end
+        return self.cells_start + self.num_cells if self.num_cells else self.end
 
     @property
     def closes_patch(self) -> bool:
@@ -90,7 +104,7 @@ class Rows(msgspec.Struct):
 
     @property
     def num_logits(self) -> int:
-        return self.end - self.logits_from + len(self.cells)
+        return self.end - self.logits_from + self.num_cells
 
     @property
     def num_skipped(self) -> int:
@@ -99,12 +113,12 @@ class Rows(msgspec.Struct):
 
     @property
     def num_drawn(self) -> int:
-        return self.end - self.drawn_from + len(self.cells) if self.ask else 0
+        return self.end - self.drawn_from + self.num_cells if self.ask else 0
 
     @property
     def drawn_places(self) -> list[int]:
         """Where in the text each drawn byte stands: a block's cell at its own place, any other row's one further."""
-        causal = self.cells_start + len(self.cells) - self.num_block
+        causal = self.cells_start + self.num_cells - self.num_block
         return [
             *range(self.drawn_from + 1, self.end + 1),
             *range(self.cells_start + 1, causal + 1),

@@ -39,9 +39,8 @@ def pieces(documents: list[int], start: int, end: int) -> list[tuple[int, int, i
 class Sequence:
     """The state of one request.
 
-    `ids` is prompt plus output. `num_computed` rows of it have passed all stages and sit in the caches; a preempted
-    sequence starts again from 0, with its patch starts kept, since a decided boundary is frozen. While a step verifies
-    drafts, `ids` ends with them; between steps it never does.
+    `ids` is prompt plus output, all of it committed. `num_computed` rows of it have passed all stages and sit in the
+    caches; a preempted sequence starts again from 0, with its patch starts kept, since a decided boundary is frozen.
 
     Each part has one writer: this file for ids, rows and patches; `engine.scheduler` for its place in the order,
     `engine.memory` for its pages, `engine.output` for what its client knows, `engine.costs.ledger` for its counts.
@@ -81,6 +80,8 @@ class Sequence:
         """Place in the order of all, given by the scheduler."""
         self.preemptions = 0
         self.tables = tables
+        self.slot = 0
+        """Where its text lies on the device; 0 for nowhere."""
         self.prefix: Node | None = None
         """Its longest cached prefix, if it uses the prefix cache."""
         self.output = Output(request)
@@ -170,7 +171,7 @@ class Sequence:
         `Patching.resume`."""
         self.num_computed = end
         self.patching.resume(starts, entropies)
-        self.note_patch_documents(0, num_closed)
+        self.note_patch_documents(num_closed)
 
     def restart(self) -> None:
         """Its pages were given back: all rows must run again, and the current round is dropped."""
@@ -182,19 +183,9 @@ class Sequence:
     def append(self, ids: Seq[int]) -> None:
         """Commits generated ids."""
         self.id_counts.update(ids)
-        self.extend(ids)
-
-    def extend(self, ids: Iterable[int]) -> None:
-        """Adds ids after the committed ones, for a step to verify."""
         before = len(self.ids)
         self.ids += ids
         self._note_documents(before)
-
-    def retract(self, end: int) -> None:
-        """Takes back the ids from `end` on."""
-        del self.ids[end:]
-        while self.documents[-1] > end:
-            self.documents.pop()
 
     def _note_documents(self, start: int) -> None:
         self.documents += [i + 1 for i in range(start, len(self.ids)) if self.ids[i] == EOS_ID]
@@ -215,16 +206,11 @@ class Sequence:
         """Takes the patcher's results for the next bytes; see `Patching.take`."""
         self.patching.take(entropies, opens)
 
-    def undecide(self, end: int) -> None:
-        """Takes back decisions after the first `end` bytes."""
-        self.patching.cut(end)
-
-    def note_patch_documents(self, begin: int, end: int) -> None:
-        """A patch that holds an EOS, of those from `begin` up to `end`, ends a document for the global stage."""
-        starts = self.patching.starts
-        for patch in range(begin, end):
-            after = patch + 1
-            if self.patch_documents[-1] < after and EOS_ID in self.ids[starts[patch] : starts[after]]:
+    def note_patch_documents(self, end: int) -> None:
+        """A patch that holds an EOS, of those before `end`, ends a document for the global stage."""
+        for document in self.documents[1:]:
+            after = self.patch_of(document - 1) + 1
+            if self.patch_documents[-1] < after <= end:
                 self.patch_documents.append(after)
 
     def patch_of(self, byte: int) -> int:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .lang import await_inputs, dot, jit, let_next_begin, overlap, power_of_two, tl
+from .gate import gate_options
+from .lang import await_inputs, dot, jit, let_next_begin, power_of_two, tl
 from .traffic import Traffic
 
 TILE = 16
@@ -275,14 +276,17 @@ def _merge(highest, total, out, highest_next, total_next, out_next):
 @jit(do_not_specialize_on_alignment=["first_ptr", "last_ptr", "tiles_ptr", "pages_ptr"])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, tiles_ptr, pages_ptr, out_ptr, partial_ptr,
-    heads, kv_heads, scale,
+    heads, kv_heads, scale, gate_ptr,
     SHARED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr,
-    SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLIT: tl.constexpr, GATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One tile and K/V head, with all query heads that share it; if SPLIT, one segment of them, into `partial`."""
     let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
+    if GATE:
+        if tl.load(gate_ptr) == 0:
+            return
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     begin = tl.load(tiles_ptr + tile * 5)
     count = tl.load(tiles_ptr + tile * 5 + 1)
@@ -332,13 +336,16 @@ def attention_kernel(
 
 @jit(do_not_specialize_on_alignment=["tiles_ptr"])
 def merge_kernel(
-    tiles_ptr, out_ptr, partial_ptr, heads, kv_heads, num_segments,
+    tiles_ptr, out_ptr, partial_ptr, heads, kv_heads, num_segments, gate_ptr,
     SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr, GATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Adds the segments of one tile and K/V head in their order."""
     let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
+    if GATE:
+        if tl.load(gate_ptr) == 0:
+            return
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     begin = tl.load(tiles_ptr + tile * 5)
     count = tl.load(tiles_ptr + tile * 5 + 1)
@@ -375,7 +382,7 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
     attention_kernel[grid](
         q, k_cache, v_cache, plan.first, plan.last, plan.tiles, plan.pages, out, partial,
         heads, kv_heads, head_dim**-0.5, PAGE_SIZE=page_size, BLOCK_KEYS=key_block(page_size), SPLIT=split, **block,
-        num_warps=4, num_stages=stages(page_size, head_dim, q.itemsize), enable_fp_fusion=False, **overlap(q),
+        num_warps=4, num_stages=stages(page_size, head_dim, q.itemsize), enable_fp_fusion=False, **gate_options(q),
     )  # fmt: skip
     if split:
         merge_kernel[grid[:2]](
@@ -388,7 +395,7 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
             **block,
             num_warps=4,
             enable_fp_fusion=False,
-            **overlap(q),
+            **gate_options(q),
         )
     return out
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .lang import await_inputs, jit, let_next_begin, overlap, tl
+from .text import Text
 from .traffic import Traffic
 
 _NO_LIMIT = 1 << 30
@@ -28,22 +29,33 @@ class Rule(NamedTuple):
     longest: int = 0
 
 
-def boundaries(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -> Tensor:
-    """The entropies again, and whether the byte after each row starts a patch: (2, R) float32, for one copy to the
-    host. Rows in no span are zeros.
+def boundaries(entropies: Tensor, text: Text, spans: Tensor, rule: Rule) -> Tensor:
+    """Decides after each row whether the next byte starts a patch. Writes the entropies into the text, and the patches
+    of the next bytes. Returns the entropies and decisions, (2, R) float32, for one copy to the host; rows in no span
+    are zeros.
 
-    entropies (R,) float32. spans (S, 4) int64: a sequence's first row, its number of rows, the index of its first byte,
-    and the index of its open patch's first byte. previous (S,) float64: the entropy after the byte before.
+    entropies (R,) float32. spans (S, 4) int64: a sequence's first row, its number of rows, and the place and position
+    of its first byte.
     """
-    values, before = entropies.cpu().numpy(), previous.cpu().numpy().astype(np.float32)
+    values, known = entropies.cpu().numpy(), Text(*(tensor.cpu() for tensor in text))
     found = np.zeros((2, len(values)), dtype=np.float32)
-    for (row, count, byte, start), last in zip(spans.tolist(), before, strict=True):
+    for row, count, at, byte in spans.tolist():
+        if not count:
+            continue
+        start, patch = int(known.patch_start[at]), int(known.patch[at])
+        last = np.float32(known.entropies[at - 1].item() if byte else 0)
+        starts, patches = [], []
         for r in range(row, row + count):
             byte += 1
             opens = starts_patch(values[r], last, byte, byte - start, rule)
             found[:, r] = values[r], opens
-            start = byte if opens else start
+            start, patch = (byte, patch + 1) if opens else (start, patch)
+            starts.append(start)
+            patches.append(patch)
             last = values[r]
+        text.entropies[at : at + count] = entropies[row : row + count]
+        text.patch_start[at + 1 : at + count + 1] = torch.tensor(starts, dtype=torch.int32)
+        text.patch[at + 1 : at + count + 1] = torch.tensor(patches, dtype=torch.int32)
     return torch.from_numpy(found).to(entropies.device)
 
 
@@ -62,12 +74,12 @@ def starts_patch(now: np.float32, before: np.float32, byte: int, length: int, ru
 
 
 def traffic(rows: int, spans: int) -> Traffic:
-    return Traffic(4 * rows + 8 * spans, 8 * rows)
+    return Traffic(4 * rows + 44 * spans, 20 * rows)
 
 
-@jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["entropies_ptr", "previous_ptr", "spans_ptr"])
+@jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["entropies_ptr", "spans_ptr"])
 def boundaries_kernel(
-    entropies_ptr, previous_ptr, spans_ptr, found_ptr, rows, threshold, rise, longest,
+    entropies_ptr, before_ptr, patch_ptr, start_ptr, spans_ptr, found_ptr, rows, threshold, rise, longest,
     EVERY_BYTE: tl.constexpr, MONOTONIC: tl.constexpr, RISE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One sequence, row after row: the length of the open patch depends on every decision before."""
@@ -76,9 +88,11 @@ def boundaries_kernel(
     span = tl.program_id(0)
     row = tl.load(spans_ptr + span * 4)
     count = tl.load(spans_ptr + span * 4 + 1)
-    byte = tl.load(spans_ptr + span * 4 + 2)
-    start = tl.load(spans_ptr + span * 4 + 3)
-    before = tl.load(previous_ptr + span).to(tl.float32)
+    at = tl.load(spans_ptr + span * 4 + 2)
+    byte = tl.load(spans_ptr + span * 4 + 3)
+    patch = tl.load(patch_ptr + at).to(tl.int64)
+    start = tl.load(start_ptr + at).to(tl.int64)
+    before = tl.load(before_ptr + at - 1, mask=byte > 0, other=0.0)
     for r in range(row, row + count):
         now = tl.load(entropies_ptr + r)
         byte += 1
@@ -94,16 +108,21 @@ def boundaries_kernel(
         tl.store(found_ptr + r, now)
         tl.store(found_ptr + rows + r, opens.to(tl.float32))
         start = tl.where(opens, byte, start)
+        patch += opens.to(tl.int64)
+        tl.store(before_ptr + at, now)
+        at += 1
+        tl.store(patch_ptr + at, patch.to(tl.int32))
+        tl.store(start_ptr + at, start.to(tl.int32))
         before = now
 
 
-def boundaries_triton(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -> Tensor:
+def boundaries_triton(entropies: Tensor, text: Text, spans: Tensor, rule: Rule) -> Tensor:
     """As `boundaries`."""
     rows = len(entropies)
     found = torch.zeros(2, rows, device=entropies.device)
     boundaries_kernel[(len(spans),)](
-        entropies, previous, spans, found, rows, rule.threshold, rule.rise or 0.0, rule.longest or _NO_LIMIT,
-        EVERY_BYTE=rule.every_byte, MONOTONIC=rule.monotonic, RISE=rule.rise is not None, num_warps=1,
-        **overlap(entropies),
+        entropies, text.entropies, text.patch, text.patch_start, spans, found, rows, rule.threshold, rule.rise or 0.0,
+        rule.longest or _NO_LIMIT, EVERY_BYTE=rule.every_byte, MONOTONIC=rule.monotonic, RISE=rule.rise is not None,
+        num_warps=1, **overlap(entropies),
     )  # fmt: skip
     return found

@@ -9,10 +9,12 @@ from . import (
     attention,
     available,
     boundary,
+    closing,
     cross_attention,
     entropy,
     hash_embed,
     lang,
+    latents,
     linear,
     native,
     planning,
@@ -37,6 +39,8 @@ class Kernels:
     """Most rows in a tile of attention; None takes the machine's row floor."""
     widens = False
     """Whether `linear` takes bfloat16 matrices for float32 rows."""
+    gates = False
+    """Whether kernels ask their gate; otherwise the host must (`kernels.gate`)."""
 
     linear = staticmethod(linear.linear)
     attention = staticmethod(attention.attention)
@@ -48,6 +52,8 @@ class Kernels:
     patch_max = staticmethod(pooling.patch_max)
     entropy = staticmethod(entropy.entropy)
     boundaries = staticmethod(boundary.boundaries)
+    closing = staticmethod(closing.closing)
+    latent_places = staticmethod(latents.latent_places)
     confidence_and_entropy = staticmethod(unmasking.confidence_and_entropy)
     unmask = staticmethod(unmasking.unmask)
     argmax = staticmethod(sampling.argmax)
@@ -76,6 +82,7 @@ class TritonKernels(Kernels):
 
     name: KernelName = "triton"
     tile: int | None = attention.TILE
+    gates = True
 
     linear = staticmethod(linear.linear_triton)
     attention = staticmethod(attention.attention_triton)
@@ -87,6 +94,8 @@ class TritonKernels(Kernels):
     patch_max = staticmethod(pooling.patch_max_triton)
     entropy = staticmethod(entropy.entropy_triton)
     boundaries = staticmethod(boundary.boundaries_triton)
+    closing = staticmethod(closing.closing_triton)
+    latent_places = staticmethod(latents.latent_places_triton)
     confidence_and_entropy = staticmethod(unmasking.confidence_and_entropy_triton)
     unmask = staticmethod(unmasking.unmask_triton)
     argmax = staticmethod(sampling.argmax_triton)

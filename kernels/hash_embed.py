@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .lang import await_inputs, blocks, jit, let_next_begin, overlap, power_of_two, tl
+from .text import windows
 from .traffic import Traffic
 
 PRIMES = (
@@ -81,13 +82,14 @@ def ngram_hashes(windows: Tensor, group_sizes: Sequence[int], num_functions: int
     return torch.stack(hashes, dim=1)
 
 
-def hash_embed(windows: Tensor, embedding: Tensor, hashing: HashTables) -> Tensor:
+def hash_embed(ids: Tensor, at: Tensor, positions: Tensor, embedding: Tensor, hashing: HashTables) -> Tensor:
     """embedding[id] + the sum over tables t of tables[t][its hash]: (R, d) in embedding's dtype and device.
 
-    windows as in `ngram_hashes` (its last column is the byte itself).
+    ids: of `kernels.text.Text`; at, positions (R,) int64: the rows' places there, and their positions in their texts.
     """
-    hashes = ngram_hashes(windows, hashing.group_sizes, hashing.num_functions, hashing.rows)
-    x = F.embedding(windows[:, -1], embedding)
+    last = windows(ids, at, positions, max(hashing.group_sizes))
+    hashes = ngram_hashes(last, hashing.group_sizes, hashing.num_functions, hashing.rows)
+    x = F.embedding(last[:, -1], embedding)
     for t, table in enumerate(hashing.tables):
         x = x + F.embedding(hashes[:, t].to(table.device), table).to(x)
     return x
@@ -98,10 +100,10 @@ def traffic(rows: int, dim: int, num_tables: int, width: int, itemsize: int, tab
     return Traffic(rows * (8 * width + dim * (itemsize + num_tables * table_itemsize)), rows * dim * itemsize)
 
 
-@jit(do_not_specialize_on_alignment=["windows_ptr"])
+@jit(do_not_specialize_on_alignment=["ids_ptr", "at_ptr", "positions_ptr"])
 def hash_embed_kernel(
-    windows_ptr, embedding_ptr, addresses_ptr, sizes_ptr, powers_ptr, table_ptr, out_ptr,
-    width, longest, num_sizes, num_tables, table_rows,
+    ids_ptr, at_ptr, positions_ptr, embedding_ptr, addresses_ptr, sizes_ptr, powers_ptr, table_ptr, out_ptr,
+    longest, num_sizes, num_tables, table_rows,
     DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One byte, one block of dimensions. table_ptr: any table, for its type."""
@@ -112,11 +114,13 @@ def hash_embed_kernel(
     m = i < DIM
     j = tl.arange(0, BLOCK_WIDTH)
     dtype = out_ptr.dtype.element_ty
-    own = tl.load(windows_ptr + row * width + width - 1)
+    at, position = tl.load(at_ptr + row), tl.load(positions_ptr + row)
+    own = tl.load(ids_ptr + at)
     x = tl.load(embedding_ptr + own * DIM + i, mask=m, other=0.0).to(tl.float32)
     for table in range(num_tables):
         size = tl.load(sizes_ptr + table % num_sizes)
-        ids = tl.load(windows_ptr + row * width + width - size + j, mask=j < size, other=0)
+        back = size - 1 - j
+        ids = tl.load(ids_ptr + at - back, mask=(back >= 0) & (back <= position), other=0)
         powers = tl.load(powers_ptr + (table // num_sizes) * longest + j, mask=j < size, other=0)
         hashed = tl.sum(ids * powers, 0) % table_rows
         # The remainder takes the sign of the hash; the row counts from 0.
@@ -127,16 +131,15 @@ def hash_embed_kernel(
     tl.store(out_ptr + row * DIM + i, x.to(dtype), mask=m)
 
 
-def hash_embed_triton(windows: Tensor, embedding: Tensor, hashing: HashTables) -> Tensor:
+def hash_embed_triton(ids: Tensor, at: Tensor, positions: Tensor, embedding: Tensor, hashing: HashTables) -> Tensor:
     """As `hash_embed`."""
-    rows, width = windows.shape
-    dim = embedding.shape[1]
+    rows, dim = at.shape[0], embedding.shape[1]
     out = embedding.new_empty(rows, dim)
-    block = hash_blocks(dim, width)
+    block = hash_blocks(dim, max(hashing.group_sizes))
     hash_embed_kernel[(rows, blocks(dim, block["BLOCK"]))](
-        windows, embedding, hashing.addresses, hashing.sizes, hashing.powers, hashing.tables[0], out,
-        width, hashing.powers.shape[1], len(hashing.group_sizes), len(hashing.tables), hashing.rows,
-        **block, num_warps=4, **overlap(windows),
+        ids, at, positions, embedding, hashing.addresses, hashing.sizes, hashing.powers, hashing.tables[0], out,
+        hashing.powers.shape[1], len(hashing.group_sizes), len(hashing.tables), hashing.rows,
+        **block, num_warps=4, **overlap(ids),
     )  # fmt: skip
     return out
 

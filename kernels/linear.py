@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gate import gate_options
 from .lang import (
     IN_INTERPRETER,
     await_inputs,
@@ -22,7 +23,6 @@ from .lang import (
     dot,
     jit,
     let_next_begin,
-    overlap,
     power_of_two,
     prefetch,
     tl,
@@ -93,13 +93,14 @@ def traffic(rows: int, out: int, width: int, itemsize: int, *, fp8: bool = False
 @jit(do_not_specialize=["rows"])
 def linear_kernel(
     x_ptr, w_ptr, scale_ptr, residual_ptr, out_ptr,
-    rows, out_dim, in_dim,
+    rows, out_dim, in_dim, gate_ptr,
     GATED: tl.constexpr, SCALED: tl.constexpr, RESIDUALS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, AHEAD: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    GATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One block of rows by one block of outputs. out_dim: outputs after the gate. AHEAD: elements of each weight row
-    prefetched while the kernel before still runs."""
+    prefetched while the kernel before still runs,
+    but not under a gate, which may be shut."""
     i_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     i_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     i_in = tl.arange(0, BLOCK_IN)
@@ -109,7 +110,7 @@ def linear_kernel(
     p_up = w_ptr + (i_out + out_dim).to(tl.int64)[:, None] * in_dim + i_in[None, :]
     dtype = x_ptr.dtype.element_ty
 
-    if OVERLAP and AHEAD > 0:
+    if OVERLAP and AHEAD > 0 and not GATE:
         LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
         i_line = tl.arange(0, BLOCK_OUT * AHEAD // LINE)
         # Nothing beyond the matrix is prefetched.
@@ -119,6 +120,9 @@ def linear_kernel(
         if GATED:
             prefetch((w_ptr + (ahead_out + out_dim) * in_dim + ahead_in).to(tl.int64))
     await_inputs(OVERLAP)
+    if GATE:
+        if tl.load(gate_ptr) == 0:
+            return
 
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     total_up = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
@@ -176,7 +180,7 @@ def linear_triton(
     linear_kernel[grid](
         x, weight.data, weight.scale, residual, y, rows, out, width,
         GATED=gated, SCALED=weight.scale is not None, RESIDUALS=0 if residual is None else 1 + twice,
-        **block, **overlap(x),
+        **block, **gate_options(x),
     )  # fmt: skip
     return y
 

@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lang import await_inputs, jit, let_next_begin, overlap, power_of_two, tl
+from .gate import gate_options
+from .lang import await_inputs, jit, let_next_begin, power_of_two, tl
 from .traffic import Traffic
 
 
@@ -20,7 +21,9 @@ def traffic(rows: int, width: int, itemsize: int) -> Traffic:
 
 
 @jit
-def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, width, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, width, eps, gate_ptr, BLOCK: tl.constexpr, GATE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """One row."""
     let_next_begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
@@ -28,6 +31,9 @@ def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, width, eps, BLOCK: tl.constexpr,
     m = i < width
     weight = tl.load(weight_ptr + i, mask=m, other=0.0).to(tl.float32)
     await_inputs(OVERLAP)
+    if GATE:
+        if tl.load(gate_ptr) == 0:
+            return
     x = tl.load(x_ptr + row * width + i, mask=m, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
     tl.store(out_ptr + row * width + i, (x * inverse * weight).to(out_ptr.dtype.element_ty), mask=m)
@@ -38,5 +44,5 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     would repeat it and delay its loads (measured on an H200)."""
     rows, width = x.shape
     out = x.new_empty(x.shape)
-    rms_norm_kernel[(rows,)](x, weight, out, width, eps, BLOCK=power_of_two(width), num_warps=4, **overlap(x))
+    rms_norm_kernel[(rows,)](x, weight, out, width, eps, BLOCK=power_of_two(width), num_warps=4, **gate_options(x))
     return out

@@ -1,22 +1,40 @@
 """Max-pooling of byte states into patches."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .lang import await_inputs, blocks, jit, let_next_begin, overlap, power_of_two, tl
+from .gate import gate_options
+from .lang import await_inputs, blocks, jit, let_next_begin, power_of_two, tl
 from .traffic import Traffic
 
 
-def patch_max(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor) -> Tensor:
-    """Elementwise maximum over the bytes of each patch: (P, dim).
+class PageTable(NamedTuple):
+    """The pages of some sequences in one cache.
 
-    cache (pages, page_size, dim): byte states; page, offset (N,) int64: where the patches' bytes lie, patch after
-    patch; bounds (P + 1,) int64: patch p has bytes bounds[p] .. bounds[p + 1] - 1 of them. The result of a patch
-    without bytes, which is padding, is zeros.
+    pages (S, P) int64: of each sequence, and zeros after them. first (S,) int64: the sequence's page number of the
+    first of them.
     """
-    states = cache[page, offset].float()[: int(bounds[-1])]
-    pooled = torch.segment_reduce(states, "max", lengths=bounds.diff(), axis=0)
-    return pooled.where(bounds.diff()[:, None] > 0, 0.0).to(cache.dtype)
+
+    pages: Tensor
+    first: Tensor
+
+
+def patch_max(cache: Tensor, table: PageTable, sequence: Tensor, begin: Tensor, after: Tensor) -> Tensor:
+    """Elementwise maximum over the bytes of each patch: (N, dim).
+
+    cache (pages, page_size, dim): byte states. sequence, begin, after (N,) int64: of each patch its sequence's row in
+    `table`, its first position and the one after it. The result of a patch without bytes, which is padding, is zeros.
+    """
+    lengths = after - begin
+    which = torch.repeat_interleave(torch.arange(len(begin), device=begin.device), lengths)
+    within = torch.arange(len(which), device=begin.device) - (lengths.cumsum(0) - lengths)[which]
+    position, row = begin[which] + within, sequence[which]
+    page = table.pages[row, position // cache.shape[1] - table.first[row]]
+    states = cache[page, position % cache.shape[1]].float()
+    pooled = torch.segment_reduce(states, "max", lengths=lengths, axis=0)
+    return pooled.where(lengths[:, None] > 0, 0.0).to(cache.dtype)
 
 
 def traffic(patches: int, num_bytes: int, dim: int, itemsize: int) -> Traffic:
@@ -24,40 +42,37 @@ def traffic(patches: int, num_bytes: int, dim: int, itemsize: int) -> Traffic:
     return Traffic(num_bytes * dim * itemsize, patches * dim * itemsize)
 
 
-@jit(do_not_specialize_on_alignment=["page_ptr", "offset_ptr", "bounds_ptr"])
+@jit(do_not_specialize_on_alignment=["pages_ptr", "first_ptr", "sequence_ptr", "begin_ptr", "after_ptr"])
 def patch_max_kernel(
-    cache_ptr, page_ptr, offset_ptr, bounds_ptr, out_ptr, page_size, DIM: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    cache_ptr, pages_ptr, first_ptr, sequence_ptr, begin_ptr, after_ptr, out_ptr, page_size, most_pages, gate_ptr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One patch, one block of dimensions."""
     let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
+    if GATE:
+        if tl.load(gate_ptr) == 0:
+            return
     patch = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    begin, end = tl.load(bounds_ptr + patch), tl.load(bounds_ptr + patch + 1)
+    begin, after = tl.load(begin_ptr + patch), tl.load(after_ptr + patch)
+    row = tl.load(sequence_ptr + patch)
+    p_pages = pages_ptr + row * most_pages - tl.load(first_ptr + row)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for byte in range(begin, end):
-        at = (tl.load(page_ptr + byte) * page_size + tl.load(offset_ptr + byte)) * DIM
+    for position in range(begin, after):
+        at = (tl.load(p_pages + position // page_size) * page_size + position % page_size) * DIM
         highest = tl.maximum(highest, tl.load(cache_ptr + at + i, mask=i < DIM, other=0.0).to(tl.float32))
-    highest = tl.where(end > begin, highest, 0.0)
+    highest = tl.where(after > begin, highest, 0.0)
     tl.store(out_ptr + patch * DIM + i, highest.to(out_ptr.dtype.element_ty), mask=i < DIM)
 
 
-def patch_max_triton(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor) -> Tensor:
+def patch_max_triton(cache: Tensor, table: PageTable, sequence: Tensor, begin: Tensor, after: Tensor) -> Tensor:
     """As `patch_max`."""
-    patches, dim = len(bounds) - 1, cache.shape[2]
+    patches, dim = len(begin), cache.shape[2]
     out = cache.new_empty(patches, dim)
     block = min(power_of_two(dim), 256)
     patch_max_kernel[(patches, blocks(dim, block))](
-        cache,
-        page,
-        offset,
-        bounds,
-        out,
-        cache.shape[1],
-        DIM=dim,
-        BLOCK=block,
-        num_warps=4,
-        **overlap(cache),
-    )
+        cache, table.pages, table.first, sequence, begin, after, out, cache.shape[1], table.pages.shape[1],
+        DIM=dim, BLOCK=block, num_warps=4, **gate_options(cache),
+    )  # fmt: skip
     return out

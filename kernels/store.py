@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .gate import gate_options
 from .lang import await_inputs, blocks, jit, let_next_begin, overlap, power_of_two, tl
 from .rope import apply_rope
 from .traffic import Traffic
@@ -45,13 +46,16 @@ def traffic(rows: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) 
 @jit(do_not_specialize_on_alignment=["position_ptr", "page_ptr", "offset_ptr"])
 def store_qkv_kernel(
     x_ptr, rope_ptr, position_ptr, page_ptr, offset_ptr, k_ptr, v_ptr, q_ptr,
-    heads, kv_heads, page_size,
+    heads, kv_heads, page_size, gate_ptr,
     HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    GATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row, one block of its heads: queries, then keys, then values."""
     let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
+    if GATE:
+        if tl.load(gate_ptr) == 0:
+            return
     row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     i_pair = tl.arange(0, BLOCK_PAIRS)
@@ -108,7 +112,7 @@ def _launch(
     store_qkv_kernel[grid](
         qkv, rope, positions, page, offset, k_cache, v_cache, qkv if q is None else q,
         all_heads - 2 * kv_heads, kv_heads, page_size,
-        HEAD_DIM=head_dim, ROTATE=rope is not None, **block, num_warps=4, **overlap(qkv),
+        HEAD_DIM=head_dim, ROTATE=rope is not None, **block, num_warps=4, **gate_options(qkv),
     )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ from functools import partial
 from itertools import takewhile
 
 from engine.config import EngineConfig, is_byte
-from engine.decoders import Decoder, DecoderSpec, Round, SequenceView, Verify, register
-from engine.decoders.phrases import accept, can_draft, one_byte
+from engine.decoders import Decoder, DecoderSpec, Round, SequenceView, register
+from engine.decoders.phrases import can_draft, one_byte, verify
 from engine.process.child import EngineLike
 
 WORD = 3
@@ -22,7 +22,7 @@ class LookUp(Decoder):
         drafts = looked_up(sequence.ids, min(self._draft_length, room - 1, sequence.tokens_left - 1))
         if not can_draft(sequence) or not drafts:
             return (yield from one_byte())
-        return accept(drafts, (yield Verify(drafts)))
+        return (yield from verify(drafts, exact=0))
 
 
 def looked_up(ids: Sequence[int], most: int) -> list[int]:

@@ -1,16 +1,11 @@
 """How long the stages take: measured at the start (`engine.costs.calibration`), then learnt from every step."""
 
 from dataclasses import dataclass
-from math import inf
 
 FORGET = 0.98
 """Weight of an observation one launch later: the machine's load changes."""
 HOST = "step"
 """Seconds of a step outside its stages."""
-BYTE_AHEAD = "byte_ahead"
-"""Seconds until the host has launched one more pass of blt, which on a CPU includes the stages."""
-NEXT_STEP = "next_step"
-"""Seconds until the host has launched patcher and encoder of the next step."""
 READBACK = "readback"
 """Seconds outside the stages between two decisions on how many passes to run."""
 
@@ -61,11 +56,10 @@ class LatencyModel:
     ROUND_ROWS = 64
     """Measurements over more rows, which cost more each, are left out: they would distort the lines for rounds."""
 
-    def __init__(self, drafts_encode: bool, *, has_device: bool = False) -> None:
-        """drafts_encode: whether a drafted row goes through the encoder too. has_device: whether stages run while the
-        host does something else."""
+    def __init__(self, drafts_encode: bool) -> None:
+        """drafts_encode: whether a drafted row goes through the encoder too."""
         self.num_running = 1
-        self._drafts_encode, self._has_device = drafts_encode, has_device
+        self._drafts_encode = drafts_encode
         self._lines: dict[str, Line] = {}
 
     def calibrate(self, stage: str, rows: int, seconds: float) -> None:
@@ -94,23 +88,12 @@ class LatencyModel:
         closes = min(closing, 1.0) * self._share("global", max(closing, 1.0))
         return stages + closes + self._share(HOST, rows) + 1e-9
 
-    # The cost of running ahead, divided by what it saves: below 1 it pays.
+    # The cost of running ahead.
 
-    def byte_ahead(self, sequences: int, patch: float) -> float:
-        """One more pass of the local stages after a step of blt; 1 before any was observed. It can save a step's local
-        stages and host time. It also saves reads of the global stage's weights, as more patches close in one step."""
+    def byte(self, sequences: int) -> float:
+        """A pass of all stages over a row of each sequence, as if a patch closed; 0 before any was observed."""
         local = sum(self.seconds(stage, sequences) for stage in ("patcher", "encoder", "decoder"))
-        some_close = 1 - (1 - 1 / patch) ** sequences
-        saved = local + self.seconds(HOST, sequences) + (some_close - 1 / patch) * self.seconds("global", 0)
-        return max(local, self.seconds(BYTE_AHEAD, sequences)) / saved if local else 1.0
-
-    def next_step(self, sequences: int) -> float:
-        """Beginning the next step of blt before reading the last one: the host's time over the device's meanwhile; 0
-        before any was observed."""
-        if not self._has_device:
-            return inf
-        stages = self.seconds("patcher", sequences) + self.seconds("encoder", sequences)
-        return self.seconds(NEXT_STEP, sequences) / stages if stages else 0.0
+        return local + self.seconds("global", 1) if local else 0.0
 
     def readback(self, rows: int) -> float:
         """Reading a result between decoder passes over `rows` rows, in passes; 0 before any was observed."""

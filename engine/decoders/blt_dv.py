@@ -1,8 +1,8 @@
 """BLT-DV: block diffusion drafts, a pass of the whole model verifies."""
 
 from ..types import UnmaskRule
-from .asks import Decoder, Round, SequenceView, Verify
-from .phrases import accept, can_draft, denoise, one_byte
+from .asks import Decoder, Round, SequenceView
+from .phrases import can_draft, denoise, one_byte, verify
 
 DEFAULT_RULE = UnmaskRule(rule="one_step")
 
@@ -24,4 +24,4 @@ class VerifiedDiffusion(Decoder):
         if not can_draft(sequence) or size < 1:
             return (yield from one_byte())
         block = yield from denoise(sequence, size, self._rule, lead=True)
-        return accept(block.ids, (yield Verify(block.ids, exact=1)), block.passes)
+        return (yield from verify(block.ids, exact=1, passes=block.passes))

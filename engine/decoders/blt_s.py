@@ -1,8 +1,8 @@
 """BLT-S: the decoder drafts ahead of the patches, a pass of the whole model verifies."""
 
 from ..config import EOS_ID
-from .asks import Decoder, Draft, Round, SequenceView, Verify
-from .phrases import accept, can_draft, one_byte
+from .asks import Decoder, Draft, Round, SequenceView
+from .phrases import can_draft, one_byte, verify
 
 
 class SelfSpeculation(Decoder):
@@ -25,7 +25,4 @@ class SelfSpeculation(Decoder):
         drafts: list[int] = []
         while len(drafts) < k and EOS_ID not in drafts:
             drafts += (yield Draft(tuple(drafts), at_most=k - len(drafts))).ids
-        if EOS_ID in drafts:
-            # Bytes after an EOS may not see those before it.
-            del drafts[drafts.index(EOS_ID) + 1 :]
-        return accept(drafts, (yield Verify(drafts, exact=len(drafts))))
+        return (yield from verify(drafts, exact=len(drafts)))

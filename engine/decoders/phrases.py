@@ -1,11 +1,12 @@
-"""Parts of rounds that several decoders share: one byte, a block denoised, drafts accepted."""
+"""Parts of rounds that several decoders share: one byte, a block denoised, drafts verified."""
 
 from collections.abc import Generator, Sequence
 
 import msgspec
 
+from ..config import EOS_ID
 from ..types import TokenLogprob, UnmaskRule
-from .asks import Ask, Committed, Next, Result, Round, SequenceView, Unmask
+from .asks import Ask, Committed, Next, Result, Round, SequenceView, Unmask, Verify
 
 
 class Denoised(msgspec.Struct, frozen=True):
@@ -47,7 +48,12 @@ def denoise(
     return Denoised(block, passes, [score for score in scores if score])
 
 
-def accept(drafts: Sequence[int], verified: Result, passes: Sequence[int] = ()) -> Committed:
-    """The drafts up to the first that the model would not give, then the model's own byte (Fast BLT, Verify)."""
-    ids = [*drafts[: verified.accepted], *verified.ids]
-    return Committed(ids, verified.scores[: len(ids)], drafts, verified.accepted, passes)
+def verify(drafts: Sequence[int], exact: int, passes: Sequence[int] = ()) -> Round:
+    """Lets the model verify drafts: commits those up to the first that it would not give, then its own byte (Fast BLT,
+    Verify). exact: see `Verify`; passes: see `Committed`."""
+    if EOS_ID in drafts:
+        # Bytes after an EOS may not see those before it.
+        drafts = drafts[: drafts.index(EOS_ID) + 1]
+    result = yield Verify(drafts, exact=min(exact, len(drafts)))
+    ids = [*drafts[: result.accepted], *result.ids]
+    return Committed(ids, result.scores[: len(ids)], drafts, result.accepted, passes[: len(drafts)])

@@ -5,7 +5,6 @@ Caches and pools do not depend on this. The scheduler asks, and preempts if rows
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..rows import Rows
@@ -13,6 +12,7 @@ from ..sequence import Sequence
 from .caches import Caches
 from .pages import BlockTable, OutOfPages, PagePool
 from .prefix import PrefixCache
+from .text import Slots
 
 
 class Reach(NamedTuple):
@@ -23,22 +23,13 @@ class Reach(NamedTuple):
     reach: int
 
 
-@dataclass(slots=True)
-class Hold:
-    """Rows that the device is writing ahead of the host. ends: per sequence's arrival, the position after them. broken:
-    a sequence has lost its pages since, so that others may write there."""
-
-    ends: Mapping[int, int]
-    broken: bool = False
-
-
 class Memory:
-    """The pages of all sequences, and the prefixes that are kept in what they leave."""
+    """The pages and slots of all sequences, and the prefixes that are kept in what they leave."""
 
-    def __init__(self, caches: Caches, prefixes: PrefixCache | None) -> None:
-        self.caches, self.prefixes = caches, prefixes
+    def __init__(self, caches: Caches, prefixes: PrefixCache | None, slots: Slots) -> None:
+        self.caches, self.prefixes, self.slots = caches, prefixes, slots
         self._of_patches = {name for name, spec in caches.specs.items() if spec.rows_from == "patch"}
-        self._hold = Hold({})
+        self._held: Mapping[int, int] = {}
 
     def room(self, sequence: Sequence) -> int:
         """Rows of the text that a sequence may run next without outgrowing the caches, even with all pages its own:
@@ -89,22 +80,21 @@ class Memory:
         computed = sequence.num_computed
         patch = sequence.patch_of(computed)
         start = sequence.patching.starts[patch]
-        end = max(computed, self._hold.ends.get(sequence.arrival, 0))
+        end = max(computed, self._held.get(sequence.arrival, 0))
         for name, table in sequence.tables.items():
             first = self.caches.first_live(name, computed, patch, start)
             table.settle(first, patch if name in self._of_patches else end)
 
     def release(self, sequence: Sequence) -> None:
-        """Gives back all pages of a sequence."""
-        if sequence.arrival in self._hold.ends:
-            self._hold.broken = True
+        """Gives back all pages of a sequence, and its slot."""
+        self.slots.drop(sequence)
         for table in sequence.tables.values():
             table.release()
 
-    def hold(self, ends: Mapping[int, int]) -> Hold:
-        """Keeps the pages of rows that are written ahead, instead of those held so far."""
-        self._hold = Hold(ends)
-        return self._hold
+    def hold(self, ends: Mapping[int, int]) -> None:
+        """Keeps pages that the device is writing ahead of the host, instead of those held so far. ends: per sequence's
+        arrival, the position after the rows there."""
+        self._held = ends
 
     def _short(self, rows: Reach) -> list[tuple[str, BlockTable, int]]:
         """The caches that lack pages, and up to which row."""

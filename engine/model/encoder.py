@@ -5,6 +5,7 @@ from torch import Tensor
 from kernels.attention import AttentionPlan
 from kernels.dispatch import Kernels
 from kernels.hash_embed import HashTables
+from kernels.pooling import PageTable
 from kernels.stack import CrossCache, KvCache, StackWeights
 
 from ..config import ModelConfig
@@ -36,45 +37,39 @@ class Encoder:
 
     def __call__(
         self,
-        windows: Tensor,
+        ids: Tensor,
+        at: Tensor,
         cache: KvCache,
         plan: AttentionPlan,
         open_states: Tensor,
         open_kv: KvCache,
         open_plan: AttentionPlan,
     ) -> Tensor:
-        """windows (R, W) int64, the last ids up to each byte, to the byte states (R, dim).
+        """The bytes at places `at` (R,) int64 of a text's `ids`, at the plan's positions, to byte states (R, dim).
 
         Also stores in the open-patch cache what a patch needs when it closes: each byte's state to pool, and its keys
         and values for the patch's queries.
         """
-        x = self._kernels.hash_embed(windows, self._embedding, self._hashes)
+        x = self._kernels.hash_embed(ids, at, plan.positions, self._embedding, self._hashes)
         return self._stack(x, cache, plan, CrossCache(open_kv, open_plan.page, open_plan.offset, open_states))
 
     def close(
         self,
         open_states: Tensor,
         open_kv: KvCache,
-        bytes_page: Tensor,
-        bytes_offset: Tensor,
-        bounds: Tensor,
+        table: PageTable,
+        sequence: Tensor,
+        begin: Tensor,
+        after: Tensor,
         plan: AttentionPlan,
     ) -> Tensor:
         """Pools closed patches: (patches, slots * dim), the global stage's input before its projection.
 
-        bytes_page, bytes_offset: where the bytes of all patches are, in order; those of patch p have the indices
-        bounds[p] to bounds[p + 1] - 1. In `plan` the rows are the patches' slots.
+        table, sequence, begin, after: where their bytes lie, as `kernels.pooling.patch_max` takes it. In `plan` the
+        rows are the patches' slots.
         """
-        pooled = self._kernels.patch_max(open_states, bytes_page, bytes_offset, bounds)
+        pooled = self._kernels.patch_max(open_states, table, sequence, begin, after)
         slots = self._kernels.linear(pooled, self._slots).view(-1, pooled.shape[1])
         for cross, kv in zip(self._cross, open_kv, strict=True):
             slots = cross.output(self._kernels.attention(cross.query(slots), *kv, plan), slots)
         return slots.view(len(pooled), -1)
-
-
-def ngram_windows(ids: list[int], start: int, end: int, width: int) -> list[int]:
-    """The last `width` ids up to each of the bytes start..end-1, 0 before the text, end to end."""
-    if end - start == 1 and end >= width:
-        return ids[end - width : end]
-    padded = [0] * max(width - 1 - start, 0) + ids[max(start - width + 1, 0) : end]
-    return [token for i in range(end - start) for token in padded[i : i + width]]

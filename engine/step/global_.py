@@ -8,103 +8,163 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
+from kernels import gate
+from kernels.attention import SEGMENT, AttentionPlan
+from kernels.closing import Sizes, Tables
 from kernels.planning import Spans
+from kernels.pooling import PageTable
 
 from ..costs.ledger import Launch, Share
 from ..memory.caches import Caches
+from ..memory.text import Slots
 from ..model import Model
 from ..rows import Rows
 from ..sequence import pieces, start_of
 from .launch import NO_DOCUMENTS, Launcher
-from .plan import padded_array
+from .plan import Arrays, padded_array, page_table, table_of
 
 
 @dataclass(slots=True)
 class _Patches:
-    """The patches of a step, laid end to end: where their bytes lie in the open cache and their slots in the latent
-    cache; bounds[p]: the first byte of patch p."""
+    """The patches of a step, laid end to end: each one's sequence, its bytes begin..after-1, and the places of its
+    slots in the latent cache."""
 
     queries: Spans = field(default_factory=Spans)
     rows: Spans = field(default_factory=Spans)
-    byte_page: list[int] = field(default_factory=list)
-    byte_offset: list[int] = field(default_factory=list)
-    latent_page: list[int] = field(default_factory=list)
-    latent_offset: list[int] = field(default_factory=list)
-    bounds: list[int] = field(default_factory=lambda: [0])
+    sequence: list[int] = field(default_factory=list)
+    begin: list[int] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+    page: list[int] = field(default_factory=list)
+    offset: list[int] = field(default_factory=list)
 
 
 class GlobalStage:
-    def __init__(self, model: Model, caches: Caches, launcher: Launcher, *, isolate: bool) -> None:
+    def __init__(self, model: Model, caches: Caches, slots: Slots, launcher: Launcher, *, isolate: bool) -> None:
         """isolate: whether patches do not attend across documents."""
-        self._model, self._caches, self._launcher = model, caches, launcher
+        self._model, self._caches, self._text_slots, self._launcher = model, caches, slots, launcher
         self._slots, self._isolate = model.config.slots, isolate
-        self._open_size, self._latent_size = (caches.specs[name].page_size for name in ("open", "latent"))
+        self._sizes = {name: caches.specs[name].page_size for name in ("open", "global", "latent")}
 
     def launch(self, batch: Seq[Rows]) -> Launch | None:
         """Runs every patch whose last byte is among the rows of the text, and open ones that a block is to read as if
         they ended here. None if there are none."""
         launch, patches = self._launcher.begin("global"), _Patches()
-        launch.shares = [share for rows in batch if (share := self._add(patches, rows))]
-        num_patches = launch.num_rows = len(patches.bounds) - 1
+        closing = [(rows, share) for number, rows in enumerate(batch) if (share := self._add(patches, rows, number))]
+        launch.shares = [share for _, share in closing]
+        num_patches = launch.num_rows = len(patches.begin)
         if not num_patches:
             return None
-        slots, executor, bounds = self._slots, self._launcher.executor, patches.bounds
         # Padding patches have no bytes and leave their latent in the scratch page.
+        slots, executor = self._slots, self._launcher.executor
         padded = executor.rows(num_patches)
         pooling = self._launcher.plan("open", Spans(), patches.queries, padded * slots)
         plan = self._launcher.plan("global", patches.rows, patches.rows, padded)
-        num_bytes = executor.pages(len(patches.byte_page))
+        opened = [rows.sequence.tables["open"] for rows in batch]
 
         def stage(t: Mapping[str, Tensor]) -> Tensor:
-            pooled = self._model.encoder.close(
-                self._caches.open_states,
-                self._caches.open_kv,
-                t["byte_page"],
-                t["byte_offset"],
-                t["bounds"],
-                pooling.on_device(t, "open"),
-            )
-            latents = self._model.global_transformer(pooled, self._caches.global_, plan.on_device(t, "plan"))
-            self._model.decoder.write_latents(latents, self._caches.latent, t["page"], t["offset"])
-            return latents
+            return self._run(
+                table_of(t, "open"), t["sequence"], t["begin"], t["after"], pooling.on_device(t, "pooling"),
+                plan.on_device(t, "plan"), t["page"], t["offset"],
+            )  # fmt: skip
 
         arrays = {
-            "byte_page": padded_array(patches.byte_page, num_bytes),
-            "byte_offset": padded_array(patches.byte_offset, num_bytes),
-            "bounds": np.array(bounds + bounds[-1:] * (padded - num_patches), dtype=np.int64),
-            "page": padded_array(patches.latent_page, padded * slots),
-            "offset": padded_array(patches.latent_offset, padded * slots),
-            "open": pooling.data,
+            "sequence": padded_array(patches.sequence, padded),
+            "begin": padded_array(patches.begin, padded),
+            "after": padded_array(patches.after, padded),
+            "page": padded_array(np.repeat(patches.page, slots).tolist(), padded * slots),
+            "offset": padded_array(
+                (np.array(patches.offset)[:, None] + np.arange(slots)).ravel().tolist(), padded * slots
+            ),
+            "pooling": pooling.data,
             "plan": plan.data,
+            **page_table("open", opened, executor.parts(len(opened), padded), executor),
         }
         self._launcher.run(launch, stage, padded * slots, arrays, pooling, plan)
         return launch
 
-    def _add(self, patches: _Patches, rows: Rows) -> Share | None:
+    def launch_unread(self, batch: Seq[Rows]) -> Launch:
+        """Runs the patches that close with a batch's rows of the text, which only the device knows. Their pages must be
+        reserved, and each sequence be in one document. The caller charges it once the host knows them."""
+        launch = self._launcher.begin("global")
+        launch.num_rows = sum(rows.num_text for rows in batch)
+        executor, kernels, text = self._launcher.executor, self._model.kernels, self._text_slots.text
+        padded = executor.rows(launch.num_rows)
+        padding = padded - launch.num_rows
+        counted = executor.parts(len(batch), padded)
+        tables = {name: [rows.sequence.tables[name] for rows in batch] for name in self._sizes}
+        most_patches = max(rows.sequence.most_patches(rows.end) for rows in batch)
+        segments = executor.segments(most_patches // self._sizes["global"] // SEGMENT + 1)
+        small = self._launcher.small_tile
+        each = self._sizes
+        sizes = Sizes(each["open"], each["global"], each["latent"], self._slots, small, segments)
+        numbers = [number for number, rows in enumerate(batch) for _ in range(rows.num_text)]
+        arrays: Arrays = {
+            "at": padded_array(self._text_slots.places(batch), padded),
+            "positions": padded_array([row for rows in batch for row in range(rows.start, rows.end)], padded),
+            "sequence": np.array(numbers + [-1] * padding, dtype=np.int64),
+            "floor": padded_array([rows.sequence.patch_documents[-1] * self._isolate for rows in batch], counted),
+        }
+        for name, of in tables.items():
+            arrays |= page_table(name, of, counted, executor)
+
+        def stage(t: Mapping[str, Tensor]) -> Tensor:
+            found = Tables(table_of(t, "open"), table_of(t, "global"), table_of(t, "latent"), t["floor"])
+            closing = kernels.closing(text, t["at"], t["positions"], t["sequence"], found, sizes)
+            own = t["sequence"].clamp(min=0)
+            if not kernels.gates and not closing.any.item():
+                return closing.any
+            with gate.under(closing.any):
+                return self._run(found.open, own, *closing[:-1])
+
+        self._launcher.run(launch, stage, padded * self._slots, arrays, name="global unread", times=segments)
+        return launch
+
+    def _run(
+        self, table: PageTable, sequence: Tensor, begin: Tensor, after: Tensor, pooling: AttentionPlan,
+        plan: AttentionPlan, page: Tensor, offset: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Patches to latents, as `kernels.closing.Closing` describes them."""
+        model, caches = self._model, self._caches
+        pooled = model.encoder.close(caches.open_states, caches.open_kv, table, sequence, begin, after, pooling)
+        latents = model.global_transformer(pooled, caches.global_, plan)
+        model.decoder.write_latents(latents, caches.latent, page, offset)
+        return latents
+
+    def in_one_document(self, rows: Rows) -> bool:
+        """Whether all patches that a sequence closes next are in the document of the last."""
+        sequence = rows.sequence
+        return not self._isolate or sequence.documents[-1] <= sequence.patching.starts[-1]
+
+    def share(self, rows: Rows, begin: int, ends: Seq[int]) -> Share | None:
+        """What a sequence's rows closed: patches from index `begin` on, whose last bytes are before `ends`."""
+        if not ends:
+            return None
+        # A patch belongs to generation if its last byte does.
+        counted = sum(after > rows.counted_from for after in ends)
+        documents = rows.sequence.patch_documents if self._isolate else NO_DOCUMENTS
+        return Share(rows, len(ends), counted, begin + len(ends) - start_of(documents, begin))
+
+    def _add(self, patches: _Patches, rows: Rows, number: int) -> Share | None:
         """Adds a sequence's patches, if it closes any."""
-        sequence, slots = rows.sequence, self._slots
+        sequence = rows.sequence
         begin, end = sequence.patch_of(rows.start), sequence.patch_of(rows.end)
         starts = sequence.patching.starts[begin : end + 1]
-        sequence.note_patch_documents(begin, end)
+        sequence.note_patch_documents(end)
         if rows.closes_patch and starts[-1] < rows.end:
             starts.append(rows.end)
         if len(starts) == 1:
             return None
-        opened, latent = sequence.tables["open"], sequence.tables["latent"]
+        opened, latent, size = sequence.tables["open"], sequence.tables["latent"], self._sizes["latent"]
         for patch, (first, after) in enumerate(pairwise(starts), begin):
-            patches.queries.add(opened.pages, opened.first, first, slots, first, slots, after - 1)
-            patches.bounds.append(patches.bounds[-1] + after - first)
-            for byte in range(first, after):
-                patches.byte_page.append(opened.pages[byte // self._open_size - opened.first])
-                patches.byte_offset.append(byte % self._open_size)
-            page, place = divmod(patch, self._latent_size)
-            patches.latent_page += [latent.pages[page - latent.first]] * slots
-            patches.latent_offset += range(place * slots, (place + 1) * slots)
-        end = begin + len(starts) - 1
-        table = sequence.tables["global"]
+            patches.queries.add(opened.pages, opened.first, first, self._slots, first, self._slots, after - 1)
+            page, place = divmod(patch, size)
+            patches.page.append(latent.pages[page - latent.first])
+            patches.offset.append(place * self._slots)
+        patches.begin += starts[:-1]
+        patches.after += starts[1:]
+        patches.sequence += [number] * (len(starts) - 1)
+        table, end = sequence.tables["global"], begin + len(starts) - 1
         documents = sequence.patch_documents if self._isolate else NO_DOCUMENTS
         for start, after, floor in pieces(documents, begin, end):
             patches.rows.add(table.pages, table.first, start, after - start, floor)
-        # A patch belongs to generation if its last byte does.
-        counted = sum(after > rows.counted_from for after in starts[1:])
-        return Share(rows, end - begin, counted, end - start_of(documents, begin))
+        return self.share(rows, begin, starts[1:])

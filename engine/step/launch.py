@@ -40,7 +40,7 @@ class Launcher:
     ) -> None:
         self.executor, self.device = executor, device
         self.clock, self._isolate = clock, isolate
-        large = large_tile or LARGE_TILE
+        self.small_tile, large = floors.tile, large_tile or LARGE_TILE
         # Every slot sees the whole open patch, and there may be more slots than a patch has bytes.
         self._tilings = {
             name: Tiling(

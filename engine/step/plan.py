@@ -1,6 +1,7 @@
 """The index arrays that a stage reads, made on the host once per step and cache."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from typing import Protocol
 
 import msgspec
@@ -11,6 +12,9 @@ from torch import Tensor
 from kernels.attention import AttentionPlan, PlanShape
 from kernels.dispatch import plan
 from kernels.planning import Lengths, Spans, Tiling
+from kernels.pooling import PageTable
+
+from ..memory.pages import BlockTable
 
 Arrays = dict[str, NDArray[np.int64]]
 """The inputs of one stage in one step, in addition to weights and caches, by name."""
@@ -49,6 +53,19 @@ def plan_attention(writes: Spans, queries: Spans, tiling: Tiling, padding: Paddi
     if shape.most_segments > 1:
         shape = shape._replace(most_segments=padding.segments(shape.most_segments))
     return Plan(data, shape, tiling)
+
+
+def page_table(name: str, tables: Seq[BlockTable], count: int, padding: Padding) -> Arrays:
+    """The inputs `name`_pages and `name`_first of a `PageTable`: of these tables, padded to `count` of them."""
+    pages = np.zeros((count, padding.segments(max(1, *(len(table.pages) for table in tables)))), dtype=np.int64)
+    for row, table in zip(pages, tables, strict=False):
+        row[: len(table.pages)] = table.pages
+    return {f"{name}_pages": pages, f"{name}_first": padded_array([table.first for table in tables], count)}
+
+
+def table_of(tensors: Mapping[str, Tensor], name: str) -> PageTable:
+    """The table of these inputs, on the device."""
+    return PageTable(tensors[f"{name}_pages"], tensors[f"{name}_first"])
 
 
 def padded_array(values: list[int], length: int) -> NDArray[np.int64]:

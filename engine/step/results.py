@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 
-from ..decoders import Draft, Result, Unmask, Verify
+from ..decoders import Draft, Result, Verify
+from ..memory.text import Slots
 from ..rows import Rows
 from ..sequence import Sequence as SequenceState
 from ..types import Request, SamplingParams, TokenLogprob
@@ -23,21 +24,24 @@ from .sampling import check, choose, draw, logprobs_of
 from .transfer import read, to_device
 
 
-def results_of(batch: Sequence[Rows], logits: Tensor, kernels: Kernels) -> list[Result | None]:
-    """The result of each sequence's ask, None for those that only compute rows. logits: as `Stages.run` gives them."""
+def results_of(batch: Sequence[Rows], logits: Tensor, slots: Slots, kernels: Kernels) -> list[Result | None]:
+    """The result of each sequence's ask, None for those that only compute rows; the ids are also in the text. logits:
+    as `Stages.run` gives them."""
     drawing = [rows for rows in batch if rows.num_drawn]
     if not drawing:
         return [None] * len(batch)
     logits = _drawn_rows(batch, logits)
-    blocks = _Blocks.of(drawing, logits, kernels)
+    blocks = _Blocks.of(drawing, logits, slots, kernels)
     if blocks:
         logits = logits.index_copy(0, blocks.index, blocks.logits)
     drawn, highest = choose(logits, *_sampling(drawing), kernels)
     verified = _accepted(drawing, drawn, kernels)
-    chosen, bests, *more = read(drawn, highest, *verified, *(blocks.settle(drawn) if blocks else ()))
+    settled = blocks.settle(drawn) if blocks else ()
+    _write(drawing, drawn, slots)
+    chosen, bests, *more = read(drawn, highest, *verified, *settled)
     check(bests)
     accepted = iter(more.pop(0) if verified else [0] * len(drawing))
-    settled = zip(*more, strict=True)
+    cells = zip(*more, strict=True)
     results: list[Result | None] = []
     end = 0
     for rows in batch:
@@ -48,8 +52,28 @@ def results_of(batch: Sequence[Rows], logits: Tensor, kernels: Kernels) -> list[
         num_top = rows.sequence.request.logprobs
         scores = [] if num_top is None else logprobs_of(logits[begin:end], chosen[begin:end], num_top)
         result = _result(rows, chosen[begin:end], scores, next(accepted))
-        results.append(_with_block(rows, result, *next(settled)) if rows.num_block else result)
+        if rows.num_block:
+            result = _with_block(rows, result, *next(cells))
+            slots.read(rows.sequence, rows.reach - rows.num_block, result.ids)
+        else:
+            slots.read(rows.sequence, rows.drawn_places[0], chosen[begin:end])
+        results.append(result)
     return results
+
+
+def _write(drawing: Sequence[Rows], drawn: Tensor, slots: Slots) -> None:
+    """Writes what was drawn into the text, but for cells: their block's pass has. A lead's byte is the first cell."""
+    index: list[int] = []
+    places: list[int] = []
+    end = 0
+    for rows in drawing:
+        end += rows.num_drawn
+        at = slots.place(rows.sequence, 0)
+        places += [at + place for place in rows.drawn_places[: rows.num_drawn - rows.num_block]]
+        index += range(end - rows.num_drawn, end - rows.num_block)
+    if len(index) < len(drawn):
+        drawn = drawn[to_device(np.array(index, dtype=np.int64), drawn.device)]
+    slots.text.ids.index_copy_(0, to_device(np.array(places, dtype=np.int64), drawn.device), drawn)
 
 
 def score_prompts(batch: Sequence[Rows], logits: Tensor) -> None:
@@ -110,7 +134,7 @@ def _id_counts(rows: Rows, places: Sequence[int]) -> list[Mapping[int, int]]:
             pass
         case _:
             return [sequence.id_counts] * len(places)
-    committed = rows.end - len(drafts) if isinstance(rows.ask, Verify) else len(sequence.ids)
+    committed = len(sequence.ids)
     counts: list[Mapping[int, int]] = []
     for place in places:
         count = Counter(sequence.id_counts)
@@ -170,7 +194,7 @@ class _Blocks:
         self._passes, self.index, self.logits = passes, index, logits
 
     @classmethod
-    def of(cls, drawing: Sequence[Rows], logits: Tensor, kernels: Kernels) -> "_Blocks | None":
+    def of(cls, drawing: Sequence[Rows], logits: Tensor, slots: Slots, kernels: Kernels) -> "_Blocks | None":
         cell_rows: list[int] = []
         end = 0
         for rows in drawing:
@@ -179,9 +203,9 @@ class _Blocks:
         if not cell_rows:
             return None
         index = to_device(np.array(cell_rows), logits.device)
-        blocks = [(rows.ask.block, rows.ask.rule) for rows in drawing if isinstance(rows.ask, Unmask)]
-        tensors = block_tensors(blocks, len(blocks), len(cell_rows), logits.device)
-        passes = BlockPasses(kernels, tensors, mask_id=drawing[0].sequence.mask_id)
+        blocks = [rows for rows in drawing if rows.num_block]
+        tensors = block_tensors(blocks, len(blocks), len(cell_rows), slots, logits.device)
+        passes = BlockPasses(kernels, slots.text.ids, tensors, mask_id=drawing[0].sequence.mask_id)
         return cls(passes, index, passes.allowed(logits[index]))
 
     def settle(self, drawn: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,12 @@ import torch
 
 from kernels.dispatch import Kernels
 
+from ..config import Policy
 from ..costs.ledger import Ledger
-from ..decoders import Result, Verify
+from ..decoders import Result
 from ..memory.memory import Memory
 from ..rows import Rows
 from .ahead import Ahead
-from .ahead.policy import RunAhead
 from .graphs import Eager
 from .results import results_of, score_prompts
 from .stages import Stages
@@ -20,8 +20,8 @@ from .stages import Stages
 class Stepper:
     """Runs the steps of an engine."""
 
-    def __init__(self, stages: Stages, memory: Memory, ledger: Ledger, kernels: Kernels, policy: RunAhead) -> None:
-        self.stages, self._kernels = stages, kernels
+    def __init__(self, stages: Stages, memory: Memory, ledger: Ledger, kernels: Kernels, policy: Policy) -> None:
+        self.stages, self._slots, self._kernels = stages, memory.slots, kernels
         self.ahead = Ahead(stages, memory, ledger, kernels, policy)
 
     @property
@@ -36,16 +36,19 @@ class Stepper:
     def run(self, batch: Seq[Rows]) -> Seq[Result | None]:
         """The result of each sequence's ask, None for rows without one. Raises FloatingPointError if the model gives no
         distribution."""
-        for rows in batch:
-            if isinstance(rows.ask, Verify):
-                rows.sequence.extend(rows.ask.drafts)
-        results = self.ahead.run(batch) or self._run_once(batch)
-        for rows in batch:
-            if isinstance(rows.ask, Verify):
-                rows.sequence.retract(rows.end - len(rows.ask.drafts))
-        return results
+        if any([self._write(rows) for rows in batch]):
+            self.stages.discard()
+        return self.ahead.run(batch) or self._run_once(batch)
+
+    def _write(self, rows: Rows) -> bool:
+        """Writes the ids of the rows into the text, unless the device has; whether there were any."""
+        sequence, slots = rows.sequence, self._slots
+        slots.take(sequence)
+        end = len(sequence.ids) if rows.ask else rows.end
+        changed = slots.write(sequence, rows.start, sequence.ids[rows.start : end])
+        return slots.write(sequence, end, rows.given) or changed
 
     def _run_once(self, batch: Seq[Rows]) -> list[Result | None]:
         logits = self.stages.run(batch)
         score_prompts(batch, logits)
-        return results_of(batch, logits, self._kernels)
+        return results_of(batch, logits, self._slots, self._kernels)

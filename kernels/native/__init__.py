@@ -24,6 +24,7 @@ from ..hash_embed import HashTables
 from ..hash_embed import hash_embed as hash_embed_torch
 from ..linear import Matrix
 from ..planning import SPAN, Lengths, Spans, Tiling
+from ..pooling import PageTable
 from ..stack import (
     CrossCache,
     CrossKvFunction,
@@ -34,6 +35,7 @@ from ..stack import (
     StackFunction,
     StackWeights,
 )
+from ..text import Text
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
@@ -50,11 +52,11 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "fastblt_attention": "pppp q ii",
         "fastblt_stack": "ppppppppp q p i",
         "fastblt_cross_kv": "p q pppp q i",
-        "fastblt_hash_embed": "pp q pp q i",
+        "fastblt_hash_embed": "pppppp q i",
         "fastblt_entropy": "pp qq i",
-        "fastblt_patch_max": "ppppp qqq i",
+        "fastblt_patch_max": "ppp q pppp qqq i",
         "fastblt_store_states": "pppp qqq",
-        "fastblt_boundaries": "ppp qq i ff p q",
+        "fastblt_boundaries": "ppppp qq i ff p q",
         "fastblt_likeliest": "ppp qq",
         "fastblt_sample": "p i ppp qq",
         "fastblt_accepted": "pppp qq",
@@ -192,16 +194,17 @@ def store_states(states: Tensor, page: Tensor, offset: Tensor, cache: Tensor) ->
     )  # fmt: skip
 
 
-def hash_embed(windows: Tensor, embedding: Tensor, hashing: HashTables) -> Tensor:
+def hash_embed(ids: Tensor, at: Tensor, positions: Tensor, embedding: Tensor, hashing: HashTables) -> Tensor:
     """`kernels.hash_embed.hash_embed`."""
     assert LIBRARY
-    (rows, width), dim = windows.shape, embedding.shape[1]
+    rows, dim = at.shape[0], embedding.shape[1]
     if hashing.dtype not in (torch.float32, torch.bfloat16):
-        return hash_embed_torch(windows, embedding, hashing)
+        return hash_embed_torch(ids, at, positions, embedding, hashing)
     x = embedding.new_empty(rows, dim)
     LIBRARY.fastblt_hash_embed(
-        hashing.description, windows.data_ptr(), width, embedding.data_ptr(), x.data_ptr(), rows, _is_bf16(x)
-    )
+        hashing.description, ids.data_ptr(), at.data_ptr(), positions.data_ptr(), embedding.data_ptr(), x.data_ptr(),
+        rows, _is_bf16(x),
+    )  # fmt: skip
     return x
 
 
@@ -214,14 +217,14 @@ def entropy(logits: Tensor) -> Tensor:
     return nats
 
 
-def patch_max(cache: Tensor, page: Tensor, offset: Tensor, bounds: Tensor) -> Tensor:
+def patch_max(cache: Tensor, table: PageTable, sequence: Tensor, begin: Tensor, after: Tensor) -> Tensor:
     """`kernels.pooling.patch_max`."""
     assert LIBRARY
-    patches, dim = bounds.shape[0] - 1, cache.shape[2]
+    patches, dim = begin.shape[0], cache.shape[2]
     out = cache.new_empty(patches, dim)
     LIBRARY.fastblt_patch_max(
-        cache.data_ptr(), page.data_ptr(), offset.data_ptr(), bounds.data_ptr(), out.data_ptr(), patches,
-        cache.shape[1], dim, _is_bf16(cache),
+        cache.data_ptr(), table.pages.data_ptr(), table.first.data_ptr(), table.pages.shape[1], sequence.data_ptr(),
+        begin.data_ptr(), after.data_ptr(), out.data_ptr(), patches, cache.shape[1], dim, _is_bf16(cache),
     )  # fmt: skip
     return out
 
@@ -264,15 +267,15 @@ def plan(
     return planner.out[:numbers].copy(), PlanShape(lengths.rows, lengths.queries, *planner.found)
 
 
-def boundaries(entropies: Tensor, previous: Tensor, spans: Tensor, rule: Rule) -> Tensor:
+def boundaries(entropies: Tensor, text: Text, spans: Tensor, rule: Rule) -> Tensor:
     """`kernels.boundary.boundaries`."""
     assert LIBRARY
     rows = entropies.shape[0]
     found = torch.empty(2, rows)
     judge = 3 if rule.every_byte else 2 if rule.monotonic else 0 if rule.rise is None else 1
     LIBRARY.fastblt_boundaries(
-        entropies.data_ptr(), previous.data_ptr(), spans.data_ptr(), spans.shape[0], rule.longest, judge,
-        rule.threshold, rule.rise or 0.0, found.data_ptr(), rows,
+        entropies.data_ptr(), text.entropies.data_ptr(), text.patch.data_ptr(), text.patch_start.data_ptr(),
+        spans.data_ptr(), spans.shape[0], rule.longest, judge, rule.threshold, rule.rise or 0.0, found.data_ptr(), rows,
     )  # fmt: skip
     return found
 

@@ -262,10 +262,18 @@ void fastblt_cross_kv(
     finish();
 }
 
-/* windows (rows, width) to x (rows, dim). */
-void fastblt_hash_embed(const Hashes *hashes, const int64_t *windows, int64_t width, const void *embedding, void *x, int64_t rows, int bf16) {
+/* The bytes at ids[at[r]], positions[r] of their texts, to x (rows, dim). */
+void fastblt_hash_embed(
+    const Hashes *hashes, const int64_t *ids, const int64_t *at, const int64_t *positions, const void *embedding, void *x,
+    int64_t rows, int bf16
+) {
     float sum[hashes->dim], add[hashes->dim];
-    for (int64_t r = 0; r < rows; r++) hash_embed(hashes, windows + r * width, width, embedding, sum, add, x, r, bf16);
+    int64_t width = hashes->longest, window[width];
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t back = 0; back < width; back++)
+            window[width - 1 - back] = back <= positions[r] ? ids[at[r] - back] : 0;
+        hash_embed(hashes, window, width, embedding, sum, add, x, r, bf16);
+    }
 }
 
 /* logits (rows, vocabulary) to nats (rows,) float. */
@@ -277,21 +285,25 @@ void fastblt_entropy(const void *logits, float *nats, int64_t rows, int64_t voca
     }
 }
 
-/* States of patches, (pages, page_size, dim) each page, to their maxima (patches, dim). */
+/* States of patches, in pages (.., page_size, dim), to their maxima (patches, dim). table (.., most), first: the pages of
+   each sequence; sequence, begin, after (patches,). */
 void fastblt_patch_max(
-    const void *cache, const int64_t *page, const int64_t *offset, const int64_t *bounds, void *out, int64_t patches,
-    int64_t page_size, int64_t dim, int bf16
+    const void *cache, const int64_t *table, const int64_t *first, int64_t most, const int64_t *sequence,
+    const int64_t *begin, const int64_t *after, void *out, int64_t patches, int64_t page_size, int64_t dim, int bf16
 ) {
     size_t size = dim * (bf16 ? 2 : 4);
-    float most[dim], state[dim];
+    float highest[dim], state[dim];
     for (int64_t p = 0; p < patches; p++) {
-        for (int64_t d = 0; d < dim; d++) most[d] = bounds[p + 1] > bounds[p] ? -INFINITY : 0.0f;
-        for (int64_t b = bounds[p]; b < bounds[p + 1]; b++) {
-            widen(state, (const char *)cache + (page[b] * page_size + offset[b]) * size, dim, bf16);
+        const int64_t *pages = table + sequence[p] * most - first[sequence[p]];
+        for (int64_t d = 0; d < dim; d++) highest[d] = after[p] > begin[p] ? -INFINITY : 0.0f;
+        for (int64_t b = begin[p]; b < after[p]; b++) {
+            int64_t at = pages[b / page_size] * page_size + b % page_size;
+            widen(state, (const char *)cache + at * size, dim, bf16);
             /* A NaN in a state makes the maximum NaN. */
-            for (int64_t d = 0; d < dim; d++) most[d] = state[d] > most[d] || state[d] != state[d] ? state[d] : most[d];
+            for (int64_t d = 0; d < dim; d++)
+                highest[d] = state[d] > highest[d] || state[d] != state[d] ? state[d] : highest[d];
         }
-        narrow((char *)out + p * size, most, dim, bf16);
+        narrow((char *)out + p * size, highest, dim, bf16);
     }
 }
 
@@ -326,21 +338,25 @@ int64_t fastblt_plan(
     return numbers;
 }
 
-/* Where patches start: entropies (rows,), spans (num_spans, 4) to found (2, rows). rule: longest, then the rest. */
+/* Where patches start: entropies (rows,), spans (num_spans, 4) to the text and to found (2, rows). rule: longest, then
+   the rest. */
 void fastblt_boundaries(
-    const float *entropies, const double *previous, const int64_t *spans, int64_t num_spans, int64_t longest, int judge,
-    float threshold, float rise, float *found, int64_t rows
+    const float *entropies, float *known, int32_t *patches, int32_t *starts, const int64_t *spans, int64_t num_spans,
+    int64_t longest, int judge, float threshold, float rise, float *found, int64_t rows
 ) {
     memset(found, 0, 2 * rows * sizeof *found);
     for (int64_t s = 0; s < num_spans; s++, spans += 4) {
-        int64_t row = spans[0], end = row + spans[1], byte = spans[2], start = spans[3];
-        float before = (float)previous[s];
-        for (; row < end; row++) {
+        int64_t row = spans[0], end = row + spans[1], at = spans[2], byte = spans[3];
+        if (row == end) continue;
+        float before = byte ? known[at - 1] : 0.0f;
+        for (; row < end; row++, at++) {
             float now = entropies[row];
             byte++;
-            int opens = starts_patch(now, before, byte, judge, threshold, rise) || (longest && byte - start >= longest);
+            int opens = starts_patch(now, before, byte, judge, threshold, rise) || (longest && byte - starts[at] >= longest);
             found[row] = now, found[rows + row] = opens;
-            start = opens ? byte : start;
+            known[at] = now;
+            patches[at + 1] = patches[at] + opens;
+            starts[at + 1] = opens ? (int32_t)byte : starts[at];
             before = now;
         }
     }

@@ -1,0 +1,358 @@
+"""Running ahead: the stages repeat, and the next step begins, before the host reads what the device has drawn.
+
+Every pass finds in the text what the one before has written there (`engine.memory.text`): the next byte of blt, the
+next byte of a draft, the cells of a block. So how often stages repeat is only a number:
+
+    Next      patcher, encoder, global, decoder    as many bytes as take `LAUNCH_SECONDS`
+    Draft     decoder                              the whole draft, then patcher and encoder of its verification
+    Unmask    decoder                              as many passes as blocks have needed lately
+
+All sequences of a batch must ask for the same kind. Else every pass is a separate step, which they share.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from kernels.dispatch import Kernels
+
+from ..config import EOS_ID, Policy
+from ..costs.latency import READBACK
+from ..costs.ledger import Launch, Ledger, Share
+from ..decoders import Draft, Next, Result, Unmask
+from ..memory.memory import Memory, Reach
+from ..memory.text import Slots
+from ..rows import Rows
+from .blocks import BlockPasses, block_tensors
+from .decoder import DecoderRows
+from .launch import padded_tensor
+from .results import cell_params, uniform
+from .sampling import check, draw_ids, padded_params, uniforms_for
+from .stages import Stages
+from .transfer import read, read_async, to_device
+
+MOST_BYTES = 8
+"""Most bytes of blt in one launch."""
+LAUNCH_SECONDS = 0.004
+"""How long a launch of several bytes may take: a new request waits for it."""
+REMEMBERED = 32
+"""How many recent blocks predict the passes that the next ones need."""
+
+
+class Ahead:
+    """Runs the steps in which the host need not read every pass. policy: may be replaced at any time; where the host
+    computes itself, nothing is gained."""
+
+    def __init__(self, stages: Stages, memory: Memory, ledger: Ledger, kernels: Kernels, policy: Policy) -> None:
+        self.policy = policy
+        self._stages, self._memory, self._ledger, self._kernels = stages, memory, ledger, kernels
+        self._device, self._slots = stages.launcher.device, memory.slots
+        self._needed: deque[int] = deque(maxlen=REMEMBERED)
+
+    def run(self, batch: Sequence[Rows]) -> list[Result] | None:
+        """The results of all asks of the batch, or None if the host must read every pass: then nothing has been
+        done."""
+        kinds = {type(rows.ask) for rows in batch}
+        pays = self.policy == "always" or (self.policy == "measured" and self._device.type != "cpu")
+        if not pays or len(kinds) > 1 or not all(map(_is_plain, batch)):
+            return None
+        (kind,) = kinds
+        if kind is Next:
+            return self._bytes(batch)
+        if kind is Draft and not self._stages.encoder.takes_cells:
+            return self._drafts(batch)
+        return self._blocks(batch) if kind is Unmask else None
+
+    # Bytes of blt.
+
+    def _bytes(self, batch: Sequence[Rows]) -> list[Result]:
+        count = self._num_bytes(batch)
+        ends = [rows.end for rows in batch]
+        draws = self._draws(batch, ends, count, len(batch))
+        logits = self._stages.run(batch)
+        take, out = _Draws.begin(self._kernels, self._slots, draws)
+        take(logits)
+        passes = [[_rows(rows, rows.end + n) for rows in batch] for n in range(count - 1)]
+        launches = []
+        for each in passes:
+            launched, logits = self._stages.run_unread(each)
+            launches.append(launched)
+            take(logits)
+        after = draws["places"][:-1]
+        text = self._slots.text
+        opens = text.patch[after + 1] - text.patch[after]
+        readback = read_async(text.ids[draws["places"]], out(), text.entropies[after], opens)
+        self._begin([_rows(rows, rows.end + count - 1) for rows in batch if _at_most(rows) > count], len(batch))
+        ids, highest, entropies, opened = readback()
+        check(best for one in highest for best in one)
+        results = []
+        for number, rows in enumerate(batch):
+            own = [drawn[number] for drawn in ids]
+            self._slots.read(rows.sequence, rows.end, own)
+            # A document ends with an EOS.
+            results.append(Result(own[: own.index(EOS_ID) + 1] if EOS_ID in own else own))
+        for number, (each, launched) in enumerate(zip(passes, launches, strict=True)):
+            served = [len(result.ids) > number + 1 for result in results]
+            self._charge(each, launched, served, entropies[number], opened[number])
+        return results
+
+    def _num_bytes(self, batch: Sequence[Rows]) -> int:
+        """How many bytes all sequences have room and pages for, and one at least."""
+        most = min(MOST_BYTES, *map(_at_most, batch))
+        if self.policy == "measured":
+            seconds = self._ledger.latency.byte(len(batch))
+            most = min(most, int(LAUNCH_SECONDS / seconds)) if seconds else 1
+        if most <= 1 or not all(map(self._stages.global_.in_one_document, batch)):
+            return 1
+        reaches = [Reach(rows.sequence, rows.end + most - 1, rows.end + most - 1) for rows in batch]
+        return most if self._memory.reserve_all(reaches) else 1
+
+    def _charge(
+        self,
+        batch: Sequence[Rows],
+        launches: list[Launch],
+        served: list[bool],
+        entropies: list[float],
+        opens: list[int],
+    ) -> None:
+        """Charges a pass of all stages to the sequences that it served, and passes the boundaries to them."""
+        closed: list[Share] = []
+        for rows, serves, entropy, starts in zip(batch, served, entropies, opens, strict=True):
+            if not serves:
+                continue
+            patch = rows.sequence.patch_of(rows.start)
+            rows.sequence.decide([entropy], [bool(starts)])
+            if share := self._stages.global_.share(rows, patch, [rows.end] if starts else []):
+                closed.append(share)
+        for launch in launches:
+            shares = closed
+            if launch.stage != "global":
+                shares = [share for share, serves in zip(launch.shares, served, strict=True) if serves]
+            elif closed:
+                launch.num_rows = len(closed)
+            else:
+                launch.recorded = True  # The device skipped it: its time says nothing.
+            self._ledger.took(launch, *([shares] if shares else []))
+
+    # Drafts.
+
+    def _drafts(self, batch: Sequence[Rows]) -> list[Result] | None:
+        """None if only one pass is the same for all."""
+        asks = [rows.ask for rows in batch if isinstance(rows.ask, Draft)]
+        count = min(ask.at_most for ask in asks)
+        if count == 1:
+            return None
+        decoder = self._stages.decoder
+        plans = [
+            decoder.plan([replace(rows, cells_start=rows.cells_start + n) for rows in batch]) for n in range(count)
+        ]
+        firsts = [rows.cells_start + 1 for rows in batch]
+        draws = self._draws(batch, firsts, count, plans[0].padded)
+        begin = partial(_Draws.begin, self._kernels, self._slots)
+        launch, highest = decoder.launch_passes("draft", plans, 1, draws, begin)
+        self._ledger.took(launch, *(plan.shares for plan in plans))
+        readback = read_async(self._slots.text.ids[draws["places"]], highest)
+        if all(not ask.known and ask.at_most == count for ask in asks):
+            self._begin([_rows(rows, rows.end, 1 + count) for rows in batch], len(batch))
+        ids, bests = readback()
+        check(best for one in bests for best in one[: len(batch)])
+        drafts = [[drawn[number] for drawn in ids] for number in range(len(batch))]
+        for rows, first, own in zip(batch, firsts, drafts, strict=True):
+            self._slots.read(rows.sequence, first, own)
+        return [Result(own) for own in drafts]
+
+    # Blocks.
+
+    def _blocks(self, batch: Sequence[Rows]) -> list[Result] | None:
+        """The results once one of the blocks is done; None if a block has a lead, which only runs in the first pass."""
+        asks = [rows.ask for rows in batch if isinstance(rows.ask, Unmask)]
+        if any(ask.lead for ask in asks):
+            return None
+        mask, logits = batch[0].sequence.mask_id, None
+        results = [Result(list(ask.block), settled=[-1] * len(ask.block), passes=0) for ask in asks]
+        if any(rows.num_text for rows in batch):
+            # The first pass brings rows of the text along; later ones do not.
+            logits = self._stages.run(batch)
+            batch = [_without_text(rows) for rows in batch]
+        planned = self._stages.decoder.plan(batch)
+        tensors = self._cells(batch, planned.padded)
+        begin = partial(_Cells.begin, self._kernels, self._slots, mask)
+        while all(mask in result.ids for result in results):
+            began, known = time.perf_counter(), results[0].passes
+            passes = self._num_passes(known, planned, asks)
+            outs, launch = [], None
+            if logits is not None:
+                take, out = begin(tensors)
+                take(padded_tensor(logits, planned.padded))
+                logits = None
+                outs.append((1, out()))
+                passes -= 1
+            if passes:
+                launch, rest = self._stages.decoder.launch_passes("unmask", [planned], passes, tensors, begin)
+                outs.append((passes, rest))
+            for (number, _), found in zip(outs, read(*(out for _, out in outs)), strict=True):
+                results = _after(results, found, number, mask)
+            if launch is None:
+                continue
+            if not launch.recorded and len(outs) == 1:
+                # All it took but the passes: what it takes to launch and read.
+                seconds = max(time.perf_counter() - began - self._ledger.seconds(launch), 0.0)
+                self._ledger.latency.observe(READBACK, planned.num_rows, seconds)
+            # Passes over blocks that were done are padding, and charged to no request.
+            done = known + len(outs) - 1
+            last = max(result.passes for result in results)
+            served = (
+                [share for share, result in zip(planned.shares, results, strict=True) if result.passes > number]
+                for number in range(done, last)
+            )
+            self._ledger.took(launch, *served)
+        for rows, result, ask in zip(batch, results, asks, strict=True):
+            self._slots.read(rows.sequence, rows.cells_start, result.ids)
+            if mask not in result.ids and set(ask.block) == {mask}:
+                self._needed.append(result.passes)
+        return results
+
+    def _num_passes(self, known: int, planned: DecoderRows, asks: Sequence[Unmask]) -> int:
+        """How many passes to launch before reading back. Only the device knows whether a block is done: while the host
+        reads that, the device is idle, but a superfluous pass takes time too. known: passes that were not enough."""
+
+        def chance(number: int) -> float:
+            """The probability that one of the blocks needs its pass `number`, counted from 1, as recent blocks did."""
+            share = sum(passes >= number for passes in self._needed) / len(self._needed)
+            return 1 - (1 - share) ** len(asks)
+
+        # A block needs at most one pass per cell, and only one by the rule that settles all at once.
+        most = max(1 if ask.rule.rule == "one_step" else len(ask.block) for ask in asks)
+        passes = 1
+        if self._needed and (undone := chance(known + 1)):
+            readback = self._ledger.latency.readback(planned.num_rows)
+            needed = 0.0 if self.policy == "always" else undone / (1 + readback)
+            while known + passes < most and chance(known + 1 + passes) >= needed:
+                passes += 1
+        return passes
+
+    # What passes need.
+
+    def _begin(self, following: Sequence[Rows], size: int) -> None:
+        """Launches the first half of the next step, if all of the batch go on and have pages."""
+        reaches = [Reach(rows.sequence, rows.end, rows.end) for rows in following]
+        if len(following) == size and self._memory.reserve_all(reaches):
+            self._stages.begin(following)
+
+    def _draws(self, batch: Sequence[Rows], firsts: list[int], count: int, padded: int) -> dict[str, Tensor]:
+        """How `count` bytes of each sequence are drawn, and where they go: from a position on. See `_Draws`."""
+        padding = padded - len(batch)
+        sampling = [rows.sequence.request.sampling for rows in batch]
+        tensors = padded_params(sampling, padded, self._stages.decoder.vocab_size, self._device)
+        at = [self._slots.place(rows.sequence, first) for rows, first in zip(batch, firsts, strict=True)]
+        places = np.zeros((count, padded), dtype=np.int64)
+        places[:, : len(at)] = np.array(at) + np.arange(count)[:, None]
+        tensors["places"] = to_device(places, self._device)
+        uniforms = [
+            [uniform(rows.sequence, first + n) for rows, first in zip(batch, firsts, strict=True)] + [0.0] * padding
+            for n in range(count)
+        ]
+        draws = uniforms_for(tensors, uniforms, self._device)
+        return tensors if draws is None else tensors | {"uniforms": draws}
+
+    def _cells(self, batch: Sequence[Rows], padded: int) -> dict[str, Tensor]:
+        """Where the cells of blocks are, and how they are drawn, all laid end to end."""
+        cells = [(rows.sequence, rows.cells_start + cell) for rows in batch for cell in range(rows.num_block)]
+        params = [cell_params(sequence.request) for sequence, _ in cells]
+        uniforms = [uniform(*cell) for cell in cells] + [0.0] * (padded - len(cells))
+        tensors = padded_params(params, padded, self._stages.decoder.vocab_size, self._device)
+        num_blocks = self._stages.launcher.executor.rows(len(batch))
+        tensors |= block_tensors(batch, num_blocks, padded, self._slots, self._device)
+        draws = uniforms_for(tensors, uniforms, self._device)
+        return tensors if draws is None else tensors | {"uniforms": draws}
+
+
+class _Draws:
+    """Passes that each draw a byte of every row and write it into the text. In tensors only: "places" (passes, R)
+    int64, "uniforms" (passes, R) if any row needs them, and those of `engine.step.sampling.row_params`."""
+
+    def __init__(self, kernels: Kernels, slots: Slots, tensors: Mapping[str, Tensor]) -> None:
+        self._kernels, self._ids, self._tensors = kernels, slots.text.ids, tensors
+        self._highest: list[Tensor] = []
+
+    @classmethod
+    def begin(
+        cls, kernels: Kernels, slots: Slots, tensors: Mapping[str, Tensor]
+    ) -> tuple[Callable[[Tensor], None], Callable[[], Tensor]]:
+        """See `engine.step.decoder.DecoderStage.launch_passes`."""
+        draws = cls(kernels, slots, tensors)
+        return draws.take, draws.out
+
+    def take(self, logits: Tensor) -> None:
+        number, uniforms = len(self._highest), self._tensors.get("uniforms")
+        own = None if uniforms is None else uniforms[number]
+        ids, highest = draw_ids(logits, self._tensors, own, self._kernels)
+        self._ids.index_copy_(0, self._tensors["places"][number], ids)
+        self._highest.append(highest)
+
+    def out(self) -> Tensor:
+        """The largest logits, (passes, R)."""
+        return torch.stack(self._highest)
+
+
+class _Cells(BlockPasses):
+    """Passes that each draw all cells and settle some."""
+
+    @classmethod
+    def begin(
+        cls, kernels: Kernels, slots: Slots, mask_id: int, tensors: Mapping[str, Tensor]
+    ) -> tuple[Callable[[Tensor], None], Callable[[], Tensor]]:
+        """See `engine.step.decoder.DecoderStage.launch_passes`."""
+        cells = cls(kernels, slots.text.ids, tensors, mask_id=mask_id)
+        return cells.take, cells.out
+
+    def take(self, logits: Tensor) -> None:
+        allowed = self.allowed(logits)
+        drawn, highest = draw_ids(allowed, self._tensors, self._tensors.get("uniforms"), self._kernels)
+        self.settle(allowed, drawn, highest)
+
+    def out(self) -> Tensor:
+        """(3, S, B) int64: the cells, when they were settled, whether their logits were bad."""
+        return torch.stack((self.ids, self.when, self.bad.long()))
+
+
+def _is_plain(rows: Rows) -> bool:
+    """Penalties depend on every byte before, and scores are only kept of single passes."""
+    request = rows.sequence.request
+    penalised = request.sampling.presence_penalty or request.sampling.frequency_penalty
+    return not (penalised or request.logprobs is not None or rows.sequence.scores_prompt)
+
+
+def _at_most(rows: Rows) -> int:
+    return rows.ask.at_most if isinstance(rows.ask, Next) else 1
+
+
+def _rows(rows: Rows, start: int, count: int = 1) -> Rows:
+    """Rows of the text for bytes that only the device knows."""
+    return Rows(rows.sequence, start, start + count, rows.ask, 0, 0, 0, start, start, start, rows.counted_from)
+
+
+def _without_text(rows: Rows) -> Rows:
+    """The same block, once the text before it has run."""
+    end = rows.end
+    return replace(rows, start=end, logits_from=end, decode_from=end, counted_from=0)
+
+
+def _after(blocks: Sequence[Result], out: Sequence[list[list[int]]], passes: int, mask: int) -> list[Result]:
+    """Blocks after `passes` more passes. out: of `_Cells`. Raises FloatingPointError if a block's logits are no
+    distribution."""
+    after = []
+    for block, ids, when, bad in zip(blocks, *out, strict=False):
+        size = len(block.ids)
+        if any(bad):
+            raise FloatingPointError("the logits of a block are no distribution: NaN, +inf or all -inf")
+        settled = [now + block.passes if now >= 0 else then for now, then in zip(when, block.settled, strict=False)]
+        number = block.passes + passes if mask in ids[:size] else 1 + max(settled)
+        after.append(Result(ids[:size], settled=settled[:size], passes=number))
+    return after
