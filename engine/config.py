@@ -199,6 +199,13 @@ class EngineConfig:
             "measured at every start."
         ),
     )
+    warm_up_seconds: float = field(
+        default=60.0,
+        metadata=_flag(
+            "Most seconds, before the server is ready, for compiling kernels and recording graphs on a CUDA device.", 0
+        ),
+    )
+    """See `engine.warm_up`."""
     cache_bytes: int = field(default=2 << 30, metadata=_flag("Memory for all caches together, in bytes.", 1))
     page_size: int = field(default=64, metadata=_flag("Rows per cache page.", 1))
     """Caches that keep a few rows per sequence use an eighth of it."""

@@ -15,6 +15,7 @@ from .rows import Rows
 from .scheduler import Scheduler
 from .sequence import Sequence
 from .types import EngineInfo, Event, Failed, FinishReason, Request, Snapshot
+from .warm_up import warm_up
 
 log = logging.getLogger("fastblt.engine")
 
@@ -57,9 +58,10 @@ class Engine:
         self._events: list[Event] = []
 
     def calibrate(self) -> None:
-        """See `engine.calibrate`. Optional; must come before the first request."""
+        """See `engine.calibrate` and `engine.warm_up`. Optional; must come before the first request."""
         self.prompt_rows = calibrate(self)
         self.reset()
+        warm_up(self, self.config.warm_up_seconds)
 
     @property
     def has_work(self) -> bool:

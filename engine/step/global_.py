@@ -16,6 +16,7 @@ from kernels.pooling import PageTable
 
 from ..costs.ledger import Launch, Share
 from ..memory.caches import Caches
+from ..memory.pages import BlockTable
 from ..memory.text import Slots
 from ..model import Model
 from ..rows import Rows
@@ -49,8 +50,11 @@ class GlobalStage:
         """Runs every patch whose last byte is among the rows of the text, and open ones that a block is to read as if
         they ended here. None if there are none."""
         launch, patches = self._launcher.begin("global"), _Patches()
-        closing = [(rows, share) for number, rows in enumerate(batch) if (share := self._add(patches, rows, number))]
-        launch.shares = [share for _, share in closing]
+        opened: list[BlockTable] = []
+        for rows in batch:
+            if share := self._add(patches, rows, len(opened)):
+                launch.shares.append(share)
+                opened.append(rows.sequence.tables["open"])
         num_patches = launch.num_rows = len(patches.begin)
         if not num_patches:
             return None
@@ -59,7 +63,6 @@ class GlobalStage:
         padded = executor.rows(num_patches)
         pooling = self._launcher.plan("open", Spans(), patches.queries, padded * slots)
         plan = self._launcher.plan("global", patches.rows, patches.rows, padded)
-        opened = [rows.sequence.tables["open"] for rows in batch]
 
         def stage(t: Mapping[str, Tensor]) -> Tensor:
             return self._run(

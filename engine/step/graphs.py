@@ -23,7 +23,7 @@ Stage = Callable[[Mapping[str, Tensor]], Tensor]
 
 MOST_GRAPH_ROWS = 256
 """More rows than this keep the device busy without a graph."""
-MOST_RECORDINGS = 256
+MOST_RECORDINGS = 512
 """Recordings hold memory; the least recently used is dropped first."""
 LEAST_PAGES = 64
 """Shorter lists of pages are padded to this, to need fewer recordings."""
@@ -46,6 +46,7 @@ class Eager:
         return n
 
     least_pages = 0
+    records = False
 
     @property
     def num_recorded(self) -> int:
@@ -100,6 +101,7 @@ class Graphs(Eager):
         return n if rows > MOST_GRAPH_ROWS else rows
 
     least_pages = LEAST_PAGES
+    records = True
 
     def pages(self, n: int) -> int:
         return max(_power_of_two(n), LEAST_PAGES)
