@@ -24,6 +24,7 @@ from .model import Model, RowFloors, find_row_floors
 from .model.layers import matrix_dtype
 from .step.graphs import Eager, Graphs
 from .step.launch import Launcher
+from .step.one_call import OneCall
 from .step.stages import Stages
 from .step.step import Stepper
 
@@ -76,13 +77,15 @@ def build(config: EngineConfig) -> Parts:
     given = config.isolate_documents
     isolate = loaded.config.isolate_documents if given is None else given
     stages = _stages(config, model, floors, memory, ledger, device, isolate=isolate)
+    # With graphs a CPU runs single stages over padded buffers, as a CUDA device would.
+    one_call = None if config.graphs else OneCall.of(model, memory, ledger, stages.launcher, isolates=isolate)
     return Parts(
         model=model,
         limits=_limits(loaded.config, caches, model.parameters),
         kernels=kernels,
         memory=memory,
         ledger=ledger,
-        stepper=Stepper(stages, memory, ledger, kernels, config.run_ahead),
+        stepper=Stepper(stages, memory, ledger, kernels, config.run_ahead, one_call),
         stage_bytes=stage_bytes,
         formula=PaperFormula.of(loaded.config, dtype.itemsize),
         isolates_documents=isolate,

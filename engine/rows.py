@@ -112,6 +112,16 @@ class Rows(msgspec.Struct):
         return self.drawn_from - self.end + len(self.ask.drafts) + 1 if isinstance(self.ask, Verify) else 0
 
     @property
+    def num_exact(self) -> int:
+        """Of Verify: rows that were exact while they drafted, as long as no patch closes, so that the decoder skips
+        them. None unless the step begins with them, nor for scores, which must come from one pass of the whole model.
+        """
+        ask = self.ask
+        if not isinstance(ask, Verify) or self.sequence.request.logprobs is not None:
+            return 0
+        return ask.exact if self.start == self.end - len(ask.drafts) - 1 else 0
+
+    @property
     def num_drawn(self) -> int:
         return self.end - self.drawn_from + self.num_cells if self.ask else 0
 

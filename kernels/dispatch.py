@@ -130,10 +130,10 @@ class NativeKernels(Kernels):
         return native.join(parts)
 
     def stack(self, weights: StackWeights) -> StackFunction:
-        return native.stack(weights)
+        return native.Stack(weights)
 
     def cross_kv(self, weights: Sequence[CrossKvWeights]) -> CrossKvFunction:
-        return native.cross_kv(weights)
+        return native.CrossKv(weights)
 
 
 def choose_kernels(name: KernelName | None, device: torch.device) -> Kernels:

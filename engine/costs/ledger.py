@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..counts import Counts
+from kernels.native.step import Answer, Totals
+
+from ..counts import STAGES, Counts
 from ..decoders import Committed
 from ..rows import Rows
 from .accounting import StageBytes
@@ -67,6 +69,30 @@ class Ledger:
             self._charge(launch.stage, shares, parts, len(served))
         self._pending.append((launch, parts))
         self.poll()
+
+    def took_step(self, totals: Totals, answers: Sequence[tuple[Rows, Answer]]) -> None:
+        """Charges a step that was one call, whose time is known."""
+        for stage, calls, all_rows, seconds, number in zip(STAGES, *totals, range(len(STAGES)), strict=True):
+            if not calls:
+                continue
+            weights, row, kv_row = self._bytes.weights[stage], self._bytes.row[stage], self._bytes.kv_row[stage]
+            looked = 0
+            for rows, answer in answers:
+                served = answer.served[number]
+                looked += served.looked
+                if served.counted:
+                    counts = rows.sequence.counts
+                    counts.calls[stage] += served.calls
+                    counts.rows[stage] += served.counted
+                    read = weights * served.counted_share + row * served.counted + kv_row * served.looked_counted
+                    counts.bytes_read[stage] += read
+                    part = seconds * served.counted_share / calls
+                    self.decoders[rows.sequence.request.decoder].seconds[stage] += part
+            self.total.calls[stage] += calls
+            self.total.rows[stage] += all_rows
+            self.total.bytes_read[stage] += weights * calls + row * all_rows + kv_row * looked
+            self.total.seconds[stage] += seconds
+            self.latency.observe(stage, round(all_rows / calls), seconds / calls)
 
     def _charge(self, stage: str, shares: Sequence[Share], parts: dict[str, float], passes: int) -> None:
         total, all_rows = self.total, sum(share.num_rows for share in shares)

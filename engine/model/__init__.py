@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 from kernels.linear import batched_row_floor, row_floor
+from kernels.native import CrossKv, Stack
+from kernels.native.step import StepWeights
 
 from ..config import ModelConfig, StackConfig
 from ..memory.caches import CacheSpec
@@ -47,6 +49,33 @@ class Model:
         """Of every stage, by its name: rows of its rotary table."""
         self.linear_shapes = weights.linear_shapes
         self.matrix_itemsize = weights.matrix_dtype.itemsize
+
+    @property
+    def step_weights(self) -> StepWeights | None:
+        """All weights, for steps as one call; None where kernels do not have that."""
+        encoder, decoder, stack, config = self.encoder, self.decoder, self.global_transformer.stack, self.config
+        stacks = self.patcher.stack, encoder.stack, stack, decoder.stack
+        own = [stack for stack in stacks if isinstance(stack, Stack)]
+        if len(own) < len(stacks) or not isinstance(decoder.cross_kv, CrossKv):
+            return None
+        if encoder.hashes.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        return StepWeights(
+            own[0],
+            own[1],
+            own[2],
+            own[3],
+            encoder.hashes,
+            encoder.embedding,
+            [cross.slots(config.slots) for cross in encoder.cross],
+            decoder.cross_kv,
+            encoder.slots,
+            self.global_transformer.projection,
+            decoder.slots,
+            config.slots,
+            config.decoder_input == "encoder",
+            -1 if config.mask_id is None else config.mask_id,
+        )
 
     def check_lengths(self, max_length: int, max_patches: int) -> None:
         """Raises ValueError if such sequences would exceed a stage's rotary table: kernels do not check this."""

@@ -17,13 +17,13 @@ class Decoder:
         self._config = config
         self._kernels = kernels
         own_table = config.decoder_input == "embedding"
-        self._slots = weights.matrix(f"{prefix}.patch_embedding_projection.weight")
+        self.slots = weights.matrix(f"{prefix}.patch_embedding_projection.weight")
         cross = [
             CrossAttention(config.decoder, weights, f"{prefix}.cross_attn_layers.{i}", kernels)
             for i in range(decoder_cross_layers(config))
         ]
-        self._cross_kv = kernels.cross_kv([c.cross_kv for c in cross])
-        self._stack = kernels.stack(
+        self.cross_kv = kernels.cross_kv([c.cross_kv for c in cross])
+        self.stack = kernels.stack(
             StackWeights(
                 layers_of(config.decoder, weights, prefix),
                 embedding=weights.tensor(f"{prefix}.embed_tokens.weight") if own_table else None,
@@ -38,8 +38,8 @@ class Decoder:
 
     def write_latents(self, latents: Tensor, cache: KvCache, page: Tensor, offset: Tensor) -> None:
         """Splits latents (P, global dim) into slots and stores the K/V of every layer. page, offset (P * slots,)."""
-        slots = self._kernels.linear(latents, self._slots).view(-1, self._config.decoder.dim)
-        self._cross_kv(slots, cache, page, offset)
+        slots = self._kernels.linear(latents, self.slots).view(-1, self._config.decoder.dim)
+        self.cross_kv(slots, cache, page, offset)
 
     def __call__(
         self, x: Tensor, latents: KvCache, page: Tensor, offset: Tensor, cache: KvCache, plan: AttentionPlan,
@@ -50,4 +50,4 @@ class Decoder:
         x: ids (R,), [MASK] among them, if the decoder has a table of its own, else states (R, dim). Row r reads the
         latent whose slots begin at page[r], offset[r].
         """
-        return self._stack(x, cache, plan, CrossCache(latents, page, offset), logit_rows).float()
+        return self.stack(x, cache, plan, CrossCache(latents, page, offset), logit_rows).float()

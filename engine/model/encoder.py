@@ -19,21 +19,21 @@ class Encoder:
         self._kernels = kernels
         prefix = "model.local_encoder"
         hashes = config.hashes
-        self._embedding = weights.tensor(f"{prefix}.embed_tokens.weight")
+        self.embedding = weights.tensor(f"{prefix}.embed_tokens.weight")
         tables = [weights.stored(f"model.encoder_hash_tok_embedding.{t}.weight") for t in range(hashes.num_tables)]
-        self._hashes = HashTables(tables, hashes.group_sizes, hashes.num_functions, hashes.rows, weights.device)
+        self.hashes = HashTables(tables, hashes.group_sizes, hashes.num_functions, hashes.rows, weights.device)
         self.hash_itemsize = tables[0].itemsize
-        self._slots = weights.matrix(f"{prefix}.patch_embedding_projection.weight")
+        self.slots = weights.matrix(f"{prefix}.patch_embedding_projection.weight")
         num_cross = encoder_cross_layers(config)
         stored = sum(
             f"{prefix}.cross_attn_layers.{i}.q_proj.weight" in weights for i in range(config.encoder.num_layers)
         )
-        self._cross = [
+        self.cross = [
             CrossAttention(config.encoder, weights, f"{prefix}.cross_attn_layers.{i}", kernels)
             for i in range(stored - num_cross, stored)
         ]
         layers = layers_of(config.encoder, weights, prefix)
-        self._stack = kernels.stack(StackWeights(layers, cross_kv=[cross.cross_kv for cross in self._cross]))
+        self.stack = kernels.stack(StackWeights(layers, cross_kv=[cross.cross_kv for cross in self.cross]))
 
     def __call__(
         self,
@@ -50,8 +50,8 @@ class Encoder:
         Also stores in the open-patch cache what a patch needs when it closes: each byte's state to pool, and its keys
         and values for the patch's queries.
         """
-        x = self._kernels.hash_embed(ids, at, plan.positions, self._embedding, self._hashes)
-        return self._stack(x, cache, plan, CrossCache(open_kv, open_plan.page, open_plan.offset, open_states))
+        x = self._kernels.hash_embed(ids, at, plan.positions, self.embedding, self.hashes)
+        return self.stack(x, cache, plan, CrossCache(open_kv, open_plan.page, open_plan.offset, open_states))
 
     def close(
         self,
@@ -69,7 +69,7 @@ class Encoder:
         rows are the patches' slots.
         """
         pooled = self._kernels.patch_max(open_states, table, sequence, begin, after)
-        slots = self._kernels.linear(pooled, self._slots).view(-1, pooled.shape[1])
-        for cross, kv in zip(self._cross, open_kv, strict=True):
+        slots = self._kernels.linear(pooled, self.slots).view(-1, pooled.shape[1])
+        for cross, kv in zip(self.cross, open_kv, strict=True):
             slots = cross.output(self._kernels.attention(cross.query(slots), *kv, plan), slots)
         return slots.view(len(pooled), -1)

@@ -15,10 +15,10 @@ class GlobalTransformer:
         prefix = "model.global_transformer"
         name = f"{prefix}.token_embedding_projection.weight"
         self._kernels = kernels
-        self._projection = weights.matrix(name) if config.projects_latent else None
-        self._stack = kernels.stack(StackWeights(layers_of(config.global_, weights, prefix)))
+        self.projection = weights.matrix(name) if config.projects_latent else None
+        self.stack = kernels.stack(StackWeights(layers_of(config.global_, weights, prefix)))
 
     def __call__(self, patches: Tensor, cache: KvCache, plan: AttentionPlan) -> Tensor:
         """patches (P, slots * local dim) to latents (P, global dim); no final norm."""
-        x = patches if self._projection is None else self._kernels.linear(patches, self._projection)
-        return self._stack(x, cache, plan)
+        x = patches if self.projection is None else self._kernels.linear(patches, self.projection)
+        return self.stack(x, cache, plan)

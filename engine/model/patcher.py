@@ -18,7 +18,7 @@ class Patcher:
     def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
         self._kernels = kernels
         stack = replace(config.patcher, max_positions=config.patcher_positions)
-        self._stack = kernels.stack(
+        self.stack = kernels.stack(
             StackWeights(
                 layers_of(stack, weights, "model.patcher", exact=True),
                 embedding=weights.tensor("model.patcher.embed_tokens.weight"),
@@ -32,4 +32,4 @@ class Patcher:
 
     def __call__(self, ids: Tensor, cache: KvCache, plan: AttentionPlan) -> Tensor:
         """ids (R,) to the entropy in nats after each of them, (R,) float32."""
-        return self._kernels.entropy(self._stack(ids, cache, plan))
+        return self._kernels.entropy(self.stack(ids, cache, plan))

@@ -60,7 +60,7 @@ class Ahead:
         done."""
         kinds = {type(rows.ask) for rows in batch}
         pays = self.policy == "always" or (self.policy == "measured" and self._device.type != "cpu")
-        if not pays or len(kinds) > 1 or not all(map(_is_plain, batch)):
+        if not pays or len(kinds) > 1 or not all(map(is_plain, batch)):
             return None
         (kind,) = kinds
         if kind is Next:
@@ -322,7 +322,7 @@ class _Cells(BlockPasses):
         return torch.stack((self.ids, self.when, self.bad.long()))
 
 
-def _is_plain(rows: Rows) -> bool:
+def is_plain(rows: Rows) -> bool:
     """Penalties depend on every byte before, and scores are only kept of single passes."""
     request = rows.sequence.request
     penalised = request.sampling.presence_penalty or request.sampling.frequency_penalty

@@ -11,7 +11,6 @@ from torch import Tensor
 from kernels.planning import Spans
 
 from ..costs.ledger import Launch, Share
-from ..decoders import Verify
 from ..memory.caches import Caches
 from ..memory.text import Slots
 from ..model import Model
@@ -145,22 +144,14 @@ class DecoderStage:
     def no_logits(self) -> Tensor:
         return torch.empty((0, self.vocab_size), device=self._launcher.device)
 
-    def may_skip(self, rows: Rows) -> bool:
-        """Whether it depends on where patches close which rows run: only if they begin with rows that drafted, and
-        not for scores, which must come from one pass of the whole model."""
-        ask = rows.ask
-        if not isinstance(ask, Verify) or not ask.exact or rows.sequence.request.logprobs is not None:
-            return False
-        return rows.start == rows.end - len(ask.drafts) - 1
-
     def skip_exact(self, rows: Rows) -> None:
         """Lets the decoder skip rows that were exact when they drafted: up to the first that closes a patch, which read
         a latent that was not there."""
-        if not isinstance(rows.ask, Verify) or not self.may_skip(rows):
+        if not rows.num_exact:
             return
         starts = rows.sequence.patching.starts
         closing = bisect_right(starts, rows.start)
         first = starts[closing] - 1 if closing < len(starts) else rows.end
-        rows.decode_from = min(first, rows.start + rows.ask.exact)
+        rows.decode_from = min(first, rows.start + rows.num_exact)
         rows.logits_from = max(rows.logits_from, rows.decode_from)
         rows.drawn_from = max(rows.drawn_from, rows.decode_from)

@@ -42,7 +42,7 @@ class Launcher:
         self.clock, self._isolate = clock, isolate
         self.small_tile, large = floors.tile, large_tile or LARGE_TILE
         # Every slot sees the whole open patch, and there may be more slots than a patch has bytes.
-        self._tilings = {
+        self.tilings = {
             name: Tiling(
                 floors.tile, large, spec.page_size, 0 if name == "open" else spec.window or 0, split=spec.window is None
             )
@@ -51,7 +51,7 @@ class Launcher:
 
     def share(self, spans: Spans, cache: str, rows: Rows, start: int, end: int, mutual: int = 0) -> Share:
         """Adds rows start..end-1 of a cache of bytes to `spans`. The last `mutual` of them see each other."""
-        sequence, window = rows.sequence, self._tilings[cache].window
+        sequence, window = rows.sequence, self.tilings[cache].window
         table = sequence.tables[cache]
         documents = sequence.documents if self._isolate else NO_DOCUMENTS
         for begin, after, floor in pieces(documents, start, end):
@@ -61,7 +61,7 @@ class Launcher:
         return Share(rows, count, min(max(end - rows.counted_from, 0), count), end - seen_from)
 
     def plan(self, cache: str, writes: Spans, queries: Spans, padded_queries: int) -> Plan:
-        return plan_attention(writes, queries, self._tilings[cache], self.executor, padded_queries)
+        return plan_attention(writes, queries, self.tilings[cache], self.executor, padded_queries)
 
     def begin(self, stage: str) -> Launch:
         """A launch whose planning starts now. If the host runs the stages, planning is part of their time; on another

@@ -74,7 +74,7 @@ class Stages:
         for launch in half.launches:
             self._ledger.took(launch, launch.shares)
         # While the device runs these, the host plans the decoder's rows, unless boundaries decide which rows run.
-        skips = any(map(self.decoder.may_skip, batch))
+        skips = any(rows.num_exact for rows in batch)
         planned = None if skips else self.decoder.plan(batch)
         if half.decide:
             half.decide()

@@ -13,6 +13,7 @@ from ..memory.memory import Memory
 from ..rows import Rows
 from .ahead import Ahead
 from .graphs import Eager
+from .one_call import OneCall
 from .results import results_of, score_prompts
 from .stages import Stages
 
@@ -20,9 +21,18 @@ from .stages import Stages
 class Stepper:
     """Runs the steps of an engine."""
 
-    def __init__(self, stages: Stages, memory: Memory, ledger: Ledger, kernels: Kernels, policy: Policy) -> None:
+    def __init__(
+        self,
+        stages: Stages,
+        memory: Memory,
+        ledger: Ledger,
+        kernels: Kernels,
+        policy: Policy,
+        one_call: OneCall | None = None,
+    ) -> None:
+        """one_call: runs the steps instead of the stages."""
         self.stages, self._slots, self._kernels = stages, memory.slots, kernels
-        self.ahead = Ahead(stages, memory, ledger, kernels, policy)
+        self.ahead, self.one_call = Ahead(stages, memory, ledger, kernels, policy), one_call
 
     @property
     def executor(self) -> Eager:
@@ -38,6 +48,8 @@ class Stepper:
         distribution."""
         if any([self._write(rows) for rows in batch]):
             self.stages.discard()
+        if self.one_call:
+            return self.one_call.run(batch, self.ahead.policy)
         return self.ahead.run(batch) or self._run_once(batch)
 
     def _write(self, rows: Rows) -> bool:

@@ -10,7 +10,6 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +26,10 @@ from ..planning import SPAN, Lengths, Spans, Tiling
 from ..pooling import PageTable
 from ..stack import (
     CrossCache,
-    CrossKvFunction,
     CrossKvWeights,
     KvCache,
     LayerWeights,
     SlotsWeights,
-    StackFunction,
     StackWeights,
 )
 from ..text import Text
@@ -62,6 +59,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "fastblt_accepted": "pppp qq",
         "fastblt_certainty": "ppp qq",
         "fastblt_unmask": "pppppp qq",
+        "fastblt_step": "pp q pp i",
         "fastblt_plan": "pqp pqp p qqqq ppq",
     }.items():
         kinds = {"p": _POINTER, "q": _INT, "i": ctypes.c_int, "f": ctypes.c_float}
@@ -272,12 +270,17 @@ def boundaries(entropies: Tensor, text: Text, spans: Tensor, rule: Rule) -> Tens
     assert LIBRARY
     rows = entropies.shape[0]
     found = torch.empty(2, rows)
-    judge = 3 if rule.every_byte else 2 if rule.monotonic else 0 if rule.rise is None else 1
     LIBRARY.fastblt_boundaries(
         entropies.data_ptr(), text.entropies.data_ptr(), text.patch.data_ptr(), text.patch_start.data_ptr(),
-        spans.data_ptr(), spans.shape[0], rule.longest, judge, rule.threshold, rule.rise or 0.0, found.data_ptr(), rows,
+        spans.data_ptr(), spans.shape[0], rule.longest, judge_of(rule), rule.threshold, rule.rise or 0.0,
+        found.data_ptr(), rows,
     )  # fmt: skip
     return found
+
+
+def judge_of(rule: Rule) -> int:
+    """The rule's number in bytes.h."""
+    return 3 if rule.every_byte else 2 if rule.monotonic else 0 if rule.rise is None else 1
 
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,59 +332,62 @@ def unmask(masked: Tensor, confidence: Tensor, entropy: Tensor, rules: Tensor, b
     return settled
 
 
-def stack(w: StackWeights) -> StackFunction:
+class Stack:
     """`kernels.stack.composed_stack` as one call."""
-    assert LIBRARY
-    call, norms = LIBRARY.fastblt_stack, _Norms()
-    layers = [_layer(layer, norms) for layer in w.layers]
-    slots = [_slots(slots, norms) for slots in w.slots]
-    keys = [_cross_kv(keys, norms) for keys in w.cross_kv]
-    like, width = w.layers[0].attention_norm, layers[0].dim
-    struct = _Stack(
-        (_Layer * len(layers))(*layers), (_Slots * len(slots))(*slots), (_CrossKv * len(keys))(*keys),
-        _address(w.embedding), None, _Matrix(), len(layers), len(slots), len(keys), width, 0.0, _is_bf16(like),
-    )  # fmt: skip
-    if w.head is not None:
-        struct.norm, struct.head, struct.eps = norms(w.head.norm), _struct(w.head.matrix), w.head.eps
-        width = struct.head.out
 
-    address = ctypes.byref(struct)
+    def __init__(self, w: StackWeights) -> None:
+        norms = Norms()
+        layers = [_layer(layer, norms) for layer in w.layers]
+        slots = [slots_struct(slots, norms) for slots in w.slots]
+        keys = [_cross_kv(keys, norms) for keys in w.cross_kv]
+        like, self._width = w.layers[0].attention_norm, layers[0].dim
+        self._dtype = like.dtype
+        self.struct = _Stack(
+            (_Layer * len(layers))(*layers), (_Slots * len(slots))(*slots), (_CrossKv * len(keys))(*keys),
+            _address(w.embedding), None, _Matrix(), len(layers), len(slots), len(keys), self._width, 0.0,
+            _is_bf16(like),
+        )  # fmt: skip
+        if w.head is not None:
+            self.struct.norm, self.struct.head, self.struct.eps = norms(w.head.norm), _struct(w.head.matrix), w.head.eps
+            self._width = self.struct.head.out
+        self._address = ctypes.byref(self.struct)
+        # Keeps the memory behind the addresses.
+        self._alive = w, norms
 
-    # Keeps the memory behind the addresses alive as long as the function.
-    def run(
-        x: Tensor, cache: KvCache, plan: AttentionPlan, cross: CrossCache | None = None,
-        logit_rows: Tensor | None = None, alive: Any = (w, norms),
+    def __call__(
+        self, x: Tensor, cache: KvCache, plan: AttentionPlan, cross: CrossCache | None = None,
+        logit_rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        assert LIBRARY
         rows = (x if logit_rows is None else logit_rows).shape[0]
-        y = torch.empty(rows, width, dtype=like.dtype)
+        y = torch.empty(rows, self._width, dtype=self._dtype)
         crosses = _NOTHING if cross is None else (
             cross.cache.addresses, _address(cross.states), cross.page.data_ptr(), cross.offset.data_ptr()
         )  # fmt: skip
-        call(
-            address, plan.addresses, cache.addresses, *crosses, x.data_ptr(), _address(logit_rows), rows, y.data_ptr(),
-            torch.get_num_threads(),
+        LIBRARY.fastblt_stack(
+            self._address, plan.addresses, cache.addresses, *crosses, x.data_ptr(), _address(logit_rows), rows,
+            y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y
 
-    return run
 
-
-def cross_kv(ws: Sequence[CrossKvWeights]) -> CrossKvFunction:
+class CrossKv:
     """`kernels.stack.composed_cross_kv` as one call."""
-    assert LIBRARY
-    call, norms = LIBRARY.fastblt_cross_kv, _Norms()
-    structs = (_CrossKv * len(ws))(*(_cross_kv(w, norms) for w in ws))
 
-    def run(x: Tensor, cache: KvCache, page: Tensor, offset: Tensor, alive: Any = (ws, norms)) -> None:
-        call(
-            structs, len(structs), page.data_ptr(), offset.data_ptr(), cache.addresses, x.data_ptr(), x.shape[0],
-            torch.get_num_threads(),
+    def __init__(self, ws: Sequence[CrossKvWeights]) -> None:
+        norms = Norms()
+        self.structs = (_CrossKv * len(ws))(*(_cross_kv(w, norms) for w in ws))
+        self._alive = ws, norms
+
+    def __call__(self, x: Tensor, cache: KvCache, page: Tensor, offset: Tensor) -> None:
+        assert LIBRARY
+        LIBRARY.fastblt_cross_kv(
+            self.structs, len(self.structs), page.data_ptr(), offset.data_ptr(), cache.addresses, x.data_ptr(),
+            x.shape[0], torch.get_num_threads(),
         )  # fmt: skip
 
-    return run
 
-
-class _Norms(list[Tensor]):
+class Norms(list[Tensor]):
     """float32 copies of norms, kept."""
 
     def __call__(self, norm: Tensor) -> int:
@@ -389,7 +395,7 @@ class _Norms(list[Tensor]):
         return self[-1].data_ptr()
 
 
-def _layer(w: LayerWeights, norms: _Norms) -> _Layer:
+def _layer(w: LayerWeights, norms: Norms) -> _Layer:
     matrices = [_struct(m) for m in (w.qkv, w.o, w.gate_up, w.down)]
     return _Layer(
         norms(w.attention_norm), norms(w.ffn_norm), w.rope.data_ptr(), *matrices, len(w.attention_norm), w.heads,
@@ -397,13 +403,13 @@ def _layer(w: LayerWeights, norms: _Norms) -> _Layer:
     )  # fmt: skip
 
 
-def _slots(w: SlotsWeights, norms: _Norms) -> _Slots:
+def slots_struct(w: SlotsWeights, norms: Norms) -> _Slots:
     return _Slots(
         norms(w.norm), _struct(w.q), _struct(w.o), len(w.norm), w.heads, w.head_dim, w.slots, w.eps, _is_bf16(w.norm)
     )
 
 
-def _cross_kv(w: CrossKvWeights, norms: _Norms) -> _CrossKv:
+def _cross_kv(w: CrossKvWeights, norms: Norms) -> _CrossKv:
     return _CrossKv(norms(w.norm), _struct(w.kv), w.eps, _is_bf16(w.norm))
 
 

@@ -4,6 +4,8 @@
    bf16: whether the model's dtype is bfloat16 rather than float. Inside, numbers are floats, rounded where the torch twins
    round. */
 
+#define _POSIX_C_SOURCE 200809L
+
 #include "attention.h"
 #include "bytes.h"
 #include "choosing.h"
@@ -48,10 +50,9 @@ typedef struct {
 
 int64_t fastblt_panel(void) { return PANEL; }
 
-static void begin(int threads, size_t floats) {
+static void begin(int threads) {
     pthread_mutex_lock(&one_at_a_time);
     set_threads(threads);
-    reserve(floats);
 }
 
 static void finish(void) { pthread_mutex_unlock(&one_at_a_time); }
@@ -63,19 +64,19 @@ void fastblt_pack(
     int64_t out = 0;
     for (int64_t part = 0; part < num_parts; part++) out += outs[part];
     int64_t count = (out + PANEL - 1) / PANEL;
-    begin(threads, 0);
+    begin(threads);
     Packing packing = {parts, outs, panels, num_parts, out, in, itemsize};
     share(pack_panels, &packing, count, out * in);
     finish();
 }
 
 /* x (rows, in) to y (rows, out), with the operations of `kernels.linear` before and after it. */
-void fastblt_linear(
+static void run_linear(
     const Matrix *weight, const void *x, const float *norm, float eps, int gated, const void *residual, int twice, void *y,
-    int64_t rows, int bf16, int threads
+    int64_t rows, int bf16
 ) {
     int64_t in = weight->in, out = weight->out, left = gated ? out / 2 : out;
-    begin(threads, rows * (3 * in + out + 2 * left) + 64 * 6);
+    reserve(rows * (3 * in + out + 2 * left) + 64 * 6);
     float *wide = take(rows * in), *normed = take(rows * in), *full = take(rows * out);
     float *gates = take(rows * left), *before = take(rows * left), *turned = take(rows * in);
     widen(wide, x, rows * in, bf16);
@@ -93,20 +94,33 @@ void fastblt_linear(
         full = gates;
     }
     narrow(y, full, rows * left, bf16);
+}
+
+void fastblt_linear(
+    const Matrix *weight, const void *x, const float *norm, float eps, int gated, const void *residual, int twice, void *y,
+    int64_t rows, int bf16, int threads
+) {
+    begin(threads);
+    run_linear(weight, x, norm, eps, gated, residual, twice, y, rows, bf16);
     finish();
 }
 
 /* q (queries, heads, head_dim) to out of the same shape. */
-void fastblt_attention(
-    const void *q, void *out, const Plan *plan, const Cache *cache, int64_t heads, int bf16, int threads
-) {
+static void run_attention(const void *q, void *out, const Plan *plan, const Cache *cache, int64_t heads, int bf16) {
     int64_t numbers = plan->queries * heads * cache->head_dim;
-    begin(threads, 2 * numbers + 64 * 2);
+    reserve(2 * numbers + 64 * 2);
     float *scaled = take(numbers), *seen = take(numbers), scale = 1.0f / sqrtf((float)cache->head_dim);
     widen(scaled, q, numbers, bf16);
     for (int64_t i = 0; i < numbers; i++) scaled[i] = rounded(scaled[i] * scale, bf16);
     attend(scaled, seen, plan, cache, heads, bf16);
     narrow(out, seen, numbers, bf16);
+}
+
+void fastblt_attention(
+    const void *q, void *out, const Plan *plan, const Cache *cache, int64_t heads, int bf16, int threads
+) {
+    begin(threads);
+    run_attention(q, out, plan, cache, heads, bf16);
     finish();
 }
 
@@ -212,16 +226,16 @@ static void store_cross_kv(
 
 /* `stack` of kernels/stack.py. x: (rows, dim), or ids (rows,) where there is an embedding. logit_rows (left,), or null: the
    rows to output. cross, states, page, offset: `CrossCache`. */
-void fastblt_stack(
+static void run_stack(
     const Stack *s, const Plan *plan, const Cache *caches, const Cache *cross, void *states, const int64_t *page,
-    const int64_t *offset, const void *x, const int64_t *logit_rows, int64_t left, void *y, int threads
+    const int64_t *offset, const void *x, const int64_t *logit_rows, int64_t left, void *y
 ) {
     int64_t rows = plan->rows, dim = s->dim, bf16 = s->bf16;
     size_t most = left * (3 * dim + s->head.out) + 64 * 4;
     for (int64_t i = 0; i < s->num_layers; i++) most = larger(most, layer_floats(s->layers + i, rows));
     for (int64_t i = 0; i < s->num_slots; i++) most = larger(most, slots_floats(s->slots + i, rows));
     for (int64_t i = 0; i < s->num_cross_kv; i++) most = larger(most, cross_kv_floats(s->cross_kv + i, rows));
-    begin(threads, rows * dim + 64 + most);
+    reserve(rows * dim + 64 + most);
     float *now = take(rows * dim);
     if (s->embedding) widen_rows(now, s->embedding, x, rows, dim, bf16);
     else widen(now, x, rows * dim, bf16);
@@ -244,23 +258,41 @@ void fastblt_stack(
         product(&s->head, normed, turned, 0, 0, logits, left, bf16);
         narrow(y, logits, left * s->head.out, bf16);
     } else narrow(y, now, left * dim, bf16);
+}
+
+void fastblt_stack(
+    const Stack *s, const Plan *plan, const Cache *caches, const Cache *cross, void *states, const int64_t *page,
+    const int64_t *offset, const void *x, const int64_t *logit_rows, int64_t left, void *y, int threads
+) {
+    begin(threads);
+    run_stack(s, plan, caches, cross, states, page, offset, x, logit_rows, left, y);
     finish();
 }
 
 /* x (rows, dim) as keys and values of `count` caches. */
-void fastblt_cross_kv(
+static void run_cross_kv(
     const CrossKv *keys, int64_t count, const int64_t *page, const int64_t *offset, const Cache *caches, const void *x,
-    int64_t rows, int threads
+    int64_t rows
 ) {
     int64_t numbers = rows * keys->kv.in;
     size_t most = 0;
     for (int64_t i = 0; i < count; i++) most = larger(most, cross_kv_floats(keys + i, rows));
-    begin(threads, numbers + 64 + most);
+    reserve(numbers + 64 + most);
     float *wide = take(numbers);
     widen(wide, x, numbers, keys->bf16);
     for (int64_t i = 0; i < count; i++) store_cross_kv(keys + i, page, offset, caches + i, wide, rows);
+}
+
+void fastblt_cross_kv(
+    const CrossKv *keys, int64_t count, const int64_t *page, const int64_t *offset, const Cache *caches, const void *x,
+    int64_t rows, int threads
+) {
+    begin(threads);
+    run_cross_kv(keys, count, page, offset, caches, x, rows);
     finish();
 }
+
+#include "step.h"
 
 /* The bytes at ids[at[r]], positions[r] of their texts, to x (rows, dim). */
 void fastblt_hash_embed(

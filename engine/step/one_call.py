@@ -1,0 +1,221 @@
+"""Steps as one call, where the CPU's own kernels compute: nothing of a step is planned or chosen in Python."""
+
+from array import array
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from kernels.native.step import CACHES, Answer, Ask, Limits, Request, Step, StepCaches, addresses_of
+
+from ..config import EOS_ID, Policy
+from ..costs.ledger import Ledger
+from ..decoders import Draft, Next, Result, Unmask, Verify
+from ..memory.memory import Memory, Reach
+from ..model import Model
+from ..patching import boundary_rule
+from ..rows import Rows
+from ..sequence import start_of
+from ..types import SamplingParams
+from .ahead import LAUNCH_SECONDS, MOST_BYTES, is_plain
+from .blocks import BLOCK_SPECIALS, rule_and_bound
+from .launch import Launcher
+from .results import cell_params, results_of, score_prompts
+
+ASKS = {Next: Ask.NEXT, Draft: Ask.DRAFT, Unmask: Ask.UNMASK, Verify: Ask.VERIFY, type(None): Ask.PREFILL}
+
+
+class OneCall:
+    """Runs steps, each with as many passes as its sequences need: further bytes of blt, a whole draft, a block until it
+    is done. The host only draws for requests with penalties or scores."""
+
+    def __init__(
+        self, model: Model, step: Step, memory: Memory, ledger: Ledger, launcher: Launcher, isolates: bool
+    ) -> None:
+        self._model, self._step, self._memory, self._ledger = model, step, memory, ledger
+        self._text, self._isolates = memory.slots.text, isolates
+        self._isolates_global = isolates and model.config.isolate_global
+        self._ids, self._entropies = self._text.ids.numpy(), self._text.entropies.numpy()
+        self._patch = self._text.patch.numpy()
+        self._vocab_size = model.config.vocab_size
+
+    @classmethod
+    def of(
+        cls, model: Model, memory: Memory, ledger: Ledger, launcher: Launcher, *, isolates: bool
+    ) -> "OneCall | None":
+        """None where the kernels have no such call."""
+        weights, caches = model.step_weights, memory.caches
+        if weights is None:
+            return None
+        kv = dict(
+            zip(CACHES, (caches.patcher, caches.encoder, caches.open_kv, caches.global_, caches.latent, caches.decoder),
+                strict=True)
+        )  # fmt: skip
+        where = StepCaches(kv, caches.open_states, launcher.tilings)
+        first, second, third = BLOCK_SPECIALS
+        limits = Limits(isolates, isolates and model.config.isolate_global, EOS_ID, (first, second, third))
+        step = Step(weights, where, boundary_rule(model.config.patching), limits)
+        return cls(model, step, memory, ledger, launcher, isolates)
+
+    def run(self, batch: Sequence[Rows], policy: Policy) -> list[Result | None]:
+        """The result of each sequence's ask, None for rows without one. Raises FloatingPointError if the model gives no
+        distribution."""
+        passes = self._num_passes(batch, policy)
+        # Keeps what lies at the requests' addresses.
+        kept: list[array[float] | array[int]] = []
+        settled = [array("q", [-1] * rows.num_block) for rows in batch]
+        requests = [
+            self._request(rows, most, cells, kept) for rows, most, cells in zip(batch, passes, settled, strict=True)
+        ]
+        by_host = [rows for rows in batch if not is_plain(rows)]
+        wanted = None
+        if by_host:
+            wanted = torch.empty(sum(rows.num_logits for rows in batch), self._vocab_size)
+        answers, totals = self._step(requests, wanted)
+        self._ledger.took_step(totals, list(zip(batch, answers, strict=True)))
+        results = [self._result(*of) for of in zip(batch, answers, settled, strict=True)]
+        if wanted is not None:
+            drawn = self._draw(
+                by_host, [a for a, rows in zip(answers, batch, strict=True) if not is_plain(rows)], wanted
+            )
+            results = [result if is_plain(rows) else next(drawn) for rows, result in zip(batch, results, strict=True)]
+        return results
+
+    def _draw(self, batch: list[Rows], answers: list[Answer], logits: torch.Tensor) -> Iterator[Result | None]:
+        """Results of requests for which the host draws."""
+        for rows, answer in zip(batch, answers, strict=True):
+            if rows.num_exact:
+                first = rows.end - answer.num_logits
+                rows.decode_from = rows.logits_from = rows.drawn_from = first
+        own = torch.cat([logits[a.logits_at : a.logits_at + a.num_logits] for a in answers])
+        score_prompts(batch, own)
+        return iter(results_of(batch, own, self._memory.slots, self._model.kernels))
+
+    def _num_passes(self, batch: Sequence[Rows], policy: Policy) -> list[int]:
+        """Most passes of each sequence. While a prompt is read blt goes byte by byte: it would wait for more."""
+        if policy == "never":
+            return [1] * len(batch)
+        count = MOST_BYTES
+        if policy == "measured":
+            seconds = self._ledger.latency.byte(len(batch))
+            count = min(count, int(LAUNCH_SECONDS / seconds)) if seconds else 1
+            count = 1 if any(rows.ask is None for rows in batch) else count
+        passes = [min(_most(rows), count) if isinstance(rows.ask, Next) else _most(rows) for rows in batch]
+        ends = [rows.end + most - 1 for rows, most in zip(batch, passes, strict=True)]
+        reaches = [
+            Reach(rows.sequence, end, end)
+            for rows, end in zip(batch, ends, strict=True)
+            if isinstance(rows.ask, Next) and end > rows.end
+        ]
+        if reaches and not self._memory.reserve_all(reaches):
+            return [1 if isinstance(rows.ask, Next) else most for rows, most in zip(batch, passes, strict=True)]
+        return passes
+
+    def _request(
+        self, rows: Rows, passes: int, settled: "array[int]", kept: list["array[float] | array[int]"]
+    ) -> Request:
+        sequence, ask, plain = rows.sequence, rows.ask, is_plain(rows)
+        request, start = sequence.request, rows.start
+
+        def address(values: "array[float] | array[int]") -> int:
+            kept.append(values)
+            return values.buffer_info()[0]
+
+        tables: list[int] = []
+        for name in CACHES:
+            table = sequence.tables[name]
+            tables += (table.pages.buffer_info()[0], table.first)
+        patch = sequence.patch_of(start)
+        params, own_params, changes, rule = 0, 0, 0, (0, 0.0)
+        if ask and plain:
+            params = own_params = address(_doubles(request.sampling, self._vocab_size))
+            if request.sampling.logit_bias:
+                changes = address(_bias(request.sampling, self._vocab_size))
+            if isinstance(ask, Unmask):
+                own_params = address(_doubles(cell_params(request), self._vocab_size))
+                rule = rule_and_bound(ask.rule)
+        drafts = ask.drafts if isinstance(ask, Verify) else ()
+        return Request(
+            *addresses_of(self._text, self._memory.slots.place(sequence, 0)),
+            tables=tuple(tables),
+            ask=ASKS[type(ask)],
+            start=start,
+            end=rows.end,
+            decided=sequence.patching.decided,
+            floor=start_of(sequence.documents, start) if self._isolates else 0,
+            patch_floor=start_of(sequence.patch_documents, patch) if self._isolates_global else 0,
+            decode_from=rows.decode_from,
+            logits_from=rows.logits_from,
+            drawn_from=rows.drawn_from,
+            counted_from=rows.counted_from,
+            cells_start=rows.cells_start,
+            cells_floor=start_of(sequence.documents, rows.cells_start) if self._isolates else 0,
+            num_cells=rows.num_cells,
+            num_block=rows.num_block,
+            closes=rows.closes_patch,
+            exact=rows.num_exact,
+            drafts=len(drafts),
+            passes=passes if plain else 1,
+            draws=ask is not None and plain,
+            params=params,
+            cell_params=own_params,
+            changes=changes,
+            seed=request.sampling.seed & (1 << 64) - 1,
+            sample_index=request.sample_index,
+            num_prompt=sequence.num_prompt,
+            rule=rule[0],
+            bound=rule[1],
+            settled=settled.buffer_info()[0],
+        )
+
+    def _result(self, rows: Rows, answer: Answer, settled: "array[int]") -> Result | None:
+        """What a sequence gets, from its text."""
+        sequence, ask, at = rows.sequence, rows.ask, self._memory.slots.place(rows.sequence, 0)
+        if answer.bad:
+            raise FloatingPointError("the logits of a row are no distribution: NaN, +inf or all -inf")
+        end = rows.end + (answer.passes - 1 if isinstance(ask, Next) and answer.passes else 0)
+        decided = sequence.patching.decided
+        if decided < end:
+            patch = self._patch[at + decided : at + end + 1]
+            sequence.decide(self._entropies[at + decided : at + end].tolist(), (patch[1:] != patch[:-1]).tolist())
+        sequence.note_patch_documents(sequence.patch_of(end))
+        if not answer.passes:
+            return None
+        match ask:
+            case Next():
+                return Result(self._ids[at + rows.end : at + rows.end + answer.passes].tolist())
+            case Draft():
+                first = at + rows.cells_start + 1
+                return Result(self._ids[first : first + answer.passes].tolist())
+            case Unmask():
+                after = at + rows.cells_start + rows.num_cells
+                ids = self._ids[after - rows.num_block : after].tolist()
+                return Result(ids, settled=settled.tolist(), passes=answer.passes)
+            case Verify():
+                place = at + rows.end - len(ask.drafts) + answer.accepted
+                return Result([int(self._ids[place])], answer.accepted)
+        return None
+
+
+def _most(rows: Rows) -> int:
+    """Most passes that an ask can need."""
+    match rows.ask:
+        case Next(at_most):
+            return at_most
+        case Draft(at_most=at_most):
+            return at_most
+        case Unmask():
+            return rows.num_block
+        case _:
+            return 1
+
+
+def _doubles(params: SamplingParams, vocab_size: int) -> "array[float]":
+    return array("d", (params.temperature, params.top_k or vocab_size, params.top_p, params.min_p))
+
+
+def _bias(params: SamplingParams, vocab_size: int) -> "array[float]":
+    changes = array("d", bytes(8 * vocab_size))
+    for i, bias in params.logit_bias.items():
+        if 0 <= i < vocab_size:
+            changes[i] = bias
+    return changes

@@ -1,0 +1,528 @@
+/* A whole step: rows of many sequences through all stages and the choice of bytes, and further passes over what was
+   chosen, without the host between. What it computes is what engine/step composes of single operations; the structs are
+   described in kernels/native/step.py. */
+
+#ifndef FASTBLT_STEP_H
+#define FASTBLT_STEP_H
+
+#include <time.h>
+
+enum { PATCHER_CACHE, ENCODER_CACHE, OPEN_CACHE, GLOBAL_CACHE, LATENT_CACHE, DECODER_CACHE, NUM_CACHES };
+enum { PATCHER, ENCODER, GLOBAL, DECODER, NUM_STAGES };
+/* What a sequence asks for. */
+enum { PREFILL, NEXT, DRAFT, UNMASK, VERIFY };
+
+typedef struct {
+    const Stack *patcher, *encoder, *global, *decoder;
+    const Hashes *hashes;
+    const void *embedding;
+    const Slots *closing;
+    const CrossKv *latent_kv;
+    Matrix open_slots, projection, latent_slots;
+    const Cache *caches[NUM_CACHES];
+    void *open_states;
+    Tiling tilings[NUM_CACHES];
+    int64_t num_closing, num_latent_kv, slots, reads_states, isolates, isolates_global, eos, mask;
+    int64_t specials[3];
+    int64_t longest, judge;
+    float threshold, rise;
+} Model;
+
+typedef struct {
+    const int64_t *pages;
+    int64_t first;
+} Table;
+
+/* Of one stage, over all passes: calls that had counted rows; rows; counted rows; cache rows read. In parts of a pass:
+   counted_share, of its rows; looked_counted, of its cache rows. */
+typedef struct {
+    int64_t calls, rows, counted, looked;
+    double counted_share, looked_counted;
+} Served;
+
+typedef struct {
+    int64_t *ids;
+    float *entropies;
+    int32_t *patch, *patch_start;
+    Table tables[NUM_CACHES];
+    int64_t ask, start, end, decided, floor, patch_floor, decode_from, logits_from, drawn_from, counted_from;
+    int64_t cells_start, cells_floor, num_cells, num_block, closes, exact, drafts, passes, draws;
+    const double *params, *cell_params, *changes;
+    uint64_t seed, sample_index;
+    int64_t num_prompt, rule;
+    double bound;
+    int64_t *settled;
+    int64_t num_passes, accepted, skipped, bad, logits_at, num_logits;
+    Served served[NUM_STAGES];
+} Share;
+
+typedef struct {
+    int64_t calls[NUM_STAGES], rows[NUM_STAGES];
+    double seconds[NUM_STAGES];
+} Totals;
+
+/* Memory between calls; grows to the need of the largest. */
+typedef struct {
+    void *at;
+    size_t size;
+} Buffer;
+
+static void *room(Buffer *b, int64_t count, size_t each) {
+    size_t size = (size_t)(count < 1 ? 1 : count) * each;
+    if (size > b->size) {
+        free(b->at);
+        b->at = malloc(2 * size);
+        if (!b->at) abort();
+        b->size = 2 * size;
+    }
+    return b->at;
+}
+
+#define ROOM(TYPE, COUNT)                            \
+    ({                                               \
+        static Buffer buffer;                        \
+        (TYPE *)room(&buffer, (COUNT), sizeof(TYPE)); \
+    })
+
+static double seconds_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+/* Spans over one cache, and the pages that they refer to. */
+typedef struct {
+    Span *spans;
+    int64_t *pages;
+    int64_t num_spans, num_pages, num_rows;
+} Spans;
+
+/* Adds rows of the cache, all in one document. */
+static void add_span(Spans *s, int64_t pages_at, const Table *t, int64_t start, int64_t count, int64_t floor, int64_t mutual, int64_t last) {
+    s->spans[s->num_spans++] = (Span){pages_at, t->first, start, count, floor, mutual, last};
+    s->num_rows += count;
+}
+
+static int64_t pages_up_to(const Table *t, int64_t end, const Tiling *tiling) {
+    return end ? (end - 1) / tiling->page_size - t->first + 1 : 0;
+}
+
+/* Copies the table's pages for rows before `end`; returns where they begin. */
+static int64_t add_pages(Spans *s, const Table *t, int64_t end, const Tiling *tiling) {
+    int64_t at = s->num_pages, count = pages_up_to(t, end, tiling);
+    memcpy(s->pages + at, t->pages, count * sizeof *t->pages);
+    s->num_pages += count;
+    return at;
+}
+
+static Plan planned(Buffer *into, const Spans *writes, const Spans *queries, const Tiling *tiling) {
+    int64_t tiles, pages, segments, rows = writes ? writes->num_rows : 0, count = queries->num_rows;
+    count_tiles(queries->spans, queries->num_spans, tiling, &tiles, &pages, &segments);
+    int64_t *at = room(into, 3 * rows + 2 * count + 5 * tiles + pages, sizeof *at), *first = at + 3 * rows;
+    if (rows) fill_writes(at, rows, writes->spans, writes->num_spans, writes->pages, tiling);
+    fill_queries(first, count, tiles, queries->spans, queries->num_spans, queries->pages, tiling);
+    int64_t *tiles_at = first + 2 * count;
+    return (Plan){rows, count, tiles, tiling->page_size, at, at + rows, at + 2 * rows, first, first + count, tiles_at, tiles_at + 5 * tiles};
+}
+
+static int64_t page_of(const Table *t, int64_t row, int64_t size) { return t->pages[row / size - t->first]; }
+
+static int starts_after(const Share *s, int64_t row) { return s->patch[row + 1] != s->patch[row]; }
+
+/* Counts a sequence's rows start..start+count-1 in a pass of `all` rows. */
+static void serve(Share *s, int stage, int64_t all, int64_t count, int64_t counted, int64_t looked) {
+    Served *of = s->served + stage;
+    counted = counted < 0 ? 0 : counted > count ? count : counted;
+    of->calls += counted > 0, of->rows += count, of->counted += counted, of->looked += looked;
+    of->counted_share += (double)counted / all;
+    of->looked_counted += (double)looked * counted / count;
+}
+
+static void serve_bytes(Share *s, int stage, const Tiling *t, int64_t all, int64_t start, int64_t count, int64_t floor) {
+    int64_t from = t->window && start - t->window + 1 > floor ? start - t->window + 1 : floor;
+    serve(s, stage, all, count, start + count - s->counted_from, start + count - from);
+}
+
+static void count_pass(Totals *totals, int stage, int64_t rows, double began) {
+    totals->calls[stage]++, totals->rows[stage] += rows, totals->seconds[stage] += seconds_now() - began;
+}
+
+/* Adds rows start..end-1 of the text, cut where documents begin. Returns where that of the last row begins. */
+static int64_t add_text(const Model *m, Spans *spans, const Share *s, int cache, int64_t start, int64_t end, int64_t floor) {
+    const Table *t = s->tables + cache;
+    int64_t at = add_pages(spans, t, end, m->tilings + cache), begin = start;
+    for (int64_t row = start; row < end && m->isolates; row++)
+        if (s->ids[row] == m->eos && row + 1 < end) {
+            add_span(spans, at, t, begin, row + 1 - begin, floor, 0, row);
+            begin = floor = row + 1;
+        }
+    add_span(spans, at, t, begin, end - begin, floor, 0, end - 1);
+    return floor;
+}
+
+/* Where the document of a row of the text begins. */
+static int64_t floor_at(const Model *m, const Share *s, int64_t row) {
+    int64_t floor = s->floor;
+    for (int64_t r = s->start; r < row && m->isolates; r++)
+        if (s->ids[r] == m->eos) floor = r + 1;
+    return floor;
+}
+
+/* Where the document of a cell begins, after the cells before it. */
+static int64_t floor_after(const Model *m, const Share *s, int64_t cell) {
+    int starts = m->isolates && cell > s->cells_start && s->ids[cell - 1] == m->eos;
+    return starts ? cell : s->cells_floor;
+}
+
+static int64_t num_text(const Share *s) { return s->end - s->start; }
+
+static int is_encoded(const Model *m, const Share *s) { return num_text(s) || (m->reads_states && s->num_cells); }
+
+/* Room for the spans of all sequences in a cache: a span a row at most, and all pages. */
+static void clear(Spans *s, Buffer *spans, Buffer *pages, const Model *m, Share *const *shares, int64_t n, int cache) {
+    int64_t rows = 0, most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const Share *share = shares[i];
+        int64_t end = share->cells_start + share->num_cells > share->end ? share->cells_start + share->num_cells : share->end;
+        rows += num_text(share) + share->num_cells + 2;
+        most += 2 * (pages_up_to(share->tables + cache, end, m->tilings + cache) + 1);
+    }
+    *s = (Spans){room(spans, rows, sizeof(Span)), room(pages, most, sizeof(int64_t)), 0, 0, 0};
+}
+
+/* Entropies, and where patches start. */
+static void run_patcher(const Model *m, Share *const *shares, int64_t n, Totals *totals) {
+    static Buffer spans_room, pages_room, plan_room;
+    double began = seconds_now();
+    int64_t rows = 0, vocabulary = m->patcher->head.out, bf16 = m->patcher->bf16;
+    Spans spans;
+    clear(&spans, &spans_room, &pages_room, m, shares, n, PATCHER_CACHE);
+    for (int64_t i = 0; i < n; i++) rows += num_text(shares[i]);
+    if (!rows) return;
+    int64_t *ids = ROOM(int64_t, rows), *each = ids;
+    float *logits = ROOM(float, rows * vocabulary), *x = ROOM(float, vocabulary);
+    for (int64_t i = 0; i < n; i++) {
+        Share *s = shares[i];
+        if (!num_text(s)) continue;
+        memcpy(each, s->ids + s->start, num_text(s) * sizeof *ids);
+        each += num_text(s);
+        add_text(m, &spans, s, PATCHER_CACHE, s->start, s->end, s->floor);
+        serve_bytes(s, PATCHER, m->tilings + PATCHER_CACHE, rows, s->start, num_text(s), s->floor);
+    }
+    Plan plan = planned(&plan_room, &spans, &spans, m->tilings + PATCHER_CACHE);
+    run_stack(m->patcher, &plan, m->caches[PATCHER_CACHE], 0, 0, 0, 0, ids, 0, rows, logits);
+    const char *found = (const char *)logits;
+    for (int64_t i = 0; i < n; i++) {
+        Share *s = shares[i];
+        for (int64_t row = s->start; row < s->end; row++, found += vocabulary * (bf16 ? 2 : 4)) {
+            if (row < s->decided) continue;
+            widen(x, found, vocabulary, bf16);
+            float now = s->entropies[row] = entropy(x, vocabulary), before = row ? s->entropies[row - 1] : 0.0f;
+            int64_t next = row + 1, length = next - s->patch_start[row];
+            int opens = starts_patch(now, before, next, m->judge, m->threshold, m->rise) || (m->longest && length >= m->longest);
+            s->patch[next] = s->patch[row] + opens;
+            s->patch_start[next] = opens ? (int32_t)next : s->patch_start[row];
+        }
+    }
+    count_pass(totals, PATCHER, rows, began);
+}
+
+/* Byte states, which are returned, those that a patch pools, and their keys and values. */
+static void *run_encoder(const Model *m, Share *const *shares, int64_t n, Totals *totals) {
+    static Buffer spans_room, pages_room, plan_room;
+    double began = seconds_now();
+    int64_t rows = 0, dim = m->hashes->dim, width = m->hashes->longest, bf16 = m->encoder->bf16;
+    int64_t size = m->tilings[OPEN_CACHE].page_size;
+    Spans spans;
+    clear(&spans, &spans_room, &pages_room, m, shares, n, ENCODER_CACHE);
+    for (int64_t i = 0; i < n; i++)
+        if (is_encoded(m, shares[i])) rows += num_text(shares[i]) ? num_text(shares[i]) : 1;
+    if (!rows) return 0;
+    float *x = ROOM(float, rows * dim), *states = ROOM(float, rows * dim), *sum = ROOM(float, 2 * dim);
+    int64_t *page = ROOM(int64_t, rows), *offset = ROOM(int64_t, rows), *window = ROOM(int64_t, width), row = 0;
+    for (int64_t i = 0; i < n; i++) {
+        Share *s = shares[i];
+        if (!is_encoded(m, s)) continue;
+        int64_t start = num_text(s) ? s->start : s->cells_start, count = num_text(s) ? num_text(s) : 1;
+        int64_t floor = num_text(s) ? s->floor : s->cells_floor;
+        add_text(m, &spans, s, ENCODER_CACHE, start, start + count, floor);
+        serve_bytes(s, ENCODER, m->tilings + ENCODER_CACHE, rows, start, count, floor);
+        for (int64_t at = start; at < start + count; at++, row++) {
+            for (int64_t back = 0; back < width; back++) window[width - 1 - back] = back <= at ? s->ids[at - back] : 0;
+            hash_embed(m->hashes, window, width, m->embedding, sum, sum + dim, x, row, bf16);
+            page[row] = page_of(s->tables + OPEN_CACHE, at, size), offset[row] = at % size;
+        }
+    }
+    Plan plan = planned(&plan_room, &spans, &spans, m->tilings + ENCODER_CACHE);
+    run_stack(m->encoder, &plan, m->caches[ENCODER_CACHE], m->caches[OPEN_CACHE], m->open_states, page, offset, x, 0, rows, states);
+    count_pass(totals, ENCODER, rows, began);
+    return states;
+}
+
+/* Closed patches to latents. */
+typedef struct {
+    Share *of;
+    int64_t patch, begin, after, floor;
+} Patch;
+
+static int64_t closed_patches(const Model *m, Share *s, Patch *found) {
+    int64_t count = 0, floor = s->patch_floor;
+    if (!num_text(s)) return 0;
+    for (int64_t row = s->start; row < s->end; row++) {
+        if (!starts_after(s, row)) continue;
+        int64_t begin = s->patch_start[row], patch = s->patch[row];
+        found[count++] = (Patch){s, patch, begin, row + 1, floor};
+        for (int64_t byte = begin; byte <= row && m->isolates_global; byte++)
+            if (s->ids[byte] == m->eos) floor = patch + 1;
+    }
+    s->patch_floor = floor;
+    if (s->closes && s->patch_start[s->end] < s->end)
+        found[count++] = (Patch){s, s->patch[s->end], s->patch_start[s->end], s->end, floor};
+    return count;
+}
+
+static void run_global(const Model *m, Share *const *shares, int64_t n, Totals *totals) {
+    static Buffer spans_room, pages_room, plan_room, query_spans, query_pages, query_plan;
+    double began = seconds_now();
+    int64_t slots = m->slots, most = 0, count = 0, bf16 = m->global->bf16, itemsize = bf16 ? 2 : 4;
+    int64_t dim = m->hashes->dim, size = m->tilings[OPEN_CACHE].page_size, latents_size = m->tilings[LATENT_CACHE].page_size;
+    for (int64_t i = 0; i < n; i++) most += num_text(shares[i]) + 1;
+    Patch *patches = ROOM(Patch, most);
+    for (int64_t i = 0; i < n; i++) count += closed_patches(m, shares[i], patches + count);
+    if (!count) return;
+    Spans spans, queries;
+    clear(&spans, &spans_room, &pages_room, m, shares, n, GLOBAL_CACHE);
+    clear(&queries, &query_spans, &query_pages, m, shares, n, OPEN_CACHE);
+    float *pooled = ROOM(float, count * dim), *state = ROOM(float, 2 * dim), *highest = state + dim;
+    int64_t *page = ROOM(int64_t, count * slots), *offset = ROOM(int64_t, count * slots);
+    for (int64_t p = 0; p < count;) {
+        Share *s = patches[p].of;
+        const Table *open = s->tables + OPEN_CACHE, *table = s->tables + GLOBAL_CACHE;
+        int64_t first = p, counted = 0, last = p;
+        while (last < count && patches[last].of == s) last++;
+        int64_t at = add_pages(&spans, table, patches[last - 1].patch + 1, m->tilings + GLOBAL_CACHE);
+        int64_t open_at = add_pages(&queries, open, patches[last - 1].after, m->tilings + OPEN_CACHE);
+        for (int64_t begin = p; p < last; p++) {
+            Patch *own = patches + p;
+            if (p + 1 == last || own[1].floor != own->floor) {
+                add_span(&spans, at, table, patches[begin].patch, p + 1 - begin, own->floor, 0, own->patch);
+                begin = p + 1;
+            }
+            add_span(&queries, open_at, open, own->begin, slots, own->begin, slots, own->after - 1);
+            for (int64_t d = 0; d < dim; d++) highest[d] = -INFINITY;
+            for (int64_t byte = own->begin; byte < own->after; byte++) {
+                int64_t place = page_of(open, byte, size) * size + byte % size;
+                widen(state, (const char *)m->open_states + place * dim * itemsize, dim, bf16);
+                for (int64_t d = 0; d < dim; d++)
+                    highest[d] = state[d] > highest[d] || state[d] != state[d] ? state[d] : highest[d];
+            }
+            narrow((char *)pooled + p * dim * itemsize, highest, dim, bf16);
+            for (int64_t slot = 0; slot < slots; slot++) {
+                page[p * slots + slot] = page_of(s->tables + LATENT_CACHE, own->patch, latents_size);
+                offset[p * slots + slot] = own->patch % latents_size * slots + slot;
+            }
+            counted += own->after > s->counted_from;
+        }
+        serve(s, GLOBAL, count, last - first, counted, patches[last - 1].patch + 1 - patches[first].floor);
+    }
+    Plan pooling = planned(&query_plan, 0, &queries, m->tilings + OPEN_CACHE);
+    Plan plan = planned(&plan_room, &spans, &spans, m->tilings + GLOBAL_CACHE);
+    float *x = ROOM(float, count * m->open_slots.out), *y = ROOM(float, count * m->open_slots.out);
+    run_linear(&m->open_slots, pooled, 0, 0, 0, 0, 0, x, count, bf16);
+    for (int64_t i = 0; i < m->num_closing; i++) {
+        const Slots *c = m->closing + i;
+        float *q = ROOM(float, count * slots * c->q.out), *seen = ROOM(float, count * slots * c->q.out);
+        run_linear(&c->q, x, c->norm, c->eps, 0, 0, 0, q, count * slots, bf16);
+        run_attention(q, seen, &pooling, m->caches[OPEN_CACHE] + i, c->heads, bf16);
+        run_linear(&c->o, seen, 0, 0, 0, x, 1, y, count * slots, bf16);
+        float *before = x;
+        x = y, y = before;
+    }
+    if (m->projection.panels) {
+        float *wide = ROOM(float, count * m->projection.out);
+        run_linear(&m->projection, x, 0, 0, 0, 0, 0, wide, count, bf16);
+        x = wide;
+    }
+    float *latents = ROOM(float, count * m->global->dim), *parts = ROOM(float, count * m->latent_slots.out);
+    run_stack(m->global, &plan, m->caches[GLOBAL_CACHE], 0, 0, 0, 0, x, 0, count, latents);
+    run_linear(&m->latent_slots, latents, 0, 0, 0, 0, 0, parts, count, bf16);
+    run_cross_kv(m->latent_kv, m->num_latent_kv, page, offset, m->caches[LATENT_CACHE], parts, count * slots);
+    count_pass(totals, GLOBAL, count, began);
+}
+
+/* Rows that drafted exactly are not run again: up to the first that closes a patch, which read a latent that was not
+   there. */
+static void skip_exact(Share *s) {
+    int64_t first = s->start;
+    while (first < s->end && !starts_after(s, first)) first++;
+    s->decode_from = first < s->start + s->exact ? first : s->start + s->exact;
+    s->logits_from = larger(s->logits_from, s->decode_from);
+    s->drawn_from = larger(s->drawn_from, s->decode_from);
+}
+
+/* The wanted logits (rows, vocabulary), each sequence's from its `logits_at` on. */
+static float *run_decoder(const Model *m, Share *const *shares, int64_t n, const void *states, Totals *totals) {
+    static Buffer spans_room, pages_room, plan_room;
+    double began = seconds_now();
+    int64_t rows = 0, wanted = 0, encoded = 0, row = 0, bf16 = m->decoder->bf16, itemsize = bf16 ? 2 : 4;
+    int64_t size = m->tilings[LATENT_CACHE].page_size, dim = m->decoder->dim, vocabulary = m->decoder->head.out;
+    Spans spans;
+    clear(&spans, &spans_room, &pages_room, m, shares, n, DECODER_CACHE);
+    for (int64_t i = 0; i < n; i++) {
+        Share *s = shares[i];
+        if (s->exact) skip_exact(s);
+        s->logits_at = wanted, s->num_logits = s->end - s->logits_from + s->num_cells;
+        rows += s->end - s->decode_from + s->num_cells;
+        wanted += s->num_logits;
+    }
+    if (!rows) return 0;
+    int64_t *ids = ROOM(int64_t, rows), *page = ROOM(int64_t, rows), *offset = ROOM(int64_t, rows);
+    int64_t *logit_rows = ROOM(int64_t, wanted), *want = logit_rows;
+    char *x = ROOM(char, rows * dim * itemsize);
+    float *logits = ROOM(float, wanted * vocabulary), *found = ROOM(float, wanted * vocabulary);
+    for (int64_t i = 0; i < n; i++) {
+        Share *s = shares[i];
+        const Table *latent = s->tables + LATENT_CACHE, *t = s->tables + DECODER_CACHE;
+        int64_t text = s->end - s->decode_from, count = text + s->num_cells;
+        encoded += num_text(s) ? num_text(s) : is_encoded(m, s);
+        if (!count) continue;
+        for (int64_t from = row + s->logits_from - s->decode_from; from < row + count; from++) *want++ = from;
+        if (m->reads_states)
+            memcpy(x + row * dim * itemsize, (const char *)states + (encoded - count) * dim * itemsize, count * dim * itemsize);
+        int64_t floor = text ? floor_at(m, s, s->decode_from) : s->cells_floor;
+        if (text) add_text(m, &spans, s, DECODER_CACHE, s->decode_from, s->end, floor);
+        if (s->num_cells) {
+            int64_t block = s->cells_start + s->num_cells - s->num_block, end = block + s->num_block;
+            int64_t at = add_pages(&spans, t, end, m->tilings + DECODER_CACHE);
+            if (block > s->cells_start) add_span(&spans, at, t, s->cells_start, block - s->cells_start, s->cells_floor, 0, block - 1);
+            if (s->num_block) add_span(&spans, at, t, block, s->num_block, floor_after(m, s, block), s->num_block, end - 1);
+        }
+        serve_bytes(s, DECODER, m->tilings + DECODER_CACHE, rows, text ? s->decode_from : s->cells_start, count, floor);
+        for (int64_t k = 0; k < count; k++, row++) {
+            int64_t at = k < text ? s->decode_from + k : s->cells_start + k - text;
+            int64_t patch = k < text ? s->patch[at + 1] - 1 : s->patch[s->end] - 1 + (s->closes && s->patch_start[s->end] < s->end);
+            ids[row] = s->ids[at];
+            page[row] = page_of(latent, patch, size), offset[row] = patch % size * m->slots;
+        }
+    }
+    Plan plan = planned(&plan_room, &spans, &spans, m->tilings + DECODER_CACHE);
+    const void *in = m->reads_states ? (const void *)x : ids;
+    run_stack(m->decoder, &plan, m->caches[DECODER_CACHE], m->caches[LATENT_CACHE], 0, page, offset, in, logit_rows, wanted, found);
+    widen(logits, found, wanted * vocabulary, bf16);
+    count_pass(totals, DECODER, rows, began);
+    return logits;
+}
+
+/* The random number of a place of the text: Philox 4x64-10, as `draw` of engine/step/sampling.py. */
+static double uniform_at(const Share *s, int64_t place) {
+    uint64_t key = s->seed, other_key = s->sample_index, a = (uint64_t)(place - s->num_prompt) + 1, b = 0, c = 0, d = 0;
+    for (int round = 0; round < 10; round++) {
+        unsigned __int128 first = (unsigned __int128)a * 0xD2E7470EE14C6C93u, second = (unsigned __int128)c * 0xCA5A826395121157u;
+        a = (uint64_t)(second >> 64) ^ b ^ key, b = (uint64_t)second, c = (uint64_t)(first >> 64) ^ d ^ other_key, d = (uint64_t)first;
+        key += 0x9E3779B97F4A7C15u, other_key += 0xBB67AE8584CAA73Bu;
+    }
+    return (double)(a >> 11) * 0x1p-53;
+}
+
+/* One id from a row of logits, as `draw_ids` of engine/step/sampling.py. */
+static int64_t drawn(const Share *s, const float *logits, int64_t n, const double *params, int64_t place) {
+    if (!s->changes && !(params[0] > 0.0)) return argmax(logits, n);
+    double *x = ROOM(double, n);
+    for (int64_t i = 0; i < n; i++) x[i] = s->changes ? logits[i] + s->changes[i] : logits[i];
+    return sample(x, n, params, params[0] > 0.0 ? uniform_at(s, place) : 0.0);
+}
+
+static int is_distribution(const float *logits, int64_t n) { return isfinite(logits[argmax(logits, n)]); }
+
+/* A pass over a block: `logits` of its cells. Returns whether a cell is still masked. */
+static int settle(const Model *m, Share *s, float *logits) {
+    int64_t size = s->num_block, n = m->decoder->head.out, first = s->cells_start + s->num_cells - size;
+    int64_t *ids = s->ids + first, *chosen = ROOM(int64_t, size);
+    uint8_t *masked = ROOM(uint8_t, size), *settled = ROOM(uint8_t, size);
+    float *confidence = ROOM(float, size), *entropies = ROOM(float, size);
+    int left = 0;
+    for (int64_t c = 0; c < size; c++, logits += n) {
+        for (int i = 0; i < 3; i++) logits[m->specials[i]] = -INFINITY;
+        masked[c] = ids[c] == m->mask;
+        s->bad |= masked[c] && !is_distribution(logits, n);
+        confidence_and_entropy(logits, n, confidence + c, entropies + c);
+        chosen[c] = drawn(s, logits, n, s->cell_params, first + c);
+    }
+    unmask(masked, confidence, entropies, s->rule, s->bound, settled, size);
+    for (int64_t c = 0; c < size; c++) {
+        if (settled[c]) ids[c] = chosen[c], s->settled[c] = s->num_passes;
+        left |= masked[c] && !settled[c];
+    }
+    return left;
+}
+
+/* How many drafts are what is drawn in their places; what is drawn after these takes its place. */
+static void verify(const Model *m, Share *s, const float *row) {
+    int64_t n = m->decoder->head.out, first = s->end - s->drafts;
+    s->skipped = s->accepted = s->drawn_from + 1 - first;
+    for (;; s->accepted++, row += n) {
+        int64_t place = first + s->accepted, id = drawn(s, row, n, s->params, place);
+        s->bad |= !is_distribution(row, n);
+        if (s->accepted < s->drafts && id == s->ids[place]) continue;
+        s->ids[place] = id;
+        return;
+    }
+}
+
+/* Chooses a sequence's bytes. Returns whether it takes part in another pass, for which it is made ready. */
+static int choose(const Model *m, Share *s, float *logits) {
+    int64_t n = m->decoder->head.out, lead = s->num_cells - s->num_block, id = -1, left = 1;
+    float *row = logits + (s->logits_at + s->num_logits - (s->end - s->drawn_from) - s->num_cells) * n;
+    if (s->ask == VERIFY) verify(m, s, row);
+    else {
+        int64_t place = s->ask == NEXT ? s->end : s->cells_start + 1;
+        if (s->ask == UNMASK) left = settle(m, s, row + lead * n);
+        if (s->ask != UNMASK || lead) {
+            id = drawn(s, row, n, s->params, place);
+            s->bad |= !is_distribution(row, n);
+            s->ids[place] = id;
+        }
+        if (s->ask == UNMASK && lead) {
+            s->settled[0] = 0;
+            left = 0;
+            for (int64_t c = 0; c < s->num_block; c++) left |= s->ids[place + c] == m->mask;
+        }
+    }
+    if (++s->num_passes >= s->passes || s->ask == VERIFY || !left || id == m->eos) return 0;
+    if (s->ask == NEXT) {
+        s->floor = floor_at(m, s, s->end);
+        s->start = s->end++;
+    } else {
+        int64_t next = s->cells_start + (s->ask == DRAFT || lead);
+        s->cells_floor = floor_after(m, s, next);
+        s->cells_start = next;
+        s->num_cells -= s->ask == UNMASK ? lead : 0;
+        s->start = s->end;
+    }
+    s->decode_from = s->logits_from = s->drawn_from = s->start;
+    return 1;
+}
+
+/* Runs the shares of `n` sequences. wanted: null, or room for the logits of the first pass. */
+void fastblt_step(const Model *m, Share *all, int64_t n, float *wanted, Totals *totals, int threads) {
+    begin(threads);
+    Share **live = ROOM(Share *, n);
+    for (int64_t i = 0; i < n; i++) live[i] = all + i;
+    for (int pass = 0; n; pass++) {
+        run_patcher(m, live, n, totals);
+        void *states = run_encoder(m, live, n, totals);
+        run_global(m, live, n, totals);
+        float *logits = run_decoder(m, live, n, states, totals);
+        if (wanted && !pass && logits) {
+            const Share *last = live[n - 1];
+            memcpy(wanted, logits, (last->logits_at + last->num_logits) * m->decoder->head.out * sizeof *logits);
+        }
+        int64_t left = 0;
+        for (int64_t i = 0; i < n; i++)
+            if (live[i]->draws && choose(m, live[i], logits)) live[left++] = live[i];
+        n = left;
+    }
+    finish();
+}
+
+#endif

@@ -1,0 +1,242 @@
+"""A whole step as one call into C: all stages over rows of many sequences, and the choice of their bytes."""
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..boundary import Rule
+from ..hash_embed import HashTables
+from ..linear import Matrix
+from ..planning import Tiling
+from ..stack import KvCache, SlotsWeights
+from ..text import Text
+from . import LIBRARY, CrossKv, Norms, Packed, Stack, _CrossKv, _Matrix, _Slots, _Stack, judge_of, slots_struct
+
+CACHES = ("patcher", "encoder", "open", "global", "latent", "decoder")
+"""In the order of a share's tables."""
+STAGES = ("patcher", "encoder", "global", "decoder")
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+
+
+class Ask(IntEnum):
+    """What a sequence asks for: only to compute rows, the byte after the text, a draft, an unmasked block, or how many
+    of the drafts that are its last rows the model would give."""
+
+    PREFILL = 0
+    NEXT = 1
+    DRAFT = 2
+    UNMASK = 3
+    VERIFY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StepWeights:
+    """Everything that a model's stages hold. closing: the cross-attention that pools patches; open_slots, latent_slots:
+    what makes slots of a pooled patch and of a latent; projection: to the global stage's width."""
+
+    patcher: Stack
+    encoder: Stack
+    global_: Stack
+    decoder: Stack
+    hashes: HashTables
+    embedding: Tensor
+    closing: Sequence[SlotsWeights]
+    latent_kv: CrossKv
+    open_slots: Matrix
+    projection: Matrix | None
+    latent_slots: Matrix
+    slots: int
+    reads_states: bool
+    mask_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepCaches:
+    """Where the step reads and writes: by `CACHES`."""
+
+    kv: dict[str, KvCache]
+    open_states: Tensor
+    tilings: dict[str, Tiling]
+
+
+class Limits(NamedTuple):
+    """isolates, isolates_global: whether bytes and patches are hidden from later documents, which begin after `eos`.
+    specials: ids that a block's cell never becomes."""
+
+    isolates: bool
+    isolates_global: bool
+    eos: int
+    specials: tuple[int, int, int]
+
+
+class Request(NamedTuple):
+    """A sequence's part of a step; `Share` of step.h, in its order. Positions, counts and flags as in `engine.rows`.
+
+    ids .. patch_start: addresses of its text; tables: for each of `CACHES` the address of its pages and the page number
+    of the first. decided: rows before it have frozen boundaries. floor, patch_floor: where the documents of `start` and
+    of its patch begin; cells_floor: that of the first cell. exact: how many rows drafted exactly; drafts: the last rows
+    that are drafts. passes: most passes to take part in. draws: whether C chooses bytes. params, cell_params: addresses
+    of four doubles; changes: of a row to add to all logits, 0 for none. seed, sample_index, num_prompt: of the random
+    number of a place. rule, bound: of unmasking. settled: address of the pass in which each cell was settled.
+    """
+
+    ids: int
+    entropies: int
+    patch: int
+    patch_start: int
+    tables: tuple[int, ...]
+    ask: int
+    start: int
+    end: int
+    decided: int
+    floor: int
+    patch_floor: int
+    decode_from: int
+    logits_from: int
+    drawn_from: int
+    counted_from: int
+    cells_start: int
+    cells_floor: int
+    num_cells: int
+    num_block: int
+    closes: int
+    exact: int
+    drafts: int
+    passes: int
+    draws: int
+    params: int
+    cell_params: int
+    changes: int
+    seed: int
+    sample_index: int
+    num_prompt: int
+    rule: int
+    bound: float
+    settled: int
+
+
+class Served(NamedTuple):
+    """What a stage did for a sequence in all passes: see step.h."""
+
+    calls: int
+    rows: int
+    counted: int
+    looked: int
+    counted_share: float
+    looked_counted: float
+
+
+class Answer(NamedTuple):
+    """passes: that it took part in. accepted: drafts, with `skipped` that were exact. bad: whether logits were no
+    distribution. logits_at, num_logits: its rows of the wanted logits. served: by `STAGES`."""
+
+    passes: int
+    accepted: int
+    skipped: int
+    bad: bool
+    logits_at: int
+    num_logits: int
+    served: tuple[Served, ...]
+
+
+class Totals(NamedTuple):
+    """Of each of `STAGES`: calls, rows, seconds."""
+
+    calls: tuple[int, ...]
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+
+_REQUEST = struct.Struct(f"4q {2 * len(CACHES)}q 22q 2Q 2q d q")
+_ANSWER = struct.Struct("6q" + 4 * "4q2d")
+_SHARE = _REQUEST.size + _ANSWER.size
+_TOTALS = struct.Struct("4q4q4d")
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.POINTER(_Stack)) for name in ("patcher", "encoder", "global_", "decoder")),
+        ("hashes", _POINTER),
+        ("embedding", _POINTER),
+        ("closing", ctypes.POINTER(_Slots)),
+        ("latent_kv", ctypes.POINTER(_CrossKv)),
+        *((name, _Matrix) for name in ("open_slots", "projection", "latent_slots")),
+        ("caches", _POINTER * len(CACHES)),
+        ("open_states", _POINTER),
+        ("tilings", _INT * 5 * len(CACHES)),
+        *((name, _INT) for name in ("num_closing", "num_latent_kv", "slots", "reads_states")),
+        *((name, _INT) for name in ("isolates", "isolates_global", "eos", "mask")),
+        ("specials", _INT * 3),
+        ("longest", _INT),
+        ("judge", _INT),
+        ("threshold", ctypes.c_float),
+        ("rise", ctypes.c_float),
+    ]
+
+
+class Step:
+    """A model with its caches, and the call."""
+
+    def __init__(self, w: StepWeights, caches: StepCaches, rule: Rule, limits: Limits) -> None:
+        norms = Norms()
+        closing = (_Slots * len(w.closing))(*(slots_struct(slots, norms) for slots in w.closing))
+        addresses = [ctypes.addressof(caches.kv[name].addresses) for name in CACHES]
+        tilings = (_INT * 5 * len(CACHES))(*((_INT * 5)(*caches.tilings[name]) for name in CACHES))
+        stacks = (ctypes.pointer(stack.struct) for stack in (w.patcher, w.encoder, w.global_, w.decoder))
+        matrices = (_Matrix() if m is None else _struct(m) for m in (w.open_slots, w.projection, w.latent_slots))
+        self._model = _Model(
+            *stacks, ctypes.addressof(w.hashes.description), w.embedding.data_ptr(), closing, w.latent_kv.structs,
+            *matrices, (_POINTER * len(CACHES))(*addresses), caches.open_states.data_ptr(), tilings, len(closing),
+            len(w.latent_kv.structs), w.slots, w.reads_states, limits.isolates, limits.isolates_global, limits.eos,
+            w.mask_id, (_INT * 3)(*limits.specials), rule.longest, judge_of(rule), rule.threshold, rule.rise or 0.0,
+        )  # fmt: skip
+        # Keeps the memory behind the addresses.
+        self._alive = w, caches, norms
+        self._shares, self._totals = ctypes.create_string_buffer(_SHARE), ctypes.create_string_buffer(_TOTALS.size)
+
+    def __call__(self, requests: Sequence[Request], wanted: Tensor | None = None) -> tuple[list[Answer], Totals]:
+        """Runs a step, which writes what it finds into the texts and caches. wanted: takes the logits (rows, V) float32
+        of the first pass."""
+        assert LIBRARY
+        if len(self._shares) < len(requests) * _SHARE:
+            self._shares = ctypes.create_string_buffer(2 * len(requests) * _SHARE)
+        shares, totals = self._shares, self._totals
+        ctypes.memset(totals, 0, _TOTALS.size)
+        for number, request in enumerate(requests):
+            at = number * _SHARE
+            _REQUEST.pack_into(shares, at, *request[:4], *request.tables, *request[5:])
+            ctypes.memset(ctypes.addressof(shares) + at + _REQUEST.size, 0, _ANSWER.size)
+        LIBRARY.fastblt_step(
+            ctypes.byref(self._model), shares, len(requests), None if wanted is None else wanted.data_ptr(), totals,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        found = _TOTALS.unpack(totals)
+        answers = [_answer(shares, number * _SHARE + _REQUEST.size) for number in range(len(requests))]
+        return answers, Totals(found[:4], found[4:8], found[8:])
+
+
+def _answer(shares: "ctypes.Array[ctypes.c_char]", at: int) -> Answer:
+    numbers = _ANSWER.unpack_from(shares, at)
+    served = tuple(Served(*numbers[6 * stage + 6 : 6 * stage + 12]) for stage in range(len(STAGES)))
+    return Answer(numbers[0], numbers[1], numbers[2], bool(numbers[3]), numbers[4], numbers[5], served)
+
+
+def addresses_of(text: Text, place: int) -> tuple[int, int, int, int]:
+    """The first four of a `Request`, of the text that begins at a place."""
+    return (
+        text.ids.data_ptr() + 8 * place,
+        text.entropies.data_ptr() + 4 * place,
+        text.patch.data_ptr() + 4 * place,
+        text.patch_start.data_ptr() + 4 * place,
+    )
+
+
+def _struct(matrix: Matrix) -> _Matrix:
+    assert isinstance(matrix, Packed)
+    return matrix.struct

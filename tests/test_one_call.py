@@ -1,0 +1,113 @@
+"""A step as one call into C gives what the stages give one by one: texts, usage, scores, in any company."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import EOS_ID, PatchingRule, Policy
+from engine.engine import Engine
+from engine.step import one_call
+from engine.types import Request, SamplingParams, UnmaskRule
+from kernels import native
+from kernels.native.step import Ask
+from tests.engines import bill, crowded_engine, make_engine, request, run, save_ours
+from tests.models import our_config, our_model, text
+
+pytestmark = pytest.mark.skipif(not native.LIBRARY, reason="kernels/native is not compiled")
+
+FORMS: dict[str, dict[str, Any]] = {
+    "embedding": {"decoder_input": "embedding", "mask_id": 260, "block_size": 6},
+    "encoder": {"decoder_input": "encoder"},
+    "isolated": {"decoder_input": "embedding", "mask_id": 260, "block_size": 6},
+}
+RULES = [
+    PatchingRule(threshold=5.45, max_patch_length=5),
+    PatchingRule(threshold=0.0, monotonic=True),
+    PatchingRule(threshold=5.4, threshold_add=0.0),
+]
+
+
+@pytest.fixture(scope="module", params=[(form, rule) for form in FORMS for rule in range(len(RULES))], ids=str)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    form, rule = request.param
+    config = replace(our_config(**FORMS[form]), isolate_documents=form == "isolated", patching=RULES[rule])
+    return save_ours(tmp_path_factory.mktemp("one_call") / "model", our_model(config, 5))
+
+
+def stages_apart(engine: Engine) -> Engine:
+    assert engine.stepper.one_call, "the machine's kernels have no such call"
+    engine.stepper.one_call = None
+    engine.stepper.ahead.policy = "never"
+    return engine
+
+
+@st.composite
+def requests(draw: st.DrawFn, decoders: list[str]) -> Request:
+    sampling = draw(
+        st.sampled_from(
+            [
+                SamplingParams(temperature=0),
+                SamplingParams(temperature=1.0, seed=3),
+                SamplingParams(temperature=0.8, top_p=0.9, top_k=40, min_p=0.02, seed=2**63 + 5),
+                SamplingParams(temperature=1.2, seed=-4, logit_bias={EOS_ID: 4.0, 100: -2.0}),
+                SamplingParams(temperature=0, logit_bias={EOS_ID: 2.0, 70: 3.0}),
+                SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5, frequency_penalty=0.3),
+            ]
+        )
+    )
+    decoder = draw(st.sampled_from(decoders))
+    how: dict[str, Any] = {"decoder": decoder, "sampling": sampling, "ignore_eos": draw(st.booleans())}
+    if decoder in ("blt-d", "blt-dv"):
+        rules = UnmaskRule(rule="confidence", alpha=0.3, top_p=0.8), UnmaskRule(rule="entropy", gamma=1.0)
+        how["unmask"] = draw(st.sampled_from([*rules, UnmaskRule(rule="one_step")]))
+    if decoder == "blt-s":
+        how["draft_length"] = draw(st.integers(1, 9))
+    scores = draw(st.sampled_from([{}, {}, {"logprobs": 2}, {"prompt_logprobs": True, "logprobs": 0}]))
+    length = draw(st.sampled_from([1, 2, 9, 30, 90]))
+    prompt = text(length, draw(st.integers(0, 5)))
+    if length > 9 and draw(st.booleans()):
+        prompt[length // 2] = EOS_ID
+    return request("", prompt, draw(st.sampled_from([1, 2, 7, 25])), **how, **scores)
+
+
+@settings(max_examples=4)
+@given(st.data())
+def test_one_call_gives_what_the_stages_give_one_by_one(model: Path, data: st.DataObject) -> None:
+    engine, apart = make_engine(model, max_step_rows=40), stages_apart(make_engine(model, max_step_rows=40))
+    decoders = [name for name in engine.limits.decoders if name != "auto"]
+    asked = data.draw(st.lists(requests(decoders), min_size=1, max_size=5))
+    asked = [Request(**{**{f: getattr(r, f) for f in r.__struct_fields__}, "id": str(n)}) for n, r in enumerate(asked)]
+    engine.stepper.ahead.policy = data.draw(st.sampled_from(["always", "measured", "never"]))
+    wanted, found = run(apart, asked), run(engine, asked)
+    for name, out in wanted.items():
+        assert found[name].ids == out.ids, name
+        assert found[name].logprobs == out.logprobs and found[name].prompt_logprobs == out.prompt_logprobs, name
+        assert bill(found[name]) == bill(out), name
+
+
+@pytest.mark.parametrize("policy", ["always", "measured", "never"])
+def test_one_call_gives_the_same_with_little_memory(model: Path, policy: Policy) -> None:
+    made = {"max_length": 128, "max_sequences": 40}
+    asked = [request(str(n), text(20 + n % 30, n), 60) for n in range(40)]
+    engine = crowded_engine(model, **made)
+    engine.stepper.ahead.policy = policy
+    found, wanted = run(engine, asked), run(stages_apart(crowded_engine(model, **made)), asked)
+    assert {name: out.ids for name, out in found.items()} == {name: out.ids for name, out in wanted.items()}
+    assert engine.snapshot().preemptions
+
+
+def test_blt_runs_several_bytes_in_a_step(model: Path) -> None:
+    engine = make_engine(model)
+    engine.stepper.ahead.policy = "always"
+    ids = run(engine, [request("a", text(30, 2), 64)])["a"].ids
+    assert engine.snapshot().steps <= 64 // one_call.MOST_BYTES + ids.count(EOS_ID)
+
+
+def test_asks_are_numbered_as_in_c() -> None:
+    source = (Path(native.__file__).parent / "step.h").read_text()
+    names = next(line for line in source.splitlines() if line.startswith("enum { PREFILL"))
+    assert [ask.name for ask in Ask] == names.strip("enum {};").split(", ")
