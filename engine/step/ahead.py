@@ -39,7 +39,7 @@ from .transfer import read, read_async, to_device
 
 MOST_BYTES = 8
 """Most bytes of blt in one launch."""
-LAUNCH_SECONDS = 0.004
+LAUNCH_SECONDS = 0.016
 """How long a launch of several bytes may take: a new request waits for it."""
 REMEMBERED = 32
 """How many recent blocks predict the passes that the next ones need."""
