@@ -170,7 +170,7 @@ static void attend_tiles(void *of, int64_t begin, int64_t end) {
 }
 
 /* q (queries, heads, head_dim), scaled, to out of the same shape. Outputs of rows in no tile are zeros. */
-static void attend(const float *q, float *out, const Plan *plan, const Cache *cache, int64_t heads, int bf16) {
+static ONE_COPY void attend(const float *q, float *out, const Plan *plan, const Cache *cache, int64_t heads, int bf16) {
     int64_t work = 0;
     for (int64_t t = 0; t < plan->num_tiles; t++) work += plan->tiles[t * 5 + 1] * plan->tiles[t * 5 + 4];
     memset(out, 0, plan->queries * heads * cache->head_dim * sizeof *out);
@@ -179,7 +179,7 @@ static void attend(const float *q, float *out, const Plan *plan, const Cache *ca
 }
 
 /* Rows r of q read the `slots` cache rows that begin at page[r], offset[r]. */
-static void attend_slots(
+static ONE_COPY void attend_slots(
     const float *q, float *out, const int64_t *page, const int64_t *offset, const Cache *cache, int64_t slots,
     int64_t rows, int64_t heads, int bf16
 ) {

@@ -14,7 +14,7 @@ typedef struct {
 } Hashes;
 
 /* One byte: its own row, then a row of every table, rounded after each as in torch. */
-static void hash_embed(
+static ONE_COPY void hash_embed(
     const Hashes *h, const int64_t *window, int64_t width, const void *embedding, float *sum, float *add, void *x,
     int64_t row, int bf16
 ) {
@@ -34,7 +34,7 @@ static void hash_embed(
 }
 
 /* Entropy of softmax(x), in nats. Overwrites x. */
-static float entropy(float *x, int64_t n) {
+static ONE_COPY float entropy(float *x, int64_t n) {
     float most = -INFINITY, total = 0.0f, sum = 0.0f;
     for (int64_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
     for (int64_t i = 0; i < n; i++) total += exponential(x[i] -= most);
@@ -46,7 +46,7 @@ static float entropy(float *x, int64_t n) {
 /* `Rule` (kernels/boundary.py), but for the longest patch. */
 enum { BY_LEVEL, BY_LEVEL_AND_RISE, BY_RISE, EVERY_BYTE };
 
-static int starts_patch(float now, float before, int64_t byte, int judge, float threshold, float rise) {
+static ONE_COPY int starts_patch(float now, float before, int64_t byte, int judge, float threshold, float rise) {
     if (judge == EVERY_BYTE || byte == 1) return 1;
     if (judge == BY_RISE) return byte == 2 || now - before > threshold;
     if (judge == BY_LEVEL_AND_RISE) return byte == 2 || (byte > 3 && now - before > rise && now > threshold);

@@ -6,7 +6,7 @@
 #include "vector.h"
 
 /* Index of the first largest number; of the first NaN, if there is one. */
-static int64_t argmax(const float *x, int64_t n) {
+static ONE_COPY int64_t argmax(const float *x, int64_t n) {
     float most = most_of(x, n, -INFINITY);
     int bad = 0;
     int64_t i = 0;
@@ -30,7 +30,7 @@ static int compare(const void *a, const void *b) {
 #define MASS_SCALE 4503599627370496.0
 
 /* params: temperature, top_k, top_p, min_p. */
-static int64_t sample(const double *x, int64_t n, const double *params, double uniform) {
+static ONE_COPY int64_t sample(const double *x, int64_t n, const double *params, double uniform) {
     double temperature = params[0], top_k = params[1], top_p = params[2], min_p = params[3], e[n], sum = 0.0;
     int64_t best = 0, mass[n], most = 0, total = 0, below = 0, drawn = 0;
     for (int64_t i = 0; i < n; i++) best = x[i] > x[best] ? i : best;
@@ -62,7 +62,7 @@ static int64_t sample(const double *x, int64_t n, const double *params, double u
 }
 
 /* Highest probability and entropy of softmax(x). Ids of probability 0 are ignored. */
-static void confidence_and_entropy(const float *x, int64_t n, float *confidence, float *entropy) {
+static ONE_COPY void confidence_and_entropy(const float *x, int64_t n, float *confidence, float *entropy) {
     float most = most_of(x, n, -INFINITY), total = 0.0f, sum = 0.0f;
     for (int64_t i = 0; i < n; i++) total += exponential(x[i] - most);
     float log_total = logf(total);

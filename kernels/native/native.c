@@ -71,7 +71,7 @@ void fastblt_pack(
 }
 
 /* x (rows, in) to y (rows, out), with the operations of `kernels.linear` before and after it. */
-static void run_linear(
+static ONE_COPY void run_linear(
     const Matrix *weight, const void *x, const float *norm, float eps, int gated, const void *residual, int twice, void *y,
     int64_t rows, int bf16
 ) {
@@ -106,7 +106,7 @@ void fastblt_linear(
 }
 
 /* q (queries, heads, head_dim) to out of the same shape. */
-static void run_attention(const void *q, void *out, const Plan *plan, const Cache *cache, int64_t heads, int bf16) {
+static ONE_COPY void run_attention(const void *q, void *out, const Plan *plan, const Cache *cache, int64_t heads, int bf16) {
     int64_t numbers = plan->queries * heads * cache->head_dim;
     reserve(2 * numbers + 64 * 2);
     float *scaled = take(numbers), *seen = take(numbers), scale = 1.0f / sqrtf((float)cache->head_dim);
@@ -131,7 +131,7 @@ static void widen_rows(float *to, const void *table, const int64_t *which, int64
 }
 
 /* Splits qkv (rows, heads + 2 kv_heads, head_dim): rotates and scales queries into q, rotates keys, stores K and V. */
-static void store_qkv(const Layer *l, const Plan *plan, const Cache *cache, const float *qkv, float *q) {
+static ONE_COPY void store_qkv(const Layer *l, const Plan *plan, const Cache *cache, const float *qkv, float *q) {
     int64_t width = l->head_dim, half = width / 2, size = plan->page_size;
     float scale = 1.0f / sqrtf((float)width), turned[width];
     for (int64_t r = 0; r < plan->rows; r++) {
@@ -165,7 +165,7 @@ static size_t layer_floats(const Layer *l, int64_t rows) {
 }
 
 /* A transformer layer: overwrites x (rows, dim) with its output; keys and values go to the cache first. */
-static void layer(const Layer *l, const Plan *plan, const Cache *cache, float *x) {
+static ONE_COPY void layer(const Layer *l, const Plan *plan, const Cache *cache, float *x) {
     int64_t rows = plan->rows, dim = l->dim, width = l->heads * l->head_dim, ffn = l->ffn_dim;
     size_t mark = arena_used;
     float *normed = take(rows * dim), *middle = take(rows * dim), *qkv = take(rows * l->qkv.out);
@@ -189,7 +189,7 @@ static size_t slots_floats(const Slots *s, int64_t rows) {
 }
 
 /* Cross-attention over the slots of one latent, with its residuals. */
-static void read_slots(
+static ONE_COPY void read_slots(
     const Slots *s, const int64_t *page, const int64_t *offset, const Cache *cache, float *x, int64_t rows
 ) {
     int64_t dim = s->dim, width = s->heads * s->head_dim;
@@ -207,7 +207,7 @@ static void read_slots(
 static size_t cross_kv_floats(const CrossKv *k, int64_t rows) { return rows * (2 * k->kv.in + k->kv.out) + 64 * 3; }
 
 /* Stores rows as keys and values. */
-static void store_cross_kv(
+static ONE_COPY void store_cross_kv(
     const CrossKv *k, const int64_t *page, const int64_t *offset, const Cache *cache, const float *x, int64_t rows
 ) {
     int64_t dim = k->kv.in, width = cache->head_dim;
@@ -226,7 +226,7 @@ static void store_cross_kv(
 
 /* `stack` of kernels/stack.py. x: (rows, dim), or ids (rows,) where there is an embedding. logit_rows (left,), or null: the
    rows to output. cross, states, page, offset: `CrossCache`. */
-static void run_stack(
+static ONE_COPY void run_stack(
     const Stack *s, const Plan *plan, const Cache *caches, const Cache *cross, void *states, const int64_t *page,
     const int64_t *offset, const void *x, const int64_t *logit_rows, int64_t left, void *y
 ) {
@@ -270,7 +270,7 @@ void fastblt_stack(
 }
 
 /* x (rows, dim) as keys and values of `count` caches. */
-static void run_cross_kv(
+static ONE_COPY void run_cross_kv(
     const CrossKv *keys, int64_t count, const int64_t *page, const int64_t *offset, const Cache *caches, const void *x,
     int64_t rows
 ) {

@@ -182,7 +182,7 @@ static void product(
 }
 
 /* RMS normalisation of rows of `width` numbers. */
-static void normalise(const float *x, const float *weight, float eps, float *y, int64_t rows, int64_t width, int bf16) {
+static ONE_COPY void normalise(const float *x, const float *weight, float eps, float *y, int64_t rows, int64_t width, int bf16) {
     for (int64_t r = 0; r < rows; r++, x += width, y += width) {
         float inverse = 1.0f / sqrtf(dot(x, x, width) / width + eps);
         for (int64_t i = 0; i < width; i++) y[i] = rounded(x[i] * inverse * weight[i], bf16);
@@ -190,7 +190,7 @@ static void normalise(const float *x, const float *weight, float eps, float *y, 
 }
 
 /* silu(gate) * up: gate_up (rows, 2 width) to y (rows, width). */
-static void gate(const float *gate_up, float *y, int64_t rows, int64_t width, int bf16) {
+static ONE_COPY void gate(const float *gate_up, float *y, int64_t rows, int64_t width, int bf16) {
     for (int64_t r = 0; r < rows; r++, gate_up += 2 * width, y += width)
         for (int64_t i = 0; i < width; i++) {
             float g = gate_up[i];

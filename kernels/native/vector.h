@@ -8,6 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* One copy for all callers: where a function is inlined, the compiler may fuse other multiplications and additions, and a
+   row would get other bits. */
+#define ONE_COPY __attribute__((noinline))
+
 #if defined(__AVX512F__)
 #define LANES 16
 #else
