@@ -24,6 +24,7 @@ from benchmarks.gpu_check import (
     crowd,
     exactness,
     forms,
+    host,
     kernel_tests,
     nano,
     probe,
@@ -287,6 +288,17 @@ def test_the_1b_parts_measure_speed_with_replayed_acceptance(setting: Setting) -
     drafted = rows["fast", "bfloat16", "blt-s k=8"]
     assert drafted["bytes_per_round"] > 2, "more than random weights would accept"
     assert "replayed acceptance" in told("1b", figures) and "hash tables of 251 rows" in told("1b", figures)
+
+
+def test_the_host_part_ranks_decoders_by_exposed_time(setting: Setting) -> None:
+    found = figures_of(host, setting)
+    assert [(row["concurrency"], row["decoder"]) for row in found["host"]] == [
+        (n, w) for n in (1, 2) for w in host.WAYS
+    ]
+    assert all(row["launches_per_byte"] > 0 and row["bytes_per_step"] > 0 for row in found["host"])
+    said = told("host", {"host": [{**row, "host_gap": n / 10} for n, row in enumerate(found["host"])]})
+    lines = [line for line in said.splitlines() if line.startswith(("| 1 |", "| 2 |"))]
+    assert lines[0].startswith(f"| 2 | {list(host.WAYS)[-1]} | {(len(lines) - 1) / 10:.1%} |")
 
 
 def test_the_crowd_part_measures_speed_of_many_sequences(setting: Setting) -> None:

@@ -50,6 +50,7 @@ class Part:
 PARTS: dict[str, Part] = {
     "handover": Part("benchmarks.gpu_check.handover", 240, interpreted=True),
     "1b": Part("benchmarks.gpu_check.shape_1b", 150),
+    "host": Part("benchmarks.gpu_check.host", 120),
     "crowd": Part("benchmarks.gpu_check.crowd", 150),
     "ahead": Part("benchmarks.gpu_check.ahead", 120, gate=True),
     "nano": Part("benchmarks.gpu_check.nano", 120),

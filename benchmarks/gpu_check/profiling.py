@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.generate import GREEDY, Wrap, prompts
+from benchmarks.generate import GREEDY, Wrap, abandon, begin, prompts
 from benchmarks.models import random_model
 from benchmarks.replay import replayed
 from benchmarks.report import NANO
@@ -47,17 +47,22 @@ def measure(setting: Setting, piece: Piece) -> None:
 
 
 def profile_steps(
-    engine: Engine, how: dict[str, Any], wrap: Wrap | None, setting: Setting, trace: Path | None = None
+    engine: Engine,
+    how: dict[str, Any],
+    wrap: Wrap | None,
+    setting: Setting,
+    trace: Path | None = None,
+    number: int = 1,
 ) -> dict[str, Any]:
-    """Time of a step of one request, on the device and on the host. Raises RuntimeError if the profiler sees no
+    """Time of a step of `number` requests, on the device and on the host. Raises RuntimeError if the profiler sees no
     kernel."""
     steps = 2 if setting.quick else STEPS
     # The same steps three times: the first compiles and records what they need.
-    _window(engine, how, wrap, steps)
-    seconds, committed = _window(engine, how, wrap, steps)
+    _window(engine, how, wrap, steps, number)
+    seconds, committed = _window(engine, how, wrap, steps, number)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
     profiler = profile(activities=activities)
-    _window(engine, how, wrap, steps, profiler)
+    _window(engine, how, wrap, steps, number, profiler)
     if trace:
         trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace))
@@ -80,16 +85,21 @@ def profile_steps(
 
 
 def _window(
-    engine: Engine, how: dict[str, Any], wrap: Wrap | None, steps: int, profiler: profile | None = None
+    engine: Engine,
+    how: dict[str, Any],
+    wrap: Wrap | None,
+    steps: int,
+    number: int = 1,
+    profiler: profile | None = None,
 ) -> tuple[float, int]:
-    """Seconds of the steps that follow a request's first bytes, and how many bytes they committed."""
-    prompt = prompts(1, 100)[0]
-    # No step commits more than 32 bytes here.
+    """Seconds of the steps that follow the first bytes of `number` requests, and how many bytes they committed."""
+    # No step commits more than 32 bytes of a request here.
     count = 32 * (steps + 1)
-    request = Request(id="it", prompt_ids=prompt, max_tokens=count, sampling=GREEDY, ignore_eos=True, **how)
-    engine.add(request, wrap(request) if wrap else None)
-    while not any(isinstance(event, Delta) for event in engine.step()):
-        pass
+    requests = [
+        Request(id=str(i), prompt_ids=prompt, max_tokens=count, sampling=GREEDY, ignore_eos=True, **how)
+        for i, prompt in enumerate(prompts(number, 100))
+    ]
+    begin(engine, requests, wrap)
     committed = 0
     with profiler or nullcontext():
         began = time.perf_counter()
@@ -98,9 +108,7 @@ def _window(
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    engine.abort("it")
-    while engine.has_work:
-        engine.step()
+    abandon(engine, requests)
     return seconds, committed
 
 

@@ -210,6 +210,16 @@ def _crowd(figures: Figures) -> list[str]:
     return [table(header, rows) if rows else ""]
 
 
+def _host(figures: Figures) -> list[str]:
+    header = ["at a time", "decoder", "host gap", "host, us a byte", "launches a byte", "copies a byte", "bytes a step"]
+    rows = [
+        [str(row["concurrency"]), row["decoder"], f"{row['host_gap']:.1%}", f"{row['host_us_per_byte']:,.1f}"]
+        + [f"{row['launches_per_byte']:.2f}", f"{row['copies_per_byte']:.2f}", f"{row['bytes_per_step']:.2f}"]
+        for row in sorted(figures.get("host", []), key=lambda row: -row["host_gap"])
+    ]
+    return [_decided(figures), table(header, rows)] if rows else []
+
+
 def _ahead(figures: Figures) -> list[str]:
     header = ["decoder", "ahead", "bytes/s", "over never", "host, us a byte", "same text"]
     rows = [
@@ -222,6 +232,7 @@ def _ahead(figures: Figures) -> list[str]:
 
 SECTIONS: dict[str, Callable[[Figures], list[str]]] = {
     "handover": _handover,
+    "host": _host,
     "crowd": _crowd,
     "ahead": _ahead,
     "forms": _shape_1b,
