@@ -17,7 +17,9 @@
 #define MOST_ROWS 6
 #endif
 
-/* panels: (ceil(out / PANEL), in, PANEL) float or bfloat16, zeros after the last output. scale: (out,) or null. */
+/* panels: (ceil(out / PANEL), in, PANEL) float or bfloat16, zeros after the last output. In bfloat16 an output of the
+   first half lies next to its counterpart of the second: a word is two weights, each widened by one instruction.
+   scale: (out,) or null. */
 typedef struct {
     const void *panels;
     const float *scale;
@@ -33,13 +35,16 @@ typedef struct {
     int64_t num_parts, out, in, itemsize;
 } Packing;
 
+/* Where output `c` of a panel lies among the weights of one input. */
+static inline int place(int c, int64_t itemsize) { return itemsize == 4 ? c : 2 * (c % LANES) + c / LANES; }
+
 /* Takes the inner dimension in pieces, so that the output stays in the nearest cache. */
 #define PACK(NAME, TYPE)                                                                              \
     static void NAME(const void *const *rows, void *panel, int64_t in) {                             \
         for (int64_t k = 0; k < in; k += 32) {                                                        \
             int64_t count = in - k < 32 ? in - k : 32;                                                \
             for (int c = 0; c < PANEL; c++) {                                                         \
-                TYPE *to = (TYPE *)panel + k * PANEL + c;                                             \
+                TYPE *to = (TYPE *)panel + k * PANEL + place(c, sizeof(TYPE));                        \
                 if (rows[c])                                                                          \
                     for (int64_t i = 0; i < count; i++) to[i * PANEL] = ((const TYPE *)rows[c])[k + i]; \
                 else                                                                                  \
@@ -63,6 +68,18 @@ static void pack_panels(void *of, int64_t begin, int64_t end) {
     }
 }
 
+static inline void pair_f32(const float *from, Vector *low, Vector *high) {
+    *low = load(from);
+    *high = load(from + LANES);
+}
+
+static inline void pair_bf16(const uint16_t *from, Vector *low, Vector *high) {
+    Bits both;
+    memcpy(&both, from, sizeof both);
+    *low = (Vector)(both << 16);
+    *high = (Vector)(both & 0xffff0000u);
+}
+
 /* The use of a product: y = x W^T; y = residual + y; twice: y = residual + y once more. Rounded after each. */
 typedef struct {
     const Matrix *weight;
@@ -72,18 +89,19 @@ typedef struct {
     int twice, bf16;
 } Product;
 
-#define MICRO(ROWS, KIND, TYPE, LOAD)                                                                      \
+#define MICRO(ROWS, KIND, TYPE)                                                                            \
     static void micro_##KIND##_##ROWS(const float *x, int64_t count, const TYPE *w, const char *ahead, int64_t step, float *tile) { \
         Vector low[ROWS], high[ROWS];                                                                      \
         for (int r = 0; r < ROWS; r++) {                                                                   \
             low[r] = load(tile + r * PANEL);                                                               \
             high[r] = load(tile + r * PANEL + LANES);                                                      \
         }                                                                                                  \
-        for (int64_t k = 0; k < count; k++) {                                                                 \
-            Vector a = LOAD(w + k * PANEL), b = LOAD(w + k * PANEL + LANES);                               \
-            __builtin_prefetch(ahead + k * step);                                               \
+        for (int64_t k = 0; k < count; k++) {                                                              \
+            Vector a, b;                                                                                   \
+            pair_##KIND(w + k * PANEL, &a, &b);                                                            \
+            __builtin_prefetch(ahead + k * step);                                                          \
             for (int r = 0; r < ROWS; r++) {                                                               \
-                float factor = x[k * ROWS + r];                                                             \
+                float factor = x[k * ROWS + r];                                                            \
                 low[r] += factor * a;                                                                      \
                 high[r] += factor * b;                                                                     \
             }                                                                                              \
@@ -101,7 +119,7 @@ typedef struct {
 #define EACH(WHAT) EVERY(WHAT)
 #endif
 
-#define MICROS(ROWS) MICRO(ROWS, f32, float, load) MICRO(ROWS, bf16, uint16_t, load_bf16)
+#define MICROS(ROWS) MICRO(ROWS, f32, float) MICRO(ROWS, bf16, uint16_t)
 EACH(MICROS)
 
 /* Adds `count` products to every output of `rows` rows' tiles. */
@@ -131,7 +149,12 @@ static void panel_tiles(const Product *p, int64_t panel, float *tiles) {
         const char *ahead = (const char *)weights + PIECE * PANEL * itemsize;
         int bf16 = (int)m->bf16;
         if (bf16 && turns > 1) {
-            widen(wide, weights, count * PANEL, 1);
+            for (int64_t i = 0; i < count; i++) {
+                Vector low, high;
+                pair_bf16((const uint16_t *)weights + i * PANEL, &low, &high);
+                store(wide + i * PANEL, low);
+                store(wide + i * PANEL + LANES, high);
+            }
             weights = wide, bf16 = 0;
         }
         for (int64_t turn = 0; turn < turns; turn++) {
