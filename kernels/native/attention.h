@@ -30,45 +30,90 @@ typedef struct {
 
 #define LINE 64
 
-/* Memory to prefetch meanwhile: `bytes` from `from` on. */
+/* Prefetches `bytes` from `from` on, into the second cache: the nearest is too small for what is read meanwhile too. */
 static inline void bring(const char *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(from + i);
+    for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(from + i, 0, 2);
 }
 
-typedef float Four __attribute__((vector_size(16)));
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
+#endif
 
-/* The lanes of a vector as four sums, as `sum_of` adds them. */
-static inline Four quarters(Vector v) {
-    Four part[LANES / 4];
-    memcpy(part, &v, sizeof v);
-    for (int n = LANES / 8; n; n /= 2)
-        for (int k = 0; k < n; k++) part[k] += part[k + n];
-    return part[0];
+/* Every group of lanes, those of a before those of b, to one of half as many, as `sum_of` adds them. halves_4: of 8 lanes
+   to 4. */
+#if LANES == 16
+static inline Vector halves_8(Vector a, Vector b) {
+    return SHUFFLED(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           SHUFFLED(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
-/* The two functions below for keys and values of one type; with bfloat16 they are widened as they are loaded.
+static inline Vector halves_4(Vector a, Vector b) {
+    return SHUFFLED(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           SHUFFLED(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
 
-   four_dots: q with four keys at once, each in the order of `dot`.
-   add_weighted: adds weighted values, even and odd ones apart, so that additions need not wait for each other.
-   ahead: keys needed next, with their bytes per value. */
+static inline Vector halves_2(Vector a, Vector b) {
+    return SHUFFLED(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+           SHUFFLED(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+}
+
+static inline Vector halves_1(Vector a, Vector b) {
+    return SHUFFLED(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           SHUFFLED(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+#else
+static inline Vector halves_4(Vector a, Vector b) {
+    return SHUFFLED(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLED(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+static inline Vector halves_2(Vector a, Vector b) {
+    return SHUFFLED(a, b, 0, 1, 4, 5, 8, 9, 12, 13) + SHUFFLED(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
+}
+
+static inline Vector halves_1(Vector a, Vector b) {
+    return SHUFFLED(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + SHUFFLED(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+}
+#endif
+
+/* Part of `add_weighted` below: NUM vectors of the output at a time. */
+#define ADD_VECTORS(NUM, LOAD)                                                                                         \
+    for (; d + NUM * LANES <= width; d += NUM * LANES) {                                                               \
+        Vector even[NUM], odd[NUM];                                                                                    \
+        for (int i = 0; i < NUM; i++) even[i] = load(out + d + i * LANES) * keep, odd[i] = (Vector){0};                \
+        int64_t j = 0;                                                                                                 \
+        for (; j + 2 <= count; j += 2)                                                                                 \
+            for (int i = 0; i < NUM; i++) {                                                                            \
+                even[i] += weights[j] * LOAD(values + j * width + d + i * LANES);                                      \
+                odd[i] += weights[j + 1] * LOAD(values + (j + 1) * width + d + i * LANES);                             \
+            }                                                                                                          \
+        for (int i = 0; i < NUM && j < count; i++) even[i] += weights[j] * LOAD(values + j * width + d + i * LANES);   \
+        for (int i = 0; i < NUM; i++) store(out + d + i * LANES, even[i] + odd[i]);                                    \
+    }
+
+/* The functions below for keys and values of one type; bfloat16 is widened as it is loaded.
+
+   quarters: four partial sums for each of LANES / 4 keys.
+   dots: q with LANES keys, each in the order of `dot`.
+   add_weighted: out = out * keep + weighted values, even and odd ones apart, so that additions need not wait for each
+   other. */
 #define ATTENDING(KIND, TYPE, LOAD, NUMBER)                                                                            \
-    static inline void four_dots_##KIND(const float *q, const TYPE *keys, int64_t width, float *scores) {              \
-        Vector a = {0}, b = {0}, c = {0}, d = {0};                                                                     \
-        int64_t i = 0;                                                                                                 \
-        for (; i + LANES <= width; i += LANES) {                                                                       \
-            Vector x = load(q + i);                                                                                    \
-            a += x * LOAD(keys + i);                                                                                   \
-            b += x * LOAD(keys + width + i);                                                                           \
-            c += x * LOAD(keys + 2 * width + i);                                                                       \
-            d += x * LOAD(keys + 3 * width + i);                                                                       \
-        }                                                                                                              \
-        Four e = quarters(a), f = quarters(b), g = quarters(c), h = quarters(d);                                       \
-        scores[0] = (e[0] + e[2]) + (e[1] + e[3]);                                                                     \
-        scores[1] = (f[0] + f[2]) + (f[1] + f[3]);                                                                     \
-        scores[2] = (g[0] + g[2]) + (g[1] + g[3]);                                                                     \
-        scores[3] = (h[0] + h[2]) + (h[1] + h[3]);                                                                     \
-        for (; i < width; i++)                                                                                         \
-            for (int j = 0; j < 4; j++) scores[j] += q[i] * NUMBER(keys[j * width + i]);                               \
+    static inline Vector quarters_##KIND(const float *q, const TYPE *keys, int64_t width) {                            \
+        Vector sums[LANES / 4];                                                                                        \
+        for (int j = 0; j < LANES / 4; j++) sums[j] = (Vector){0};                                                     \
+        for (int64_t i = 0; i + LANES <= width; i += LANES)                                                            \
+            for (int j = 0; j < LANES / 4; j++) sums[j] += load(q + i) * LOAD(keys + j * width + i);                   \
+        return QUARTERS(sums);                                                                                         \
+    }                                                                                                                  \
+                                                                                                                       \
+    static inline void dots_##KIND(const float *q, const TYPE *keys, int64_t width, float *scores) {                   \
+        int64_t step = LANES / 4 * width;                                                                              \
+        Vector a = quarters_##KIND(q, keys, width), b = quarters_##KIND(q, keys + step, width);                        \
+        Vector c = quarters_##KIND(q, keys + 2 * step, width), d = quarters_##KIND(q, keys + 3 * step, width);         \
+        store(scores, halves_1(halves_2(a, b), halves_2(c, d)));                                                       \
+        for (int64_t i = width / LANES * LANES; i < width; i++)                                                        \
+            for (int j = 0; j < LANES; j++) scores[j] += q[i] * NUMBER(keys[j * width + i]);                           \
     }                                                                                                                  \
                                                                                                                        \
     static inline float one_dot_##KIND(const float *q, const TYPE *key, int64_t width) {                               \
@@ -81,51 +126,49 @@ static inline Four quarters(Vector v) {
     }                                                                                                                  \
                                                                                                                        \
     static inline void add_weighted_##KIND(                                                                            \
-        float *out, const float *weights, const TYPE *values, int64_t count, int64_t width, const char *ahead          \
+        float *out, float keep, const float *weights, const TYPE *values, int64_t count, int64_t width                 \
     ) {                                                                                                                \
         int64_t d = 0;                                                                                                 \
-        for (; d + 4 * LANES <= width; d += 4 * LANES) {                                                               \
-            Vector even[4], odd[4] = {{0}, {0}, {0}, {0}};                                                             \
-            for (int i = 0; i < 4; i++) even[i] = load(out + d + i * LANES);                                           \
-            int64_t j = 0;                                                                                             \
-            for (; j + 2 <= count; j += 2) {                                                                           \
-                bring(ahead + (j * width + d) * sizeof(TYPE), 2 * 4 * LANES * sizeof(TYPE));                           \
-                for (int i = 0; i < 4; i++) {                                                                          \
-                    even[i] += weights[j] * LOAD(values + j * width + d + i * LANES);                                  \
-                    odd[i] += weights[j + 1] * LOAD(values + (j + 1) * width + d + i * LANES);                         \
-                }                                                                                                      \
-            }                                                                                                          \
-            for (int i = 0; i < 4 && j < count; i++) even[i] += weights[j] * LOAD(values + j * width + d + i * LANES); \
-            for (int i = 0; i < 4; i++) store(out + d + i * LANES, even[i] + odd[i]);                                  \
-        }                                                                                                              \
-        for (; d + LANES <= width; d += LANES) {                                                                       \
-            Vector sum = load(out + d);                                                                                \
-            for (int64_t j = 0; j < count; j++) sum += weights[j] * LOAD(values + j * width + d);                      \
-            store(out + d, sum);                                                                                       \
-        }                                                                                                              \
-        for (; d < width; d++)                                                                                         \
+        ADD_VECTORS(4, LOAD)                                                                                           \
+        ADD_VECTORS(2, LOAD)                                                                                           \
+        ADD_VECTORS(1, LOAD)                                                                                           \
+        for (; d < width; d++) {                                                                                       \
+            out[d] *= keep;                                                                                            \
             for (int64_t j = 0; j < count; j++) out[d] += weights[j] * NUMBER(values[j * width + d]);                  \
+        }                                                                                                              \
     }
 
+#if LANES == 16
+#define QUARTERS(v) halves_4(halves_8(v[0], v[1]), halves_8(v[2], v[3]))
+#else
+#define QUARTERS(v) halves_4(v[0], v[1])
+#endif
 #define SAME(x) (x)
 ATTENDING(f32, float, load, SAME)
 ATTENDING(bf16, uint16_t, load_bf16, from_bf16)
 
-/* One tile and one K/V head. `scores`: room for one row's scores with a page. */
+/* Where the keys and values begin that a tile's page `p` and a K/V head have, in numbers. */
+static inline int64_t place_of(const Attention *a, const int64_t *tile, int64_t p, int64_t kv_head) {
+    const Cache *cache = a->cache;
+    return (a->plan->pages[tile[2] + p] * cache->kv_heads + kv_head) * cache->page_size * cache->head_dim;
+}
+
+/* One tile and one K/V head. `then`: where to read after it. `scores`: room for a page of scores and LANES more. */
 #define ATTEND_TILE(KIND, TYPE)                                                                                        \
-    static void attend_tile_##KIND(const Attention *a, const int64_t *tile, int64_t kv_head, float *scores) {          \
+    static void attend_tile_##KIND(                                                                                    \
+        const Attention *a, const int64_t *tile, int64_t kv_head, int64_t then, float *scores                          \
+    ) {                                                                                                                \
         const Plan *plan = a->plan;                                                                                    \
         int64_t begin = tile[0], count = tile[1], first_page = tile[3], num_pages = tile[4];                           \
-        const int64_t *pages = plan->pages + tile[2];                                                                  \
         int64_t width = a->cache->head_dim, size = plan->page_size, shared = a->heads / a->cache->kv_heads;            \
-        int64_t streams = count * shared, each = size * width;                                                         \
+        int64_t streams = count * shared;                                                                              \
         float highest[streams], total[streams];                                                                        \
         for (int64_t s = 0; s < streams; s++) highest[s] = -INFINITY, total[s] = 0.0f;                                 \
         for (int64_t p = 0; p < num_pages; p++) {                                                                      \
-            int64_t base = (first_page + p) * size, next_page = pages[p + 1 < num_pages ? p + 1 : p];                  \
-            int64_t at = (pages[p] * a->cache->kv_heads + kv_head) * each;                                             \
+            int64_t base = (first_page + p) * size, at = place_of(a, tile, p, kv_head);                                \
+            int64_t next = p + 1 < num_pages ? place_of(a, tile, p + 1, kv_head) : then;                               \
             const TYPE *k = (const TYPE *)a->cache->keys + at, *v = (const TYPE *)a->cache->values + at;               \
-            const TYPE *ahead = (const TYPE *)a->cache->keys + (next_page * a->cache->kv_heads + kv_head) * each;      \
+            const TYPE *next_k = (const TYPE *)a->cache->keys + next, *next_v = (const TYPE *)a->cache->values + next; \
             for (int64_t s = 0; s < streams; s++) {                                                                    \
                 int64_t row = begin + s / shared, head = kv_head * shared + s % shared;                                \
                 int64_t low = plan->first[row] - base, high = plan->last[row] - base;                                  \
@@ -134,19 +177,18 @@ ATTENDING(bf16, uint16_t, load_bf16, from_bf16)
                 const float *q = a->q + (row * a->heads + head) * width;                                               \
                 float *out = a->out + (row * a->heads + head) * width;                                                 \
                 float most = highest[s];                                                                               \
-                int64_t next = low;                                                                                    \
-                for (; next + 4 <= high + 1; next += 4) {                                                              \
-                    bring((const char *)(v + next * width), 4 * width * sizeof(TYPE));                                 \
-                    four_dots_##KIND(q, k + next * width, width, scores + next);                                       \
+                int64_t j = low / LANES * LANES, bytes = s ? 0 : LANES * width * sizeof(TYPE);                         \
+                for (; j + LANES <= size && j <= high; j += LANES) {                                                   \
+                    bring((const char *)(next_k + j * width), bytes);                                                  \
+                    bring((const char *)(next_v + j * width), bytes);                                                  \
+                    dots_##KIND(q, k + j * width, width, scores + j);                                                  \
                 }                                                                                                      \
-                for (; next <= high; next++) scores[next] = one_dot_##KIND(q, k + next * width, width);                \
+                for (; j <= high; j++) scores[j] = one_dot_##KIND(q, k + j * width, width);                            \
                 most = most_of(scores + low, high + 1 - low, most);                                                    \
                 float keep = highest[s] == -INFINITY ? 0.0f : exponential(highest[s] - most);                          \
                 total[s] = total[s] * keep + exponentials(scores + low, high + 1 - low, most);                         \
                 highest[s] = most;                                                                                     \
-                for (int64_t d = 0; d < width; d++) out[d] *= keep;                                                    \
-                const char *wanted = (const char *)(ahead + (next_page == pages[p] ? low : 0) * width);                \
-                add_weighted_##KIND(out, scores + low, v + low * width, high + 1 - low, width, wanted);                \
+                add_weighted_##KIND(out, keep, scores + low, v + low * width, high + 1 - low, width);                  \
             }                                                                                                          \
         }                                                                                                              \
         for (int64_t s = 0; s < streams; s++) {                                                                        \
@@ -161,11 +203,14 @@ ATTEND_TILE(bf16, uint16_t)
 
 static void attend_tiles(void *of, int64_t begin, int64_t end) {
     const Attention *a = of;
-    float *scores = scratch(a->plan->page_size);
+    int64_t kv_heads = a->cache->kv_heads;
+    float *scores = scratch(a->plan->page_size + LANES);
     for (int64_t i = begin; i < end; i++) {
-        const int64_t *tile = a->plan->tiles + i / a->cache->kv_heads * 5;
-        if (a->bf16) attend_tile_bf16(a, tile, i % a->cache->kv_heads, scores);
-        else attend_tile_f32(a, tile, i % a->cache->kv_heads, scores);
+        const int64_t *tile = a->plan->tiles + i / kv_heads * 5;
+        int64_t after = i + 1 < end ? i + 1 : i;
+        int64_t then = place_of(a, a->plan->tiles + after / kv_heads * 5, 0, after % kv_heads);
+        if (a->bf16) attend_tile_bf16(a, tile, i % kv_heads, then, scores);
+        else attend_tile_f32(a, tile, i % kv_heads, then, scores);
     }
 }
 
@@ -200,8 +245,7 @@ static ONE_COPY void attend_slots(
                 }
                 for (int64_t j = 0; j < slots; j++) total += weights[j] = exponential(weights[j] - most);
                 for (int64_t j = 0; j < slots; j++) weights[j] /= total;
-                for (int64_t d = 0; d < width; d++) seen[d] = 0.0f;
-                add_weighted_f32(seen, weights, values, slots, width, (const char *)values);
+                add_weighted_f32(seen, 0.0f, weights, values, slots, width);
                 for (int64_t d = 0; d < width; d++) seen[d] = rounded(seen[d], bf16);
             }
         }

@@ -110,11 +110,14 @@ static float most_of(const float *x, int64_t n, float most) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) lanes = chosen(load(x + i) > lanes, load(x + i), lanes);
     for (; i < n; i++) most = x[i] > most ? x[i] : most;
-    for (int l = 0; l < LANES; l++) most = lanes[l] > most ? lanes[l] : most;
-    return most;
+    float left[LANES];
+    store(left, lanes);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int l = 0; l < width; l++) left[l] = left[l + width] > left[l] ? left[l + width] : left[l];
+    return left[0] > most ? left[0] : most;
 }
 
-/* x becomes e^(x - most): returns the sum. */
+/* x becomes e^(x - most): returns the sum. Overwrites up to LANES numbers after x. */
 static float exponentials(float *x, int64_t n, float most) {
     Vector sums = {0};
     int64_t i = 0;
@@ -124,7 +127,8 @@ static float exponentials(float *x, int64_t n, float most) {
         sums += e;
     }
     float sum = sum_of(sums);
-    for (; i < n; i++) sum += x[i] = exponential(x[i] - most);
+    if (i < n) store(x + i, exponential_of(load(x + i) - most));
+    for (; i < n; i++) sum += x[i];
     return sum;
 }
 
