@@ -30,7 +30,7 @@ from tests.operands import few as quick
 TORCH, NATIVE = Kernels(), NativeKernels()
 NANO = Path(__file__).parents[1] / "models" / "nano"
 few = settings(quick, max_examples=40)
-SHAPES = st.sampled_from([(4, 4, 8), (4, 2, 16), (6, 2, 20), (1, 1, 2), (2, 1, 64)])
+SHAPES = st.sampled_from([(4, 4, 8), (4, 2, 16), (6, 2, 20), (1, 1, 2), (2, 1, 64), (2, 2, 32), (2, 1, 116)])
 
 
 def test_native_kernels_are_compiled_and_chosen_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

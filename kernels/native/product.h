@@ -16,6 +16,9 @@
 #else
 #define MOST_ROWS 6
 #endif
+/* At most FEW_ROWS take TOGETHER panels at once. */
+#define FEW_ROWS 2
+#define TOGETHER 4
 
 /* panels: (ceil(out / PANEL), in, PANEL) float or bfloat16, zeros after the last output. In bfloat16 an output of the
    first half lies next to its counterpart of the second: a word is two weights, each widened by one instruction.
@@ -134,6 +137,40 @@ static inline void micro(
     switch (rows) { EACH(CASE) }
 }
 
+/* TOGETHER panels by few rows. With one panel the processor would wait: additions to a sum for each other, and for memory,
+   since it fetches several streams ahead faster than one. Prefetching is its own here. tiles (TOGETHER, ROWS, PANEL). */
+#define FEW(ROWS, KIND, TYPE)                                                                              \
+    static void few_##KIND##_##ROWS(const float *x, int64_t in, const TYPE *w, float *tiles) {                \
+        Vector low[TOGETHER * ROWS], high[TOGETHER * ROWS];                                                \
+        for (int i = 0; i < TOGETHER * ROWS; i++) low[i] = high[i] = (Vector){0};                          \
+        for (int64_t k = 0; k < in; k++)                                                                   \
+            for (int t = 0; t < TOGETHER; t++) {                                                           \
+                const TYPE *from = w + (t * in + k) * PANEL;                                               \
+                Vector a, b;                                                                               \
+                pair_##KIND(from, &a, &b);                                                                 \
+                for (int r = 0; r < ROWS; r++) {                                                           \
+                    low[t * ROWS + r] += x[k * ROWS + r] * a;                                              \
+                    high[t * ROWS + r] += x[k * ROWS + r] * b;                                             \
+                }                                                                                          \
+            }                                                                                              \
+        for (int i = 0; i < TOGETHER * ROWS; i++) {                                                        \
+            store(tiles + i * PANEL, low[i]);                                                              \
+            store(tiles + i * PANEL + LANES, high[i]);                                                     \
+        }                                                                                                  \
+    }
+FEW(1, f32, float)
+FEW(1, bf16, uint16_t)
+FEW(2, f32, float)
+FEW(2, bf16, uint16_t)
+
+/* tiles (TOGETHER, rows, PANEL) of the panels from `panel` on. */
+static void few_tiles(const Product *p, int64_t panel, float *tiles) {
+    const Matrix *m = p->weight;
+    int64_t at = panel * m->in * PANEL;
+    if (m->bf16) (p->rows == 1 ? few_bf16_1 : few_bf16_2)(p->x, m->in, (const uint16_t *)m->panels + at, tiles);
+    else (p->rows == 1 ? few_f32_1 : few_f32_2)(p->x, m->in, (const float *)m->panels + at, tiles);
+}
+
 /* All rows by one panel: tiles (rows, PANEL). A panel that is read several times is taken in pieces that stay in the
    nearest cache, widened once. */
 static void panel_tiles(const Product *p, int64_t panel, float *tiles) {
@@ -165,26 +202,49 @@ static void panel_tiles(const Product *p, int64_t panel, float *tiles) {
     }
 }
 
+/* What follows the product of one panel: tiles (rows, PANEL), overwritten, to y. */
+static void finish_panel(const Product *p, int64_t panel, float *tiles) {
+    const Matrix *m = p->weight;
+    int64_t first = panel * PANEL, columns = m->out - first < PANEL ? m->out - first : PANEL;
+    for (int64_t r = 0; r < p->rows; r++) {
+        float *y = p->y + r * m->out + first, *t = tiles + r * PANEL;
+        if (m->scale)
+            for (int64_t c = 0; c < columns; c++) t[c] = rounded(t[c], p->bf16) * m->scale[first + c];
+        if (p->bf16)
+            for (int64_t c = 0; c < columns; c++) t[c] = rounded(t[c], 1);
+        if (p->residual) {
+            const float *residual = p->residual + r * m->out + first;
+            for (int again = 0; again <= p->twice; again++)
+                for (int64_t c = 0; c < columns; c++) t[c] = rounded(residual[c] + t[c], p->bf16);
+        }
+        memcpy(y, t, columns * sizeof *y);
+    }
+}
+
+static int64_t num_panels(const Matrix *m) { return (m->out + PANEL - 1) / PANEL; }
+
+/* Groups of TOGETHER panels. */
+static void product_groups(void *of, int64_t begin, int64_t end) {
+    const Product *p = of;
+    int64_t panels = num_panels(p->weight);
+    float *tiles = scratch(TOGETHER * p->rows * PANEL);
+    for (int64_t panel = begin * TOGETHER; panel < end * TOGETHER && panel < panels; panel += TOGETHER) {
+        int64_t count = panels - panel < TOGETHER ? panels - panel : TOGETHER;
+        if (count == TOGETHER) few_tiles(p, panel, tiles);
+        for (int64_t i = 0; i < count; i++) {
+            float *tile = tiles + i * p->rows * PANEL;
+            if (count < TOGETHER) panel_tiles(p, panel + i, tile);
+            finish_panel(p, panel + i, tile);
+        }
+    }
+}
+
 static void product_panels(void *of, int64_t begin, int64_t end) {
     const Product *p = of;
-    const Matrix *m = p->weight;
     float *tiles = scratch(p->rows * PANEL);
     for (int64_t panel = begin; panel < end; panel++) {
-        int64_t first = panel * PANEL, columns = m->out - first < PANEL ? m->out - first : PANEL;
         panel_tiles(p, panel, tiles);
-        for (int64_t r = 0; r < p->rows; r++) {
-            float *y = p->y + r * m->out + first, *t = tiles + r * PANEL;
-            if (m->scale)
-                for (int64_t c = 0; c < columns; c++) t[c] = rounded(t[c], p->bf16) * m->scale[first + c];
-            if (p->bf16)
-                for (int64_t c = 0; c < columns; c++) t[c] = rounded(t[c], 1);
-            if (p->residual) {
-                const float *residual = p->residual + r * m->out + first;
-                for (int again = 0; again <= p->twice; again++)
-                    for (int64_t c = 0; c < columns; c++) t[c] = rounded(residual[c] + t[c], p->bf16);
-            }
-            memcpy(y, t, columns * sizeof *y);
-        }
+        finish_panel(p, panel, tiles);
     }
 }
 
@@ -201,7 +261,9 @@ static void product(
             for (int64_t k = 0; k < in; k++) to[k * count + r] = x[(row + r) * in + k];
     }
     Product p = {weight, turned, residual, y, rows, twice, bf16};
-    share(product_panels, &p, (weight->out + PANEL - 1) / PANEL, rows * weight->out * in);
+    int64_t panels = num_panels(weight), work = rows * weight->out * in;
+    if (rows <= FEW_ROWS) share(product_groups, &p, (panels + TOGETHER - 1) / TOGETHER, work);
+    else share(product_panels, &p, panels, work);
 }
 
 /* RMS normalisation of rows of `width` numbers. */
