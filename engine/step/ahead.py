@@ -37,7 +37,7 @@ from .sampling import check, draw_ids, padded_params, uniforms_for
 from .stages import Stages
 from .transfer import read, read_async, to_device
 
-MOST_BYTES = 8
+MOST_BYTES = 16
 """Most bytes of blt in one launch."""
 LAUNCH_SECONDS = 0.016
 """How long a launch of several bytes may take: a new request waits for it."""

@@ -24,6 +24,10 @@ from .results import cell_params, results_of, score_prompts
 ASKS = {Next: Ask.NEXT, Draft: Ask.DRAFT, Unmask: Ask.UNMASK, Verify: Ask.VERIFY, type(None): Ask.PREFILL}
 
 
+LOOKED_UP_EVERY = 32
+"""Steps after which the latency model is asked again."""
+
+
 class OneCall:
     """Runs steps, each with as many passes as its sequences need: further bytes of blt, a whole draft, a block until it
     is done. The host only draws for requests with penalties or scores."""
@@ -37,6 +41,7 @@ class OneCall:
         self._ids, self._entropies = self._text.ids.numpy(), self._text.entropies.numpy()
         self._patch = self._text.patch.numpy()
         self._vocab_size = model.config.vocab_size
+        self._age, self._counts = 0, dict[int, int]()
 
     @classmethod
     def of(
@@ -96,9 +101,7 @@ class OneCall:
             return [1] * len(batch)
         count = MOST_BYTES
         if policy == "measured":
-            seconds = self._ledger.latency.byte(len(batch))
-            count = min(count, int(LAUNCH_SECONDS / seconds)) if seconds else 1
-            count = 1 if any(rows.ask is None for rows in batch) else count
+            count = 1 if any(rows.ask is None for rows in batch) else self._affordable(len(batch))
         passes = [min(_most(rows), count) if isinstance(rows.ask, Next) else _most(rows) for rows in batch]
         ends = [rows.end + most - 1 for rows, most in zip(batch, passes, strict=True)]
         reaches = [
@@ -109,6 +112,14 @@ class OneCall:
         if reaches and not self._memory.reserve_all(reaches):
             return [1 if isinstance(rows.ask, Next) else most for rows, most in zip(batch, passes, strict=True)]
         return passes
+
+    def _affordable(self, size: int) -> int:
+        """How many bytes of so many sequences fit into a launch; looked up now and then, since it changes slowly."""
+        self._age += 1
+        if size not in self._counts or self._age > LOOKED_UP_EVERY:
+            seconds = self._ledger.latency.byte(size)
+            self._age, self._counts = 0, {size: min(MOST_BYTES, int(LAUNCH_SECONDS / seconds)) if seconds else 1}
+        return max(self._counts[size], 1)
 
     def _request(
         self, rows: Rows, passes: int, settled: "array[int]", kept: list["array[float] | array[int]"]

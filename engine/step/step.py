@@ -42,7 +42,6 @@ class Stepper:
     def device(self) -> torch.device:
         return self.stages.launcher.device
 
-    @torch.inference_mode()
     def run(self, batch: Seq[Rows]) -> Seq[Result | None]:
         """The result of each sequence's ask, None for rows without one. Raises FloatingPointError if the model gives no
         distribution."""
@@ -50,7 +49,7 @@ class Stepper:
             self.stages.discard()
         if self.one_call:
             return self.one_call.run(batch, self.ahead.policy)
-        return self.ahead.run(batch) or self._run_once(batch)
+        return self._run_stages(batch)
 
     def _write(self, rows: Rows) -> bool:
         """Writes the ids of the rows into the text, unless the device has; whether there were any."""
@@ -60,7 +59,10 @@ class Stepper:
         changed = slots.write(sequence, rows.start, sequence.ids[rows.start : end])
         return slots.write(sequence, end, rows.given) or changed
 
-    def _run_once(self, batch: Seq[Rows]) -> list[Result | None]:
+    @torch.inference_mode()
+    def _run_stages(self, batch: Seq[Rows]) -> Seq[Result | None]:
+        if results := self.ahead.run(batch):
+            return results
         logits = self.stages.run(batch)
         score_prompts(batch, logits)
         return results_of(batch, logits, self._slots, self._kernels)
