@@ -150,14 +150,13 @@ class Recorder:
         self._memory = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A graph of `work`, which is also run once, and its output, outside the shared memory."""
+        """A graph of `work`, which is also run once, and where its output is and will be, outside the shared memory."""
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            # The first run compiles kernels, which must not happen while recording. It writes the same cache rows as
-            # the replay.
-            output = torch.empty_like(work())
+            # The first run compiles kernels, which must not happen while recording.
+            output = work().clone()
             with _no_collection():
                 # Other threads may allocate, copy and query events meanwhile.
                 graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
@@ -200,12 +199,19 @@ class _Recording:
         self._tensors = {name: torch.empty_like(t) for name, t in tensors.items()}
         self._inputs = {**unpack(self._packed, arrays), **self._tensors}
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._has_run = False
         self._copied: torch.cuda.Event | None = None
         if recorder:
             self._fill(arrays, tensors)
             self._graph, self._output = recorder.record(lambda: stage(self._inputs))
+            self._has_run = True
 
     def replay(self, arrays: Arrays, tensors: Mapping[str, Tensor], launching: Callable[[], None]) -> Tensor:
+        """Runs the stage; once after it was recorded, that has run it: a pass over a block must not run twice."""
+        if self._has_run:
+            self._has_run = False
+            launching()
+            return self._output
         self._fill(arrays, tensors)
         launching()
         if self._graph is None:
