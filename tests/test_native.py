@@ -154,6 +154,28 @@ def test_attention_equals_torch(seed: int, dtype: torch.dtype, layout: Layout, s
     assert torch.equal(NATIVE.attention(q, *caches, alone)[: laid.num_rows], found[: laid.num_rows])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("page_size", "head_dim"), [(64, 32), (40, 48), (16, 116)])
+def test_attention_is_softmax_over_the_rows_that_are_seen(dtype: torch.dtype, page_size: int, head_dim: int) -> None:
+    """Memory of other rows holds NaN: vectors of keys are computed whole, and only lanes that are seen count."""
+    draw, firsts, lasts = Draw(3), [0, 5, 13, 63, 101], [0, 90, 93, 64, 127]
+    plan = AttentionPlan.of(
+        *(torch.zeros(5, dtype=torch.int64) for _ in range(3)), torch.tensor(firsts), torch.tensor(lasts),
+        torch.tensor([[row, 1, 0, 0, -(-128 // page_size)] for row in range(5)]), torch.arange(9).flip(0)[:8],
+        page_size=page_size,
+    )  # fmt: skip
+    q, keys, values = (draw.randn(n, 2, head_dim, dtype=dtype) for n in (5, 128, 128))
+    for row, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+        caches = torch.full((2, 9, 2, page_size, head_dim), math.nan, dtype=dtype)
+        for at in range(first, last + 1):
+            place = plan.pages[at // page_size], slice(None), at % page_size
+            caches[0][place], caches[1][place] = keys[at], values[at]
+        found = NATIVE.attention(q, caches[0], caches[1], plan)[row]
+        k, v = (x[first : last + 1].double().transpose(0, 1) for x in (keys, values))
+        scores = k @ q[row].double()[:, :, None] * head_dim**-0.5
+        close(found, (scores.softmax(1) * v).sum(1).to(dtype))
+
+
 @few
 @given(
     SEEDS, FLOATS, layouts(), SHAPES, st.integers(1, 2), st.sampled_from(["layers", "slots", "keys"]),
@@ -205,6 +227,9 @@ def test_stack_equals_torch(
         own, others = caches.clone(), besides.clone()
         states = torch.zeros(rows, 3 * slots, dim, dtype=dtype)
         beside = None
+        if k is NATIVE:
+            # Leaves NaN in the memory that the next call takes.
+            k.linear(torch.full((99, 999), math.nan), k.matrix(Matrix(torch.ones(1, 999))))
         if kind != "layers":
             beside = CrossCache(KvCache(tuple(kv) for kv in others), page, offset, states if kind == "keys" else None)  # type: ignore[misc]
         y = function(x, KvCache(tuple(kv) for kv in own), plan, beside, wanted)  # type: ignore[misc]

@@ -41,8 +41,8 @@ static inline void bring(const char *from, int64_t bytes) {
 #define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
 #endif
 
-/* Every group of lanes, those of a before those of b, to one of half as many, as `sum_of` adds them. halves_4: of 8 lanes
-   to 4. */
+/* Every group of lanes, those of a before those of b, to one of half as many, as `sum_of` adds them. halves_4: from 8
+   lanes to 4. */
 #if LANES == 16
 static inline Vector halves_8(Vector a, Vector b) {
     return SHUFFLED(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
@@ -147,16 +147,24 @@ static inline Vector halves_1(Vector a, Vector b) {
 ATTENDING(f32, float, load, SAME)
 ATTENDING(bf16, uint16_t, load_bf16, from_bf16)
 
-/* Where the keys and values begin that a tile's page `p` and a K/V head have, in numbers. */
-static inline int64_t place_of(const Attention *a, const int64_t *tile, int64_t p, int64_t kv_head) {
-    const Cache *cache = a->cache;
-    return (a->plan->pages[tile[2] + p] * cache->kv_heads + kv_head) * cache->page_size * cache->head_dim;
+/* What a tile sees of its page `p`: rows `low` to `high`, and where the row `low` of a K/V head lies, in numbers. */
+typedef struct {
+    int64_t low, high, at;
+} Seen;
+
+static inline Seen seen_of(const Attention *a, const int64_t *tile, int64_t p, int64_t kv_head) {
+    if (!tile[1] || !tile[4]) return (Seen){0, -1, 0};
+    int64_t size = a->cache->page_size, base = (tile[3] + p) * size;
+    int64_t low = a->plan->first[tile[0]] - base, high = a->plan->last[tile[0] + tile[1] - 1] - base;
+    low = low < 0 ? 0 : low, high = high >= size ? size - 1 : high;
+    int64_t page = a->plan->pages[tile[2] + p] * a->cache->kv_heads + kv_head;
+    return (Seen){low, high, (page * size + low) * a->cache->head_dim};
 }
 
-/* One tile and one K/V head. `then`: where to read after it. `scores`: room for a page of scores and LANES more. */
+/* One tile and one K/V head. `then`: what is read after it. `scores`: room for a page of scores and LANES more. */
 #define ATTEND_TILE(KIND, TYPE)                                                                                        \
     static void attend_tile_##KIND(                                                                                    \
-        const Attention *a, const int64_t *tile, int64_t kv_head, int64_t then, float *scores                          \
+        const Attention *a, const int64_t *tile, int64_t kv_head, Seen then, float *scores                             \
     ) {                                                                                                                \
         const Plan *plan = a->plan;                                                                                    \
         int64_t begin = tile[0], count = tile[1], first_page = tile[3], num_pages = tile[4];                           \
@@ -165,10 +173,12 @@ static inline int64_t place_of(const Attention *a, const int64_t *tile, int64_t 
         float highest[streams], total[streams];                                                                        \
         for (int64_t s = 0; s < streams; s++) highest[s] = -INFINITY, total[s] = 0.0f;                                 \
         for (int64_t p = 0; p < num_pages; p++) {                                                                      \
-            int64_t base = (first_page + p) * size, at = place_of(a, tile, p, kv_head);                                \
-            int64_t next = p + 1 < num_pages ? place_of(a, tile, p + 1, kv_head) : then;                               \
+            int64_t base = (first_page + p) * size;                                                                    \
+            int64_t at = (plan->pages[tile[2] + p] * a->cache->kv_heads + kv_head) * size * width;                     \
             const TYPE *k = (const TYPE *)a->cache->keys + at, *v = (const TYPE *)a->cache->values + at;               \
-            const TYPE *next_k = (const TYPE *)a->cache->keys + next, *next_v = (const TYPE *)a->cache->values + next; \
+            Seen next = p + 1 < num_pages ? seen_of(a, tile, p + 1, kv_head) : then;                                   \
+            const char *next_k = (const char *)((const TYPE *)a->cache->keys + next.at);                               \
+            const char *next_v = (const char *)((const TYPE *)a->cache->values + next.at);                             \
             for (int64_t s = 0; s < streams; s++) {                                                                    \
                 int64_t row = begin + s / shared, head = kv_head * shared + s % shared;                                \
                 int64_t low = plan->first[row] - base, high = plan->last[row] - base;                                  \
@@ -177,10 +187,13 @@ static inline int64_t place_of(const Attention *a, const int64_t *tile, int64_t 
                 const float *q = a->q + (row * a->heads + head) * width;                                               \
                 float *out = a->out + (row * a->heads + head) * width;                                                 \
                 float most = highest[s];                                                                               \
-                int64_t j = low / LANES * LANES, bytes = s ? 0 : LANES * width * sizeof(TYPE);                         \
-                for (; j + LANES <= size && j <= high; j += LANES) {                                                   \
-                    bring((const char *)(next_k + j * width), bytes);                                                  \
-                    bring((const char *)(next_v + j * width), bytes);                                                  \
+                int64_t j = low / LANES * LANES;                                                                       \
+                /* The first stream prefetches a share of what is next with each vector of keys. */                    \
+                int64_t part = (next.high - next.low) / (high / LANES - low / LANES + 1) + 1;                          \
+                int64_t bytes = s ? 0 : part * width * sizeof(TYPE);                                                   \
+                for (; j + LANES <= size && j <= high; j += LANES, next_k += bytes, next_v += bytes) {                 \
+                    bring(next_k, bytes);                                                                              \
+                    bring(next_v, bytes);                                                                              \
                     dots_##KIND(q, k + j * width, width, scores + j);                                                  \
                 }                                                                                                      \
                 for (; j <= high; j++) scores[j] = one_dot_##KIND(q, k + j * width, width);                            \
@@ -208,7 +221,7 @@ static void attend_tiles(void *of, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
         const int64_t *tile = a->plan->tiles + i / kv_heads * 5;
         int64_t after = i + 1 < end ? i + 1 : i;
-        int64_t then = place_of(a, a->plan->tiles + after / kv_heads * 5, 0, after % kv_heads);
+        Seen then = seen_of(a, a->plan->tiles + after / kv_heads * 5, 0, after % kv_heads);
         if (a->bf16) attend_tile_bf16(a, tile, i % kv_heads, then, scores);
         else attend_tile_f32(a, tile, i % kv_heads, then, scores);
     }
@@ -245,7 +258,8 @@ static ONE_COPY void attend_slots(
                 }
                 for (int64_t j = 0; j < slots; j++) total += weights[j] = exponential(weights[j] - most);
                 for (int64_t j = 0; j < slots; j++) weights[j] /= total;
-                add_weighted_f32(seen, 0.0f, weights, values, slots, width);
+                for (int64_t d = 0; d < width; d++) seen[d] = 0.0f;
+                add_weighted_f32(seen, 1.0f, weights, values, slots, width);
                 for (int64_t d = 0; d < width; d++) seen[d] = rounded(seen[d], bf16);
             }
         }
