@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
 from engine.decoders import Committed, Decoder, Round, SequenceView, SharedPrior, Verify, make_decoder
-from engine.decoders.phrases import accept, can_draft
+from engine.decoders.phrases import can_draft, verify
 from engine.decoders.table import DECODERS as TABLE
 from engine.engine import Engine
 from engine.layout import DECODERS
@@ -117,7 +117,7 @@ class Walk(Decoder):
                 # The block is unverified, even its first byte: the row before it runs again.
                 assert isinstance(sequence, EngineSequence)
                 sequence.keep(end - 1)
-                checked = accept(outcome.ids, (yield Verify(outcome.ids)))
+                checked = yield from verify(outcome.ids, exact=0)
                 outcome = Committed(outcome.ids[: checked.accepted], [], outcome.ids, checked.accepted)
             self.rounds += outcome.drafted > 0
             self.drafted += outcome.drafted
