@@ -17,10 +17,12 @@ from .plan import padded_array
 
 
 class EncoderStage:
-    """takes_cells: whether the decoder reads the encoder's states, so that cells go through the encoder too."""
+    """takes_cells: whether the decoder reads the encoder's states, so that cells go through the encoder too. reach: how
+    many ids before a row's its n-grams hold."""
 
     def __init__(self, model: Model, caches: Caches, slots: Slots, launcher: Launcher) -> None:
         self._model, self._caches, self._slots, self._launcher = model, caches, slots, launcher
+        self.reach = max(model.config.hashes.group_sizes, default=1) - 1
         self.takes_cells = model.config.decoder_input == "encoder"
 
     def launch(self, batch: Seq[Rows]) -> tuple[Launch, Tensor] | None:

@@ -56,7 +56,9 @@ class Stepper:
         sequence, slots = rows.sequence, self._slots
         slots.take(sequence)
         end = len(sequence.ids) if rows.ask else rows.end
-        changed = slots.write(sequence, rows.start, sequence.ids[rows.start : end])
+        # Also those before that the encoder's n-grams reach: a verification has drawn over drafts that were committed.
+        begin = max(rows.start - self.stages.encoder.reach, 0)
+        changed = slots.write(sequence, begin, sequence.ids[begin:end])
         return slots.write(sequence, end, rows.given) or changed
 
     @torch.inference_mode()
