@@ -31,11 +31,28 @@ from engine.checkpoint import PRESETS, expected_shapes
 from engine.config import EngineConfig, ModelConfig
 from engine.memory.caches import Caches
 from engine.model import Model
-from kernels import attention, boundary, cross_attention, entropy, hash_embed, linear, norm, pooling, sampling, store
+from kernels import (
+    attention,
+    boundary,
+    closing,
+    cross_attention,
+    entropy,
+    gate,
+    hash_embed,
+    latents,
+    linear,
+    norm,
+    pooling,
+    sampling,
+    store,
+)
 from kernels import unmasking as unmask_file
 from kernels.attention import AttentionPlan
 from kernels.boundary import Rule
+from kernels.closing import Sizes, Tables
 from kernels.dispatch import TritonKernels
+from kernels.pooling import PageTable
+from kernels.text import Text
 from kernels.traffic import Traffic
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -44,6 +61,8 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv", torch.float64: "fp64",
     torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
+PATCH = 4
+"""Bytes of a patch."""
 ROWS = (1, 8, 64)
 """Rows of the recorded passes: one byte, a draft, a crowd."""
 
@@ -172,15 +191,20 @@ TRAFFIC: dict[str, Any] = {
     "slot_attention": lambda q, k, v, page, o, slots: cross_attention.traffic(
         q.shape[0], slots, q.shape[1], k.shape[1], k.shape[3], k.itemsize
     ),
-    "hash_embed": lambda windows, table, hashing: hash_embed.traffic(
-        windows.shape[0], table.shape[1], len(hashing.tables), windows.shape[1], table.itemsize,
+    "hash_embed": lambda ids, at, positions, table, hashing: hash_embed.traffic(
+        len(at), table.shape[1], len(hashing.tables), max(hashing.group_sizes), table.itemsize,
         hashing.tables[0].itemsize,
     ),
-    "patch_max": lambda cache, page, o, bounds: pooling.traffic(
-        len(bounds) - 1, len(page), cache.shape[2], cache.itemsize
+    # As many bytes as a patch has on average.
+    "patch_max": lambda cache, table, sequence, begin, after: pooling.traffic(
+        len(begin), PATCH * len(begin), cache.shape[2], cache.itemsize
     ),
     "entropy": lambda logits: entropy.traffic(logits.shape[0], logits.shape[1], logits.itemsize),
-    "boundaries": lambda entropies, previous, spans, rule: boundary.traffic(len(entropies), len(spans)),
+    "boundaries": lambda entropies, text, spans, rule: boundary.traffic(len(entropies), len(spans)),
+    "closing": lambda text, at, positions, sequence, tables, sizes: closing.traffic(
+        len(at), sizes.slots, tables.open.pages.numel() + tables.globals.pages.numel() + tables.latent.pages.numel()
+    ),
+    "latent_places": lambda text, look, *_: latents.traffic(len(look)),
     "confidence_and_entropy": lambda logits: unmask_file.traffic(1, logits.shape[0], logits.shape[1]),
     "unmask": lambda masked, *_: Traffic(masked.numel() * 9 + 16 * len(masked), masked.numel()),
     "argmax": lambda logits: Traffic(logits.nbytes, 12 * logits.shape[0]),
@@ -205,23 +229,40 @@ def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[in
         where = ints(queries), ints(queries), ints(queries)
         return AttentionPlan.of(*where, ints(queries), ints(queries), ints(queries, 5), ints(10 * queries), segments)
 
+    of_bytes = [torch.empty(4096, dtype=dtype, device=meta) for dtype in (torch.float32, torch.int32, torch.int32)]
+    text = Text(ints(4096), *of_bytes)
+    of = {name: caches.specs[name].page_size for name in ("open", "global", "latent")}
+    sizes = Sizes(of["open"], of["global"], of["latent"], config.slots, small=4, segments=8)
+
+    def close(n: int, segments: int) -> None:
+        """The global stage over n patches."""
+        table, slots = PageTable(ints(n, 2), ints(n)), ints(n * config.slots)
+        opened = caches.open_states, caches.open_kv, table, ints(n), ints(n), ints(n)
+        pooled = model.encoder.close(*opened, plan(n * config.slots))
+        latent = model.global_transformer(pooled, caches.global_, plan(n, segments))
+        model.decoder.write_latents(latent, caches.latent, slots, slots)
+
     with recorder.recording():
         for n in rows:
             recorder.rows = n
             entropies = model.patcher(ints(n), caches.patcher, plan(n))
             for rule in (Rule(1.0, longest=8), Rule(1.0, monotonic=True), Rule(1.0, rise=0.1), Rule(1.0, None, True)):
-                kernels.boundaries(entropies, entropies.double(), ints(n, 4), rule)
-            windows = ints(n, max(config.hashes.group_sizes))
-            states = model.encoder(windows, caches.encoder, plan(n), caches.open_states, caches.open_kv, plan(n))
+                kernels.boundaries(entropies, text, ints(n, 4), rule)
+            opened = caches.open_states, caches.open_kv
+            states = model.encoder(text.ids, ints(n), caches.encoder, plan(n), *opened, plan(n))
             for segments in (1, 8):
-                pooled = model.encoder.close(
-                    caches.open_states, caches.open_kv, ints(8 * n), ints(8 * n), ints(n + 1), plan(n * config.slots)
-                )
-                latents = model.global_transformer(pooled, caches.global_, plan(n, segments))
-            slots = ints(n * config.slots)
-            model.decoder.write_latents(latents, caches.latent, slots, slots)
+                close(n, segments)
+            table = PageTable(ints(n, 2), ints(n))
+            tables = Tables(table, table, table, ints(n))
+            found = kernels.closing(text, ints(n), ints(n), ints(n), tables, sizes)
+            # The host launches it before it knows whether a patch has closed.
+            with gate.under(found.any):
+                for segments in (1, 8):
+                    close(n, segments)
+            look = ints(n), ints(n), ints(n)
+            page, offset = kernels.latent_places(text, *look, tables.latent, sizes.latent, config.slots)
             read = states if config.decoder_input == "encoder" else ints(n)
-            logits = model.decoder(read, caches.latent, ints(n), ints(n), caches.decoder, plan(n), ints(n))
+            logits = model.decoder(read, caches.latent, page, offset, caches.decoder, plan(n), ints(n))
             kernels.confidence_and_entropy(logits)
             masked, figures = ints(n, 8) > 0, torch.empty(n, 8, device=meta)
             doubles = torch.empty(n, dtype=torch.float64, device=meta)
@@ -257,9 +298,13 @@ def record_ones(recorder: Recorder) -> None:
         kernels.store_states(ones(1, 1), one(), one(), ones(1, 1, 1))
         kernels.slot_attention(ones(1, 1, 2), cache, cache, one(), one(), 1)
         tables = hash_embed.HashTables([ones(1, 1)], [1], 1, 1, meta)
-        kernels.hash_embed(ones(1, 1, dtype=torch.int64), ones(1, 1), tables)
-        kernels.patch_max(ones(1, 1, 1), one(), one(), ones(2, dtype=torch.int64))
-        kernels.boundaries(kernels.entropy(ones(1, 1)), doubles, ones(1, 4, dtype=torch.int64), Rule(1.0, longest=1))
+        kernels.hash_embed(*rows, ones(1, 1), tables)
+        table, patches = PageTable(ones(1, 1, dtype=torch.int64), one()), [ones(1, dtype=torch.int32) for _ in "ab"]
+        text = Text(one(), ones(1, dtype=torch.float32), *patches)
+        kernels.patch_max(ones(1, 1, 1), table, *rows)
+        kernels.boundaries(kernels.entropy(ones(1, 1)), text, ones(1, 4, dtype=torch.int64), Rule(1.0, longest=1))
+        kernels.closing(text, *rows, Tables(table, table, table, one()), Sizes(1, 1, 1, 1, 1, 1))
+        kernels.latent_places(text, *rows, table, 1, 1)
         kernels.confidence_and_entropy(singles)
         kernels.unmask(ones(1, 1, dtype=torch.bool), singles, singles, one(), doubles)
         kernels.argmax(singles)

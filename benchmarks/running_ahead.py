@@ -1,7 +1,7 @@
-"""The gain of running ahead: each kind always, and as the engine decides, in turns with never.
+"""The gain of running ahead: each kind of work always, and as the engine decides, in turns with never.
 
-Further bytes of blt after a step, the next step of blt, all passes of a draft in one launch, passes over a block
-(`engine.step.ahead.policy`). The text must be the same.
+Several bytes of blt in a step, all passes of a draft in one launch, passes over a block (`engine.step.ahead`). The text
+must be the same.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.step.ahead.policy import RunAhead
+from engine.config import Policy
 
 from . import plot, report
 from .generate import Reading, generate, prompts
@@ -20,14 +20,13 @@ from .program import Content, Subject, Verdict, finish, parser, subject
 from .variants import ways_of
 
 PROMPT_BYTES = 100
-NEVER = RunAhead.everywhere("never")
-KINDS: dict[str, tuple[str, RunAhead]] = {
-    "bytes": ("blt", RunAhead("always", "never", "never", "never")),
-    "next step": ("blt", RunAhead("never", "always", "never", "never")),
-    "blt, as measured": ("blt", RunAhead()),
-    "drafts": ("blt-s k=8", RunAhead("never", "never", "always", "never")),
-    "blocks": ("blt-d B=8", RunAhead("never", "never", "never", "always")),
-    "blocks, as measured": ("blt-d B=8", RunAhead()),
+KINDS: dict[str, tuple[str, Policy]] = {
+    "bytes": ("blt", "always"),
+    "blt, as measured": ("blt", "measured"),
+    "drafts": ("blt-s k=8", "always"),
+    "drafts, as measured": ("blt-s k=8", "measured"),
+    "blocks": ("blt-d B=8", "always"),
+    "blocks, as measured": ("blt-d B=8", "measured"),
 }
 """The decoder that shows each kind, and the policy."""
 
@@ -52,7 +51,7 @@ def measure(
     for number in tqdm(concurrency, disable=None):
         texts = prompts(number, PROMPT_BYTES)
 
-        def run(how: dict[str, Any], policy: RunAhead, texts: list[list[int]] = texts) -> Reading:
+        def run(how: dict[str, Any], policy: Policy, texts: list[list[int]] = texts) -> Reading:
             engine.stepper.ahead.policy = policy
             return generate(engine, texts, count, how, wrap)
 
@@ -61,7 +60,7 @@ def measure(
             if way not in ways:
                 continue
             run(ways[way], policy)
-            pairs = in_turn(partial(run, ways[way], NEVER), partial(run, ways[way], policy), turns)
+            pairs = in_turn(partial(run, ways[way], "never"), partial(run, ways[way], policy), turns)
             rows.append(
                 {
                     "kind": kind,

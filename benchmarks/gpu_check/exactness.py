@@ -21,7 +21,6 @@ from engine.decoders import DECODERS
 from engine.engine import Engine
 from engine.types import Delta, Failed, Request, SamplingParams, UnmaskRule
 
-from .ahead import AHEAD as POLICIES
 from .piece import Piece
 from .setting import Setting
 
@@ -33,8 +32,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 Texts = dict[str, list[list[int]]]
 """Per decoder, the ids generated after each prompt."""
-AHEAD, BEGUN = "ahead", "begun"
-"""In the name of a variant: each decoder by itself; passes launched ahead, or the next step begun."""
+AHEAD = "ahead"
+"""In the name of a variant: each decoder by itself, and whatever can be launched ahead is."""
 
 
 def variants(setting: Setting) -> dict[str, dict[str, Any]]:
@@ -44,12 +43,10 @@ def variants(setting: Setting) -> dict[str, dict[str, Any]]:
             "torch, at once": {"kernels": "torch"},
             "torch, padded": {"kernels": "torch", "graphs": True},
             "torch, padded, ahead": {"kernels": "torch", "graphs": True},
-            "torch, padded, begun": {"kernels": "torch", "graphs": True},
         }
     return {
         "triton, graphs": {"kernels": "triton", "graphs": True},
         "triton, graphs, ahead": {"kernels": "triton", "graphs": True},
-        "triton, graphs, begun": {"kernels": "triton", "graphs": True},
         "triton, at once": {"kernels": "triton", "graphs": False},
         "torch, at once": {"kernels": "torch", "graphs": False},
     }
@@ -77,10 +74,10 @@ def texts_of_variants(setting: Setting, model: Path, dtype: str) -> dict[str, Te
     found = {}
     for variant, choices in variants(setting).items():
         engine = setting.engine(model, dtype=dtype, **choices)
-        alone = AHEAD in variant or BEGUN in variant
+        alone = AHEAD in variant
         if alone:
             # Launches everything that can be launched before the host reads the earlier results.
-            engine.stepper.ahead.policy = POLICIES["always, passes" if AHEAD in variant else "always, the next step"]
+            engine.stepper.ahead.policy = "always"
         found[variant] = texts_of(engine, num_prompts, count, mixed=not alone)
         del engine
     return found

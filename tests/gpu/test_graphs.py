@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks.gpu_check import exactness
-from benchmarks.gpu_check.ahead import AHEAD
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.models import Form, random_model
 from benchmarks.report import NANO
@@ -30,11 +29,10 @@ def test_cuda_graphs_write_the_bytes_of_single_launches_in_a_mixed_batch(
         for graphs in (True, False)
     )
     assert recorded == launched
-    for passes in (True, False):
-        ahead = setting.engine(folder, dtype=dtype, kernels="triton", graphs=True)
-        ahead.stepper.ahead.policy = AHEAD["always, passes" if passes else "always, the next step"]
-        # The second time nothing is recorded any more.
-        assert [exactness.texts_of(ahead, 8, 64, mixed=False) for _ in range(2)] == [recorded] * 2
+    ahead = setting.engine(folder, dtype=dtype, kernels="triton", graphs=True)
+    ahead.stepper.ahead.policy = "always"
+    # The second time nothing is recorded any more.
+    assert [exactness.texts_of(ahead, 8, 64, mixed=False) for _ in range(2)] == [recorded] * 2
     for way, texts in recorded.items():
         if DECODERS[exactness.WAYS[way]["decoder"]].exact:
             assert texts == recorded["blt"], way
@@ -55,7 +53,7 @@ def test_a_repeated_batch_records_no_new_cuda_graph(tmp_path: Path) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
     engine = setting.engine(random_model(tmp_path, "tiny", "fast", dtype=torch.float32), graphs=True)
     # Else what is launched depends on what took how long.
-    engine.stepper.ahead.policy = AHEAD["always, passes"]
+    engine.stepper.ahead.policy = "always"
     executor = engine.stepper.executor
     assert isinstance(executor, Graphs)
     first = exactness.texts_of(engine, 4, 48)
@@ -68,7 +66,7 @@ def test_a_repeated_batch_records_no_new_cuda_graph(tmp_path: Path) -> None:
 def test_measured_stage_time_excludes_planning_on_the_host(graphs: bool, tmp_path: Path) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
     engine = setting.engine(random_model(tmp_path, "tiny", "fast", dtype=torch.float32), graphs=graphs)
-    engine.stepper.ahead.policy = AHEAD["always, passes"]
+    engine.stepper.ahead.policy = "always"
     exactness.texts_of(engine, 2, 16)
     before, plan = engine.snapshot(), engine.stepper.stages.launcher.plan
     engine.stepper.stages.launcher.plan = lambda *given: (time.sleep(0.02), plan(*given))[1]  # type: ignore[method-assign,func-returns-value]
