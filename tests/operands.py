@@ -14,6 +14,8 @@ from engine.step.plan import Plan, plan_attention
 from kernels.attention import TILE, AttentionPlan
 from kernels.boundary import Rule
 from kernels.planning import Spans, Tiling
+from kernels.pooling import PageTable
+from kernels.text import Text
 
 CPU = torch.device("cpu")
 TRITONS = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -21,6 +23,8 @@ TRITONS = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "
 RULES = [
     Rule(1.0), Rule(1.0, longest=3), Rule(0.3, monotonic=True), Rule(1.0, rise=0.2, longest=8), Rule(0, every_byte=True)
 ]  # fmt: skip
+LONGEST = 32
+"""Positions of a slot."""
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
 SEEDS = st.integers(0, 2**20)
 few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -47,15 +51,44 @@ class Draw:
     def below(self, bound: int, *shape: int) -> Tensor:
         return torch.randint(bound, shape, generator=self._generator).to(self.device)
 
-    def patches(self, sequences: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    def text(self, slots: int) -> Text:
+        """Texts of `LONGEST` ids, one in every slot, in patches of one byte to four."""
+        length = torch.arange(LONGEST)
+        starts = (torch.rand(slots, LONGEST, generator=self._generator) < 0.5) | (length % 4 == 0)
+        patch = starts.int().cumsum(1).int() - 1
+        start = torch.where(starts, length, 0).cummax(1).values.int()
+        entropies = (self.uniform(slots * LONGEST) * 2).float()
+        of_bytes = (values.flatten().to(self.device) for values in (patch, start))
+        return Text(self.below(260, slots * LONGEST), entropies, *of_bytes)
+
+    def bytes_of(self, slots: int, count: int) -> tuple[Tensor, Tensor]:
+        """Places in `text`, and the positions there."""
+        positions = self.below(LONGEST - 1, count)
+        return self.below(slots, count) * LONGEST + positions, positions
+
+    def patches(self, sequences: list[tuple[int, int]]) -> tuple[Tensor, Text, Tensor]:
         """For `kernels.boundary.boundaries`, of sequences with so many rows, from such a byte on."""
         ends = [0, *accumulate(count for count, _ in sequences)]
         spans = [
-            (begin, end - begin, byte, byte // 2)
-            for (begin, end), (_, byte) in zip(pairwise(ends), sequences, strict=True)
+            (begin, end - begin, slot * LONGEST + byte, byte)
+            for slot, ((begin, end), (_, byte)) in enumerate(zip(pairwise(ends), sequences, strict=True))
         ]
-        entropies, previous = self.uniform(ends[-1] + 2).float() * 2, self.uniform(len(spans)) * 2
-        return entropies, previous, torch.tensor(spans, dtype=torch.int64, device=self.device).view(-1, 4)
+        entropies, text = self.uniform(ends[-1] + 2).float() * 2, self.text(len(sequences) + 1)
+        return entropies, text, torch.tensor(spans, dtype=torch.int64, device=self.device).view(-1, 4)
+
+    def pooled(self, lengths: list[int], page_size: int) -> tuple[int, PageTable, Tensor, Tensor, Tensor]:
+        """For `kernels.pooling.patch_max`: how many pages a cache has, and patches of so many bytes, of two sequences
+        in turn. The first page of each is gone."""
+        most = -(-sum(lengths) // page_size) + 2
+        pages = torch.tensor(self.shuffled(2 * most)).view(2, most) + 1
+        ends, begin, after = [page_size, page_size], [], []
+        for number, length in enumerate(lengths):
+            begin.append(ends[number % 2])
+            ends[number % 2] += length
+            after.append(ends[number % 2])
+        sequence = torch.arange(len(lengths)) % 2
+        found = (t.to(self.device) for t in (sequence, torch.tensor(begin), torch.tensor(after)))
+        return 2 * most + 1, PageTable(pages.to(self.device), torch.ones(2, dtype=torch.int64).to(self.device)), *found
 
     def params(self, rows: int, vocab_size: int) -> Tensor:
         """For `kernels.sampling.sample`."""

@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers.models.blt.modeling_blt import byte_group_hash_function
 
 from engine.config import HashConfig
-from engine.model.encoder import ngram_windows
 from kernels.hash_embed import PRIMES, HashTables, hash_embed, ngram_hashes
+from kernels.text import windows
 from tests import reference
 from tests.models import our_config
 
@@ -19,9 +20,14 @@ KNOWN = {
 }
 
 
+def laid(ids: list[int], slot: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids in a slot after another text; their places and positions."""
+    positions = torch.arange(len(ids))
+    return torch.tensor([7] * (slot * len(ids)) + ids), slot * len(ids) + positions, positions
+
+
 def kernel_rows(ids: list[int], sizes: tuple[int, ...], functions: int, rows: int) -> list[list[int]]:
-    windows = torch.tensor(ngram_windows(ids, 0, len(ids), max(sizes))).view(len(ids), -1)
-    return ngram_hashes(windows, sizes, functions, rows).T.tolist()
+    return ngram_hashes(windows(*laid(ids), max(sizes)), sizes, functions, rows).T.tolist()
 
 
 @pytest.mark.parametrize("size", KNOWN)
@@ -55,21 +61,17 @@ def test_the_hash_kernel_equals_plain_integers_and_hugging_face(
     assert found == theirs
 
 
-@given(ids=st.lists(st.integers(0, 259), min_size=1, max_size=20), cut=st.integers(0, 20), width=st.integers(1, 9))
-def test_ngram_windows_do_not_depend_on_where_a_chunk_starts(ids: list[int], cut: int, width: int) -> None:
-    cut = min(cut, len(ids))
-    whole = ngram_windows(ids, 0, len(ids), width)
-    assert ngram_windows(ids, 0, cut, width) + ngram_windows(ids, cut, len(ids), width) == whole
+@given(ids=st.lists(st.integers(0, 259), min_size=1, max_size=20), slot=st.integers(0, 2), width=st.integers(1, 9))
+def test_windows_hold_the_last_ids_of_their_own_text(ids: list[int], slot: int, width: int) -> None:
     padded = [0] * (width - 1) + ids
-    assert whole == [token for j in range(len(ids)) for token in padded[j : j + width]]
+    assert windows(*laid(ids, slot), width).tolist() == [padded[j : j + width] for j in range(len(ids))]
 
 
 def test_hash_embed_is_a_plain_sum_and_takes_tables_of_another_dtype() -> None:
     torch.manual_seed(0)
     embedding, tables = torch.randn(260, 8), [torch.randn(50, 8).bfloat16() for _ in range(3)]
-    windows = torch.tensor(ngram_windows(IDS, 0, len(IDS), 5)).view(-1, 5)
-    hashes = ngram_hashes(windows, (2, 3, 5), 1, 50)
-    found = hash_embed(windows, embedding, HashTables(tables, (2, 3, 5), 1, 50, torch.device("cpu")))
+    hashes = ngram_hashes(windows(*laid(IDS), 5), (2, 3, 5), 1, 50)
+    found = hash_embed(*laid(IDS), embedding, HashTables(tables, (2, 3, 5), 1, 50, torch.device("cpu")))
     for j, token in enumerate(IDS):
         expected = embedding[token] + sum(table[hashes[j, t]].float() for t, table in enumerate(tables))
         torch.testing.assert_close(found[j], expected)

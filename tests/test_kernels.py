@@ -16,7 +16,7 @@ from kernels.entropy import entropy
 from kernels.hash_embed import HashTables, hash_embed
 from kernels.linear import Matrix, linear, row_floor
 from kernels.norm import rms_norm
-from kernels.pooling import patch_max
+from kernels.pooling import PageTable, patch_max
 from kernels.rope import apply_rope, rope_table
 from kernels.swiglu import swiglu
 from tests.engines import threads
@@ -72,11 +72,12 @@ def test_swiglu_equals_the_formula() -> None:
 def test_patch_max_is_elementwise_also_for_single_bytes_and_negative_states() -> None:
     states = randn(9, 4) - 5
     expected = [part.max(0).values for part in states.split([1, 5, 1, 2])]
-    where = torch.tensor([3, 0, 8, 1, 7, 2, 6, 4, 5])
-    cache = torch.zeros(3, 3, 4)
-    cache[where // 3, where % 3] = states
-    bounds = torch.tensor([0, 1, 6, 7, 9, 9])
-    found = patch_max(cache, where // 3, where % 3, bounds)
+    # A sequence that begins with its page 1; its first six bytes, then the last three.
+    cache = torch.zeros(4, 3, 4)
+    cache[[2, 0, 3]] = states.view(3, 3, 4)
+    table = PageTable(torch.tensor([[2, 0, 3]]), torch.tensor([1]))
+    begin, after = torch.tensor([3, 4, 9, 10, 12]), torch.tensor([4, 9, 10, 12, 12])
+    found = patch_max(cache, table, torch.zeros_like(begin), begin, after)
     assert torch.equal(found, torch.cat((torch.stack(expected), torch.zeros(1, 4))))
 
 
@@ -119,9 +120,17 @@ def _slots(x: Tensor) -> Tensor:
 
 
 def _hashed(x: Tensor) -> Tensor:
-    windows = (x.float().abs() * 100).long() % 260
+    """Texts of three bytes each."""
+    ids = ((x[:, :3].float().abs() * 100).long() % 260).flatten()
+    at = torch.arange(len(x)) * 3 + 2
     tables = HashTables([randn(50, 36, seed=s) for s in range(4)], (2, 3), 2, 50, CPU)
-    return hash_embed(windows, randn(260, 36), tables)
+    return hash_embed(ids, at, torch.full_like(at, 2), randn(260, 36), tables)
+
+
+def _pooled(x: Tensor) -> Tensor:
+    """Sequences of one page, and of one byte."""
+    own = torch.arange(len(x))
+    return patch_max(x[:, None], PageTable(own[:, None], torch.zeros_like(own)), own, 0 * own, 0 * own + 1)
 
 
 ROW_BY_ROW: dict[str, Callable[[Tensor], Tensor]] = {
@@ -132,9 +141,7 @@ ROW_BY_ROW: dict[str, Callable[[Tensor], Tensor]] = {
     "entropy": entropy,
     "swiglu": lambda x: swiglu(x, x.flip(1).contiguous()),
     "slot_attention": _slots,
-    "patch_max": lambda x: patch_max(
-        x[:, None], torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64), torch.arange(len(x) + 1)
-    ),
+    "patch_max": _pooled,
     "hash_embed": _hashed,
 }
 

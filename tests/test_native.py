@@ -281,17 +281,17 @@ def test_hash_embed_equals_torch(
 ) -> None:  # fmt: skip
     draw, sizes = Draw(seed), (3, 4, 8)
     tables = HashTables([draw.randn(500, dim, dtype=stored) for _ in range(3 * functions)], sizes, functions, 500, CPU)
-    windows, embedding = draw.below(260, rows, 8), draw.randn(260, dim, dtype=dtype)
-    windows[0, :5] = 0
-    assert torch.equal(NATIVE.hash_embed(windows, embedding, tables), TORCH.hash_embed(windows, embedding, tables))
+    text, embedding = draw.text(3), draw.randn(260, dim, dtype=dtype)
+    how = text.ids, *draw.bytes_of(3, rows), embedding, tables
+    assert torch.equal(NATIVE.hash_embed(*how), TORCH.hash_embed(*how))
 
 
 @few
 @given(SEEDS, FLOATS, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 300))
 def test_patch_max_equals_torch(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) -> None:
     draw = Draw(seed)
-    places = torch.tensor(draw.shuffled(60)[: sum(lengths)], dtype=torch.int64)
-    how = draw.randn(12, 5, dim, dtype=dtype), places // 5, places % 5, torch.tensor([0, *lengths]).cumsum(0)
+    num_pages, *patches = draw.pooled(lengths, 5)
+    how = draw.randn(num_pages, 5, dim, dtype=dtype), *patches
     assert torch.equal(NATIVE.patch_max(*how), TORCH.patch_max(*how))
 
 
@@ -303,10 +303,14 @@ def test_entropy_equals_torch(seed: int, dtype: torch.dtype, rows: int, vocab_si
 
 
 @few
-@given(SEEDS, st.sampled_from(RULES), st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5)), max_size=4))
+@given(SEEDS, st.sampled_from(RULES), st.lists(st.tuples(st.integers(0, 12), st.integers(0, 5)), max_size=4))
 def test_boundaries_equals_torch(seed: int, rule: Rule, sequences: list[tuple[int, int]]) -> None:
-    how = (*Draw(seed).patches(sequences), rule)
-    assert torch.equal(NATIVE.boundaries(*how), TORCH.boundaries(*how))
+    results = []
+    for kernels in (TORCH, NATIVE):
+        entropies, text, spans = Draw(seed).patches(sequences)
+        results.append([kernels.boundaries(entropies, text, spans, rule), *text])
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
 
 
 @few
@@ -401,13 +405,13 @@ def test_exponentials_are_accurate_for_scores_of_any_size(dtype: torch.dtype) ->
 def test_hash_embed_takes_tables_of_different_dtypes() -> None:
     draw = Draw(3)
     tables = HashTables([draw.randn(50, 5), draw.randn(50, 5, dtype=torch.bfloat16)], (2, 3), 1, 50, CPU)
-    windows, embedding = draw.below(10, 4, 3), draw.randn(10, 5)
-    assert torch.equal(NATIVE.hash_embed(windows, embedding, tables), TORCH.hash_embed(windows, embedding, tables))
+    how = draw.text(2).ids, *draw.bytes_of(2, 4), draw.randn(260, 5), tables
+    assert torch.equal(NATIVE.hash_embed(*how), TORCH.hash_embed(*how))
 
 
 def test_hash_embed_of_single_bytes_copies_the_embedding() -> None:
     """No table, no sum: what is left of `hash_embed` is the byte's own row."""
     embedding = Draw(0).randn(10, 5)
     tables = HashTables([torch.zeros(4, 5)], (1,), 1, 4, CPU)
-    windows: Tensor = torch.tensor([[3], [9]])
-    assert torch.equal(NATIVE.hash_embed(windows, embedding, tables), embedding[[3, 9]])
+    ids, at, positions = torch.tensor([3, 9]), torch.tensor([1, 0]), torch.tensor([1, 0])
+    assert torch.equal(NATIVE.hash_embed(ids, at, positions, embedding, tables), embedding[[9, 3]])

@@ -1,5 +1,7 @@
 """Where patches start: the known vectors, every rule in the engine's incremental form against the oracle's whole."""
 
+from bisect import bisect_right
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from transformers.models.blt.modeling_blt import BltPatcher
 from engine.config import PatchingRule
 from engine.patching import Patching, boundary_rule
 from kernels.dispatch import Kernels, NativeKernels
+from kernels.text import Text
 from tests import reference
 
 ENTROPIES = [3.0, 1.0, 2.5, 1.0, 4.0, 4.5, 1.0, 3.0]
@@ -26,20 +29,23 @@ KNOWN = [
 
 
 def incremental(rule: PatchingRule, entropies: list[float], chunk: int = 1) -> list[int]:
-    patching = Patching()
+    """The starts in the engine's sequence, which are also those in the text."""
+    patching, size = Patching(), len(entropies) + 1
+    texts = [Text(torch.zeros(size).long(), torch.zeros(size), *torch.zeros(2, size).int()) for _ in range(2)]
     for at in range(0, len(entropies), chunk):
         some, before = entropies[at : at + chunk], list(patching.starts)
-        how = (
-            torch.tensor(some),
-            torch.tensor([patching.last_entropy], dtype=torch.float64),
-            torch.tensor([[0, len(some), patching.decided, patching.starts[-1]]]),
-            boundary_rule(rule),
+        span = torch.tensor([[0, len(some), patching.decided, patching.decided]])
+        (_, opens), (_, also) = (
+            kernels.boundaries(torch.tensor(some), text, span, boundary_rule(rule))
+            for kernels, text in zip((Kernels(), NativeKernels()), texts, strict=True)
         )
-        (_, opens), (_, also) = (kernels.boundaries(*how) for kernels in (Kernels(), NativeKernels()))
         assert torch.equal(opens, also)
         patching.take(some, opens.tolist())
         assert patching.starts[: len(before)] == before, "a decided start is never revised"
         assert patching.decided == at + len(some)
+    for text in texts:
+        assert text.patch_start.unique().tolist() == patching.starts
+        assert text.patch.tolist() == [bisect_right(patching.starts, byte) - 1 for byte in range(size)]
     return patching.starts
 
 

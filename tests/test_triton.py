@@ -191,9 +191,9 @@ def test_hash_embed_equals_torch(
     tables = HashTables(
         [draw.randn(500_002 // 1000, dim, dtype=stored) for _ in range(3 * functions)], sizes, functions, 500, DEVICE
     )
-    windows, embedding = draw.below(260, rows, 8), draw.randn(260, dim, dtype=dtype)
-    windows[0, :5] = 0
-    found, expected = TRITON.hash_embed(windows, embedding, tables), TORCH.hash_embed(windows, embedding, tables)
+    text, embedding = draw.text(3), draw.randn(260, dim, dtype=dtype)
+    how = text.ids, *draw.bytes_of(3, rows), embedding, tables
+    found, expected = TRITON.hash_embed(*how), TORCH.hash_embed(*how)
     close(found, expected) if dtype == torch.bfloat16 else torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -201,9 +201,8 @@ def test_hash_embed_equals_torch(
 @given(SEEDS, FLOATS, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 300))
 def test_patch_max_equals_torch(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) -> None:
     draw = Draw(seed, DEVICE)
-    places = torch.tensor(draw.shuffled(60)[: sum(lengths)], dtype=torch.int64, device=DEVICE)
-    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
-    how = draw.randn(12, 5, dim, dtype=dtype), places // 5, places % 5, bounds
+    num_pages, *patches = draw.pooled(lengths, 5)
+    how = draw.randn(num_pages, 5, dim, dtype=dtype), *patches
     assert torch.equal(TRITON.patch_max(*how), TORCH.patch_max(*how))
 
 
@@ -215,10 +214,14 @@ def test_entropy_equals_torch(seed: int, dtype: torch.dtype, rows: int, vocab_si
 
 
 @few
-@given(SEEDS, st.sampled_from(RULES), st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5)), max_size=4))
+@given(SEEDS, st.sampled_from(RULES), st.lists(st.tuples(st.integers(0, 12), st.integers(0, 5)), max_size=4))
 def test_boundaries_equals_torch(seed: int, rule: Rule, sequences: list[tuple[int, int]]) -> None:
-    how = (*Draw(seed, DEVICE).patches(sequences), rule)
-    assert torch.equal(TRITON.boundaries(*how), TORCH.boundaries(*how))
+    results = []
+    for kernels in (TORCH, TRITON):
+        entropies, text, spans = Draw(seed, DEVICE).patches(sequences)
+        results.append([kernels.boundaries(entropies, text, spans, rule), *text])
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
 
 
 @few
