@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,6 @@ def make_engine(model: Path, **choices: Any) -> Engine:
     return Engine(EngineConfig(model=str(model), **({"cache_bytes": 64 << 20, "page_size": 16} | choices)))
 
 
-def feeding(engine: Engine, *, runs_on: bool) -> Engine:
-    """Lets further bytes of blt always follow a step, or never."""
-    engine.stepper.ahead.policy = replace(engine.stepper.ahead.policy, bytes="always" if runs_on else "never")
-    return engine
-
-
 def crowded_engine(model: Path, **choices: Any) -> Engine:
     """With as little cache as can hold one sequence of the length asked for."""
     for shift in range(14, 40):
@@ -118,6 +112,7 @@ def run(engine: Engine, requests: Iterable[Request]) -> dict[str, Output]:
 def engine_logits(engine: Engine, ids: Sequence[int], chunk: int) -> Tensor:
     """Logits of the id after each id: (N, vocab_size), computed `chunk` rows at a time over the engine's caches."""
     sequence = EngineSequence(request("logits", ids, 1), 0, engine.memory.caches.new_tables())
+    engine.memory.slots.take(sequence)
     parts = []
     for start in range(0, len(ids), chunk):
         end = min(start + chunk, len(ids))

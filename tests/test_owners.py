@@ -1,4 +1,7 @@
-"""Each part of a sequence's state has one writer: the file that owns it, or methods of the part itself."""
+"""Each part of a sequence's state has one writer: the file that owns it, or methods of the part itself.
+
+A `Sequence` holds committed ids only: what the device has drawn, and the host has not read and committed, cannot enter.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -10,7 +13,7 @@ ENGINE = Path(__file__).parent.parent / "engine"
 OWNERS = {
     "sequence.py": ("ids", "id_counts", "num_computed", "num_cached", "patching", "documents", "patch_documents"),
     "scheduler.py": ("due", "preemptions"),
-    "memory": ("tables", "prefix"),
+    "memory": ("tables", "prefix", "slot"),
     "output.py": ("output",),
     "costs/ledger.py": ("counts",),
 }
@@ -123,3 +126,85 @@ def test_a_write_from_outside_is_found(statement: str, part: str) -> None:
 )
 def test_reading_a_part_is_no_write(statement: str) -> None:
     assert not list(writes(f"def f():\n    {statement}\n"))
+
+
+# A sequence holds committed ids only.
+
+GIVEN_NO_IDS = {"patch_of", "most_patches", "note_patch_documents", "decide"}
+"""The methods of a `Sequence` that steps may call: positions and boundaries go in."""
+SEQUENCE = (ENGINE / "sequence.py").read_text()
+
+
+def methods() -> dict[str, ast.FunctionDef]:
+    return {n.name: n for n in class_of(SEQUENCE).body if isinstance(n, ast.FunctionDef)}
+
+
+def class_of(source: str) -> ast.ClassDef:
+    return next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Sequence")
+
+
+def writers_of_ids(source: str) -> set[str]:
+    """The methods of `Sequence` that write its ids."""
+    found = set()
+    for method in class_of(source).body:
+        if isinstance(method, ast.FunctionDef):
+            inside = ast.unparse(method).replace("self.", "sequence.")
+            found |= {method.name for _, part in writes(inside) if part == "ids"}
+    return found
+
+
+def uses(source: str) -> set[str]:
+    """Methods of a sequence that are called, or taken to be called."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and is_sequence(node.value)
+        and node.attr in methods()
+        and not is_property(node.attr)
+    }
+
+
+def is_property(name: str) -> bool:
+    return any(isinstance(n, ast.Name) and n.id == "property" for n in methods()[name].decorator_list)
+
+
+def test_only_append_and_the_constructor_write_the_ids_of_a_sequence() -> None:
+    assert writers_of_ids(SEQUENCE) == {"__init__", "append"}
+
+
+@pytest.mark.parametrize("folder", ["engine/step", "kernels"])
+def test_what_a_step_has_drawn_enters_no_sequence(folder: str) -> None:
+    """Only the engine commits ids, after the decoder's round has returned them."""
+    for path in (ENGINE.parent / folder).rglob("*.py"):
+        assert uses(path.read_text()) <= GIVEN_NO_IDS, path
+
+
+def test_only_the_engine_commits_ids_and_only_once() -> None:
+    callers = [path.name for path in sorted(ENGINE.rglob("*.py")) if "append" in uses(path.read_text())]
+    assert callers == ["engine.py"] and (ENGINE / "engine.py").read_text().count("sequence.append(") == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "self.ids += drafts",
+        "self.ids[3:] = drafts",
+        "del self.ids[3:]",
+        "self.ids.extend(drafts)",
+        "ids = self.ids; ids.pop()",
+    ],
+)
+def test_another_method_that_writes_ids_is_found(body: str) -> None:
+    mutated = SEQUENCE.replace(
+        "    # Patches.\n", f"    def extend(self, drafts):\n        {body}\n\n    # Patches.\n", 1
+    )
+    assert writers_of_ids(mutated) == {"__init__", "append", "extend"}
+
+
+@pytest.mark.parametrize(
+    "call", ["rows.sequence.append(ids)", "commit = rows.sequence.append", "s.append([1])", "sequence.resume(r)"]
+)
+def test_a_step_that_commits_ids_is_found(call: str) -> None:
+    source = (ENGINE / "step" / "step.py").read_text() + f"\n\ndef commit(rows, ids, s, sequence, r):\n    {call}\n"
+    assert not uses(source) <= GIVEN_NO_IDS

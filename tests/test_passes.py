@@ -1,7 +1,9 @@
 """Several passes in one step: what it saves, and that nothing else changes."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,19 @@ from engine.config import EOS_ID
 from engine.costs.latency import READBACK
 from engine.costs.ledger import Launch
 from engine.counts import STAGES
+from engine.decoders import Result
 from engine.engine import Engine
 from engine.model import Decoder
-from engine.step.ahead import blocks
-from engine.step.ahead.policy import RunAhead
-from engine.step.blocks import block_tensors
+from engine.rows import Rows
+from engine.step import ahead
+from engine.step.transfer import read
 from engine.types import Delta, Finished, Request, SamplingParams, UnmaskRule, Usage
-from tests.engines import Output, make_engine, request, run, save_ours
+from tests import engines
+from tests.engines import Output, request, run, save_ours
 from tests.models import our_config, our_model, text
 
+# With torch's kernels; the native ones may run a whole step by themselves.
+make_engine = partial(engines.make_engine, kernels="torch")
 WAYS: dict[str, dict[str, Any]] = {
     "blt-s": {"decoder": "blt-s", "draft_length": 6},
     "blt-d": {"decoder": "blt-d", "unmask": UnmaskRule(rule="confidence", alpha=0.9)},
@@ -32,6 +38,22 @@ WAYS: dict[str, dict[str, Any]] = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = replace(our_config(decoder_input="embedding", mask_id=260, block_size=6), isolate_documents=True)
     return save_ours(tmp_path_factory.mktemp("passes") / "model", our_model(config, 5))
+
+
+def device_engine(model: Path, **choices: Any) -> Engine:
+    """Runs ahead as on a device that is not the host: measured times decide when blocks are read back."""
+    engine = make_engine(model, run_ahead="always", **choices)
+    ahead, blocks = engine.stepper.ahead, engine.stepper.ahead._blocks
+
+    def as_measured(batch: Sequence[Rows]) -> list[Result] | None:
+        ahead.policy = "measured"
+        try:
+            return blocks(batch)
+        finally:
+            ahead.policy = "always"
+
+    ahead._blocks = as_measured  # type: ignore[method-assign]
+    return engine
 
 
 def usage(output: Output) -> Usage:
@@ -56,10 +78,10 @@ def test_text_and_usage_of_a_draft_are_the_same_alone_and_beside_a_blt_sequence(
     model: Path, way: str, how: dict[str, Any]
 ) -> None:
     asked = request("it", text(30, 2), 40, **WAYS[way], **how)
-    alone = make_engine(model)
+    alone = device_engine(model)
     found = run(alone, [asked])["it"]
     # The other's bytes outlast its rounds.
-    beside = run(make_engine(model), [asked, request("other", text(20, 3), 300)])["it"]
+    beside = run(device_engine(model), [asked, request("other", text(20, 3), 300)])["it"]
     assert beside.ids == found.ids
     if EOS_ID not in found.ids:  # A draft alone goes on after an EOS, in vain; one beside others stops there.
         assert counted(usage(beside)) == counted(usage(found))
@@ -68,7 +90,7 @@ def test_text_and_usage_of_a_draft_are_the_same_alone_and_beside_a_blt_sequence(
 
 
 def test_a_whole_draft_takes_one_step(model: Path) -> None:
-    engine = make_engine(model)
+    engine = device_engine(model)
     u = usage(run(engine, [request("a", text(30, 2), 60, **WAYS["blt-s"])])["a"])
     assert u.decoder_calls > 3 * u.rounds
     # The prompt's, then a draft's and a verification's in turn; the last bytes need no draft.
@@ -92,7 +114,7 @@ def stages_of_steps(engine: Engine, asked: list[Request]) -> list[tuple[str, ...
 
 def test_the_verification_is_launched_after_its_draft_without_waiting_for_the_host(model: Path) -> None:
     asked = [request(str(n), text(30, n), 60, **WAYS["blt-s"]) for n in range(3)]
-    steps = stages_of_steps(make_engine(model), asked)
+    steps = stages_of_steps(device_engine(model), asked)
     drafting = [n for n, names in enumerate(steps) if "draft" in names]
     assert len(drafting) > 5
     for n in drafting:
@@ -105,12 +127,12 @@ def test_a_verification_launched_with_wrong_drafts_is_launched_again(model: Path
     """A draft that ends with an EOS is shorter than what was launched; one may leave meanwhile, one may come."""
     sampling = SamplingParams(temperature=1.0, seed=2, logit_bias={EOS_ID: 3.0})
     asked = [request(str(n), text(30, n), 40, sampling=sampling, **WAYS["blt-s"]) for n in range(3)]
-    steps = stages_of_steps(make_engine(model), asked)
+    steps = stages_of_steps(device_engine(model), asked)
     assert any("draft" in a and "patcher" in a and "patcher" in b for a, b in pairwise(steps))
-    engine = make_engine(model)
+    engine = device_engine(model)
     for r in asked:
         engine.add(r)
-    alone = run(make_engine(model), [asked[1]])["1"].ids
+    alone = run(device_engine(model), [asked[1]])["1"].ids
     found: list[int] = []
     joined = False
     while engine.has_work:
@@ -132,7 +154,7 @@ def test_a_verification_launched_with_wrong_drafts_is_launched_again(model: Path
     ],
 )
 def test_requests_with_scores_or_penalties_run_pass_by_pass(model: Path, way: str, how: dict[str, Any]) -> None:
-    engine = make_engine(model)
+    engine = device_engine(model)
     found = run(engine, [request("it", text(30, 2), 30, **WAYS[way], **how)])["it"]
     assert engine.snapshot().steps >= engine.ledger.total.calls["decoder"]
     assert len(found.ids) == 30
@@ -144,14 +166,14 @@ def test_drafts_of_different_lengths_in_one_step_write_the_same_text_as_alone(mo
         request("a", text(30, 2), 40, decoder="blt-s", draft_length=3),
         request("b", text(25, 4), 40, decoder="blt-s", draft_length=8),
     ]
-    alone = {r.id: run(make_engine(model), [r])[r.id].ids for r in asked}
-    assert {name: out.ids for name, out in run(make_engine(model), asked).items()} == alone
+    alone = {r.id: run(device_engine(model), [r])[r.id].ids for r in asked}
+    assert {name: out.ids for name, out in run(device_engine(model), asked).items()} == alone
 
 
 def test_the_host_reads_back_a_block_only_when_it_may_be_complete(model: Path) -> None:
     """Once blocks have needed several passes, so many are one launch; the text and the counts stay what they were."""
     asked = request("a", text(30, 2), 90, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.999))
-    engine = make_engine(model)
+    engine = device_engine(model)
     launches: list[tuple[str, int]] = []
     launch = engine.stepper.stages.decoder.launch_passes
 
@@ -171,10 +193,9 @@ def test_the_host_reads_back_a_block_only_when_it_may_be_complete(model: Path) -
 
 def test_with_policy_always_every_block_is_one_launch(model: Path) -> None:
     asked = request("a", text(30, 2), 90, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.6))
-    wanted = run(make_engine(model), [asked])["a"]
-    engine = make_engine(model)
+    wanted = run(device_engine(model), [asked])["a"]
+    engine = make_engine(model, run_ahead="always")
     run(engine, [asked])
-    engine.stepper.ahead.policy = RunAhead(blocks="always")
     steps = engine.snapshot().steps
     found = run(engine, [asked])["a"]
     assert found.ids == wanted.ids and counted(usage(found))[:5] == counted(usage(wanted))[:5]
@@ -183,10 +204,10 @@ def test_with_policy_always_every_block_is_one_launch(model: Path) -> None:
 
 
 def test_a_block_pays_only_for_the_passes_that_it_needs(model: Path) -> None:
-    engine = make_engine(model)
+    engine = device_engine(model)
     slow = request("slow", text(30, 2), 60, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.999))
     quick = request("quick", text(30, 2), 60, decoder="blt-d", unmask=UnmaskRule(rule="one_step"))
-    alone = run(make_engine(model), [quick])["quick"]
+    alone = run(device_engine(model), [quick])["quick"]
     run(engine, [slow])
     calls = engine.ledger.total.calls["decoder"]
     found = run(engine, [quick])["quick"]
@@ -197,7 +218,7 @@ def test_a_block_pays_only_for_the_passes_that_it_needs(model: Path) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_latency_model_ignores_launches_that_record_graphs(model: Path, way: str) -> None:
-    engine = make_engine(model, graphs=True)
+    engine = device_engine(model, graphs=True)
     seen: list[str] = []
     engine.ledger.latency.observe = lambda stage, *_: seen.append(stage)  # type: ignore[method-assign]
     launched: list[tuple[str, bool]] = []
@@ -227,13 +248,11 @@ def test_the_latency_model_ignores_launches_that_record_graphs(model: Path, way:
     assert readbacks or way != "blt-d"
 
 
-def test_the_time_of_a_readback_includes_sending_the_blocks_to_the_device(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All that a launch more would cost the host counts against it."""
+def test_the_time_of_a_readback_includes_waiting_for_the_blocks(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that one launch more would cost the host counts against it."""
     delay = 0.01
-    monkeypatch.setattr(blocks, "block_tensors", lambda *given: (time.sleep(delay), block_tensors(*given))[1])
-    engine = make_engine(model)
+    monkeypatch.setattr(ahead, "read", lambda *given: (time.sleep(delay), read(*given))[1])
+    engine = device_engine(model)
     readbacks: list[float] = []
     engine.ledger.latency.observe = lambda stage, rows, seconds: readbacks.extend([seconds] * (stage == READBACK))  # type: ignore[method-assign]
     run(engine, [request("a", text(30, 2), 12, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.999))])
@@ -246,8 +265,7 @@ def test_needless_passes_over_blocks_are_charged_to_no_request_but_timed(model: 
         request(name, [1], count, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=alpha))
         for name, count, alpha in (("slow", 24, 0.999), ("quick", 60, 0.03))
     )
-    engine = make_engine(model)
-    engine.stepper.ahead.policy = RunAhead(blocks="always")
+    engine = make_engine(model, run_ahead="always")
     run(engine, [slow])
     launched: list[tuple[int, int]] = []
     took = engine.ledger.took
@@ -285,7 +303,7 @@ def test_the_decoder_runs_no_pass_over_a_complete_block(
     model: Path, decoder_passes: list[int], scores: dict[str, Any]
 ) -> None:
     """Even where asking takes longest, and whatever the blocks before needed."""
-    engine = make_engine(model)
+    engine = device_engine(model)
     engine.ledger.latency.readback = lambda rows: 1e9  # type: ignore[method-assign]
 
     def passes(way: str, unmask: UnmaskRule) -> tuple[int, Usage]:
@@ -307,7 +325,7 @@ def test_passes_launched_ahead_do_not_exceed_those_of_the_slowest_recent_block(
     model: Path, decoder_passes: list[int]
 ) -> None:
     """A block each, by the rule of which one needs more passes than another; all of them are remembered."""
-    engine = make_engine(model)
+    engine = device_engine(model)
     engine.ledger.latency.readback = lambda rows: 1e9  # type: ignore[method-assign]
     asked = [
         request(str(n), text(10 + n, n), 6, decoder="blt-d", unmask=UnmaskRule(rule="confidence", alpha=0.03))

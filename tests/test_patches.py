@@ -18,7 +18,7 @@ from engine.memory.prefix import BLOCK
 from engine.patching import Patching
 from engine.types import Delta, Finished, Request, SamplingParams, UnmaskRule
 from tests import reference
-from tests.engines import Output, crowded_engine, feeding, make_engine, request, run, save_ours
+from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours
 from tests.models import HF_MODELS, OUR_MODELS, text
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -134,7 +134,7 @@ def test_a_preempted_request_reports_every_patch_once(fast_blt: Path) -> None:
 
 @pytest.mark.parametrize("end", ["length", "eos", "stop"])
 def test_exact_decoders_report_the_patches_of_blt_wherever_a_round_is_cut(fast_blt: Path, end: str) -> None:
-    engine, runs_on = make_engine(fast_blt), feeding(make_engine(fast_blt), runs_on=True)
+    engine, ahead = make_engine(fast_blt), make_engine(fast_blt, run_ahead="always")
 
     def ended(by: Engine, seed: int, stop: bytes = b"", **fields: Any) -> Output:
         sampling = SamplingParams(temperature=0.9, seed=seed, logit_bias={EOS_ID: 1.5 if end == "eos" else -100.0})
@@ -146,7 +146,7 @@ def test_exact_decoders_report_the_patches_of_blt_wherever_a_round_is_cut(fast_b
     wanted = ended(engine, seed, stop)
     assert isinstance(wanted.end, Finished) and wanted.end.reason == ("length" if end == "length" else "stop")
     for way in ("blt", "blt-s", "blt-dv", "auto"):
-        for by in (engine, runs_on):
+        for by in (engine, ahead):
             output = ended(by, seed, stop, **WAYS[way])
             assert (output.ids, output.entropies, output.starts) == (wanted.ids, wanted.entropies, wanted.starts)
 

@@ -1,5 +1,4 @@
-"""Whatever is asked of an engine, and whenever: one that launches ahead wherever it can says what one says that asks
-after every pass, and sends the same bill."""
+"""Whatever is asked of an engine, and whenever: running ahead gives the bytes and the usage of never running ahead."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.gpu_check.ahead import AHEAD
 from engine.config import EOS_ID, PatchingRule
 from engine.engine import Engine
-from engine.step.ahead.policy import RunAhead
+from engine.step import ahead
 from engine.types import Finished, Request, SamplingParams, UnmaskRule
 from tests.engines import Output, crowded_engine, make_engine, request, save_ours
 from tests.models import our_config, our_model, text
@@ -114,15 +112,14 @@ SETTINGS = st.fixed_dictionaries(
         "max_step_rows": st.sampled_from([512, 3, 17]),
         "max_sequences": st.sampled_from([2, 8]),
         "graphs": st.booleans(),
+        "kernels": st.sampled_from(["native", "torch"]),
         "dtype": st.sampled_from(["float32", "float32", "bfloat16"]),
     }
 )
 
 
-def launching_ahead(engine: Engine, *, passes: bool) -> Engine:
-    """Wherever it can; and what a stage gave is gone once the stage has run again, as with a recorded graph. passes:
-    behind steps of blt come passes, or the next step is begun."""
-    engine.stepper.ahead.policy = AHEAD["always, passes" if passes else "always, the next step"]
+def forgetting(engine: Engine) -> Engine:
+    """What a stage gave is gone once the stage has run again, as with a recorded graph."""
     launch = engine.stepper.executor.run
     last: dict[str, Tensor] = {}
 
@@ -134,11 +131,6 @@ def launching_ahead(engine: Engine, *, passes: bool) -> Engine:
         return out
 
     engine.stepper.executor.run = run  # type: ignore[method-assign]
-    return engine
-
-
-def asking_always(engine: Engine) -> Engine:
-    engine.stepper.ahead.policy = RunAhead.everywhere("never")
     return engine
 
 
@@ -183,31 +175,24 @@ def bill(a: Asked, output: Output) -> tuple[Any, ...] | None:
     return u.completion_tokens, u.rounds, u.drafted, u.accepted, u.decoder_calls, u.global_calls, u.rows
 
 
-@settings(max_examples=40)
-@given(
-    rule=st.sampled_from(list(RULES)),
-    reads=st.sampled_from(["embedding", "encoder"]),
-    patches=st.sampled_from([4096, 4096, 16]),
-    crowded=st.booleans(),
-    passes=st.booleans(),
-    choices=SETTINGS,
-    data=st.data(),
-)
-def test_launching_ahead_changes_neither_text_nor_usage(
-    models: Models,
-    rule: str,
-    reads: str,
-    patches: int,
-    crowded: bool,
-    passes: bool,
-    choices: dict[str, Any],
-    data: st.DataObject,
-) -> None:
-    model = models(rule, reads, patches)
-    asked = data.draw(lists(WAYS if reads == "embedding" else WAYS[:3]))
+MODELS = {
+    "rule": st.sampled_from(list(RULES)),
+    "reads": st.sampled_from(["embedding", "encoder"]),
+    "patches": st.sampled_from([4096, 4096, 16]),
+    "most_bytes": st.integers(1, 8),
+}
+
+
+def check(models: Models, rule: str, reads: str, patches: int, most_bytes: int, crowded: bool, **given: Any) -> None:
+    """given: what is asked, and the settings."""
+    model, asked = models(rule, reads, patches), given.pop("asked")
     make = crowded_engine if crowded else make_engine
-    wanted = run(asking_always(make(model, max_length=LONGEST, **choices)), asked)
-    found = run(launching_ahead(make(model, max_length=LONGEST, **choices), passes=passes), asked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "MOST_BYTES", most_bytes)
+        wanted, found = (
+            run(forgetting(make(model, max_length=LONGEST, run_ahead=policy, **given)), asked)
+            for policy in ("never", "always")
+        )
     for a in asked:
         one, other = wanted[a.request.id], found[a.request.id]
         if a.abort is None:
@@ -216,3 +201,34 @@ def test_launching_ahead_changes_neither_text_nor_usage(
             assert None in bills or bills[0] == bills[1]
         else:
             assert all(x == y for x, y in zip(one.ids, other.ids, strict=False))
+
+
+@settings(max_examples=40)
+@given(choices=SETTINGS, crowded=st.booleans(), data=st.data(), **MODELS)
+def test_running_ahead_changes_neither_text_nor_usage(
+    models: Models, reads: str, choices: dict[str, Any], data: st.DataObject, **how: Any
+) -> None:
+    asked = data.draw(lists(WAYS if reads == "embedding" else WAYS[:3]))
+    check(models, reads=reads, asked=asked, **how, **choices)
+
+
+@pytest.mark.slow
+@settings(max_examples=4, deadline=None)
+@given(page_size=st.sampled_from([4, 16]), crowded=st.booleans(), data=st.data(), **MODELS)
+def test_running_ahead_in_tritons_interpreter_changes_neither_text_nor_usage(
+    models: Models, reads: str, data: st.DataObject, **how: Any
+) -> None:
+    """A few requests of a few bytes: the interpreter takes about a second for each."""
+    ways = data.draw(st.sampled_from([WAYS[:1], WAYS[:1], WAYS[1:2], WAYS[3:4] if reads == "embedding" else WAYS[:1]]))
+    asked = [
+        Asked(
+            request(
+                str(number), text(data.draw(st.integers(1, 12)), number), data.draw(st.integers(1, 12)), trace=True,
+                sampling=data.draw(st.sampled_from(SAMPLINGS[:-1])), ignore_eos=data.draw(st.booleans()), **ways[0],
+            ),
+            data.draw(st.integers(0, 3)),
+            data.draw(st.none() | st.integers(0, 5)),
+        )
+        for number in range(data.draw(st.integers(1, 2)))
+    ]  # fmt: skip
+    check(models, reads=reads, asked=asked, kernels="triton", prefix_cache=False, **how)
