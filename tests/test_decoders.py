@@ -198,7 +198,7 @@ def test_drafts_verified_with_the_end_of_a_prompt_see_all_of_it(tmp_path: Path, 
 
 
 def test_a_step_of_any_batch_calls_every_stage_at_most_once(model: Path) -> None:
-    engine = make_engine(model, cache_bytes=128 << 20)
+    engine = make_engine(model, cache_bytes=128 << 20, run_ahead="never")
     how = [*settings_of(engine), {"decoder": "blt"}, *([{"decoder": "blt-d"}] if engine.model_config.mask_id else [])]
     for i, p in enumerate(prompts(2 * len(how), model)):
         engine.add(request(str(i), p, 30, **how[i % len(how)]))

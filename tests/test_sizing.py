@@ -75,8 +75,8 @@ def test_sized_weights_equal_the_tensors_of_an_engine(model: Path, choices: dict
     expected = WeightBytes.of(engine.model_config, itemsize, hash_itemsize(model), fp8=fp8)
     held = engine.parts.model
     assert num_bytes(held) == expected.total
-    assert num_bytes(held.encoder._hashes) == expected.hash_tables
-    stacks = [part._stack for part in (held.patcher, held.encoder, held.global_transformer, held.decoder)]
+    assert num_bytes(held.encoder.hashes) == expected.hash_tables
+    stacks = [part.stack for part in (held.patcher, held.encoder, held.global_transformer, held.decoder)]
     weights = [
         cell.cell_contents
         for stack in stacks
@@ -85,7 +85,7 @@ def test_sized_weights_equal_the_tensors_of_an_engine(model: Path, choices: dict
         if isinstance(cell.cell_contents, StackWeights)
     ]
     assert num_bytes([w.layers[0].rope for w in weights]) == expected.rotary_tables
-    assert num_bytes([held.encoder._embedding, *(w.embedding for w in weights)]) == expected.byte_tables
+    assert num_bytes([held.encoder.embedding, *(w.embedding for w in weights)]) == expected.byte_tables
     assert engine.info().weight_bytes == expected.stages
 
 
@@ -115,6 +115,8 @@ def crowd(engine: Engine, count: int, context: int) -> tuple[int, dict[str, int]
     """Runs `count` sequences of `context` ids, of all decoders; most that ran at once, most pages in use."""
     # So many bytes that nobody ends before the last has begun.
     output = min(context // 2, 400)
+    # Pages are looked at after every byte.
+    engine.stepper.ahead.policy = "never"
     for i in range(count):
         engine.add(request(str(i), text(context - output, i, specials=False), output, **HOWS[i % len(HOWS)]))
     running, used = 0, dict.fromkeys(engine.memory.caches.pools, 0)

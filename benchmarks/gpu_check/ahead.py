@@ -27,7 +27,7 @@ HOPED_US = 180.0
 
 
 def measure(setting: Setting, piece: Piece) -> None:
-    count, turns = (12, 1) if setting.quick else (160, 5)
+    count, turns = (60, 1) if setting.quick else (160, 5)
     shape, cache_bytes = shape_of(setting)
     model = random_model(setting.work, shape, "fast", device=setting.device)
     engine = setting.engine(model, dtype="bfloat16", max_sequences=4, cache_bytes=cache_bytes)

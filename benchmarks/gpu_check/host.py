@@ -23,7 +23,7 @@ def measure(setting: Setting, piece: Piece) -> None:
     for number in numbers:
         for way, how in WAYS.items():
             steps = profile_steps(engine, how, wrap, setting, number=number)
-            committed = steps["bytes_per_step"]
+            committed = max(steps["bytes_per_step"], 1 / steps["steps"])
             copies = sum(count for name, count in steps["launches_per_step"].items() if "Memcpy" in name)
             launches = sum(steps["launches_per_step"].values()) - copies
             exposed[f"{way}, {number} at a time"] = steps["host_gap"]

@@ -56,7 +56,7 @@ def profile_steps(
 ) -> dict[str, Any]:
     """Time of a step of `number` requests, on the device and on the host. Raises RuntimeError if the profiler sees no
     kernel."""
-    steps = 2 if setting.quick else STEPS
+    steps = 6 if setting.quick else STEPS
     # The same steps three times: the first compiles and records what they need.
     _window(engine, how, wrap, steps, number)
     seconds, committed = _window(engine, how, wrap, steps, number)
