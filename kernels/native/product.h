@@ -9,8 +9,10 @@
 #include "vector.h"
 
 #define PANEL (2 * LANES)
-/* Of the inner dimension, at a time: 16 KiB of weights. */
-#define PIECE (4096 / PANEL)
+/* Bytes of a panel at a time, if several groups of rows use it, and from the weights in use to those that are prefetched
+   if only one does. Both were measured. */
+#define PIECE (1024 * LANES)
+#define AHEAD 4096
 #if defined(__AVX512F__)
 #define MOST_ROWS 12
 #else
@@ -172,32 +174,23 @@ static void few_tiles(const Product *p, int64_t panel, float *tiles) {
 }
 
 /* All rows by one panel: tiles (rows, PANEL). A panel that is read several times is taken in pieces that stay in the
-   nearest cache, widened once. */
+   nearest cache. */
 static void panel_tiles(const Product *p, int64_t panel, float *tiles) {
     const Matrix *m = p->weight;
-    int64_t turns = (p->rows + MOST_ROWS - 1) / MOST_ROWS, itemsize = m->bf16 ? 2 : 4;
-    int64_t piece = turns > 1 ? PIECE : m->in;
-    float wide[PIECE * PANEL];
+    int64_t turns = (p->rows + MOST_ROWS - 1) / MOST_ROWS, size = PANEL * (m->bf16 ? 2 : 4);
+    int64_t piece = turns > 1 ? PIECE / size : m->in;
     memset(tiles, 0, p->rows * PANEL * sizeof *tiles);
     for (int64_t k = 0; k < m->in; k += piece) {
         int64_t count = m->in - k < piece ? m->in - k : piece;
-        const void *weights = (const char *)m->panels + (panel * m->in + k) * PANEL * itemsize;
-        /* Prefetches the next piece meanwhile. */
-        const char *ahead = (const char *)weights + PIECE * PANEL * itemsize;
-        int bf16 = (int)m->bf16;
-        if (bf16 && turns > 1) {
-            for (int64_t i = 0; i < count; i++) {
-                Vector low, high;
-                pair_bf16((const uint16_t *)weights + i * PANEL, &low, &high);
-                store(wide + i * PANEL, low);
-                store(wide + i * PANEL + LANES, high);
-            }
-            weights = wide, bf16 = 0;
-        }
+        const char *weights = (const char *)m->panels + (panel * m->in + k) * size;
+        /* Read once, a panel is prefetched shortly before. Otherwise the turns fetch equal parts of the next piece. */
+        const char *ahead = weights + (turns > 1 ? count * size : AHEAD);
         for (int64_t turn = 0; turn < turns; turn++) {
             /* Groups of about equally many rows. */
             int64_t row = p->rows * turn / turns, rows = p->rows * (turn + 1) / turns - row;
-            micro((int)rows, p->x + row * m->in + k * rows, count, weights, bf16, ahead, PANEL * itemsize, tiles + row * PANEL);
+            const float *x = p->x + row * m->in + k * rows;
+            const char *part = ahead + count * size * turn / turns;
+            micro((int)rows, x, count, weights, (int)m->bf16, part, size / turns, tiles + row * PANEL);
         }
     }
 }
