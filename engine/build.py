@@ -60,8 +60,7 @@ def build(config: EngineConfig) -> Parts:
     kernels = choose_kernels(config.kernels, device)
     if device.type == "cpu" and config.kernels is None and kernels.name == "torch":
         log.warning("fastblt's own CPU kernels are not compiled: falling back to torch, several times slower")
-    # Our own CPU kernels keep float8 weights as bfloat16, in panels.
-    fp8 = config.weights == "float8" and not kernels.widens
+    fp8 = config.weights == "float8"
     model, caches = _load(config, loaded, kernels, device, dtype, fp8=fp8)
     floors = find_row_floors(model, caches.specs, dtype, device)
     if not floors.proven:
@@ -106,7 +105,7 @@ def _load(
         fp8=fp8,
         mapped=kernels.name == "torch",
     )
-    model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=config.weights == "float8")
+    model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=fp8)
     caches = Caches(loaded.config, config)
     model.check_lengths(caches.max_length, caches.max_patches)
     return model, caches

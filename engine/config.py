@@ -180,7 +180,9 @@ class EngineConfig:
     )
     weights: WeightsName | None = field(
         default=None,
-        metadata=_flag("float8 rounds the large matrices, which halves what a GPU reads; by default as --dtype."),
+        metadata=_flag(
+            "float8 rounds the large matrices to a byte per weight, half of bfloat16's; by default as --dtype."
+        ),
     )
     max_sequences: int = field(default=64, metadata=_flag("Most sequences in the running batch.", 1))
     max_step_rows: int = field(

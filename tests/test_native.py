@@ -20,10 +20,10 @@ from kernels.attention import AttentionPlan
 from kernels.boundary import Rule
 from kernels.dispatch import Kernels, NativeKernels, choose_kernels
 from kernels.hash_embed import HashTables
-from kernels.linear import Matrix, quantize
+from kernels.linear import FP8, Matrix, quantize
 from kernels.rope import rope_table
 from kernels.stack import CrossCache, CrossKvWeights, HeadWeights, KvCache, LayerWeights, SlotsWeights, StackWeights
-from tests.engines import threads
+from tests.engines import engine_logits, make_engine, threads
 from tests.operands import CPU, FLOATS, RULES, SEEDS, Draw, Laid, Layout, close, layouts
 from tests.operands import few as quick
 
@@ -83,13 +83,15 @@ def test_linear_equals_torch(
     assert torch.equal(NATIVE.linear(x[rows // 2 :], NATIVE.matrix(matrix), **how), found[rows // 2 :])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, FP8])
 @pytest.mark.parametrize(("out", "width"), [(32, 32), (260, 96), (704, 256), (7, 45), (2000, 500)])
 def test_linear_rows_are_the_same_bits_in_any_batch_and_with_any_number_of_threads(
-    out: int, width: int, dtype: torch.dtype
+    out: int, width: int, stored: torch.dtype
 ) -> None:
-    draw = Draw(out)
-    weight, x = NATIVE.matrix(Matrix(draw.randn(out, width, dtype=dtype))), draw.randn(300, width, dtype=dtype)
+    draw, dtype = Draw(out), torch.float32 if stored == torch.float32 else torch.bfloat16
+    drawn = draw.randn(out, width, dtype=dtype)
+    weight = NATIVE.matrix(quantize(drawn) if stored == FP8 else Matrix(drawn))
+    x = draw.randn(300, width, dtype=dtype)
     with threads(1):
         expected = NATIVE.linear(x, weight)
     for count in (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 24, 25, 77, 299):
@@ -97,6 +99,31 @@ def test_linear_rows_are_the_same_bits_in_any_batch_and_with_any_number_of_threa
             with threads(1 + start % 3):
                 found = NATIVE.linear(x[start : start + count], weight)
             assert torch.equal(found, expected[start : start + count]), (count, start)
+
+
+def test_float8_weights_take_a_byte_and_give_the_bits_of_the_same_weights_in_bfloat16() -> None:
+    """All 256 codes, subnormal ones and NaN among them."""
+    draw = Draw(0)
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8)[:, None]
+    single = native.pack(Matrix(codes))
+    for rows in (1, 13, 40):
+        found = NATIVE.linear(torch.ones(rows, 1), single)
+        torch.testing.assert_close(found, codes.float().T.expand(rows, -1), rtol=0, atol=0, equal_nan=True)
+    data, scale = draw.below(126, 96, 300).to(torch.uint8).view(FP8), draw.randn(96).abs()
+    packed, wide = native.pack(Matrix(data, scale)), native.pack(Matrix(data.bfloat16(), scale))
+    assert packed.data.nbytes == data.nbytes == wide.data.nbytes // 2
+    for dtype in (torch.float32, torch.bfloat16):
+        x = draw.randn(40, 300, dtype=dtype)
+        expected = NATIVE.linear(x, wide)
+        for rows in (*range(1, 15), 24, 25, 40):
+            assert torch.equal(NATIVE.linear(x[:rows], packed), expected[:rows]), rows
+
+
+def test_an_engine_reads_float8_weights_as_such_and_computes_the_logits_of_torch() -> None:
+    ours, theirs = (make_engine(NANO, kernels=name, weights="float8") for name in ("native", "torch"))
+    assert ours.info().weight_bytes["global"] == theirs.info().weight_bytes["global"]
+    ids = list(range(60, 100))
+    close(engine_logits(ours, ids, 16), engine_logits(theirs, ids, 16))
 
 
 def test_linear_over_200000_rows_does_not_overflow_the_thread_stack() -> None:

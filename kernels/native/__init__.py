@@ -21,7 +21,7 @@ from ..attention import AttentionPlan, PlanShape
 from ..boundary import Rule
 from ..hash_embed import HashTables
 from ..hash_embed import hash_embed as hash_embed_torch
-from ..linear import Matrix
+from ..linear import FP8, Matrix
 from ..planning import SPAN, Lengths, Spans, Tiling
 from ..pooling import PageTable
 from ..stack import (
@@ -75,7 +75,7 @@ _NOTHING = (None, None, None, None)
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("panels", _POINTER), ("scale", _POINTER), ("out", _INT), ("width", _INT), ("bf16", _INT)]
+    _fields_ = [("panels", _POINTER), ("scale", _POINTER), ("out", _INT), ("width", _INT), ("itemsize", _INT)]
 
 
 class _Layer(ctypes.Structure):
@@ -116,20 +116,25 @@ class _Stack(ctypes.Structure):
 
 
 class Packed(Matrix):
-    """A matrix as `product.h` reads it: data (panels, in, outputs) float32 or bfloat16, scale (out,) float32."""
+    """A matrix as `product.h` reads it: data (panels, in, outputs) in its dtype, scale (out,) float32."""
 
     out: int
     struct: _Matrix
 
 
 def pack(matrix: Matrix) -> Packed:
-    """Lays out a matrix. float8 becomes bfloat16, which represents all its values."""
-    data = matrix.data
-    return join([data if data.dtype in (torch.float32, torch.bfloat16) else data.to(torch.bfloat16)], matrix.scale)
+    """Lays out a matrix of float32, bfloat16 or float8."""
+    data, scale = matrix
+    if data.dtype == FP8:
+        # The kernel's codes are all numbers; an output with a NaN among its weights is NaN by its scale.
+        bad = (data.view(torch.uint8) & 0x7F == 0x7F).any(1)
+        if bad.any():
+            scale = torch.where(bad, torch.nan, torch.ones(len(data)) if scale is None else scale)
+    return join([data], scale)
 
 
 def join(parts: Sequence[Tensor], scale: Tensor | None = None) -> Packed:
-    """Stacks matrices (out, in) of one dtype, float32 or bfloat16, along their outputs; each is read once, in place."""
+    """Stacks matrices (out, in) of one dtype along their outputs; each is read once, in place."""
     assert LIBRARY
     parts = [part.contiguous() for part in parts]
     outs, width, panel = [len(part) for part in parts], parts[0].shape[1], LIBRARY.fastblt_panel()
@@ -142,7 +147,7 @@ def join(parts: Sequence[Tensor], scale: Tensor | None = None) -> Packed:
     )  # fmt: skip
     packed = Packed(panels, scale)
     packed.out = out
-    packed.struct = _Matrix(panels.data_ptr(), _address(scale), out, width, panels.dtype == torch.bfloat16)
+    packed.struct = _Matrix(panels.data_ptr(), _address(scale), out, width, panels.itemsize)
     return packed
 
 

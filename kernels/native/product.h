@@ -22,14 +22,13 @@
 #define FEW_ROWS 2
 #define TOGETHER 4
 
-/* panels: (ceil(out / PANEL), in, PANEL) float or bfloat16, zeros after the last output. In bfloat16 an output of the
-   first half lies next to its counterpart of the second: a word is two weights, each widened by one instruction.
-   scale: (out,) or null. */
+/* panels: (ceil(out / PANEL), in, PANEL), zeros after the last output. Weights of `itemsize` bytes: 4 are float, 2
+   bfloat16, 1 float8 (e4m3, no NaN). Of the latter two an output of the panel's first half lies next to its counterpart
+   of the second: a word is two bfloat16 weights, each widened by one instruction. scale: (out,) or null. */
 typedef struct {
     const void *panels;
     const float *scale;
-    int64_t out, in;
-    int64_t bf16;
+    int64_t out, in, itemsize;
 } Matrix;
 
 /* Matrices (outs[i], in) of one type, one on top of the other, and the resulting panels. */
@@ -59,6 +58,7 @@ static inline int place(int c, int64_t itemsize) { return itemsize == 4 ? c : 2 
     }
 PACK(pack_4, uint32_t)
 PACK(pack_2, uint16_t)
+PACK(pack_1, uint8_t)
 
 static void pack_panels(void *of, int64_t begin, int64_t end) {
     const Packing *p = of;
@@ -69,7 +69,8 @@ static void pack_panels(void *of, int64_t begin, int64_t end) {
             while (o >= before + p->outs[part]) before += p->outs[part++];
             rows[c] = (const char *)p->parts[part] + (o - before) * p->in * p->itemsize;
         }
-        (p->itemsize == 4 ? pack_4 : pack_2)(rows, (char *)p->panels + panel * p->in * PANEL * p->itemsize, p->in);
+        void *to = (char *)p->panels + panel * p->in * PANEL * p->itemsize;
+        (p->itemsize == 4 ? pack_4 : p->itemsize == 2 ? pack_2 : pack_1)(rows, to, p->in);
     }
 }
 
@@ -83,6 +84,23 @@ static inline void pair_bf16(const uint16_t *from, Vector *low, Vector *high) {
     memcpy(&both, from, sizeof both);
     *low = (Vector)(both << 16);
     *high = (Vector)(both & 0xffff0000u);
+}
+
+/* Exact: the bits of a code below its sign, as those of a float, are its value times 2^-120, subnormal or not. */
+static inline void pair_fp8(const uint8_t *from, Vector *low, Vector *high) {
+    Bits both = (Bits)(load_signed(from) << 4 & (int16_t)0x87f0);
+    *low = (Vector)(both << 16) * 0x1p120f;
+    *high = (Vector)(both & 0xffff0000u) * 0x1p120f;
+}
+
+/* float8 weights of a piece of a panel as bfloat16. */
+static void to_pairs(uint16_t *to, const uint8_t *from, int64_t count) {
+    for (int64_t k = 0; k < count; k++, from += PANEL, to += PANEL) {
+        Vector low, high;
+        pair_fp8(from, &low, &high);
+        Bits both = (Bits)low >> 16 | (Bits)high;
+        memcpy(to, &both, sizeof both);
+    }
 }
 
 /* The use of a product: y = x W^T; y = residual + y; twice: y = residual + y once more. Rounded after each. */
@@ -124,17 +142,18 @@ typedef struct {
 #define EACH(WHAT) EVERY(WHAT)
 #endif
 
-#define MICROS(ROWS) MICRO(ROWS, f32, float) MICRO(ROWS, bf16, uint16_t)
+#define MICROS(ROWS) MICRO(ROWS, f32, float) MICRO(ROWS, bf16, uint16_t) MICRO(ROWS, fp8, uint8_t)
 EACH(MICROS)
 
 /* Adds `count` products to every output of `rows` rows' tiles. */
 static inline void micro(
-    int rows, const float *x, int64_t count, const void *weights, int bf16, const char *ahead, int64_t step, float *tile
+    int rows, const float *x, int64_t count, const void *weights, int itemsize, const char *ahead, int64_t step, float *tile
 ) {
-#define CASE(ROWS)                                                  \
-    case ROWS:                                                      \
-        if (bf16) micro_bf16_##ROWS(x, count, weights, ahead, step, tile); \
-        else micro_f32_##ROWS(x, count, weights, ahead, step, tile);       \
+#define CASE(ROWS)                                                                 \
+    case ROWS:                                                                     \
+        if (itemsize == 4) micro_f32_##ROWS(x, count, weights, ahead, step, tile);       \
+        else if (itemsize == 2) micro_bf16_##ROWS(x, count, weights, ahead, step, tile); \
+        else micro_fp8_##ROWS(x, count, weights, ahead, step, tile);               \
         break;
     switch (rows) { EACH(CASE) }
 }
@@ -174,23 +193,30 @@ static void few_tiles(const Product *p, int64_t panel, float *tiles) {
 }
 
 /* All rows by one panel: tiles (rows, PANEL). A panel that is read several times is taken in pieces that stay in the
-   nearest cache. */
+   nearest cache, float8 made bfloat16 once. */
 static void panel_tiles(const Product *p, int64_t panel, float *tiles) {
     const Matrix *m = p->weight;
-    int64_t turns = (p->rows + MOST_ROWS - 1) / MOST_ROWS, size = PANEL * (m->bf16 ? 2 : 4);
-    int64_t piece = turns > 1 ? PIECE / size : m->in;
+    int64_t turns = (p->rows + MOST_ROWS - 1) / MOST_ROWS, size = PANEL * m->itemsize;
+    int itemsize = (int)m->itemsize, pairs = itemsize == 1 && turns > 1;
+    if (pairs) itemsize = 2;
+    int64_t piece = turns > 1 ? PIECE / PANEL / itemsize : m->in;
+    uint16_t wide[PIECE / 2];
     memset(tiles, 0, p->rows * PANEL * sizeof *tiles);
     for (int64_t k = 0; k < m->in; k += piece) {
         int64_t count = m->in - k < piece ? m->in - k : piece;
-        const char *weights = (const char *)m->panels + (panel * m->in + k) * size;
+        const void *weights = (const char *)m->panels + (panel * m->in + k) * size;
         /* Read once, a panel is prefetched shortly before. Otherwise the turns fetch equal parts of the next piece. */
-        const char *ahead = weights + (turns > 1 ? count * size : AHEAD);
+        const char *ahead = (const char *)weights + (turns > 1 ? count * size : AHEAD);
+        if (pairs) {
+            to_pairs(wide, weights, count);
+            weights = wide;
+        }
         for (int64_t turn = 0; turn < turns; turn++) {
             /* Groups of about equally many rows. */
             int64_t row = p->rows * turn / turns, rows = p->rows * (turn + 1) / turns - row;
             const float *x = p->x + row * m->in + k * rows;
             const char *part = ahead + count * size * turn / turns;
-            micro((int)rows, x, count, weights, (int)m->bf16, part, size / turns, tiles + row * PANEL);
+            micro((int)rows, x, count, weights, itemsize, part, size / turns, tiles + row * PANEL);
         }
     }
 }

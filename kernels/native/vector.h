@@ -8,6 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 /* One copy for all callers: where a function is inlined, the compiler may fuse other multiplications and additions, and a
    row would get other bits. */
 #define ONE_COPY __attribute__((noinline))
@@ -22,6 +26,7 @@ typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
+typedef int16_t Halves __attribute__((vector_size(4 * LANES)));
 
 static inline Vector load(const float *from) {
     Vector v;
@@ -36,6 +41,20 @@ static inline Vector load_bf16(const uint16_t *from) {
     Vector v;
     memcpy(&v, &bits, sizeof v);
     return v;
+}
+
+/* 2 * LANES numbers of 8 bits with sign, as 16 bits. GCC converts vectors of this size in halves. */
+static inline Halves load_signed(const void *from) {
+#if defined(__AVX512BW__)
+    return (Halves)_mm512_cvtepi8_epi16(_mm256_loadu_si256(from));
+#elif defined(__AVX2__)
+    return (Halves)_mm256_cvtepi8_epi16(_mm_loadu_si128(from));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(2 * LANES)));
+    Bytes bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, Halves);
+#endif
 }
 
 static inline void store(float *to, Vector v) { memcpy(to, &v, sizeof v); }
