@@ -17,9 +17,8 @@ from engine.costs import bandwidth
 from engine.counts import STAGES
 from engine.engine import Engine
 from kernels.dispatch import choose_kernels
-from kernels.linear import Matrix
 
-from . import plot, report
+from . import arithmetic, plot, report
 from .generate import Reading, generate, prompts
 from .paired import shown, spread
 from .program import Content, Subject, Verdict, finish, parser, subject
@@ -28,8 +27,6 @@ from .variants import ways_of
 PROMPT_BYTES = 100
 AIMS = {1: 1_000, 32: 10_000}
 """Aims for models/nano in bytes per second, by concurrency."""
-PRODUCT_ROWS, PRODUCT_SIZE = 24, 1024
-"""Enough rows to bind a product by arithmetic alone, and a matrix that fits a cache."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,7 +54,7 @@ def measure(model: Subject, concurrency: Sequence[int], count: int, turns: int) 
     peaks, speeds = [], []
     for run in tqdm(list(runs) * turns, disable=None):
         peaks.append(max(_probe(engine).values()))
-        speeds.append(_products_per_second(engine))
+        speeds.append(arithmetic.probe(engine))
         found[run].append((alone(), runs[run]()))
     peak, speed = statistics.median(peaks), statistics.median(speeds)
     rows = [_row(engine, *run, pairs, peak, speed) for run, pairs in found.items()]
@@ -70,11 +67,10 @@ def _row(
     """ms: per byte, of each stage and of the host. least_ms: the memory's time for the bytes read, the processor's for
     the products."""
     readings = [reading for _, reading in pairs]
-    last, itemsize = readings[-1], getattr(torch, engine.config.dtype).itemsize
+    last = readings[-1]
     seconds = {stage: statistics.median(r.stage_seconds[stage] / r.committed for r in readings) for stage in STAGES}
     total = statistics.median(r.seconds / r.committed for r in readings)
-    weights = engine.parts.stage_bytes.weights
-    multiplied = sum(last.rows[stage] * weights[stage] / itemsize for stage in STAGES) / last.committed
+    multiplied = arithmetic.multiply_adds(engine, last) / last.committed
     return {
         "at_a_time": number,
         "decoder": way,
@@ -90,16 +86,6 @@ def _row(
 def _probe(engine: Engine) -> dict[str, float]:
     device = engine.stepper.device
     return bandwidth.probe(choose_kernels(None, device), getattr(torch, engine.config.dtype), device)
-
-
-def _products_per_second(engine: Engine) -> float:
-    """Multiply-adds per second of a product that need not wait for memory."""
-    device, dtype, size = engine.stepper.device, getattr(torch, engine.config.dtype), PRODUCT_SIZE
-    kernels = choose_kernels(None, device)
-    matrix = kernels.matrix(Matrix(torch.ones(size, size, dtype=dtype, device=device)))
-    x = torch.ones(PRODUCT_ROWS, size, dtype=dtype, device=device)
-    work = bandwidth.recorded(lambda: kernels.linear(x, matrix), device)
-    return PRODUCT_ROWS * size * size / bandwidth.seconds(work, device, times=8)
 
 
 def render(content: Content) -> str:

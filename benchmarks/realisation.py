@@ -1,8 +1,9 @@
 """Compares the decoders' speed with the one that their bytes predict: one request at a time, in turns with blt.
 
 realisation: the speed-up over blt by the clock over the one that the bytes read predict. bandwidth use: bytes read per
-second over the memory's, probed before every turn: the faster of a plain copy and a product with one row.
-host cost: the share of the steps' time outside the four stages.
+second over the memory's, probed before every turn: the faster of a plain copy and a product with one row. arithmetic
+use: multiply-adds per second over what all threads do in their nearest caches, probed likewise. Use of the nearer limit
+is the larger of both. host cost: the share of the steps' time outside the four stages.
 """
 
 import statistics
@@ -18,7 +19,7 @@ from engine.costs import bandwidth
 from engine.memory.prefix import BLOCK
 from kernels.dispatch import choose_kernels
 
-from . import plot, report
+from . import arithmetic, plot, report
 from .generate import Reading, generate, prompts
 from .paired import figures
 from .program import Content, Subject, Verdict, finish, parser, subject
@@ -51,16 +52,25 @@ def measure(model: Subject, wanted: Sequence[str], count: int, turns: int) -> li
     for how in ways.values():
         generate(engine, prompt, min(count, 16), how, wrap)
     pairs: dict[str, list[tuple[Reading, Reading]]] = {way: [] for way in runs if way in wanted and way != "blt"}
-    probes = []
+    probes, speeds = [], []
     for way in tqdm(list(pairs) * turns, disable=None):
         probes.append(probe())
+        speeds.append(arithmetic.probe(engine))
         pairs[way].append((runs["blt"](), runs[way]()))
     every = {"blt": [(blt, blt) for found in pairs.values() for blt, _ in found], **pairs}
     peak = statistics.median(max(found.values()) for found in probes)
     rates = {f"{kind}_gb_s": statistics.median(found[kind] for found in probes) / 1e9 for kind in probes[0]}
+    speed = statistics.median(speeds)
+    rates["limit_multiply_adds_g_s"] = speed / 1e9
+
+    def multiplied(found: list[tuple[Reading, Reading]]) -> dict[str, float]:
+        per_second = statistics.median(arithmetic.multiply_adds(engine, r) / r.seconds for _, r in found)
+        return {"multiply_adds_g_s": per_second / 1e9, "arithmetic_use": per_second / speed}
+
     return [
         {"decoder": way, "acceptance": acceptance(way, replays=model.replays)}
         | figures(found, [peak] * len(found))
+        | multiplied(found)
         | rates
         for way, found in every.items()
     ]
@@ -68,12 +78,12 @@ def measure(model: Subject, wanted: Sequence[str], count: int, turns: int) -> li
 
 def render(content: Content) -> str:
     header = ["decoder", "acceptance", "speed-up over BLT", "predicted by bytes read", "realisation"]
-    header += ["bandwidth use", "host cost", "bytes a round"]
+    header += ["bandwidth use", "arithmetic use", "nearer limit", "host cost", "bytes a round"]
     return report.table(
         header,
         [
             [row["decoder"], row["acceptance"], _spread(row["over_blt"], row["range"]), f"{row['predicted']:.2f}"]
-            + [_spread(row["realisation"], row["realisation_range"]), f"{row['bandwidth_use']:.2f}"]
+            + [_spread(row["realisation"], row["realisation_range"]), *_uses(row)]
             + [f"{row['host_cost']:.1%}", f"{row['bytes_per_round']:.2f}"]
             for row in content["rows"]
         ],
@@ -88,6 +98,7 @@ def judge(content: Content) -> list[Verdict]:
     host = max(rows, key=lambda row: row["host_cost"])
     least = LEAST_USE_GPU if content["subject"]["device"] == "cuda" else LEAST_USE
     realised = f"{_spread(worst['realisation'], worst['realisation_range'])} for {worst['decoder']}, the least"
+    far = min(rows, key=_use)
     used, outside = f"{blt['bandwidth_use']:.2f} for blt", f"{host['host_cost']:.1%} for {host['decoder']}, the most"
     verdicts = [
         Verdict(
@@ -97,6 +108,12 @@ def judge(content: Content) -> list[Verdict]:
             worst["realisation"] >= LEAST_REALISATION,
         ),
         Verdict("bandwidth use", f"at least {least}", used, blt["bandwidth_use"] >= least),
+        Verdict(
+            f"use of the nearer limit{label}",
+            f"at least {least} for every decoder",
+            f"{_use(far):.2f} for {far['decoder']}, the least",
+            _use(far) >= least,
+        ),
         Verdict("host cost", f"at most {MOST_HOST:.0%}", outside, host["host_cost"] <= MOST_HOST),
     ]
     if content["subject"]["model"].removesuffix(" shape") in BOUND_BY_MEMORY:
@@ -113,6 +130,17 @@ def draw(content: Content, path: Path) -> None:
             low, high = row["range"]
             around = [[row["over_blt"] - low], [high - row["over_blt"]]]
             on.errorbar([row["predicted"]], [row["over_blt"]], yerr=around, fmt="o", capsize=3, label=row["decoder"])
+
+
+def _use(row: Content) -> float:
+    """Of the nearer limit."""
+    return float(max(row["bandwidth_use"], row["arithmetic_use"]))
+
+
+def _uses(row: Content) -> list[str]:
+    use = _use(row)
+    nearer = "memory" if use == row["bandwidth_use"] else "arithmetic"
+    return [f"{row['bandwidth_use']:.2f}", f"{row['arithmetic_use']:.2f}", f"{use:.2f} of {nearer}"]
 
 
 def _spread(median: float, limits: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import pytest
 
-from benchmarks import generate, program, short, summary
+from benchmarks import generate, program, realisation, short, summary
 from benchmarks.models import Form, described, shaped
 from benchmarks.paired import in_turn, shown, spread
 from benchmarks.program import Verdict
@@ -112,8 +112,11 @@ def test_verdicts_state_whether_benchmark_aims_are_met(toys: Callable[[str], tup
     assert {verdict.met for verdict in summary.verdicts(content)} == {None}, "the aims are the 1B shape's"
     content["subject"]["model"] = "1b shape"
     for row in content["rows"]:
-        row.update(realisation=0.95, bandwidth_use=0.7, host_cost=0.04)
-    assert [verdict.met for verdict in summary.verdicts(content)] == [True, False, True]
+        row.update(realisation=0.95, bandwidth_use=0.7, arithmetic_use=0.81, host_cost=0.04)
+    assert [verdict.met for verdict in summary.verdicts(content)] == [True, False, True, True]
+    assert "0.70 | 0.81 | 0.81 of arithmetic" in realisation.render(content)
+    content["rows"][1].update(bandwidth_use=0.79, arithmetic_use=0.5)
+    assert [verdict.met for verdict in summary.verdicts(content)] == [True, False, False, True], "the least one counts"
     content = deepcopy(toys("against_hf")[0])
     for (length, ratio), row in zip(((64, 9.0), (256, 21.0)), content["rows"], strict=True):
         row.update(length=length, ratio={"median": ratio, "least": ratio, "most": ratio})

@@ -3,6 +3,8 @@
 import math
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,24 @@ def test_an_engine_reads_float8_weights_as_such_and_computes_the_logits_of_torch
     assert ours.info().weight_bytes["global"] == theirs.info().weight_bytes["global"]
     ids = list(range(60, 100))
     close(engine_logits(ours, ids, 16), engine_logits(theirs, ids, 16))
+
+
+def test_multiplying_in_the_nearest_cache_is_about_as_fast_as_the_fastest_products() -> None:
+    """By processor time, as other work may run. Work that the compiler left out would take none."""
+
+    def rate(work: Callable[[], int]) -> float:
+        start = time.process_time()
+        return work() / (time.process_time() - start)
+
+    def product() -> int:
+        for _ in range(20):
+            NATIVE.linear(x, weight)
+        return 20 * 24 * 1024 * 1024
+
+    weight, x = NATIVE.matrix(Matrix(torch.ones(1024, 1024, dtype=torch.bfloat16))), torch.ones(24, 1024)
+    with threads(1):
+        limit, fastest = (max(rate(work) for _ in range(5)) for work in (native.multiply, product))
+    assert 0.5 < fastest / limit < 1.5
 
 
 def test_linear_over_200000_rows_does_not_overflow_the_thread_stack() -> None:

@@ -45,6 +45,7 @@ def _library() -> ctypes.CDLL | None:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, types in {
         "fastblt_pack": "pp qqq p i",
+        "fastblt_multiply": "qi",
         "fastblt_linear": "ppp f i p i p q ii",
         "fastblt_attention": "pppp q ii",
         "fastblt_stack": "ppppppppp q p i",
@@ -66,7 +67,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes = [kinds[letter] for letter in types.replace(" ", "")]
         function.restype = None
-    library.fastblt_panel.restype = library.fastblt_plan.restype = _INT
+    for function in (library.fastblt_panel, library.fastblt_plan, library.fastblt_multiply):
+        function.restype = _INT
     return library
 
 
@@ -173,6 +175,15 @@ def linear(
         y.data_ptr(), rows, _is_bf16(x), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def multiply() -> int:
+    """Runs the arithmetic of `linear` in the nearest caches for some milliseconds, on all threads: bfloat16 weights are
+    widened and multiplied in float32, for as many rows as use a weight at a time. Returns the number of multiply-adds.
+    """
+    assert LIBRARY
+    threads = torch.get_num_threads()
+    return int(LIBRARY.fastblt_multiply(128 * threads, threads))
 
 
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> Tensor:

@@ -105,6 +105,15 @@ void fastblt_linear(
     finish();
 }
 
+/* Multiplies in the nearest cache, in `parts` parts that the threads share. Returns the number of multiply-adds. */
+int64_t fastblt_multiply(int64_t parts, int threads) {
+    int64_t each = (int64_t)IDEAL_TIMES * IDEAL_STEPS * MOST_ROWS * PANEL;
+    begin(threads, 0);
+    share(multiply_in_cache, 0, parts, parts * each);
+    finish();
+    return parts * each;
+}
+
 /* q (queries, heads, head_dim) to out of the same shape. */
 static ONE_COPY void run_attention(const void *q, void *out, const Plan *plan, const Cache *cache, int64_t heads, int bf16) {
     int64_t numbers = plan->queries * heads * cache->head_dim;

@@ -183,13 +183,30 @@ FEW(1, f32, float)
 FEW(1, bf16, uint16_t)
 FEW(2, f32, float)
 FEW(2, bf16, uint16_t)
+FEW(1, fp8, uint8_t)
+FEW(2, fp8, uint8_t)
 
 /* tiles (TOGETHER, rows, PANEL) of the panels from `panel` on. */
 static void few_tiles(const Product *p, int64_t panel, float *tiles) {
     const Matrix *m = p->weight;
     int64_t at = panel * m->in * PANEL;
-    if (m->bf16) (p->rows == 1 ? few_bf16_1 : few_bf16_2)(p->x, m->in, (const uint16_t *)m->panels + at, tiles);
-    else (p->rows == 1 ? few_f32_1 : few_f32_2)(p->x, m->in, (const float *)m->panels + at, tiles);
+    if (m->itemsize == 4) (p->rows == 1 ? few_f32_1 : few_f32_2)(p->x, m->in, (const float *)m->panels + at, tiles);
+    else if (m->itemsize == 2) (p->rows == 1 ? few_bf16_1 : few_bf16_2)(p->x, m->in, (const uint16_t *)m->panels + at, tiles);
+    else (p->rows == 1 ? few_fp8_1 : few_fp8_2)(p->x, m->in, (const uint8_t *)m->panels + at, tiles);
+}
+
+/* The arithmetic of an ideal product: the largest group of rows by bfloat16 weights, all in the nearest cache. */
+#define IDEAL_STEPS 128
+#define IDEAL_TIMES 64
+static void multiply_in_cache(void *unused, int64_t begin, int64_t end) {
+    (void)unused;
+    float x[IDEAL_STEPS * MOST_ROWS] = {0}, tile[MOST_ROWS * PANEL] = {0};
+    uint16_t weights[IDEAL_STEPS * PANEL] = {0};
+    for (int64_t i = begin * IDEAL_TIMES; i < end * IDEAL_TIMES; i++) {
+        micro(MOST_ROWS, x, IDEAL_STEPS, weights, 2, (const char *)weights, 2 * PANEL, tile);
+        /* For all that the compiler knows, the numbers are others every time, and the sums are used. */
+        __asm__ volatile("" : : "r"(x), "r"(weights), "r"(tile) : "memory");
+    }
 }
 
 /* All rows by one panel: tiles (rows, PANEL). A panel that is read several times is taken in pieces that stay in the
