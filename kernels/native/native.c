@@ -4,7 +4,8 @@
    bf16: whether the model's dtype is bfloat16 rather than float. Inside, numbers are floats, rounded where the torch twins
    round. */
 
-#define _POSIX_C_SOURCE 200809L
+/* For clock_gettime and madvise, which C11 alone hides. */
+#define _DEFAULT_SOURCE
 
 #include "attention.h"
 #include "bytes.h"
@@ -66,6 +67,7 @@ void fastblt_pack(
     int64_t count = (out + PANEL - 1) / PANEL;
     begin(threads);
     Packing packing = {parts, outs, panels, num_parts, out, in, itemsize};
+    take_large_pages(panels, count * PANEL * in * itemsize);
     share(pack_panels, &packing, count, out * in);
     finish();
 }

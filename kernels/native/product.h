@@ -5,6 +5,8 @@
 #ifndef FASTBLT_PRODUCT_H
 #define FASTBLT_PRODUCT_H
 
+#include <sys/mman.h>
+
 #include "pool.h"
 #include "vector.h"
 
@@ -59,6 +61,17 @@ static inline int place(int c, int64_t itemsize) { return itemsize == 4 ? c : 2 
 PACK(pack_4, uint32_t)
 PACK(pack_2, uint16_t)
 PACK(pack_1, uint8_t)
+
+/* Before panels are written: with large pages a core reads them about a tenth faster. Without them they work as well. */
+static void take_large_pages(void *panels, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t begin = ((uintptr_t)panels + page - 1) / page * page, end = ((uintptr_t)panels + bytes) / page * page;
+    if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)panels, (void)bytes;
+#endif
+}
 
 static void pack_panels(void *of, int64_t begin, int64_t end) {
     const Packing *p = of;
