@@ -110,7 +110,7 @@ void fastblt_linear(
 /* Multiplies in the nearest cache, in `parts` parts that the threads share. Returns the number of multiply-adds. */
 int64_t fastblt_multiply(int64_t parts, int threads) {
     int64_t each = (int64_t)IDEAL_TIMES * IDEAL_STEPS * MOST_ROWS * PANEL;
-    begin(threads, 0);
+    begin(threads);
     share(multiply_in_cache, 0, parts, parts * each);
     finish();
     return parts * each;
