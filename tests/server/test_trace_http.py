@@ -133,9 +133,10 @@ def test_the_trace_streams_ids_held_back_for_a_stop_string(server: RunningServer
     assert whole(server, stop=stop, **bytes_alone) == [found]
     # A stop string that does not come holds bytes back, but not their ids.
     almost = stop[0] + "\N{SNOWMAN}"
-    late = streamed(server, stop=almost, **bytes_alone)
+    # A step of this decoder commits hardly more than a byte, so that a chunk may end with any.
+    late = streamed(server, stop=almost, decoder="blt-s", draft_length=1, **bytes_alone)
     assert any(chunk["trace"]["rounds"] and not chunk["text"] for chunk in late)
-    assert joined(late) == free
+    assert ids_of(joined(late)) == ids_of(free) and text_of(joined(late)) == free["text"]
 
 
 def test_an_incomplete_character_is_in_the_trace_and_not_in_the_text(server: RunningServer) -> None:
