@@ -43,13 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     program.add_argument("--against", type=Path, required=True, help="folder of the other checkout")
     program.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="streams at a time")
+    program.add_argument("--decoders", nargs="+", default=["blt"], help="decoder of all streams (%(default)s)")
     program.add_argument("--bytes", type=int, default=64, help="per stream (%(default)s)")
     options = program.parse_args(arguments)
     options.num_threads = options.num_threads or max(1, (os.cpu_count() or 1) - 1)
     with subject(options) as model:
         flags = [f"--max-sequences={max(options.concurrency)}", "--no-prefix-cache", f"--dtype={model.dtype}"]
         flags += [f"--device={model.device}", f"--num-threads={options.num_threads}"]
-        pairs: dict[int, list[Pair]] = {count: [] for count in options.concurrency}
+        pairs: dict[tuple[str, int], list[Pair]] = {
+            (decoder, count): [] for decoder in options.decoders for count in options.concurrency
+        }
         roots = (ROOT, options.against.resolve())
         for number in range(options.starts):
             # A server may be some per cent faster for as long as it lives because it started second: they alternate.
@@ -59,34 +62,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 server(model.path, *flags, root=roots[1 - first]) as two,
             ):
                 this, other = (two, one) if first else (one, two)
-                for count, found in pairs.items():
-                    found += measure(this, other, count, options)
+                for how, found in pairs.items():
+                    found += measure(this, other, *how, options)
     figures: dict[str, Any] = {
         "against": commit_of(options.against),
         "bytes": options.bytes,
         "turns": options.turns * options.starts,
     }
-    figures["rows"] = [row(count, found) for count, found in pairs.items()]
+    figures["rows"] = [row(*how, found) for how, found in pairs.items()]
     finish("checkouts", model, figures, options, arguments)
 
 
-def measure(this: str, other: str, count: int, options: Any) -> list[Pair]:
+def measure(this: str, other: str, decoder: str, count: int, options: Any) -> list[Pair]:
     texts = prompts(count, PROMPT_BYTES)
     for address in (this, other):
-        _streamed(address, texts, WARM_UP_BYTES)
-    return in_turn(
-        partial(_streamed, other, texts, options.bytes), partial(_streamed, this, texts, options.bytes), options.turns
-    )
+        _streamed(address, decoder, texts, WARM_UP_BYTES)
+    each = (partial(_streamed, address, decoder, texts, options.bytes) for address in (other, this))
+    return in_turn(*each, options.turns)
 
 
-def row(count: int, pairs: Sequence[Pair]) -> dict[str, Any]:
+def row(decoder: str, count: int, pairs: Sequence[Pair]) -> dict[str, Any]:
     speed = [new["bytes_per_second"] / old["bytes_per_second"] for old, new in pairs]
     first = [new["first"] / old["first"] for old, new in pairs]
     return {
+        "decoder": decoder,
         "concurrency": count,
         "speed": spread(speed) | {"lower": lower_bound(speed)},
         "first_byte": spread(first),
         "bytes_per_second": statistics.median(new["bytes_per_second"] for _, new in pairs),
+        "before": statistics.median(old["bytes_per_second"] for old, _ in pairs),
     }
 
 
@@ -97,9 +101,10 @@ def lower_bound(ratios: Sequence[float], confidence: float = CONFIDENCE) -> floa
     return medians[int((1 - confidence) * RESAMPLES)]
 
 
-def _streamed(address: str, texts: Sequence[list[int]], count: int) -> dict[str, float]:
+def _streamed(address: str, decoder: str, texts: Sequence[list[int]], count: int) -> dict[str, float]:
     bodies: list[dict[str, Any]] = [
-        {"prompt": text, "max_tokens": count, "temperature": 0, "ignore_eos": True} for text in texts
+        {"prompt": text, "max_tokens": count, "temperature": 0, "ignore_eos": True, "decoder": decoder}
+        for text in texts
     ]
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         found = runner.run(streams(address, bodies))
@@ -113,13 +118,18 @@ def _streamed(address: str, texts: Sequence[list[int]], count: int) -> dict[str,
 
 
 def render(content: Content) -> str:
-    header = ["streams at a time", f"bytes/s over those of {content['against']}", "lower bound of the median"]
-    header += ["time to the first byte", "bytes/s"]
+    header = [
+        "decoder",
+        "streams at a time",
+        f"bytes/s over those of {content['against']}",
+        "lower bound of the median",
+    ]
+    header += ["time to the first byte", "bytes/s before", "bytes/s"]
     return report.table(
         header,
         [
-            [str(row["concurrency"]), shown(row["speed"]), f"{row['speed']['lower']:.3f}"]
-            + [shown(row["first_byte"]), f"{row['bytes_per_second']:,.0f}"]
+            [row["decoder"], str(row["concurrency"]), shown(row["speed"]), f"{row['speed']['lower']:.3f}"]
+            + [shown(row["first_byte"]), f"{row['before']:,.0f}", f"{row['bytes_per_second']:,.0f}"]
             for row in content["rows"]
         ],
     )
@@ -128,7 +138,7 @@ def render(content: Content) -> str:
 def judge(content: Content) -> list[Verdict]:
     return [
         Verdict(
-            f"speed against {content['against']}, {row['concurrency']} streams",
+            f"speed of {row['decoder']} against {content['against']}, {row['concurrency']} streams",
             f"95 % lower bound of the median at least {LEAST}",
             f"{row['speed']['lower']:.3f} ({content['turns']} turns)",
             row["speed"]["lower"] >= LEAST,
@@ -139,13 +149,13 @@ def judge(content: Content) -> list[Verdict]:
 
 def draw(content: Content, path: Path) -> None:
     rows = content["rows"]
-    with plot.axes(path, "streams at a time", f"bytes/s over those of {content['against']}") as on:
+    with plot.axes(path, "decoder and streams at a time", f"bytes/s over those of {content['against']}") as on:
         places = range(len(rows))
         found = [row["speed"] for row in rows]
         around = [[f["median"] - f["least"] for f in found], [f["most"] - f["median"] for f in found]]
         on.bar(places, [f["median"] for f in found], 0.4, yerr=around, capsize=4, color=plot.COLOURS[0])
         on.axhline(LEAST, color=plot.INK, linestyle="--", label="aim")
-        on.set_xticks(places, [str(row["concurrency"]) for row in rows])
+        on.set_xticks(places, [f"{row['decoder']}, {row['concurrency']}" for row in rows])
 
 
 if __name__ == "__main__":

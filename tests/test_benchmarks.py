@@ -42,7 +42,7 @@ HEADERS = {
     "decoders": "| speed-up over BLT | code | prose | random |",
     "batching": "| at a time | times the bytes per second of one | of linear |",
     "serving": "| streams at a time | HTTP of the engine's bytes per second |",
-    "checkouts": "| streams at a time | bytes/s over those of",
+    "checkouts": "| decoder | streams at a time | bytes/s over those of",
     "growth": "| context, bytes | ours, ms per byte |",
     "startup": "| to the first byte, s |",
     "prefix": "| 3 | 200 bytes |",
