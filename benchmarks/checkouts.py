@@ -77,8 +77,8 @@ def measure(this: str, other: str, decoder: str, count: int, options: Any) -> li
     texts = prompts(count, PROMPT_BYTES)
     for address in (this, other):
         _streamed(address, decoder, texts, WARM_UP_BYTES)
-    each = (partial(_streamed, address, decoder, texts, options.bytes) for address in (other, this))
-    return in_turn(*each, options.turns)
+    before, now = (partial(_streamed, address, decoder, texts, options.bytes) for address in (other, this))
+    return in_turn(before, now, options.turns)
 
 
 def row(decoder: str, count: int, pairs: Sequence[Pair]) -> dict[str, Any]:
