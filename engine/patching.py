@@ -37,11 +37,6 @@ class Patching:
         self.starts = [0]
         self.decided = 0
 
-    @property
-    def last_entropy(self) -> float:
-        """Entropy (nats) after the last byte that was fed; 0 at the beginning."""
-        return self.entropies[-1] if self.entropies else 0.0
-
     def take(self, entropies: Sequence[float], opens: Sequence[bool]) -> None:
         """Takes the entropy after each of the next bytes, and whether the byte after it starts a patch."""
         self.starts += [byte for byte, start in enumerate(opens, self.decided + 1) if start]

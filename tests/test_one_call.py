@@ -1,5 +1,6 @@
 """A step as one call into C gives what the stages give one by one: texts, usage, scores, in any company."""
 
+import ctypes
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from engine.engine import Engine
 from engine.step import one_call
 from engine.types import Request, SamplingParams, UnmaskRule
 from kernels import native
-from kernels.native.step import Ask
+from kernels.native.step import Ask, sizes
 from tests.engines import bill, crowded_engine, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text
 
@@ -105,6 +106,13 @@ def test_blt_runs_several_bytes_in_a_step(model: Path) -> None:
     engine.stepper.ahead.policy = "always"
     ids = run(engine, [request("a", text(30, 2), 64)])["a"].ids
     assert engine.snapshot().steps <= 64 // one_call.MOST_BYTES + ids.count(EOS_ID)
+
+
+def test_structs_are_as_large_as_in_c() -> None:
+    assert native.LIBRARY
+    found = (ctypes.c_int64 * 3)()
+    native.LIBRARY.fastblt_step_sizes(found)
+    assert tuple(found) == sizes()
 
 
 def test_asks_are_numbered_as_in_c() -> None:

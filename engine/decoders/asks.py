@@ -17,7 +17,7 @@ class Next(msgspec.Struct, frozen=True):
     """The byte after the text: all rows not yet computed run through all stages.
 
     at_most: bytes that may come back, more than one only where the host runs ahead. Each further byte takes one more
-    row, as long as no patch closes.
+    row, and may close a patch.
     """
 
     at_most: int = 1

@@ -102,7 +102,7 @@ class OneCall:
         count = MOST_BYTES
         if policy == "measured":
             count = 1 if any(rows.ask is None for rows in batch) else self._affordable(len(batch))
-        passes = [min(_most(rows), count) if isinstance(rows.ask, Next) else _most(rows) for rows in batch]
+        passes = [_most(rows, count) if is_plain(rows) else 1 for rows in batch]
         ends = [rows.end + most - 1 for rows, most in zip(batch, passes, strict=True)]
         reaches = [
             Reach(rows.sequence, end, end)
@@ -165,7 +165,7 @@ class OneCall:
             closes=rows.closes_patch,
             exact=rows.num_exact,
             drafts=len(drafts),
-            passes=passes if plain else 1,
+            passes=passes,
             draws=ask is not None and plain,
             params=params,
             cell_params=own_params,
@@ -207,11 +207,11 @@ class OneCall:
         return None
 
 
-def _most(rows: Rows) -> int:
-    """Most passes that an ask can need."""
+def _most(rows: Rows, num_bytes: int) -> int:
+    """Most passes that an ask can need, if blt may run up to `num_bytes`."""
     match rows.ask:
         case Next(at_most):
-            return at_most
+            return min(at_most, num_bytes)
         case Draft(at_most=at_most):
             return at_most
         case Unmask():

@@ -57,6 +57,7 @@ def plan_attention(writes: Spans, queries: Spans, tiling: Tiling, padding: Paddi
 
 def page_table(name: str, tables: Seq[BlockTable], count: int, padding: Padding) -> Arrays:
     """The inputs `name`_pages and `name`_first of a `PageTable`: of these tables, padded to `count` of them."""
+    assert len(tables) <= count
     pages = np.zeros((count, padding.segments(max(1, *(len(table.pages) for table in tables)))), dtype=np.int64)
     for row, table in zip(pages, tables, strict=False):
         row[: len(table.pages)] = table.pages

@@ -61,6 +61,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "fastblt_certainty": "ppp qq",
         "fastblt_unmask": "pppppp qq",
         "fastblt_step": "pp q pp i",
+        "fastblt_step_sizes": "p",
         "fastblt_plan": "pqp pqp p qqqq ppq",
     }.items():
         kinds = {"p": _POINTER, "q": _INT, "i": ctypes.c_int, "f": ctypes.c_float}

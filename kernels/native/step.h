@@ -503,6 +503,9 @@ static int choose(const Model *m, Share *s, float *logits) {
     return 1;
 }
 
+/* Sizes of the structs, which kernels/native/step.py lays out by itself. */
+void fastblt_step_sizes(int64_t *sizes) { sizes[0] = sizeof(Model), sizes[1] = sizeof(Share), sizes[2] = sizeof(Totals); }
+
 /* Runs the shares of `n` sequences. wanted: null, or room for the logits of the first pass. */
 void fastblt_step(const Model *m, Share *all, int64_t n, float *wanted, Totals *totals, int threads) {
     begin(threads);

@@ -227,6 +227,11 @@ def _answer(shares: "ctypes.Array[ctypes.c_char]", at: int) -> Answer:
     return Answer(numbers[0], numbers[1], numbers[2], bool(numbers[3]), numbers[4], numbers[5], served)
 
 
+def sizes() -> tuple[int, int, int]:
+    """Bytes of a model, a share and the totals, as they are laid out here; C must agree."""
+    return ctypes.sizeof(_Model), _SHARE, _TOTALS.size
+
+
 def addresses_of(text: Text, place: int) -> tuple[int, int, int, int]:
     """The first four of a `Request`, of the text that begins at a place."""
     return (
