@@ -54,12 +54,15 @@ def kill(client: EngineClient, sign: signal.Signals = signal.SIGKILL) -> None:
     os.kill(client.pid, sign)
 
 
-def killer(client: EngineClient, *lengths: int, sign: signal.Signals = signal.SIGKILL) -> Callable[[Transcript], None]:
-    """Kills one engine process after another: each when the stream has reached the next of `lengths`."""
+def killer(
+    client: EngineClient, *lengths: int, spared: int = 0, sign: signal.Signals = signal.SIGKILL
+) -> Callable[[Transcript], None]:
+    """Kills one engine process after another: each when the stream has reached the next of `lengths`. spared: the
+    processes that come before the first of them."""
     left = list(lengths)
 
     def on_delta(heard: Transcript) -> None:
-        if left and len(heard.ids) >= left[0] and client.restarts == len(lengths) - len(left):
+        if left and len(heard.ids) >= left[0] and client.restarts == spared + len(lengths) - len(left):
             left.pop(0)
             kill(client, sign)
 

@@ -14,7 +14,7 @@ from tests.streams import killer, read
 
 pytestmark = pytest.mark.asyncio
 
-OUTPUT = 48
+OUTPUT = 96
 
 
 def ids(text: str) -> list[int]:
@@ -45,7 +45,7 @@ def requests(stop: bytes) -> list[Request]:
             stop=[stop],
             ignore_eos=True,
         ),
-        Request(id="long", prompt_ids=ids("a long prompt " * 40), max_tokens=5, sampling=greedy, ignore_eos=True),
+        Request(id="long", prompt_ids=ids("a long prompt " * 40), max_tokens=OUTPUT, sampling=greedy, ignore_eos=True),
     ]
 
 
@@ -64,8 +64,12 @@ async def test_streams_of_a_killed_engine_equal_an_undisturbed_run(tmp_path: Pat
         undisturbed = await asyncio.gather(*(read(client, request) for request in requests(stop)))
         assert client.restarts == 0
 
+        # The first dies early. The second dies once the last to be resumed, the longest, has gone on as well.
+        first, *others, last = requests(stop)
         killed = await asyncio.gather(
-            read(client, requests(stop)[0], killer(client, 7, 30)), *(read(client, r) for r in requests(stop)[1:])
+            read(client, first, killer(client, 7)),
+            *(read(client, request) for request in others),
+            read(client, last, killer(client, 0, spared=1)),
         )
         assert client.restarts == 2
         for before, after in zip(undisturbed, killed, strict=True):
