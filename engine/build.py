@@ -77,7 +77,11 @@ def build(config: EngineConfig) -> Parts:
     isolate = loaded.config.isolate_documents if given is None else given
     stages = _stages(config, model, floors, memory, ledger, device, isolate=isolate)
     # With graphs a CPU runs single stages over padded buffers, as a CUDA device would.
-    one_call = None if config.graphs else OneCall.of(model, memory, ledger, stages.launcher, isolates=isolate)
+    one_call = (
+        None
+        if config.graphs
+        else OneCall.of(model, memory, ledger, stages.launcher, isolates=isolate, max_rows=config.max_step_rows)
+    )
     return Parts(
         model=model,
         limits=_limits(loaded.config, caches, model.parameters),

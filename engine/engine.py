@@ -146,7 +146,7 @@ class Engine:
     def _advance(self, rows: Rows, result: Result | None) -> None:
         """Applies a step to a sequence: rows are computed, ids may be committed, and the request may end."""
         sequence = rows.sequence
-        verifies = isinstance(rows.ask, Verify)
+        verifies = isinstance(rows.ask, Verify) or (result is not None and result.verified is not None)
         if not verifies:
             sequence.advance(rows.end)
         if scored := sequence.output.score_prompt(rows.prompt_scores):

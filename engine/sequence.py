@@ -131,10 +131,13 @@ class Sequence:
         return self._ask
 
     def resume(self, result: Result) -> Committed | None:
-        """Gives the round what it asked for; returns its outcome if the round ends."""
+        """Gives the round what it asked for, and what it asks for next if that has run too; returns its outcome if the
+        round ends."""
         assert self._round is not None
         try:
             self._ask = self._round.send(result)
+            if result.verified:
+                self._ask = self._round.send(result.verified)
         except StopIteration as end:
             self._drop_round()
             outcome: Committed = end.value

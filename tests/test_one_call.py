@@ -15,7 +15,7 @@ from engine.step import one_call
 from engine.types import Request, SamplingParams, UnmaskRule
 from kernels import native
 from kernels.native.step import Ask, sizes
-from tests.engines import bill, crowded_engine, make_engine, request, run, save_ours
+from tests.engines import bill, crowded_engine, make_engine, request, run, save_ours, usage
 from tests.models import our_config, our_model, text
 
 pytestmark = pytest.mark.skipif(not native.LIBRARY, reason="kernels/native is not compiled")
@@ -106,6 +106,24 @@ def test_blt_runs_several_bytes_in_a_step(model: Path) -> None:
     engine.stepper.ahead.policy = "always"
     ids = run(engine, [request("a", text(30, 2), 64)])["a"].ids
     assert engine.snapshot().steps <= 64 // one_call.MOST_BYTES + ids.count(EOS_ID)
+
+
+@pytest.mark.parametrize("decoder", ["blt-s", "blt-dv"])
+def test_drafts_are_verified_in_the_step_that_makes_them(model: Path, decoder: str) -> None:
+    engine = make_engine(model)
+    if decoder not in engine.limits.decoders:
+        pytest.skip("the model has no [MASK]")
+    out = run(engine, [request("a", text(30, 2), 64, decoder=decoder, ignore_eos=True)])["a"]
+    rounds = usage(out).rounds
+    assert engine.snapshot().steps <= rounds + 1 + out.ids.count(EOS_ID)
+
+
+def test_more_rows_than_a_step_may_have_are_verified_in_another(model: Path) -> None:
+    asked = [request(str(n), text(20, n), 40, decoder="blt-s", draft_length=9) for n in range(4)]
+    engine, small = make_engine(model), make_engine(model, max_step_rows=30)
+    found, wanted = run(engine, asked), run(small, asked)
+    assert {name: out.ids for name, out in found.items()} == {name: out.ids for name, out in wanted.items()}
+    assert small.snapshot().steps > engine.snapshot().steps
 
 
 def test_structs_are_as_large_as_in_c() -> None:

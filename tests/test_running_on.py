@@ -172,7 +172,9 @@ def bill(a: Asked, output: Output) -> tuple[Any, ...] | None:
     if a.request.decoder == "blt-s" and (EOS_ID in output.ids or EOS_ID in a.request.sampling.logit_bias):
         return None  # A draft in one launch goes on after an EOS, whether or not that is accepted.
     u = end.usage
-    return u.completion_tokens, u.rounds, u.drafted, u.accepted, u.decoder_calls, u.global_calls, u.rows
+    # A step that is full runs the bytes of a block before the next block, in a call of their own.
+    calls = () if a.request.decoder == "blt-d" else (u.decoder_calls, u.global_calls)
+    return u.completion_tokens, u.rounds, u.drafted, u.accepted, *calls, u.rows
 
 
 MODELS = {

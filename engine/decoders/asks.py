@@ -27,11 +27,13 @@ class Draft(msgspec.Struct, frozen=True):
     """A guess at the byte after the text and the `known` drafts: a row of the decoder alone (of the encoder too, where
     the decoder reads its states), against the newest latent.
 
-    at_most: bytes that may come back, each from a row that is fed the one before.
+    at_most: bytes that may come back, each from a row that is fed the one before. then_verify: the round ends with the
+    verification of all drafts, which may come back too once there are no more to make.
     """
 
     known: Sequence[int] = ()
     at_most: int = 1
+    then_verify: bool = False
 
 
 class Unmask(msgspec.Struct, frozen=True):
@@ -40,13 +42,14 @@ class Unmask(msgspec.Struct, frozen=True):
 
     lead: the last byte of the text runs along as a causal row, and gives the block's first byte. close_patch: rows not
     yet computed run first through all stages, and the block reads the latent of the open patch as if it ended there;
-    without, the newest latent there is.
+    without, the newest latent there is. then_verify: as in `Draft`, once no [MASK] is left.
     """
 
     block: Sequence[int]
     rule: UnmaskRule
     lead: bool = False
     close_patch: bool = False
+    then_verify: bool = False
 
 
 class Verify(msgspec.Struct, frozen=True):
@@ -71,7 +74,8 @@ class Result(msgspec.Struct, frozen=True):
     ids: of Next and Draft the bytes that follow; of Unmask the block as it is now; of Verify the byte after the
     accepted drafts. accepted: of Verify. settled: of Unmask, for each cell the one of the `passes` in which it became a
     byte, -1 if in none. scores: only if the request asked for log-probabilities; of Verify those of all rows, of Unmask
-    those of the bytes that the cells would have become.
+    those of the bytes that the cells would have become. verified: of Draft and Unmask, what the round's Verify gave, if
+    it has run too.
     """
 
     ids: list[int] = []
@@ -79,6 +83,7 @@ class Result(msgspec.Struct, frozen=True):
     settled: list[int] = []
     passes: int = 1
     scores: list[TokenLogprob] = []
+    verified: "Result | None" = None
 
 
 class Committed(msgspec.Struct, frozen=True):

@@ -23,5 +23,5 @@ class VerifiedDiffusion(Decoder):
         size = min(self._block_size, room - 1, sequence.tokens_left - 1)
         if not can_draft(sequence) or size < 1:
             return (yield from one_byte())
-        block = yield from denoise(sequence, size, self._rule, lead=True)
+        block = yield from denoise(sequence, size, self._rule, lead=True, then_verify=True)
         return (yield from verify(block.ids, exact=1, passes=block.passes))

@@ -24,5 +24,5 @@ class SelfSpeculation(Decoder):
             return (yield from one_byte())
         drafts: list[int] = []
         while len(drafts) < k and EOS_ID not in drafts:
-            drafts += (yield Draft(tuple(drafts), at_most=k - len(drafts))).ids
+            drafts += (yield Draft(tuple(drafts), at_most=k - len(drafts), then_verify=True)).ids
         return (yield from verify(drafts, exact=len(drafts)))

@@ -29,15 +29,21 @@ def can_draft(sequence: SequenceView) -> bool:
 
 
 def denoise(
-    sequence: SequenceView, size: int, rule: UnmaskRule, *, lead: bool = False, close_patch: bool = False
+    sequence: SequenceView,
+    size: int,
+    rule: UnmaskRule,
+    *,
+    lead: bool = False,
+    close_patch: bool = False,
+    then_verify: bool = False,
 ) -> Generator[Ask, Result, Denoised]:
-    """Unmasks a block of [MASK]s, pass after pass (Fast BLT 3.1, algorithm 1). lead, close_patch: see `Unmask`; a lead
-    runs in the first pass alone."""
+    """Unmasks a block of [MASK]s, pass after pass (Fast BLT 3.1, algorithm 1). lead, close_patch,
+    then_verify: see `Unmask`; a lead runs in the first pass alone."""
     mask = sequence.mask_id
     block, passes, number = [mask] * size, [0] * size, 0
     scores: list[TokenLogprob | None] = [None] * size
     while mask in block:
-        result = yield Unmask(tuple(block), rule, lead and not number, close_patch)
+        result = yield Unmask(tuple(block), rule, lead and not number, close_patch, then_verify)
         block = result.ids
         for cell, settled in enumerate(result.settled):
             if settled >= 0:

@@ -29,13 +29,15 @@ LOOKED_UP_EVERY = 32
 
 
 class OneCall:
-    """Runs steps, each with as many passes as its sequences need: further bytes of blt, a whole draft, a block until it
-    is done. The host only draws for requests with penalties or scores."""
+    """Runs steps, each with as many passes as its sequences need: further bytes of blt, a whole draft or a block until
+    it is done, and their verification. The host only draws for requests with penalties or scores.
 
-    def __init__(
-        self, model: Model, step: Step, memory: Memory, ledger: Ledger, launcher: Launcher, isolates: bool
-    ) -> None:
+    max_rows: most rows of a step that verifies what it has drafted.
+    """
+
+    def __init__(self, model: Model, step: Step, memory: Memory, ledger: Ledger, isolates: bool, max_rows: int) -> None:
         self._model, self._step, self._memory, self._ledger = model, step, memory, ledger
+        self._max_rows = max_rows
         self._text, self._isolates = memory.slots.text, isolates
         self._isolates_global = isolates and model.config.isolate_global
         self._ids, self._entropies = self._text.ids.numpy(), self._text.entropies.numpy()
@@ -45,7 +47,7 @@ class OneCall:
 
     @classmethod
     def of(
-        cls, model: Model, memory: Memory, ledger: Ledger, launcher: Launcher, *, isolates: bool
+        cls, model: Model, memory: Memory, ledger: Ledger, launcher: Launcher, *, isolates: bool, max_rows: int
     ) -> "OneCall | None":
         """None where the kernels have no such call."""
         weights, caches = model.step_weights, memory.caches
@@ -59,17 +61,18 @@ class OneCall:
         first, second, third = BLOCK_SPECIALS
         limits = Limits(isolates, isolates and model.config.isolate_global, EOS_ID, (first, second, third))
         step = Step(weights, where, boundary_rule(model.config.patching), limits)
-        return cls(model, step, memory, ledger, launcher, isolates)
+        return cls(model, step, memory, ledger, isolates, max_rows)
 
     def run(self, batch: Sequence[Rows], policy: Policy) -> list[Result | None]:
         """The result of each sequence's ask, None for rows without one. Raises FloatingPointError if the model gives no
         distribution."""
-        passes = self._num_passes(batch, policy)
+        passes, verifies = self._num_passes(batch, policy), self._verifies(batch, policy)
         # Keeps what lies at the requests' addresses.
         kept: list[array[float] | array[int]] = []
         settled = [array("q", [-1] * rows.num_block) for rows in batch]
         requests = [
-            self._request(rows, most, cells, kept) for rows, most, cells in zip(batch, passes, settled, strict=True)
+            self._request(rows, most, verifies and _drafts(rows) > 0, cells, kept)
+            for rows, most, cells in zip(batch, passes, settled, strict=True)
         ]
         by_host = [rows for rows in batch if not is_plain(rows)]
         wanted = None
@@ -113,6 +116,16 @@ class OneCall:
             return [1 if isinstance(rows.ask, Next) else most for rows, most in zip(batch, passes, strict=True)]
         return passes
 
+    def _verifies(self, batch: Sequence[Rows], policy: Policy) -> bool:
+        """Whether drafts are verified in the step that makes them. Not while a prompt is read: its next rows and theirs
+        then share a pass."""
+        if policy == "never" or (policy == "measured" and any(rows.ask is None for rows in batch)):
+            return False
+        drafts = [(rows, _drafts(rows)) for rows in batch]
+        reaches = [Reach(rows.sequence, end := rows.end + 1 + count, end) for rows, count in drafts if count]
+        num_rows = sum(1 + count if count else rows.num_rows for rows, count in drafts)
+        return bool(reaches) and num_rows <= self._max_rows and self._memory.reserve_all(reaches)
+
     def _affordable(self, size: int) -> int:
         """How many bytes of so many sequences fit into a launch; looked up now and then, since it changes slowly."""
         self._age += 1
@@ -122,7 +135,7 @@ class OneCall:
         return max(self._counts[size], 1)
 
     def _request(
-        self, rows: Rows, passes: int, settled: "array[int]", kept: list["array[float] | array[int]"]
+        self, rows: Rows, passes: int, verifies: bool, settled: "array[int]", kept: list["array[float] | array[int]"]
     ) -> Request:
         sequence, ask, plain = rows.sequence, rows.ask, is_plain(rows)
         request, start = sequence.request, rows.start
@@ -136,6 +149,7 @@ class OneCall:
             table = sequence.tables[name]
             tables += (table.pages.buffer_info()[0], table.first)
         patch = sequence.patch_of(start)
+        sequence.note_patch_documents(patch)
         params, own_params, changes, rule = 0, 0, 0, (0, 0.0)
         if ask and plain:
             params = own_params = address(_doubles(request.sampling, self._vocab_size))
@@ -167,6 +181,7 @@ class OneCall:
             drafts=len(drafts),
             passes=passes,
             draws=ask is not None and plain,
+            verifies=verifies,
             params=params,
             cell_params=own_params,
             changes=changes,
@@ -183,27 +198,27 @@ class OneCall:
         sequence, ask, at = rows.sequence, rows.ask, self._memory.slots.place(rows.sequence, 0)
         if answer.bad:
             raise FloatingPointError("the logits of a row are no distribution: NaN, +inf or all -inf")
-        end = rows.end + (answer.passes - 1 if isinstance(ask, Next) and answer.passes else 0)
-        decided = sequence.patching.decided
+        end, decided = answer.end, sequence.patching.decided
         if decided < end:
             patch = self._patch[at + decided : at + end + 1]
             sequence.decide(self._entropies[at + decided : at + end].tolist(), (patch[1:] != patch[:-1]).tolist())
-        sequence.note_patch_documents(sequence.patch_of(end))
         if not answer.passes:
             return None
+        verified = None
+        if end > rows.end and not isinstance(ask, Next):
+            verified = Result([answer.given], answer.accepted)
         match ask:
             case Next():
                 return Result(self._ids[at + rows.end : at + rows.end + answer.passes].tolist())
             case Draft():
                 first = at + rows.cells_start + 1
-                return Result(self._ids[first : first + answer.passes].tolist())
+                return Result(self._ids[first : first + answer.passes].tolist(), verified=verified)
             case Unmask():
                 after = at + rows.cells_start + rows.num_cells
                 ids = self._ids[after - rows.num_block : after].tolist()
-                return Result(ids, settled=settled.tolist(), passes=answer.passes)
+                return Result(ids, settled=settled.tolist(), passes=answer.passes, verified=verified)
             case Verify():
-                place = at + rows.end - len(ask.drafts) + answer.accepted
-                return Result([int(self._ids[place])], answer.accepted)
+                return Result([answer.given], answer.accepted)
         return None
 
 
@@ -218,6 +233,13 @@ def _most(rows: Rows, num_bytes: int) -> int:
             return rows.num_block
         case _:
             return 1
+
+
+def _drafts(rows: Rows) -> int:
+    """Most drafts after the rows of the text, if their verification comes next."""
+    if isinstance(rows.ask, Draft | Unmask) and rows.ask.then_verify and is_plain(rows):
+        return len(rows.given) + (rows.ask.at_most if isinstance(rows.ask, Draft) else 0)
+    return 0
 
 
 def _doubles(params: SamplingParams, vocab_size: int) -> "array[float]":

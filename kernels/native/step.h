@@ -46,13 +46,13 @@ typedef struct {
     int32_t *patch, *patch_start;
     Table tables[NUM_CACHES];
     int64_t ask, start, end, decided, floor, patch_floor, decode_from, logits_from, drawn_from, counted_from;
-    int64_t cells_start, cells_floor, num_cells, num_block, closes, exact, drafts, passes, draws;
+    int64_t cells_start, cells_floor, num_cells, num_block, closes, exact, drafts, passes, draws, verifies;
     const double *params, *cell_params, *changes;
     uint64_t seed, sample_index;
     int64_t num_prompt, rule;
     double bound;
     int64_t *settled;
-    int64_t num_passes, accepted, skipped, bad, logits_at, num_logits;
+    int64_t num_passes, accepted, given, ended, bad, logits_at, num_logits;
     Served served[NUM_STAGES];
 } Share;
 
@@ -456,39 +456,59 @@ static int settle(const Model *m, Share *s, float *logits) {
     return left;
 }
 
-/* How many drafts are what is drawn in their places; what is drawn after these takes its place. */
+/* How many drafts are what is drawn in their places, and what is drawn after these. */
 static void verify(const Model *m, Share *s, const float *row) {
     int64_t n = m->decoder->head.out, first = s->end - s->drafts;
-    s->skipped = s->accepted = s->drawn_from + 1 - first;
+    s->accepted = s->drawn_from + 1 - first;
     for (;; s->accepted++, row += n) {
         int64_t place = first + s->accepted, id = drawn(s, row, n, s->params, place);
         s->bad |= !is_distribution(row, n);
         if (s->accepted < s->drafts && id == s->ids[place]) continue;
-        s->ids[place] = id;
+        s->given = id;
         return;
     }
+}
+
+/* Makes a sequence ready for a pass over `drafts`, which follow its last row of the text; those after an EOS are left
+   out. exact: see `Verify` of engine/decoders/asks.py. */
+static void verify_next(const Model *m, Share *s, int64_t drafts, int64_t exact) {
+    s->start = s->end++;
+    for (s->drafts = 0; s->drafts < drafts;)
+        if (s->ids[s->end + s->drafts++] == m->eos) break;
+    s->end += s->drafts;
+    s->exact = exact < s->drafts ? exact : s->drafts;
+    s->decode_from = s->logits_from = s->drawn_from = s->start;
+    s->cells_start = s->num_cells = s->num_block = 0;
+    s->ask = VERIFY;
 }
 
 /* Chooses a sequence's bytes. Returns whether it takes part in another pass, for which it is made ready. */
 static int choose(const Model *m, Share *s, float *logits) {
     int64_t n = m->decoder->head.out, lead = s->num_cells - s->num_block, id = -1, left = 1;
     float *row = logits + (s->logits_at + s->num_logits - (s->end - s->drawn_from) - s->num_cells) * n;
-    if (s->ask == VERIFY) verify(m, s, row);
-    else {
-        int64_t place = s->ask == NEXT ? s->end : s->cells_start + 1;
-        if (s->ask == UNMASK) left = settle(m, s, row + lead * n);
-        if (s->ask != UNMASK || lead) {
-            id = drawn(s, row, n, s->params, place);
-            s->bad |= !is_distribution(row, n);
-            s->ids[place] = id;
-        }
-        if (s->ask == UNMASK && lead) {
-            s->settled[0] = 0;
-            left = 0;
-            for (int64_t c = 0; c < s->num_block; c++) left |= s->ids[place + c] == m->mask;
-        }
+    if (s->ask == VERIFY) {
+        verify(m, s, row);
+        s->num_passes += !s->verifies;
+        return 0;
     }
-    if (++s->num_passes >= s->passes || s->ask == VERIFY || !left || id == m->eos) return 0;
+    int64_t place = s->ask == NEXT ? s->end : s->cells_start + 1;
+    if (s->ask == UNMASK) left = settle(m, s, row + lead * n);
+    if (s->ask != UNMASK || lead) {
+        id = drawn(s, row, n, s->params, place);
+        s->bad |= !is_distribution(row, n);
+        s->ids[place] = id;
+    }
+    if (s->ask == UNMASK && lead) {
+        s->settled[0] = 0;
+        left = 0;
+        for (int64_t c = 0; c < s->num_block; c++) left |= s->ids[place + c] == m->mask;
+    }
+    if (++s->num_passes >= s->passes || !left || id == m->eos) {
+        if (!s->verifies || (s->ask == UNMASK && left)) return 0;
+        if (s->ask == DRAFT) verify_next(m, s, place - s->end, place - s->end);
+        else verify_next(m, s, s->num_block, 1);
+        return 1;
+    }
     if (s->ask == NEXT) {
         s->floor = floor_at(m, s, s->end);
         s->start = s->end++;
@@ -506,9 +526,10 @@ static int choose(const Model *m, Share *s, float *logits) {
 /* Sizes of the structs, which kernels/native/step.py lays out by itself. */
 void fastblt_step_sizes(int64_t *sizes) { sizes[0] = sizeof(Model), sizes[1] = sizeof(Share), sizes[2] = sizeof(Totals); }
 
-/* Runs the shares of `n` sequences. wanted: null, or room for the logits of the first pass. */
-void fastblt_step(const Model *m, Share *all, int64_t n, float *wanted, Totals *totals, int threads) {
+/* Runs the shares of `count` sequences. wanted: null, or room for the logits of the first pass. */
+void fastblt_step(const Model *m, Share *all, int64_t count, float *wanted, Totals *totals, int threads) {
     begin(threads);
+    int64_t n = count;
     Share **live = ROOM(Share *, n);
     for (int64_t i = 0; i < n; i++) live[i] = all + i;
     for (int pass = 0; n; pass++) {
@@ -525,6 +546,7 @@ void fastblt_step(const Model *m, Share *all, int64_t n, float *wanted, Totals *
             if (live[i]->draws && choose(m, live[i], logits)) live[left++] = live[i];
         n = left;
     }
+    for (int64_t i = 0; i < count; i++) all[i].ended = all[i].end;
     finish();
 }
 

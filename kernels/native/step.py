@@ -81,7 +81,8 @@ class Request(NamedTuple):
     ids .. patch_start: addresses of its text; tables: for each of `CACHES` the address of its pages and the page number
     of the first. decided: rows before it have frozen boundaries. floor, patch_floor: where the documents of `start` and
     of its patch begin; cells_floor: that of the first cell. exact: how many rows drafted exactly; drafts: the last rows
-    that are drafts. passes: most passes to take part in. draws: whether C chooses bytes. params, cell_params: addresses
+    that are drafts. passes: most passes to take part in. draws: whether C chooses bytes. verifies: whether a pass over
+    all drafts comes after those. params, cell_params: addresses
     of four doubles; changes: of a row to add to all logits, 0 for none. seed, sample_index, num_prompt: of the random
     number of a place. rule, bound: of unmasking. settled: address of the pass in which each cell was settled.
     """
@@ -110,6 +111,7 @@ class Request(NamedTuple):
     drafts: int
     passes: int
     draws: int
+    verifies: int
     params: int
     cell_params: int
     changes: int
@@ -133,12 +135,14 @@ class Served(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """passes: that it took part in. accepted: drafts, with `skipped` that were exact. bad: whether logits were no
+    """passes: that it took part in, without one that verified the drafts of those before. accepted: drafts; given: the
+    byte after these. end: the position after the last row of the text that ran. bad: whether logits were no
     distribution. logits_at, num_logits: its rows of the wanted logits. served: by `STAGES`."""
 
     passes: int
     accepted: int
-    skipped: int
+    given: int
+    end: int
     bad: bool
     logits_at: int
     num_logits: int
@@ -153,8 +157,8 @@ class Totals(NamedTuple):
     seconds: tuple[float, ...]
 
 
-_REQUEST = struct.Struct(f"4q {2 * len(CACHES)}q 22q 2Q 2q d q")
-_ANSWER = struct.Struct("6q" + 4 * "4q2d")
+_REQUEST = struct.Struct(f"4q {2 * len(CACHES)}q 23q 2Q 2q d q")
+_ANSWER = struct.Struct("7q" + 4 * "4q2d")
 _SHARE = _REQUEST.size + _ANSWER.size
 _TOTALS = struct.Struct("4q4q4d")
 
@@ -223,8 +227,9 @@ class Step:
 
 def _answer(shares: "ctypes.Array[ctypes.c_char]", at: int) -> Answer:
     numbers = _ANSWER.unpack_from(shares, at)
-    served = tuple(Served(*numbers[6 * stage + 6 : 6 * stage + 12]) for stage in range(len(STAGES)))
-    return Answer(numbers[0], numbers[1], numbers[2], bool(numbers[3]), numbers[4], numbers[5], served)
+    served = tuple(Served(*numbers[6 * stage + 7 : 6 * stage + 13]) for stage in range(len(STAGES)))
+    passes, accepted, given, end, bad, logits_at, num_logits = numbers[:7]
+    return Answer(passes, accepted, given, end, bool(bad), logits_at, num_logits, served)
 
 
 def sizes() -> tuple[int, int, int]:
