@@ -81,6 +81,13 @@ class Completion:
         return self.choices[0].finish_reason if self.choices else None
 
 
+def retry_delay(attempt: int, retry_after: str) -> float:
+    """Seconds until the next try. attempt: how many retries there were. retry_after: the response's header, or ""."""
+    seconds = float(retry_after) if retry_after.isdecimal() else 0.5 * 2 ** min(attempt, 10)
+    # Random, so that clients that were refused together do not retry together.
+    return min(seconds, LONGEST_WAIT) * random.uniform(1.0, 1.25)
+
+
 class _Base:
     def __init__(self, url: str, api_key: str | None, timeout: float | None, retries: int) -> None:
         self._retries = retries
@@ -95,10 +102,7 @@ class _Base:
         """Seconds until the next try; None to give up."""
         if attempt >= self._retries or (response is not None and response.status_code not in RETRIED):
             return None
-        asked = response.headers.get("retry-after", "") if response is not None else ""
-        seconds = float(asked) if asked.isdecimal() else 0.5 * 2**attempt
-        # Random, so that clients that were refused together do not retry together.
-        return min(seconds, LONGEST_WAIT) * random.uniform(1.0, 1.25)
+        return retry_delay(attempt, response.headers.get("retry-after", "") if response is not None else "")
 
 
 class Client(_Base):

@@ -80,6 +80,9 @@ Context = Annotated[
     typer.Option(parser=_bytes, metavar="BYTES", help="Bytes per slice; each slice is read as a separate text."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Url = Annotated[str, typer.Option(help="Address of the server.", envvar="FASTBLT_URL", show_envvar=True)]
+ApiKey = Annotated[str | None, typer.Option(help="API key to send.", envvar="FASTBLT_API_KEY", show_envvar=True)]
+LOCAL = "http://127.0.0.1:8000"
 
 
 def _print_version(wanted: bool) -> None:
@@ -126,9 +129,7 @@ def client(
         list[str] | None,
         typer.Option(help="Text to continue before exiting; without it, prompts are read line by line."),
     ] = None,
-    url: Annotated[
-        str, typer.Option(help="Address of the server.", envvar="FASTBLT_URL", show_envvar=True)
-    ] = "http://127.0.0.1:8000",
+    url: Url = LOCAL,
     model: Annotated[str | None, typer.Option(help="One of the server's model names; by default the first.")] = None,
     max_tokens: Annotated[int, typer.Option(min=0, help="Most bytes to generate.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest byte.")] = 0.0,
@@ -137,9 +138,7 @@ def client(
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; may be given up to four times.")
     ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(help="API key to send.", envvar="FASTBLT_API_KEY", show_envvar=True)
-    ] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Stream completions from a running server to the terminal. Ctrl-C ends the stream, Ctrl-D the program."""
     from clients.fastblt_client import Client, FastBltError
@@ -148,6 +147,48 @@ def client(
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or None}
     with failing_on(FastBltError), Client(url, api_key=api_key) as connection:
         run(connection, prompt or [], model, options)
+
+
+@app.command()
+def batch(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN", help="Requests in OpenAI's batch format, one JSON object a line; - is stdin."),
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Answers, appended in the order in which they come; - is stdout.")
+    ],
+    url: Url = LOCAL,
+    api_key: ApiKey = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests at a time.")] = 16,
+    retries: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=1000,
+            help="Further tries of a request after 429, 503 or a lost connection, after the time in Retry-After.",
+        ),
+    ] = 10,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 600.0,
+) -> None:
+    """Answer a file of requests in OpenAI's batch format with a running server.
+
+    Run it again to continue: lines that OUT answers are not sent again. A line that cannot be sent gets an error in OUT
+    that names its number. Exit code 1 if a line has no answer of status 200, or the server is out of reach.
+    """
+    from clients.batch.results import BatchError
+    from clients.batch.run import Counts, Settings, run
+
+    counts = Counts()
+    try:
+        with failing_on(BatchError, ValueError, OSError):
+            run(source, target, Settings(url, api_key, concurrency, retries, timeout), counts)
+    finally:
+        if counts.done:
+            rest = "" if counts.total in (None, counts.done) else "; run the same command again to continue"
+            typer.echo(f"batch: {counts}{rest}", err=True)
+    if counts.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
