@@ -7,11 +7,11 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 
@@ -29,6 +29,8 @@ from .texts import CONTEXT, Texts
 if TYPE_CHECKING:
     from .offline import Piece
     from .schemas import Patches
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="fastblt",
@@ -188,6 +190,122 @@ def batch(
             rest = "" if counts.total in (None, counts.done) else "; run the same command again to continue"
             typer.echo(f"batch: {counts}{rest}", err=True)
     if counts.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def load(
+    url: Url = LOCAL,
+    api_key: ApiKey = None,
+    model: Annotated[str | None, typer.Option(help="Model to ask for.", show_default="the server's first")] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(
+            help="Open loop: requests a second, at random times, sent whether or not earlier ones have been answered; "
+            "several rates, as in 1,2,4, run one after another."
+        ),
+    ] = None,
+    concurrency: Annotated[
+        str | None,
+        typer.Option(help="Closed loop: requests at a time, each sent when one has ended; or several numbers."),
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests of each run.", show_default="100, or as many as --duration has")
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds after which a run begins no request.")
+    ] = None,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text to cut prompts from, or .jsonl with a field prompt in each line; may be repeated.",
+            show_default="Python's standard library",
+        ),
+    ] = None,
+    prompt_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Length of prompts, or a range such as 50-200.", show_default="256; prompts of .jsonl files are whole"
+        ),
+    ] = None,
+    max_tokens: Annotated[str, typer.Option(help="Most bytes to generate, or a range such as 16-256.")] = "64",
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Decoders with their weights, as in blt:2,blt-d:1.", show_default="the server's; no field is sent"
+        ),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.0,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Continue after an end-of-sequence id, so that lengths are exact.")
+    ] = False,
+    body: Annotated[
+        str | None, typer.Option(help="Further fields of every request, as a JSON object; they win over flags.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same requests at the same times.")] = 0,
+    first_byte_limit: Annotated[
+        float | None, typer.Option(min=0, help="Goodput: most seconds to the first byte.")
+    ] = None,
+    gap_limit: Annotated[float | None, typer.Option(min=0, help="Goodput: most seconds between two chunks.")] = None,
+    latency_limit: Annotated[
+        float | None, typer.Option(min=0, help="Goodput: most seconds to the end of the answer.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for any byte.")] = 120.0,
+    retries: Annotated[
+        int, typer.Option(min=0, max=1000, help="Further tries of a refused request, after the time in Retry-After.")
+    ] = 0,
+    max_open: Annotated[
+        int, typer.Option(min=1, help="Most requests at a time in an open loop; later ones wait, and count as late.")
+    ] = 512,
+    html: Annotated[Path | None, typer.Option(help="Write a report with plots into this file.")] = None,
+    records: Annotated[Path | None, typer.Option(help="Write a JSON object for each request into this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put load on a server with OpenAI's completions, and measure it as its clients see it.
+
+    Latency counts from the time at which a request was due, also where it could only be sent later. Refusals (429 or
+    503 with Retry-After) are counted apart. Exit code 1 if any other request failed. Ctrl-C ends the run and
+    prints what there is.
+    """
+    from clients.fastblt_client import FastBltError
+    from clients.load import report, session, show
+    from clients.load.record import Limits, Plan
+    from clients.load.workload import Range, parse_numbers, parse_weights
+
+    if (rate is None) == (concurrency is None):
+        raise typer.BadParameter("give either --rate or --concurrency", param_hint="--rate")
+    rates: list[float | None] = [*_parsed("--rate", parse_numbers, rate)] if rate else [None]
+    together = _parsed("--concurrency", parse_numbers, concurrency) if concurrency else []
+    if not all(number.is_integer() for number in together):
+        raise typer.BadParameter(f"must be whole numbers, not {concurrency!r}", param_hint="--concurrency")
+    if requests is None and duration is None:
+        requests = 100
+    bounds = (requests, duration, seed, max_open, retries)
+    plans = [Plan(None, int(number), *bounds) for number in together] or [Plan(each, None, *bounds) for each in rates]
+    fields: dict[str, Any] = {"temperature": temperature, **({"ignore_eos": True} if ignore_eos else {})}
+    settings = session.Settings(
+        url,
+        api_key,
+        model,
+        plans,
+        prompt_file or [],
+        _parsed("--prompt-bytes", Range.parse, prompt_bytes) if prompt_bytes else None,
+        _parsed("--max-tokens", Range.parse, max_tokens),
+        _parsed("--decoder", parse_weights, decoder) if decoder else {},
+        fields | (_parsed("--body", _parse_object, body) if body else {}),
+        seed,
+        timeout,
+        Limits(first_byte_limit, gap_limit, latency_limit),
+        records,
+    )
+    with failing_on(FastBltError, ValueError, OSError):
+        result = session.load(settings)
+        typer.echo(json.dumps(result.content, indent=2) if as_json else show.render(result.content))
+        if html:
+            html.write_text(report.page(result))
+    if result.interrupted:
+        raise typer.Exit(130)
+    if result.failed:
         raise typer.Exit(1)
 
 
@@ -659,6 +777,24 @@ def _show(prompt: list[int], pieces: Iterator["Piece"]) -> None:
                 f"{usage.bytes_read / 1e6:.1f} MB read",
                 style="dim",
             )
+
+
+def _parsed(flag: str, parse: Callable[[str], T], text: str) -> T:
+    """Raises BadParameter with the message of a ValueError."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=flag) from None
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"must be a JSON object, not {text!r}")
+    return found
 
 
 def _parse_unmask(text: str | None) -> UnmaskRule | None:
