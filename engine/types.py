@@ -11,7 +11,8 @@ MAX_DRAFT = 32
 
 DecoderName = str
 """A row of `engine.decoders.table`."""
-FinishReason = Literal["stop", "length", "abort", "timeout"]
+FinishReason = Literal["stop", "length", "dead_end", "abort", "timeout"]
+"""dead_end: the request's grammar lets no byte follow a text that does not match it yet."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +60,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sample_index: int = 0
     stop: list[bytes] = []
     ignore_eos: bool = False
+    grammar: str = ""
+    """What the output must match, as `engine.grammars` takes it; empty for anything."""
     logprobs: int | None = None
     """How many alternatives to report per generated id; None reports nothing, 0 only the chosen one."""
     prompt_logprobs: bool = False

@@ -1,0 +1,129 @@
+"""Grammars: which bytes may come next in a text that must match one. Needs no torch.
+
+A grammar is what `llguidance` takes: a Lark grammar, or JSON that holds a JSON schema, a regular expression or a Lark
+grammar. To it every byte is a token, so a mask has a bit per id and no token ever spans two terminals.
+"""
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
+
+from .config import BOS_ID, BYTE_OFFSET, EOS_ID, is_byte
+
+Mask = NDArray[np.bool_]
+"""(V,): the ids that may come next."""
+
+STEP_FUEL = 50_000
+"""Most work on one mask, in steps of the lexer: a few milliseconds."""
+STATES = 20_000
+"""Most states of a lexer, of one or two kB each."""
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be used, and why."""
+
+
+class _Bytes:
+    """The vocabulary: special ids, then the 256 bytes. Ids after those are no tokens of a grammar."""
+
+    bos_token_id, eos_token_id = BOS_ID, EOS_ID
+    special_token_ids = range(BYTE_OFFSET)
+    tokens = [*(f"<{i}>".encode() for i in range(BYTE_OFFSET)), *(bytes((byte,)) for byte in range(256))]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [byte + BYTE_OFFSET for byte in text]
+
+
+_TOKENIZER = LLTokenizer(TokenizerWrapper(_Bytes()), slices=[])
+
+
+def compiled(grammar: str) -> LLMatcher:
+    """A matcher at the beginning of a text, its first mask made. May take long, but lets other threads run. Raises
+    GrammarError."""
+    limits = LLParserLimits(
+        max_items_in_row=1_000,
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=STEP_FUEL,
+        step_max_items=10_000,
+        max_lexer_states=STATES,
+        max_grammar_size=100_000,
+        precompute_large_lexemes=False,
+        verbose_errors=False,
+    )
+    matcher = LLMatcher(_TOKENIZER, grammar, limits=limits, log_level=0)
+    if matcher.is_error():
+        raise GrammarError(matcher.get_error())
+    if not any(matcher.compute_bitmask()) or matcher.is_error():
+        raise GrammarError(matcher.get_error() or "no text matches it")
+    return matcher
+
+
+class Constraint:
+    """A grammar along the text of one sequence. Its ids are those that were generated and committed."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, *, allows_eos: bool = True) -> None:
+        """matcher: of `compiled`; it is copied. allows_eos: whether an EOS may come where the text may end, and must
+        not go on."""
+        self._first, self._vocab_size, self._allows_eos = matcher, vocab_size, allows_eos
+        self._matcher, self._ids = matcher.deep_copy(), list[int]()
+        self._now: Mask | None = None
+        self.is_dead = False
+        """Whether no byte can follow the text, though it does not match yet."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the text matches and nothing can follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def advance(self, token: int) -> None:
+        """Takes an id that was allowed and is committed."""
+        if is_byte(token):
+            self._ids.append(token)
+            self._matcher.consume_token(token)
+            self._now = None
+
+    def forced(self) -> list[int]:
+        """The ids that must follow, whatever the model says."""
+        return [] if self.is_finished else _TOKENIZER.tokenize_bytes(self._matcher.compute_ff_bytes())
+
+    def allowed(self, drafts: Seq[int]) -> list[Mask | None]:
+        """What may follow the text, and each of the drafts after it: None after one that may not stand there itself,
+        where it does not matter."""
+        if self._now is None:
+            self._now = self._mask()
+            if not self._now.any():
+                self.is_dead = True
+                self._now[EOS_ID] = True
+        masks: list[Mask | None] = [self._now]
+        latest = self._now
+        for token in drafts:
+            if not latest[token] or not is_byte(token):
+                break
+            self._matcher.consume_token(token)
+            latest = self._mask()
+            # A draft may lead into a dead end, which the text has not reached.
+            if not latest.any():
+                latest[EOS_ID] = True
+            masks.append(latest)
+        if self._matcher.is_error():
+            self._recover()
+        else:
+            self._matcher.rollback(len(masks) - 1)
+        return [*masks, *[None] * (len(drafts) + 1 - len(masks))]
+
+    def _mask(self) -> Mask:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        mask = np.zeros(self._vocab_size, dtype=np.bool_)
+        if not self._matcher.is_error():
+            known = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
+            mask[: len(known)] = known
+            mask[EOS_ID] &= self._allows_eos or not mask[BYTE_OFFSET:].any()
+        return mask
+
+    def _recover(self) -> None:
+        """Forgets an error that drafts have led into."""
+        if not self.is_dead:
+            self._matcher = self._first.deep_copy()
+            self._matcher.consume_tokens(self._ids)
