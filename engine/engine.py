@@ -2,22 +2,29 @@
 
 import logging
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import count
+
+from llguidance import LLMatcher
 
 from . import admission
 from .build import build
 from .calibrate import calibrate
 from .config import EngineConfig
-from .decoders import Committed, Decoder, Result, SharedPrior, Verify, make_decoder
+from .decoders import Committed, Constrained, Decoder, Result, SharedPrior, Verify, make_decoder
+from .grammars import Constraint, Grammars
 from .output import usage_of
 from .report import Report, info_of
 from .rows import Rows
 from .scheduler import Scheduler
 from .sequence import Sequence
-from .types import EngineInfo, Event, Failed, FinishReason, Request, Snapshot
+from .types import EngineInfo, Event, Failed, Finished, FinishReason, Request, Snapshot, Usage
 from .warm_up import warm_up
 
 log = logging.getLogger("fastblt.engine")
+
+WAIT_SECONDS = 0.01
+"""How long a step without rows waits for a grammar."""
 
 
 class Engine:
@@ -34,6 +41,7 @@ class Engine:
         self.memory, self.ledger, self.stepper = parts.memory, parts.ledger, parts.stepper
         self._formula = parts.formula
         self._prior = SharedPrior()
+        self._grammars = Grammars()
         self.prompt_rows = config.max_step_rows
         """Most rows of prompts in a step."""
         self._sequences: dict[str, Sequence] = {}
@@ -54,6 +62,8 @@ class Engine:
         self.ledger.reset()
         self._report = Report(self.parts)
         self._sequences = {}
+        self._compiling: dict[str, tuple[Request, Decoder | None, Future[LLMatcher]]] = {}
+        """Requests that wait for their grammar."""
         self._arrivals = count()
         self._events: list[Event] = []
 
@@ -66,7 +76,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would run rows or return events."""
-        return bool(self._sequences or self._events)
+        return bool(self._sequences or self._events or self._compiling)
 
     @property
     def running(self) -> list[Sequence]:
@@ -89,22 +99,43 @@ class Engine:
         A refusal is not raised: the next step returns it as a `Failed`.
         """
         refusal = admission.check(request, self.limits)
-        if request.id in self._sequences:
+        if request.id in self._sequences or request.id in self._compiling:
             refusal = Failed(id=request.id, code="invalid", message=f"id {request.id!r} is in use", param="id")
         if refusal is not None:
             log.debug("refused: %s", refusal.code, extra=request.log_fields)
             self._events.append(refusal)
-            return
+        elif request.grammar:
+            self._compiling[request.id] = request, decoder, self._grammars.compile(request.grammar)
+        else:
+            self._start(request, decoder)
+
+    def _start(self, request: Request, decoder: Decoder | None, constraint: Constraint | None = None) -> None:
         config = self.model_config
         decoder = decoder or make_decoder(request, config.block_size, self.ledger.latency, self._prior)
+        if constraint:
+            decoder = Constrained(decoder, constraint)
         tables = self.memory.caches.new_tables()
-        sequence = Sequence(request, next(self._arrivals), tables, decoder, config.mask_id)
+        sequence = Sequence(request, next(self._arrivals), tables, decoder, config.mask_id, constraint)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
         sequence.choose()
         _, _, reason = sequence.output.take(request.output_ids)
-        if reason:
-            self._finish(sequence, reason)
+        if reason or (constraint and constraint.is_finished):
+            self._finish(sequence, reason or "stop")
+
+    def _start_compiled(self) -> None:
+        """Starts requests whose grammar is ready; waits a moment if there is nothing else to do."""
+        if self._compiling and not self._sequences and not self._events:
+            wait([future for *_, future in self._compiling.values()], WAIT_SECONDS, FIRST_COMPLETED)
+        for request, decoder, future in list(self._compiling.values()):
+            if not future.done():
+                continue
+            del self._compiling[request.id]
+            if error := future.exception():
+                self._events.append(Failed(id=request.id, code="invalid", message=f"grammar: {error}", param="grammar"))
+                continue
+            vocab_size = self.model_config.vocab_size
+            self._start(request, decoder, Constraint(future.result(), vocab_size, allows_eos=not request.ignore_eos))
 
     def abort(self, request_id: str) -> None:
         """Ends a request now; an unknown id is ignored."""
@@ -112,12 +143,15 @@ class Engine:
             sequence = self._sequences[request_id]
             log.debug("aborted after %d ids", sequence.num_output, extra=sequence.request.log_fields)
             self._finish(sequence, "abort")
+        elif self._compiling.pop(request_id, None):
+            self._events.append(Finished(id=request_id, reason="abort", usage=Usage()))
 
     # A step.
 
     def step(self) -> list[Event]:
         """Runs one batch through the stages and returns the events."""
         began = time.perf_counter()
+        self._start_compiled()
         self._expire()
         batch = self._scheduler.schedule()
         if batch:

@@ -4,7 +4,9 @@ A grammar is what `llguidance` takes: a Lark grammar, or JSON that holds a JSON 
 grammar. To it every byte is a token, so a mask has a bit per id and no token ever spans two terminals.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -19,6 +21,8 @@ STEP_FUEL = 50_000
 """Most work on one mask, in steps of the lexer: a few milliseconds."""
 STATES = 20_000
 """Most states of a lexer, of one or two kB each."""
+KEPT = 32
+"""How many compiled grammars are kept for later requests."""
 
 
 class GrammarError(ValueError):
@@ -60,6 +64,22 @@ def compiled(grammar: str) -> LLMatcher:
     return matcher
 
 
+class Grammars:
+    """Compiles grammars in a thread of its own, and keeps those that were used last."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "grammars")
+        self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+
+    def compile(self, grammar: str) -> "Future[LLMatcher]":
+        """See `compiled`."""
+        future = self._kept.pop(grammar, None) or self._thread.submit(compiled, grammar)
+        self._kept[grammar] = future
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return future
+
+
 class Constraint:
     """A grammar along the text of one sequence. Its ids are those that were generated and committed."""
 
@@ -69,13 +89,16 @@ class Constraint:
         self._first, self._vocab_size, self._allows_eos = matcher, vocab_size, allows_eos
         self._matcher, self._ids = matcher.deep_copy(), list[int]()
         self._now: Mask | None = None
-        self.is_dead = False
-        """Whether no byte can follow the text, though it does not match yet."""
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the text matches."""
+        return self._matcher.is_accepting()
 
     @property
     def is_finished(self) -> bool:
         """Whether the text matches and nothing can follow."""
-        return self._matcher.is_stopped() and not self._matcher.is_error()
+        return self.may_end and not self._latest()[BYTE_OFFSET:].any()
 
     def advance(self, token: int) -> None:
         """Takes an id that was allowed and is committed."""
@@ -90,22 +113,14 @@ class Constraint:
 
     def allowed(self, drafts: Seq[int]) -> list[Mask | None]:
         """What may follow the text, and each of the drafts after it: None after one that may not stand there itself,
-        where it does not matter."""
-        if self._now is None:
-            self._now = self._mask()
-            if not self._now.any():
-                self.is_dead = True
-                self._now[EOS_ID] = True
-        masks: list[Mask | None] = [self._now]
-        latest = self._now
+        where it does not matter. In a dead end only EOS may follow."""
+        latest = self._latest()
+        masks: list[Mask | None] = [latest]
         for token in drafts:
             if not latest[token] or not is_byte(token):
                 break
             self._matcher.consume_token(token)
             latest = self._mask()
-            # A draft may lead into a dead end, which the text has not reached.
-            if not latest.any():
-                latest[EOS_ID] = True
             masks.append(latest)
         if self._matcher.is_error():
             self._recover()
@@ -113,17 +128,22 @@ class Constraint:
             self._matcher.rollback(len(masks) - 1)
         return [*masks, *[None] * (len(drafts) + 1 - len(masks))]
 
+    def _latest(self) -> Mask:
+        if self._now is None:
+            self._now = self._mask()
+        return self._now
+
     def _mask(self) -> Mask:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         mask = np.zeros(self._vocab_size, dtype=np.bool_)
         if not self._matcher.is_error():
             known = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
             mask[: len(known)] = known
-            mask[EOS_ID] &= self._allows_eos or not mask[BYTE_OFFSET:].any()
+            mask[EOS_ID] &= self._allows_eos
+        mask[EOS_ID] |= not mask.any()
         return mask
 
     def _recover(self) -> None:
-        """Forgets an error that drafts have led into."""
-        if not self.is_dead:
-            self._matcher = self._first.deep_copy()
-            self._matcher.consume_tokens(self._ids)
+        """Forgets an error that drafts have led into: a matcher never does."""
+        self._matcher = self._first.deep_copy()
+        self._matcher.consume_tokens(self._ids)

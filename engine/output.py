@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .config import BYTE_OFFSET, EOS_ID, is_byte
 from .costs.accounting import PaperFormula
 from .decoders import Committed
+from .grammars import Constraint
 from .stopping import StopMatcher
 from .types import Delta, Finished, FinishReason, Request, TokenLogprob, Trace, Usage
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 class Output:
     """The output of one request, as far as it was sent to the client."""
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
+    def __init__(self, request: Request, constraint: Constraint | None = None) -> None:
+        self._request, self._constraint = request, constraint
         self._stopping = StopMatcher(request.stop)
         self._num_ids = 0
         self._prompt_scores: list[TokenLogprob] = []
@@ -40,12 +41,18 @@ class Output:
         it ends, if it does. Only bytes are text."""
         kept: list[int] = []
         text = b""
+        constraint = self._constraint
         for token in ids:
             kept.append(token)
             self._num_ids += 1
             certain, stopped = self._stopping.feed(token - BYTE_OFFSET) if is_byte(token) else (b"", False)
             text += certain
-            if stopped or (token == EOS_ID and not self._request.ignore_eos):
+            if token == EOS_ID and constraint and not constraint.may_end:
+                return kept, text, "dead_end"
+            if constraint:
+                constraint.advance(token)
+            ended = (token == EOS_ID and not self._request.ignore_eos) or (constraint and constraint.is_finished)
+            if stopped or ended:
                 return kept, text, "stop"
             if self._num_ids == self._request.max_tokens:
                 return kept, text, "length"

@@ -12,6 +12,7 @@ from .config import EOS_ID
 from .counts import Counts
 from .decoders import Ask, Committed, Decoder, Result, Round
 from .decoders.blt import Autoregressive
+from .grammars import Constraint
 from .memory.pages import BlockTable
 from .output import Output
 from .patching import Patching
@@ -53,8 +54,9 @@ class Sequence:
         tables: dict[str, BlockTable],
         decoder: Decoder | None = None,
         mask_id: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
-        self.request = request
+        self.request, self.constraint = request, constraint
         self.arrival = arrival
         self.arrived = time.monotonic()
         self.deadline = None if request.timeout is None else self.arrived + request.timeout
@@ -84,7 +86,7 @@ class Sequence:
         """Where its text lies on the device; 0 for nowhere."""
         self.prefix: Node | None = None
         """Its longest cached prefix, if it uses the prefix cache."""
-        self.output = Output(request)
+        self.output = Output(request, constraint)
         self.counts = Counts()
         """Of all rounds, the current one included."""
         self._note_documents(0)

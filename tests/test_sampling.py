@@ -47,7 +47,7 @@ def choose(
     logits: Tensor, params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]], uniforms: Sequence[float]
 ) -> Tensor:  # fmt: skip
     """By torch and by our own C, which must agree."""
-    chosen, also = (sampling.choose(logits, params, counts, uniforms, kernels)[0] for kernels in KERNELS)
+    chosen, also = (sampling.choose(logits, params, counts, uniforms, [], kernels)[0] for kernels in KERNELS)
     assert torch.equal(chosen, also)
     return chosen
 
@@ -183,7 +183,9 @@ def test_random_draws_of_a_seed_never_change() -> None:
 def test_an_error_names_the_row_whose_logits_are_no_distribution(params: SamplingParams, bad: list[float]) -> None:
     for kernels in KERNELS:
         with pytest.raises(FloatingPointError, match="row 1"):
-            _, highest = sampling.choose(torch.tensor([[1.0, 2.0], bad]), [params] * 2, [{}] * 2, [0.5] * 2, kernels)
+            _, highest = sampling.choose(
+                torch.tensor([[1.0, 2.0], bad]), [params] * 2, [{}] * 2, [0.5] * 2, [], kernels
+            )
             sampling.check(highest.tolist())
 
 

@@ -16,12 +16,14 @@ sequences as one batch. A round that is dropped half-way (preemption) leaves no 
 
 from .asks import Ask, Committed, Decoder, Draft, Next, Result, Round, SequenceView, Unmask, Verify
 from .auto import Latency, SharedPrior
+from .constrained import Constrained
 from .table import DECODERS, DecoderSpec, make_decoder, register
 
 __all__ = [
     "DECODERS",
     "Ask",
     "Committed",
+    "Constrained",
     "Decoder",
     "DecoderSpec",
     "Draft",

@@ -323,8 +323,10 @@ class _Cells(BlockPasses):
 
 
 def is_plain(rows: Rows) -> bool:
-    """Penalties depend on every byte before, and scores are only kept of single passes."""
+    """Penalties and grammars depend on every byte before, and scores are only kept of single passes."""
     request = rows.sequence.request
+    if rows.sequence.constraint:
+        return False
     penalised = request.sampling.presence_penalty or request.sampling.frequency_penalty
     return not (penalised or request.logprobs is not None or rows.sequence.scores_prompt)
 

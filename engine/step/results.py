@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.dispatch import Kernels
 
 from ..decoders import Draft, Result, Verify
+from ..grammars import Mask
 from ..memory.text import Slots
 from ..rows import Rows
 from ..sequence import Sequence as SequenceState
@@ -107,11 +108,12 @@ def _drawn_rows(batch: Sequence[Rows], logits: Tensor) -> Tensor:
 
 def _sampling(
     drawing: Sequence[Rows],
-) -> tuple[list[SamplingParams], list[Mapping[int, int]], list[float]]:
-    """Of each drawn id: its parameters, the generated ids before its place, its random number."""
+) -> tuple[list[SamplingParams], list[Mapping[int, int]], list[float], list[Mask | None]]:
+    """Of each drawn id: its parameters, the generated ids before its place, its random number, which ids it may be."""
     params: list[SamplingParams] = []
     counts: list[Mapping[int, int]] = []
     uniforms: list[float] = []
+    allowed: list[Mask | None] = []
     for rows in drawing:
         sequence, num_drawn, sampling = rows.sequence, rows.num_drawn, rows.sequence.request.sampling
         params += [sampling] * (num_drawn - rows.num_block) + [cell_params(sequence.request)] * rows.num_block
@@ -122,7 +124,19 @@ def _sampling(
         else:
             counts += [sequence.id_counts] * num_drawn
             uniforms += [0.0] * num_drawn
-    return params, counts, uniforms
+        allowed += _allowed(rows) if sequence.constraint else [None] * num_drawn
+    return params, counts, uniforms, allowed
+
+
+def _allowed(rows: Rows) -> Sequence[Mask | None]:
+    """The ids that a grammar allows at each place: None where it depends on bytes that are not known yet."""
+    sequence, known = rows.sequence, list(rows.given)
+    assert sequence.constraint
+    if sequence.mask_id in known:
+        known = known[: known.index(sequence.mask_id)]
+    masks = sequence.constraint.allowed(known)
+    after = (place - len(sequence.ids) for place in rows.drawn_places)
+    return [masks[number] if number < len(masks) else None for number in after]
 
 
 def _id_counts(rows: Rows, places: Sequence[int]) -> list[Mapping[int, int]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 
+from ..grammars import Mask
 from ..types import SamplingParams, TokenLogprob
 from .transfer import to_device
 
@@ -17,19 +18,27 @@ _PADDING = SamplingParams(temperature=0)
 
 
 def row_params(
-    params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]], vocab_size: int, device: torch.device
+    params: Sequence[SamplingParams],
+    counts: Sequence[Mapping[int, int]],
+    vocab_size: int,
+    device: torch.device,
+    allowed: Sequence[Mask | None] = (),
 ) -> dict[str, Tensor]:
     """The sampling parameters of some rows: `changes` (R, V) float64, added to the logits, and `params` (R, 4) float64,
     as in `kernels.sampling`; each only if a row needs it.
 
-    counts: how often each id was generated, per row.
+    counts: how often each id was generated, per row. allowed: ids that may be drawn, None for all; empty if all rows
+    may draw any.
     """
     tensors: dict[str, Tensor] = {}
     changes = [_logit_changes(p, c, vocab_size) for p, c in zip(params, counts, strict=True)]
-    if any(changes):
+    constrained = [(row, mask) for row, mask in enumerate(allowed) if mask is not None]
+    if constrained or any(changes):
         added = torch.zeros(len(params), vocab_size, dtype=torch.float64)
         for row, change in zip(added, changes, strict=True):
             row[list(change)] = torch.tensor(list(change.values()), dtype=torch.float64)
+        for number, mask in constrained:
+            added[number].masked_fill_(torch.from_numpy(~mask), -torch.inf)
         tensors["changes"] = to_device(added.numpy(), device)
     if any(p.temperature > 0 for p in params):
         rows = [(p.temperature, p.top_k or vocab_size, p.top_p, p.min_p) for p in params]
@@ -73,10 +82,11 @@ def choose(
     params: Sequence[SamplingParams],
     counts: Sequence[Mapping[int, int]],
     uniforms: Sequence[float],
+    allowed: Sequence[Mask | None],
     kernels: Kernels,
 ) -> tuple[Tensor, Tensor]:
     """One id per row and its largest logit, as `draw_ids` gives them."""
-    tensors = row_params(params, counts, logits.shape[1], logits.device)
+    tensors = row_params(params, counts, logits.shape[1], logits.device, allowed)
     return draw_ids(logits, tensors, uniforms_for(tensors, uniforms, logits.device), kernels)
 
 

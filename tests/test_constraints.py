@@ -1,0 +1,261 @@
+"""A grammar holds for every byte of every exact decoder, and leaves the model its choice among what it allows."""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llguidance import LLMatcher
+
+from engine.checkpoint import PRESETS, calibrated, random_tensors, save
+from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID
+from engine.engine import Engine
+from engine.grammars import Constraint, GrammarError, compiled
+from engine.types import Failed, Finished, Request, SamplingParams
+from tests import reference
+from tests.engines import Output, bill, crowded_engine, make_engine, request, run, save_ours, usage
+from tests.models import our_config, our_model, text
+
+NANO = Path(__file__).parents[1] / "models" / "nano"
+PATTERNS = [
+    rb"[a-z]{3,9}( [a-z]{1,7}){0,6}\.",
+    rb"(ab|ba)*c",
+    rb"\{\"name\": \"[A-Z][a-z]+\", \"age\": [0-9]{1,3}, \"tags\": \[(\"[a-z]+\"(, \"[a-z]+\")*)?\]\}",
+    rb"def [a-z_]{1,12}\(self(, [a-z]{1,5})*\) -> (None|int|str):",
+    rb"(0|1){4}-(0|1){4}-end of it",
+]
+SCHEMAS: list[dict[str, Any]] = [
+    {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    },
+    {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 2, "maxItems": 5},
+    {"anyOf": [{"type": "boolean"}, {"type": "object", "properties": {"when": {"type": "string", "format": "date"}}}]},
+]
+
+
+def of_regex(pattern: bytes) -> str:
+    return LLMatcher.grammar_from_regex(pattern.decode())
+
+
+def of_schema(schema: dict[str, Any]) -> str:
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+
+
+GRAMMARS = [*map(of_regex, PATTERNS), *map(of_schema, SCHEMAS)]
+
+
+def to_ids(data: bytes) -> list[int]:
+    return [byte + BYTE_OFFSET for byte in data]
+
+
+@cache
+def may_follow(pattern: bytes, data: bytes) -> set[int]:
+    """By another library, and byte by byte."""
+    allowed = {
+        byte + BYTE_OFFSET for byte in range(256) if regex.fullmatch(pattern, data + bytes((byte,)), partial=True)
+    }
+    return allowed | ({EOS_ID} if regex.fullmatch(pattern, data) else set())
+
+
+def ids_of(mask: Any) -> set[int]:
+    return set(np.flatnonzero(mask).tolist())
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(PATTERNS), st.data())
+def test_masks_are_those_of_another_library_along_drafts_and_after_them(pattern: bytes, data: st.DataObject) -> None:
+    constraint, done = Constraint(compiled(of_regex(pattern)), 261), b""
+    while not constraint.is_finished and len(done) < 24:
+        drafts: list[int] = []
+        for _ in range(data.draw(st.integers(0, 5))):
+            follow = sorted(may_follow(pattern, done + bytes(i - BYTE_OFFSET for i in drafts)) - {EOS_ID})
+            wrong = [97 + BYTE_OFFSET, EOS_ID]
+            drafts.append(data.draw(st.sampled_from(follow + wrong)))
+            if drafts[-1] not in follow:
+                break
+        masks = constraint.allowed(drafts)
+        assert len(masks) == len(drafts) + 1
+        for number, mask in enumerate(masks):
+            before = done + bytes(i - BYTE_OFFSET for i in drafts[:number] if i != EOS_ID)
+            if mask is None:
+                assert not regex.fullmatch(pattern, before, partial=True) or EOS_ID in drafts[:number]
+            else:
+                assert ids_of(mask) == may_follow(pattern, before)
+        forced = bytes(i - BYTE_OFFSET for i in constraint.forced())
+        for end in range(len(forced)):
+            assert may_follow(pattern, done + forced[:end]) == {forced[end] + BYTE_OFFSET}
+        choices = sorted(may_follow(pattern, done) - {EOS_ID})
+        if not choices:
+            break
+        token = data.draw(st.sampled_from(choices))
+        constraint.advance(token)
+        done += bytes((token - BYTE_OFFSET,))
+    assert constraint.may_end == bool(regex.fullmatch(pattern, done))
+    assert constraint.is_finished == (may_follow(pattern, done) == {EOS_ID})
+
+
+@pytest.fixture(scope="module", params=["embedding", "encoder", "nano"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "nano":
+        return NANO
+    fields = {"mask_id": 260, "block_size": 6} if request.param == "embedding" else {}
+    made = our_model(our_config(decoder_input=request.param, **fields), 5)
+    return save_ours(tmp_path_factory.mktemp("constraints") / "model", made)
+
+
+def asked(decoder: str, grammars: Sequence[str], **fields: Any) -> list[Request]:
+    samplings = [SamplingParams(temperature=0), SamplingParams(temperature=1.0, top_p=0.95, seed=3)]
+    return [
+        request(
+            str(number), text(3 + 5 * number, number, specials=False), 90, decoder=decoder, grammar=grammar,
+            sampling=samplings[number % 2], **fields,
+        )
+        for number, grammar in enumerate(grammars)
+    ]  # fmt: skip
+
+
+def ending(output: Output) -> str:
+    assert isinstance(output.end, Finished)
+    return output.end.reason
+
+
+def matches(output: Output, number: int) -> bool:
+    data = output.text
+    if number < len(PATTERNS):
+        return bool(regex.fullmatch(PATTERNS[number], data, partial=ending(output) == "length"))
+    if ending(output) == "length":
+        return True
+    jsonschema.validate(json.loads(data), SCHEMAS[number - len(PATTERNS)])
+    return True
+
+
+def test_exact_decoders_write_what_blt_does_and_all_of_it_matches(model: Path) -> None:
+    wanted = run(make_engine(model), asked("blt", GRAMMARS))
+    engine = make_engine(model)
+    exact = [name for name in engine.limits.decoders if name != "blt-d"]
+    assert len(exact) >= 3
+    for number in range(len(GRAMMARS)):
+        assert matches(wanted[str(number)], number), wanted[str(number)].text
+    for decoder in exact:
+        found = run(engine, asked(decoder, GRAMMARS))
+        for name, output in wanted.items():
+            assert (found[name].ids, found[name].end.reason) == (output.ids, ending(output)), (
+                decoder,
+                name,
+            )
+
+
+def test_a_constrained_text_is_the_plain_full_forwards(tmp_path: Path) -> None:
+    config, tensors = our_model(our_config(decoder_input="embedding"), 5)
+    folder = save_ours(tmp_path / "model", (config, tensors))
+    prompt, pattern = text(9, 2, specials=False), PATTERNS[3]
+    ids, data = list(prompt), b""
+    while (follow := may_follow(pattern, data)) != {EOS_ID} and len(data) < 40:
+        logits = reference.forward(config, tensors, ids)[-1]
+        best = max(sorted(follow), key=lambda token: float(logits[token]))
+        if best == EOS_ID:
+            break
+        ids.append(best)
+        data += bytes((best - BYTE_OFFSET,))
+    for decoder in ("blt", "blt-s"):
+        out = run(make_engine(folder), [request("a", prompt, 40, decoder=decoder, grammar=of_regex(pattern))])["a"]
+        assert out.text == data
+
+
+def test_forced_bytes_take_fewer_calls(model: Path) -> None:
+    grammar = of_regex(rb"\{\"temperature\":[0-9],\"humidity\":[0-9],\"pressure\":[0-9]\}")
+    engine = make_engine(model)
+    for decoder in ("blt", "blt-s"):
+        out = run(engine, [request("a", text(20, 1), 90, decoder=decoder, grammar=grammar)])["a"]
+        assert ending(out) == "stop" and json.loads(out.text).keys() == {"temperature", "humidity", "pressure"}
+        # Each of its four fixed pieces is a round.
+        assert usage(out).decoder_calls <= 2 * 4 + 2 < len(out.text)
+
+
+def test_company_chunks_and_preemption_change_nothing(model: Path) -> None:
+    wanted = run(make_engine(model), asked("blt", GRAMMARS))
+    crowd = [request(f"free {n}", text(40, n), 60, decoder="blt-s", ignore_eos=True) for n in range(12)]
+    engine = crowded_engine(model, max_length=160, max_sequences=30, max_step_rows=24)
+    found = run(engine, asked("blt-s", GRAMMARS) + crowd)
+    assert engine.snapshot().preemptions
+    for name, output in wanted.items():
+        assert found[name].ids == output.ids
+
+
+def test_stop_strings_scores_and_a_restart_hold_too(model: Path) -> None:
+    grammar, prompt = of_regex(PATTERNS[0]), text(12, 4)
+    engine = make_engine(model)
+    whole = run(engine, [request("a", prompt, 60, grammar=grammar, logprobs=2)])["a"]
+    drafted = run(engine, [request("a", prompt, 60, grammar=grammar, logprobs=2, decoder="blt-s")])["a"]
+    assert (drafted.ids, drafted.logprobs) == (whole.ids, whole.logprobs)
+    again = run(engine, [request("a", prompt, 60, grammar=grammar, output_ids=whole.ids[:4], decoder="blt-s")])["a"]
+    assert [*whole.ids[:4], *again.ids] == whole.ids
+    stop = whole.text[5:7]
+    cut = run(engine, [request("a", prompt, 60, grammar=grammar, stop=[stop], decoder="blt-s")])["a"]
+    assert cut.text == whole.text[: whole.text.index(stop)]
+
+
+def test_requests_beside_a_constrained_one_are_as_without_it(model: Path) -> None:
+    free = [request("free", text(30, 7), 50, decoder="blt-s")]
+    alone = run(make_engine(model), free)["free"]
+    beside = run(make_engine(model), [*free, *asked("blt", GRAMMARS)])["free"]
+    assert bill(beside) == bill(alone)
+
+
+def test_an_empty_text_that_nothing_can_follow_ends_at_once(model: Path) -> None:
+    out = run(make_engine(model), [request("a", text(5, 1), 9, grammar=of_regex(b""))])["a"]
+    assert (out.ids, ending(out)) == ([], "stop")
+
+
+def test_ignoring_eos_goes_on_as_long_as_the_grammar_does(model: Path) -> None:
+    out = run(make_engine(model), [request("a", text(5, 1), 33, grammar=of_regex(rb"(ab)*"), ignore_eos=True)])["a"]
+    assert out.text == b"ab" * 16 + b"a" and ending(out) == "length"
+
+
+def test_a_dead_end_says_so(model: Path) -> None:
+    grammar = LLMatcher.grammar_from_lark('start: "ab" start')
+    out = run(make_engine(model), [request("a", text(5, 1), 4000, grammar=grammar)])["a"]
+    assert ending(out) == "dead_end"
+    assert set(out.text) <= set(b"ab")
+
+
+def test_a_bad_grammar_fails_alone(model: Path) -> None:
+    engine = make_engine(model)
+    engine.add(Request(id="bad", prompt_ids=[BOS_ID], max_tokens=5, grammar=LLMatcher.grammar_from_regex("(")))
+    engine.add(request("good", text(9, 1), 12))
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    assert failed.id == "bad" and failed.code == "invalid" and "unclosed group" in failed.message
+    assert [event.id for event in events if isinstance(event, Finished)] == ["good"]
+    with pytest.raises(GrammarError):
+        compiled(LLMatcher.grammar_from_lark("start: start"))
+
+
+def test_aborting_a_request_whose_grammar_is_not_ready_ends_it(model: Path) -> None:
+    engine = make_engine(model)
+    engine.add(request("a", text(9, 1), 12, grammar=GRAMMARS[0]))
+    engine.abort("a")
+    (event,) = engine.step()
+    assert isinstance(event, Finished) and event.reason == "abort"
+    assert not engine.has_work
+
+
+def test_random_weights_of_a_preset_write_json(tmp_path: Path) -> None:
+    preset = PRESETS["tiny"]
+    tensors = random_tensors(preset, 0)
+    save(tmp_path, calibrated(preset, tensors), tensors)
+    engine: Engine = make_engine(tmp_path)
+    out = run(engine, [request("a", text(9, 1), 60, grammar=of_schema(SCHEMAS[1]), decoder="blt-s")])["a"]
+    jsonschema.validate(json.loads(out.text), SCHEMAS[1])
