@@ -3,11 +3,12 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, create_model
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
@@ -15,36 +16,63 @@ from engine.config import EngineConfig, flag_help
 
 from .embedded import NAME, embedded_model
 from .settings import ServerSettings
+from .sources import gather, variable
 
 ENGINE_FLAGS = {field.name: field for field in fields(EngineConfig)}
 """By name; the metadata has help and least value."""
 EMBEDDED = f"{NAME}, which comes with fastblt"
 """The default of "model", for people."""
+ConfigPath = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="YAML file of settings, named as their flags; a flag or a variable wins.",
+        envvar=variable("config"),
+        show_envvar=True,
+    ),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print all settings in force as a file for --config, and exit.")
+]
+_TYPES: dict[str, Any] = {
+    name: (field.type, Field(None, ge=field.metadata["least"])) for name, field in ENGINE_FLAGS.items()
+}
+_Engine: type[BaseModel] = create_model("_Engine", **_TYPES)
+"""The fields of EngineConfig, checked."""
 
 
 def with_settings(command: Callable[..., None], *further: type[BaseSettings]) -> Callable[..., None]:
     """The command, which takes ServerSettings, EngineConfig and one of each of `further`, with one flag per field of
-    all. A flag that is not given leaves the environment (FASTBLT_ and the field's name), and else the field's default,
-    in force."""
-    kinds: list[type[BaseSettings]] = [ServerSettings, *further]
-    parameters = [_engine_parameter(name) for name in ENGINE_FLAGS]
-    parameters += [_setting_parameter(name, info) for kind in kinds for name, info in kind.model_fields.items()]
+    all, --config and --print-config. A flag that is not given leaves the environment (FASTBLT_ and the field's name) in
+    force, else the file of --config, else the field's default."""
+    of_http: list[type[BaseSettings]] = [ServerSettings, *further]
+    parameters = [_keyword("context", typer.Context)]
+    parameters += [_keyword("config", ConfigPath, None), _keyword("print_config", PrintConfig, False)]
+    parameters += [_engine_parameter(name) for name in ENGINE_FLAGS]
+    parameters += [_setting_parameter(name, info) for kind in of_http for name, info in kind.model_fields.items()]
 
-    def run(**given: Any) -> None:
+    def run(context: typer.Context, config: Path | None, print_config: bool, **given: Any) -> None:
         given = {name: value for name, value in given.items() if value not in (None, [])}
         # As in the environment, so that one flag may also hold several values.
         given = {name: ",".join(value) if isinstance(value, list) else value for name, value in given.items()}
-        of_engine = {name: given.pop(name) for name in ENGINE_FLAGS if name in given}
-        config = EngineConfig(**({"model": str(embedded_model())} | of_engine))
-        try:
-            settings = [kind(**{name: given[name] for name in kind.model_fields if name in given}) for kind in kinds]
-        except ValidationError as error:
-            raise _bad_setting(error) from None
-        command(settings[0], config, *settings[1:])
+        of_environment = {name: given.pop(name) for name in [*given] if _from_environment(context, name)}
+        sources = gather(config, given, of_environment, [_Engine, *of_http])
+        of_engine = sources.make(_Engine).model_dump(exclude_unset=True)
+        engine = EngineConfig(**({"model": str(embedded_model())} | of_engine))
+        settings = [sources.make(kind) for kind in of_http]
+        if print_config:
+            typer.echo(sources.printed([engine, *settings]).encode(), nl=False)
+        else:
+            command(settings[0], engine, *settings[1:])
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__doc__ = command.__doc__
     return run
+
+
+def _from_environment(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "ENVIRONMENT"
 
 
 def _engine_parameter(name: str) -> inspect.Parameter:
@@ -53,7 +81,7 @@ def _engine_parameter(name: str) -> inspect.Parameter:
     shown = EMBEDDED if field.default is MISSING else field.default
     default = None if shown is None else str(shown)
     return _parameter(
-        name, _plain(field.type), flag_help(name), default, envvar=_variable(name), least=field.metadata["least"]
+        name, _plain(field.type), flag_help(name), default, envvar=variable(name), least=field.metadata["least"]
     )
 
 
@@ -63,7 +91,7 @@ def _setting_parameter(name: str, info: FieldInfo) -> inspect.Parameter:
     kind = _plain(info.annotation)
     several = " May be repeated." if get_origin(kind) is list else ""
     # Only named here: settings read the environment themselves.
-    help_text = f"{info.description}{several} [env var: {_variable(name)}]"
+    help_text = f"{info.description}{several} [env var: {variable(name)}]"
     return _parameter(name, kind, help_text, default)
 
 
@@ -81,12 +109,11 @@ def _parameter(
     if default is not None:
         help_text += f" [default: {default}]"
     option = typer.Option(declared, help=help_text, envvar=envvar, show_envvar=True, min=least, show_default=False)
-    annotation: Any = Annotated[kind | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return _keyword(name, Annotated[kind | None, option], None)
 
 
-def _variable(name: str) -> str:
-    return f"{ServerSettings.model_config['env_prefix']}{name}".upper()
+def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _plain(annotation: Any) -> Any:
@@ -100,14 +127,3 @@ def _plain(annotation: Any) -> Any:
         return list[str]
     assert get_origin(annotation) is Literal or isinstance(annotation, type)
     return annotation
-
-
-def _bad_setting(error: ValidationError) -> typer.BadParameter:
-    """The first complaint, by flag and variable, without the value: it may be a key."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if not first["loc"]:
-        return typer.BadParameter(message)
-    name = str(first["loc"][0])
-    return typer.BadParameter(message, param_hint=f"--{name.replace('_', '-')} (or {_variable(name)})")
