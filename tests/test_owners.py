@@ -14,7 +14,7 @@ OWNERS = {
     "sequence.py": ("ids", "id_counts", "num_computed", "num_cached", "patching", "documents", "patch_documents"),
     "scheduler.py": ("due", "preemptions"),
     "memory": ("tables", "prefix", "slot"),
-    "output.py": ("output",),
+    "output.py": ("output", "constraint"),
     "costs/ledger.py": ("counts",),
 }
 """By file or folder of the engine, the attributes of a `Sequence`."""
