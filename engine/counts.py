@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 STAGES = ("patcher", "encoder", "global", "decoder")
+PATCH_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64)
+"""Upper bounds, in bytes, of the classes in which the lengths of patches are counted; one more class has the rest."""
 
 
 @dataclass(slots=True)

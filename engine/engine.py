@@ -207,7 +207,7 @@ class Engine:
         output = sequence.output
         ids, text, reason = output.take(outcome.ids)
         sequence.append(ids)
-        self.ledger.committed(sequence.counts, outcome, len(ids), output.count_patches(sequence, len(ids)))
+        self.ledger.committed(sequence, outcome, len(ids), output.closed_patches(sequence, len(ids)))
         self._events.append(output.delta(sequence, outcome, ids, text))
         if reason:
             self._finish(sequence, reason)

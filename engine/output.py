@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .config import BYTE_OFFSET, EOS_ID, is_byte
@@ -95,14 +96,14 @@ class Output:
             id=self._request.id, reason=reason, text=text, usage=usage, cumulative_logprob=self._cumulative_logprob
         )
 
-    def count_patches(self, sequence: "Sequence", num_ids: int) -> int:
-        """Patches that generated ids begin, if decided by now and not counted before. num_ids: how many ids were
-        committed last."""
+    def closed_patches(self, sequence: "Sequence", num_ids: int) -> list[int]:
+        """For each patch that generated ids begin, if decided by now and not counted before: the bytes of the patch
+        before it. num_ids: how many ids were committed last."""
         starts, before = sequence.patching.starts, self._num_counted
         if before is None:
             before = bisect_left(starts, len(sequence.ids) - num_ids)
         self._num_counted = len(starts)
-        return len(starts) - before
+        return [after - start for start, after in pairwise(starts[before - 1 :])]
 
     def _traces(self, sequence: "Sequence", outcome: Committed, num_ids: int) -> list[Trace]:
         starts, before = sequence.patching.starts, self._num_traced
@@ -151,4 +152,6 @@ def usage_of(sequence: "Sequence", formula: PaperFormula) -> Usage:
         preemptions=sequence.preemptions,
         cached_tokens=sequence.num_cached,
         queue_seconds=sequence.queue_seconds,
+        prefill_seconds=sequence.prefill_seconds,
+        decode_seconds=sequence.decode_seconds,
     )

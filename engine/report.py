@@ -7,7 +7,7 @@ from .config import EngineConfig
 from .costs import bandwidth
 from .counts import Counts
 from .scheduler import Scheduler
-from .types import DecoderCounts, EngineInfo, PoolStats, Snapshot
+from .types import DecoderCounts, DecoderName, EngineInfo, PoolStats, Snapshot
 
 
 def info_of(config: EngineConfig, parts: Parts, prompt_rows: int) -> EngineInfo:
@@ -20,6 +20,7 @@ def info_of(config: EngineConfig, parts: Parts, prompt_rows: int) -> EngineInfo:
         kernels=parts.kernels.name,
         weight_bytes=dict(parts.stage_bytes.weights),
         page_bytes=dict(parts.memory.caches.page_bytes),
+        page_rows={name: spec.page_size for name, spec in parts.memory.caches.specs.items()},
         peak_bandwidth=bandwidth.probe(parts.kernels, getattr(torch, config.dtype), device),
         prompt_rows=prompt_rows,
     )
@@ -53,17 +54,20 @@ class Report:
             rows=dict(total.rows),
             read_bytes=_rounded(total.bytes_read),
             stage_seconds=dict(total.seconds),
-            decoders={decoder: self._summary(counts) for decoder, counts in decoders.items()},
+            decoders={decoder: self._summary(decoder, counts) for decoder, counts in decoders.items()},
+            patch_sizes=list(ledger.patch_sizes),
+            patch_bytes=ledger.patch_bytes,
             pools={name: PoolStats(pool.num_total, pool.num_used, pool.num_idle) for name, pool in pools.items()},
             device_memory=_device_memory(self._parts.stepper.device),
         )
 
-    def _summary(self, counts: Counts) -> DecoderCounts:
+    def _summary(self, decoder: DecoderName, counts: Counts) -> DecoderCounts:
         return DecoderCounts(
             committed=counts.committed,
             rounds=counts.rounds,
             drafted=counts.drafted,
             accepted=counts.accepted,
+            accepted_runs=list(self._parts.ledger.accepted_runs[decoder]),
             calls=dict(counts.calls),
             rows=dict(counts.rows),
             read_bytes=_rounded(counts.bytes_read),

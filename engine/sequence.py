@@ -75,6 +75,8 @@ class Sequence:
         """Ids of the prompt that were found in the prefix cache."""
         self._begun: float | None = None
         """When its first step began."""
+        self._first: float | None = None
+        """When its first id was committed."""
         self._decoder: Decoder = decoder or Autoregressive()
         self._round: Round | None = None
         self._ask: Ask | None = None
@@ -118,6 +120,16 @@ class Sequence:
     def queue_seconds(self) -> float:
         """From its arrival to its first step."""
         return (self._begun or time.monotonic()) - self.arrived
+
+    @property
+    def prefill_seconds(self) -> float:
+        """From its first step to its first id, or until now; 0 before the first step."""
+        return 0.0 if self._begun is None else (self._first or time.monotonic()) - self._begun
+
+    @property
+    def decode_seconds(self) -> float:
+        """From its first id until now; 0 before the first id."""
+        return 0.0 if self._first is None else time.monotonic() - self._first
 
     # Rounds.
 
@@ -187,6 +199,8 @@ class Sequence:
 
     def append(self, ids: Seq[int]) -> None:
         """Commits generated ids."""
+        if self._first is None:
+            self._first = time.monotonic()
         self.id_counts.update(ids)
         before = len(self.ids)
         self.ids += ids

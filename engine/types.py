@@ -142,6 +142,10 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Ids of the prompt that were found in the prefix cache."""
     queue_seconds: float = 0.0
     """From its arrival in the engine to its first step."""
+    prefill_seconds: float = 0.0
+    """From its first step to its first id."""
+    decode_seconds: float = 0.0
+    """From its first id to its end."""
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
@@ -220,6 +224,8 @@ class DecoderCounts(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    accepted_runs: list[int] = []
+    """Rounds that drafted, by how many drafts were accepted: 0 to `MAX_DRAFT`, the last entry has longer runs too."""
     calls: dict[str, int] = {}
     """Passes that the requests took part in, counted once per request."""
     rows: dict[str, int] = {}
@@ -254,6 +260,10 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     stage_seconds: dict[str, float] = {}
     decoders: dict[str, DecoderCounts] = {}
     """Per decoder that a request asked for."""
+    patch_sizes: list[int] = []
+    """Patches that closed where generated ids begin the next, by the classes `engine.counts.PATCH_SIZES`."""
+    patch_bytes: int = 0
+    """Bytes in these patches."""
     pools: dict[str, PoolStats] = {}
     device_memory: tuple[int, int] | None = None
     """Bytes used by all processes, and in total; of a GPU."""
@@ -274,6 +284,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Per stage: bytes of weights that every pass reads."""
     page_bytes: dict[str, int] = {}
     """Per pool: the size of a page."""
+    page_rows: dict[str, int] = {}
+    """Per pool: the rows of a page. A row is a byte, in the pools global and latent a patch."""
     peak_bandwidth: dict[str, float] = {}
     """Bytes per second of this machine's memory, as measured; see `engine.costs.bandwidth.probe`."""
     prompt_rows: int = 0

@@ -1,17 +1,21 @@
 """Charges every launch of a stage to the requests that it served, and to none if it served none."""
 
 import time
+from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from kernels.native.step import Answer, Totals
 
-from ..counts import STAGES, Counts
+from ..counts import PATCH_SIZES, STAGES, Counts
 from ..decoders import Committed
 from ..rows import Rows
+from ..sequence import Sequence
+from ..types import MAX_DRAFT, DecoderName
 from .accounting import StageBytes
 from .clock import Clock, Moment
 from .latency import HOST, LatencyModel
@@ -58,10 +62,16 @@ class Ledger:
         self.total = Counts()
         self.decoders: dict[str, Counts] = defaultdict(Counts)
         """Counts of requests that have ended; seconds are those of all requests."""
+        self.accepted_runs: dict[DecoderName, list[int]] = defaultdict(lambda: [0] * (MAX_DRAFT + 1))
+        """Of all requests: rounds that drafted, by how many drafts were accepted; the last entry has longer runs."""
+        self.patch_sizes = [0] * (len(PATCH_SIZES) + 1)
+        """Patches that closed where generated ids begin the next, by `PATCH_SIZES`."""
+        self.patch_bytes = 0
+        """Bytes in these patches."""
         self._pending: deque[tuple[Launch, dict[str, float]]] = deque()
         """Launches whose time is not known yet, and each decoder's part of it."""
 
-    def took(self, launch: Launch, *served: Sequence[Share]) -> None:
+    def took(self, launch: Launch, *served: Seq[Share]) -> None:
         """Charges each pass to the sequences that it served; `served` has an entry for each pass that served any. The
         weights that a pass reads are divided by rows. The time is added once the device has finished."""
         parts: dict[str, float] = defaultdict(float)
@@ -70,7 +80,7 @@ class Ledger:
         self._pending.append((launch, parts))
         self.poll()
 
-    def took_step(self, totals: Totals, answers: Sequence[tuple[Rows, Answer]]) -> None:
+    def took_step(self, totals: Totals, answers: Seq[tuple[Rows, Answer]]) -> None:
         """Charges a step that was one call, whose time is known."""
         for stage, calls, all_rows, seconds, number in zip(STAGES, *totals, range(len(STAGES)), strict=True):
             if not calls:
@@ -94,7 +104,7 @@ class Ledger:
             self.total.seconds[stage] += seconds
             self.latency.observe(stage, round(all_rows / calls), seconds / calls)
 
-    def _charge(self, stage: str, shares: Sequence[Share], parts: dict[str, float], passes: int) -> None:
+    def _charge(self, stage: str, shares: Seq[Share], parts: dict[str, float], passes: int) -> None:
         total, all_rows = self.total, sum(share.num_rows for share in shares)
         total.calls[stage] += 1
         total.rows[stage] += all_rows
@@ -128,7 +138,7 @@ class Ledger:
         return self._clock.seconds(launch.began, launch.ended)
 
     @contextmanager
-    def step(self, batch: Sequence[Rows], num_recorded: Callable[[], int]) -> Iterator[None]:
+    def step(self, batch: Seq[Rows], num_recorded: Callable[[], int]) -> Iterator[None]:
         """Around a step: observes its time outside the stages. On a GPU the times of stages arrive late, so that an
         earlier step's may be subtracted."""
         began, recorded = time.perf_counter(), num_recorded()
@@ -143,13 +153,20 @@ class Ledger:
         self.poll()
         return sum(self.total.seconds.values())
 
-    def committed(self, counts: Counts, outcome: Committed, num_ids: int, patches: int) -> None:
-        """Counts a round of a request. num_ids: how many of its ids became text; patches: how many these begin."""
+    def committed(self, sequence: Sequence, outcome: Committed, num_ids: int, patches: Seq[int]) -> None:
+        """Counts a round of a request. num_ids: how many of its ids became text. patches: for each patch that these
+        begin, the length of the one before it."""
+        counts = sequence.counts
         counts.rounds += outcome.rounds
         counts.drafted += outcome.drafted
         counts.accepted += outcome.accepted
         counts.committed += num_ids
-        counts.patches += patches
+        counts.patches += len(patches)
+        if outcome.drafts:
+            self.accepted_runs[sequence.request.decoder][min(outcome.accepted, MAX_DRAFT)] += 1
+        for size in patches:
+            self.patch_sizes[bisect_left(PATCH_SIZES, size)] += 1
+            self.patch_bytes += size
 
     def ended(self, decoder: str, counts: Counts) -> None:
         """A request has ended: its counts are added to its decoder's."""
