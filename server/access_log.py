@@ -8,7 +8,7 @@ import logging
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from engine.config import text_of
 
@@ -57,6 +57,16 @@ class Access:
     def failed(self) -> bool:
         """By the server's fault, perhaps after status 200."""
         return self.status >= 500 or (self.error is not None and self.error.status >= 500)
+
+    @property
+    def outcome(self) -> Literal["ok", "rejected", "failed", "client_left"]:
+        """Rejected: by the client's fault, or before it was admitted."""
+        if self.client_left:
+            return "client_left"
+        if self.error is None:
+            return "ok" if self.status else "failed"
+        is_refused = self.error.status < 500 or (self.error.status == 503 and self.generation is None)
+        return "rejected" if is_refused else "failed"
 
     def end(self, route: str | None) -> None:
         """The response is complete, or will never be."""

@@ -38,7 +38,7 @@ def create_app(
     gate = Gate(settings)
     connections = Connections(settings)
     version = installed().version
-    metrics = Metrics(client, gate, connections, version)
+    metrics = Metrics(client, gate, connections, version, settings)
     service = Service(settings, client, gate, metrics)
     app = Application(title="fastblt", version=version, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gate, app.state.connections = gate, connections
@@ -142,6 +142,6 @@ def _operations(service: Service) -> APIRouter:
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format."""
-        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(service.metrics), media_type=CONTENT_TYPE_LATEST)
 
     return router

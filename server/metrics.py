@@ -2,87 +2,98 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from engine import logs
+from engine.counts import PATCH_SIZES
+from engine.decoders.table import DECODERS
 from engine.process.client import EngineClient
-from engine.types import DecoderCounts, Snapshot, Usage
+from engine.types import MAX_DRAFT, DecoderCounts, Snapshot, Usage
 
 from .admission import Gate
+from .errors import Code
 from .http.connections import REASONS as CONNECTION_REASONS
 from .http.connections import Connections
+from .metric_aliases import vllm
+from .model_names import default_model
+from .settings import ServerSettings
+
+if TYPE_CHECKING:
+    from .access_log import Access
 
 # Otherwise every counter has a second, unused series with its creation time.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 REASONS = ("stop", "length", "timeout", "abort", "refused", "error")
 """Why a sequence ends. Four are the engine's; "refused": it could not be run; "error": the engine failed."""
+OUTCOMES = ("ok", "rejected", "failed", "client_left")
+"""How a request ends; see `server.access_log.Access.outcome`."""
+OTHER = "other"
+"""The reason of a rejection whose error has no code."""
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 QUEUE_SECONDS = (0.001, 0.0025, *SECONDS)
 SIZES = (16, 64, 256, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10)
 SECONDS_PER_BYTE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+CHUNK_SECONDS = (*SECONDS_PER_BYTE, 2.5, 5.0, 10.0)
 
 
 class Metrics:
     """All metrics of one server, in a registry of their own."""
 
-    def __init__(self, client: EngineClient, gate: Gate, connections: Connections, version: str) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.http_responses = Counter(
+    def __init__(
+        self, client: EngineClient, gate: Gate, connections: Connections, version: str, settings: ServerSettings
+    ) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._client, self._settings = client, settings
+        self._responses = Counter(
             "fastblt_http_responses", "HTTP responses by route and status.", ["route", "status"], registry=registry
+        )
+        self._requests = Counter(
+            "fastblt_requests", "HTTP requests by route and how they ended.", ["route", "outcome"], registry=registry
+        )
+        self._rejections = Counter(
+            "fastblt_rejections", "HTTP requests that were refused, by error code.", ["reason"], registry=registry
         )
         self.in_progress = Gauge("fastblt_http_requests_in_progress", "HTTP requests under way.", registry=registry)
         self._sequences = Counter(
             "fastblt_sequences", "Ended sequences by reason.", ["decoder", "finish_reason"], registry=registry
         )
-        labels = ["decoder"]
-        self._queue = Histogram(
-            "fastblt_queue_seconds",
-            "From the arrival of a sequence in the engine to its first step.",
-            labels,
-            buckets=QUEUE_SECONDS,
-            registry=registry,
+
+        def histogram(name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+            made = Histogram(f"fastblt_{name}", help_text, ["decoder"], buckets=buckets, registry=registry)
+            # `rate` misses the first event of a series that starts with it, so all series start at 0.
+            for decoder in client.limits.decoders:
+                made.labels(decoder)
+            return made
+
+        queued = "From the arrival of a sequence in the engine to its first step."
+        self._queue = histogram("queue_seconds", queued, QUEUE_SECONDS)
+        self._prefill = histogram(
+            "prefill_seconds", "From the first step of a sequence to its first byte.", QUEUE_SECONDS
         )
-        self._first_byte = Histogram(
-            "fastblt_time_to_first_byte_seconds",
-            "From the arrival of a request to the first byte of a sequence.",
-            labels,
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._per_byte = Histogram(
-            "fastblt_time_per_byte_seconds",
-            "Mean time between the bytes of a sequence after its first.",
-            labels,
-            buckets=SECONDS_PER_BYTE,
-            registry=registry,
-        )
-        self._end_to_end = Histogram(
-            "fastblt_end_to_end_seconds",
-            "From the arrival of a request to the end of a sequence.",
-            labels,
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._prompt_size = Histogram(
-            "fastblt_prompt_size_bytes", "Ids of a sequence's prompt.", labels, buckets=SIZES, registry=registry
-        )
-        self._output_size = Histogram(
-            "fastblt_output_size_bytes", "Ids generated for a sequence.", labels, buckets=SIZES, registry=registry
-        )
-        # `rate` misses the first event of a series that starts with it, so all series start at 0.
+        self._decode = histogram("decode_seconds", "From the first byte of a sequence to its end.", QUEUE_SECONDS)
+        first_byte = "From the arrival of a request to the first byte of a sequence."
+        self._first_byte = histogram("time_to_first_byte_seconds", first_byte, SECONDS)
+        per_byte = "Mean time between the bytes of a sequence after its first."
+        self._per_byte = histogram("time_per_byte_seconds", per_byte, SECONDS_PER_BYTE)
+        self._inter_chunk = histogram("inter_chunk_seconds", "Time between two chunks of a sequence.", CHUNK_SECONDS)
+        end_to_end = "From the arrival of a request to the end of a sequence."
+        self._end_to_end = histogram("end_to_end_seconds", end_to_end, SECONDS)
+        self._prompt_size = histogram("prompt_size_bytes", "Ids of a sequence's prompt.", SIZES)
+        self._output_size = histogram("output_size_bytes", "Ids generated for a sequence.", SIZES)
         for decoder in client.limits.decoders:
-            for histogram in (
-                *(self._queue, self._first_byte, self._per_byte, self._end_to_end),
-                *(self._prompt_size, self._output_size),
-            ):
-                histogram.labels(decoder)
             for reason in REASONS:
                 self._sequences.labels(decoder, reason)
+        for outcome in OUTCOMES:
+            self._requests.labels("/v1/completions", outcome)
+        for code in (*get_args(Code), OTHER):
+            self._rejections.labels(code)
         self._engine = EngineCollector(client, gate, version)
         registry.register(self._engine)
         registry.register(ConnectionCollector(connections))
@@ -90,8 +101,23 @@ class Metrics:
         # The engine process, while there is one. Its figures start at 0 with each process.
         ProcessCollector("fastblt_engine", pid=lambda: client.pid or "none", registry=registry)
 
+    def collect(self) -> Iterable[Metric]:
+        """All of them, and their aliases, which are made from the same reading."""
+        families = list(self._registry.collect())
+        yield from families
+        if self._settings.metric_aliases == "vllm":
+            yield from vllm(families, default_model(self._settings, self._client.limits))
+
+    def responded(self, access: "Access") -> None:
+        """Records one HTTP request that has ended."""
+        route, outcome = access.route or "unmatched", access.outcome
+        self._responses.labels(route, access.status).inc()
+        self._requests.labels(route, outcome).inc()
+        if outcome == "rejected" and access.error and not access.is_probe:
+            self._rejections.labels(access.error.code or OTHER).inc()
+
     def clock(self, decoder: str, prompt_size: int) -> "Clock":
-        return Clock(self, decoder, prompt_size)
+        return Clock(self, decoder, prompt_size, self._inter_chunk.labels(decoder))
 
     def ended(self, clock: "Clock", reason: str, usage: Usage | None) -> None:
         """Records one sequence. usage: of a sequence that the engine finished."""
@@ -102,6 +128,10 @@ class Metrics:
         self._end_to_end.labels(decoder).observe(time.perf_counter() - clock.start)
         if usage:
             self._queue.labels(decoder).observe(usage.queue_seconds)
+            if usage.prefill_seconds:
+                self._prefill.labels(decoder).observe(usage.prefill_seconds)
+            if clock.first is not None:
+                self._decode.labels(decoder).observe(usage.decode_seconds)
         if clock.first is not None:
             self._first_byte.labels(decoder).observe(clock.first - clock.start)
             if clock.num_bytes > 1:
@@ -112,8 +142,9 @@ class Metrics:
 class Clock:
     """Times one sequence, by `time.perf_counter`."""
 
-    def __init__(self, metrics: Metrics, decoder: str, prompt_size: int) -> None:
+    def __init__(self, metrics: Metrics, decoder: str, prompt_size: int, inter_chunk: Histogram) -> None:
         self._metrics = metrics
+        self._inter_chunk = inter_chunk
         self.decoder = decoder
         self.prompt_size = prompt_size
         self.start = self.last = time.perf_counter()
@@ -123,8 +154,11 @@ class Clock:
 
     def advance(self, num_ids: int) -> None:
         if num_ids:
-            self.last = time.perf_counter()
-            self.first = self.first or self.last
+            before, self.last = self.last, time.perf_counter()
+            if self.first is None:
+                self.first = self.last
+            else:
+                self._inter_chunk.observe(self.last - before)
             self.num_bytes += num_ids
 
     def end(self, reason: str, usage: Usage | None = None) -> None:
@@ -177,6 +211,8 @@ class EngineCollector(Collector):
         cached = {pool: pages.cached for pool, pages in pools.items()}
         yield _gauges("fastblt_pages_cached", "Cache pages held only by the prefix cache.", "pool", cached)
         yield _gauges("fastblt_pages_capacity", "Cache pages in all.", "pool", total)
+        usage = max((pages.used / pages.total for pages in pools.values() if pages.total), default=0.0)
+        yield _gauge("fastblt_kv_cache_usage_ratio", "Share of the pages in use, of the fullest pool.", usage)
         yield _gauges("fastblt_page_size_bytes", "Size of a cache page.", "pool", info.page_bytes)
         help_text = "Weights that every pass of a stage reads."
         yield _gauges("fastblt_stage_weight_bytes", help_text, "stage", info.weight_bytes)
@@ -195,11 +231,27 @@ class EngineCollector(Collector):
                 if counter == name:
                     family.add_metric(values, count)
             yield family
+        yield self._patch_sizes()
+        geometry = GaugeMetricFamily(
+            "fastblt_cache_info", "Always 1.", labels=["pool", "page_rows", "page_bytes", "pages"]
+        )
+        for pool, rows in info.page_rows.items():
+            geometry.add_metric([pool, str(rows), str(info.page_bytes[pool]), str(client.limits.pages[pool])], 1)
+        yield geometry
         about = {"version": self._version, "model": client.limits.name, "device": info.device}
         about |= {"dtype": info.dtype, "weights": info.weights, "kernels": info.kernels}
         build = GaugeMetricFamily("fastblt_build_info", "Always 1.", labels=list(about))
         build.add_metric(list(about.values()), 1)
         yield build
+
+    def _patch_sizes(self) -> HistogramMetricFamily:
+        counts = accumulate(self._totals.get(("patch_sizes", (bound,)), 0) for bound in PATCH_BOUNDS)
+        return HistogramMetricFamily(
+            "fastblt_patch_size_bytes",
+            "Bytes of the patches that end in generated text.",
+            buckets=list(zip(PATCH_BOUNDS, counts, strict=True)),
+            sum_value=self._totals.get(("patch_bytes", ()), 0),
+        )
 
 
 class ConnectionCollector(Collector):
@@ -244,6 +296,19 @@ def _per_decoder_and_stage(read: Callable[[DecoderCounts], Mapping[str, float]])
     }
 
 
+def _positions(snapshot: Snapshot) -> Mapping[Labels, float]:
+    """How many runs of accepted drafts reach beyond each position."""
+    return {
+        (decoder, str(position)): sum(counts.accepted_runs[position + 1 :])
+        for decoder, counts in snapshot.decoders.items()
+        if decoder in DRAFTING
+        for position in range(MAX_DRAFT)
+    }
+
+
+DRAFTING = {name for name, spec in DECODERS.items() if spec.exact and spec.options}
+"""Decoders whose drafts are verified: of those whose text is blt's, all but blt have options."""
+PATCH_BOUNDS = (*(f"{size:.1f}" for size in PATCH_SIZES), "+Inf")
 BOTH = ("decoder", "stage")
 COUNTERS: dict[str, tuple[str, Labels, Read]] = {
     "steps": ("Steps of the engine.", (), _one("steps")),
@@ -264,6 +329,16 @@ COUNTERS: dict[str, tuple[str, Labels, Read]] = {
     "rounds": ("Rounds of a decoder.", ("decoder",), _per_decoder("rounds")),
     "drafted_bytes": ("Bytes drafted, or decoded in blocks.", ("decoder",), _per_decoder("drafted")),
     "accepted_bytes": ("Drafted bytes that were accepted.", ("decoder",), _per_decoder("accepted")),
+    "draft_rounds": (
+        "Rounds that drafted, or decoded a block.",
+        ("decoder",),
+        lambda snapshot: {(decoder,): sum(counts.accepted_runs) for decoder, counts in snapshot.decoders.items()},
+    ),
+    "position_accepted_bytes": (
+        "Drafted bytes that were accepted, by their position in the draft.",
+        ("decoder", "position"),
+        _positions,
+    ),
     "decoder_stage_calls": ("Passes of requests: the paper's NFE.", BOTH, _per_decoder_and_stage(lambda c: c.calls)),
     "decoder_stage_rows": ("Rows of requests.", BOTH, _per_decoder_and_stage(lambda c: c.rows)),
     "decoder_stage_seconds": ("Requests' shares of passes.", BOTH, _per_decoder_and_stage(lambda c: c.seconds)),
@@ -290,6 +365,9 @@ def _counts(snapshot: Snapshot) -> Iterable[tuple[tuple[str, Labels], float]]:
     for name, (_, _, read) in COUNTERS.items():
         for values, count in read(snapshot).items():
             yield (name, values), count
+    for bound, count in zip(PATCH_BOUNDS, snapshot.patch_sizes, strict=False):
+        yield ("patch_sizes", (bound,)), count
+    yield ("patch_bytes", ()), snapshot.patch_bytes
 
 
 def _gauge(name: str, help_text: str, value: float) -> GaugeMetricFamily:

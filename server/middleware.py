@@ -80,7 +80,7 @@ class RequestContext:
         finally:
             access.end(getattr(scope.get("route"), "path", None))
             self._metrics.in_progress.dec()
-            self._metrics.http_responses.labels(access.route or "unmatched", access.status).inc()
+            self._metrics.responded(access)
             access.write()
             if self._traces and span:
                 self._traces.end(span, access)

@@ -1,7 +1,7 @@
 """Settings of the HTTP server."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, IPvAnyNetwork, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -101,6 +101,9 @@ class ServerSettings(BaseSettings):
     log_format: FormatName = Field("human", description="Log lines for people, or one JSON object each.")
     log_content: bool = Field(
         False, description="Also log prompts and completions, shortened. Anyone who can read the log can read them."
+    )
+    metric_aliases: Literal["none", "vllm"] = Field(
+        "none", description="Also export metrics under the names of another server: vllm, or none."
     )
     otlp_endpoint: str | None = Field(
         None,
