@@ -1,0 +1,135 @@
+"""The ScaledObject for KEDA: its fields, the Deployment that it scales, and what its queries say of a real server."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from tests.ops.prometheus import SHIPPED, Prometheus, running_prometheus
+from tests.ops.test_helm import render
+from tests.serving import ROOT, RunningServer, running_server
+
+SCALED = yaml.safe_load((ROOT / "deploy" / "keda" / "scaledobject.yaml").read_text())
+OF_VLLM = {
+    "type": "prometheus",
+    "name": "vllm",
+    "metadata": {"query": 'sum(vllm:num_requests_waiting{model_name="tiny"})', "threshold": "5"},
+}
+"""A trigger as examples for vLLM have it."""
+
+
+class Strict(BaseModel):
+    """Fields of KEDA's custom resource, keda.sh/v1alpha1, that ours uses; any other is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Target(Strict):
+    name: str
+
+
+class PrometheusTrigger(Strict):
+    """KEDA takes only strings."""
+
+    serverAddress: str = Field(pattern="^https?://")
+    query: str
+    threshold: str = Field(pattern=r"^\d+(\.\d+)?$")
+    ignoreNullValues: str = Field(pattern="^(true|false)$")
+
+
+class Trigger(Strict):
+    type: str = Field(pattern="^prometheus$")
+    name: str
+    metadata: PrometheusTrigger
+
+
+class Fallback(Strict):
+    failureThreshold: int = Field(ge=1)
+    replicas: int = Field(ge=1)
+
+
+class Spec(Strict):
+    scaleTargetRef: Target
+    minReplicaCount: int = Field(ge=1)
+    maxReplicaCount: int
+    pollingInterval: int = Field(ge=1)
+    fallback: Fallback
+    advanced: dict[str, Any]
+    triggers: list[Trigger] = Field(min_length=1)
+
+
+class ScaledObject(Strict):
+    apiVersion: str = Field(pattern="^keda.sh/v1alpha1$")
+    kind: str = Field(pattern="^ScaledObject$")
+    metadata: Target
+    spec: Spec
+
+
+def test_the_scaled_object_has_kedas_fields() -> None:
+    spec = ScaledObject.model_validate(SCALED).spec
+    assert spec.minReplicaCount <= spec.fallback.replicas <= spec.maxReplicaCount
+    assert len({trigger.name for trigger in spec.triggers}) == len(spec.triggers)
+
+
+def test_the_scaled_object_names_the_deployment_and_thresholds_of_the_chart() -> None:
+    manifests = render({"autoscaling": {"enabled": True}}, name="fastblt")
+    assert SCALED["spec"]["scaleTargetRef"]["name"] == manifests["Deployment"]["metadata"]["name"]
+    scaler = manifests["HorizontalPodAutoscaler"]["spec"]
+    thresholds = {m["pods"]["metric"]["name"]: m["pods"]["target"]["averageValue"] for m in scaler["metrics"]}
+    for trigger in SCALED["spec"]["triggers"]:
+        assert thresholds.pop(f"fastblt_{trigger['name']}_sequences") == trigger["metadata"]["threshold"]
+    assert not thresholds
+    # Our field has the scaler's own shape, whose schema tests/ops/test_helm.py holds the chart against.
+    behavior = SCALED["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behavior == scaler["behavior"]
+    (job,) = yaml.safe_load((SHIPPED / "prometheus.yml").read_text())["scrape_configs"]
+    assert all(f'job="{job["job_name"]}"' in t["metadata"]["query"] for t in SCALED["spec"]["triggers"])
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    log = tmp_path_factory.mktemp("log") / "log"
+    with running_server(tiny, log, "--metric-aliases", "vllm", "--max-sequences", "8") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prometheus(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    with running_prometheus(tmp_path_factory.mktemp("prometheus"), server.url.removeprefix("http://")) as running:
+        yield running
+
+
+def numbers(prometheus: Prometheus) -> dict[str, float]:
+    """By trigger: KEDA takes a query's only series, and nothing else."""
+    found = {}
+    for trigger in (*SCALED["spec"]["triggers"], OF_VLLM):
+        if series := prometheus.query(trigger["metadata"]["query"]):
+            (only,) = series
+            found[trigger["name"]] = float(only["value"][1])
+    return found
+
+
+def until(prometheus: Prometheus, low: bool) -> dict[str, float]:
+    """The numbers once all are 0, or above 0."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        found = numbers(prometheus)
+        if len(found) == 3 and all((number == 0) == low for number in found.values()):
+            return found
+        time.sleep(0.3)
+    raise AssertionError(numbers(prometheus))
+
+
+def test_the_queries_follow_the_load_up_and_down(server: RunningServer, prometheus: Prometheus) -> None:
+    until(prometheus, low=True)
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 3000, "n": 60, "ignore_eos": True, "stream": True}
+    with server.client() as http, http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        assert next(lines)
+        busy = until(prometheus, low=False)
+        assert busy["running"] <= 8 and busy["queued"] > 4
+    until(prometheus, low=True)
