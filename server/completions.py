@@ -33,6 +33,7 @@ WHOLE_BYTES = 256 << 10
 ENTRY_BYTES = 64
 """Approximate bytes of one log-probability in it, without alternatives."""
 ENTROPY_BYTES = 11
+ID_BYTES = 4
 
 
 async def complete(request: Request, service: Service) -> Response:
@@ -77,6 +78,7 @@ def _answer(completion: Completion) -> Response:
     for choice in completion.choices:
         size += len(choice.text) + ENTRY_BYTES * len(choice.logprobs.tokens if choice.logprobs else [])
         size += ENTROPY_BYTES * len(choice.patches.entropies if choice.patches else [])
+        size += ID_BYTES * len([*(choice.prompt_token_ids or []), *(choice.token_ids or [])])
     if size <= WHOLE_BYTES:
         return JsonResponse(completion)
     return StreamingResponse(_pieces(completion), media_type=JsonResponse.media_type)

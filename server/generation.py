@@ -49,7 +49,14 @@ class Generation:
         request = plan.request
         patching = service.client.limits.patching if request.patches else None
         self.streams = [
-            ChoiceStream(r.prompt_ids, request.echo, request.logprobs is not None, request.trace, patching)
+            ChoiceStream(
+                r.prompt_ids,
+                request.echo,
+                request.logprobs is not None,
+                request.trace,
+                patching,
+                with_ids=request.return_token_ids,
+            )
             for r in plan.requests
         ]
         self._scores: dict[int, _PromptScores] = {}
@@ -144,6 +151,9 @@ class Generation:
             text=piece.text,
             logprobs=piece.logprobs,
             finish_reason=piece.finish_reason,
+            stop_reason=piece.stop_reason,
+            prompt_token_ids=piece.prompt_token_ids,
+            token_ids=piece.token_ids,
             trace=piece.trace,
             patches=piece.patches,
         )

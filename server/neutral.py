@@ -63,7 +63,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "prompt_logprobs": NULL,
     "regex": NULL,
     "repetition_penalty": ONE,
-    "return_token_ids": FALSE,
     "return_tokens_as_token_ids": FALSE,
     "skip_special_tokens": TRUE,
     "spaces_between_special_tokens": Neutral((True, False)),

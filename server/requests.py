@@ -93,7 +93,7 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
         if refusal := admission.check(first, limits):
             raise from_failed(refusal)
     _bound_scores(request, prompts, samples, settings.max_scores)
-    _bound_entropies(request, prompts, samples, settings.max_scores)
+    _bound_lists(request, prompts, samples, settings.max_scores)
     return Plan(request, model, requests, samples)
 
 
@@ -143,18 +143,19 @@ def _bound_scores(request: CompletionRequest, prompts: list[list[int]], samples:
         raise ApiError(400, message, param="logprobs", code="too_many_scores")
 
 
-def _bound_entropies(request: CompletionRequest, prompts: list[list[int]], samples: int, most: int) -> None:
-    """Those of a prompt come with each of its samples, and in a stream at once."""
-    if not request.patches:
+def _bound_lists(request: CompletionRequest, prompts: list[list[int]], samples: int, most: int) -> None:
+    """A prompt's entropies and ids come with each of its samples, and in a stream at once."""
+    if not (request.patches or request.return_token_ids):
         return
+    field, entries = ("patches", "entropies") if request.patches else ("return_token_ids", "ids")
     generated = 0 if request.stream else request.max_tokens * len(prompts)
     length = sum(map(len, prompts)) + generated
     if length * samples > most:
         message = (
-            f"patches: prompt{' and max_tokens' if generated else ''} ({length} bytes) times {samples} samples make "
-            f"{length * samples} entropies; at most {most} are allowed"
+            f"{field}: prompt{' and max_tokens' if generated else ''} ({length} bytes) times {samples} samples make "
+            f"{length * samples} {entries}; at most {most} are allowed"
         )
-        raise ApiError(400, message, param="patches", code="too_many_scores")
+        raise ApiError(400, message, param=field, code="too_many_scores")
 
 
 def _to_ids(prompt: str | list[int], request: CompletionRequest, limits: ModelLimits) -> list[int]:

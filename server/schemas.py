@@ -169,6 +169,7 @@ class CompletionRequest(_Strict):
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Extension: lower runs first.")
     trace: bool = Field(False, description="Extension: tell how every round came to its bytes.")
     patches: bool = Field(False, description="Extension: tell where patches start, in the prompt too, and why.")
+    return_token_ids: bool = Field(False, description="Extension: return the ids of prompt and output, as vLLM does.")
     timeout: FiniteFloat | None = Field(
         None, gt=0, description="Extension: seconds after which generation ends with finish_reason 'timeout'."
     )
@@ -259,6 +260,17 @@ class Choice(BaseModel):
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length", "timeout"] | None = Field(
         description="'timeout' (extension): the request's or the server's timeout came first."
+    )
+    stop_reason: str | None = Field(
+        None, description="Extension: the stop string that ended the choice; null for any other end."
+    )
+    prompt_token_ids: list[int] | None = Field(
+        None,
+        exclude_if=lambda ids: ids is None,
+        description="Extension: only there if asked for; of a stream, in a choice's first chunk alone.",
+    )
+    token_ids: list[int] | None = Field(
+        None, exclude_if=lambda ids: ids is None, description="Extension: the generated ids; only there if asked for."
     )
     trace: Trace | None = Field(
         None, exclude_if=lambda trace: trace is None, description="Extension: only there if it was asked for."

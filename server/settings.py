@@ -53,7 +53,7 @@ class ServerSettings(BaseSettings):
         1 << 19,
         ge=1,
         description="Most log-probabilities in one answer: scored bytes times choices times (logprobs + 1); also most "
-        "entropies.",
+        "entropies, and most ids.",
     )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body in bytes; larger ones get 413.")
     max_header_bytes: int = Field(

@@ -117,7 +117,7 @@ def test_patches_leave_out_the_stop_string(server: RunningServer) -> None:
 
 def test_responses_have_no_patches_unless_requested(server: RunningServer) -> None:
     (choice,) = whole(server, patches=False)
-    assert choice.keys() == {"index", "text", "logprobs", "finish_reason"}
+    assert choice.keys() == {"index", "text", "logprobs", "finish_reason", "stop_reason"}
     assert all(chunk.keys() == choice.keys() for chunk in streamed(server, patches=None))
     with server.client() as http:
         refused = http.post("/v1/completions", json={**BASE, "patches": 1})

@@ -64,6 +64,7 @@ def joined(chunks: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
         "text": "".join(chunk["text"] for chunk in own),
         "logprobs": None,
         "finish_reason": own[-1]["finish_reason"],
+        "stop_reason": own[-1]["stop_reason"],
         "trace": {
             "rounds": [entry for chunk in own for entry in chunk["trace"]["rounds"]],
             "patch_starts": [start for chunk in own for start in chunk["trace"]["patch_starts"]],
@@ -176,7 +177,7 @@ def test_a_special_id_is_in_the_trace_and_not_in_the_text(server: RunningServer)
 
 def test_responses_have_no_trace_unless_requested(server: RunningServer) -> None:
     (choice,) = whole(server, trace=False)
-    assert choice.keys() == {"index", "text", "logprobs", "finish_reason"}
+    assert choice.keys() == {"index", "text", "logprobs", "finish_reason", "stop_reason"}
     assert all(chunk.keys() == choice.keys() for chunk in streamed(server, trace=None))
     with server.client() as http:
         refused = http.post("/v1/completions", json={**BASE, "trace": "yes"})
