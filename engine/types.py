@@ -86,6 +86,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Report entropies and patch starts from this id on; 0 is the prompt's first. None reports nothing."""
     exact: bool = True
     """False also allows decoders whose text differs from blt's."""
+    cache_salt: bytes = b""
+    """It finds in the prefix cache only what requests with the same salt have left there."""
     output_ids: list[int] = []
     """Ids that an engine that died has generated for this request; generation continues after them."""
     log_fields: dict[str, str] = {}

@@ -1,19 +1,23 @@
 """The prefix cache: the same bytes and scores with it, whatever it holds, shares and forgets."""
 
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.config import EOS_ID, ModelConfig, PatchingRule
 from engine.engine import Engine
 from engine.memory import caches
 from engine.memory.caches import CacheSpec, cache_specs
 from engine.memory.prefix import BLOCK
+from engine.sequence import Sequence
 from engine.types import Event, Finished, Request, SamplingParams, UnmaskRule
 from tests import reference
 from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours
@@ -66,6 +70,7 @@ def assert_all_can_be_forgotten(engine: Engine) -> None:
     while engine.memory.prefixes.forget():
         engine.memory.caches.check_integrity()
     assert all(pool.num_free == pool.num_total for pool in engine.memory.caches.pools.values())
+    assert not engine.memory.prefixes.root.children
 
 
 @pytest.mark.parametrize("threshold", [-1.0, 4.5, 99.0])
@@ -155,6 +160,68 @@ def test_a_scored_prompt_is_not_read_from_the_prefix_cache(model: Path) -> None:
     assert_same(found, run(make_engine(model, prefix_cache=False), [scored])["it"])
 
 
+SALTS = [b"", b"one", b"two"]
+TURNS = st.lists(
+    st.tuples(st.sampled_from(SALTS), st.lists(st.sampled_from([70, 80]), min_size=1, max_size=4), st.integers(1, 64)),
+    min_size=2,
+    max_size=8,
+)
+"""Salt and prompt of some requests: the byte that each block repeats, and how long the last block is."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
+    """An engine, and one without a prefix cache."""
+    folder = save_ours(tmp_path_factory.mktemp("salted") / "model", our_model(our_config(), 35))
+    return make_engine(folder), make_engine(folder, prefix_cache=False)
+
+
+@settings(max_examples=20)
+@given(turns=TURNS)
+def test_a_request_finds_exactly_what_its_own_salt_has_left(
+    pair: tuple[Engine, Engine], turns: list[tuple[bytes, list[int], int]]
+) -> None:
+    engine, plain = pair
+    left: dict[bytes, set[tuple[int, ...]]] = {}
+    """Per salt the texts of whole blocks that were computed."""
+    for salt, blocks, last in turns:
+        prompt = [byte for block in blocks for byte in [block] * BLOCK][: (len(blocks) - 1) * BLOCK + last]
+        asked = request("it", prompt, 2, cache_salt=salt)
+        found, wanted = run(engine, [asked])["it"], run(plain, [asked])["it"]
+        assert_same(found, wanted)
+        known = left.setdefault(salt, set())
+        assert cached(found) == max((len(k) for k in known if [*k] == prompt[: len(k)] != prompt), default=0)
+        # The last id is not computed.
+        computed = [*prompt, *found.ids[:-1]]
+        known |= {tuple(computed[:end]) for end in range(BLOCK, len(computed) + 1, BLOCK)}
+    assert_all_can_be_forgotten(engine)
+
+
+def test_requests_of_two_salts_that_run_together_share_nothing(pair: tuple[Engine, Engine]) -> None:
+    engine, plain = pair
+    prompt = text(2 * BLOCK + 9, 40)
+    asked = [request(f"{salt!r}", prompt, 20, cache_salt=salt) for salt in SALTS]
+    (wanted,) = run(plain, [request("it", prompt, 20)]).values()
+    for again in (False, True):
+        for output in run(engine, asked).values():
+            assert_same(output, wanted)
+            assert cached(output) == 2 * BLOCK * again
+    assert engine.memory.prefixes
+    assert {salt for salt, _ in engine.memory.prefixes.root.children} == set(SALTS)
+    assert_all_can_be_forgotten(engine)
+
+
+def test_more_salts_than_the_caches_hold_prefixes_of_keep_no_more_nodes_than_fit(tmp_path: Path) -> None:
+    folder = save_ours(tmp_path / "model", our_model(our_config(), 36))
+    engine = crowded_engine(folder, max_length=300)
+    prompt, most = text(BLOCK + 1, 41), engine.memory.caches.pools["global"].num_total
+    for i in range(2 * most):
+        run(engine, [request("it", prompt, 1, cache_salt=b"%d" % i)])
+        assert engine.memory.prefixes
+        assert len(engine.memory.prefixes.root.children) <= most
+    assert_all_can_be_forgotten(engine)
+
+
 def tangled(count: int, decoders: list[str], draw: random.Random) -> list[Request]:
     """Requests whose prompts branch off each other at odd places, some with ends of sequence in them."""
     prompts = [text(20, 0)]
@@ -200,11 +267,52 @@ def test_the_prefix_cache_changes_no_text_of_a_crowd_with_little_memory(model: P
     assert_all_can_be_forgotten(engine)
 
 
+class Poison:
+    """From now on a page is NaN when it is taken and whenever it is free after a step; a slot that is dropped gets ids,
+    patches and entropies that no text has."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._caches, self._slots = engine.memory.caches, engine.memory.slots
+        self._step, self._drop = engine.step, self._slots.drop
+        self.taken = Counter[str]()
+        """Pages per pool."""
+        for name, pool in self._caches.pools.items():
+            monkeypatch.setattr(pool, "take", self._take_from(name, pool.take))
+        monkeypatch.setattr(engine, "step", self._poisoned_step)
+        monkeypatch.setattr(self._slots, "drop", self._poisoned_drop)
+
+    def _take_from(self, name: str, take: Callable[[int], list[int]]) -> Callable[[int], list[int]]:
+        def poisoned_take(n: int) -> list[int]:
+            pages = take(n)
+            self.taken[name] += n
+            self._spoil(name, pages)
+            return pages
+
+        return poisoned_take
+
+    def _poisoned_step(self) -> list[Event]:
+        events = self._step()
+        for name, pool in self._caches.pools.items():
+            self._spoil(name, pool._free)
+        return events
+
+    def _poisoned_drop(self, sequence: Sequence) -> None:
+        if sequence.slot:
+            at, text = self._slots.place(sequence, 0), self._slots.text
+            whole = slice(at, at + self._slots._length)
+            text.ids[whole], text.patch[whole], text.patch_start[whole], text.entropies[whole] = EOS_ID, 7, 7, 1e30
+        self._drop(sequence)
+
+    def _spoil(self, name: str, pages: list[int]) -> None:
+        for tensor in self._caches._tensors[name]:
+            tensor[pages] = torch.nan
+
+
 @pytest.mark.parametrize("prefix_cache", [False, True], ids=["no-prefix-cache", "prefix-cache"])
-def test_no_row_reads_a_latent_that_its_sequence_has_freed(
+def test_no_text_depends_on_what_a_page_or_slot_held_before(
     model: Path, prefix_cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pages have one latent each, and those of free pages are NaN."""
+    """Pages have one latent each, so that those of a sequence are given back as soon as they are dead."""
     plain = make_engine(model, prefix_cache=False)
 
     def single(config: ModelConfig, page_size: int) -> dict[str, CacheSpec]:
@@ -214,20 +322,15 @@ def test_no_row_reads_a_latent_that_its_sequence_has_freed(
     monkeypatch.setattr(caches, "cache_specs", single)
     choices = {"max_sequences": 5, "max_step_rows": 48, "max_length": 300, "prefix_cache": prefix_cache}
     engine = crowded_engine(model, **choices)
-    step, pool = engine.step, engine.memory.caches.pools["latent"]
-
-    def spoil() -> list[Event]:
-        events = step()
-        for keys_and_values in engine.memory.caches.latent:
-            for tensor in keys_and_values:
-                tensor[pool._free] = torch.nan
-        return events
-
-    engine.step = spoil  # type: ignore[method-assign]
+    if prefix_cache:
+        engine = make_engine(model, cache_bytes=4 * engine.config.cache_bytes, **choices)
+    poison = Poison(engine, monkeypatch)
     requests = tangled(24, list(ways_of(engine)), random.Random(5))
     found, wanted = run(engine, requests), run(plain, requests)
     for r in requests:
         assert_same(found[r.id], wanted[r.id])
+    assert all(count > engine.memory.caches.pools[name].num_total for name, count in poison.taken.items()), poison.taken
+    assert any(cached(output) for output in found.values()) == prefix_cache
 
 
 def test_the_least_recently_used_prefix_is_evicted_first(tmp_path: Path) -> None:

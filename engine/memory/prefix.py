@@ -9,6 +9,8 @@ No pages are reserved for it. When a sequence needs pages, those that only this 
 recently used prefix first. A prefix is used when a sequence begins right after it. Of a long prompt that many requests
 share only the end is used. So a node with children becomes hollow first: it keeps the rows that its children need,
 those that stay live, and gives up the windows ending here, which no new sequence needs.
+
+Texts share prefixes only if their requests have the same salt (`Request.cache_salt`): it is part of every block's key.
 """
 
 from array import array
@@ -22,13 +24,16 @@ from .caches import Caches
 BLOCK = 64
 """Ids between two places where a cached prefix can end."""
 
+Key = tuple[bytes, tuple[int, ...]]
+"""The salt of a text, and the ids of one of its blocks."""
+
 
 @dataclass(eq=False, slots=True)
 class Node:
     """The prefix of `end` ids that the blocks from the root to here make."""
 
     parent: "Node | None"
-    block: tuple[int, ...]
+    key: Key
     end: int
     starts: list[int]
     """Patch starts after the parent's end, up to and including `end`: that one is decided too."""
@@ -39,7 +44,7 @@ class Node:
     pages: dict[str, tuple[int, list[int]]]
     """Per cache the index of the first page, and the pages: all live ones or, where all rows stay live, those of the
     rows after the parent's end. A hollow node has only the latter."""
-    children: dict[tuple[int, ...], "Node"] = field(default_factory=dict)
+    children: dict[Key, "Node"] = field(default_factory=dict)
     alive: bool = True
 
 
@@ -48,7 +53,7 @@ class PrefixCache:
 
     def __init__(self, caches: Caches) -> None:
         self._caches = caches
-        self.root = Node(None, (), 0, [], 0, array("f"), {})
+        self.root = Node(None, (b"", ()), 0, [], 0, array("f"), {})
         self._by_use: OrderedDict[Node, None] = OrderedDict()
         """All nodes but hollow ones, the least recently used first. A node without children is never hollow."""
         self._lasting = {name for name, spec in caches.specs.items() if name != "open" and spec.window is None}
@@ -56,7 +61,7 @@ class PrefixCache:
     def attach(self, sequence: Sequence, *, from_root: bool = False) -> None:
         """Lets a sequence without rows begin after its longest cached prefix; one id is left to compute. from_root: it
         begins at its first id, and its prefixes are only remembered."""
-        sequence.prefix = node = self.root if from_root else self._find(sequence.ids)
+        sequence.prefix = node = self.root if from_root else self._find(sequence)
         if node is self.root:
             return
         path = list(_path(node))
@@ -82,8 +87,7 @@ class PrefixCache:
         # A round that ends its request may have computed more than is committed.
         end = min(sequence.num_computed, len(sequence.ids))
         while node and node.alive and node.end + BLOCK <= end:
-            block = tuple(sequence.ids[node.end : node.end + BLOCK])
-            node = sequence.prefix = self._child(node, block, sequence)
+            node = sequence.prefix = self._child(node, sequence)
             self._by_use.move_to_end(node)
 
     def forget(self) -> bool:
@@ -104,7 +108,7 @@ class PrefixCache:
         while node.parent and not node.children:
             self._give_back(node, list(node.pages))
             self._by_use.pop(node, None)
-            del node.parent.children[node.block]
+            del node.parent.children[node.key]
             node.alive = False
             node = node.parent
             if node in self._by_use:
@@ -114,10 +118,10 @@ class PrefixCache:
         for name in names:
             self._caches.pools[name].forget(node.pages.pop(name)[1])
 
-    def _find(self, ids: list[int]) -> Node:
+    def _find(self, sequence: Sequence) -> Node:
         node = found = self.root
-        while node.end + BLOCK < len(ids):
-            child = node.children.get(tuple(ids[node.end : node.end + BLOCK]))
+        while node.end + BLOCK < len(sequence.ids):
+            child = node.children.get(_key(sequence, node.end))
             if child is None:
                 break
             node = child
@@ -125,15 +129,16 @@ class PrefixCache:
                 found = node
         return found
 
-    def _child(self, parent: Node, block: tuple[int, ...], sequence: Sequence) -> Node:
-        """The parent's child for `block`, with the sequence's pages for it."""
-        node = parent.children.get(block)
+    def _child(self, parent: Node, sequence: Sequence) -> Node:
+        """The parent's child for the sequence's next block, with the sequence's pages for it."""
+        key = _key(sequence, parent.end)
+        node = parent.children.get(key)
         if node is None:
             end = parent.end + BLOCK
             starts, num_closed = sequence.patching.starts, sequence.patch_of(end)
             added = starts[sequence.patch_of(parent.end) + 1 : num_closed + 1]
-            node = Node(parent, block, end, added, num_closed, sequence.patching.entropies[parent.end : end], {})
-            parent.children[block] = node
+            node = Node(parent, key, end, added, num_closed, sequence.patching.entropies[parent.end : end], {})
+            parent.children[key] = node
         if node not in self._by_use:
             start = sequence.patching.starts[node.num_closed]
             for name, table in sequence.tables.items():
@@ -150,6 +155,11 @@ class PrefixCache:
     def _rows(self, name: str, node: Node) -> int:
         """How many rows of a cache a prefix has."""
         return node.end if self._caches.specs[name].rows_from == "byte" else node.num_closed
+
+
+def _key(sequence: Sequence, start: int) -> Key:
+    """Of the block that begins at `start`."""
+    return sequence.request.cache_salt, tuple(sequence.ids[start : start + BLOCK])
 
 
 def _path(node: Node) -> Iterator[Node]:
