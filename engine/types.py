@@ -66,6 +66,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """How many alternatives to report per generated id; None reports nothing, 0 only the chosen one."""
     prompt_logprobs: bool = False
     """Also report `logprobs` for the prompt (the first id has none)."""
+    prompt_top: int | None = None
+    """How many alternatives to report per id of the prompt; None takes `logprobs`."""
     priority: int = 0
     """Lower runs first."""
     timeout: float | None = None
@@ -114,6 +116,9 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     logprob: float | None
     """None for the first id of a prompt."""
     top: dict[int, float]
+    """Likeliest first."""
+    rank: int | None = None
+    """1 for the likeliest id."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

@@ -31,7 +31,7 @@ one for the start of the next event, SGLang's for broken JSON."""
 WHOLE_BYTES = 256 << 10
 """Largest answer that is made and written in one piece."""
 ENTRY_BYTES = 64
-"""Approximate bytes of one log-probability in it, without alternatives."""
+"""Approximate bytes of one log-probability in it."""
 ENTROPY_BYTES = 11
 ID_BYTES = 4
 
@@ -76,7 +76,12 @@ def _answer(completion: Completion) -> Response:
     """The response in one piece, or choice by choice if it is large."""
     size = 0
     for choice in completion.choices:
-        size += len(choice.text) + ENTRY_BYTES * len(choice.logprobs.tokens if choice.logprobs else [])
+        size += len(choice.text)
+        if choice.logprobs:
+            size += ENTRY_BYTES * (
+                len(choice.logprobs.tokens) + sum(map(len, filter(None, choice.logprobs.top_logprobs)))
+            )
+        size += ENTRY_BYTES * sum(len(entry.top) for entry in choice.prompt_logprobs or [])
         size += ENTROPY_BYTES * len(choice.patches.entropies if choice.patches else [])
         size += ID_BYTES * len([*(choice.prompt_token_ids or []), *(choice.token_ids or [])])
     if size <= WHOLE_BYTES:
@@ -89,7 +94,8 @@ async def _pieces(completion: Completion) -> AsyncGenerator[bytes, None]:
     before, opening, after = frame.partition(b'"choices":[')
     yield before + opening
     for number, choice in enumerate(completion.choices):
-        yield (b"," if number else b"") + to_json(choice)
+        # Log-probabilities of one choice may be megabytes.
+        yield (b"," if number else b"") + await asyncio.to_thread(to_json, choice)
     yield after
 
 

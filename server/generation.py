@@ -56,6 +56,8 @@ class Generation:
                 request.trace,
                 patching,
                 with_ids=request.return_token_ids,
+                num_top=request.logprobs or 0,
+                num_prompt_top=request.prompt_logprobs,
             )
             for r in plan.requests
         ]
@@ -70,8 +72,7 @@ class Generation:
     def _submit(self, index: int, request: Request) -> AsyncGenerator[Event, None]:
         """The events of one sequence. If prompts are scored, a prompt's first sample computes the scores and the others
         wait for it, so that they find the prompt in the prefix cache."""
-        wanted = self.plan.request
-        if not (wanted.echo and wanted.logprobs is not None):
+        if not self.plan.scores_prompts:
             return self._service.client.submit(request)
         first = index - index % self.plan.samples
         scores = self._scores.setdefault(first, _PromptScores())
@@ -154,6 +155,7 @@ class Generation:
             stop_reason=piece.stop_reason,
             prompt_token_ids=piece.prompt_token_ids,
             token_ids=piece.token_ids,
+            prompt_logprobs=piece.prompt_logprobs,
             trace=piece.trace,
             patches=piece.patches,
         )

@@ -60,7 +60,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "no_repeat_ngram_size": ZERO,
     "no_stop_trim": FALSE,
     "num_beams": ONE,
-    "prompt_logprobs": NULL,
     "regex": NULL,
     "repetition_penalty": ONE,
     "return_tokens_as_token_ids": FALSE,

@@ -11,21 +11,25 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    PlainSerializer,
     PlainValidator,
     field_validator,
     model_validator,
 )
+from typing_extensions import TypedDict
 
-from engine.types import MAX_DRAFT
+from engine.types import MAX_DRAFT, TokenLogprob
 
 from .neutral import NEUTRAL
 from .options import OPTIONS, RULES, KnownDecoder, show_unmask
 from .responses import to_json
+from .token_names import token_name
 
 MAX_STOPS = 4
 MAX_STOP_BYTES = 1024
 """A longer stop string would make every step search further back."""
-MAX_LOGPROBS = 5
+MAX_LOGPROBS = 260
+"""All bytes and the special ids: the whole distribution."""
 
 OF = {option: f"Extension, {' and '.join(decoders)}" for option, decoders in OPTIONS.items()}
 """How the description of a decoder's option begins."""
@@ -169,6 +173,9 @@ class CompletionRequest(_Strict):
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Extension: lower runs first.")
     trace: bool = Field(False, description="Extension: tell how every round came to its bytes.")
     patches: bool = Field(False, description="Extension: tell where patches start, in the prompt too, and why.")
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Extension: alternatives to report per id of the prompt, as vLLM does."
+    )
     return_token_ids: bool = Field(False, description="Extension: return the ids of prompt and output, as vLLM does.")
     timeout: FiniteFloat | None = Field(
         None, gt=0, description="Extension: seconds after which generation ends with finish_reason 'timeout'."
@@ -214,6 +221,31 @@ class Logprobs(BaseModel):
     top_logprobs: list[dict[str, float] | None] = []
     text_offset: list[int] = Field([], description="Where the byte's character stands in the choice's text.")
     bytes: list[int | None] = Field([], description="Extension: the byte's value; null for a special id.")
+
+
+class PromptLogprob(TypedDict):
+    """What vLLM tells of an id at a place of the prompt."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+def _by_id(entry: TokenLogprob) -> dict[int, PromptLogprob] | None:
+    """The likeliest ids and the prompt's own; null for the prompt's first id."""
+    if entry.logprob is None:
+        return None
+    told: dict[int, PromptLogprob] = {
+        token: {"logprob": logprob, "rank": rank, "decoded_token": token_name(token)}
+        for rank, (token, logprob) in enumerate(entry.top.items(), 1)
+    }
+    if entry.id not in told:
+        told[entry.id] = {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": token_name(entry.id)}
+    return told
+
+
+# Of TokenLogprobs, one at a time as the answer is written: all at once would take many times the memory of the scores.
+PromptLogprobs = list[Annotated[Any, PlainSerializer(_by_id)]]
 
 
 class TraceRound(BaseModel):
@@ -271,6 +303,11 @@ class Choice(BaseModel):
     )
     token_ids: list[int] | None = Field(
         None, exclude_if=lambda ids: ids is None, description="Extension: the generated ids; only there if asked for."
+    )
+    prompt_logprobs: PromptLogprobs | None = Field(
+        None,
+        exclude_if=lambda scores: scores is None,
+        description="Extension: only there if asked for. Per id of the prompt null or an object by token id.",
     )
     trace: Trace | None = Field(
         None, exclude_if=lambda trace: trace is None, description="Extension: only there if it was asked for."

@@ -91,8 +91,9 @@ def _prompt_scores(rows: Rows, logits: Tensor) -> list[TokenLogprob]:
     scores = [] if known else [TokenLogprob(id=sequence.ids[0], logprob=None, top={})]
     first, last = max(rows.start, known + len(scores) - 1), min(rows.end, sequence.num_prompt - 1)
     if first < last:
-        chosen = sequence.ids[first + 1 : last + 1]
-        scores += logprobs_of(logits[first - rows.start : last - rows.start], chosen, sequence.request.logprobs or 0)
+        chosen, request = sequence.ids[first + 1 : last + 1], sequence.request
+        num_top = (request.logprobs or 0) if request.prompt_top is None else request.prompt_top
+        scores += logprobs_of(logits[first - rows.start : last - rows.start], chosen, num_top)
     return scores
 
 

@@ -116,12 +116,14 @@ def logprobs_of(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[Tok
     logits (R, V) float32, as the model gave them; chosen: R ids.
     """
     logprobs = logits.log_softmax(-1)
-    own = logprobs.gather(1, torch.tensor(chosen, dtype=torch.int64, device=logits.device)[:, None])[:, 0].tolist()
+    own_ids = torch.tensor(chosen, dtype=torch.int64, device=logits.device)[:, None]
+    own = logprobs.gather(1, own_ids)[:, 0].tolist()
     values, ids = logprobs.sort(dim=-1, descending=True, stable=True)
+    ranks = (1 + (ids == own_ids).int().argmax(-1)).tolist()
     top_ids, top_values = ids[:, :num_top].tolist(), values[:, :num_top].tolist()
     return [
-        TokenLogprob(id=i, logprob=value, top=dict(zip(row_ids, row_values, strict=True)))
-        for i, value, row_ids, row_values in zip(chosen, own, top_ids, top_values, strict=True)
+        TokenLogprob(id=i, logprob=value, top=dict(zip(row_ids, row_values, strict=True)), rank=rank)
+        for i, value, rank, row_ids, row_values in zip(chosen, own, ranks, top_ids, top_values, strict=True)
     ]
 
 

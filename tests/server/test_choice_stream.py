@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from engine.config import BOS_ID, EOS_ID, PatchingRule
 from engine.stopping import StopMatcher
 from engine.types import Delta, Finished, FinishReason, TokenLogprob, Trace, Usage
-from server.choice import ChoiceStream, Piece, empty_patches, token_name
+from server.choice import ChoiceStream, Piece, empty_patches
+from server.token_names import token_name
 
 
 def ids_of(data: bytes) -> list[int]:
