@@ -76,18 +76,18 @@ def _prompt(request: Request, limits: ModelLimits) -> Fault | None:
         return Fault("invalid", "prompt_ids", "must not be empty; a begin-of-sequence id is enough")
     if len(request.prompt_ids) > limits.max_length:
         return prompt_too_long(len(request.prompt_ids), limits.max_length)
-    return _unknown_id("prompt_ids", request.prompt_ids, limits)
+    return unknown_id("prompt_ids", request.prompt_ids, limits)
 
 
 def _output_ids(request: Request, limits: ModelLimits) -> Fault | None:
     count, most = len(request.output_ids), request.max_tokens
     if count > most:
         return Fault("invalid", "output_ids", f"must have at most max_tokens ids ({most}), not {count}")
-    return _unknown_id("output_ids", request.output_ids, limits)
+    return unknown_id("output_ids", request.output_ids, limits)
 
 
 def _logit_bias(request: Request, limits: ModelLimits) -> Fault | None:
-    return _unknown_id("sampling.logit_bias", request.sampling.logit_bias, limits)
+    return unknown_id("sampling.logit_bias", request.sampling.logit_bias, limits)
 
 
 def _length(request: Request, limits: ModelLimits) -> Fault | None:
@@ -129,7 +129,8 @@ def _out_of_range(field: str, value: int, least: int, most: int | None, why_most
     return None
 
 
-def _unknown_id(field: str, ids: Iterable[int], limits: ModelLimits) -> Fault | None:
+def unknown_id(field: str, ids: Iterable[int], limits: ModelLimits) -> Fault | None:
+    """The fault of ids that the model does not have, if there are any."""
     unknown = next((token for token in ids if not 0 <= token < limits.vocab_size), None)
     if unknown is None:
         return None

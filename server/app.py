@@ -18,10 +18,13 @@ from .http import Connections
 from .metrics import Metrics
 from .middleware import ApiKeys, Failures, RequestContext
 from .model_names import check_model, offered_models
-from .openapi import COMPLETION_ANSWERS, COMPLETION_BODY, Application, errors
+from .openapi import BODY_ERRORS, COMPLETION_ANSWERS, Application, body_of, errors
 from .responses import JsonResponse
-from .schemas import Completion, Health, ModelCard, ModelList, Version
+from .schemas import Completion, CompletionRequest, Health, ModelCard, ModelList, Version
 from .settings import ServerSettings
+from .token_schemas import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
+from .tokenizer import CONFIG
+from .tokens import detokenize, tokenize
 from .ui import page_router
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ def create_app(
     app = Application(title="fastblt", version=version, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gate, app.state.connections = gate, connections
     app.include_router(_api(service))
+    app.include_router(_tokenizer(service))
     app.include_router(_operations(service))
     if settings.page:
         app.include_router(page_router(client.limits.decoders))
@@ -78,7 +82,12 @@ def _api(service: Service) -> APIRouter:
             decoders=decoders,
         )
 
-    @router.post("/completions", response_model=Completion, responses=COMPLETION_ANSWERS, openapi_extra=COMPLETION_BODY)
+    @router.post(
+        "/completions",
+        response_model=Completion,
+        responses=COMPLETION_ANSWERS,
+        openapi_extra=body_of(CompletionRequest),
+    )
     async def completions(request: Request) -> Response:
         """Continues one or several prompts, as OpenAI's legacy completions do; a token is a byte."""
         return await complete(request, service)
@@ -93,6 +102,30 @@ def _api(service: Service) -> APIRouter:
         """One of the models."""
         check_model(name, settings, client.limits)
         return JsonResponse(describe(name))
+
+    return router
+
+
+def _tokenizer(service: Service) -> APIRouter:
+    """vLLM's routes."""
+    router = APIRouter()
+
+    @router.post("/tokenize", response_model=Tokenized, responses=BODY_ERRORS, openapi_extra=body_of(TokenizeRequest))
+    async def tokens_of(request: Request) -> Response:
+        """The ids of a text."""
+        return await tokenize(request, service)
+
+    @router.post(
+        "/detokenize", response_model=Detokenized, responses=BODY_ERRORS, openapi_extra=body_of(DetokenizeRequest)
+    )
+    async def text_of(request: Request) -> Response:
+        """The text of ids."""
+        return await detokenize(request, service)
+
+    @router.get("/tokenizer_info", response_model=TokenizerInfo, responses=errors())
+    async def about_tokenizer() -> Response:
+        """What a program must know about the tokenizer; there is none to download."""
+        return JsonResponse(CONFIG | {"model_max_length": service.client.limits.max_length})
 
     return router
 

@@ -1,22 +1,25 @@
-"""Parts of `/openapi.json` that FastAPI cannot derive: the body of a completion, which its route reads by itself,
-and the errors."""
+"""Parts of `/openapi.json` that FastAPI cannot derive: the bodies, which their routes read by themselves, and the
+errors."""
 
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
 from .errors import ErrorBody
 from .schemas import CompletionRequest
+from .token_schemas import DetokenizeRequest, TokenizeRequest
 
 REF = "#/components/schemas/{model}"
-COMPLETION_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": REF.format(model="CompletionRequest")}}},
-    }
-}
+BODIES: tuple[type[BaseModel], ...] = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 """An event of a stream: its data is a Completion as JSON, an error's body, or [DONE]."""
+
+
+def body_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The body of a route: one of `BODIES`."""
+    content = {"application/json": {"schema": {"$ref": REF.format(model=model.__name__)}}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def errors(*statuses: int, keys: bool = True) -> dict[int | str, dict[str, Any]]:
@@ -25,9 +28,8 @@ def errors(*statuses: int, keys: bool = True) -> dict[int | str, dict[str, Any]]
     return {status: {"model": ErrorBody} for status in sorted(every)}
 
 
-COMPLETION_ANSWERS = errors(400, 404, 408, 413, 415, 429, 503) | {
-    200: {"content": {"text/event-stream": {"schema": EVENT}}}
-}
+BODY_ERRORS = errors(400, 404, 408, 413, 415, 429)
+COMPLETION_ANSWERS = BODY_ERRORS | errors(503) | {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
 class Application(FastAPI):
@@ -37,9 +39,10 @@ class Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:
             schema = super().openapi()
-            request = CompletionRequest.model_json_schema(ref_template=REF)
             schemas = schema["components"]["schemas"]
-            schemas |= {"CompletionRequest": request} | request.pop("$defs")
+            for model in BODIES:
+                body = model.model_json_schema(ref_template=REF)
+                schemas |= {model.__name__: body} | body.pop("$defs", {})
             for operations in schema["paths"].values():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)

@@ -1,4 +1,4 @@
-"""A request's body as a `CompletionRequest`, at a cost that the body's size bounds.
+"""A request's body as a `CompletionRequest` or another model, at a cost that the body's size bounds.
 
 Validation builds an object, and perhaps an error, for every member, so a few megabytes of short members could take the
 server a second and hundreds of megabytes. Hence members are first split off unread (msgspec's `Raw`), at memory speed,
@@ -15,28 +15,26 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from engine.admission import prompt_too_long
 
 from .errors import ApiError, from_failed, from_validation, shown, unknown_parameter
 from .neutral import NEUTRAL
 from .schemas import PROMPT_RULE, CompletionRequest, NotOffered
+from .token_schemas import DetokenizeRequest, TokenizeRequest
 
 OTHER_BYTES = 16 << 10
 """Most bytes of a body besides the values of known fields: names, white space, unknown fields that are null."""
 FIELD_BYTES = 32 << 10
-"""Most bytes of any field but the prompt."""
+"""Most bytes of any field but the prompt, or what else a body is sent for."""
 SMALL_BODY_BYTES = 64 << 10
 """A larger one is parsed in a thread, so that the event loop is not blocked."""
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
 
-FIELDS = [*CompletionRequest.model_fields, *NEUTRAL]
 _ABSENT = msgspec.Raw()
-_members = [(name, msgspec.Raw, msgspec.field(default=_ABSENT)) for name in FIELDS]
-_split = msgspec.json.Decoder(msgspec.defstruct("Members", _members))
-_split_strictly = msgspec.json.Decoder(msgspec.defstruct("Members", _members, forbid_unknown_fields=True))
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.S)
 _FIRST_ELEMENT = re.compile(rb'\[\s*(["\[]?)')
 
@@ -58,38 +56,79 @@ async def off_the_loop(body: bytes, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(_worker, context.run, work)
 
 
+class Members:
+    """Splits the members of a body off. large: the field that may have more than `FIELD_BYTES`."""
+
+    def __init__(self, fields: list[str], large: str) -> None:
+        members = [(name, msgspec.Raw, msgspec.field(default=_ABSENT)) for name in fields]
+        self.fields, self._large = fields, large
+        self._split = msgspec.json.Decoder(msgspec.defstruct("Members", members))
+        self._split_strictly = msgspec.json.Decoder(msgspec.defstruct("Members", members, forbid_unknown_fields=True))
+
+    def split(self, body: bytes) -> dict[str, msgspec.Raw]:
+        """Empty for a small body that is not valid: its validation gives a better message. Raises ApiError."""
+        try:
+            members = self._split.decode(body)
+        except msgspec.ValidationError:
+            raise ApiError(400, "the body must be a JSON object") from None
+        except (msgspec.DecodeError, RecursionError) as error:
+            if len(body) <= SMALL_BODY_BYTES:
+                return {}
+            why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            message = f"the body is not valid JSON: {why}"
+            raise _encoding_fault(body) or ApiError(400, message, code="invalid_json") from None
+        raws = {name: raw for name in self.fields if (raw := getattr(members, name)) is not _ABSENT}
+        if len(body) - sum(map(len, raws.values())) > OTHER_BYTES:
+            raise self._unknown_field(body)
+        for name, raw in raws.items():
+            if name != self._large and len(raw) > FIELD_BYTES:
+                raise ApiError(400, f"{name}: must have at most {FIELD_BYTES} bytes", param=name, code="invalid_value")
+        return raws
+
+    def _unknown_field(self, body: bytes) -> ApiError:
+        """For a body with too much besides its known fields: names the first unknown field, if any."""
+        try:
+            self._split_strictly.decode(body)
+        except msgspec.ValidationError as error:
+            if found := _UNKNOWN.fullmatch(str(error)):
+                return unknown_parameter(found[1])
+        message = f"the body has more than {OTHER_BYTES} bytes of white space or of repeated fields"
+        return ApiError(400, message)
+
+
+COMPLETION = Members([*CompletionRequest.model_fields, *NEUTRAL], "prompt")
+TOKENIZE = Members([*TokenizeRequest.model_fields], "prompt")
+DETOKENIZE = Members([*DetokenizeRequest.model_fields], "tokens")
+
+
 def parse(body: bytes, max_prompts: int, max_length: int) -> CompletionRequest:
     """max_prompts: most prompts of a request; max_length: most ids of a sequence. Raises ApiError 400."""
-    _bound(body, max_prompts, max_length)
+    raws = COMPLETION.split(body)
+    if "prompt" in raws:
+        _bound_prompt(bytes(raws["prompt"]), max_prompts, max_length)
+    _refuse_repeated_bias(raws.get("logit_bias"))
+    return _validated(CompletionRequest, body)
+
+
+def parse_tokenize(body: bytes) -> TokenizeRequest:
+    """Raises ApiError 400."""
+    TOKENIZE.split(body)
+    return _validated(TokenizeRequest, body)
+
+
+def parse_detokenize(body: bytes) -> DetokenizeRequest:
+    """Raises ApiError 400."""
+    DETOKENIZE.split(body)
+    return _validated(DetokenizeRequest, body)
+
+
+def _validated(model: type[Model], body: bytes) -> Model:
     try:
-        return CompletionRequest.model_validate_json(body)
+        return model.model_validate_json(body)
     except NotOffered as error:
         raise ApiError(400, str(error), param=error.field, code="unsupported_parameter") from None
     except ValidationError as error:
         raise _encoding_fault(body) or from_validation(error) from None
-
-
-def _bound(body: bytes, max_prompts: int, max_length: int) -> None:
-    try:
-        members = _split.decode(body)
-    except msgspec.ValidationError:
-        raise ApiError(400, "the body must be a JSON object") from None
-    except (msgspec.DecodeError, RecursionError) as error:
-        if len(body) <= SMALL_BODY_BYTES:
-            # Validation gives a better message.
-            return
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        message = f"the body is not valid JSON: {why}"
-        raise _encoding_fault(body) or ApiError(400, message, code="invalid_json") from None
-    raws: dict[str, msgspec.Raw] = {name: raw for name in FIELDS if (raw := getattr(members, name)) is not _ABSENT}
-    if len(body) - sum(map(len, raws.values())) > OTHER_BYTES:
-        raise _unknown_field(body)
-    for name, raw in raws.items():
-        if name != "prompt" and len(raw) > FIELD_BYTES:
-            raise ApiError(400, f"{name}: must have at most {FIELD_BYTES} bytes", param=name, code="invalid_value")
-    if "prompt" in raws:
-        _bound_prompt(bytes(raws["prompt"]), max_prompts, max_length)
-    _refuse_repeated_bias(raws.get("logit_bias"))
 
 
 def _bound_prompt(raw: bytes, max_prompts: int, max_length: int) -> None:
@@ -131,17 +170,6 @@ def _refuse_repeated_bias(raw: msgspec.Raw | None) -> None:
         # Validation reports other faults.
         with suppress(ValueError):
             json.loads(bytes(raw), object_pairs_hook=collect)
-
-
-def _unknown_field(body: bytes) -> ApiError:
-    """For a body with too much besides its known fields: names the first unknown field, if any."""
-    try:
-        _split_strictly.decode(body)
-    except msgspec.ValidationError as error:
-        if found := _UNKNOWN.fullmatch(str(error)):
-            return unknown_parameter(found[1])
-    message = f"the body has more than {OTHER_BYTES} bytes of white space or of repeated fields"
-    return ApiError(400, message)
 
 
 def _encoding_fault(body: bytes) -> ApiError | None:

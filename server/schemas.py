@@ -59,7 +59,7 @@ def _check_stop(value: object) -> list[str]:
     return stops
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """No coercion, no unknown fields; null means the default."""
 
     # A value that is wrong may be content, and an exception may be logged.
@@ -71,7 +71,7 @@ class _Strict(BaseModel):
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Only with `stream`."""
 
     include_usage: bool = Field(False, description="Send the usage in a last chunk that has no choices.")
@@ -81,7 +81,7 @@ class StreamOptions(_Strict):
     include_obfuscation: Literal[False] = Field(False, description="Padding of chunks is not offered.")
 
 
-class UnmaskRule(_Strict):
+class UnmaskRule(Strict):
     """Which bytes of a block are settled after a pass. Each rule takes its own option, and any of them `top_p`."""
 
     rule: Literal["confidence", "entropy", "one_step"]
@@ -104,7 +104,7 @@ def _add_neutral(schema: dict[str, Any]) -> None:
     schema["properties"] |= {name: known.schema | {"description": why} for name, known in NEUTRAL.items()}
 
 
-class CompletionRequest(_Strict):
+class CompletionRequest(Strict):
     """The body of `POST /v1/completions`."""
 
     model_config = ConfigDict(json_schema_extra=_add_neutral)

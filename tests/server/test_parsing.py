@@ -145,4 +145,4 @@ def test_large_bodies_are_parsed_outside_the_event_loop() -> None:
 
 
 def test_the_parser_knows_every_request_field() -> None:
-    assert set(parsing.FIELDS) == {*CompletionRequest.model_fields, *NEUTRAL}
+    assert set(parsing.COMPLETION.fields) == {*CompletionRequest.model_fields, *NEUTRAL}
