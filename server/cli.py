@@ -477,6 +477,21 @@ def init(
         save(out, calibrated(model, tensors), tensors)
 
 
+@app.command()
+def tokenizer(
+    out: Annotated[Path, typer.Argument(help="Folder to write to; it is made if it is missing.")],
+) -> None:
+    """Write a tokenizer for programs that need one in Hugging Face's format.
+
+    It has the ids of the server: byte b is b + 4, and 0 to 3 are <boe>, <s>, </s> and <pad>.
+    """
+    from . import tokenizer_files
+
+    with failing_on(OSError):
+        for path in tokenizer_files.write(out):
+            typer.echo(path)
+
+
 @app.command("eval")
 def evaluate(
     model: Model,

@@ -45,6 +45,7 @@ OUTSIDE = {
     "server/sources.py": "which flag, variable or line of a file sets what, for the command line",
     "server/terminal_view.py": "colours of `fastblt generate --show`",
     "server/size.py": "the command `fastblt size`",
+    "server/tokenizer_files.py": "the command `fastblt tokenizer`",
     "server/tables.py": "tables that commands print",
     "server/texts.py": "files that commands read",
 }

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from engine.checkpoint import PRESETS, calibrated, random_tensors, save
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, ModelConfig
+from server import tokenizer_files
 from tests import reference
 from tests.serving import ROOT, RunningServer, running_server
 
-from .tokenizer import save_tokenizer
-
+pytest.importorskip("lm_eval", reason="needs lm-eval[api], of the extra ops")
 SECONDS = 300
 TOLERANCE = 1e-4
 LIKELIEST = "!"
@@ -123,12 +123,16 @@ TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 BATCH = 3
 """Prompts of one request, where several are sent at a time."""
+LOCAL = {"tokenizer_backend": "huggingface"}
 KINDS: dict[str, dict[str, Any]] = {
-    "ids of bytes": {},
-    "ids of begin-of-sequence and bytes": {"add_bos_token": True, "num_concurrent": 2},
-    "strings without begin-of-sequence": {"tokenized_requests": False},
+    "no tokenizer": {},
+    "several with no tokenizer": {"num_concurrent": 2},
+    "ids of bytes": LOCAL,
+    "ids of begin-of-sequence and bytes": LOCAL | {"add_bos_token": True, "num_concurrent": 2},
+    "strings without begin-of-sequence": LOCAL | {"tokenized_requests": False},
 }
-"""The arguments of lm-eval's model. What a prompt begins with is up to them: only the second has begin-of-sequence."""
+"""The arguments of lm-eval's model. What a prompt begins with is up to them: only those that say so have
+begin-of-sequence. Without a tokenizer it finds the server's."""
 
 
 class Evaluated(NamedTuple):
@@ -150,9 +154,11 @@ def told(request: pytest.FixtureRequest, server: RunningServer, tmp_path_factory
     given = {
         "model": "tiny",
         "base_url": f"{server.url}/v1/completions",
-        "tokenizer": save_tokenizer(folder / "tokenizer"),
         **arguments,
     }
+    if "tokenizer_backend" in arguments:
+        tokenizer_files.write(folder / "tokenizer")
+        given["tokenizer"] = folder / "tokenizer"
     command = [sys.executable, "-m", "tests.ops.lm_eval_strings" if strings else "lm_eval", "run"]
     command += ["--model", "completions-of-bare-strings" if strings else "local-completions"]
     command += ["--model_args", ",".join(f"{key}={value}" for key, value in given.items())]

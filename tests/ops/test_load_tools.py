@@ -14,7 +14,7 @@ import aiohttp
 import httpx
 import pytest
 
-from .tokenizer import save_tokenizer
+from server import tokenizer_files
 
 SECONDS = 180
 REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 3, 32, 24
@@ -28,13 +28,14 @@ def answered(url: str, route: str) -> float:
 
 
 def test_guidellm_measures_the_server(tiny_server: str, tmp_path: Path) -> None:
+    tokenizer_files.write(tmp_path / "tokenizer")
     health = answered(tiny_server, "/health")
     options = {
         # It looks at /health before anything else.
         "backend": f"kind=openai_http,target={tiny_server},request_format=/v1/completions,validate_backend=true",
         "profile": "kind=concurrent,streams=2",
         "data": f"kind=synthetic_text,prompt_tokens={PROMPT_TOKENS},output_tokens={OUTPUT_TOKENS}",
-        "tokenizer": f"kind=huggingface_auto,model={save_tokenizer(tmp_path / 'tokenizer')}",
+        "tokenizer": f"kind=huggingface_auto,model={tmp_path / 'tokenizer'}",
         "constraint": f"kind=max_requests,count={REQUESTS}",
         "output": f"kind=json,path={tmp_path / 'report.json'}",
     }
