@@ -62,12 +62,14 @@ async def complete(request: Request, service: Service) -> Response:
 
 async def _understood(request: Request, service: Service, completion_id: str) -> Plan:
     settings, limits = service.settings, service.client.limits
+    api_key: bytes = request.scope["state"].get("api_key", b"")
     with service.gate.bodies.enter() as held:
         body = await read_body(request, settings, held)
         service.gate.check_open()
 
         def understand() -> Plan:
-            return make_plan(parse(body, settings.max_choices, limits.max_length), completion_id, settings, limits)
+            asked = parse(body, settings.max_choices, limits.max_length)
+            return make_plan(asked, completion_id, settings, limits, api_key)
 
         return await off_the_loop(body, understand)
 

@@ -128,7 +128,8 @@ class Failures:
 
 
 class ApiKeys:
-    """Refuses requests without one of the keys, except for the page, health and metrics."""
+    """Refuses requests without one of the keys, except for the page, health and metrics. Leaves the digest of a
+    request's key in its state."""
 
     def __init__(self, app: ASGIApp, keys: tuple[bytes, ...]) -> None:
         self._app = app
@@ -147,4 +148,5 @@ class ApiKeys:
                 error = ApiError(401, what, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
                 scope["state"]["access"].error = error
                 return await error.response()(scope, receive, send)
+            scope["state"]["api_key"] = digest
         await self._app(scope, receive, send)

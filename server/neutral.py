@@ -44,7 +44,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     # vLLM's, SGLang's and others'.
     "allowed_token_ids": NULL,
     "bad_words": Neutral(([],)),
-    "cache_salt": NULL,
     "detokenize": TRUE,
     "early_stopping": FALSE,
     "ebnf": NULL,

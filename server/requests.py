@@ -11,6 +11,7 @@ from engine.types import DecoderName, Request, SamplingParams, UnmaskRule
 from .errors import ApiError, from_failed
 from .model_names import choose_decoder, default_model
 from .options import OPTIONS, WrongOption, options_of
+from .salt import salt_of
 from .schemas import CompletionRequest
 from .settings import ServerSettings
 
@@ -37,8 +38,14 @@ class Plan:
         return self.requests[0].prompt_logprobs
 
 
-def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSettings, limits: ModelLimits) -> Plan:
-    """Checks what only the loaded model and the settings can tell. Raises ApiError."""
+def make_plan(
+    request: CompletionRequest,
+    completion_id: str,
+    settings: ServerSettings,
+    limits: ModelLimits,
+    api_key: bytes = b"",
+) -> Plan:
+    """Checks what only the loaded model and the settings can tell. api_key: see `salt_of`. Raises ApiError."""
     model = request.model or default_model(settings, limits)
     decoder = choose_decoder(model, request.decoder, settings, limits)
     options = _decoder_options(request, decoder)
@@ -60,6 +67,7 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
     scored = [top for top in (echoed, request.prompt_logprobs) if top is not None]
     requests: list[Request] = []
     bias = {int(token): value for token, value in request.logit_bias.items()}
+    salt = salt_of(api_key, request.cache_salt)
     log_fields = dict(logs.context.get())
     for number, prompt_ids in enumerate(prompts):
         # With a seed of its own a prompt's samples do not depend on the prompts beside it; without one, equal prompts
@@ -93,6 +101,7 @@ def make_plan(request: CompletionRequest, completion_id: str, settings: ServerSe
                 trace=request.trace,
                 patches_from=0 if request.patches else None,
                 decoder=decoder,
+                cache_salt=salt,
                 log_fields=log_fields,
                 **options,
             )

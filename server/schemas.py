@@ -30,6 +30,8 @@ MAX_STOP_BYTES = 1024
 """A longer stop string would make every step search further back."""
 MAX_LOGPROBS = 260
 """All bytes and the special ids: the whole distribution."""
+MAX_SALT = 256
+"""Characters: enough for any random token."""
 
 OF = {option: f"Extension, {' and '.join(decoders)}" for option, decoders in OPTIONS.items()}
 """How the description of a decoder's option begins."""
@@ -57,6 +59,16 @@ def _check_stop(value: object) -> list[str]:
     if not all(0 < len(stop.encode()) <= MAX_STOP_BYTES for stop in stops):
         raise ValueError(f"a stop string must have 1 to {MAX_STOP_BYTES} bytes")
     return stops
+
+
+def _check_salt(value: object) -> str:
+    if isinstance(value, str) and 0 < len(value) <= MAX_SALT:
+        return value
+    raise ValueError(f"must be a string of 1 to {MAX_SALT} characters")
+
+
+_SALT_SCHEMA = Annotated[str, Field(min_length=1, max_length=MAX_SALT)]
+Salt = Annotated[str, PlainValidator(_check_salt, json_schema_input_type=_SALT_SCHEMA)]
 
 
 class Strict(BaseModel):
@@ -170,6 +182,10 @@ class CompletionRequest(Strict):
         0.0, ge=0, le=1, description="Extension: keep ids at least this likely relative to the best."
     )
     ignore_eos: bool = Field(False, description="Extension: go on after an end-of-sequence id.")
+    cache_salt: Salt | None = Field(
+        None,
+        description="Extension: share cached prefixes only with requests of the same API key and the same cache_salt.",
+    )
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Extension: lower runs first.")
     trace: bool = Field(False, description="Extension: tell how every round came to its bytes.")
     patches: bool = Field(False, description="Extension: tell where patches start, in the prompt too, and why.")
@@ -334,7 +350,7 @@ class FastBltUsage(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    cached_tokens: int = Field(description="Of the prompts, what the prefix cache knew.")
+    cached_tokens: int = Field(description="Of the prompts, what the prefix cache knew under the request's salt.")
 
 
 class CompletionUsage(BaseModel):

@@ -22,7 +22,14 @@ WAIT_SECONDS = 20
 
 
 def ask(http: httpx.Client, request_id: str, **fields: Any) -> httpx.Response:
-    asked = {"model": "tiny", "prompt": f"{MARK} ", "stop": f"{MARK}?", "user": MARK, "ignore_eos": True}
+    asked = {
+        "model": "tiny",
+        "prompt": f"{MARK} ",
+        "stop": f"{MARK}?",
+        "user": MARK,
+        "cache_salt": MARK,
+        "ignore_eos": True,
+    }
     headers = {"x-request-id": request_id}
     return http.post("/v1/completions", json=asked | {"max_tokens": 8} | fields, headers=headers)
 
@@ -65,6 +72,7 @@ def talk(server: RunningServer) -> None:
             {"unmask": {"rule": MARK}},
             {"stop": [MARK] * 5},
             {"suffix": MARK},
+            {"cache_salt": MARK * 99},
             {"decoder": MARK},
             {"stream_options": {MARK: 1}},
         ]
@@ -180,7 +188,7 @@ def test_the_access_line_marks_a_client_that_disconnected(entries: list[dict[str
 
 
 def test_the_access_line_of_an_error_has_its_code_and_field(entries: list[dict[str, Any]]) -> None:
-    told = {number: access(entries, f"r-wrong-{number}") for number in range(11)}
+    told = {number: access(entries, f"r-wrong-{number}") for number in range(12)}
     assert [(entry.get("error"), entry.get("param")) for entry in told.values()] == [
         ("invalid_value", "prompt"),
         ("invalid_value", "temperature"),
@@ -191,6 +199,7 @@ def test_the_access_line_of_an_error_has_its_code_and_field(entries: list[dict[s
         ("invalid_value", "unmask"),
         ("invalid_value", "stop"),
         ("unsupported_parameter", None),
+        ("invalid_value", "cache_salt"),
         ("invalid_value", "decoder"),
         ("unknown_parameter", "stream_options"),
     ]
