@@ -1,0 +1,120 @@
+"""Grammars are compiled in processes that may hang and crash, at no cost to anything else."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from server import grammars
+from server.errors import ApiError
+from server.grammars import CRASHED, SLOW, Grammars, Worker
+
+ROOT = Path(__file__).parent.parent
+GOOD, BAD, EXPLODING = 'start: "a"', "start: nope", "start: /(a{1000}){1000}/"
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    worker = Worker()
+    yield worker
+    worker.stop()
+    worker.close()
+
+
+def test_a_worker_outlives_bad_grammars_and_is_replaced_after_exploding_ones(worker: Worker) -> None:
+    assert worker.check(GOOD) == (None, True)
+    first = worker.pid
+    fault, is_certain = worker.check(BAD)
+    assert fault and "unknown name" in fault and is_certain
+    assert worker.check(GOOD) == (None, True) and worker.pid == first
+    assert worker.check(EXPLODING) == (SLOW, False)
+    assert worker.check(GOOD) == (None, True) and worker.pid != first
+
+
+def test_a_crash_is_the_fault_of_its_grammar_alone(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker.check(GOOD)
+    assert worker.pid
+    monkeypatch.setattr(grammars, "SECONDS", 10.0)
+    # A stopped process has not answered when it is killed, as after a stack overflow.
+    os.kill(worker.pid, signal.SIGSTOP)
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -SEGV {worker.pid}; kill -CONT {worker.pid}"])
+    assert worker.check(GOOD) == (CRASHED, False)
+    assert killer.wait() == 0
+    assert worker.check(GOOD) == (None, True)
+    # One that has ended while it was idle is no grammar's fault.
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    assert worker.check(GOOD) == (None, True)
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_equal_grammars_are_compiled_once_and_few_wait(loop: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+    check = Worker.check
+
+    def counted(worker: Worker, grammar: str) -> grammars.Verdict:
+        asked.append(grammar)
+        return check(worker, grammar)
+
+    monkeypatch.setattr(Worker, "check", counted)
+    monkeypatch.setattr(grammars, "WAITING", 3)
+    monkeypatch.setattr(grammars, "REMEMBERED", 2)
+
+    async def use(checks: Grammars) -> None:
+        some = [f'start: "{i}"' for i in range(4)]
+        tasks = [asyncio.create_task(checks.fault(grammar)) for grammar in some[:3] * 5]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="3 wait") as refused:
+            await checks.fault(some[3])
+        assert refused.value.status == 429 and refused.value.headers == {"retry-after": "7"}
+        # One that leaves ends no check of another's.
+        tasks.pop(0).cancel()
+        assert await asyncio.gather(*tasks) == [None] * 14 and len(checks.pids) == 2
+        assert sorted(asked) == some[:3]
+        assert await checks.fault(some[3]) is None and await checks.fault(some[3]) is None
+        # The one used least recently is forgotten.
+        assert await checks.fault(some[0]) is None
+        assert asked[3:] in ([some[3], some[0]], [some[3]])
+        assert len(checks._known) == 2 and not checks._checks
+
+    with closing(Grammars(7)) as checks, asyncio.Runner(loop_factory=loop) as runner:  # type: ignore[arg-type]
+        runner.run(use(checks))
+    assert not any(Path(f"/proc/{pid}").exists() for pid in checks.pids)
+
+
+def test_closing_ends_a_check_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "SECONDS", 30.0)
+
+    async def use() -> None:
+        checks = Grammars(1)
+        assert await checks.fault(GOOD) is None
+        task = asyncio.create_task(checks.fault(EXPLODING))
+        await asyncio.sleep(0.1)
+        checks.close()
+        with pytest.raises(RuntimeError, match="shutting down"):
+            await task
+        assert not Path(f"/proc/{checks.pids[0]}").exists()
+
+    asyncio.run(use())
+
+
+def test_the_worker_bounds_its_memory_and_imports_no_torch() -> None:
+    code = (
+        "import resource, sys, server.grammar_worker as worker\n"
+        "assert 'torch' not in sys.modules and 'fastapi' not in sys.modules\n"
+        "worker.main()\n"
+        "assert resource.getrlimit(resource.RLIMIT_AS)[0] == worker.MEMORY\n"
+        "assert 0 < resource.getrlimit(resource.RLIMIT_CPU)[0] <= worker.CPU_SECONDS + 10\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=b'"start: \\"a\\""\n"("\n', stdout=subprocess.PIPE, cwd=ROOT
+    )
+    ready, good, bad = done.stdout.splitlines()
+    assert done.returncode == 0 and ready == good == b"null" and bad.startswith(b'"')
