@@ -108,3 +108,4 @@ class Replica:
         await self.stop()
         if self._traces:
             await self._traces.close()
+        self._app.state.grammars.close()

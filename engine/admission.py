@@ -90,6 +90,17 @@ def _logit_bias(request: Request, limits: ModelLimits) -> Fault | None:
     return unknown_id("sampling.logit_bias", request.sampling.logit_bias, limits)
 
 
+def _grammar(request: Request, limits: ModelLimits) -> Fault | None:
+    if not request.grammar or DECODERS[request.decoder].is_exact(request):
+        return None
+    if DECODERS[request.decoder].exact:
+        rule = f"needs exact to be true, not false: {request.decoder!r} may then choose blocks, which are not checked"
+    else:
+        exact = _any_of(name for name in limits.decoders if DECODERS[name].exact)
+        rule = f"needs the decoder {exact}, not {request.decoder!r}, whose blocks are not checked"
+    return Fault("decoder_unavailable", "grammar", rule)
+
+
 def _length(request: Request, limits: ModelLimits) -> Fault | None:
     prompt, count, spare = len(request.prompt_ids), request.max_tokens, 0
     if count and not DECODERS[request.decoder].is_exact(request):
@@ -111,6 +122,7 @@ RULES: tuple[Rule, ...] = (
     _prompt,
     _output_ids,
     _logit_bias,
+    _grammar,
     _length,
 )
 

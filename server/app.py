@@ -14,6 +14,7 @@ from .admission import Gate
 from .completions import complete
 from .errors import Code, add_error_handlers
 from .generation import Service
+from .grammars import Grammars
 from .http import Connections
 from .metrics import Metrics
 from .middleware import ApiKeys, Failures, RequestContext
@@ -36,15 +37,17 @@ def create_app(
 ) -> FastAPI:
     """The client must have been started; its owner stops it, and closes the traces. Without keys the server is open.
 
-    A drain closes `app.state.gate`; `app.state.connections` counts connections, if the server reports them.
+    A drain closes `app.state.gate`; `app.state.connections` counts connections, if the server reports them. At its end
+    the owner closes `app.state.grammars`.
     """
     gate = Gate(settings)
     connections = Connections(settings)
     version = installed().version
     metrics = Metrics(client, gate, connections, version, settings)
-    service = Service(settings, client, gate, metrics)
+    grammars = Grammars(settings.retry_after)
+    service = Service(settings, client, gate, metrics, grammars)
     app = Application(title="fastblt", version=version, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.gate, app.state.connections = gate, connections
+    app.state.gate, app.state.connections, app.state.grammars = gate, connections, grammars
     app.include_router(_api(service))
     app.include_router(_tokenizer(service))
     app.include_router(_operations(service))

@@ -350,6 +350,12 @@ def generate(
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same bytes.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after an end-of-sequence id.")] = False,
+    json_schema: Annotated[Path | None, typer.Option(help="File with a JSON schema: the text is JSON of it.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the whole text matches.")] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The text is this, or another choice; may be repeated.")
+    ] = None,
+    grammar: Annotated[Path | None, typer.Option(help="File with a Lark grammar that the text matches.")] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     kernels: Kernels = None,
@@ -396,6 +402,9 @@ def generate(
     }
     with failing_on(WrongOption):
         options = options_of(decoder, given)
+    with failing_on(ValueError, OSError):
+        schema, lark = (path.read_text() if path else None for path in (json_schema, grammar))
+        constraint = offline.constraint_of_flags(schema, regex, choice or [], lark)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     config = EngineConfig(
         model,
@@ -420,6 +429,7 @@ def generate(
             ignore_eos=ignore_eos,
             decoder=decoder,
             options=options,
+            constraint=constraint,
             trace=show,
             patches=show or patches,
         )

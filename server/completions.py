@@ -20,6 +20,7 @@ from .parsing import off_the_loop, parse
 from .requests import Plan, make_plan
 from .responses import JsonResponse, to_json
 from .schemas import Completion
+from .structured import refusal
 
 log = logging.getLogger("fastblt.server")
 
@@ -42,6 +43,7 @@ async def complete(request: Request, service: Service) -> Response:
     completion_id = f"cmpl-{secrets.token_hex(12)}"
     plan = await _understood(request, service, completion_id)
     wanted = plan.request
+    await _check_grammars(request, service, plan)
     if service.client.state == "dead":
         raise service.gate.unavailable("the engine is gone and will not come back", "engine_dead")
     generation = Generation(service, plan, completion_id, service.gate.enter(len(plan.requests)))
@@ -72,6 +74,14 @@ async def _understood(request: Request, service: Service, completion_id: str) ->
             return make_plan(asked, completion_id, settings, limits, api_key)
 
         return await off_the_loop(body, understand)
+
+
+async def _check_grammars(request: Request, service: Service, plan: Plan) -> None:
+    """Raises ApiError 400 for a grammar that does not compile, 429 if too many wait for that."""
+    for grammar in plan.constraint.checked if plan.constraint else ():
+        fault = await _unless_client_leaves(request, service.grammars.fault(grammar.text))
+        if fault:
+            raise refusal(grammar.fault(fault))
 
 
 def _answer(completion: Completion) -> Response:

@@ -15,6 +15,7 @@ from engine.types import DecoderName, Delta, Event, Failed, Finished, Request, T
 from .admission import Gate, Ticket
 from .choice import ChoiceStream, Piece
 from .errors import ApiError, from_failed
+from .grammars import Grammars
 from .merge import merge
 from .metrics import Metrics
 from .requests import Plan
@@ -33,6 +34,7 @@ class Service:
     client: EngineClient
     gate: Gate
     metrics: Metrics
+    grammars: Grammars
     started: float = field(default_factory=time.time)
 
 
@@ -117,7 +119,8 @@ class Generation:
             scores.learn(event)
         if isinstance(event, Failed):
             self.clocks[index].end("error" if event.code == "internal" else "refused")
-            raise from_failed(event)
+            constraint = self.plan.constraint
+            raise from_failed(constraint.named(event) if constraint else event)
         if isinstance(event, Finished):
             self.clocks[index].end(event.reason, event.usage)
             if event.reason == "abort":

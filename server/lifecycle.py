@@ -98,7 +98,8 @@ async def serve(
         starting.result()
         app = create_app(settings, client, keys, traces)
         log_access(settings, keys)
-        await _serve_until_signal(settings, client, app, port, tls, signals)
+        with closing(app.state.grammars):
+            await _serve_until_signal(settings, client, app, port, tls, signals)
     except EngineStartError as error:
         raise ServeError(str(error)) from error
     finally:

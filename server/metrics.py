@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Otherwise every counter has a second, unused series with its creation time.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-REASONS = ("stop", "length", "timeout", "abort", "refused", "error")
+REASONS = ("stop", "length", "timeout", "dead_end", "abort", "refused", "error")
 """Why a sequence ends. Four are the engine's; "refused": it could not be run; "error": the engine failed."""
 OUTCOMES = ("ok", "rejected", "failed", "client_left")
 """How a request ends; see `server.access_log.Access.outcome`."""

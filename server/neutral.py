@@ -40,7 +40,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "store": FALSE,
     "safety_identifier": Neutral(kind=str),
     "prompt_cache_key": Neutral(kind=str),
-    "response_format": Neutral(({"type": "text"},)),
     # vLLM's, SGLang's and others'.
     "allowed_token_ids": NULL,
     "bad_words": Neutral(([],)),
@@ -66,7 +65,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "spaces_between_special_tokens": Neutral((True, False)),
     "stop_regex": NULL,
     "stop_token_ids": Neutral(([],)),
-    "structured_outputs": NULL,
     "truncate_prompt_tokens": NULL,
     "typical_p": ONE,
     "use_beam_search": FALSE,

@@ -1,15 +1,18 @@
 """Generation without a server: the engine in this process, as `fastblt generate` runs it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
+from engine.grammars import GrammarError, compiled
 from engine.types import DecoderName, Delta, Failed, Finished, Request, SamplingParams, Trace
 
 from .choice import ChoiceStream
 from .generation import fastblt_usage
+from .grammar_worker import essence
 from .schemas import Patches
+from .structured import Constraint, Grammar, from_choices, from_json_schema, from_lark, from_regex
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,31 @@ def prompt_ids(prompt: bytes) -> list[int]:
     return [BOS_ID, *(byte + BYTE_OFFSET for byte in prompt)]
 
 
+def constraint_of_flags(
+    json_schema: str | None, regex: str | None, choices: list[str], lark: str | None
+) -> Constraint | None:
+    """None without any of them. Raises ValueError for two of them, WrongGrammar for one that cannot be used."""
+    asked: dict[str, Callable[[str], Grammar]] = {}
+    if json_schema is not None:
+        asked["--json-schema"] = lambda flag: from_json_schema(flag, json_schema)
+    if regex is not None:
+        asked["--regex"] = lambda flag: from_regex(flag, regex)
+    if choices:
+        asked["--choice"] = lambda flag: from_choices(flag, choices)
+    if lark is not None:
+        asked["--grammar"] = lambda flag: from_lark(flag, lark)
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} cannot be combined")
+    for flag, make in asked.items():
+        grammar = make(flag)
+        try:
+            compiled(grammar.text)
+        except GrammarError as error:
+            raise grammar.fault(essence(str(error))) from None
+        return Constraint(flag, grammar.text, [grammar])
+    return None
+
+
 def generate(
     config: EngineConfig,
     prompts: list[bytes],
@@ -39,6 +67,7 @@ def generate(
     ignore_eos: bool,
     decoder: DecoderName,
     options: dict[str, Any],
+    constraint: Constraint | None = None,
     trace: bool = False,
     patches: bool = False,
 ) -> Iterator[Piece]:
@@ -59,6 +88,7 @@ def generate(
                 sampling=sampling,
                 stop=stop,
                 ignore_eos=ignore_eos,
+                grammar=constraint.grammar if constraint else "",
                 decoder=decoder,
                 trace=trace,
                 patches_from=0 if patches else None,
@@ -75,7 +105,7 @@ def generate(
                 case Finished(text=text):
                     yield Piece(index, text, patches=told, end=event)
                 case Failed():
-                    yield Piece(index, b"", end=event)
+                    yield Piece(index, b"", end=constraint.named(event) if constraint else event)
 
 
 def result(data: bytes, patches: list[Patches], end: Finished | Failed, decoder: DecoderName) -> dict[str, Any]:

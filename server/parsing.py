@@ -27,7 +27,9 @@ from .token_schemas import DetokenizeRequest, TokenizeRequest
 OTHER_BYTES = 16 << 10
 """Most bytes of a body besides the values of known fields: names, white space, unknown fields that are null."""
 FIELD_BYTES = 32 << 10
-"""Most bytes of any field but the prompt, or what else a body is sent for."""
+"""Most bytes of any field but these, and what else a body is sent for."""
+LARGE_FIELDS = {"response_format": 256 << 10, "structured_outputs": 256 << 10}
+"""Fields that hold a grammar of up to 100 kB, which JSON may write with more."""
 SMALL_BODY_BYTES = 64 << 10
 """A larger one is parsed in a thread, so that the event loop is not blocked."""
 
@@ -57,7 +59,7 @@ async def off_the_loop(body: bytes, work: Callable[[], T]) -> T:
 
 
 class Members:
-    """Splits the members of a body off. large: the field that may have more than `FIELD_BYTES`."""
+    """Splits the members of a body off. large: the field without a limit."""
 
     def __init__(self, fields: list[str], large: str) -> None:
         members = [(name, msgspec.Raw, msgspec.field(default=_ABSENT)) for name in fields]
@@ -81,8 +83,9 @@ class Members:
         if len(body) - sum(map(len, raws.values())) > OTHER_BYTES:
             raise self._unknown_field(body)
         for name, raw in raws.items():
-            if name != self._large and len(raw) > FIELD_BYTES:
-                raise ApiError(400, f"{name}: must have at most {FIELD_BYTES} bytes", param=name, code="invalid_value")
+            most = LARGE_FIELDS.get(name, FIELD_BYTES)
+            if name != self._large and len(raw) > most:
+                raise ApiError(400, f"{name}: must have at most {most} bytes", param=name, code="invalid_value")
         return raws
 
     def _unknown_field(self, body: bytes) -> ApiError:

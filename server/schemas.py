@@ -71,6 +71,15 @@ _SALT_SCHEMA = Annotated[str, Field(min_length=1, max_length=MAX_SALT)]
 Salt = Annotated[str, PlainValidator(_check_salt, json_schema_input_type=_SALT_SCHEMA)]
 
 
+Schema = dict[str, Any] | str
+
+
+def _check_json(value: Any) -> Schema:
+    if not isinstance(value, dict | str):
+        raise ValueError("must be a JSON schema, as an object or as its text")
+    return value
+
+
 class Strict(BaseModel):
     """No coercion, no unknown fields; null means the default."""
 
@@ -108,6 +117,52 @@ class UnmaskRule(Strict):
         for option, rule in owner.items():
             if getattr(self, option) is not None and self.rule != rule:
                 raise ValueError(f"{option} is an option of the rule {rule!r}, not of {self.rule!r}")
+        return self
+
+
+class JsonSchema(Strict):
+    """As OpenAI's. What it asks for is always enforced, whatever `strict` is."""
+
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema", description="The JSON schema.")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """OpenAI's way to ask for JSON, which comes without white space between tokens."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = Field(None, description="Of type json_schema.")
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("must have a json_schema if, and only if, its type is 'json_schema'")
+        return self
+
+
+class StructuredOutputs(Strict):
+    """vLLM's way to say what each text must match: exactly one of these, except `whitespace_pattern`."""
+
+    json_: Annotated[Schema | None, PlainValidator(_check_json, json_schema_input_type=Schema | None)] = Field(
+        None, alias="json", description="A JSON schema, or its text."
+    )
+    regex: str | None = Field(None, description="A regular expression that the whole text matches.")
+    choice: list[str] | None = Field(None, description="The text is one of these.")
+    grammar: str | None = Field(None, description="A Lark grammar, in the dialect of llguidance.")
+    json_object: bool = Field(False, description="Any JSON object.")
+    whitespace_pattern: str | None = Field(
+        None, description="json, json_object: a regular expression of what may stand between tokens. Default: nothing."
+    )
+
+    @model_validator(mode="after")
+    def _check_kinds(self) -> "StructuredOutputs":
+        others = [kind for kind in (self.regex, self.choice, self.grammar) if kind is not None]
+        if len(others) + (self.json_ is not None) + self.json_object != 1:
+            raise ValueError("must have exactly one of json, regex, choice, grammar and json_object")
+        if others and self.whitespace_pattern is not None:
+            raise ValueError("whitespace_pattern only goes with json and json_object")
         return self
 
 
@@ -157,6 +212,7 @@ class CompletionRequest(Strict):
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**63, description="The same seed gives the same bytes, whatever else the server does."
     )
+    response_format: ResponseFormat | None = None
     user: str | None = Field(None, description="Taken for compatibility; nothing depends on it, and it is not stored.")
 
     decoder: KnownDecoder | None = Field(None, description="Extension: how to decode.")
@@ -187,6 +243,7 @@ class CompletionRequest(Strict):
         description="Extension: share cached prefixes only with requests of the same API key and the same cache_salt.",
     )
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Extension: lower runs first.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="Extension: what each text must match.")
     trace: bool = Field(False, description="Extension: tell how every round came to its bytes.")
     patches: bool = Field(False, description="Extension: tell where patches start, in the prompt too, and why.")
     prompt_logprobs: int | None = Field(
@@ -306,8 +363,9 @@ class Choice(BaseModel):
     index: int
     text: str
     logprobs: Logprobs | None
-    finish_reason: Literal["stop", "length", "timeout"] | None = Field(
-        description="'timeout' (extension): the request's or the server's timeout came first."
+    finish_reason: Literal["stop", "length", "timeout", "dead_end"] | None = Field(
+        description="'timeout' (extension): the request's or the server's timeout came first. 'dead_end' (extension): "
+        "the text does not match what was asked for, and no byte can follow that would let it."
     )
     stop_reason: str | None = Field(
         None, description="Extension: the stop string that ended the choice; null for any other end."

@@ -100,6 +100,19 @@ CASES = (
     Case(bias(260), {"logit_bias": {"260": 1}}, "logit_bias", "logit_bias: token ids must be from 0 to 259, not 260"),
     # A body has no such field, and its keys for biases are digits.
     Case(bias(-1), None, "logit_bias", "logit_bias: token ids must be from 0 to 259, not -1"),
+    # Over HTTP the field has its client's name: see tests/server/test_structured.py.
+    Case(
+        {"grammar": 'start: "a"', "decoder": "blt-d"},
+        None,
+        "grammar",
+        "grammar: needs the decoder 'blt', 'blt-s', 'blt-dv' or 'auto', not 'blt-d', whose blocks are not checked",
+    ),
+    Case(
+        {"grammar": 'start: "a"', "decoder": "auto", "exact": False},
+        None,
+        "grammar",
+        "grammar: needs exact to be true, not false: 'auto' may then choose blocks, which are not checked",
+    ),
     Case({"output_ids": [70] * 9}, None, "output_ids", "output_ids: must have at most max_tokens ids (8), not 9"),
     Case({"output_ids": [260]}, None, "output_ids", "output_ids: token ids must be from 0 to 259, not 260"),
 )

@@ -89,7 +89,7 @@ def test_every_setting_is_documented_with_its_variable_and_default(name: str) ->
 
 def fields_of(model: type[BaseModel]) -> set[str]:
     """Names of a model's fields and of those of the models in them."""
-    names = set(model.model_fields)
+    names = {info.alias or name for name, info in model.model_fields.items()}
     for info in model.model_fields.values():
         kinds = [info.annotation, *get_args(info.annotation)]
         kinds += [inner for kind in kinds for inner in get_args(kind)]

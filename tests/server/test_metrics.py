@@ -33,7 +33,7 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
 def test_every_metric_series_begins_at_zero(tiny_server: str) -> None:
     text = httpx.get(f"{tiny_server}/metrics").text
     for decoder in DECODERS:
-        for reason in ("stop", "length", "timeout", "abort", "refused", "error"):
+        for reason in ("stop", "length", "timeout", "dead_end", "abort", "refused", "error"):
             assert f'fastblt_sequences_total{{decoder="{decoder}",finish_reason="{reason}"}}' in text
         assert f'fastblt_queue_seconds_count{{decoder="{decoder}"}}' in text
         for stage in STAGES:
@@ -167,7 +167,8 @@ def test_the_series_of_vllm_equal_ours(values: Values) -> None:
     assert theirs("generation_tokens_total", *of) == ours("committed_bytes_total") == 2 * len(DECODERS) * OUTPUT
     assert theirs("num_preemptions_total", *of) == ours("preemptions_total")
     reasons = {key[2]: n for key, n in values.items() if key[0] == "vllm:request_success_total"}
-    assert reasons == {r: ours("sequences_total", r) for r in ("stop", "length", "timeout", "abort", "error")}
+    ends = ("stop", "length", "timeout", "dead_end", "abort", "error")
+    assert reasons == {end: ours("sequences_total", end) for end in ends}
     assert reasons["length"] == 2 * len(DECODERS)
     verified = ("blt-s", "blt-dv", "auto")
     for name, same in {"drafts": "draft_rounds", "draft_tokens": "drafted_bytes"}.items():
