@@ -15,7 +15,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 # A test process per core. ARGS="-n 0" runs all in one, as -s and a debugger need.
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help serve test lint test-slow test-ops constraints install train bench bench-growth bench-decoders kernels-static clean
+.PHONY: help serve test lint test-slow test-ops test-compat constraints install train bench bench-growth bench-decoders kernels-static clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -42,6 +42,9 @@ test-ops: .venv/.ops  ## test page, dashboards, clients, containers, Ray with re
 		$(SUDO) apt-get install -y -qq prometheus chromium chromium-driver podman runc debootstrap \
 			default-jdk-headless; }
 	$(PY) -m pytest -q tests/ops $(ARGS)
+
+test-compat: .venv/.dev  ## test with the programs that people point at a server, each in .venv-compat/NAME; offline once these are there
+	$(PY) -m pytest -q tests/compat $(ARGS)
 
 # For the oldest Python, whose versions newer ones take too.
 constraints: .venv/.ops  ## resolve deploy/constraints.txt, the versions in the container image, anew
@@ -80,8 +83,8 @@ gpu-wheels:  ## download into .whl what gpu-check needs on a machine with torch,
 	$(PYTHON) -m pip download -q --disable-pip-version-check --dest .whl --only-binary=:all: --python-version 312 \
 		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 $(GPU_WHEELS)
 
-clean:  ## remove .venv and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+clean:  ## remove .venv, .venv-compat and caches
+	rm -rf .venv .venv-compat .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # Stamps: an environment is made anew where pyproject.toml or this file changed, and not touched otherwise.
 .venv/.runtime: pyproject.toml Makefile hatch_build.py $(wildcard kernels/native/*.[ch])
