@@ -11,7 +11,8 @@ from .running import KEY, NANO
 
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    with running_server(NANO, tmp_path_factory.mktemp("log") / "log", "--api-keys", KEY) as server:
+    flags = ["--api-keys", KEY, "--metric-aliases", "vllm"]
+    with running_server(NANO, tmp_path_factory.mktemp("log") / "log", *flags) as server:
         yield server
 
 

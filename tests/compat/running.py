@@ -29,7 +29,7 @@ RECIPE: dict[str, Any] = {"model": "nano", "prompt": "def f(", "max_tokens": 16,
 ASKED: dict[str, Any] = {"model": "nano", "prompt": "# naïve\nimport ", "max_tokens": 40, "temperature": 0.8, "seed": 7}
 """What scripts ask besides; they read it from their standard input."""
 PROGRAMS = Path(__file__).with_name("programs")
-RECIPES = sorted(Path(__file__).with_name("recipes").iterdir())
+RECIPES = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").iterdir())}
 SECONDS = 180
 
 

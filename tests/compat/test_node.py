@@ -75,13 +75,11 @@ def test_the_ai_sdk_tries_again(full: RunningServer, tmp_path: Path) -> None:
 
 
 def test_the_recipe_of_the_ai_sdk(nano: RunningServer, tmp_path: Path) -> None:
-    (recipe,) = [path for path in RECIPES if path.stem == "ai-sdk"]
     asked = framed("def f(") | {"max_tokens": 16, "temperature": 0}
-    assert [run_recipe(installed("ai-sdk"), recipe, nano, tmp_path)] == texts(nano, **asked)
+    assert [run_recipe(installed("ai-sdk"), RECIPES["ai-sdk"], nano, tmp_path)] == texts(nano, **asked)
 
 
 def test_autocannon_counts_only_successes(nano: RunningServer, tmp_path: Path) -> None:
-    (recipe,) = [path for path in RECIPES if path.stem == "autocannon"]
-    told = json.loads(run_recipe(installed("autocannon"), recipe, nano, tmp_path))
+    told = json.loads(run_recipe(installed("autocannon"), RECIPES["autocannon"], nano, tmp_path))
     assert (told["2xx"], told["non2xx"], told["errors"], told["timeouts"]) == (6, 0, 0, 0)
     assert told["statusCodeStats"] == {"200": {"count": 6}} and told["throughput"]["total"] > 0

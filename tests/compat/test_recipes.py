@@ -1,4 +1,4 @@
-"""docs/compatibility.md shows these files of `recipes`; each prints what a plain request is answered."""
+"""docs/compatibility.md shows the files of `recipes`; these print what a plain request is answered."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from tests.serving import RunningServer
 from .environments import installed
 from .running import RECIPE, RECIPES, run_recipe, texts
 
-PLAIN = [recipe for recipe in RECIPES if recipe.stem not in ("ai-sdk", "autocannon")]
-"""All but those of test_node.py, which send another prompt or print a report."""
+ELSEWHERE = {"ai-sdk", "autocannon", "guidellm", "lm-eval"}
+"""They send something else or print a report, and are run in the files of these programs."""
 
 
-@pytest.mark.parametrize("recipe", PLAIN, ids=lambda recipe: recipe.name)
-def test_a_recipe_prints_the_servers_text(recipe: Path, nano: RunningServer, tmp_path: Path) -> None:
-    assert [run_recipe(installed(recipe.stem), recipe, nano, tmp_path)] == texts(nano, **RECIPE)
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - ELSEWHERE))
+def test_a_recipe_prints_the_servers_text(name: str, nano: RunningServer, tmp_path: Path) -> None:
+    assert [run_recipe(installed(name), RECIPES[name], nano, tmp_path)] == texts(nano, **RECIPE)

@@ -1,4 +1,4 @@
-"""What programs send that people point at a server first, as they send it; the programs themselves are in tests/ops."""
+"""What programs send that people point at a server first, as they send it; tests/compat has the programs themselves."""
 
 import json
 import socket

@@ -6,9 +6,6 @@ It sends prompt and continuation as one prompt with `echo`, `max_tokens` 1 and `
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +19,12 @@ from engine.checkpoint import PRESETS, calibrated, random_tensors, save
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, ModelConfig
 from server import tokenizer_files
 from tests import reference
-from tests.serving import ROOT, RunningServer, running_server
+from tests.serving import RunningServer, running_server
 
-pytest.importorskip("lm_eval", reason="needs lm-eval[api], of the extra ops")
-SECONDS = 300
+from .environments import installed
+from .running import PROGRAMS, RECIPES, output, plain, run_recipe
+
+STRINGS = PROGRAMS / "lm_eval_strings.py"
 TOLERANCE = 1e-4
 LIKELIEST = "!"
 """The first question's choice that the model itself would make."""
@@ -159,15 +158,15 @@ def told(request: pytest.FixtureRequest, server: RunningServer, tmp_path_factory
     if "tokenizer_backend" in arguments:
         tokenizer_files.write(folder / "tokenizer")
         given["tokenizer"] = folder / "tokenizer"
-    command = [sys.executable, "-m", "tests.ops.lm_eval_strings" if strings else "lm_eval", "run"]
+    program = installed("lm-eval")
+    command = program.command(STRINGS) if strings else [str(program.tool("lm-eval"))]
+    command += ["run"]
     command += ["--model", "completions-of-bare-strings" if strings else "local-completions"]
     command += ["--model_args", ",".join(f"{key}={value}" for key, value in given.items())]
     command += ["--batch_size", str(BATCH if "num_concurrent" in arguments else 1)]
     command += ["--tasks", ",".join(names), "--include_path", str(folder)]
     command += ["--output_path", str(folder / "out"), "--log_samples"]
-    offline = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output(command, folder)
     (results,) = (folder / "out").rglob("results_*")
     samples = {}
     for name in names:
@@ -210,3 +209,21 @@ def test_lm_eval_scores_whole_texts_as_the_plain_model_does(told: Evaluated, mod
     assert [model.ends_after([*BEGIN, *text]) for text in texts].count(True) == 1
     bits = -sum(sums) / math.log(2) / sum(len(text.encode()) for text in TEXTS)
     assert told.metrics["rolling"]["bits_per_byte,none"] == pytest.approx(bits)
+
+
+def test_the_recipe_of_lm_eval_scores_each_choice(nano: RunningServer, tmp_path: Path) -> None:
+    tokenizer_files.write(tmp_path / "tokenizer")
+    (tmp_path / "tasks").mkdir()
+    write_task("choices", tmp_path / "tasks")
+    run_recipe(installed("lm-eval"), RECIPES["lm-eval"], nano, tmp_path)
+    (path,) = (tmp_path / "out").rglob("samples_choices_*")
+    sums = {}
+    for sample in map(json.loads, path.read_text().splitlines()):
+        sums[sample["doc_id"]] = [float(total) for [(total, _)] in sample["resps"]]
+    for number, question in enumerate(QUESTIONS):
+        context = to_ids(question["context"])
+        for choice, total in zip(question["choices"], sums[number], strict=True):
+            asked = {"prompt": context + to_ids(choice), "max_tokens": 0, "echo": True, "logprobs": 0}
+            (scored,) = plain(nano, model="nano", **asked)["choices"]
+            expected = sum(scored["logprobs"]["token_logprobs"][len(context) :])
+            assert total == pytest.approx(expected, abs=TOLERANCE)
