@@ -19,12 +19,13 @@ INSTALL_SECONDS = 1800
 
 
 class Program(NamedTuple):
-    """One of programs.toml. packages: with their versions; the first is the program itself."""
+    """One of programs.toml. packages: with their versions; the first is the program itself. tests: pytest's -k."""
 
     name: str
     title: str
     installer: str
     packages: tuple[str, ...]
+    tests: str
 
     @property
     def version(self) -> str:
@@ -48,7 +49,7 @@ def read_programs() -> dict[str, Program]:
     programs = {}
     for name, entry in told.items():
         (installer,) = entry.keys() & {"pip", "npm"}
-        programs[name] = Program(name, entry["title"], installer, tuple(entry[installer]))
+        programs[name] = Program(name, entry["title"], installer, tuple(entry[installer]), entry["tests"])
     return programs
 
 
