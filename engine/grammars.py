@@ -109,7 +109,11 @@ class Constraint:
 
     def forced(self) -> list[int]:
         """The ids that must follow, whatever the model says."""
-        return [] if self.is_finished else _TOKENIZER.tokenize_bytes(self._matcher.compute_ff_bytes())
+        if self.is_finished:
+            return []
+        # A special id that a grammar names begins with 0xff here.
+        data = self._matcher.compute_ff_bytes().partition(b"\xff")[0]
+        return [byte + BYTE_OFFSET for byte in data]
 
     def allowed(self, drafts: Seq[int]) -> list[Mask | None]:
         """What may follow the text, and each of the drafts after it: None after one that may not stand there itself,
@@ -139,6 +143,8 @@ class Constraint:
         if not self._matcher.is_error():
             known = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
             mask[: len(known)] = known
+            # A Lark grammar may name any special id.
+            mask[:BYTE_OFFSET] &= np.arange(BYTE_OFFSET) == EOS_ID
             mask[EOS_ID] &= self._allows_eos
         mask[EOS_ID] |= not mask.any()
         return mask

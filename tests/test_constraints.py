@@ -229,6 +229,12 @@ def test_a_dead_end_says_so(model: Path) -> None:
     assert set(out.text) <= set(b"ab")
 
 
+def test_a_special_id_that_a_grammar_names_is_a_dead_end(model: Path) -> None:
+    grammar = LLMatcher.grammar_from_lark('start: "ab" <[0]> "c"')
+    out = run(make_engine(model), [request("a", text(5, 1), 30, grammar=grammar, decoder="blt-s")])["a"]
+    assert (out.text, ending(out)) == (b"ab", "dead_end")
+
+
 def test_a_bad_grammar_fails_alone(model: Path) -> None:
     engine = make_engine(model)
     engine.add(Request(id="bad", prompt_ids=[BOS_ID], max_tokens=5, grammar=LLMatcher.grammar_from_regex("(")))
