@@ -82,7 +82,14 @@ def test_metrics_count_what_answers_tell(server: RunningServer) -> None:
 
 def test_a_request_keeps_its_salt_when_the_engine_restarts(server: RunningServer) -> None:
     prompt = secret("restart")
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": 600, "temperature": 0, "ignore_eos": True, "stream": True}
+    body = {
+        "model": "tiny",
+        "prompt": prompt,
+        "max_tokens": 1_800,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
     with (
         server.client(headers={"authorization": f"Bearer {ONE}"}) as http,
         http.stream("POST", "/v1/completions", json=body) as response,
