@@ -34,6 +34,8 @@ RUNS = (
     "prefill_budget --turns 2 --budgets 64 256 1024",
 )
 LIMIT_SECONDS = 600
+INTERRUPTS, INTERRUPT_SECONDS = 3, 5.0
+"""How often a program is asked to stop, and how long it has each time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,10 +86,19 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> str | None:
         except subprocess.TimeoutExpired:
             return f"stopped after {LIMIT_SECONDS} s"
         finally:
-            # Not killed, as it may have a server to stop.
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT)
+            _interrupt(process)
     return f"ended with {code}" if code else None
+
+
+def _interrupt(process: "subprocess.Popen[bytes]") -> None:
+    """Not killed at once, as it may have a server to stop; asked again, as it may not have listened yet."""
+    for _ in range(INTERRUPTS):
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(INTERRUPT_SECONDS)
+            return
+    process.kill()
 
 
 if __name__ == "__main__":
