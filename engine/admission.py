@@ -7,11 +7,16 @@ text names the field, what would be right, and what was given.
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
-from .config import ModelLimits
+from .config import BYTE_OFFSET, EOS_ID, ModelLimits, is_byte
 from .decoders.table import DECODERS
 from .types import MAX_DRAFT, Failed, Request
 
-FIELDS = {"prompt_ids": "prompt", "sampling.logit_bias": "logit_bias"}
+FIELDS = {
+    "prompt_ids": "prompt",
+    "sampling.logit_bias": "logit_bias",
+    "sampling.allowed_ids": "allowed_token_ids",
+    "stop_ids": "stop_token_ids",
+}
 """Fields of a `Request` that have another name in the API, which texts and `Failed.param` use."""
 
 
@@ -90,6 +95,40 @@ def _logit_bias(request: Request, limits: ModelLimits) -> Fault | None:
     return unknown_id("sampling.logit_bias", request.sampling.logit_bias, limits)
 
 
+def _stop_ids(request: Request, limits: ModelLimits) -> Fault | None:
+    return unknown_id("stop_ids", request.stop_ids, limits)
+
+
+def _allowed_ids(request: Request, limits: ModelLimits) -> Fault | None:
+    allowed = request.sampling.allowed_ids
+    if not allowed:
+        return None
+    if request.grammar:
+        rule = "must be left out where the text must match a grammar, which says itself what is allowed"
+        return Fault("invalid", "sampling.allowed_ids", rule)
+    if not any(map(_is_text_or_end, allowed)):
+        rule = f"must have at least one byte ({BYTE_OFFSET} to {BYTE_OFFSET + 255}) or the end of sequence ({EOS_ID})"
+        return Fault("invalid", "sampling.allowed_ids", rule)
+    return unknown_id("sampling.allowed_ids", allowed, limits)
+
+
+def _min_tokens(request: Request, limits: ModelLimits) -> Fault | None:
+    if not request.min_tokens:
+        return None
+    allowed = request.sampling.allowed_ids or range(limits.vocab_size)
+    ends = {*request.stop_ids, *([] if request.ignore_eos else [EOS_ID])}
+    if not any(_is_text_or_end(token) and token not in ends for token in allowed):
+        rule = f"must be 0, not {request.min_tokens}: every id that may be chosen ends the text"
+        return Fault("invalid", "min_tokens", rule)
+    why = f": max_tokens is {request.max_tokens}"
+    return _out_of_range("min_tokens", request.min_tokens, 0, request.max_tokens, why)
+
+
+def _is_text_or_end(token: int) -> bool:
+    """Whether blocks may choose it."""
+    return is_byte(token) or token == EOS_ID
+
+
 def _grammar(request: Request, limits: ModelLimits) -> Fault | None:
     if not request.grammar or DECODERS[request.decoder].is_exact(request):
         return None
@@ -122,6 +161,9 @@ RULES: tuple[Rule, ...] = (
     _prompt,
     _output_ids,
     _logit_bias,
+    _stop_ids,
+    _allowed_ids,
+    _min_tokens,
     _grammar,
     _length,
 )

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from .config import BYTE_OFFSET, EOS_ID, is_byte
+from .config import BYTE_OFFSET, EOS_ID, is_byte, text_of
 from .costs.accounting import PaperFormula
 from .decoders import Committed
 from .grammars import Constraint
@@ -21,7 +21,8 @@ class Output:
 
     def __init__(self, request: Request, constraint: Constraint | None = None) -> None:
         self._request, self._constraint = request, constraint
-        self._stopping = StopMatcher(request.stop)
+        self._stopping = StopMatcher(request.stop, include=request.include_stop)
+        self._stopped_by: bytes | int | None = None
         self._num_ids = 0
         self._prompt_scores: list[TokenLogprob] = []
         self._cumulative_logprob = 0.0
@@ -45,19 +46,31 @@ class Output:
         constraint = self._constraint
         for token in ids:
             kept.append(token)
-            self._num_ids += 1
-            certain, stopped = self._stopping.feed(token - BYTE_OFFSET) if is_byte(token) else (b"", False)
-            text += certain
+            text += self._text(token)
             if token == EOS_ID and constraint and not constraint.may_end:
                 return kept, text, "dead_end"
             if constraint:
                 constraint.advance(token)
             ended = (token == EOS_ID and not self._request.ignore_eos) or (constraint and constraint.is_finished)
-            if stopped or ended:
+            if ended or self._stopped_by is not None:
                 return kept, text, "stop"
             if self._num_ids == self._request.max_tokens:
                 return kept, text, "length"
         return kept, text, None
+
+    def _text(self, token: int) -> bytes:
+        """Takes one id. Returns the bytes that it made certain, and notes whether it ends the output."""
+        request = self._request
+        self._num_ids += 1
+        may_stop = self._num_ids > request.min_tokens
+        if may_stop and token in request.stop_ids and (token != EOS_ID or request.ignore_eos):
+            self._stopped_by = token
+            return self._stopping.flush() + text_of([token] if request.include_stop else [])
+        if not is_byte(token):
+            return b""
+        text, stop = self._stopping.feed(token - BYTE_OFFSET, may_stop=may_stop)
+        self._stopped_by = stop or None
+        return text
 
     def delta(self, sequence: "Sequence", outcome: Committed, ids: list[int], text: bytes) -> Delta:
         """The event for a round's ids, once they are committed. ids, text: of `take`."""
@@ -93,7 +106,12 @@ class Output:
         """The last event. It releases what was held back, unless the client has left."""
         text = b"" if reason == "abort" else self._stopping.flush()
         return Finished(
-            id=self._request.id, reason=reason, text=text, usage=usage, cumulative_logprob=self._cumulative_logprob
+            id=self._request.id,
+            reason=reason,
+            text=text,
+            stopped_by=self._stopped_by,
+            usage=usage,
+            cumulative_logprob=self._cumulative_logprob,
         )
 
     def closed_patches(self, sequence: "Sequence", num_ids: int) -> list[int]:

@@ -63,7 +63,9 @@ class Sequence:
         self.ids = [*request.prompt_ids, *request.output_ids]
         self.num_prompt = len(request.prompt_ids)
         self.id_counts = Counter(request.output_ids)
-        """How often each id was generated."""
+        """How often each id was generated; those of the prompt are there too, if a penalty asks for them."""
+        if request.sampling.repetition_penalty != 1:
+            self.id_counts.update(dict.fromkeys(request.prompt_ids, 0))
         self.num_computed = 0
         self.patching = Patching()
         self.documents = [0]

@@ -11,28 +11,30 @@ class StopMatcher:
     same bytes again knows exactly what was released before.
     """
 
-    def __init__(self, stops: Iterable[bytes]) -> None:
-        self._stops = sorted({stop for stop in stops if stop}, key=len, reverse=True)
+    def __init__(self, stops: Iterable[bytes], *, include: bool = False) -> None:
+        """include: keep a completed stop string in the text."""
+        self._stops, self._include = sorted({stop for stop in stops if stop}, key=len, reverse=True), include
         self._held = b""
 
-    def feed(self, byte: int) -> tuple[bytes, bool]:
+    def feed(self, byte: int, *, may_stop: bool = True) -> tuple[bytes, bytes]:
         """Takes the next byte (0..255).
 
-        Returns the bytes that are now certain not to belong to a stop string, and whether one was completed. If so,
-        generation ends: the stop string is dropped, and `flush` returns nothing.
+        Returns the bytes that are now certain not to belong to a stop string, and the stop string that was completed,
+        empty for none. If one was, generation ends: it is dropped, unless it is included, and `flush` returns nothing.
+        may_stop: whether this byte may complete one.
         """
         if not self._stops:
-            return bytes((byte,)), False
+            return bytes((byte,)), b""
         text = self._held + bytes((byte,))
-        for stop in self._stops:
+        for stop in self._stops if may_stop else ():
             # The held bytes always include the beginning of every stop string that may still be completed.
             if text.endswith(stop):
                 self._held = b""
-                return text[: -len(stop)], True
+                return text if self._include else text[: -len(stop)], stop
         keep = next((n for n in range(len(text), 0, -1) if self._may_begin(text[-n:])), 0)
         certain = len(text) - keep
         self._held = text[certain:]
-        return text[:certain], False
+        return text[:certain], b""
 
     def flush(self) -> bytes:
         """The bytes still held back, when generation ends without a stop string."""
@@ -40,4 +42,4 @@ class StopMatcher:
         return text
 
     def _may_begin(self, tail: bytes) -> bool:
-        return any(stop.startswith(tail) for stop in self._stops)
+        return any(len(tail) < len(stop) and stop.startswith(tail) for stop in self._stops)

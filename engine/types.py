@@ -18,8 +18,8 @@ FinishReason = Literal["stop", "length", "dead_end", "abort", "timeout"]
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose a byte from its logits. temperature 0 is greedy and ignores the filters and the seed.
 
-    Order: logit_bias, penalties (over the ids generated so far), temperature, then top_k, top_p, min_p, each over the
-    ids that the one before kept. `logit_bias` maps ids to an additive bias in [-100, 100].
+    Order: logit_bias, repetition_penalty, the other penalties, allowed_ids, temperature, then top_k, top_p, min_p, each
+    over the ids that the one before kept. `logit_bias` maps ids to an additive bias in [-100, 100].
     """
 
     temperature: float = 1.0
@@ -28,10 +28,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """0 keeps all."""
     min_p: float = 0.0
     presence_penalty: float = 0.0
+    """Like the next, over the ids generated so far."""
     frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Logits of ids in the prompt or generated so far are divided by it where positive, else multiplied (Keskar et al.
+    2019, CTRL)."""
+    allowed_ids: list[int] = []
+    """The only ids that may be chosen; empty for all."""
     logit_bias: dict[int, float] = {}
     seed: int = 0
     """64 bits. With `Request.sample_index` and the position in the output it fixes every draw."""
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether a logit depends on the ids before its place."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
 class UnmaskRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +70,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sampling: SamplingParams = SamplingParams()
     sample_index: int = 0
     stop: list[bytes] = []
+    stop_ids: list[int] = []
+    """Ids that end the output, and stay in its ids."""
+    include_stop: bool = False
+    """Keep the stop string, or the byte of the stop id, in the text."""
+    min_tokens: int = 0
+    """Ids to generate before one that ends the output: EOS, a stop id, the last byte of a stop string. The end of a
+    grammar comes before."""
     ignore_eos: bool = False
     grammar: str = ""
     """What the output must match, as `engine.grammars` takes it; empty for anything."""
@@ -200,6 +218,8 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     id: str
     reason: FinishReason
     text: bytes = b""
+    stopped_by: bytes | int | None = None
+    """The stop string or the stop id that ended it."""
     usage: Usage
     cumulative_logprob: float = 0.0
     """Sum over the generated ids; only computed with `Request.logprobs`."""

@@ -1,6 +1,6 @@
 """Parameters of other servers that are accepted with values that change nothing.
 
-Client programs send them unasked: a load tool that always sends `"repetition_penalty": 1.0` should not fail. Any other
+Client programs send them unasked: a load tool that always sends `"length_penalty": 1.0` should not fail. Any other
 value is refused by name; null means the default, as everywhere.
 """
 
@@ -41,7 +41,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "safety_identifier": Neutral(kind=str),
     "prompt_cache_key": Neutral(kind=str),
     # vLLM's, SGLang's and others'.
-    "allowed_token_ids": NULL,
     "bad_words": Neutral(([],)),
     "detokenize": TRUE,
     "early_stopping": FALSE,
@@ -50,21 +49,17 @@ NEUTRAL: Mapping[str, Neutral] = {
     "guided_grammar": NULL,
     "guided_json": NULL,
     "guided_regex": NULL,
-    "include_stop_str_in_output": FALSE,
     "json_schema": NULL,
     "length_penalty": ONE,
     "lora_path": NULL,
-    "min_tokens": ZERO,
     "no_repeat_ngram_size": ZERO,
     "no_stop_trim": FALSE,
     "num_beams": ONE,
     "regex": NULL,
-    "repetition_penalty": ONE,
     "return_tokens_as_token_ids": FALSE,
     "skip_special_tokens": TRUE,
     "spaces_between_special_tokens": Neutral((True, False)),
     "stop_regex": NULL,
-    "stop_token_ids": Neutral(([],)),
     "truncate_prompt_tokens": NULL,
     "typical_p": ONE,
     "use_beam_search": FALSE,

@@ -84,6 +84,8 @@ def make_plan(
             min_p=request.min_p,
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            allowed_ids=request.allowed_token_ids,
             logit_bias=bias,
             seed=seed,
         )
@@ -95,6 +97,9 @@ def make_plan(
                 sampling=sampling,
                 sample_index=sample,
                 stop=[stop.encode() for stop in request.stop],
+                stop_ids=request.stop_token_ids,
+                include_stop=request.include_stop_str_in_output,
+                min_tokens=request.min_tokens,
                 ignore_eos=request.ignore_eos,
                 grammar=constraint.grammar if constraint else "",
                 logprobs=0 if ranked and request.logprobs is None else request.logprobs,

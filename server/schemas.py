@@ -30,6 +30,8 @@ MAX_STOP_BYTES = 1024
 """A longer stop string would make every step search further back."""
 MAX_LOGPROBS = 260
 """All bytes and the special ids: the whole distribution."""
+MAX_IDS = 260
+"""In a list of ids: all bytes and the special ids."""
 MAX_SALT = 256
 """Characters: enough for any random token."""
 
@@ -61,6 +63,18 @@ def _check_stop(value: object) -> list[str]:
     return stops
 
 
+def _check_ids(value: object) -> list[int]:
+    if isinstance(value, list) and len(value) <= MAX_IDS and all(type(token) is int for token in value):
+        return value
+    raise ValueError(f"must be an array of at most {MAX_IDS} token ids")
+
+
+def _check_allowed(value: object) -> list[int]:
+    if ids := _check_ids(value):
+        return ids
+    raise ValueError("must not be empty: leave it out, or send null, to allow all ids")
+
+
 def _check_salt(value: object) -> str:
     if isinstance(value, str) and 0 < len(value) <= MAX_SALT:
         return value
@@ -68,6 +82,12 @@ def _check_salt(value: object) -> str:
 
 
 _SALT_SCHEMA = Annotated[str, Field(min_length=1, max_length=MAX_SALT)]
+_IDS_SCHEMA = Annotated[list[int], Field(max_length=MAX_IDS)]
+Ids = Annotated[list[int], PlainValidator(_check_ids, json_schema_input_type=_IDS_SCHEMA)]
+AllowedIds = Annotated[
+    list[int],
+    PlainValidator(_check_allowed, json_schema_input_type=Annotated[_IDS_SCHEMA, Field(min_length=1)]),
+]
 Salt = Annotated[str, PlainValidator(_check_salt, json_schema_input_type=_SALT_SCHEMA)]
 
 
@@ -237,6 +257,20 @@ class CompletionRequest(Strict):
     min_p: FiniteFloat = Field(
         0.0, ge=0, le=1, description="Extension: keep ids at least this likely relative to the best."
     )
+    repetition_penalty: FiniteFloat = Field(
+        1.0,
+        ge=0.01,
+        le=100,
+        description="Extension: divides logits of ids in the prompt or the text where positive, else multiplies them.",
+    )
+    allowed_token_ids: AllowedIds = Field([], description="Extension: choose only from these ids. Default: all.")
+    min_tokens: int = Field(
+        0, ge=0, lt=2**31, description="Extension: generate this many ids before one that may end the text."
+    )
+    stop_token_ids: Ids = Field([], description="Extension: ids that end the text.")
+    include_stop_str_in_output: bool = Field(
+        False, description="Extension: keep what ended the text, a stop string or the byte of a stop id, in it."
+    )
     ignore_eos: bool = Field(False, description="Extension: go on after an end-of-sequence id.")
     cache_salt: Salt | None = Field(
         None,
@@ -367,8 +401,8 @@ class Choice(BaseModel):
         description="'timeout' (extension): the request's or the server's timeout came first. 'dead_end' (extension): "
         "the text does not match what was asked for, and no byte can follow that would let it."
     )
-    stop_reason: str | None = Field(
-        None, description="Extension: the stop string that ended the choice; null for any other end."
+    stop_reason: str | int | None = Field(
+        None, description="Extension: the stop string or the stop id that ended the choice; null for any other end."
     )
     prompt_token_ids: list[int] | None = Field(
         None,

@@ -86,7 +86,7 @@ class _Run:
         self.prompt = bytes(i - BYTE_OFFSET for i in request.prompt_ids).decode()
         self.num_output = 0
         self.matcher = StopMatcher(request.stop)
-        self.stopped = False
+        self.stopped = b""
         self.sum = 0.0
         self.prompt_scored = not request.prompt_logprobs
         for token in request.output_ids:
@@ -122,7 +122,7 @@ class _Run:
 
     @property
     def over(self) -> bool:
-        return self.stopped or self.num_output == self.request.max_tokens
+        return bool(self.stopped) or self.num_output == self.request.max_tokens
 
     def obey(self) -> None:
         order, _, position = self.prompt.partition(":")
@@ -140,4 +140,11 @@ class _Run:
 
     def finished(self, reason: FinishReason, text: bytes) -> Finished:
         usage = Usage(prompt_tokens=len(self.prompt), completion_tokens=self.num_output)
-        return Finished(id=self.request.id, reason=reason, text=text, usage=usage, cumulative_logprob=self.sum)
+        return Finished(
+            id=self.request.id,
+            reason=reason,
+            text=text,
+            stopped_by=self.stopped or None,
+            usage=usage,
+            cumulative_logprob=self.sum,
+        )

@@ -152,7 +152,7 @@ WRONG: list[tuple[str, str, Any]] = [
     ("invalid_json", "/v1/completions", b"{"),
     ("missing_required_parameter", "/v1/completions", {"unmask": {}}),
     ("unknown_parameter", "/v1/completions", {"model": "nano", "nope": 1}),
-    ("unsupported_parameter", "/v1/completions", {"model": "nano", "min_tokens": 1}),
+    ("unsupported_parameter", "/v1/completions", {"model": "nano", "length_penalty": 2}),
     ("invalid_value", "/v1/completions", {"model": "nano", "n": 0}),
     ("context_length_exceeded", "/v1/completions", {"model": "nano", "max_tokens": 1 << 20}),
     ("model_not_found", "/v1/completions", {"model": "none"}),

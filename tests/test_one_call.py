@@ -57,11 +57,17 @@ def requests(draw: st.DrawFn, decoders: list[str]) -> Request:
                 SamplingParams(temperature=1.2, seed=-4, logit_bias={EOS_ID: 4.0, 100: -2.0}),
                 SamplingParams(temperature=0, logit_bias={EOS_ID: 2.0, 70: 3.0}),
                 SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5, frequency_penalty=0.3),
+                SamplingParams(temperature=0.9, seed=8, repetition_penalty=1.2, logit_bias={70: 1.5}),
+                SamplingParams(
+                    temperature=1.0, seed=6, allowed_ids=[EOS_ID, *range(60, 110)], logit_bias={EOS_ID: 4.0}
+                ),
             ]
         )
     )
     decoder = draw(st.sampled_from(decoders))
     how: dict[str, Any] = {"decoder": decoder, "sampling": sampling, "ignore_eos": draw(st.booleans())}
+    count = draw(st.sampled_from([1, 2, 7, 25]))
+    how["min_tokens"] = draw(st.sampled_from([0, 0, count // 2, count]))
     if decoder in ("blt-d", "blt-dv"):
         rules = UnmaskRule(rule="confidence", alpha=0.3, top_p=0.8), UnmaskRule(rule="entropy", gamma=1.0)
         how["unmask"] = draw(st.sampled_from([*rules, UnmaskRule(rule="one_step")]))
@@ -72,7 +78,7 @@ def requests(draw: st.DrawFn, decoders: list[str]) -> Request:
     prompt = text(length, draw(st.integers(0, 5)))
     if length > 9 and draw(st.booleans()):
         prompt[length // 2] = EOS_ID
-    return request("", prompt, draw(st.sampled_from([1, 2, 7, 25])), **how, **scores)
+    return request("", prompt, count, **how, **scores)
 
 
 @settings(max_examples=4)

@@ -23,10 +23,13 @@ GREEDY = SamplingParams(temperature=0)
 def distribution(logits: list[float], params: SamplingParams, counts: dict[int, int]) -> list[float]:
     """The law that a row must be drawn from, step by step as `SamplingParams` says it."""
     x = [v + params.logit_bias.get(i, 0.0) for i, v in enumerate(logits)]
+    factor = params.repetition_penalty
+    x = [v if i not in counts else v / factor if v > 0 else v * factor for i, v in enumerate(x)]
     x = [
         v - params.presence_penalty * (counts.get(i, 0) > 0) - params.frequency_penalty * counts.get(i, 0)
         for i, v in enumerate(x)
     ]
+    x = [v if not params.allowed_ids or i in params.allowed_ids else -math.inf for i, v in enumerate(x)]
     best_first = sorted(range(len(x)), key=lambda i: (-x[i], i))
     if params.temperature == 0:
         return [float(i == best_first[0]) for i in range(len(x))]
@@ -70,12 +73,14 @@ PARAMS = st.builds(
     min_p=st.sampled_from([0.0, 0.123, 0.456]),
     presence_penalty=st.sampled_from([0.0, 0.7, -1.1]),
     frequency_penalty=st.sampled_from([0.0, 0.3]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.7, 0.6]),
+    allowed_ids=st.one_of(st.just([]), st.lists(st.integers(0, 6), min_size=1)),
     logit_bias=st.dictionaries(st.integers(0, 6), st.sampled_from([-100.0, 1.3, 100.0])),
 )
 ROWS = st.tuples(
     st.lists(st.floats(-8, 8, width=16), min_size=7, max_size=7),
     PARAMS,
-    st.dictionaries(st.integers(0, 6), st.integers(1, 3)),
+    st.dictionaries(st.integers(0, 6), st.integers(0, 3)),
     st.floats(0, 1, exclude_max=True),
 )
 
@@ -99,6 +104,8 @@ def random_batch(rows: int) -> tuple[Tensor, list[SamplingParams], list[dict[int
         SamplingParams(temperature=0.8, top_p=0.9),
         SamplingParams(temperature=1.3, top_k=40, frequency_penalty=0.5),
         SamplingParams(temperature=0.6, min_p=0.05, logit_bias={65: 4.0}),
+        SamplingParams(temperature=0.9, repetition_penalty=1.3, logit_bias={65: 4.1, 7: -0.3}, presence_penalty=0.1),
+        SamplingParams(temperature=1.1, allowed_ids=[*range(40, 90)]),
     ]
     params = [kinds[r % len(kinds)] for r in range(rows)]
     counts = [{r % VOCAB: 2, 70: 1} for r in range(rows)]

@@ -28,6 +28,7 @@ def test_the_stop_matcher_fed_byte_by_byte_equals_a_search_of_the_whole_text(tex
         released += certain
         assert expected.startswith(released)
         if stopped:
+            assert stopped in stops and text[: i + 1] == expected + stopped
             stopped_at = i + 1
             break
         held = text[len(released) : i + 1]
@@ -37,6 +38,23 @@ def test_the_stop_matcher_fed_byte_by_byte_equals_a_search_of_the_whole_text(tex
     assert stopped_at == end
     assert released + matcher.flush() == expected
     assert matcher.flush() == b""
+
+
+@settings(max_examples=200)
+@given(TEXTS, STOPS, st.integers(0, 12), st.booleans())
+def test_a_stop_string_counts_from_some_byte_on_and_may_be_kept(
+    text: bytes, stops: list[bytes], first: int, include: bool
+) -> None:
+    ends = [end for end in range(first + 1, len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
+    matcher, released, stopped = StopMatcher(stops, include=include), b"", b""
+    for number, byte in enumerate(text[: ends[0] if ends else None]):
+        assert not stopped
+        certain, stopped = matcher.feed(byte, may_stop=number >= first)
+        released += certain
+        assert text.startswith(released)
+    assert bool(stopped) == bool(ends)
+    whole = text[: ends[0]] if ends else text
+    assert released + matcher.flush() == (whole if include else whole[: len(whole) - len(stopped)])
 
 
 @settings(max_examples=100)
@@ -59,4 +77,4 @@ def test_a_stop_string_may_lie_across_code_points() -> None:
 
 
 def test_an_empty_stop_string_never_matches() -> None:
-    assert StopMatcher([b""]).feed(97) == (b"a", False)
+    assert StopMatcher([b""]).feed(97) == (b"a", b"")

@@ -323,12 +323,11 @@ class _Cells(BlockPasses):
 
 
 def is_plain(rows: Rows) -> bool:
-    """Penalties and grammars depend on every byte before, and scores are only kept of single passes."""
-    request = rows.sequence.request
-    if rows.sequence.constraint:
+    """Penalties, grammars and `min_tokens` depend on the bytes before, and scores are only kept of single passes."""
+    sequence, request = rows.sequence, rows.sequence.request
+    if sequence.constraint or request.sampling.is_penalised or sequence.num_output < request.min_tokens:
         return False
-    penalised = request.sampling.presence_penalty or request.sampling.frequency_penalty
-    return not (penalised or request.logprobs is not None or rows.sequence.scores_prompt)
+    return request.logprobs is None and not sequence.scores_prompt
 
 
 def _at_most(rows: Rows) -> int:

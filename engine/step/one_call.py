@@ -20,6 +20,7 @@ from .ahead import LAUNCH_SECONDS, MOST_BYTES, is_plain
 from .blocks import BLOCK_SPECIALS, rule_and_bound
 from .launch import Launcher
 from .results import cell_params, results_of, score_prompts
+from .sampling import static_changes
 
 ASKS = {Next: Ask.NEXT, Draft: Ask.DRAFT, Unmask: Ask.UNMASK, Verify: Ask.VERIFY, type(None): Ask.PREFILL}
 
@@ -153,8 +154,8 @@ class OneCall:
         params, own_params, changes, rule = 0, 0, 0, (0, 0.0)
         if ask and plain:
             params = own_params = address(_doubles(request.sampling, self._vocab_size))
-            if request.sampling.logit_bias:
-                changes = address(_bias(request.sampling, self._vocab_size))
+            if request.sampling.logit_bias or request.sampling.allowed_ids:
+                changes = address(_changes(request.sampling, self._vocab_size))
             if isinstance(ask, Unmask):
                 own_params = address(_doubles(cell_params(request), self._vocab_size))
                 rule = rule_and_bound(ask.rule)
@@ -246,9 +247,8 @@ def _doubles(params: SamplingParams, vocab_size: int) -> "array[float]":
     return array("d", (params.temperature, params.top_k or vocab_size, params.top_p, params.min_p))
 
 
-def _bias(params: SamplingParams, vocab_size: int) -> "array[float]":
+def _changes(params: SamplingParams, vocab_size: int) -> "array[float]":
     changes = array("d", bytes(8 * vocab_size))
-    for i, bias in params.logit_bias.items():
-        if 0 <= i < vocab_size:
-            changes[i] = bias
+    for i, change in static_changes(params, vocab_size).items():
+        changes[i] = change
     return changes

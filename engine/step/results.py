@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 
+from ..config import EOS_ID
 from ..decoders import Draft, Result, Verify
 from ..grammars import Mask
 from ..memory.text import Slots
@@ -35,7 +36,7 @@ def results_of(batch: Sequence[Rows], logits: Tensor, slots: Slots, kernels: Ker
     blocks = _Blocks.of(drawing, logits, slots, kernels)
     if blocks:
         logits = logits.index_copy(0, blocks.index, blocks.logits)
-    drawn, highest = choose(logits, *_sampling(drawing), kernels)
+    drawn, highest = choose(logits, *_sampling(drawing, logits.shape[1]), kernels)
     verified = _accepted(drawing, drawn, kernels)
     settled = blocks.settle(drawn) if blocks else ()
     _write(drawing, drawn, slots)
@@ -108,7 +109,7 @@ def _drawn_rows(batch: Sequence[Rows], logits: Tensor) -> Tensor:
 
 
 def _sampling(
-    drawing: Sequence[Rows],
+    drawing: Sequence[Rows], vocab_size: int
 ) -> tuple[list[SamplingParams], list[Mapping[int, int]], list[float], list[Mask | None]]:
     """Of each drawn id: its parameters, the generated ids before its place, its random number, which ids it may be."""
     params: list[SamplingParams] = []
@@ -118,18 +119,39 @@ def _sampling(
     for rows in drawing:
         sequence, num_drawn, sampling = rows.sequence, rows.num_drawn, rows.sequence.request.sampling
         params += [sampling] * (num_drawn - rows.num_block) + [cell_params(sequence.request)] * rows.num_block
-        if sampling.temperature or sampling.presence_penalty or sampling.frequency_penalty:
+        if sampling.temperature or sampling.is_penalised:
             places = rows.drawn_places
             counts += _id_counts(rows, places)
             uniforms += [uniform(sequence, place) for place in places]
         else:
             counts += [sequence.id_counts] * num_drawn
             uniforms += [0.0] * num_drawn
-        allowed += _allowed(rows) if sequence.constraint else [None] * num_drawn
+        allowed += _allowed(rows, vocab_size)
     return params, counts, uniforms, allowed
 
 
-def _allowed(rows: Rows) -> Sequence[Mask | None]:
+def _allowed(rows: Rows, vocab_size: int) -> Sequence[Mask | None]:
+    """The ids that may stand at each place; None for all, or where it depends on bytes that are not known yet."""
+    sequence, request = rows.sequence, rows.sequence.request
+    masks = _grammatical(rows) if sequence.constraint else [None] * rows.num_drawn
+    if sequence.num_output >= request.min_tokens:
+        return masks
+    first = sequence.num_prompt + request.min_tokens
+    ends = [*request.stop_ids, *([] if request.ignore_eos else [EOS_ID])]
+    return [
+        _without(ends, mask, vocab_size) if place < first else mask
+        for mask, place in zip(masks, rows.drawn_places, strict=True)
+    ]
+
+
+def _without(ends: Sequence[int], mask: Mask | None, vocab_size: int) -> Mask:
+    """What is left of a mask without some ids; all of it if that is nothing."""
+    left = np.ones(vocab_size, dtype=np.bool_) if mask is None else mask.copy()
+    left[ends] = False
+    return left if mask is None or left.any() else mask
+
+
+def _grammatical(rows: Rows) -> Sequence[Mask | None]:
     """The ids that a grammar allows at each place: None where it depends on bytes that are not known yet."""
     sequence, known = rows.sequence, list(rows.given)
     assert sequence.constraint
@@ -145,7 +167,7 @@ def _id_counts(rows: Rows, places: Sequence[int]) -> list[Mapping[int, int]]:
     sequence, sampling = rows.sequence, rows.sequence.request.sampling
     drafts: Sequence[int] = ()
     match rows.ask:
-        case Verify(drafts) | Draft(drafts) if sampling.presence_penalty or sampling.frequency_penalty:
+        case Verify(drafts) | Draft(drafts) if sampling.is_penalised:
             pass
         case _:
             return [sequence.id_counts] * len(places)

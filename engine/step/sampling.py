@@ -1,10 +1,12 @@
 """From logits to ids: applies a request's parameters to its rows before `kernels.sampling` draws."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 
 import numpy as np
 import torch
+from msgspec.structs import replace
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.dispatch import Kernels
@@ -25,21 +27,24 @@ def row_params(
     allowed: Sequence[Mask | None] = (),
 ) -> dict[str, Tensor]:
     """The sampling parameters of some rows: `changes` (R, V) float64, added to the logits, and `params` (R, 4) float64,
-    as in `kernels.sampling`; each only if a row needs it.
+    as in `kernels.sampling`; each only if a row needs it. If a row is penalised for repetition also `repeated` (2, R,
+    V) float64: what is added to the logits before they are divided or multiplied, and by how much.
 
-    counts: how often each id was generated, per row. allowed: ids that may be drawn, None for all; empty if all rows
-    may draw any.
+    counts: how often each id was generated, per row; repetition also counts ids that are there with 0. allowed: ids
+    that may be drawn, None for all; empty if all rows may draw any.
     """
     tensors: dict[str, Tensor] = {}
     changes = [_logit_changes(p, c, vocab_size) for p, c in zip(params, counts, strict=True)]
     constrained = [(row, mask) for row, mask in enumerate(allowed) if mask is not None]
     if constrained or any(changes):
-        added = torch.zeros(len(params), vocab_size, dtype=torch.float64)
+        added = np.zeros((len(params), vocab_size))
         for row, change in zip(added, changes, strict=True):
-            row[list(change)] = torch.tensor(list(change.values()), dtype=torch.float64)
+            row[list(change)] = list(change.values())
         for number, mask in constrained:
-            added[number].masked_fill_(torch.from_numpy(~mask), -torch.inf)
-        tensors["changes"] = to_device(added.numpy(), device)
+            added[number, ~mask] = -np.inf
+        tensors["changes"] = to_device(added, device)
+    if any(p.repetition_penalty != 1 for p in params):
+        tensors["repeated"] = to_device(_repetition(params, counts, vocab_size), device)
     if any(p.temperature > 0 for p in params):
         rows = [(p.temperature, p.top_k or vocab_size, p.top_p, p.min_p) for p in params]
         tensors["params"] = on_device(rows, device)
@@ -70,9 +75,13 @@ def draw_ids(
     None if there are no params.
     """
     ids, highest = kernels.argmax(logits)
-    params, changes = tensors.get("params"), tensors.get("changes")
+    params, changes, repeated = (tensors.get(name) for name in ("params", "changes", "repeated"))
+    if repeated is not None:
+        logits, factors = logits.double() + repeated[0], repeated[1]
+        logits = torch.where(logits > 0, logits / factors, logits * factors)
     if changes is not None:
         logits = logits.double() + changes
+    if changes is not None or repeated is not None:
         ids = logits.argmax(-1)
     return ids if params is None or uniforms is None else kernels.sample(logits, params, uniforms), highest
 
@@ -135,10 +144,39 @@ def check(highest: Iterable[float]) -> None:
             raise FloatingPointError(f"the logits of row {row} are no distribution: NaN, +inf or all -inf")
 
 
-def _logit_changes(params: SamplingParams, counts: Mapping[int, int], vocab_size: int) -> dict[int, float]:
-    """What bias and penalties add to a row's logits, by id. A bias on an id outside the vocabulary has no effect."""
+def static_changes(params: SamplingParams, vocab_size: int) -> dict[int, float]:
+    """What is added to the logits of each row by id, whatever the text is: bias, and -inf where an id is not allowed.
+    An id outside the vocabulary has no effect."""
     change = {i: bias for i, bias in params.logit_bias.items() if 0 <= i < vocab_size}
+    if params.allowed_ids:
+        change |= dict.fromkeys(set(range(vocab_size)).difference(params.allowed_ids), -inf)
+    return change
+
+
+def _logit_changes(params: SamplingParams, counts: Mapping[int, int], vocab_size: int) -> dict[int, float]:
+    """What is added to a row's logits by id, after the repetition penalty if there is one."""
+    change = static_changes(_unbiased(params), vocab_size)
     if params.presence_penalty or params.frequency_penalty:
         for i, count in counts.items():
-            change[i] = change.get(i, 0.0) - params.presence_penalty - params.frequency_penalty * count
+            if count:
+                change[i] = change.get(i, 0.0) - params.presence_penalty - params.frequency_penalty * count
     return change
+
+
+def _unbiased(params: SamplingParams) -> SamplingParams:
+    """Without the bias, where the repetition penalty comes between."""
+    return params if params.repetition_penalty == 1 else replace(params, logit_bias={})
+
+
+def _repetition(
+    params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]], vocab_size: int
+) -> NDArray[np.float64]:
+    """(2, R, V): bias and factors. A row without this penalty gets 0 and 1, which change no bit of it."""
+    repeated = np.zeros((2, len(params), vocab_size))
+    repeated[1] = 1
+    for row, (p, count) in enumerate(zip(params, counts, strict=True)):
+        if p.repetition_penalty != 1:
+            bias = {i: change for i, change in p.logit_bias.items() if 0 <= i < vocab_size}
+            repeated[0, row, list(bias)] = list(bias.values())
+            repeated[1, row, list(count)] = p.repetition_penalty
+    return repeated

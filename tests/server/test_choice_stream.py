@@ -21,10 +21,10 @@ def events(ids: list[int], stops: list[bytes], reason: FinishReason = "length") 
     """As the engine sends them, one id a step."""
     matcher, out = StopMatcher(stops), list[Delta | Finished]()
     for token in ids:
-        text, stopped = matcher.feed(token - 4) if token >= 4 else (b"", False)
+        text, stopped = matcher.feed(token - 4) if token >= 4 else (b"", b"")
         out.append(Delta(id="x", ids=[token], text=text, logprobs=[scored(token)]))
         if stopped:
-            return [*out, Finished(id="x", reason="stop", usage=Usage())]
+            return [*out, Finished(id="x", reason="stop", stopped_by=stopped, usage=Usage())]
         if token == EOS_ID:
             reason = "stop"
             break

@@ -103,6 +103,16 @@ def test_bounds_of_request_fields_are_the_documented_ones() -> None:
     assert parsed(b"{" + b" " * (OTHER_BYTES - 2) + b"}")
     assert "white space" in refused(b"{" + b" " * (OTHER_BYTES - 1) + b"}")["message"]
     assert parsed(b'{"nope":null}')
+    assert parsed({"allowed_token_ids": [*range(260)], "stop_token_ids": [], "repetition_penalty": 0.01})
+    for name, value, rule in (
+        ("allowed_token_ids", [], "must not be empty"),
+        ("allowed_token_ids", ["a"], "must be an array of at most 260 token ids"),
+        ("stop_token_ids", [5] * 261, "must be an array of at most 260 token ids"),
+        ("repetition_penalty", 0, "must be at least 0.01, not 0"),
+        ("min_tokens", -1, "must be at least 0, not -1"),
+    ):
+        error = refused({name: value})
+        assert error["param"] == name and rule in error["message"], error
 
 
 @pytest.mark.parametrize("bias", ['{"36":1,"036":-1}', '{"36":1,"36":-1}', '{"36":1,"7":0,"36":1}'])
@@ -131,8 +141,8 @@ def test_unsupported_fields_accept_only_their_neutral_values(name: str) -> None:
 
 
 def test_booleans_and_numbers_are_not_interchangeable() -> None:
-    assert parsed({"repetition_penalty": 1.0, "min_tokens": 0})
-    assert refused({"repetition_penalty": True})["param"] == "repetition_penalty"
+    assert parsed({"length_penalty": 1.0, "no_repeat_ngram_size": 0})
+    assert refused({"length_penalty": True})["param"] == "length_penalty"
     assert refused({"store": 0})["param"] == "store"
 
 

@@ -74,6 +74,21 @@ def test_the_stop_string_is_the_stop_reason_and_its_ids_were_generated(server: R
     assert (cut["finish_reason"], cut["stop_reason"], cut["text"]) == ("length", None, "aa")
 
 
+def test_a_stop_id_is_the_stop_reason_and_its_byte_is_text_only_if_asked_for(server: RunningServer) -> None:
+    forced = {"logit_bias": {str(ids("a")[0]): 100}, "temperature": 0, "logprobs": 0, "min_tokens": 3, "stop": "ab"}
+    asked: dict[str, Any] = {**forced, "stop_token_ids": ids("a")}
+    for fields, text in (({}, 3), ({"include_stop_str_in_output": True}, 4)):
+        (whole,), parts = ask(server, **asked, **fields), streamed(server, **asked, **fields)
+        for choice in (whole, parts[-1]):
+            assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", ids("a")[0])
+        assert whole["text"] == "".join(part["text"] for part in parts) and len(whole["text"]) == text
+        assert len(whole["logprobs"]["tokens"]) == text and len(whole["token_ids"]) == 4
+    (whole,) = ask(
+        server, **forced | {"stop": "aaa", "include_stop_str_in_output": True, "allowed_token_ids": ids("a")}
+    )
+    assert (whole["stop_reason"], whole["text"]) == ("aaa", "aaaa")
+
+
 @given(st.binary(max_size=12), st.lists(st.sampled_from([b"a", "éx".encode(), b"ab", "€".encode(), b"bc"]), max_size=3))
 def test_the_stop_reason_is_what_the_text_lacks(data: bytes, stops: list[bytes]) -> None:
     said = events([byte + BYTE_OFFSET for byte in data + "é€xab".encode()], stops)
