@@ -175,7 +175,13 @@ class Engine:
             self._report.prompt_rows += max(min(rows.end, rows.sequence.num_prompt) - rows.start, 0)
         with self.ledger.step(batch, lambda: executor.num_recorded):
             for rows, result in zip(batch, self.stepper.run(batch), strict=True):
-                self._advance(rows, result)
+                if result and result.failed:
+                    self._fail(rows.sequence, "the model gave no distribution of the next byte")
+                    continue
+                try:
+                    self._advance(rows, result)
+                except Exception as error:
+                    self._fail(rows.sequence, "the engine failed on this request", error)
 
     def _advance(self, rows: Rows, result: Result | None) -> None:
         """Applies a step to a sequence: rows are computed, ids may be committed, and the request may end."""
@@ -224,6 +230,13 @@ class Engine:
         self.memory.remember(sequence)
         self._remove(sequence)
         self._events.append(sequence.output.finished(reason, usage_of(sequence, self._formula)))
+
+    def _fail(self, sequence: Sequence, why: str, error: Exception | None = None) -> None:
+        """Ends a request that cannot go on, and no other."""
+        fields = sequence.request.log_fields
+        log.error("%s, after %d ids", why, sequence.num_output, exc_info=error, extra=fields)
+        self._remove(sequence)
+        self._events.append(Failed(id=sequence.request.id, code="internal", message=why))
 
     def _outgrown(self, sequence: Sequence) -> None:
         """Ends a request whose text makes more patches than there is room for."""

@@ -55,7 +55,9 @@ def sample(logits: Tensor, params: Tensor, uniforms: Tensor) -> Tensor:
     cdf = mass.cumsum(-1)
     total = cdf[:, -1:]
     target = (uniforms[:, None] * total).long().minimum(total - 1)
-    return torch.where(temperature > 0, (cdf <= target).sum(-1), best)
+    # Nothing can be drawn from NaN, but the result must be a valid id.
+    drawn = (cdf <= target).sum(-1).clamp(max=logits.shape[1] - 1)
+    return torch.where(temperature > 0, drawn, best)
 
 
 def accepted(drafts: Tensor, drawn: Tensor, lengths: Tensor) -> Tensor:

@@ -102,9 +102,9 @@ class ApiError(Exception):
         return JsonResponse(self.body, self.status, self.headers)
 
 
-def internal_error(request_id: str) -> ApiError:
-    """Hides the cause, which is logged under the same id."""
-    return ApiError(500, f"internal error; it is logged under request id {request_id}", code="internal_error")
+def internal_error(request_id: str, why: str = "internal error") -> ApiError:
+    """`why` hides the cause, which is logged under the same id."""
+    return ApiError(500, f"{why}; it is logged under request id {request_id}", code="internal_error")
 
 
 def request_timeout(seconds: float) -> ApiError:
@@ -114,9 +114,8 @@ def request_timeout(seconds: float) -> ApiError:
 
 
 def from_failed(failed: Failed | Fault) -> ApiError:
-    """For a request that `engine.admission` refuses, or in which the engine failed."""
-    if failed.code == "internal":
-        return ApiError(500, failed.message, code="internal_error")
+    """For a request that `engine.admission` refuses."""
+    assert failed.code != "internal"
     return ApiError(400, failed.message, param=failed.param, code=REFUSALS[failed.code])
 
 

@@ -14,7 +14,7 @@ from engine.types import DecoderName, Delta, Event, Failed, Finished, Request, T
 
 from .admission import Gate, Ticket
 from .choice import ChoiceStream, Piece
-from .errors import ApiError, from_failed
+from .errors import ApiError, from_failed, internal_error
 from .grammars import Grammars
 from .merge import merge
 from .metrics import Metrics
@@ -118,7 +118,10 @@ class Generation:
         if scores := self._scores.get(index):
             scores.learn(event)
         if isinstance(event, Failed):
-            self.clocks[index].end("error" if event.code == "internal" else "refused")
+            if event.code == "internal":
+                self.clocks[index].end("error")
+                raise internal_error(self.plan.requests[index].log_fields["request_id"], event.message)
+            self.clocks[index].end("refused")
             constraint = self.plan.constraint
             raise from_failed(constraint.named(event) if constraint else event)
         if isinstance(event, Finished):

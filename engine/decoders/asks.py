@@ -75,7 +75,8 @@ class Result(msgspec.Struct, frozen=True):
     accepted drafts. accepted: of Verify. settled: of Unmask, for each cell the one of the `passes` in which it became a
     byte, -1 if in none. scores: only if the request asked for log-probabilities; of Verify those of all rows, of Unmask
     those of the bytes that the cells would have become. verified: of Draft and Unmask, what the round's Verify gave, if
-    it has run too.
+    it has run too. failed: whether logits were no distribution (NaN, +inf, or nothing above -inf); the sequence ends
+    there, and nothing else of the result counts.
     """
 
     ids: list[int] = []
@@ -84,6 +85,7 @@ class Result(msgspec.Struct, frozen=True):
     passes: int = 1
     scores: list[TokenLogprob] = []
     verified: "Result | None" = None
+    failed: bool = False
 
 
 class Committed(msgspec.Struct, frozen=True):

@@ -33,7 +33,7 @@ from .blocks import BlockPasses, block_tensors
 from .decoder import DecoderRows
 from .launch import padded_tensor
 from .results import cell_params, uniform
-from .sampling import check, draw_ids, padded_params, uniforms_for
+from .sampling import are_distributions, draw_ids, padded_params, uniforms_for
 from .stages import Stages
 from .transfer import read, read_async, to_device
 
@@ -90,10 +90,12 @@ class Ahead:
         readback = read_async(text.ids[draws["places"]], out(), text.entropies[after], opens)
         self._begin([_rows(rows, rows.end + count - 1) for rows in batch if _at_most(rows) > count], len(batch))
         ids, highest, entropies, opened = readback()
-        check(best for one in highest for best in one)
         results = []
         for number, rows in enumerate(batch):
             own = [drawn[number] for drawn in ids]
+            if not are_distributions(bests[number] for bests in highest):
+                results.append(Result(failed=True))
+                continue
             self._slots.read(rows.sequence, rows.end, own)
             # A document ends with an EOS.
             results.append(Result(own[: own.index(EOS_ID) + 1] if EOS_ID in own else own))
@@ -161,11 +163,11 @@ class Ahead:
         if all(not ask.known and ask.at_most == count for ask in asks):
             self._begin([_rows(rows, rows.end, 1 + count) for rows in batch], len(batch))
         ids, bests = readback()
-        check(best for one in bests for best in one[: len(batch)])
         drafts = [[drawn[number] for drawn in ids] for number in range(len(batch))]
         for rows, first, own in zip(batch, firsts, drafts, strict=True):
             self._slots.read(rows.sequence, first, own)
-        return [Result(own) for own in drafts]
+        fine = [are_distributions(best[number] for best in bests) for number in range(len(batch))]
+        return [Result(own, failed=not so) for own, so in zip(drafts, fine, strict=True)]
 
     # Blocks.
 
@@ -183,7 +185,7 @@ class Ahead:
         planned = self._stages.decoder.plan(batch)
         tensors = self._cells(batch, planned.padded)
         begin = partial(_Cells.begin, self._kernels, self._slots, mask)
-        while all(mask in result.ids for result in results):
+        while all(mask in result.ids and not result.failed for result in results):
             began, known = time.perf_counter(), results[0].passes
             passes = self._num_passes(known, planned, asks)
             outs, launch = [], None
@@ -214,7 +216,7 @@ class Ahead:
             self._ledger.took(launch, *served)
         for rows, result, ask in zip(batch, results, asks, strict=True):
             self._slots.read(rows.sequence, rows.cells_start, result.ids)
-            if mask not in result.ids and set(ask.block) == {mask}:
+            if mask not in result.ids and set(ask.block) == {mask} and not result.failed:
                 self._needed.append(result.passes)
         return results
 
@@ -346,14 +348,12 @@ def _without_text(rows: Rows) -> Rows:
 
 
 def _after(blocks: Sequence[Result], out: Sequence[list[list[int]]], passes: int, mask: int) -> list[Result]:
-    """Blocks after `passes` more passes. out: of `_Cells`. Raises FloatingPointError if a block's logits are no
-    distribution."""
+    """Blocks after `passes` more passes. out: of `_Cells`."""
     after = []
     for block, ids, when, bad in zip(blocks, *out, strict=False):
         size = len(block.ids)
-        if any(bad):
-            raise FloatingPointError("the logits of a block are no distribution: NaN, +inf or all -inf")
         settled = [now + block.passes if now >= 0 else then for now, then in zip(when, block.settled, strict=False)]
         number = block.passes + passes if mask in ids[:size] else 1 + max(settled)
-        after.append(Result(ids[:size], settled=settled[:size], passes=number))
+        failed = block.failed or any(bad[:size])
+        after.append(Result(ids[:size], settled=settled[:size], passes=number, failed=failed))
     return after

@@ -65,8 +65,7 @@ class OneCall:
         return cls(model, step, memory, ledger, isolates, max_rows)
 
     def run(self, batch: Sequence[Rows], policy: Policy) -> list[Result | None]:
-        """The result of each sequence's ask, None for rows without one. Raises FloatingPointError if the model gives no
-        distribution."""
+        """The result of each sequence's ask, None for rows without one."""
         passes, verifies = self._num_passes(batch, policy), self._verifies(batch, policy)
         # Keeps what lies at the requests' addresses.
         kept: list[array[float] | array[int]] = []
@@ -198,7 +197,7 @@ class OneCall:
         """What a sequence gets, from its text."""
         sequence, ask, at = rows.sequence, rows.ask, self._memory.slots.place(rows.sequence, 0)
         if answer.bad:
-            raise FloatingPointError("the logits of a row are no distribution: NaN, +inf or all -inf")
+            return Result(failed=True)
         end, decided = answer.end, sequence.patching.decided
         if decided < end:
             patch = self._patch[at + decided : at + end + 1]

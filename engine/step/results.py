@@ -22,7 +22,7 @@ from ..rows import Rows
 from ..sequence import Sequence as SequenceState
 from ..types import Request, SamplingParams, TokenLogprob
 from .blocks import BlockPasses, block_tensors
-from .sampling import check, choose, draw, logprobs_of
+from .sampling import are_distributions, choose, draw, logprobs_of
 from .transfer import read, to_device
 
 
@@ -41,7 +41,6 @@ def results_of(batch: Sequence[Rows], logits: Tensor, slots: Slots, kernels: Ker
     settled = blocks.settle(drawn) if blocks else ()
     _write(drawing, drawn, slots)
     chosen, bests, *more = read(drawn, highest, *verified, *settled)
-    check(bests)
     accepted = iter(more.pop(0) if verified else [0] * len(drawing))
     cells = zip(*more, strict=True)
     results: list[Result | None] = []
@@ -51,9 +50,17 @@ def results_of(batch: Sequence[Rows], logits: Tensor, slots: Slots, kernels: Ker
             results.append(None)
             continue
         begin, end = end, end + rows.num_drawn
+        stood = next(accepted)
+        # What follows a draft that does not stand was never text.
+        known = begin + stood + 1 if isinstance(rows.ask, Verify) else end
+        if not are_distributions(bests[begin:known]):
+            if rows.num_block:
+                next(cells)
+            results.append(Result(failed=True))
+            continue
         num_top = rows.sequence.request.logprobs
         scores = [] if num_top is None else logprobs_of(logits[begin:end], chosen[begin:end], num_top)
-        result = _result(rows, chosen[begin:end], scores, next(accepted))
+        result = _result(rows, chosen[begin:end], scores, stood)
         if rows.num_block:
             result = _with_block(rows, result, *next(cells))
             slots.read(rows.sequence, rows.reach - rows.num_block, result.ids)

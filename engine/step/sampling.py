@@ -136,12 +136,9 @@ def logprobs_of(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[Tok
     ]
 
 
-def check(highest: Iterable[float]) -> None:
-    """Raises FloatingPointError for a row that is no distribution (NaN, +inf, or nothing above -inf). highest: the
-    largest logit of each, NaN if any is."""
-    for row, logit in enumerate(highest):
-        if not isfinite(logit):
-            raise FloatingPointError(f"the logits of row {row} are no distribution: NaN, +inf or all -inf")
+def are_distributions(highest: Iterable[float]) -> bool:
+    """Whether no row has NaN, +inf, or nothing above -inf. highest: the largest logit of each, NaN if any is."""
+    return all(map(isfinite, highest))
 
 
 def static_changes(params: SamplingParams, vocab_size: int) -> dict[int, float]:

@@ -43,8 +43,7 @@ class Stepper:
         return self.stages.launcher.device
 
     def run(self, batch: Seq[Rows]) -> Seq[Result | None]:
-        """The result of each sequence's ask, None for rows without one. Raises FloatingPointError if the model gives no
-        distribution."""
+        """The result of each sequence's ask, None for rows without one."""
         if any([self._write(rows) for rows in batch]):
             self.stages.discard()
         if self.one_call:

@@ -1,0 +1,94 @@
+"""A sequence that fails, fails alone: the batch goes on with the same bytes."""
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import Policy
+from engine.output import Output
+from engine.types import Failed, Finished, Request, SamplingParams
+from tests import reference
+from tests.engines import make_engine, request, run, save_ours
+from tests.models import our_config, our_model, text
+from tests.test_one_call import stages_apart
+
+CONFIG, TENSORS = our_model(our_config(decoder_input="embedding", mask_id=260, block_size=6), 5)
+POISON = text(40, 3, specials=False)
+WELL = [text(7, 1, specials=False), text(40, 2, specials=False), text(25, 4, specials=False)]
+TABLE = 2
+"""Of the longest n-grams."""
+
+
+def asked(decoder: str, prompts: Seq[list[int]] = WELL, **fields: Any) -> list[Request]:
+    samplings = [SamplingParams(temperature=0), SamplingParams(seed=3), SamplingParams(frequency_penalty=0.3, seed=4)]
+    return [
+        request(str(n), prompt, 30, decoder=decoder, sampling=samplings[n % 3], **fields)
+        for n, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
+    """The ids of each decoder, where nothing is wrong."""
+    engine = make_engine(save_ours(tmp_path_factory.mktemp("sound") / "model", (CONFIG, TENSORS)))
+    return {
+        decoder: {name: out.ids for name, out in run(engine, asked(decoder)).items()}
+        for decoder in engine.limits.decoders
+    }
+
+
+@pytest.fixture(scope="module")
+def model(sound: dict[str, dict[str, list[int]]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A number of a hash table is NaN: in a row that the poisoned prompt reads, and none of the others' texts."""
+    read = {
+        row
+        for outputs in sound.values()
+        for name, ids in outputs.items()
+        for row in reference.hash_rows(CONFIG, [*WELL[int(name)], *ids])[TABLE]
+    }
+    row = next(row for row in reference.hash_rows(CONFIG, POISON)[TABLE] if row not in read)
+    name = f"model.encoder_hash_tok_embedding.{TABLE}.weight"
+    broken = TENSORS[name].clone()
+    broken[row, 0] = torch.nan
+    return save_ours(tmp_path_factory.mktemp("broken") / "model", (CONFIG, TENSORS | {name: broken}))
+
+
+@pytest.mark.parametrize("policy", ["always", "never"])
+@pytest.mark.parametrize("apart", [False, True], ids=["one_call", "stages"])
+def test_a_sequence_without_a_distribution_fails_alone(
+    model: Path, sound: dict[str, dict[str, list[int]]], policy: Policy, apart: bool
+) -> None:
+    engine = make_engine(model)
+    if apart:
+        stages_apart(engine)
+    engine.stepper.ahead.policy = policy
+    for decoder in engine.limits.decoders:
+        for fields in ({}, {"logprobs": 1}):
+            poisoned = asked(decoder, [*WELL, POISON], **fields)
+            for _ in range(2):
+                found = run(engine, poisoned)
+                end = found.pop("3").end
+                assert isinstance(end, Failed) and end.code == "internal" and "distribution" in end.message
+                assert {name: out.ids for name, out in found.items()} == sound[decoder], decoder
+                assert all(isinstance(out.end, Finished) for out in found.values())
+
+
+def test_a_sequence_whose_own_part_of_a_step_raises_fails_alone(
+    model: Path, sound: dict[str, dict[str, list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, take = make_engine(model), Output.take
+    victim = request("victim", text(9, 7, specials=False), 30)
+
+    def fail(self: Output, ids: list[int]) -> Any:
+        if self._request.id == "victim" and self._num_ids > 4:
+            raise ValueError("planted")
+        return take(self, ids)
+
+    monkeypatch.setattr(Output, "take", fail)
+    found = run(engine, [*asked("blt-s"), victim])
+    end = found.pop("victim").end
+    assert isinstance(end, Failed) and (end.code, end.message) == ("internal", "the engine failed on this request")
+    assert {name: out.ids for name, out in found.items()} == sound["blt-s"]
