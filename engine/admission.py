@@ -141,10 +141,7 @@ def _grammar(request: Request, limits: ModelLimits) -> Fault | None:
 
 
 def _length(request: Request, limits: ModelLimits) -> Fault | None:
-    prompt, count, spare = len(request.prompt_ids), request.max_tokens, 0
-    if count and not DECODERS[request.decoder].is_exact(request):
-        # Blocks that are not verified run to their end.
-        spare = (request.block_size or limits.block_size or 1) - 1
+    prompt, count, spare = len(request.prompt_ids), request.max_tokens, _spare(request, limits)
     most = max(limits.max_length - prompt - spare, 0)
     if count <= most:
         return None
@@ -167,6 +164,18 @@ RULES: tuple[Rule, ...] = (
     _grammar,
     _length,
 )
+
+
+def longest_prompt(request: Request, limits: ModelLimits) -> int:
+    """Most ids of a prompt beside this request's `max_tokens`; below 1 if those leave no room for one."""
+    return limits.max_length - request.max_tokens - _spare(request, limits)
+
+
+def _spare(request: Request, limits: ModelLimits) -> int:
+    """Ids past `max_tokens` for which there must be room: blocks that are not verified run to their end."""
+    if not request.max_tokens or DECODERS[request.decoder].is_exact(request):
+        return 0
+    return (request.block_size or limits.block_size or 1) - 1
 
 
 def prompt_too_long(num_ids: int, max_length: int) -> Fault:

@@ -60,7 +60,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "skip_special_tokens": TRUE,
     "spaces_between_special_tokens": Neutral((True, False)),
     "stop_regex": NULL,
-    "truncate_prompt_tokens": NULL,
     "typical_p": ONE,
     "use_beam_search": FALSE,
 }

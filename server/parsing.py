@@ -108,7 +108,9 @@ def parse(body: bytes, max_prompts: int, max_length: int) -> CompletionRequest:
     """max_prompts: most prompts of a request; max_length: most ids of a sequence. Raises ApiError 400."""
     raws = COMPLETION.split(body)
     if "prompt" in raws:
-        _bound_prompt(bytes(raws["prompt"]), max_prompts, max_length)
+        # Of a prompt that is truncated only the rest must fit.
+        most_ids = None if "truncate_prompt_tokens" in raws else max_length
+        _bound_prompt(bytes(raws["prompt"]), max_prompts, most_ids)
     _refuse_repeated_bias(raws.get("logit_bias"))
     return _validated(CompletionRequest, body)
 
@@ -134,7 +136,7 @@ def _validated(model: type[Model], body: bytes) -> Model:
         raise _encoding_fault(body) or from_validation(error) from None
 
 
-def _bound_prompt(raw: bytes, max_prompts: int, max_length: int) -> None:
+def _bound_prompt(raw: bytes, max_prompts: int, max_length: int | None) -> None:
     """Counts an array's elements by characters that each must contain; never overcounts."""
     if raw[:1] == b"{":
         message = "prompt: must be a string or an array, not an object"
@@ -149,7 +151,7 @@ def _bound_prompt(raw: bytes, max_prompts: int, max_length: int) -> None:
         if least > max_prompts:
             message = f"prompt: {least} prompts or more; at most {max_prompts} are allowed"
             raise ApiError(400, message, param="prompt", code="invalid_value")
-    elif (ids := raw.count(b",") + 1) > max_length:
+    elif max_length is not None and (ids := raw.count(b",") + 1) > max_length:
         raise from_failed(prompt_too_long(ids, max_length))
     if len(raw) > SMALL_BODY_BYTES:
         try:

@@ -64,7 +64,8 @@ def make_plan(
     limit = settings.max_tokens_limit
     if limit is not None and request.max_tokens > limit:
         raise ApiError(400, f"max_tokens: must be at most {limit}, not {request.max_tokens}", param="max_tokens")
-    prompts = [_to_ids(text, request, limits) for text in texts]
+    kept = _kept_ids(request, decoder, options, limits)
+    prompts = [_to_ids(text, request, limits, kept) for text in texts]
     constraint = constraint_of(request)
     ranked = samples > request.n
     echoed = request.logprobs if request.echo else None
@@ -198,12 +199,34 @@ def _bound_lists(request: CompletionRequest, prompts: list[list[int]], samples: 
         raise ApiError(400, message, param=field, code="too_many_scores")
 
 
-def _to_ids(prompt: str | list[int], request: CompletionRequest, limits: ModelLimits) -> list[int]:
+def _kept_ids(
+    request: CompletionRequest, decoder: DecoderName, options: dict[str, Any], limits: ModelLimits
+) -> int | None:
+    """How many ids of each prompt `truncate_prompt_tokens` keeps; None keeps all. Raises ApiError."""
+    keep = request.truncate_prompt_tokens
+    if keep is None:
+        return None
+    asked = Request(id="", prompt_ids=[BOS_ID], max_tokens=request.max_tokens, decoder=decoder, **options)
+    most = admission.longest_prompt(asked, limits)
+    if 0 < most < keep:
+        message = (
+            f"truncate_prompt_tokens: must be -1, or 1 to {most} with {request.max_tokens} max_tokens, not {keep}: "
+            f"this model and its caches hold {limits.max_length} ids"
+        )
+        raise ApiError(400, message, param="truncate_prompt_tokens", code="context_length_exceeded")
+    # Without room for any id, max_tokens is refused.
+    return max(most, 1) if keep == -1 else keep
+
+
+def _to_ids(prompt: str | list[int], request: CompletionRequest, limits: ModelLimits, kept: int | None) -> list[int]:
     """A string becomes BOS, if that is wanted, and its bytes; names of special ids in it are just text. Ids are taken
-    as they are. A text that is too long becomes no ids."""
+    as they are. A text that is too long becomes no ids. Of a prompt with more than `kept` ids the last ones stay, and
+    the BOS that begins a string, as with vLLM."""
     if isinstance(prompt, list):
-        return prompt
+        return prompt if kept is None else prompt[-kept:]
     first, data = [BOS_ID] if request.add_special_tokens else [], prompt.encode()
+    if kept is not None:
+        data = data[max(len(first) + len(data) - kept, 0) :]
     if (length := len(first) + len(data)) > limits.max_length:
         raise from_failed(admission.prompt_too_long(length, limits.max_length))
     return [*first, *(byte + BYTE_OFFSET for byte in data)]

@@ -207,6 +207,14 @@ class CompletionRequest(Strict):
     add_special_tokens: bool = Field(
         True, description="Extension: false leaves the begin-of-sequence id of string prompts out."
     )
+    truncate_prompt_tokens: int | None = Field(
+        None,
+        ge=-1,
+        lt=2**31,
+        json_schema_extra={"not": {"const": 0}},
+        description="Extension: keep the last so many ids of each prompt, as vLLM does; a string prompt keeps its "
+        "begin-of-sequence id, which counts. -1 keeps what fits beside max_tokens.",
+    )
     max_tokens: int = Field(16, ge=0, lt=2**31, description="Most bytes to generate.")
     temperature: FiniteFloat = Field(1.0, ge=0, le=2, description="0 takes the likeliest byte.")
     top_p: FiniteFloat = Field(1.0, ge=0, le=1)
@@ -298,6 +306,13 @@ class CompletionRequest(Strict):
             if value is not None and not known.allows(value):
                 raise NotOffered(field, known.values)
         return {name: value for name, value in data.items() if name not in NEUTRAL}
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _check_truncation(cls, keep: int) -> int:
+        if keep == 0:
+            raise ValueError("must be -1 or at least 1")
+        return keep
 
     @field_validator("logit_bias")
     @classmethod
