@@ -23,6 +23,8 @@ class Piece:
     """What one event made final."""
 
     text: str = ""
+    data: bytes | None = None
+    """What `text` was decoded from, if asked for."""
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -40,6 +42,8 @@ class Piece:
 
     def add(self, other: "Piece") -> None:
         self.text += other.text
+        if self.data is not None and other.data:
+            self.data += other.data
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
         self.prompt_token_ids = self.prompt_token_ids or other.prompt_token_ids
         self.prompt_logprobs = self.prompt_logprobs or other.prompt_logprobs
@@ -88,6 +92,7 @@ class ChoiceStream:
     patching: PatchingRule | None = None
     """The model's, if patches are to be reported."""
     with_ids: bool = False
+    with_bytes: bool = False
     num_top: int = MAX_LOGPROBS
     """Most alternatives of an entry of `logprobs`."""
     num_prompt_top: int | None = None
@@ -127,6 +132,7 @@ class ChoiceStream:
 
     def empty_piece(self) -> Piece:
         return Piece(
+            data=b"" if self.with_bytes else None,
             logprobs=Logprobs() if self.with_logprobs else None,
             token_ids=[] if self.with_ids else None,
             trace=Trace() if self.with_trace else None,
@@ -143,9 +149,11 @@ class ChoiceStream:
         if finished and (self._owes_prompt or self._owes_prompt_scores):
             # A timeout came before the prompt was scored.
             prompt_scores = [TokenLogprob(i, None, {}) for i in self.prompt_ids]
+        fed = self._utf8.pending
         if self._owes_prompt and (prompt_scores or not self.with_logprobs):
             self._owes_prompt = False
-            piece.text = self._utf8.feed(text_of(self.prompt_ids))
+            prompt = text_of(self.prompt_ids)
+            piece.text, fed = self._utf8.feed(prompt), fed + prompt
             if self.with_logprobs:
                 for entry in prompt_scores:
                     self._show(piece, entry)
@@ -169,6 +177,8 @@ class ChoiceStream:
             by = event.stopped_by
             piece.stop_reason = by.decode(errors="replace") if isinstance(by, bytes) else by
             self.usage, self.cumulative_logprob = event.usage, event.cumulative_logprob
+        if self.with_bytes:
+            piece.data = (fed + event.text).removesuffix(self._utf8.pending)
         before = self._num_certain_bytes
         # Pending bytes may be the prompt's.
         self._num_certain_bytes = max(self._num_text_bytes - self._utf8.num_pending, 0)

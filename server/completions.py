@@ -88,7 +88,7 @@ def _answer(completion: Completion) -> Response:
     """The response in one piece, or choice by choice if it is large."""
     size = 0
     for choice in completion.choices:
-        size += len(choice.text)
+        size += len(choice.text) + len(choice.bytes or "")
         if choice.logprobs:
             size += ENTRY_BYTES * (
                 len(choice.logprobs.tokens) + sum(map(len, filter(None, choice.logprobs.top_logprobs)))

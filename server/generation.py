@@ -13,6 +13,7 @@ from engine.process.client import EngineClient, EngineDead
 from engine.types import DecoderName, Delta, Event, Failed, Finished, Request, TokenLogprob, Usage
 
 from .admission import Gate, Ticket
+from .base64_bytes import to_base64
 from .choice import ChoiceStream, Piece
 from .errors import ApiError, from_failed, internal_error
 from .grammars import Grammars
@@ -58,6 +59,7 @@ class Generation:
                 request.trace,
                 patching,
                 with_ids=request.return_token_ids,
+                with_bytes=request.return_bytes,
                 num_top=request.logprobs or 0,
                 num_prompt_top=request.prompt_logprobs,
             )
@@ -156,6 +158,7 @@ class Generation:
         return Choice(
             index=index,
             text=piece.text,
+            bytes=None if piece.data is None else to_base64(piece.data),
             logprobs=piece.logprobs,
             finish_reason=piece.finish_reason,
             stop_reason=piece.stop_reason,

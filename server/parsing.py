@@ -38,9 +38,13 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _ABSENT = msgspec.Raw()
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.S)
-_FIRST_ELEMENT = re.compile(rb'\[\s*(["\[]?)')
+_FIRST_ELEMENT = re.compile(rb'\[\s*(["\[{]?)')
 
+_Base64Bytes = msgspec.defstruct("_Base64Bytes", [("base64", str)], forbid_unknown_fields=True)
+
+_object = msgspec.json.Decoder(_Base64Bytes)
 _arrays: dict[bytes, msgspec.json.Decoder[Any]] = {
+    b"{": msgspec.json.Decoder(list[_Base64Bytes]),  # type: ignore[valid-type]
     b'"': msgspec.json.Decoder(list[str]),
     b"[": msgspec.json.Decoder(list[list[int]]),
     b"": msgspec.json.Decoder(list[int]),
@@ -139,23 +143,27 @@ def _validated(model: type[Model], body: bytes) -> Model:
 def _bound_prompt(raw: bytes, max_prompts: int, max_length: int | None) -> None:
     """Counts an array's elements by characters that each must contain; never overcounts."""
     if raw[:1] == b"{":
-        message = "prompt: must be a string or an array, not an object"
-        raise ApiError(400, message, param="prompt", code="invalid_value")
+        return _check_kind(raw, _object)
     first = _FIRST_ELEMENT.match(raw)
     if not first:
         return
     kind = first[1]
     if kind:
         # Only a string's last quote may follow a backslash without being one of its characters.
-        least = (raw.count(b'"') - raw.count(b'\\"')) // 2 if kind == b'"' else raw.count(b"[") - 1
+        quotes = raw.count(b'"') - raw.count(b'\\"')
+        least = {b'"': quotes // 2, b"[": raw.count(b"[") - 1, b"{": raw.count(b"{")}[kind]
         if least > max_prompts:
             message = f"prompt: {least} prompts or more; at most {max_prompts} are allowed"
             raise ApiError(400, message, param="prompt", code="invalid_value")
     elif max_length is not None and (ids := raw.count(b",") + 1) > max_length:
         raise from_failed(prompt_too_long(ids, max_length))
+    _check_kind(raw, _arrays[kind])
+
+
+def _check_kind(raw: bytes, decoder: msgspec.json.Decoder[Any]) -> None:
     if len(raw) > SMALL_BODY_BYTES:
         try:
-            _arrays[kind].decode(raw)
+            decoder.decode(raw)
         except msgspec.ValidationError:
             raise ApiError(400, f"prompt: {PROMPT_RULE}", param="prompt", code="invalid_value") from None
 

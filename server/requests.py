@@ -147,9 +147,9 @@ def _decoder_options(request: CompletionRequest, decoder: DecoderName) -> dict[s
         raise ApiError(400, str(error), param=error.option) from None
 
 
-def _split_prompt(request: CompletionRequest) -> list[str | list[int]]:
+def _split_prompt(request: CompletionRequest) -> list[str | bytes | list[int]]:
     prompt = request.prompt
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | bytes):
         return [prompt]
     if isinstance(prompt[0], int):
         return [prompt]
@@ -218,13 +218,16 @@ def _kept_ids(
     return max(most, 1) if keep == -1 else keep
 
 
-def _to_ids(prompt: str | list[int], request: CompletionRequest, limits: ModelLimits, kept: int | None) -> list[int]:
+def _to_ids(
+    prompt: str | bytes | list[int], request: CompletionRequest, limits: ModelLimits, kept: int | None
+) -> list[int]:
     """A string becomes BOS, if that is wanted, and its bytes; names of special ids in it are just text. Ids are taken
     as they are. A text that is too long becomes no ids. Of a prompt with more than `kept` ids the last ones stay, and
     the BOS that begins a string, as with vLLM."""
     if isinstance(prompt, list):
         return prompt if kept is None else prompt[-kept:]
-    first, data = [BOS_ID] if request.add_special_tokens else [], prompt.encode()
+    first = [BOS_ID] if request.add_special_tokens else []
+    data = prompt if isinstance(prompt, bytes) else prompt.encode()
     if kept is not None:
         data = data[max(len(first) + len(data) - kept, 0) :]
     if (length := len(first) + len(data)) > limits.max_length:

@@ -4,7 +4,7 @@ Every field that is accepted is honoured, or asks for nothing (`server.neutral`)
 is a byte.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 
 from engine.types import MAX_DRAFT, TokenLogprob
 
+from .base64_bytes import Base64Bytes, from_base64, is_base64
 from .neutral import NEUTRAL
 from .options import OPTIONS, RULES, KnownDecoder, show_unmask
 from .responses import to_json
@@ -38,19 +39,27 @@ MAX_SALT = 256
 OF = {option: f"Extension, {' and '.join(decoders)}" for option, decoders in OPTIONS.items()}
 """How the description of a decoder's option begins."""
 
-PROMPT_RULE = "must be a string, or a non-empty array of strings, of token ids or of arrays of token ids"
-Prompt = str | list[str] | list[int] | list[list[int]]
+PROMPT_RULE = (
+    'must be a string, bytes as {"base64": "..."}, or a non-empty array of strings, of such bytes, of token ids or of '
+    "arrays of token ids"
+)
+Prompt = str | bytes | list[str] | list[bytes] | list[int] | list[list[int]]
+PromptSchema = str | Base64Bytes | list[str] | list[Base64Bytes] | list[int] | list[list[int]]
 
 
-def _check_prompt(value: Any) -> Any:
+def _check_prompt(value: Any) -> Prompt:
     def is_ids(part: object) -> bool:
         return isinstance(part, list) and bool(part) and all(type(token) is int for token in part)
 
     if isinstance(value, str) or is_ids(value):
-        return value
-    is_many = isinstance(value, list) and bool(value)
-    if is_many and (all(isinstance(part, str) for part in value) or all(map(is_ids, value))):
-        return value
+        return cast(Prompt, value)
+    if is_base64(value):
+        return from_base64(value)
+    if isinstance(value, list) and value:
+        if all(isinstance(part, str) for part in value) or all(map(is_ids, value)):
+            return value
+        if all(map(is_base64, value)):
+            return [from_base64(part) for part in value]
     raise ValueError(PROMPT_RULE)
 
 
@@ -200,9 +209,10 @@ class CompletionRequest(Strict):
         None,
         description="A name that /v1/models lists; 'NAME:DECODER' also chooses the decoder. By default the first.",
     )
-    prompt: Annotated[Prompt, PlainValidator(_check_prompt, json_schema_input_type=Prompt)] = Field(
+    prompt: Annotated[Prompt, PlainValidator(_check_prompt, json_schema_input_type=PromptSchema)] = Field(
         "",
-        description="A string becomes a begin-of-sequence id and its UTF-8 bytes; token ids are taken as they are.",
+        description="A string becomes a begin-of-sequence id and its UTF-8 bytes; token ids are taken as they are. "
+        "Extension: bytes in base64 become the ids that a string of these bytes would.",
     )
     add_special_tokens: bool = Field(
         True, description="Extension: false leaves the begin-of-sequence id of string prompts out."
@@ -292,6 +302,7 @@ class CompletionRequest(Strict):
         None, ge=0, le=MAX_LOGPROBS, description="Extension: alternatives to report per id of the prompt, as vLLM does."
     )
     return_token_ids: bool = Field(False, description="Extension: return the ids of prompt and output, as vLLM does.")
+    return_bytes: bool = Field(False, description="Extension: return the bytes that each text was decoded from.")
     timeout: FiniteFloat | None = Field(
         None, gt=0, description="Extension: seconds after which generation ends with finish_reason 'timeout'."
     )
@@ -411,6 +422,11 @@ class Choice(BaseModel):
 
     index: int
     text: str
+    bytes: str | None = Field(
+        None,
+        exclude_if=lambda data: data is None,
+        description="Extension: in base64, the bytes that `text` was decoded from; only there if asked for.",
+    )
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length", "timeout", "dead_end"] | None = Field(
         description="'timeout' (extension): the request's or the server's timeout came first. 'dead_end' (extension): "

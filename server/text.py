@@ -30,7 +30,11 @@ class Utf8Stream:
     @property
     def num_pending(self) -> int:
         """Bytes fed that wait for the rest of their code point, 0 to 3."""
-        return len(self._decoder.getstate()[0])
+        return len(self.pending)
+
+    @property
+    def pending(self) -> bytes:
+        return self._decoder.getstate()[0]
 
 
 class OffsetTracker:
