@@ -100,11 +100,11 @@ class Access:
         if self.client_left:
             fields["client_left"] = True
         if self.generation:
-            fields |= _completion_fields(self.generation, self.started)
+            fields |= _completion_fields(self.generation)
         return fields
 
 
-def _completion_fields(generation: Generation, started: float) -> dict[str, Any]:
+def _completion_fields(generation: Generation) -> dict[str, Any]:
     """Fields of an admitted request. Its cost is known only when all its sequences have ended."""
     plan, streams = generation.plan, generation.streams
     fields: dict[str, Any] = {
@@ -120,15 +120,15 @@ def _completion_fields(generation: Generation, started: float) -> dict[str, Any]
         ),
         "finish_reasons": [stream.finish_reason for stream in streams],
     }
-    if generation.first_byte is not None:
-        fields["first_byte_seconds"] = round(generation.first_byte - started, 6)
+    if (seconds := generation.first_byte_seconds) is not None:
+        fields["first_byte_seconds"] = seconds
     if all(stream.finish_reason for stream in streams):
         usages = [stream.usage for stream in streams]
         cost = fastblt_usage(plan.decoder, usages)
         names = ("decoder_calls", "global_calls", "drafted", "accepted", "bytes_read", "estimated_bytes", "preemptions")
         fields |= {name: getattr(cost, name) for name in names}
         fields["cached_bytes"] = sum(usage.cached_tokens for usage in usages[:: plan.samples])
-        fields["queue_seconds"] = round(max(usage.queue_seconds for usage in usages), 6)
+        fields["queue_seconds"] = cost.queue_seconds
     return fields
 
 

@@ -46,8 +46,9 @@ async def complete(request: Request, service: Service) -> Response:
     await _check_grammars(request, service, plan)
     if service.client.state == "dead":
         raise service.gate.unavailable("the engine is gone and will not come back", "engine_dead")
-    generation = Generation(service, plan, completion_id, service.gate.enter(len(plan.requests)))
-    request.state.access.generation = generation
+    access: Access = request.state.access
+    ticket = service.gate.enter(len(plan.requests))
+    access.generation = generation = Generation(service, plan, completion_id, ticket, access.started)
     handed_over = False
     try:
         if not wanted.stream:
@@ -56,7 +57,7 @@ async def complete(request: Request, service: Service) -> Response:
         # A request that fails at once gets its own status; after the first event there is only 200.
         first = await _unless_client_leaves(request, anext(pieces))
         handed_over = True
-        return CompletionStream(generation, first, pieces, request.state.access)
+        return CompletionStream(generation, first, pieces, access)
     finally:
         if not handed_over:
             await generation.close()

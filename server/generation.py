@@ -42,7 +42,9 @@ class Service:
 class Generation:
     """Must always be closed: that frees its place and aborts its sequences in the engine."""
 
-    def __init__(self, service: Service, plan: Plan, completion_id: str, ticket: Ticket) -> None:
+    def __init__(self, service: Service, plan: Plan, completion_id: str, ticket: Ticket, arrived: float) -> None:
+        """arrived: when the request did, by `time.perf_counter`."""
+        self.arrived = arrived
         self.plan = plan
         self.id = completion_id
         self.created = int(time.time())
@@ -100,6 +102,11 @@ class Generation:
     def first_byte(self) -> float | None:
         """When the first byte of any sequence came, by `time.perf_counter`."""
         return min((clock.first for clock in self.clocks if clock.first is not None), default=None)
+
+    @property
+    def first_byte_seconds(self) -> float | None:
+        """From the request's arrival; None if no byte came yet."""
+        return None if self.first_byte is None else round(self.first_byte - self.arrived, 6)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
         """(sequence index, piece) as they come; None for a long silence. Raises ApiError if a sequence fails."""
@@ -199,7 +206,7 @@ class Generation:
             prompt_tokens_details=PromptTokensDetails(
                 cached_tokens=sum(usage.cached_tokens for usage in usages[:: self.plan.samples])
             ),
-            fastblt=fastblt_usage(self.plan.decoder, usages),
+            fastblt=fastblt_usage(self.plan.decoder, usages, self.first_byte_seconds),
         )
 
     async def close(self) -> None:
@@ -227,11 +234,14 @@ class _PromptScores:
             self.known.set()
 
 
-def fastblt_usage(decoder: DecoderName, usages: list[Usage]) -> FastBltUsage:
-    """The summed cost of several sequences."""
+def fastblt_usage(decoder: DecoderName, usages: list[Usage], first_byte_seconds: float | None = None) -> FastBltUsage:
+    """The summed cost of several sequences, and the longest of their times."""
 
     def total(field: str) -> int:
         return sum(getattr(usage, field) for usage in usages)
+
+    def longest(field: str) -> float:
+        return round(max(float(getattr(usage, field)) for usage in usages), 6)
 
     calls = total("global_calls")
     rows = Counter[str]()
@@ -249,4 +259,8 @@ def fastblt_usage(decoder: DecoderName, usages: list[Usage]) -> FastBltUsage:
         estimated_bytes=total("estimated_bytes"),
         bytes_read=total("bytes_read"),
         preemptions=total("preemptions"),
+        queue_seconds=longest("queue_seconds"),
+        prefill_seconds=longest("prefill_seconds"),
+        decode_seconds=longest("decode_seconds"),
+        first_byte_seconds=first_byte_seconds,
     )

@@ -457,7 +457,7 @@ class Choice(BaseModel):
 
 
 class FastBltUsage(BaseModel):
-    """What the request cost, summed over its sequences."""
+    """What the request cost, summed over its sequences, and how long it took."""
 
     decoder: KnownDecoder
     decoder_calls: int = Field(description="Decoder passes: the paper's decoder NFE.")
@@ -470,6 +470,12 @@ class FastBltUsage(BaseModel):
     estimated_bytes: int = Field(description="Weight bytes by the paper's formula.")
     bytes_read: int = Field(description="Bytes really read: a share of every batch's weights, keys and values, tables.")
     preemptions: int
+    queue_seconds: float = Field(description="In the engine before the first step; the longest of any sequence.")
+    prefill_seconds: float = Field(description="From the first step to the first id; the longest of any sequence.")
+    decode_seconds: float = Field(description="From the first id to the end; the longest of any sequence.")
+    first_byte_seconds: float | None = Field(
+        None, description="From the request's arrival to the first generated id of any sequence; null if none came."
+    )
 
 
 class PromptTokensDetails(BaseModel):
