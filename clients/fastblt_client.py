@@ -9,6 +9,7 @@
 """
 
 import asyncio
+import base64
 import json
 import random
 import time
@@ -23,7 +24,8 @@ RETRIED = (429, 503)
 LONGEST_WAIT = 30.0
 """Most seconds between two tries, even if the server asks for more."""
 
-Prompt = str | list[str] | list[int] | list[list[int]]
+Prompt = str | bytes | list[str] | list[bytes] | list[int] | list[list[int]]
+"""Bytes need not be UTF-8."""
 
 
 class FastBltError(Exception):
@@ -47,18 +49,22 @@ class ApiError(FastBltError):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A continuation, or a piece of one. `logprobs` is as in the response."""
+    """A continuation, or a piece of one. `logprobs` and `encoded`, which is `bytes` there, are as in the response."""
 
     index: int
     text: str
     finish_reason: str | None
     logprobs: dict[str, Any] | None
+    encoded: str | None = None
 
     @property
     def data(self) -> bytes:
-        """The exact bytes; `text` shows those that are not UTF-8 as U+FFFD. Needs `logprobs=0` in the request."""
+        """The exact bytes; `text` shows those that are not UTF-8 as U+FFFD. Needs `return_bytes=True`, or `logprobs`,
+        in the request."""
+        if self.encoded is not None:
+            return base64.b64decode(self.encoded)
         if self.logprobs is None:
-            raise ValueError("the response has no bytes: send logprobs=0 in the request")
+            raise ValueError("the response has no bytes: send return_bytes=True in the request")
         return bytes(byte for byte in self.logprobs["bytes"] if byte is not None)
 
 
@@ -307,7 +313,14 @@ def _translated() -> Iterator[None]:
 
 def _body(prompt: Prompt, model: str, fields: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in fields.items() if value is not None}
-    return {"model": model, "prompt": prompt, **given}
+    return {"model": model, "prompt": _in_json(prompt), **given}
+
+
+def _in_json(prompt: Any) -> Any:
+    """Bytes become their base64."""
+    if isinstance(prompt, bytes):
+        return {"base64": base64.b64encode(prompt).decode()}
+    return [_in_json(part) for part in prompt] if isinstance(prompt, list) else prompt
 
 
 def _stream_body(prompt: Prompt, model: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -327,7 +340,10 @@ def _parse_json(data: bytes) -> dict[str, Any]:
 def _completion(data: dict[str, Any]) -> Completion:
     if "error" in data:
         raise ApiError(None, data["error"])
-    choices = [Choice(c["index"], c["text"], c.get("finish_reason"), c.get("logprobs")) for c in data["choices"]]
+    choices = [
+        Choice(c["index"], c["text"], c.get("finish_reason"), c.get("logprobs"), c.get("bytes"))
+        for c in data["choices"]
+    ]
     return Completion(data["id"], data["model"], choices, data.get("usage"))
 
 

@@ -82,8 +82,18 @@ def test_the_client_raises_errors_of_their_types(tiny_server: str) -> None:
         assert (caught.value.status, caught.value.param) == (400, "block_size")
 
 
+def test_the_client_sends_and_returns_bytes(tiny_server: str) -> None:
+    data, asked = b"\xff\x00\xe2\x82", {"max_tokens": 6, "temperature": 0, "echo": True, "return_bytes": True}
+    with Client(tiny_server) as client:
+        one, two = client.complete([data, b"a"], **asked).choices
+        pieces = [event.choices[0].data for event in client.stream(data, **asked) if event.choices]
+        by_ids = client.complete([1, *(byte + 4 for byte in data)], **asked).choices[0]
+    assert one.data == b"".join(pieces) == by_ids.data and one.data.startswith(data) and two.data.startswith(b"a")
+    assert one.data.decode(errors="replace") == one.text
+
+
 def test_the_client_does_not_guess_bytes_from_text(tiny_server: str) -> None:
-    with Client(tiny_server) as client, pytest.raises(ValueError, match="logprobs=0"):
+    with Client(tiny_server) as client, pytest.raises(ValueError, match="return_bytes=True"):
         _ = client.complete("x", max_tokens=1).choices[0].data
 
 
