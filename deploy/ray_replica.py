@@ -39,7 +39,9 @@ class Replica:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._id = serve.get_replica_context().replica_id.unique_id
         self._traces = make_traces(settings)
-        self._client = EngineClient(await asyncio.to_thread(localised, config), logs=settings.logs)
+        config = await asyncio.to_thread(localised, config)
+        self._client = EngineClient(config, logs=settings.logs, loading_seconds=settings.loading_seconds)
+        self._restart_seconds = settings.restart_seconds
         await self._client.start()
         self._app = create_app(settings, self._client, settings.load_api_keys(), self._traces)
 
@@ -95,9 +97,9 @@ class Replica:
         }
 
     async def check_health(self) -> None:
-        """As `/health/live`: an engine that restarts is healthy; one that is gone for good needs a new replica."""
-        if self._client.state == "dead":
-            raise RuntimeError("the engine is gone and will not come back")
+        """As `/health/live`: an engine that restarts is healthy; one that does not come back needs a new replica."""
+        if down := self._client.down(self._restart_seconds):
+            raise RuntimeError(down)
 
     async def stop(self) -> None:
         """Requests still running get an error."""

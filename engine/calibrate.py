@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,21 +23,37 @@ def calibrate(engine: "Engine") -> int:
     the engine is otherwise unchanged. Takes up to two seconds, and up to a minute more if kernels must be compiled and
     recorded. Returns how many rows of prompts a step can have.
 
-    Raises ValueError for a file that does not hold stage costs, OSError for one that cannot be read or written.
+    A file that cannot be used is only a cache that is missing: it is told, moved aside and made anew.
     """
     config, identity = engine.config, _identity(engine)
     path = Path(config.stage_costs) if config.stage_costs else None
-    steps = calibration.read(path, identity) if path else None
+    steps = _known(path, identity) if path else None
     if steps is None:
         steps = measure(engine)
         if path:
-            calibration.write(path, identity, steps)
+            try:
+                calibration.write(path, identity, steps)
+            except OSError as error:
+                log.warning("--stage-costs: not written, and measured again at the next start: %s", error)
     for measured in steps:
         for stage, (rows, seconds) in measured.stages.items():
             engine.ledger.latency.calibrate(stage, rows, seconds)
     rows = calibration.prompt_rows(steps, config.max_stall_ms / 1000, config.max_step_rows)
     log.info("calibrated: shortest step %.3g ms, prompt budget %d rows", 1000 * steps[0].seconds, rows)
     return rows
+
+
+def _known(path: Path, identity: dict[str, str | int]) -> list[calibration.MeasuredStep] | None:
+    try:
+        return calibration.read(path, identity)
+    except OSError as error:
+        log.warning("--stage-costs: not read: %s", error)
+    except ValueError as error:
+        aside = path.with_name(f"{path.name}.bad")
+        log.warning("--stage-costs: %s; it is moved to %s", error, aside)
+        with suppress(OSError):
+            path.replace(aside)
+    return None
 
 
 def _identity(engine: "Engine") -> dict[str, str | int]:

@@ -12,7 +12,7 @@ from engine.process.client import EngineClient
 
 from .admission import Gate
 from .completions import complete
-from .errors import Code, add_error_handlers
+from .errors import add_error_handlers
 from .generation import Service
 from .grammars import Grammars
 from .http import Connections
@@ -138,17 +138,17 @@ def _operations(service: Service) -> APIRouter:
     client, gate = service.client, service.gate
 
     async def live() -> Response:
-        """503 once the engine is gone for good; only a restart of the server helps."""
-        if client.state == "dead":
-            raise gate.unavailable("the engine is gone and will not come back", "engine_dead")
+        """503 once the engine is gone, or has failed for longer than `--restart-seconds`."""
+        service.check_engine()
         return JsonResponse(Health(status="live"))
 
     async def ready() -> Response:
         """503 while requests should go to another server."""
         gate.check_open()
-        if client.state != "ready":
-            code: Code = "engine_dead" if client.state == "dead" else "engine_restarting"
-            raise gate.unavailable(f"the engine is {client.state}", code)
+        service.check_engine()
+        if not client.responds:
+            what = "does not respond" if client.state == "ready" else f"is {client.state}"
+            raise gate.unavailable(f"the engine {what}", "engine_restarting")
         return JsonResponse(Health(status="ready"))
 
     for path, answer in {"/health/live": live, "/health/ready": ready, "/health": ready, "/ping": ready}.items():

@@ -44,8 +44,7 @@ async def complete(request: Request, service: Service) -> Response:
     plan = await _understood(request, service, completion_id)
     wanted = plan.request
     await _check_grammars(request, service, plan)
-    if service.client.state == "dead":
-        raise service.gate.unavailable("the engine is gone and will not come back", "engine_dead")
+    service.check_engine()
     access: Access = request.state.access
     ticket = service.gate.enter(len(plan.requests))
     access.generation = generation = Generation(service, plan, completion_id, ticket, access.started)

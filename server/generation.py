@@ -38,6 +38,11 @@ class Service:
     grammars: Grammars
     started: float = field(default_factory=time.time)
 
+    def check_engine(self) -> None:
+        """Raises ApiError while the engine is down."""
+        if why := self.client.down(self.settings.restart_seconds):
+            raise self.gate.unavailable(why, "engine_dead")
+
 
 class Generation:
     """Must always be closed: that frees its place and aborts its sequences in the engine."""

@@ -85,7 +85,7 @@ async def serve(
         # ignores SIGINT for a background process but may still send it, so SIGINT is always handled.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             loop.add_signal_handler(number, signals.put_nowait, number)
-    client = EngineClient(engine_config, logs=settings.logs)
+    client = EngineClient(engine_config, logs=settings.logs, loading_seconds=settings.loading_seconds)
     try:
         starting = asyncio.create_task(client.start())
         stop = asyncio.create_task(signals.get())

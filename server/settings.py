@@ -93,6 +93,15 @@ class ServerSettings(BaseSettings):
     drain_seconds: float = Field(
         30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM or Ctrl-C."
     )
+    restart_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="Seconds without a working engine after which new completions are refused and /health/live fails, "
+        "while the server goes on trying to start one.",
+    )
+    loading_seconds: float = Field(
+        1800.0, gt=0, description="Seconds that the engine may take to load its model before it is started again."
+    )
     cors_origins: Annotated[list[str], NoDecode] = Field(
         [], description="Web origins whose pages may call the API; by default none."
     )

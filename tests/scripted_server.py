@@ -28,7 +28,9 @@ class ScriptedClient(EngineClient):
         self.snapshot = Snapshot()
         self.state = "ready"
         self.restarts = 0
-        self._child = None
+        self._process = None
+        self._missed_beats = 0
+        self._failing_since = None
         self.release = asyncio.Event()
         self.open = 0
         self.requests: list[Request] = []

@@ -223,8 +223,9 @@ LOG_LINES = [
     "was killed (SIGKILL; out of memory?)",
     "the engine process …",
     "the engine did not come back: …",
-    "the engine has been silent for … s",
-    "the engine failed repeatedly while it ran this request",
+    "has shown no life for",
+    "takes too long for a step",
+    "the engine failed each time that it ran this request alone",
     "dropped: nothing read the log",
 ]
 

@@ -1,5 +1,6 @@
 """Costs of steps: tried on an engine that then is as if it had not, kept in a file, bounded in time."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,11 +58,23 @@ def test_stage_costs_are_read_from_the_file_only_for_the_same_model(tiny: Path, 
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"of": {}, "steps": []}', '{"of": {}, "steps": [{"rows": "x"}]}'])
-def test_a_file_without_stage_costs_is_refused(tiny: Path, tmp_path: Path, content: str) -> None:
+def test_a_file_without_stage_costs_is_moved_aside_and_made_anew(tiny: Path, tmp_path: Path, content: str) -> None:
     file = tmp_path / "costs.json"
     file.write_text(content)
-    with pytest.raises(ValueError, match=r"costs\.json holds no stage costs"):
-        make_engine(tiny, stage_costs=str(file)).calibrate()
+    make_engine(tiny, stage_costs=str(file)).calibrate()
+    assert (tmp_path / "costs.json.bad").read_text() == content
+    assert trial.read(file, json.loads(file.read_text())["of"])
+
+
+def test_an_engine_starts_where_its_stage_costs_can_be_neither_read_nor_written(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(tiny, stage_costs=str(tmp_path))
+    engine.calibrate()
+    assert engine.info().prompt_rows and list(tmp_path.iterdir()) == []
+    assert [record.getMessage()[:14] for record in caplog.records if record.levelname == "WARNING"] == [
+        "--stage-costs:"
+    ] * 2
 
 
 @given(fixed=st.floats(1e-4, 0.9), per_row=st.floats(0, 0.05))

@@ -1,11 +1,11 @@
 """The engine process, started by `engine.process.client`.
 
-    python -m engine.process.child ADDRESS LIFELINE FACTORY CONFIG LOGS
+    python -m engine.process.child ADDRESS LIFELINE HEART STEP_SECONDS FACTORY CONFIG LOGS
 
 It connects to the ZeroMQ address, loads the engine (`FACTORY` is "module:callable", `CONFIG` an EngineConfig and `LOGS`
 LogSettings as JSON) and steps it as long as there is work. Exit codes: 0 if asked to end, 1 if it failed. LIFELINE is
 the reading end of a pipe whose other end only the parent holds: when the parent ends, the pipe closes and this process
-ends too.
+ends too. HEART is the writing end of another, see `engine.process.heartbeat`.
 """
 
 import gc
@@ -24,6 +24,7 @@ import zmq
 from .. import logs
 from ..config import EngineConfig, ModelLimits
 from ..types import Abort, EngineInfo, Event, Request, Shutdown, Snapshot
+from .heartbeat import Heart
 from .wire import Batch, Message, Started, StartFailed, decode_command, encode
 
 log = logging.getLogger("fastblt.engine.process")
@@ -58,12 +59,15 @@ class EngineLike(Protocol):
     def snapshot(self) -> Snapshot: ...
 
 
-def main(address: str, lifeline: str, factory: str, config: str, log_settings: str) -> int:
+def main(
+    address: str, lifeline: str, pipe: str, step_seconds: str, factory: str, config: str, log_settings: str
+) -> int:
     """Loads, serves and returns the exit code."""
     # Ctrl-C reaches the whole group; only the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     threading.Thread(target=_leave_with_parent, args=(int(lifeline),), daemon=True).start()
+    heart = Heart(int(pipe), float(step_seconds))
     logs.configure(msgspec.json.decode(log_settings, type=logs.LogSettings), "engine")
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.set_hwm(0)
@@ -94,7 +98,7 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
         gc.collect()
         gc.freeze()
         try:
-            _serve(engine, socket)
+            _serve(engine, socket, heart)
         except Exception:
             log.exception("the engine failed; its process ends")
             return 1
@@ -104,7 +108,7 @@ def main(address: str, lifeline: str, factory: str, config: str, log_settings: s
     return 0
 
 
-def _serve(engine: EngineLike, socket: zmq.Socket[bytes]) -> None:
+def _serve(engine: EngineLike, socket: zmq.Socket[bytes], heart: Heart) -> None:
     """Steps the engine until Shutdown; sleeps while there is nothing to do."""
     reported = time.monotonic()
     while True:
@@ -120,7 +124,8 @@ def _serve(engine: EngineLike, socket: zmq.Socket[bytes]) -> None:
                     return
         if not engine.has_work:
             continue
-        events = engine.step()
+        with heart.step():
+            events = engine.step()
         now = time.monotonic()
         due = not engine.has_work or now - reported >= SNAPSHOT_INTERVAL
         if due:

@@ -9,71 +9,57 @@ the engine feeds `output_ids` to its stop matcher, and releases only the text af
 import asyncio
 import logging
 import os
-import signal
-import sys
 import time
-from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from tempfile import TemporaryDirectory
 from typing import Literal
 
-import msgspec
 import zmq
-import zmq.asyncio
 
 from ..config import EngineConfig, ModelLimits
 from ..logs import LogSettings
-from ..types import (
-    Abort,
-    Command,
-    Delta,
-    EngineInfo,
-    Event,
-    Failed,
-    Finished,
-    Request,
-    Shutdown,
-    Snapshot,
-    TokenLogprob,
-    Trace,
-)
-from .wire import Batch, Message, Started, StartFailed, decode_message, encode
+from ..types import Abort, Command, Delta, EngineInfo, Event, Failed, Request, Shutdown, Snapshot
+from .heartbeat import BEAT_SECONDS
+from .spawned import EngineStartError, Spawned, describe_exit
+from .streams import EngineDead, Stream
+from .trials import Trials
+from .wire import Batch, Started
 
 log = logging.getLogger("fastblt.engine.client")
 
 State = Literal["starting", "ready", "restarting", "dead"]
 
-SETTINGS_PREFIX = "FASTBLT_"
-"""Of environment variables that hold settings. The child gets its settings as arguments."""
-STEADY_SECONDS = 60.0
-"""A crash later than this after loading starts a new count of crashes."""
-FRUITLESS_CRASHES = 2
-"""Crashes in a row, without an event between them, after which a request fails."""
+STEP_SECONDS = 10.0
+"""What a step may take, however short the last ones were."""
+DEVICE_STEP_SECONDS = 120.0
+"""The same on a GPU, where kernels are compiled and recorded within steps."""
+LOADING_SECONDS = 1800.0
+UNREADY_BEATS = 3
+"""Missed heartbeats after which requests should go to another server."""
+FROZEN_BEATS = 10
+"""Missed heartbeats after which the process is killed."""
+FROZEN_LOADING_BEATS = 60
+"""The same while it loads: importing a library may hold the interpreter."""
+STEADY_SECONDS = 10.0
+"""An engine that has run so long without a crash is well, even if it had nothing to do."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
+"""Seconds between two starts, after the first."""
+TRIAL_PAUSE = 1.0
+"""The longest while a request is sought that is to blame: it will crash a few more."""
+SPARE_FILES = 24
+"""Descriptors kept for a restart: it must not fail because connections have taken them all."""
 NAMED_REQUESTS = 8
 """Most requests named in the log line about a crash."""
-HANG_TICKS = 4
 STOP_SECONDS = 5.0
-LAST_WORDS_SECONDS = 0.5
 
-
-class EngineStartError(RuntimeError):
-    """The engine process could not load its model. The message is meant for the operator."""
-
-
-class EngineDead(RuntimeError):
-    """The engine process has ended and will not be restarted."""
+__all__ = ["EngineClient", "EngineDead", "EngineStartError", "State"]
 
 
 class EngineClient:
     """One engine process and the streams of its requests. Lives on one event loop.
 
-    It restarts the process after a crash or a hang (requests in flight, and no message for `hang_timeout` seconds).
-    After more than `max_restarts` crashes in a row, each within a minute of loading, it is dead.
-
-    A new process gets the requests of the last one one after another, each once the one before has shown progress. So
-    a request that crashes engines does so with few others in flight. A request that is in flight during two crashes
-    without an event between them ends in `Failed`, since it is probably their cause.
+    It restarts the process when that ends, freezes or takes too long for a step, again and again until it is stopped,
+    with growing pauses. Which requests a new process gets and when: see `Trials`.
     """
 
     limits: ModelLimits
@@ -83,24 +69,27 @@ class EngineClient:
         self,
         config: EngineConfig,
         *,
-        max_restarts: int = 3,
-        hang_timeout: float = 120.0,
         engine_factory: str = "engine.engine:Engine",
         logs: LogSettings = LogSettings(),
+        step_seconds: float | None = None,
+        loading_seconds: float = LOADING_SECONDS,
     ) -> None:
+        """step_seconds: what every step may take; a longer one may take 20 times the longest of the last."""
         self._config = config
-        self._max_restarts = max_restarts
-        self._hang_timeout = hang_timeout
         self._engine_factory = engine_factory
         self._logs = logs
-        self._child: _Child | None = None
+        on_gpu = config.device != "cpu"
+        self._step_seconds = step_seconds or (DEVICE_STEP_SECONDS if on_gpu else STEP_SECONDS)
+        self._loading_seconds = loading_seconds
+        self._process: Spawned | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._streams: dict[str, _Stream] = {}
-        self._held: deque[_Stream] = deque()
-        """Streams of the last process that this one has not received yet."""
-        self._probe: _Stream | None = None
-        """The one that it received last; the next follows once this one shows progress."""
-        self._num_messages = 0
+        self._streams: dict[str, Stream] = {}
+        self._trials = Trials()
+        self._spares: list[int] = []
+        self._failing_since: float | None = None
+        self._missed_beats = 0
+        self._progressed = False
+        """Whether the process has told of any request."""
         self.state: State = "starting"
         self.restarts = 0
         self.info = EngineInfo()
@@ -110,7 +99,25 @@ class EngineClient:
     @property
     def pid(self) -> int | None:
         """The engine process, if there is one."""
-        return self._child.process.pid if self._child and self._child.process else None
+        return self._process.process.pid if self._process and self._process.process else None
+
+    @property
+    def responds(self) -> bool:
+        """Whether the engine is loaded and its heart beats."""
+        return self.state == "ready" and self._missed_beats < UNREADY_BEATS
+
+    @property
+    def failing_seconds(self) -> float:
+        """How long no engine has made progress since one failed; 0 while all is well."""
+        return 0.0 if self._failing_since is None else time.monotonic() - self._failing_since
+
+    def down(self, patience: float) -> str | None:
+        """Why no request should come, if the engine is gone or has failed for more than `patience` seconds."""
+        if self.state == "dead":
+            return "the engine is gone and will not come back"
+        if self.failing_seconds > patience:
+            return f"no engine has worked for {self.failing_seconds:.0f} s; the server goes on trying to start one"
+        return None
 
     async def start(self) -> None:
         """Spawns the process and waits until the model is loaded. Raises EngineStartError."""
@@ -127,10 +134,11 @@ class EngineClient:
             self._supervisor.cancel()
             await asyncio.wait({self._supervisor})
             self._supervisor = None
-        patience = STOP_SECONDS if self.state == "ready" else 0
+        patience = STOP_SECONDS if self.responds else 0
         self._send(Shutdown())
         self._die("the engine was stopped")
         await self._reap(patience)
+        self._release_spares()
 
     async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of a request, the last one a `Finished` or `Failed`. Closing the generator early aborts it.
@@ -143,10 +151,11 @@ class EngineClient:
             raise EngineDead("the engine is not running")
         if request.id in self._streams:
             raise ValueError(f"a request with id {request.id!r} is in flight")
-        stream = self._streams[request.id] = _Stream(request)
-        if self.state == "ready":
-            stream.sent = True
-            self._send(request)
+        stream = self._streams[request.id] = Stream(request)
+        if self._trials.is_over:
+            self._give(stream)
+        else:
+            self._give_due()
         try:
             while True:
                 event = await stream.next()
@@ -159,48 +168,43 @@ class EngineClient:
                 self._forget(stream)
 
     def _send(self, command: Command) -> None:
-        # Not while there is no engine: a new one gets all requests in flight once it is ready. The socket has no
-        # high-water mark, so a send to a running process never waits; to a dead one it is dropped with the socket.
-        if self._child and self.state == "ready":
-            self._child.socket.send(encode(command))
+        # Not while there is no engine: a new one gets all requests in flight once it is ready.
+        if self._process and self.state == "ready":
+            self._process.send(command)
 
-    def _forget(self, stream: "_Stream") -> None:
+    def _give(self, stream: Stream) -> None:
+        if self.state == "ready":
+            self._send(stream.send())
+
+    def _give_due(self) -> None:
+        if self.state == "ready":
+            for stream in self._trials.due(self._streams.values()):
+                self._give(stream)
+
+    def _forget(self, stream: Stream) -> None:
         del self._streams[stream.request.id]
-        if stream is self._probe:
-            self._resume_next()
-
-    def _resume_next(self) -> None:
-        self._probe = None
-        while self._held and not self._probe:
-            stream = self._held.popleft()
-            if self._streams.get(stream.request.id) is stream:
-                self._probe, stream.sent = stream, True
-                self._send(stream.resumed())
+        if not self._trials.is_over:
+            self._give_due()
 
     async def _supervise(self) -> None:
-        """Receives until the process ends, restarts it, and so on until it crashes too often."""
-        crashes = 0
+        """Receives until the process ends, restarts it, and so on."""
+        failures = 0
         try:
             while True:
-                loaded = time.monotonic()
                 exit_code = await self._receive_until_exit()
-                running = _named([stream.request for stream in self._streams.values() if stream.sent])
-                log.error("the engine process %s %s %s", self.pid, _describe_exit(exit_code), running)
-                crashes = 1 if time.monotonic() - loaded > STEADY_SECONDS else crashes + 1
-                self.state = "restarting"
-                self.snapshot = Snapshot()
-                self._blame()
+                self._note_crash(exit_code)
+                failures = 0 if self._progressed else failures + 1
                 while True:
                     await self._reap(0)
-                    if crashes > self._max_restarts:
-                        return self._die(f"the engine failed {crashes} times in a row")
-                    await asyncio.sleep(0 if crashes == 1 else 0.25 * 2 ** min(crashes, 7))
+                    if failures:
+                        longest = LONGEST_PAUSE if self._trials.is_over else TRIAL_PAUSE
+                        await asyncio.sleep(min(FIRST_PAUSE * 2 ** min(failures - 1, 20), longest))
                     try:
                         await self._spawn()
                         break
                     except EngineStartError as error:
                         log.error("the engine did not come back: %s", error)
-                        crashes += 1
+                        failures += 1
                 self.restarts += 1
                 log.warning("the engine is back; sequences in flight: %d", len(self._streams))
         except Exception:
@@ -208,55 +212,74 @@ class EngineClient:
             self._die("the engine's supervisor failed")
             await self._reap(0)
 
+    def _note_crash(self, exit_code: int) -> None:
+        running = _named([stream.request for stream in self._streams.values() if stream.sent])
+        log.error("the engine process %s %s %s", self.pid, describe_exit(exit_code), running)
+        self.state, self.snapshot = "restarting", Snapshot()
+        self._failing_since = self._failing_since or time.monotonic()
+        for stream in self._trials.crashed(self._streams.values()):
+            del self._streams[stream.request.id]
+            message = "the engine failed each time that it ran this request alone"
+            log.error("%s; it is given up", message, extra=stream.request.log_fields)
+            stream.put(Failed(id=stream.request.id, code="internal", message=message))
+
     async def _receive_until_exit(self) -> int:
-        """Delivers messages until the process ends, or is killed because it hangs; returns its exit code."""
-        assert self._child and self._child.process
-        process, socket = self._child.process, self._child.socket
-        receiver = asyncio.create_task(self._receive(socket))
-        exited = asyncio.create_task(process.wait())
-        # Silence is counted in ticks, not by the clock: an hour of the machine's sleep is one tick.
-        received, silent_ticks = 0, 0
+        """Delivers messages until the process ends, or is killed because it is frozen or a step takes too long; returns
+        its exit code."""
+        assert self._process and self._process.process
+        loaded, process = time.monotonic(), self._process
+        receiver = asyncio.create_task(self._receive(process))
+        exited = asyncio.create_task(self._process.process.wait())
+        watch = asyncio.create_task(self._watch(process, FROZEN_BEATS))
         try:
             while not exited.done():
-                tick = self._hang_timeout / HANG_TICKS
-                await asyncio.wait({receiver, exited}, timeout=tick, return_when="FIRST_COMPLETED")
+                steady = loaded + STEADY_SECONDS - time.monotonic()
+                await asyncio.wait(
+                    {receiver, exited, watch}, timeout=max(steady, 0) or None, return_when="FIRST_COMPLETED"
+                )
                 if receiver.done():
                     receiver.result()
-                silent = self._streams and received == self._num_messages
-                received, silent_ticks = self._num_messages, silent_ticks + 1 if silent else 0
-                if silent_ticks > HANG_TICKS:
-                    log.error("the engine has been silent for %g s", self._hang_timeout)
-                    self._child.kill()
+                if watch.done():
+                    log.error("the engine process %s %s; it is killed", self.pid, watch.result())
+                    process.kill()
+                    await exited
+                elif time.monotonic() >= loaded + STEADY_SECONDS:
+                    self._note_progress()
             return exited.result()
         finally:
-            receiver.cancel()
-            exited.cancel()
+            for task in (receiver, exited, watch):
+                task.cancel()
 
-    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+    async def _watch(self, process: Spawned, most: int) -> str:
+        """Returns once the process must be killed, and why."""
+        beats = process.beats
+        self._missed_beats = 0
+        while self._missed_beats < most:
+            await asyncio.sleep(BEAT_SECONDS)
+            self._missed_beats = self._missed_beats + 1 if process.beats == beats else 0
+            beats = process.beats
+            if process.is_stuck:
+                return "takes too long for a step"
+        return f"has shown no life for {most * BEAT_SECONDS:g} s"
+
+    async def _receive(self, process: Spawned) -> None:
         while True:
-            message = decode_message(await socket.recv())
-            self._num_messages += 1
+            message = await process.receive()
             assert isinstance(message, Batch)
             self.snapshot = message.snapshot or self.snapshot
+            if message.events:
+                self._note_progress()
             for event in message.events:
                 if stream := self._streams.get(event.id):
+                    was_silent = stream.silent
                     stream.put(event)
                     if stream.ended:
                         self._forget(stream)
-                    elif stream is self._probe:
-                        self._resume_next()
+                    elif was_silent and not self._trials.is_over:
+                        self._give_due()
 
-    def _blame(self) -> None:
-        """After a crash: fails the requests that were in flight during too many crashes."""
-        self._probe = None
-        for stream in [stream for stream in self._streams.values() if stream.sent]:
-            stream.sent = False
-            stream.fruitless_crashes += 1
-            if stream.fruitless_crashes == FRUITLESS_CRASHES:
-                del self._streams[stream.request.id]
-                message = "the engine failed repeatedly while it ran this request"
-                log.error("%s; it is given up", message, extra=stream.request.log_fields)
-                stream.put(Failed(id=stream.request.id, code="internal", message=message))
+    def _note_progress(self) -> None:
+        self._progressed, self._failing_since = True, None
 
     def _die(self, why: str) -> None:
         self.state = "dead"
@@ -265,13 +288,16 @@ class EngineClient:
             stream.end(EngineDead(why))
 
     async def _spawn(self) -> None:
-        """Starts a process, waits until it is ready, and sends it all requests in flight. Raises EngineStartError."""
+        """Starts a process, waits until it is ready, and sends it the requests in flight. Raises EngineStartError."""
+        self._release_spares()
         try:
-            # The directory is needed until the process has connected.
-            with TemporaryDirectory(prefix="fastblt-") as directory:
-                self._child = _Child(f"ipc://{directory}/engine")
-                await self._child.start(self._engine_factory, self._config, self._logs)
-                message = await self._child.first_message()
+            process = self._process = Spawned()
+            await process.start(self._engine_factory, self._config, self._logs, self._step_seconds)
+            self._keep_spares()
+            message = await self._first_message(process)
+            self._release_spares()
+            process.forget_address()
+            self._keep_spares()
         except (OSError, zmq.ZMQError) as error:
             await self._reap(0)
             raise EngineStartError(f"the engine process cannot be started: {error}") from error
@@ -279,190 +305,39 @@ class EngineClient:
             await self._reap(0)
             raise
         self.limits, self.info, self.snapshot = message.limits, message.info, message.snapshot
-        self.state = "ready"
-        self._held = deque(self._streams.values())
-        self._resume_next()
+        self.state, self._progressed = "ready", False
+        self._give_due()
+
+    async def _first_message(self, process: Spawned) -> Started:
+        """Raises EngineStartError."""
+        first = asyncio.create_task(process.first_message())
+        watch = asyncio.create_task(self._watch(process, FROZEN_LOADING_BEATS))
+        try:
+            await asyncio.wait({first, watch}, timeout=self._loading_seconds, return_when="FIRST_COMPLETED")
+            if first.done():
+                return first.result()
+            why = watch.result() if watch.done() else f"has not loaded its model within {self._loading_seconds:g} s"
+            raise EngineStartError(f"the engine process {why}")
+        finally:
+            for task in (first, watch):
+                task.cancel()
+            with suppress(asyncio.CancelledError, EngineStartError):
+                await first
 
     async def _reap(self, patience: float) -> None:
-        if self._child:
-            child, self._child = self._child, None
-            await child.close(patience)
+        if self._process:
+            self._release_spares()
+            process, self._process = self._process, None
+            await process.close(patience)
 
+    def _keep_spares(self) -> None:
+        with suppress(OSError):
+            while len(self._spares) < SPARE_FILES:
+                self._spares.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
-class _Child:
-    """A process, the socket to it, and a pipe: when it closes, the process knows that its parent has ended."""
-
-    def __init__(self, address: str) -> None:
-        self.process: asyncio.subprocess.Process | None = None
-        self._address = address
-        self._context = zmq.asyncio.Context()
-        self.socket = self._context.socket(zmq.PAIR)
-        self.socket.set_hwm(0)
-        self.socket.linger = 0
-        self.socket.bind(address)
-        self._lifeline: int | None = None
-
-    async def start(self, factory: str, config: EngineConfig, logs: LogSettings) -> None:
-        end, self._lifeline = os.pipe()
-        try:
-            self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "engine.process.child"),
-                *(self._address, str(end), factory),
-                *(msgspec.json.encode(config).decode(), msgspec.json.encode(logs).decode()),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(end,),
-                env=_environment(),
-            )
-        finally:
-            os.close(end)
-
-    async def first_message(self) -> Started:
-        """Waits until the model is loaded. Raises EngineStartError."""
-        assert self.process
-        receiver = asyncio.ensure_future(self.socket.recv())
-        exited = asyncio.create_task(self.process.wait())
-        try:
-            await asyncio.wait({receiver, exited}, return_when="FIRST_COMPLETED")
-            if not receiver.done():
-                # Its last message may still be on its way.
-                await asyncio.wait({receiver}, timeout=LAST_WORDS_SECONDS)
-            if not receiver.done():
-                raise EngineStartError(f"the engine process {_describe_exit(exited.result())} while it was loading")
-            message: Message = decode_message(receiver.result())
-        finally:
-            receiver.cancel()
-            exited.cancel()
-        if isinstance(message, StartFailed):
-            raise EngineStartError(message.message)
-        assert isinstance(message, Started)
-        return message
-
-    def kill(self) -> None:
-        if self.process and self.process.returncode is None:
-            self.process.kill()
-
-    async def close(self, patience: float) -> None:
-        """Waits up to `patience` seconds for the process to end, kills it if it has not, and frees everything."""
-        try:
-            if self.process:
-                try:
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(self.process.wait(), patience)
-                finally:
-                    self.kill()
-                await self.process.wait()
-        finally:
-            if self._lifeline is not None:
-                os.close(self._lifeline)
-            self.socket.close()
-            self._context.term()
-
-
-class _Stream:
-    """A request in flight: the events that its reader has not fetched, and what a new engine needs to continue it."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.fruitless_crashes = 0
-        self.sent = False
-        """Whether the current engine has it."""
-        self.ended = False
-        self._submitted = time.monotonic()
-        self._output_ids = list(request.output_ids)
-        self._logprob = 0.0
-        self._prompt_scored = False
-        self._num_entropies = 0
-        self._resumed = False
-        self._unread = _Unread()
-        self._last: Finished | Failed | EngineDead | None = None
-        self._news = asyncio.Event()
-
-    def put(self, event: Event) -> None:
-        self.fruitless_crashes = 0
-        if isinstance(event, Delta):
-            self._output_ids += event.ids
-            self._logprob += sum(entry.logprob or 0.0 for entry in event.logprobs)
-            self._prompt_scored |= bool(event.prompt_logprobs)
-            self._num_entropies += len(event.entropies)
-            self._unread.add(event)
-            self._news.set()
-        elif isinstance(event, Finished) and self._resumed:
-            self.end(msgspec.structs.replace(event, cumulative_logprob=self._logprob))
-        else:
-            self.end(event)
-
-    def end(self, last: Finished | Failed | EngineDead) -> None:
-        self.ended = True
-        self._last = last
-        self._news.set()
-
-    async def next(self) -> Event:
-        """The next event, or all Deltas since the last call merged into one. Raises EngineDead."""
-        await self._news.wait()
-        if not self._unread.empty:
-            delta, self._unread = self._unread.delta(self.request.id), _Unread()
-            if not self.ended:
-                self._news.clear()
-            return delta
-        assert self._last
-        if isinstance(self._last, EngineDead):
-            raise self._last
-        return self._last
-
-    def resumed(self) -> Request:
-        """The request for a new engine: it continues after the last event that arrived."""
-        self._resumed = True
-        timeout, patches_from = self.request.timeout, self.request.patches_from
-        return msgspec.structs.replace(
-            self.request,
-            output_ids=list(self._output_ids),
-            prompt_logprobs=self.request.prompt_logprobs and not self._prompt_scored,
-            patches_from=None if patches_from is None else patches_from + self._num_entropies,
-            timeout=None if timeout is None else max(timeout - (time.monotonic() - self._submitted), 0.0),
-        )
-
-
-class _Unread:
-    """Deltas of one request, merged."""
-
-    def __init__(self) -> None:
-        self.empty = True
-        self._ids: list[int] = []
-        self._text = bytearray()
-        self._logprobs: list[TokenLogprob] = []
-        self._traces: list[Trace] = []
-        self._prompt_logprobs: list[TokenLogprob] = []
-        self._entropies: list[float] = []
-        self._patch_starts: list[int] = []
-
-    def add(self, delta: Delta) -> None:
-        self.empty = False
-        self._ids += delta.ids
-        self._text += delta.text
-        self._logprobs += delta.logprobs
-        self._traces += delta.traces
-        self._prompt_logprobs += delta.prompt_logprobs
-        self._entropies += delta.entropies
-        self._patch_starts += delta.patch_starts
-
-    def delta(self, request_id: str) -> Delta:
-        return Delta(
-            id=request_id,
-            ids=self._ids,
-            text=bytes(self._text),
-            logprobs=self._logprobs,
-            traces=self._traces,
-            prompt_logprobs=self._prompt_logprobs,
-            entropies=self._entropies,
-            patch_starts=self._patch_starts,
-        )
-
-
-def _environment() -> dict[str, str]:
-    """The child's environment: it can import all that its parent can, however that was installed. It does not get the
-    server's settings, which may include API keys."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS_PREFIX)}
-    return kept | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
+    def _release_spares(self) -> None:
+        while self._spares:
+            os.close(self._spares.pop())
 
 
 def _named(requests: list[Request]) -> str:
@@ -470,9 +345,3 @@ def _named(requests: list[Request]) -> str:
     names = list(dict.fromkeys(request.log_fields.get("request_id", request.id) for request in requests))
     more = f" and {len(names) - NAMED_REQUESTS} more" if len(names) > NAMED_REQUESTS else ""
     return f"while it ran {', '.join(names[:NAMED_REQUESTS])}{more}" if names else "while it was idle"
-
-
-def _describe_exit(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "was killed (SIGKILL; out of memory?)"
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import time
 
 import openai
 import pytest
 
+from engine.process.client import UNREADY_BEATS
 from engine.types import DecoderCounts, Snapshot
 from tests.scripted_server import ScriptedClient, body, serving, settled
 
@@ -116,6 +118,15 @@ async def test_health_routes_distinguish_a_restarting_engine_from_a_dead_one() -
         client.state = "restarting"
         assert await health() == (200, 503)
         assert (await http.post("/v1/completions", json=body("a"))).status_code == 200
+        client.state, client._missed_beats = "ready", UNREADY_BEATS
+        assert await health() == (200, 503)
+        client.state, client._failing_since = "restarting", time.monotonic() - 20
+        assert await health() == (200, 503)
+        client._failing_since = time.monotonic() - 40
+        assert await health() == (503, 503)
+        down = await http.post("/v1/completions", json=body("a"))
+        assert (down.status_code, down.json()["error"]["code"]) == (503, "engine_dead")
+        assert "no engine has worked for 40 s" in down.json()["error"]["message"]
         client.state = "dead"
         assert await health() == (503, 503)
         refused = await http.post("/v1/completions", json=body("a"))
