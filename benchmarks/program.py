@@ -86,10 +86,10 @@ def lacking(name: str) -> str | None:
 
 
 def parser(
-    name: str, description: str | None, *, shape: str | None = None, replays: bool = False
+    name: str, description: str | None, *, shape: str | None = None, replays: bool = False, in_turns: bool = True
 ) -> argparse.ArgumentParser:
     """A parser with the arguments of all programs. shape: the default model; None takes models/nano. replays: whether
-    acceptance can be replayed."""
+    acceptance can be replayed. in_turns: whether it measures anything in turns."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.set_defaults(default_shape=shape, replays=replays)
     which = parser.add_mutually_exclusive_group()
@@ -104,7 +104,8 @@ def parser(
     device = flag_help("device", phrase=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=f"{device} (%(default)s)")
     parser.add_argument("--num-threads", type=int, help=flag_help("num_threads", phrase=True))
-    parser.add_argument("--turns", type=int, default=3, help="turns of A and B (%(default)s)")
+    if in_turns:
+        parser.add_argument("--turns", type=int, default=3, help="turns of A and B (%(default)s)")
     if replays:
         parser.add_argument(
             "--replay-acceptance",

@@ -26,6 +26,7 @@ PROGRAMS = {
     "startup": "Start-up",
     "prefix": "Prefix cache",
     "prefill_budget": "Prefill budget",
+    "constraints": "Structured output",
 }
 """The programs' titles, in the order of the page."""
 INTRODUCTION = """\

@@ -11,12 +11,14 @@ from typing import Any, get_args
 
 import pytest
 
-from benchmarks import generate, program, realisation, short, summary
+from benchmarks import constraints, generate, program, realisation, short, summary
+from benchmarks.grammars import GRAMMARS
 from benchmarks.models import Form, described, shaped
 from benchmarks.paired import in_turn, shown, spread
 from benchmarks.program import Verdict
 from engine.checkpoint import PRESETS
 from engine.config import BYTE_OFFSET
+from engine.grammars import Constraint, compiled
 
 TOYS = {
     "against_hf": "--lengths 4 8 --turns 1",
@@ -32,6 +34,7 @@ TOYS = {
     "startup": "--turns 1",
     "prefix": "--requests 3 --prefix-bytes 200 --bytes 4 --turns 1",
     "prefill_budget": "--budgets 32 128 --prompt-bytes 200 --streams 2 --steps 4 --turns 1",
+    "constraints": "--prompts 1 --bytes 24",
 }
 HEADERS = {
     "against_hf": "| new bytes | as fast as transformers |",
@@ -47,9 +50,10 @@ HEADERS = {
     "startup": "| to the first byte, s |",
     "prefix": "| 3 | 200 bytes |",
     "prefill_budget": "| max_step_rows | first byte of the prompt, steps |",
+    "constraints": "| grammar | texts | cut | bytes | blt | blt-s k=8 | blt-dv B=8 |",
 }
 PROMPT = b"        num_patches = ca"
-PICTURES = set(TOYS) - {"decoders", "startup"}
+PICTURES = set(TOYS) - {"decoders", "startup", "constraints"}
 
 
 Content = dict[str, Any]
@@ -127,6 +131,51 @@ def test_verdicts_state_whether_benchmark_aims_are_met(toys: Callable[[str], tup
     assert [verdict.met for verdict in summary.verdicts(content)] == [True]
     content["rows"][0]["ratio"]["median"] = 22.0
     assert [verdict.met for verdict in summary.verdicts(content)] == [False], "the ratio must grow"
+
+
+def test_wrong_constrained_texts_are_named(toys: Callable[[str], tuple[Content, Path]]) -> None:
+    content = deepcopy(toys("constraints")[0])
+    assert [verdict.met for verdict in summary.verdicts(content)] == [True, True]
+    content["wrong"] = 1
+    for row in content["rows"]:
+        row["calls"] = row["calls_without"]
+    assert [verdict.met for verdict in summary.verdicts(content)] == [False, False]
+    right, wrong = constraints.Answer(b"[null]", "stop", 3), constraints.Answer(b"(1", "stop", 3)
+    found = {"0, greedy": right, "0, sampled": wrong, "1, sampled": wrong._replace(reason="length")}
+    wanted = found | {"0, greedy": wrong}
+    said = list(constraints.faults("blt, a sum", [b"x", b"y"], GRAMMARS["Lark, a sum"], wanted, found))
+    assert said == [
+        "blt, a sum, prompt 0, greedy, b'x': b'[null]': not blt's b'(1', which ended with 'stop'",
+        "blt, a sum, prompt 0, sampled, b'x': b'(1': another library finds no match",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "beginning", "wrong"),
+    [
+        ("any JSON object", '{"a":[-1.5e3,"é\\u0009"]}', '{"a":[-1.', '{"a":01'),
+        ("JSON, a tree", '{"left":null,"right":null,"value":-9}', '{"left":{"', '{"left":{,'),
+        ("JSON, an array of colours", '["青","grün"]', '["grü', '["grün";'),
+        ("regex, Cyrillic", "Дам, нет…", "Дам —", "Д!"),
+        ("Lark, a sum", "(1+(20-3))-0", "(1+(2", "(1+(02"),
+        ("Lark, settings", "[настройки]\nhöhe = «x»\n¶", "[настройки]\nä = вк", "[\n"),
+    ],
+)
+def test_texts_of_benchmark_grammars_are_checked(name: str, whole: str, beginning: str, wrong: str) -> None:
+    grammar = GRAMMARS[name]
+    assert grammar.fault(whole.encode(), is_whole=True) is None
+    assert grammar.fault(beginning.encode(), is_whole=False) is None
+    assert grammar.fault(beginning.encode(), is_whole=True)
+    assert grammar.fault(wrong.encode(), is_whole=False)
+    constraint = Constraint(compiled(grammar.text), 261)
+    for byte in whole.encode():
+        constraint.advance(byte + BYTE_OFFSET)
+    assert constraint.may_end
+
+
+def test_json_of_another_schema_is_no_match() -> None:
+    assert GRAMMARS["JSON, a person"].fault(b'{"name":"A","age":131,"email_is_verified":true}', is_whole=True)
+    assert GRAMMARS["any JSON object"].fault(b"[]", is_whole=True)
 
 
 def test_a_benchmark_that_fails_does_not_stop_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
