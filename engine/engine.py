@@ -5,14 +5,12 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import count
 
-from llguidance import LLMatcher
-
 from . import admission
 from .build import build
 from .calibrate import calibrate
 from .config import EngineConfig
 from .decoders import Committed, Constrained, Decoder, Result, SharedPrior, Verify, make_decoder
-from .grammars import Constraint, Grammars
+from .grammars import Compiled, Constraint, Grammars
 from .output import usage_of
 from .report import Report, info_of
 from .rows import Rows
@@ -62,7 +60,7 @@ class Engine:
         self.ledger.reset()
         self._report = Report(self.parts)
         self._sequences = {}
-        self._compiling: dict[str, tuple[Request, Decoder | None, Future[LLMatcher]]] = {}
+        self._compiling: dict[str, tuple[Request, Decoder | None, Future[Compiled]]] = {}
         """Requests that wait for their grammar."""
         self._arrivals = count()
         self._events: list[Event] = []

@@ -4,9 +4,12 @@ A grammar is what `llguidance` takes: a Lark grammar, or JSON that holds a JSON 
 grammar. To it every byte is a token, so a mask has a bit per id and no token ever spans two terminals.
 """
 
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -20,9 +23,13 @@ Mask = NDArray[np.bool_]
 STEP_FUEL = 50_000
 """Most work on one mask, in steps of the lexer: a few milliseconds."""
 STATES = 20_000
-"""Most states of a lexer, of one or two kB each."""
+"""Most states that a lexer remembers. Every text adds some."""
 KEPT = 32
 """How many compiled grammars are kept for later requests."""
+QUICK_SECONDS = 0.05
+"""Most processor time to compile a grammar while a step waits for it."""
+
+T = TypeVar("T")
 
 
 class GrammarError(ValueError):
@@ -43,9 +50,25 @@ class _Bytes:
 _TOKENIZER = LLTokenizer(TokenizerWrapper(_Bytes()), slices=[])
 
 
-def compiled(grammar: str) -> LLMatcher:
-    """A matcher at the beginning of a text, its first mask made. May take long, but lets other threads run. Raises
-    GrammarError."""
+class Compiled(NamedTuple):
+    """A grammar with a matcher at the beginning of a text. Copies of the matcher share its lexer: the states that it
+    remembers, and its error once there are too many. seconds: of processor time."""
+
+    grammar: str
+    matcher: LLMatcher
+    seconds: float
+
+    @property
+    def is_worn(self) -> bool:
+        """Whether no copy works any more."""
+        matcher = self.matcher.deep_copy()
+        matcher.compute_bitmask()
+        return bool(matcher.is_error())
+
+
+def compiled(grammar: str) -> Compiled:
+    """Its first mask is made. May take long, but lets other threads run. Raises GrammarError."""
+    began = time.thread_time()
     limits = LLParserLimits(
         max_items_in_row=1_000,
         initial_lexer_fuel=1_000_000,
@@ -61,7 +84,7 @@ def compiled(grammar: str) -> LLMatcher:
         raise GrammarError(matcher.get_error())
     if not any(matcher.compute_bitmask()) or matcher.is_error():
         raise GrammarError(matcher.get_error() or "no text matches it")
-    return matcher
+    return Compiled(grammar, matcher, time.thread_time() - began)
 
 
 class Grammars:
@@ -69,31 +92,36 @@ class Grammars:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "grammars")
-        self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._kept: OrderedDict[str, Future[Compiled]] = OrderedDict()
 
-    def compile(self, grammar: str) -> "Future[LLMatcher]":
+    def compile(self, grammar: str) -> "Future[Compiled]":
         """See `compiled`."""
-        future = self._kept.pop(grammar, None) or self._thread.submit(compiled, grammar)
+        future = self._kept.pop(grammar, None)
+        if future is None or _is_useless(future):
+            future = self._thread.submit(compiled, grammar)
         self._kept[grammar] = future
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return future
 
 
+def _is_useless(future: "Future[Compiled]") -> bool:
+    return future.done() and not future.exception() and future.result().is_worn
+
+
 class Constraint:
     """A grammar along the text of one sequence. Its ids are those that were generated and committed."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, *, allows_eos: bool = True) -> None:
-        """matcher: of `compiled`; it is copied. allows_eos: whether an EOS may come where the text may end, and must
-        not go on."""
-        self._first, self._vocab_size, self._allows_eos = matcher, vocab_size, allows_eos
-        self._matcher, self._ids = matcher.deep_copy(), list[int]()
+    def __init__(self, compiled: Compiled, vocab_size: int, *, allows_eos: bool = True) -> None:
+        """allows_eos: whether an EOS may come where the text may end, and must not go on."""
+        self._compiled, self._vocab_size, self._allows_eos = compiled, vocab_size, allows_eos
+        self._matcher, self._ids = compiled.matcher.deep_copy(), list[int]()
         self._now: Mask | None = None
 
     @property
     def may_end(self) -> bool:
         """Whether the text matches."""
-        return self._matcher.is_accepting()
+        return self._ask(LLMatcher.is_accepting)
 
     @property
     def is_finished(self) -> bool:
@@ -103,8 +131,7 @@ class Constraint:
     def advance(self, token: int) -> None:
         """Takes an id that was allowed and is committed."""
         if is_byte(token):
-            self._ids.append(token)
-            self._matcher.consume_token(token)
+            self._take(token)
             self._now = None
 
     def forced(self) -> list[int]:
@@ -112,7 +139,7 @@ class Constraint:
         if self.is_finished:
             return []
         # A special id that a grammar names begins with 0xff here.
-        data = self._matcher.compute_ff_bytes().partition(b"\xff")[0]
+        data = self._ask(LLMatcher.compute_ff_bytes).partition(b"\xff")[0]
         return [byte + BYTE_OFFSET for byte in data]
 
     def allowed(self, drafts: Seq[int]) -> list[Mask | None]:
@@ -123,14 +150,20 @@ class Constraint:
         for token in drafts:
             if not latest[token] or not is_byte(token):
                 break
-            self._matcher.consume_token(token)
+            self._take(token)
             latest = self._mask()
             masks.append(latest)
-        if self._matcher.is_error():
-            self._recover()
-        else:
-            self._matcher.rollback(len(masks) - 1)
+        if taken := len(masks) - 1:
+            del self._ids[-taken:]
+            if self._matcher.is_error():
+                self._restart()
+            else:
+                self._matcher.rollback(taken)
         return [*masks, *[None] * (len(drafts) + 1 - len(masks))]
+
+    def _take(self, token: int) -> None:
+        self._ask(lambda matcher: matcher.consume_token(token))
+        self._ids.append(token)
 
     def _latest(self) -> Mask:
         if self._now is None:
@@ -138,7 +171,7 @@ class Constraint:
         return self._now
 
     def _mask(self) -> Mask:
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        bits = np.frombuffer(self._ask(LLMatcher.compute_bitmask), dtype=np.uint8)
         mask = np.zeros(self._vocab_size, dtype=np.bool_)
         if not self._matcher.is_error():
             known = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
@@ -149,7 +182,16 @@ class Constraint:
         mask[EOS_ID] |= not mask.any()
         return mask
 
-    def _recover(self) -> None:
-        """Forgets an error that drafts have led into: a matcher never does."""
-        self._matcher = self._first.deep_copy()
+    def _ask(self, question: Callable[[LLMatcher], T]) -> T:
+        """What the matcher says after `_ids`. If its lexer is worn, another one answers, of this sequence alone."""
+        said, used = question(self._matcher), self._compiled
+        if self._matcher.is_error() and used.seconds <= QUICK_SECONDS and used.is_worn:
+            self._compiled = compiled(used.grammar)
+            self._restart()
+            said = question(self._matcher)
+        return said
+
+    def _restart(self) -> None:
+        """Forgets an error: a matcher never does."""
+        self._matcher = self._compiled.matcher.deep_copy()
         self._matcher.consume_tokens(self._ids)

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
+from engine import grammars
 from engine.checkpoint import PRESETS, calibrated, random_tensors, save
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID
 from engine.engine import Engine
-from engine.grammars import Constraint, GrammarError, compiled
+from engine.grammars import Constraint, GrammarError, Grammars, compiled
 from engine.types import Failed, Finished, Request, SamplingParams
 from tests import reference
 from tests.engines import Output, bill, crowded_engine, make_engine, request, run, save_ours, usage
@@ -215,6 +216,66 @@ def test_requests_beside_a_constrained_one_are_as_without_it(model: Path) -> Non
 def test_an_empty_text_that_nothing_can_follow_ends_at_once(model: Path) -> None:
     out = run(make_engine(model), [request("a", text(5, 1), 9, grammar=of_regex(b""))])["a"]
     assert (out.ids, ending(out)) == ([], "stop")
+
+
+WEARING = of_regex(rb"(?:\p{L}|[0-9 ]{3}){1,200}")
+"""Some twenty states of its lexer for each byte, many of them new."""
+
+
+def walk(constraint: Constraint, ids: Sequence[int]) -> list[Any]:
+    """Masks along a text, two bytes of which are drafts each time."""
+    masks = []
+    for place, token in enumerate(ids):
+        masks += [None if mask is None else mask.tobytes() for mask in constraint.allowed(ids[place : place + 2])]
+        masks += [constraint.may_end, constraint.is_finished, constraint.forced()]
+        constraint.advance(token)
+    return masks
+
+
+def test_texts_wear_out_no_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [
+        to_ids(text.encode())
+        for text in ("0 1日本語テキスト9 8 Łódź", "いろはにほへとЖизнь777", "δοκιμή0  کتابあ한국어")
+    ]
+    wanted = [walk(Constraint(compiled(WEARING), 261), ids) for ids in texts]
+    monkeypatch.setattr(grammars, "STATES", 150)
+    shared = compiled(WEARING)
+    together = [Constraint(shared, 261) for _ in texts]
+    assert [walk(constraint, ids) for constraint, ids in zip(together, texts, strict=True)] == wanted
+    assert shared.is_worn
+    # Its successors do not share theirs.
+    assert walk(Constraint(shared, 261), texts[0]) == wanted[0]
+    kept = Grammars()
+    first = kept.compile(WEARING).result()
+    assert kept.compile(WEARING).result() is first
+    walk(Constraint(first, 261), texts[0])
+    walk(Constraint(first, 261), texts[1])
+    assert first.is_worn and not kept.compile(WEARING).result().is_worn
+
+
+def test_a_worn_grammar_that_is_slow_to_compile_ends_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "STATES", 150)
+    monkeypatch.setattr(grammars, "QUICK_SECONDS", 0.0)
+    constraint = Constraint(compiled(WEARING), 261)
+    for token in to_ids("いろはにほへとЖизнь777".encode()):
+        constraint.advance(token)
+        (mask,) = constraint.allowed([])
+    assert ids_of(mask) == {EOS_ID} and not constraint.may_end and not constraint.forced()
+
+
+def test_requests_with_one_grammar_end_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_ours(tmp_path / "model", our_model(our_config(decoder_input="embedding"), 5))
+    sampling = SamplingParams(temperature=1.0, seed=1)
+    asked = [
+        request(f"{decoder} {n}", text(9, n, specials=False), 16, grammar=WEARING, decoder=decoder, sampling=sampling)
+        for decoder in ("blt", "blt-s")
+        for n in range(2)
+    ]
+    wanted = {name: (output.ids, ending(output)) for name, output in run(make_engine(model), asked).items()}
+    monkeypatch.setattr(grammars, "STATES", 150)
+    engine = make_engine(model)
+    for _ in range(2):
+        assert {name: (out.ids, ending(out)) for name, out in run(engine, asked).items()} == wanted
 
 
 def test_ignoring_eos_goes_on_as_long_as_the_grammar_does(model: Path) -> None:
