@@ -22,10 +22,12 @@ Mask = NDArray[np.bool_]
 
 STEP_FUEL = 50_000
 """Most work on one mask, in steps of the lexer: a few milliseconds."""
-STATES = 20_000
+STATES = 8_000
 """Most states that a lexer remembers. Every text adds some."""
-KEPT = 32
-"""How many compiled grammars are kept for later requests."""
+KEPT_BYTES = 256 << 20
+"""Most memory for compiled grammars that are kept for later requests."""
+BYTES_PER_STATE, BYTES_PER_BYTE = 2_000, 200
+"""Most memory for a state of a lexer, and for a byte of a grammar, by measurement."""
 QUICK_SECONDS = 0.05
 """Most processor time to compile a grammar while a step waits for it."""
 
@@ -100,9 +102,14 @@ class Grammars:
         if future is None or _is_useless(future):
             future = self._thread.submit(compiled, grammar)
         self._kept[grammar] = future
-        if len(self._kept) > KEPT:
+        while len(self._kept) > 1 and sum(map(_most_bytes, self._kept)) > KEPT_BYTES:
             self._kept.popitem(last=False)
         return future
+
+
+def _most_bytes(grammar: str) -> int:
+    """Of memory, however many texts have used its lexer."""
+    return BYTES_PER_BYTE * len(grammar.encode()) + BYTES_PER_STATE * STATES
 
 
 def _is_useless(future: "Future[Compiled]") -> bool:

@@ -278,6 +278,20 @@ def test_requests_with_one_grammar_end_no_others(tmp_path: Path, monkeypatch: py
         assert {name: (out.ids, ending(out)) for name, out in run(engine, asked).items()} == wanted
 
 
+def test_compiled_grammars_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Grammars()
+    small, other = (of_regex(pattern) for pattern in (b"a", b"b"))
+    first = kept.compile(small)
+    assert kept.compile(small) is first
+    kept.compile(other)
+    assert kept.compile(small) is first
+    # Large ones take the room of many small ones.
+    monkeypatch.setattr(grammars, "KEPT_BYTES", 2 * grammars.BYTES_PER_STATE * grammars.STATES + 1_000_000)
+    large = of_regex(b"c" * 10_000)
+    third = kept.compile(large)
+    assert kept.compile(large) is third and kept.compile(small) is not first
+
+
 def test_ignoring_eos_goes_on_as_long_as_the_grammar_does(model: Path) -> None:
     out = run(make_engine(model), [request("a", text(5, 1), 33, grammar=of_regex(rb"(ab)*"), ignore_eos=True)])["a"]
     assert out.text == b"ab" * 16 + b"a" and ending(out) == "length"
