@@ -18,7 +18,7 @@ from .errors import ApiError
 
 WORKERS = 2
 """Most processes that compile. Each is started when it is needed, and stays."""
-SECONDS = 0.8
+SECONDS = 0.5
 """Most time to compile one grammar."""
 START_SECONDS = 30.0
 """Most time for a process to start."""
