@@ -56,6 +56,8 @@ REFUSALS: dict[str, Code | None] = {
     "invalid": None,
 }
 """The engine's codes, and ours for them."""
+NO_CHAT = ": the models are base models without a chat template; send the text to continue to POST /v1/completions"
+"""For clients that chat."""
 PLAINER = {
     "Value error, ": "",
     "Input should be ": "must be ",
@@ -170,7 +172,8 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
     headers = dict(error.headers or {})
     match error.status_code:
         case 404:
-            return ApiError(404, f"there is no route {where}", code="unknown_url", headers=headers)
+            why = NO_CHAT if request.url.path.rstrip("/").endswith("/chat/completions") else ""
+            return ApiError(404, f"there is no route {where}{why}", code="unknown_url", headers=headers)
         case 405:
             message = f"{where} is not offered; allowed: {headers.get('allow') or headers.get('Allow')}"
             return ApiError(405, message, code="method_not_allowed", headers=headers)

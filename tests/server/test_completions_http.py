@@ -120,6 +120,21 @@ def test_wrong_routes_get_the_standard_error_body(server: RunningServer, method:
     assert ("allow" in response.headers) == (status == 405)
 
 
+@pytest.mark.parametrize("method", ["POST", "GET"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/chat/completions/", "/chat/completions"])
+def test_a_client_that_chats_learns_what_to_use(server: RunningServer, method: str, path: str) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+    response = httpx.request(method, server.url + path, json=body if method == "POST" else None)
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("not_found_error", "unknown_url")
+    assert "base models without a chat template" in error["message"] and "POST /v1/completions" in error["message"]
+    assert error["message"].startswith(f"there is no route {method} /")
+    # Only these paths: another unknown one tells nothing of chats.
+    other = httpx.request(method, f"{server.url}/v1/chat").json()["error"]
+    assert other["code"] == "unknown_url" and "chat template" not in other["message"]
+
+
 def test_the_response_repeats_a_valid_request_id(server: RunningServer) -> None:
     given = httpx.get(f"{server.url}/health/ready", headers={"x-request-id": "mine-1"})
     assert given.headers["x-request-id"] == "mine-1"
