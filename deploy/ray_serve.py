@@ -104,14 +104,15 @@ def application(settings: ServerSettings, config: EngineConfig, options: RaySett
     return ingress.bind(replicas.bind(settings, config), settings, options)
 
 
-def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) -> None:
+def run(
+    settings: ServerSettings, config: EngineConfig, options: RaySettings, explain: Callable[[str], str] = str
+) -> None:
     """Serve a checkpoint over HTTP from several replicas, on a Ray cluster. SIGTERM, Ctrl-C or a closed terminal ends
     all of them, after their running requests."""
     logs.configure(settings.logs, "ray")
     if settings.ssl_certfile:
-        log.critical(
-            "--ssl-certfile is not offered here: Ray's proxies speak plain HTTP; put a proxy with TLS in front"
-        )
+        why = "--ssl-certfile is not offered here: Ray's proxies speak plain HTTP; put a proxy with TLS in front"
+        log.critical("%s", explain(why))
         raise SystemExit(1)
     try:
         # Report wrong keys before anything is started. Each replica loads its own.
@@ -121,7 +122,7 @@ def run(settings: ServerSettings, config: EngineConfig, options: RaySettings) ->
         with _hangups_held_back():
             join(options.ray_address)
     except (HubError, JoinError, ServeError) as error:
-        log.critical("%s", error)
+        log.critical("%s", explain(str(error)))
         raise SystemExit(1) from None
     # Ray's own handlers would end the process at once.
     _on_signal(signal.default_int_handler)

@@ -117,12 +117,12 @@ def main() -> None:
 
 @app.command("serve")
 @with_settings
-def serve(settings: ServerSettings, config: EngineConfig) -> None:
+def serve(settings: ServerSettings, config: EngineConfig, explain: Callable[[str], str]) -> None:
     """Serve a checkpoint over HTTP with OpenAI's completions API."""
     from .lifecycle import ServeError, run
 
     with failing_on(ServeError):
-        run(settings, config)
+        run(settings, config, explain)
 
 
 @app.command()

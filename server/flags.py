@@ -42,9 +42,12 @@ _Engine: type[BaseModel] = create_model("_Engine", **_TYPES)
 
 
 def with_settings(command: Callable[..., None], *further: type[BaseSettings]) -> Callable[..., None]:
-    """The command, which takes ServerSettings, EngineConfig and one of each of `further`, with one flag per field of
-    all, --config and --print-config. A flag that is not given leaves the environment (FASTBLT_ and the field's name) in
-    force, else the file of --config, else the field's default."""
+    """The command, which takes ServerSettings, EngineConfig, one of each of `further`, and `explain`.
+
+    It has one flag per field of all, --config and --print-config. A flag that is not given leaves the environment
+    (FASTBLT_ and the field's name) in force, else the file of --config, else the field's default. `explain` adds to an
+    error's message where the settings that it names come from.
+    """
     of_http: list[type[BaseSettings]] = [ServerSettings, *further]
     parameters = [_keyword("context", typer.Context)]
     parameters += [_keyword("config", ConfigPath, None), _keyword("print_config", PrintConfig, False)]
@@ -63,7 +66,7 @@ def with_settings(command: Callable[..., None], *further: type[BaseSettings]) ->
         if print_config:
             typer.echo(sources.printed([engine, *settings]).encode(), nl=False)
         else:
-            command(settings[0], engine, *settings[1:])
+            command(settings[0], engine, *settings[1:], explain=sources.explained)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__doc__ = command.__doc__

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -45,8 +45,11 @@ class ServeError(RuntimeError):
     """The server cannot start. The message is one line for the operator."""
 
 
-def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
-    """Serves until a signal ends it. Raises ServeError."""
+def run(settings: ServerSettings, engine_config: EngineConfig, explain: Callable[[str], str] = str) -> None:
+    """Serves until a signal ends it. Raises ServeError.
+
+    explain: adds to an error's message where the settings that it names come from.
+    """
     logs.configure(settings.logs, "server")
     try:
         # Report wrong settings at once, before a model is downloaded or loaded. The port is bound for the same reason;
@@ -63,9 +66,9 @@ def run(settings: ServerSettings, engine_config: EngineConfig) -> None:
         if settings.log_format == "human":
             # The error must be the last line.
             logs.flush()
-            raise
+            raise ServeError(explain(str(error))) from error
         # A collector of JSON logs also needs the reason why a container does not start.
-        log.critical("%s", error)
+        log.critical("%s", explain(str(error)))
         raise SystemExit(1) from None
 
 
@@ -137,7 +140,7 @@ async def _serve_until_signal(
     try:
         await serving
     except OSError as error:
-        raise ServeError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
+        raise _cannot_listen(settings, error) from error
 
 
 class HttpServer(uvicorn.Server):
@@ -240,16 +243,21 @@ def _bind(settings: ServerSettings) -> socket.socket:
     try:
         return bind(settings.host, settings.port)
     except OSError as error:
-        why = error.strerror or error
-        raise ServeError(f"cannot listen on {settings.host}:{settings.port}: {why}") from error
+        raise _cannot_listen(settings, error) from error
+
+
+def _cannot_listen(settings: ServerSettings, error: OSError) -> ServeError:
+    return ServeError(f"cannot listen on port {settings.port} of host {settings.host}: {error.strerror or error}")
 
 
 def load_keys(settings: ServerSettings) -> tuple[bytes, ...]:
     """Raises ServeError."""
     try:
         return settings.load_api_keys()
-    except (OSError, ValueError) as error:
-        raise ServeError(f"API keys: {error}") from error
+    except OSError as error:
+        raise ServeError(f"--api-key-file {settings.api_key_file}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ServeError(f"--api-key-file {error}") from error
 
 
 def _make_tls(settings: ServerSettings) -> ssl.SSLContext | None:

@@ -40,6 +40,19 @@ class Sources:
         except ValidationError as error:
             raise self._complaint(error, kind) from None
 
+    def explained(self, message: str) -> str:
+        """The message of an error that a value caused later, with where the settings that it names come from.
+
+        A message names a setting as its flag, as `two_words`, with its value after its name, or with its value as the
+        first word. A flag needs no explanation.
+        """
+        places = "; ".join(
+            f"{name.replace('_', '-')} from {self._origin(name)}"
+            for name, origin in self.origins.items()
+            if origin != "flag" and self._named(name, message)
+        )
+        return f"{message} ({places})" if places else message
+
     def printed(self, settings: Sequence[Any]) -> str:
         """All settings as a file for --config, each with its origin.
 
@@ -73,6 +86,19 @@ class Sources:
             value = self.values[name]
             message += f", not {'null' if value is None else shown(value)}"
         return typer.BadParameter(message, param_hint=self._place(name))
+
+    def _origin(self, name: str) -> str:
+        if self._in_file(name):
+            return f"{self.path}, line {self.lines[name]}"
+        return f"the environment variable {variable(name)}"
+
+    def _named(self, name: str, message: str) -> bool:
+        value = self.values[name]
+        # A path is also written without what pathlib drops from it.
+        texts = {re.escape(text) for text in (value, str(Path(value)))} if isinstance(value, str) and value else ()
+        after_name, first = [f"{name} {text}" for text in texts], [f"^{text}(?=[:/])" for text in texts]
+        ways = "|".join([f"--{name.replace('_', '-')}", *([name] if "_" in name else []), *after_name, *first])
+        return re.search(rf"(?<![\w-])({ways})(?![\w-])", message) is not None
 
     def _in_file(self, name: str) -> bool:
         return self.origins.get(name) == "file"

@@ -56,7 +56,7 @@ class TestServeFlags:
         def parse(*flags: str, model: bool = True) -> tuple[ServerSettings, EngineConfig]:
             taken: list[tuple[ServerSettings, EngineConfig]] = []
             serve = typer.Typer(rich_markup_mode=None)
-            serve.command()(with_settings(lambda settings, config: taken.append((settings, config))))
+            serve.command()(with_settings(lambda settings, config, explain: taken.append((settings, config))))
             result = runner.invoke(serve, [*(["--model", "here"] if model else []), *flags])
             if result.exit_code:
                 raise ValueError(result.stderr)

@@ -34,7 +34,7 @@ def command(further: tuple[type[RaySettings], ...]) -> tuple[typer.Typer, list[A
     """A command, and what it was last called with."""
     taken: list[Any] = []
     serve = typer.Typer(rich_markup_mode=None)
-    serve.command()(with_settings(lambda *parts: taken.extend(parts), *further))
+    serve.command()(with_settings(lambda *parts, explain: taken.extend(parts), *further))
     return serve, taken
 
 
@@ -248,6 +248,32 @@ def test_a_contradiction_names_the_lines_that_take_part(write: Write) -> None:
     assert refusal("--config", path, "--max-queue=5") == f"Invalid value: {why.replace('100', '5')}"
     path = write("ssl-keyfile: x")
     assert refusal("--config", path).endswith(f"go together (ssl-keyfile in {path}, line 1)")
+
+
+@pytest.mark.parametrize(
+    ("message", "names"),
+    [
+        ("./m/config.json: no such file", ["model"]),
+        ("m: no such directory", ["model"]),
+        ("m-2/config.json: no such file", []),
+        ("the model has port 80801 and port 80", []),
+        ("cannot listen on port 8080 of host ::1: why", ["host", "port"]),
+        ("cache_bytes 100 is too small", ["cache-bytes"]),
+        ("--cache-bytes makes the caches smaller, --cache-bytes-2 and --host-name do not exist", ["cache-bytes"]),
+        ("served_model_name is a list, max_cache_bytes is none of these", ["served-model-name"]),
+    ],
+)
+def test_a_later_error_names_the_places_of_its_settings(message: str, names: list[str], write: Write) -> None:
+    lines = ["model: ./m", "host: ::1", "port: 8080", "cache-bytes: 100", "served-model-name: [a, b]"]
+    told: list[str] = []
+    serve = typer.Typer()
+    serve.command()(with_settings(lambda *_, explain: told.append(explain(message))))
+    path = write("\n".join(lines))
+    assert runner.invoke(serve, ["--config", str(path)]).exit_code == 0
+    numbers = {line.split(":")[0]: number for number, line in enumerate(lines, 1)}
+    places = {f"{name} from {path}, line {numbers[name]}" for name in names}
+    assert told[0].startswith(message)
+    assert {*filter(None, told[0].removeprefix(message).removeprefix(" (").removesuffix(")").split("; "))} == places
 
 
 def test_a_path_without_a_regular_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:

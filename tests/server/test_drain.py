@@ -84,7 +84,9 @@ def test_a_port_in_use_is_reported_in_one_line(server: RunningServer, tiny_model
     port = urlsplit(server.url).port
     ended = serve("--model", str(tiny_model), "--port", str(port))
     assert ended.returncode == 1
-    assert ended.stderr.strip() == f"fastblt: cannot listen on 127.0.0.1:{port}: the port is already in use"
+    assert (
+        ended.stderr.strip() == f"fastblt: cannot listen on port {port} of host 127.0.0.1: the port is already in use"
+    )
 
 
 async def test_the_second_of_two_servers_on_one_port_reports_why_it_ends() -> None:
@@ -106,8 +108,8 @@ async def test_the_second_of_two_servers_on_one_port_reports_why_it_ends() -> No
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
-        (["--api-key-file", "keys"], "API keys: keys, line 1: an API key has at least 16 characters"),
-        (["--api-key-file", "none"], "API keys: [Errno 2] No such file"),
+        (["--api-key-file", "keys"], "--api-key-file keys, line 1: an API key has at least 16 characters"),
+        (["--api-key-file", "none"], "--api-key-file none: No such file"),
         (["--api-keys", ""], "holds no API key"),
         (["--ssl-certfile", "keys", "--ssl-keyfile", "keys"], "--ssl-certfile keys and --ssl-keyfile keys: "),
     ],
@@ -119,6 +121,27 @@ def test_wrong_settings_are_refused_before_the_model_is_loaded(tmp_path: Path, f
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment)
     assert ended.returncode in (1, 2) and why in " ".join(ended.stderr.split())
     assert "nothing" not in ended.stderr and "sk-1" not in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_an_error_at_the_start_says_where_its_value_comes_from(server: RunningServer, tmp_path: Path) -> None:
+    port = urlsplit(server.url).port
+    (tmp_path / "a.yaml").write_text(f"model: nothing\nport: {port}\nssl-certfile: cert\n")
+
+    def error(*flags: str, **variables: str) -> str:
+        command = [sys.executable, "-m", "server", "serve", "--config", "a.yaml", *flags]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment)
+        assert ended.returncode == 1 and "Traceback" not in ended.stderr
+        return ended.stderr.strip().splitlines()[-1]
+
+    key = "ssl-keyfile from the environment variable FASTBLT_SSL_KEYFILE"
+    why = "--ssl-certfile cert and --ssl-keyfile key: No such file or directory"
+    assert error(FASTBLT_SSL_KEYFILE="key") == f"fastblt: {why} (ssl-certfile from a.yaml, line 3; {key})"
+    (tmp_path / "a.yaml").write_text(f"model: ./nothing\nport: {port}\n")
+    why = f"cannot listen on port {port} of host 127.0.0.1: the port is already in use"
+    assert json.loads(error("--log-format=json"))["message"] == f"{why} (port from a.yaml, line 2)"
+    # The port of the file is not used, and not named.
+    assert error("--port=0").endswith(" (model from a.yaml, line 1)")
 
 
 def test_a_model_that_cannot_be_loaded_is_refused_before_the_port_opens(tmp_path: Path) -> None:
