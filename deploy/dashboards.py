@@ -43,7 +43,9 @@ Panels: TypeAlias = list[Builder[model.Panel]]
 COMPLETIONS = 'route="/v1/completions"'
 PEAK = select("fastblt_peak_bandwidth_bytes_per_second", 'operation="gemv"')
 STATUSES = {"2..": "green", "4..": "orange", "5..": "red"}
-ENDS = {"stop": "green", "length": "blue", "timeout": "orange", "abort": "yellow", "refused": "purple", "error": "red"}
+ENDS = {"stop": "green", "length": "blue", "timeout": "orange", "dead_end": "#A0522D"}
+ENDS |= {"abort": "yellow", "refused": "purple", "error": "red"}
+OUTCOMES = {"ok": "green", "client_left": "yellow", "rejected": "orange", "failed": "red"}
 
 
 def overview() -> Panels:
@@ -122,7 +124,8 @@ def traffic() -> Panels:
             12,
             "Sequences by end",
             "length and stop are normal. timeout: text was cut off, the server is too slow for what its clients want. "
-            "abort: the client left. refused: it could not be run, the client's fault. error: ours.",
+            "dead_end: its grammar let no byte follow. abort: the client left. refused: it could not be run, the "
+            "client's fault. error: ours.",
             query(rate("fastblt_sequences_total", "finish_reason", where=[CHOSEN]), "{{finish_reason}}"),
             unit=units.OpsPerSecond,
             colours=ENDS,
@@ -167,6 +170,27 @@ def traffic() -> Panels:
             ),
             unit=units.BytesSI,
         ),
+        lines(
+            17,
+            "Requests by outcome",
+            "Requests for completions. rejected: refused before any work, by the client's fault or for a full queue; "
+            "the next panel says why. failed: our fault. client_left: it did not wait for the end.",
+            query(rate("fastblt_requests_total", "outcome", where=[COMPLETIONS]), "{{outcome}}"),
+            unit=units.RequestsPerSecond,
+            width=12,
+            colours=OUTCOMES,
+            stack=True,
+        ),
+        lines(
+            18,
+            "Rejections by reason",
+            "The error code that the client got; docs/api.md explains each. queue_full: add instances. invalid_api_key "
+            "without end: a client has an old key. Others: a client sends what no server would take.",
+            query(f"{rate('fastblt_rejections_total', 'reason')} > 0", "{{reason}}"),
+            unit=units.RequestsPerSecond,
+            width=12,
+            stack=True,
+        ),
     ]
 
 
@@ -202,6 +226,27 @@ def latency() -> Panels:
             "From the arrival of a sequence in the engine to its first step. More than a moment means that steps or "
             "cache pages are taken: more instances, or a larger cache, would help.",
             "fastblt_queue_seconds",
+        ),
+        percentiles(
+            26,
+            "Time of the prompt",
+            "From a sequence's first step to its first byte. It grows with the prompt, and with the prompts of others "
+            "that share its steps. If Time to first byte is long and this and the queue are short, HTTP is slow.",
+            "fastblt_prefill_seconds",
+        ),
+        percentiles(
+            27,
+            "Time of the bytes",
+            "From a sequence's first byte to its end, in the engine. Follows the length of outputs; with the times of "
+            "the queue and of the prompt it makes up End to end.",
+            "fastblt_decode_seconds",
+        ),
+        percentiles(
+            28,
+            "Time between chunks",
+            "What a reader of a stream waits between two pieces of text. A p99 far above the p50 is a stall that Time "
+            "per byte averages away: a long prompt in the same step, or a preemption.",
+            "fastblt_inter_chunk_seconds",
         ),
         buckets(
             25,
@@ -303,15 +348,20 @@ def caches() -> Panels:
     used, capacity = select("fastblt_pages_used"), select("fastblt_pages_capacity")
     size, known = select("fastblt_page_size_bytes"), rate("fastblt_prompt_cached_bytes_total")
     return [
-        lines(
-            41,
-            "Pages used",
-            "Of each cache's capacity. At 100 % sequences wait or are preempted: the fullest pool limits how many run "
-            "at once. Give --cache-bytes more, or allow fewer or shorter sequences.",
-            query(f"{total(used, 'pool')} / {total(capacity, 'pool')}", "{{pool}}"),
-            unit=units.PercentUnit,
-            width=12,
-            colours=POOLS,
+        restyle(
+            lines(
+                41,
+                "Pages used",
+                "Of each cache's capacity. At 100 % sequences wait or are preempted: the fullest pool limits how many "
+                "run at once. Give --cache-bytes more, or allow fewer or shorter sequences. Dashed: the fullest pool "
+                "of any instance; far above the others, requests are spread unevenly.",
+                query(f"{total(used, 'pool')} / {total(capacity, 'pool')}", "{{pool}}"),
+                query(f"max({select('fastblt_kv_cache_usage_ratio')})", "fullest of an instance"),
+                unit=units.PercentUnit,
+                width=12,
+                colours=POOLS | {"fullest": "red"},
+            ),
+            "B",
         ),
         restyle(
             lines(
@@ -353,6 +403,11 @@ def caches() -> Panels:
 def decoders() -> Panels:
     committed = rate("fastblt_committed_bytes_total", "decoder")
     accepted, drafted = (rate(f"fastblt_{what}_bytes_total", "decoder") for what in ("accepted", "drafted"))
+    by_position = rate(
+        "fastblt_position_accepted_bytes_total", "decoder", "position", where=['position=~"[0-7]"'], window=SHOWN
+    )
+    patches = rate("fastblt_patch_size_bytes_bucket", "le")
+    mean_patch = f"{rate('fastblt_patch_size_bytes_sum')} / {rate('fastblt_patch_size_bytes_count')}"
     small, large = (
         rate("fastblt_decoder_stage_calls_total", "decoder", where=[f'stage="{stage}"'])
         for stage in ("decoder", "global")
@@ -404,6 +459,25 @@ def decoders() -> Panels:
             unit=units.Short,
             width=12,
             colours=DECODERS,
+        ),
+        matrix(
+            56,
+            "Drafts that stand, by position",
+            "How often the draft's first byte (0), second byte (1) and so on became text, over the time range shown. "
+            "Draft as far as this stays worth a small pass: where it is near 0, a lower draft_length costs nothing.",
+            f"{by_position} / on (decoder) group_left {rate('fastblt_draft_rounds_total', 'decoder', window=SHOWN)}",
+            column="position",
+            unit=units.PercentUnit,
+        ),
+        lines(
+            57,
+            "Patch length",
+            "Of generated text: the mean, the middle and the 95th of 100. Longer patches mean fewer global passes. A "
+            "lasting shift: the model meets other text than it was trained on.",
+            query(mean_patch, "mean"),
+            *(query(f"histogram_quantile({q}, {patches})", f"p{q * 100:g}") for q in (0.5, 0.95)),
+            unit=units.BytesSI,
+            width=12,
         ),
     ]
 
@@ -481,6 +555,7 @@ def bandwidth() -> Panels:
             "Bytes that each decoder reads in each stage, over the time range shown. The largest number of a row is "
             "what to save next.",
             f"{by_stage} / on (decoder) group_left {bytes_shown}",
+            column="stage",
             unit=units.BytesSI,
         ),
         matrix(
@@ -495,6 +570,7 @@ def bandwidth() -> Panels:
                 "stage",
                 window=SHOWN,
             ),
+            column="stage",
             unit=units.PercentUnit,
         ),
     ]

@@ -185,9 +185,9 @@ def grid(
     )
 
 
-def matrix(id: int, title: str, description: str, expr: str, *, unit: str) -> table.Panel:
-    """Decoders by stages."""
-    cells = {"rowField": "decoder", "columnField": "stage", "valueField": "Value"}
+def matrix(id: int, title: str, description: str, expr: str, *, column: str, unit: str) -> table.Panel:
+    """Decoders by the values of the label `column`."""
+    cells = {"rowField": "decoder", "columnField": column, "valueField": "Value"}
     return grid(id, title, description, expr, "groupingToMatrix", cells).unit(unit)
 
 

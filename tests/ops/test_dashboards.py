@@ -17,6 +17,7 @@ import yaml
 
 from deploy import dashboards, panels
 from deploy.preview import Preview, fill
+from server.metrics import OUTCOMES, REASONS
 from tests.ops.prometheus import SHIPPED, Prometheus, running_prometheus
 from tests.serving import ROOT, RunningServer, running_server
 
@@ -34,8 +35,9 @@ METRICS_DOC = (ROOT / "docs" / "metrics.md").read_text()
 
 NO_DATA = {("Memory", "C"): "the GPU's memory: there is no GPU here"}
 """Queries, by panel and letter, that give nothing in this test."""
-UNDRAFTED = {"Acceptance": {"blt", "auto"}}
-"""Decoders that may have no number on a panel: blt drafts nothing, nor does auto where that does not pay."""
+UNDRAFTED = {"Acceptance": {"blt", "auto"}, "Drafts that stand, by position": {"blt", "blt-d", "auto"}}
+"""Decoders that may have no number on a panel: blt drafts nothing, nor does auto where that does not pay, and blt-d
+does not verify."""
 
 
 class Query(NamedTuple):
@@ -70,7 +72,7 @@ class Stack(NamedTuple):
 
 @contextmanager
 def load(url: str) -> Iterator[None]:
-    """A client per decoder that asks for one completion after the other."""
+    """A client per decoder that asks for one completion after the other, and one whose requests are refused."""
     done = threading.Event()
     failures: list[str] = []
 
@@ -83,7 +85,14 @@ def load(url: str) -> Iterator[None]:
                     failures.append(response.text)
                     return
 
+    def wrong() -> None:
+        with httpx.Client(base_url=url, timeout=60) as http:
+            while not done.wait(0.2):
+                for body in ({"model": "nano", "n": 0}, {"model": "none"}):
+                    assert http.post("/v1/completions", json=body).is_client_error
+
     threads = [threading.Thread(target=client, args=[decoder]) for decoder in panels.DECODERS]
+    threads.append(threading.Thread(target=wrong))
     for thread in threads:
         thread.start()
     try:
@@ -147,6 +156,10 @@ def test_every_dashboard_query_has_data_for_all_its_label_values(query: Query, s
         "decoder": set(panels.DECODERS) - UNDRAFTED.get(query.panel["title"], set()),
         "stage": set(panels.STAGES) - ({"patcher"} if "estimated" in query.expr else set()),
         "pool": set(panels.POOLS),
+        "position": set("01234567"),
+        "finish_reason": set(REASONS),
+        "outcome": set(OUTCOMES),
+        "reason": {"invalid_value", "model_not_found"},
         "instance": {stack.instance},
     }
     shown = labels_of(query)
@@ -232,6 +245,11 @@ def test_the_committed_dashboard_equals_the_generated_one() -> None:
     assert dashboards.PATH.read_text() == dashboards.render(), "run python -m deploy.dashboards"
 
 
+def test_every_end_and_outcome_has_its_own_colour() -> None:
+    for colours, names in ((dashboards.ENDS, REASONS), (dashboards.OUTCOMES, OUTCOMES)):
+        assert {*colours} == {*names} and len({*colours.values()}) == len(names)
+
+
 def test_panels_have_a_unique_id_a_description_and_a_position() -> None:
     ids = [panel["id"] for panel in BOARD["panels"]]
     assert len(set(ids)) == len(ids)
@@ -254,7 +272,8 @@ def test_metrics_and_labels_in_queries_are_documented() -> None:
     grouped = re.findall(r"\b(?:by|on|ignoring|without|group_left|group_right) ?\(([\w, ]*)\)", everything)
     labels = set(re.findall(r"\w+", " ".join(grouped))) | set(re.findall(r"(\w+)(?:=|!=|=~|!~)\"", everything))
     assert labels - documented == {"job", "instance", "le"}
-    metrics = {name.removesuffix("_bucket") for name in re.findall(r"(?<![\w:])fastblt_\w+", everything)}
+    named = re.findall(r"(?<![\w:])fastblt_\w+", everything)
+    metrics = {re.sub("_(bucket|sum|count)$", "", name) for name in named}
     assert metrics and metrics <= {name for name, _ in rows}
     assert set(re.findall(r"\w+:\w+:\w+", everything)) <= set(RECORDED)
 
