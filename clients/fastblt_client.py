@@ -11,7 +11,9 @@
 import asyncio
 import base64
 import json
+import os
 import random
+import ssl
 import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -94,14 +96,33 @@ def retry_delay(attempt: int, retry_after: str) -> float:
     return min(seconds, LONGEST_WAIT) * random.uniform(1.0, 1.25)
 
 
+def trusting(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
+    """For HTTPS: trusts the certificates in this file (PEM) and no others; None trusts the system's. Raises
+    ValueError."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError:
+        raise ValueError(f"ca_file: {ca_file} must hold certificates in PEM") from None
+    except OSError as error:
+        raise ValueError(f"ca_file: {ca_file}: {error.strerror or error}") from None
+
+
+def is_untrusted(error: httpx.TransportError) -> bool:
+    """Whether the server's certificate was refused; another try would not help."""
+    return "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
 class _Base:
-    def __init__(self, url: str, api_key: str | None, timeout: float | None, retries: int) -> None:
+    def __init__(
+        self, url: str, api_key: str | None, timeout: float | None, retries: int, ca_file: str | os.PathLike[str] | None
+    ) -> None:
         self._retries = retries
         self._options: dict[str, Any] = {
             "base_url": url.rstrip("/").removesuffix("/v1"),
             "headers": {"authorization": f"Bearer {api_key}"} if api_key else {},
             # Bytes may take long to arrive; connecting may not.
             "timeout": httpx.Timeout(timeout, connect=10.0),
+            "verify": trusting(ca_file) if ca_file else True,
         }
 
     def _wait(self, attempt: int, response: httpx.Response | None) -> float | None:
@@ -113,13 +134,14 @@ class _Base:
 
 class Client(_Base):
     """Blocking. `timeout`: seconds without any byte from the server, None waits for ever. `retries`: further tries
-    after 429, 503 or a failed connection; nothing is retried once an answer has begun."""
+    after 429, 503 or a failed connection; nothing is retried once an answer has begun. `ca_file`: certificates (PEM) to
+    trust instead of the system's, for HTTPS; ValueError if it cannot be used."""
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", *, api_key: str | None = None, timeout: float | None = 120.0,
-        retries: int = 3,
+        retries: int = 3, ca_file: str | os.PathLike[str] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(url, api_key, timeout, retries)
+        super().__init__(url, api_key, timeout, retries, ca_file)
         self._http = httpx.Client(**self._options)
 
     def __enter__(self) -> Self:
@@ -183,6 +205,8 @@ class Client(_Base):
                     response.close()
                 failure: Exception = _api_error(response)
             except httpx.ConnectError as error:
+                if is_untrusted(error):
+                    raise
                 failure = error
             wait = self._wait(attempt, response)
             if wait is None:
@@ -196,9 +220,9 @@ class AsyncClient(_Base):
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", *, api_key: str | None = None, timeout: float | None = 120.0,
-        retries: int = 3,
+        retries: int = 3, ca_file: str | os.PathLike[str] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(url, api_key, timeout, retries)
+        super().__init__(url, api_key, timeout, retries, ca_file)
         self._http = httpx.AsyncClient(**self._options)
 
     async def __aenter__(self) -> Self:
@@ -265,6 +289,8 @@ class AsyncClient(_Base):
                     await response.aclose()
                 failure: Exception = _api_error(response)
             except httpx.ConnectError as error:
+                if is_untrusted(error):
+                    raise
                 failure = error
             wait = self._wait(attempt, response)
             if wait is None:

@@ -84,6 +84,14 @@ Context = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Url = Annotated[str, typer.Option(help="Address of the server.", envvar="FASTBLT_URL", show_envvar=True)]
 ApiKey = Annotated[str | None, typer.Option(help="API key to send.", envvar="FASTBLT_API_KEY", show_envvar=True)]
+CaFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="For HTTPS: file with certificates (PEM) to trust instead of the system's.",
+        envvar="FASTBLT_CA_FILE",
+        show_envvar=True,
+    ),
+]
 LOCAL = "http://127.0.0.1:8000"
 
 
@@ -141,13 +149,14 @@ def client(
         list[str] | None, typer.Option(help="Stop before this text; may be given up to four times.")
     ] = None,
     api_key: ApiKey = None,
+    ca_file: CaFile = None,
 ) -> None:
     """Stream completions from a running server to the terminal. Ctrl-C ends the stream, Ctrl-D the program."""
     from clients.fastblt_client import Client, FastBltError
     from clients.terminal import run
 
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or None}
-    with failing_on(FastBltError), Client(url, api_key=api_key) as connection:
+    with failing_on(FastBltError, ValueError), Client(url, api_key=api_key, ca_file=ca_file) as connection:
         run(connection, prompt or [], model, options)
 
 
@@ -162,6 +171,7 @@ def batch(
     ],
     url: Url = LOCAL,
     api_key: ApiKey = None,
+    ca_file: CaFile = None,
     concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests at a time.")] = 16,
     retries: Annotated[
         int,
@@ -184,7 +194,7 @@ def batch(
     counts = Counts()
     try:
         with failing_on(BatchError, ValueError, OSError):
-            run(source, target, Settings(url, api_key, concurrency, retries, timeout), counts)
+            run(source, target, Settings(url, api_key, concurrency, retries, timeout, ca_file), counts)
     finally:
         if counts.done:
             rest = "" if counts.total in (None, counts.done) else "; run the same command again to continue"
@@ -197,6 +207,7 @@ def batch(
 def load(
     url: Url = LOCAL,
     api_key: ApiKey = None,
+    ca_file: CaFile = None,
     model: Annotated[str | None, typer.Option(help="Model to ask for.", show_default="the server's first")] = None,
     rate: Annotated[
         str | None,
@@ -297,6 +308,7 @@ def load(
         timeout,
         Limits(first_byte_limit, gap_limit, latency_limit),
         records,
+        ca_file,
     )
     with failing_on(FastBltError, ValueError, OSError):
         result = session.load(settings)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import httpx
 
 from ..address import base_url
-from ..fastblt_client import RETRIED, retry_delay
+from ..fastblt_client import RETRIED, is_untrusted, retry_delay, trusting
 from ..progress import Progress
 from .index import Index
 from .requests import PATH, Answered, Refused, Request, count_lines, pending
@@ -27,13 +27,15 @@ UNAUTHORISED = (401, 403)
 
 
 class Settings(NamedTuple):
-    """concurrency: requests at a time. retries: further tries of a request. timeout: seconds without any byte."""
+    """concurrency: requests at a time. retries: further tries of a request. timeout: seconds without any byte.
+    ca_file: certificates to trust instead of the system's."""
 
     url: str
     api_key: str | None = None
     concurrency: int = 16
     retries: int = 10
     timeout: float = 600.0
+    ca_file: Path | None = None
 
 
 @dataclass(slots=True)
@@ -99,11 +101,13 @@ class _Batch:
         key = self._settings.api_key
         queue: asyncio.Queue[Item] = asyncio.Queue(self._settings.concurrency)
         _start_reader(file, index, queue)
+        ca_file = self._settings.ca_file
         async with httpx.AsyncClient(
             base_url=base_url(self._settings.url),
             headers={"authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(self._settings.timeout, connect=10.0),
             limits=limits,
+            verify=trusting(ca_file) if ca_file else True,
         ) as http:
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -140,7 +144,10 @@ class _Batch:
             try:
                 response = await http.post(PATH, json=request.body)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                last: BatchError | dict[str, Any] = BatchError(f"no connection to {self._settings.url}: {error}")
+                unreachable = BatchError(f"no connection to {self._settings.url}: {error}")
+                if is_untrusted(error):
+                    raise unreachable from None
+                last: BatchError | dict[str, Any] = unreachable
             except httpx.TimeoutException:
                 message = f"no byte came for {self._settings.timeout:g} s (--timeout)"
                 return failure(request.custom_id, "timeout", message)

@@ -5,13 +5,15 @@ server's. Here the clock is read when the event loop hands over what it has read
 """
 
 import asyncio
-import ssl
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
+
+from ..fastblt_client import trusting
 
 CONNECT_SECONDS = 10.0
 MOST_ERROR_BYTES = 1 << 16
@@ -113,11 +115,14 @@ class _Connection(asyncio.Protocol):
 class Pool:
     """Connections to one server, kept open between requests."""
 
-    def __init__(self, base_url: str, path: str, api_key: str | None, timeout: float) -> None:
-        """timeout: seconds without any byte."""
+    def __init__(
+        self, base_url: str, path: str, api_key: str | None, timeout: float, ca_file: Path | None = None
+    ) -> None:
+        """timeout: seconds without any byte. ca_file: certificates to trust instead of the system's. Raises
+        ValueError."""
         where = urlsplit(base_url)
         self._host = where.hostname or ""
-        self._tls = ssl.create_default_context() if where.scheme == "https" else None
+        self._tls = trusting(ca_file) if where.scheme == "https" else None
         self._port = where.port or (443 if self._tls else 80)
         self._timeout = timeout
         self._idle: dict[_Connection, None] = {}

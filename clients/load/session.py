@@ -24,7 +24,8 @@ PATH = "/v1/completions"
 
 
 class Settings(NamedTuple):
-    """files: of prompts. fields: of every body. records: a file that gets one JSON object a request."""
+    """files: of prompts. fields: of every body. records: a file that gets one JSON object a request. ca_file:
+    certificates to trust instead of the system's."""
 
     url: str
     api_key: str | None
@@ -39,6 +40,7 @@ class Settings(NamedTuple):
     timeout: float
     limits: Limits
     records: Path | None = None
+    ca_file: Path | None = None
 
 
 class Result(NamedTuple):
@@ -64,7 +66,7 @@ def load(settings: Settings) -> Result:
     texts = Texts(settings.files, settings.prompt_bytes)
     model = settings.model
     if model is None:
-        with Client(address, api_key=settings.api_key, retries=0) as client:
+        with Client(address, api_key=settings.api_key, retries=0, ca_file=settings.ca_file) as client:
             model = client.models()[0]
     fields = {"model": model, **settings.fields}
     workload = Workload(texts, settings.max_tokens, settings.decoders, fields, settings.seed)
@@ -90,7 +92,7 @@ def load(settings: Settings) -> Result:
 
 
 async def _all(settings: Settings, address: str, workload: Workload, file: BinaryIO | None) -> list[Run]:
-    pool = Pool(address, PATH, settings.api_key, settings.timeout)
+    pool = Pool(address, PATH, settings.api_key, settings.timeout, settings.ca_file)
     runs: list[Run] = []
     try:
         for plan in settings.plans:
