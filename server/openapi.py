@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from .errors import ErrorBody
+from .links import LINKS
 from .schemas import CompletionRequest
 from .token_schemas import DetokenizeRequest, TokenizeRequest
 
@@ -33,8 +34,8 @@ COMPLETION_ANSWERS = BODY_ERRORS | errors(503) | {200: {"content": {"text/event-
 
 
 class Application(FastAPI):
-    """Puts the request's schemas among the components, where tools expect them, and drops the 422 that no route
-    returns."""
+    """Puts the request's schemas among the components, where tools expect them, adds links, and drops the 422 that no
+    route returns."""
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:
@@ -43,9 +44,11 @@ class Application(FastAPI):
             for model in BODIES:
                 body = model.model_json_schema(ref_template=REF)
                 schemas |= {model.__name__: body} | body.pop("$defs", {})
-            for operations in schema["paths"].values():
+            for path, operations in schema["paths"].items():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
+                    if path in LINKS:
+                        operation["responses"]["200"]["links"] = LINKS[path]
             for unused in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(unused, None)
         assert self.openapi_schema

@@ -9,7 +9,7 @@ from tests.serving import RunningServer
 from .environments import installed
 from .running import RECIPE, RECIPES, run_recipe, texts
 
-ELSEWHERE = {"ai-sdk", "autocannon", "guidellm", "lm-eval"}
+ELSEWHERE = {"ai-sdk", "autocannon", "guidellm", "lm-eval", "schemathesis"}
 """They send something else or print a report, and are run in the files of these programs."""
 
 

@@ -6,7 +6,7 @@ import httpx
 
 from server.neutral import NEUTRAL
 from server.schemas import CompletionRequest
-from tests.scripted_server import ScriptedClient, serving
+from tests.scripted_server import ScriptedClient, body, serving
 
 
 def refs(of: Any) -> list[str]:
@@ -47,6 +47,42 @@ async def test_openapi_json_describes_requests_and_responses_of_each_route() -> 
     for path, operations in document["paths"].items():
         ids = [operation["operationId"] for operation in operations.values()]
         assert len(ids) == len(set(ids)), path
+
+
+async def test_every_link_leads_from_an_answer_to_another() -> None:
+    asked = {"/v1/completions": body("x"), "/tokenize": {"prompt": "naïve"}, "/detokenize": {"tokens": [101, 102]}}
+    told: dict[tuple[str, str], Any] = {}
+    async with serving(ScriptedClient()) as http:
+        document = (await http.get("/openapi.json")).json()
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                links = operation["responses"]["200"].get("links", {})
+                answer = (await http.request(method, path, json=asked.get(path))).json() if links else None
+                for name, link in links.items():
+                    pointer, next_method = link["operationRef"].removeprefix("#/paths/").rsplit("/", 1)
+                    target = pointer.replace("~1", "/")
+                    assert next_method in document["paths"][target]
+                    filled = expand(link.get("parameters", {}), answer)
+                    following = await http.request(
+                        next_method, target.format(**filled), json=expand(link.get("requestBody"), answer)
+                    )
+                    assert following.status_code == 200, (path, name, following.text)
+                    told[path, name] = following.json()
+    assert told["/v1/models", "model"]["id"] == told["/v1/completions", "model"]["id"] == "scripted"
+    # The ids of a text begin with that of <s>.
+    assert told["/tokenize", "text"]["prompt"] == "<s>naïve" and told["/detokenize", "tokens"]["tokens"] == [101, 102]
+    assert len(told) == 6
+
+
+def expand(value: Any, answer: Any) -> Any:
+    """With OpenAPI's expressions replaced by these parts of an answer."""
+    if isinstance(value, dict):
+        return {name: expand(part, answer) for name, part in value.items()}
+    if not isinstance(value, str) or not value.startswith("$"):
+        return value
+    for part in value.removeprefix("$response.body#/").split("/"):
+        answer = answer[int(part) if isinstance(answer, list) else part]
+    return answer
 
 
 async def test_the_models_route_reports_maximum_length_and_decoders() -> None:
