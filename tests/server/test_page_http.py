@@ -2,12 +2,12 @@
 
 import re
 
-import httpx
 import pytest
 
 from engine.decoders import DECODERS
 from server.ui import FOLDER, decoder_table
-from tests.serving import RunningServer, StartServer
+from tests.scripted_server import ScriptedClient, serving
+from tests.serving import RunningServer
 
 FILES = sorted(path.name for path in FOLDER.iterdir())
 GENERATED = {"table.js": decoder_table(DECODERS)}
@@ -48,11 +48,10 @@ def test_page_files_reference_only_each_other() -> None:
     assert named == {*FILES, *GENERATED} - {"index.html"}
 
 
-def test_the_page_needs_no_api_key_and_can_be_switched_off(start_server: StartServer) -> None:
-    closed = start_server("--api-keys", "a-secret-of-the-test")
-    assert httpx.get(f"{closed.url}/").status_code == 200
-    assert httpx.get(f"{closed.url}/page/main.js").status_code == 200
-    assert httpx.get(f"{closed.url}/version").status_code == 401
-    without = start_server("--no-page")
-    for path in ("/", "/page/main.js"):
-        assert httpx.get(without.url + path).json()["error"]["code"] == "unknown_url"
+async def test_the_page_needs_no_api_key_and_can_be_switched_off() -> None:
+    async with serving(ScriptedClient(), keys=(b"a-secret-of-the-test",)) as closed:
+        statuses = [(await closed.get(path)).status_code for path in ("/", "/page/main.js", "/version")]
+    assert statuses == [200, 200, 401]
+    async with serving(ScriptedClient(), page=False) as without:
+        for path in ("/", "/page/main.js"):
+            assert (await without.get(path)).json()["error"]["code"] == "unknown_url"

@@ -20,7 +20,7 @@ KEYS = [b"", b"one", b"two"]
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def keyed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     log = tmp_path_factory.mktemp("salt") / "log"
     with running_server(tiny_model, log, "--api-keys", ONE, "--api-keys", TWO) as running:
         yield running
@@ -42,45 +42,45 @@ def secret(name: str) -> str:
     return f"{name}: {'a secret ' * BLOCK}"[: 2 * BLOCK + 5]
 
 
-def test_the_guess_of_another_keys_prompt_finds_nothing(server: RunningServer) -> None:
+def test_the_guess_of_another_keys_prompt_finds_nothing(keyed: RunningServer) -> None:
     prompt = secret("guess")
-    first, _, cold = ask(server, ONE, prompt)
-    guess, _, known = ask(server, TWO, prompt)
-    again, _, own = ask(server, ONE, prompt)
+    first, _, cold = ask(keyed, ONE, prompt)
+    guess, _, known = ask(keyed, TWO, prompt)
+    again, _, own = ask(keyed, ONE, prompt)
     assert (cold, known, own) == (0, 0, 2 * BLOCK)
     assert first == guess == again
 
 
-def test_a_cache_salt_shares_only_within_its_key(server: RunningServer) -> None:
+def test_a_cache_salt_shares_only_within_its_key(keyed: RunningServer) -> None:
     prompt = secret("salted")
     ways = [(key, fields) for key in (ONE, TWO) for fields in ({}, {"cache_salt": "a"}, {"cache_salt": "b"})]
-    assert [ask(server, key, prompt, **fields)[2] for key, fields in ways] == [0] * 6
-    assert [ask(server, key, prompt, **fields)[2] for key, fields in ways] == [2 * BLOCK] * 6
-    assert ask(server, ONE, prompt, cache_salt=None)[2] == 2 * BLOCK
+    assert [ask(keyed, key, prompt, **fields)[2] for key, fields in ways] == [0] * 6
+    assert [ask(keyed, key, prompt, **fields)[2] for key, fields in ways] == [2 * BLOCK] * 6
+    assert ask(keyed, ONE, prompt, cache_salt=None)[2] == 2 * BLOCK
 
 
-def test_samples_of_a_request_share_under_its_salt(server: RunningServer) -> None:
+def test_samples_of_a_request_share_under_its_salt(keyed: RunningServer) -> None:
     fields = {"cache_salt": "s", "n": 2, "echo": True, "logprobs": 0}
-    before = server.metrics("fastblt_prompt_cached_bytes_total")
-    ask(server, ONE, secret("samples"), **fields)
-    after = server.metrics("fastblt_prompt_cached_bytes_total")
+    before = keyed.metrics("fastblt_prompt_cached_bytes_total")
+    ask(keyed, ONE, secret("samples"), **fields)
+    after = keyed.metrics("fastblt_prompt_cached_bytes_total")
     # The second waits for the first, which scores the prompt.
     assert sum(after.values()) - sum(before.values()) == 2 * BLOCK
 
 
-def test_metrics_count_what_answers_tell(server: RunningServer) -> None:
+def test_metrics_count_what_answers_tell(keyed: RunningServer) -> None:
     def counters() -> list[float]:
-        return [sum(server.metrics(f"fastblt_prompt_{name}_total").values()) for name in ("cached_bytes", "bytes")]
+        return [sum(keyed.metrics(f"fastblt_prompt_{name}_total").values()) for name in ("cached_bytes", "bytes")]
 
     before, told = counters(), []
     for key in (ONE, TWO, ONE, TWO):
-        told.append(ask(server, key, secret("metrics"))[1:])
+        told.append(ask(keyed, key, secret("metrics"))[1:])
     cached, computed = (after - first for after, first in zip(counters(), before, strict=True))
     assert cached == sum(found for _, found in told) == 2 * 2 * BLOCK
     assert cached + computed == sum(length for length, _ in told)
 
 
-def test_a_request_keeps_its_salt_when_the_engine_restarts(server: RunningServer) -> None:
+def test_a_request_keeps_its_salt_when_the_engine_restarts(keyed: RunningServer) -> None:
     prompt = secret("restart")
     body = {
         "model": "tiny",
@@ -91,32 +91,31 @@ def test_a_request_keeps_its_salt_when_the_engine_restarts(server: RunningServer
         "stream": True,
     }
     with (
-        server.client(headers={"authorization": f"Bearer {ONE}"}) as http,
+        keyed.client(headers={"authorization": f"Bearer {ONE}"}) as http,
         http.stream("POST", "/v1/completions", json=body) as response,
     ):
         events = response.iter_lines()
         next(events)
-        subprocess.run(["pkill", "-KILL", "-P", str(server.process.pid)], check=True)
+        subprocess.run(["pkill", "-KILL", "-P", str(keyed.process.pid)], check=True)
         assert [event for event in events if event][-1] == "data: [DONE]"
-    assert sum(server.metrics("fastblt_engine_restarts_total").values()) == 1
-    assert ask(server, TWO, prompt)[2] == 0
-    assert ask(server, ONE, prompt)[2] == 2 * BLOCK
+    assert sum(keyed.metrics("fastblt_engine_restarts_total").values()) == 1
+    assert ask(keyed, TWO, prompt)[2] == 0
+    assert ask(keyed, ONE, prompt)[2] == 2 * BLOCK
 
 
 @pytest.mark.parametrize("value", ["", "x" * (MAX_SALT + 1), 5, ["a"], True])
-def test_a_wrong_cache_salt_is_refused_by_name(server: RunningServer, value: object) -> None:
-    with server.client(headers={"authorization": f"Bearer {ONE}"}) as http:
+def test_a_wrong_cache_salt_is_refused_by_name(keyed: RunningServer, value: object) -> None:
+    with keyed.client(headers={"authorization": f"Bearer {ONE}"}) as http:
         response = http.post("/v1/completions", json={"prompt": "a", "cache_salt": value})
     error = response.json()["error"]
     assert (response.status_code, error["param"], error["code"]) == (400, "cache_salt", "invalid_value")
     assert f"cache_salt: must be a string of 1 to {MAX_SALT} characters, not " in error["message"]
 
 
-def test_an_open_server_has_one_salt_and_those_that_requests_give(tiny_model: Path, tmp_path: Path) -> None:
-    with running_server(tiny_model, tmp_path / "log") as running:
-        prompt = secret("open")
-        assert [ask(running, key, prompt)[2] for key in (ONE, TWO)] == [0, 2 * BLOCK]
-        assert [ask(running, key, prompt, cache_salt="a")[2] for key in (ONE, TWO)] == [0, 2 * BLOCK]
+def test_an_open_server_has_one_salt_and_those_that_requests_give(server: RunningServer) -> None:
+    prompt = secret("open")
+    assert [ask(server, key, prompt)[2] for key in (ONE, TWO)] == [0, 2 * BLOCK]
+    assert [ask(server, key, prompt, cache_salt="a")[2] for key in (ONE, TWO)] == [0, 2 * BLOCK]
 
 
 GIVEN = st.none() | st.text(min_size=1, max_size=20)
