@@ -260,11 +260,10 @@ def test_an_example_prints_what_the_documentation_shows(example: Example, nano_s
     example.check(example.run(nano_server.url.removeprefix("http://")))
 
 
-def test_documented_metrics_are_exactly_those_exposed(tiny_server: str) -> None:
-    import httpx
-
-    httpx.get(f"{tiny_server}/version")
-    exposed = httpx.get(f"{tiny_server}/metrics").text
+def test_documented_metrics_are_exactly_those_exposed(nano_server: RunningServer) -> None:
+    with nano_server.client() as http:
+        http.get("/version")
+        exposed = http.get("/metrics").text
     documented = re.findall(r"^\| `(fastblt_\w+)` \| (\w+)", DOCS["metrics.md"], re.M)
     assert set(re.findall(r"^# TYPE (fastblt_\w+) (\w+)", exposed, re.M)) == set(documented)
 

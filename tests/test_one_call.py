@@ -96,14 +96,26 @@ def test_one_call_gives_what_the_stages_give_one_by_one(model: Path, data: st.Da
         assert bill(found[name]) == bill(out), name
 
 
+CROWD = {"max_length": 128, "max_sequences": 40}
+
+
+def crowd() -> list[Request]:
+    return [request(str(n), text(20 + n % 30, n), 60) for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def crowds_ids(model: Path) -> dict[str, list[int]]:
+    """By the stages one by one."""
+    return {name: out.ids for name, out in run(stages_apart(crowded_engine(model, **CROWD)), crowd()).items()}
+
+
 @pytest.mark.parametrize("policy", ["always", "measured", "never"])
-def test_one_call_gives_the_same_with_little_memory(model: Path, policy: Policy) -> None:
-    made = {"max_length": 128, "max_sequences": 40}
-    asked = [request(str(n), text(20 + n % 30, n), 60) for n in range(40)]
-    engine = crowded_engine(model, **made)
+def test_one_call_gives_the_same_with_little_memory(
+    model: Path, policy: Policy, crowds_ids: dict[str, list[int]]
+) -> None:
+    engine = crowded_engine(model, **CROWD)
     engine.stepper.ahead.policy = policy
-    found, wanted = run(engine, asked), run(stages_apart(crowded_engine(model, **made)), asked)
-    assert {name: out.ids for name, out in found.items()} == {name: out.ids for name, out in wanted.items()}
+    assert {name: out.ids for name, out in run(engine, crowd()).items()} == crowds_ids
     assert engine.snapshot().preemptions
 
 
