@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from typer.testing import CliRunner
 
 # As `server.cli` does, and for the same reason: tests share their machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -31,8 +32,12 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the preset "tiny", float32, seed 0."""
+    # What this imports may read the variables above.
+    from server.cli import app
+
     out = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    subprocess.run([*COMMAND, "init", "--config", "tiny", "--dtype", "float32", out], check=True, cwd=ROOT)
+    done = CliRunner().invoke(app, ["init", "--config", "tiny", "--dtype", "float32", str(out)])
+    assert done.exit_code == 0, done.output
     return out
 
 

@@ -136,8 +136,8 @@ def test_generate_streams_raw_bytes(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt").write_bytes(b"\xff\x00\n")
     flags = ["--model", tiny, "--max-tokens", "20", "--prompt-file"]
     raw = run("generate", *flags, tmp_path / "prompt")
-    piped = json.loads(run("generate", *flags, "-", "--json", stdin=b"\xff\x00\n"))
-    assert raw and raw.hex() == piped["bytes"]
+    piped = runner.invoke(app, ["generate", *map(str, flags), "-", "--json"], input=b"\xff\x00\n")
+    assert raw and raw.hex() == json.loads(piped.stdout)["bytes"]
 
 
 def test_generate_stops_before_a_stop_string(tiny: Path) -> None:

@@ -208,13 +208,15 @@ def check(models: Models, rule: str, reads: str, patches: int, most_bytes: int, 
             assert all(x == y for x, y in zip(one.ids, other.ids, strict=False))
 
 
-@settings(max_examples=40)
-@given(choices=SETTINGS, crowded=st.booleans(), data=st.data(), **MODELS)
-def test_running_ahead_changes_neither_text_nor_usage(
-    models: Models, reads: str, choices: dict[str, Any], data: st.DataObject, **how: Any
-) -> None:
-    asked = data.draw(lists(WAYS if reads == "embedding" else WAYS[:3]))
-    check(models, reads=reads, asked=asked, **how, **choices)
+@pytest.mark.parametrize("examples", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_running_ahead_changes_neither_text_nor_usage(models: Models, examples: int) -> None:
+    @settings(max_examples=examples)
+    @given(choices=SETTINGS, crowded=st.booleans(), data=st.data(), **MODELS)
+    def holds(reads: str, choices: dict[str, Any], data: st.DataObject, **how: Any) -> None:
+        asked = data.draw(lists(WAYS if reads == "embedding" else WAYS[:3]))
+        check(models, reads=reads, asked=asked, **how, **choices)
+
+    holds()
 
 
 @pytest.mark.slow
