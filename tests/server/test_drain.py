@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,8 +12,10 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from server.app import create_app
+from server.cli import app as cli
 from server.http import bind
 from server.lifecycle import HttpServer
 from server.settings import ServerSettings
@@ -114,12 +115,13 @@ async def test_the_second_of_two_servers_on_one_port_reports_why_it_ends() -> No
         (["--ssl-certfile", "keys", "--ssl-keyfile", "keys"], "--ssl-certfile keys and --ssl-keyfile keys: "),
     ],
 )
-def test_wrong_settings_are_refused_before_the_model_is_loaded(tmp_path: Path, flags: list[str], why: str) -> None:
+def test_wrong_settings_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, flags: list[str], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "keys").write_text("sk-1 # alice\n")
-    command = [sys.executable, "-m", "server", "serve", "--model", "nothing", *flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment)
-    assert ended.returncode in (1, 2) and why in " ".join(ended.stderr.split())
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(cli, ["serve", "--model", "nothing", *flags])
+    assert ended.exit_code in (1, 2) and not ended.stdout and why in " ".join(ended.stderr.split())
     assert "nothing" not in ended.stderr and "sk-1" not in ended.stderr and "Traceback" not in ended.stderr
 
 
