@@ -17,6 +17,7 @@ from engine.decoders import DECODERS
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 60
+API_KEYS = ("the-key-of-client-one", "the-key-of-client-two")
 TINY_NAMES = ["tiny", *(f"tiny:{decoder}" for decoder in DECODERS)]
 """What a server offers of the preset."""
 

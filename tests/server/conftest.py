@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoint import PRESETS, calibrated, random_tensors, save
-from tests.serving import RunningServer, StartServer, running_server
+from tests.serving import API_KEYS, RunningServer, StartServer, running_server
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with running_server(tiny_model, tmp_path_factory.mktemp("server") / "log") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def keyed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """It has the two API keys."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTBLT_API_KEYS", ",".join(API_KEYS))
+        with running_server(tiny_model, tmp_path_factory.mktemp("keyed") / "log") as running:
+            # No process that starts later has them.
+            patch.undo()
+            yield running
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.serving import TINY_NAMES, RunningServer, StartServer
+from tests.serving import API_KEYS, TINY_NAMES, RunningServer
 
 
 @pytest.fixture(scope="module")
@@ -80,22 +80,20 @@ def test_the_openai_client_raises_its_own_error_types(api: openai.OpenAI) -> Non
     assert bad.value.param == "max_tokens"
 
 
-def test_the_openai_client_needs_a_valid_api_key(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTBLT_API_KEYS", "key-1-of-this-test,key-2-of-this-test")
-    running = start_server()
-    (engine,) = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
+def test_the_openai_client_needs_a_valid_api_key(keyed: RunningServer) -> None:
+    (engine,) = Path(f"/proc/{keyed.process.pid}/task/{keyed.process.pid}/children").read_text().split()
     inherited = Path(f"/proc/{engine}/environ").read_bytes()
-    assert b"PYTHONPATH=" in inherited and b"FASTBLT" not in inherited and b"key-1" not in inherited
-    for key, valid in (("key-1-of-this-test", True), ("key-2-of-this-test", True), ("key-", False), ("#", False)):
-        with openai.OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0) as client:
+    assert b"PYTHONPATH=" in inherited and b"FASTBLT" not in inherited and b"the-key" not in inherited
+    for key, valid in (*((key, True) for key in API_KEYS), ("the-key-", False), ("#", False)):
+        with openai.OpenAI(base_url=f"{keyed.url}/v1", api_key=key, max_retries=0) as client:
             if valid:
                 assert client.models.list().data
             else:
                 with pytest.raises(openai.AuthenticationError) as refused:
                     client.models.list()
                 assert refused.value.code == "invalid_api_key"
-    with running.client() as http:
+    with keyed.client() as http:
         assert [http.get(path).status_code for path in ("/health/live", "/health/ready", "/metrics")] == [200] * 3
         assert http.get("/version").status_code == http.get("/openapi.json").status_code == 401
-    assert "key-" not in running.log.read_text()
-    assert " 2 API keys\n" in running.log.read_text()
+    assert "the-key" not in keyed.log.read_text()
+    assert " 2 API keys\n" in keyed.log.read_text()
