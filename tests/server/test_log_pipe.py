@@ -1,4 +1,4 @@
-"""A server whose log goes into a pipe that is never read: `fastblt serve 2>&1 | sleep 1000`."""
+"""A server that logs content, into a pipe that is read, and then no more: `fastblt serve 2>&1 | sleep 1000`."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,9 +23,9 @@ CONTENT_BYTES = 8 * 1000 * len(r"\u0000\\x00")
 message."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def piped(tiny_model: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A server and its address. Nobody has read its log since it told that."""
+    """A server and its address. Only tests read what its log says after that."""
     flags = ["--model", str(tiny_model), "--port", "0", "--num-threads", "1", "--cache-bytes", str(1 << 26)]
     logs = ["--log-format", "json", "--log-level", "debug", "--log-content"]
     with subprocess.Popen(
@@ -44,6 +45,27 @@ def say(http: httpx.Client, num_lines: int) -> None:
     for _ in range(num_lines):
         asked = {"model": "tiny", "prompt": ["\0" * 1000] * 8, "max_tokens": 1}
         assert http.post("/v1/completions", json=asked).status_code == 200
+
+
+def test_content_is_logged_when_log_content_is_set(piped: tuple[subprocess.Popen[bytes], str]) -> None:
+    process, url = piped
+    mark = "Zq7content"
+
+    def logged(request_id: str, **fields: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The line about the content of a request, and the answer."""
+        asked = {"model": "tiny", "ignore_eos": True, **fields}
+        answer = httpx.post(f"{url}/v1/completions", json=asked, headers={"x-request-id": request_id}, timeout=60)
+        assert process.stderr
+        while (line := json.loads(process.stderr.readline()))["logger"] != "fastblt.content":
+            pass
+        assert line["request_id"] == request_id
+        return line, answer.json()
+
+    short, answer = logged("r-short", prompt=f"{mark} ", max_tokens=8, seed=1)
+    assert (short["prompt_texts"], short["completion_texts"]) == ([f"{mark} "], [answer["choices"][0]["text"]])
+    long, _ = logged("r-long", prompt=[f"{mark}{'x' * 3000}"] * 9, max_tokens=1)
+    assert len(long["prompt_texts"]) == len(long["completion_texts"]) == 8
+    assert all(prompt == f"{mark}{'x' * (1000 - len(mark))}..." for prompt in long["prompt_texts"])
 
 
 def test_an_unread_log_pipe_blocks_neither_routes_nor_shutdown(piped: tuple[subprocess.Popen[bytes], str]) -> None:

@@ -263,18 +263,6 @@ def test_documented_log_fields_are_those_that_are_logged(entries: list[dict[str,
     assert documented == {name for entry in entries for name in entry} | elsewhere
 
 
-def test_content_is_logged_when_log_content_is_set(tiny_model: Path, tmp_path: Path) -> None:
-    flags = ["--log-format", "json", "--log-content"]
-    with running_server(tiny_model, tmp_path / "log", *flags) as server, server.client() as http:
-        text = ask(http, "r-short", seed=1).json()["choices"][0]["text"]
-        ask(http, "r-long", prompt=[f"{MARK}{'x' * 3000}"] * 9, max_tokens=1)
-    entries = [json.loads(line) for line in server.log.read_text().splitlines()]
-    short, long = (entry for entry in entries if entry["logger"] == "fastblt.content")
-    assert (short["request_id"], short["prompt_texts"], short["completion_texts"]) == ("r-short", [f"{MARK} "], [text])
-    assert len(long["prompt_texts"]) == len(long["completion_texts"]) == 8
-    assert all(prompt == f"{MARK}{'x' * (1000 - len(MARK))}..." for prompt in long["prompt_texts"])
-
-
 def test_a_server_that_cannot_start_logs_the_reason_in_the_chosen_format(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--log-format", "json"]
     ended = subprocess.run([*command, "--model", str(tmp_path / "none")], cwd=ROOT, capture_output=True, timeout=60)
