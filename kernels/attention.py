@@ -170,6 +170,9 @@ def _group(plan: AttentionPlan) -> tuple[tuple[_TileGroup, ...], Tensor]:
     for size, some in ((plan.small_tile, tiles[small]), (LARGE_TILE, tiles[~small])):
         if not len(some):
             continue
+        if len(some) * some[:, NUM_PAGES].max() == 1:
+            # A library may have another way for a batch of one.
+            some = np.concatenate([some, some])
         begin, count, at, first_page, num_pages = (column[:, None] for column in some.T)
         place = np.arange(size)
         rows = begin + np.minimum(place, count - 1)
@@ -203,11 +206,11 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: _TileGroup) -> T
 
     k = k_cache.index_select(0, pages).unflatten(0, group.pages.shape)
     v = v_cache.index_select(0, pages).unflatten(0, group.pages.shape)
-    scores = tiled @ k.transpose(-1, -2)
+    scores = products(tiled, k.transpose(-1, -2))
     scores = scores.float().unflatten(3, (shared, tile)).masked_fill(group.hidden, float("-inf")).flatten(3, 4)
     weights = (scores - scores.amax(dim=(1, 4), keepdim=True)).exp()
     total = _add_pages(weights.sum(-1))
-    out = _add_pages((weights.to(v.dtype) @ v).float())
+    out = _add_pages(products(weights.to(v.dtype), v).float())
     out = out / total.unsqueeze(-1)
     return (
         out.unflatten(2, (shared, tile))
@@ -215,6 +218,18 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: _TileGroup) -> T
         .reshape(num_tiles * tile, q.shape[1], head_dim)
         .to(q.dtype)
     )
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, whose bits must not depend on how many there are: a CPU's library chooses by that how to multiply
+    bfloat16."""
+    wide = product_dtype(a.dtype, a.device)
+    return (a.to(wide) @ b.to(wide)).to(a.dtype)
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which the torch twin multiplies."""
+    return torch.float32 if device.type == "cpu" else dtype
 
 
 def _add_pages(parts: Tensor) -> Tensor:

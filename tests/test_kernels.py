@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.attention import product_dtype, products
 from kernels.cross_attention import slot_attention
 from kernels.entropy import entropy
 from kernels.hash_embed import HashTables, hash_embed
-from kernels.linear import Matrix, linear, row_floor
+from kernels.linear import Matrix, batched_row_floor, linear, row_floor
 from kernels.norm import rms_norm
 from kernels.pooling import PageTable, patch_max
 from kernels.rope import apply_rope, rope_table
@@ -104,12 +105,29 @@ def test_linear_is_row_invariant_from_the_floor_on(out: int, width: int, dtype: 
         pytest.skip("this machine's matrix products have no floor; the engine warns about it")
     # One element off: a tensor in a mapped file is aligned to its element only.
     weight = randn(out * width + 1, dtype=dtype)[1:].view(out, width)
-    x = randn(300, width, seed=1, dtype=dtype)
+    x, half = randn(300, width, seed=1, dtype=dtype), width // 2
+    # Sums that almost cancel show every rounding, and so the order of summation.
+    x[:, -half:], weight[:, -half:] = -x[:, :half].flip(1), weight[:, :half].flip(1)
+    x[:, half : width - half] = 0
     expected = linear(x, Matrix(weight))
     for count in (floor, floor + 1, 19, 27, 40, 77, 100, 129, 200, 299):
         for start in (0, 1, 300 - count):
             rows = slice(start, start + count)
             assert torch.equal(linear(x[rows].contiguous(), Matrix(weight)), expected[rows]), (count, start)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "width"), [(16, 8), (8, 16), (64, 8), (8, 4)])
+@pytest.mark.usefixtures("one_and_two_threads")
+def test_products_of_attention_do_not_depend_on_how_many_there_are(out: int, width: int, dtype: torch.dtype) -> None:
+    floor = batched_row_floor([(out, width)], product_dtype(dtype, CPU), CPU)
+    assert floor is not None, "this machine's matrix products have no floor; the engine warns about it"
+    x, weight, half = randn(40, 32, width, dtype=dtype), randn(40, width, out, seed=1, dtype=dtype), width // 2
+    x[..., half:], weight[:, half:] = -x[..., :half].flip(2), weight[:, :half].flip(1)
+    expected = products(x, weight)
+    for rows in {floor, 17, 32}:
+        for count in (2, 3, 5, 8, 13, 39):
+            assert torch.equal(products(x[:count, :rows], weight[:count]), expected[:count, :rows]), (rows, count)
 
 
 def _slots(x: Tensor) -> Tensor:

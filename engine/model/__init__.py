@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.attention import product_dtype
 from kernels.dispatch import Kernels
 from kernels.linear import batched_row_floor, row_floor
 from kernels.native import CrossKv, Stack
@@ -115,5 +116,5 @@ def find_row_floors(model: Model, specs: dict[str, CacheSpec], dtype: torch.dtyp
     }
     tiles |= {(head_dim, page) for page, head_dim in tiles}
     rows = row_floor(model.linear_shapes, dtype, device)
-    tile = batched_row_floor(tiles, dtype, device)
+    tile = batched_row_floor(tiles, product_dtype(dtype, device), device)
     return RowFloors(rows=rows or 16, tile=tile or 4, proven=rows is not None and tile is not None)
