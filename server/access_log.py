@@ -114,7 +114,7 @@ def _completion_fields(generation: Generation) -> dict[str, Any]:
         "stream": plan.request.stream,
         "prompts": len(streams) // plan.samples,
         "sequences": len(streams),
-        "prompt_bytes": sum(len(request.prompt_ids) for request in plan.requests[:: plan.samples]),
+        "prompt_bytes": plan.prompt_bytes,
         "completion_bytes": sum(
             stream.usage.completion_tokens if stream.finish_reason else stream.num_generated for stream in streams
         ),

@@ -41,12 +41,14 @@ async def complete(request: Request, service: Service) -> Response:
     """The whole life of one request. Raises ApiError."""
     check_content(request)
     completion_id = f"cmpl-{secrets.token_hex(12)}"
-    plan = await _understood(request, service, completion_id)
+    # On an open server all clients are one tenant.
+    api_key: bytes = request.scope["state"].get("api_key", b"")
+    plan = await _understood(request, service, completion_id, api_key)
     wanted = plan.request
     await _check_grammars(request, service, plan)
     service.check_engine()
     access: Access = request.state.access
-    ticket = service.gate.enter(len(plan.requests))
+    ticket = service.gate.enter(len(plan.requests), api_key, plan.prompt_bytes)
     access.generation = generation = Generation(service, plan, completion_id, ticket, access.started)
     handed_over = False
     try:
@@ -62,12 +64,11 @@ async def complete(request: Request, service: Service) -> Response:
             await generation.close()
 
 
-async def _understood(request: Request, service: Service, completion_id: str) -> Plan:
+async def _understood(request: Request, service: Service, completion_id: str, api_key: bytes) -> Plan:
     settings, limits = service.settings, service.client.limits
-    api_key: bytes = request.scope["state"].get("api_key", b"")
     with service.gate.bodies.enter() as held:
         body = await read_body(request, settings, held)
-        service.gate.check_open()
+        service.gate.check(api_key)
 
         def understand() -> Plan:
             asked = parse(body, settings.max_choices, limits.max_length)

@@ -144,6 +144,7 @@ class Generation:
                 raise ApiError(500, "the engine gave up on this request", code="internal_error")
         else:
             self.clocks[index].advance(len(event.ids))
+            self._ticket.generated(len(event.ids))
         piece = self.streams[index].feed(event)
         if self.said is not None:
             self.said[index] = (self.said[index] + piece.text)[: LOGGED_CHARACTERS + 1]
@@ -192,7 +193,7 @@ class Generation:
 
     def usage_so_far(self) -> CompletionUsage:
         """A prompt counts once, however many samples it has; every sample counts, returned or not."""
-        prompt_tokens = sum(len(r.prompt_ids) for r in self.plan.requests[:: self.plan.samples])
+        prompt_tokens = self.plan.prompt_bytes
         completion_tokens = sum(stream.num_tokens for stream in self.streams)
         return CompletionUsage(
             prompt_tokens=prompt_tokens,

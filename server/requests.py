@@ -37,6 +37,11 @@ class Plan:
         return self.requests[0].decoder
 
     @property
+    def prompt_bytes(self) -> int:
+        """Ids of its prompts, each counted once."""
+        return sum(len(request.prompt_ids) for request in self.requests[:: self.samples])
+
+    @property
     def scores_prompts(self) -> bool:
         return self.requests[0].prompt_logprobs
 

@@ -43,6 +43,23 @@ class ServerSettings(BaseSettings):
     max_queue: int = Field(
         256, ge=1, description="Most sequences that may wait for their first byte; further requests get 429."
     )
+    max_requests_per_key: int | None = Field(
+        None,
+        ge=1,
+        description="Most completion requests of one API key at once, or of all clients of an open server; "
+        "by default no limit.",
+    )
+    max_queued_bytes_per_key: int | None = Field(
+        None,
+        ge=1,
+        description="Most bytes of prompts of one API key that wait for their first byte; by default no limit.",
+    )
+    max_bytes_per_second_per_key: int | None = Field(
+        None,
+        ge=1,
+        description="Bytes that one API key may generate per second, on average over more than 10 s; "
+        "by default no limit.",
+    )
     max_choices: int = Field(
         128, ge=1, description="Most sequences of one request: number of prompts times the larger of n and best_of."
     )
