@@ -1,85 +1,130 @@
-"""Admission: bounds on waiting sequences, limits of each tenant, and no request while the server drains."""
+"""Admission: bounds on waiting sequences, limits of each tenant and turns between them, no request while draining.
+
+Where several API keys share the engine, it gets only as many requests at once as keep it busy. The others wait here, in
+a line for each key. The next turn is of the key that has been served least, by the bytes that it sent and got: the
+virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024). A key that comes anew
+begins where the others are, so it waits for one turn of each, however much they have sent before.
+"""
 
 import asyncio
+import math
+from bisect import insort
+from collections.abc import Callable
+from itertools import count
 
 from .body_room import BodyRoom
 from .errors import ApiError, Code
 from .settings import ServerSettings
 from .tenants import Name, Tenant
 
+LOOKAHEAD = 16
+"""Sequences without a first event that the engine gets before others must wait for their turn. They fill its steps, and
+another key waits for no more than these."""
+
 
 class Ticket:
     """The place of one request, held from admission until its response is complete."""
 
-    def __init__(self, gate: "Gate", tenant: Tenant | None, num_sequences: int, prompt_bytes: int) -> None:
+    def __init__(
+        self, gate: "Gate", tenant: Tenant | None, num_sequences: int, prompt_bytes: int, order: tuple[int, int]
+    ) -> None:
         self._gate = gate
-        self._tenant = tenant
-        self._waiting = num_sequences
-        self._prompt_bytes = prompt_bytes
+        self.tenant = tenant
+        self.waiting = num_sequences
+        """Sequences without a first event."""
+        self.prompt_bytes = prompt_bytes
+        self.order = order
+        """Among the requests of its tenant: the lowest first."""
+        self.has_turn = False
+        """Whether it may run, or has to end."""
+        self._refusal: ApiError | None = None
+        self._news = asyncio.Event()
         self._open = True
+
+    async def turn(self) -> None:
+        """Waits until the request may go to the engine. Raises ApiError 429 if it had to give way."""
+        await self._news.wait()
+        if self._refusal:
+            raise self._refusal
+
+    def give_turn(self, refusal: ApiError | None = None) -> None:
+        """Lets it run or, with a refusal, end."""
+        self.has_turn, self._refusal = True, refusal
+        self._news.set()
 
     def begun(self) -> None:
         """One of its sequences has its first event and no longer waits."""
-        if self._waiting:
-            self._waiting -= 1
-            self._gate.waiting -= 1
-            if not self._waiting:
-                self._read()
+        if self.waiting:
+            self._gate._stop_waiting(self, 1)
 
     def generated(self, num_bytes: int) -> None:
         """So many bytes were generated for it."""
-        if self._tenant:
-            self._tenant.generated(num_bytes)
+        if self.tenant:
+            self.tenant.generated(num_bytes)
 
     def close(self) -> None:
         """May be called again."""
         if self._open:
             self._open = False
-            self._gate.waiting -= self._waiting
-            self._waiting = 0
-            self._read()
-            self._gate._leave(self._tenant)
-
-    def _read(self) -> None:
-        """Its prompts no longer wait."""
-        if self._tenant:
-            self._tenant.queued_bytes -= self._prompt_bytes
-        self._prompt_bytes = 0
+            self._gate._leave(self)
 
 
 class Gate:
     """Counts in the server's process, so that a burst is refused at once and not at the engine's next report."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, is_shared: Callable[[], bool] = lambda: False) -> None:
+        """is_shared: whether there are several tenants."""
         self.capacity = settings.max_queue
         self.bodies = BodyRoom(settings.max_body_bytes, settings.retry_after)
         self._settings = settings
+        self._is_shared = is_shared
         self._headers = {"retry-after": str(settings.retry_after)}
         self._num_requests = 0
         self._tenants: dict[Name, Tenant] = {}
+        self._lines: dict[Tenant, list[Ticket]] = {}
+        """Of tenants that wait for a turn: their requests in order."""
+        self._ahead = 0
+        """Sequences without a first event that had their turn."""
+        self._served = 0
+        """What the tenant of the last turn had been served before it."""
+        self._arrivals = count()
         self._idle = asyncio.Event()
         self._idle.set()
         self.waiting = 0
         """Sequences without a first event."""
         self.draining = False
 
-    def enter(self, num_sequences: int, name: Name | None = None, prompt_bytes: int = 0) -> Ticket:
-        """name: of the request's tenant; without one no limits of a tenant hold.
+    def enter(self, num_sequences: int, name: Name | None = None, prompt_bytes: int = 0, priority: int = 0) -> Ticket:
+        """name: of the request's tenant; without one it has no limits, and its turn at once.
 
-        Raises ApiError 429 if the queue is full or the tenant is above a limit, 503 while draining.
+        Raises ApiError 429 if the queue is full or the tenant is above a limit, 503 while draining. In a full queue the
+        last request of the tenant that waits for most gives way to one that waits for less.
         """
         self.check(name, prompt_bytes)
-        if self.waiting + num_sequences > self.capacity:
-            message = f"the queue is full: {self.waiting} sequences wait of at most {self.capacity}; try again later"
-            raise ApiError(429, message, code="queue_full", headers=self._headers)
+        tenant = None if name is None else self._tenant(name)
+        self._make_room(num_sequences, tenant)
+        ticket = Ticket(self, tenant, num_sequences, prompt_bytes, (priority, next(self._arrivals)))
         self.waiting += num_sequences
         self._num_requests += 1
         self._idle.clear()
-        tenant = None if name is None else self._tenant(name)
-        if tenant:
-            tenant.requests += 1
-            tenant.queued_bytes += prompt_bytes
-        return Ticket(self, tenant, num_sequences, prompt_bytes)
+        if tenant is None:
+            self._ahead += num_sequences
+            ticket.give_turn()
+            return ticket
+        tenant.requests += 1
+        tenant.waiting += num_sequences
+        tenant.queued_bytes += prompt_bytes
+        if tenant not in self._lines:
+            self._lines[tenant] = []
+            tenant.served = max(tenant.served, self._served)
+        insort(self._lines[tenant], ticket, key=_order)
+        self._give_turns()
+        return ticket
+
+    @property
+    def in_line(self) -> int:
+        """Sequences that wait for the turn of their key."""
+        return self.waiting - self._ahead
 
     def check(self, name: Name | None = None, prompt_bytes: int = 0) -> None:
         """What `enter` checks but for the queue."""
@@ -104,14 +149,69 @@ class Gate:
 
     def _tenant(self, name: Name) -> Tenant:
         if name not in self._tenants:
-            # Keys may be replaced for ever.
-            self._tenants = {name: tenant for name, tenant in self._tenants.items() if not tenant.is_idle}
-            self._tenants[name] = Tenant(name, self._settings)
+            # Keys may be replaced for ever. What a tenant was served counts while others are at work.
+            served = self._served if self._num_requests else math.inf
+            kept = {n: t for n, t in self._tenants.items() if not t.is_idle or t.served > served}
+            self._tenants = kept | {name: Tenant(name, self._settings)}
         return self._tenants[name]
 
-    def _leave(self, tenant: Tenant | None) -> None:
-        if tenant:
-            tenant.requests -= 1
+    def _make_room(self, num_sequences: int, tenant: Tenant | None) -> None:
+        """Raises ApiError 429 if the queue has no room for so many sequences of the tenant."""
+        share = num_sequences + (tenant.waiting if tenant else 0)
+        while self.waiting + num_sequences > self.capacity:
+            longest = max(self._lines, key=lambda other: other.waiting, default=None)
+            full = f"the queue is full: {self.waiting} sequences wait of at most {self.capacity}"
+            if longest is None or longest.waiting <= share:
+                raise self._queue_full(f"{full}; try again later")
+            last = self._lines[longest][-1]
+            self._stop_waiting(last, last.waiting)
+            why = f"{full}, and this request gave way to one of another key; try again later"
+            last.give_turn(self._queue_full(why))
+
+    def _queue_full(self, message: str) -> ApiError:
+        return ApiError(429, message, code="queue_full", headers=self._headers)
+
+    def _give_turns(self) -> None:
+        while self._lines and (self._ahead < LOOKAHEAD or not self._is_shared()):
+            tenant = min(self._lines, key=lambda waiting: waiting.served)
+            ticket = self._lines[tenant][0]
+            self._step_out(ticket)
+            self._served = max(self._served, tenant.served)
+            tenant.served += ticket.prompt_bytes
+            self._ahead += ticket.waiting
+            ticket.give_turn()
+
+    def _step_out(self, ticket: Ticket) -> None:
+        """Takes a request out of its line."""
+        assert ticket.tenant
+        line = self._lines[ticket.tenant]
+        line.remove(ticket)
+        if not line:
+            del self._lines[ticket.tenant]
+
+    def _stop_waiting(self, ticket: Ticket, num_sequences: int) -> None:
+        """So many sequences of the request wait no longer, whether they have begun or never will."""
+        ticket.waiting -= num_sequences
+        self.waiting -= num_sequences
+        if ticket.tenant:
+            ticket.tenant.waiting -= num_sequences
+            if not ticket.waiting:
+                ticket.tenant.queued_bytes -= ticket.prompt_bytes
+        if ticket.has_turn:
+            self._ahead -= num_sequences
+            self._give_turns()
+        elif not ticket.waiting:
+            self._step_out(ticket)
+
+    def _leave(self, ticket: Ticket) -> None:
+        if ticket.waiting:
+            self._stop_waiting(ticket, ticket.waiting)
+        if ticket.tenant:
+            ticket.tenant.requests -= 1
         self._num_requests -= 1
         if not self._num_requests:
             self._idle.set()
+
+
+def _order(ticket: Ticket) -> tuple[int, int]:
+    return ticket.order

@@ -40,7 +40,7 @@ def create_app(
     A drain closes `app.state.gate`; `app.state.connections` counts connections, if the server reports them. At its end
     the owner closes `app.state.grammars`.
     """
-    gate = Gate(settings)
+    gate = Gate(settings, is_shared=lambda: len(keys) > 1)
     connections = Connections(settings)
     version = installed().version
     metrics = Metrics(client, gate, connections, version, settings)

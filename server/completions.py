@@ -48,7 +48,7 @@ async def complete(request: Request, service: Service) -> Response:
     await _check_grammars(request, service, plan)
     service.check_engine()
     access: Access = request.state.access
-    ticket = service.gate.enter(len(plan.requests), api_key, plan.prompt_bytes)
+    ticket = service.gate.enter(len(plan.requests), api_key, plan.prompt_bytes, wanted.priority)
     access.generation = generation = Generation(service, plan, completion_id, ticket, access.started)
     handed_over = False
     try:

@@ -84,19 +84,37 @@ class Generation:
         """The events of one sequence. If prompts are scored, a prompt's first sample computes the scores and the others
         wait for it, so that they find the prompt in the prefix cache."""
         if not self.plan.scores_prompts:
-            return self._service.client.submit(request)
+            return self._run(request)
         first = index - index % self.plan.samples
         scores = self._scores.setdefault(first, _PromptScores())
-        return self._service.client.submit(request) if index == first else self._submit_scored(request, scores)
+        return self._run(request) if index == first else self._submit_scored(request, scores)
+
+    def _run(self, request: Request) -> AsyncGenerator[Event, None]:
+        return self._service.client.submit(request) if self._ticket.has_turn else self._run_in_turn(request)
+
+    async def _run_in_turn(self, request: Request) -> AsyncGenerator[Event, None]:
+        """The wait for the turn is part of the sequence's time and of its time in the queue."""
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(request.timeout):
+                await self._ticket.turn()
+        except TimeoutError:
+            usage = Usage(prompt_tokens=len(request.prompt_ids), queue_seconds=time.monotonic() - began)
+            yield Finished(id=request.id, reason="timeout", usage=usage)
+            return
+        waited = time.monotonic() - began
+        async with aclosing(self._service.client.submit(_with_less_time(request, waited))) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    usage = msgspec.structs.replace(event.usage, queue_seconds=event.usage.queue_seconds + waited)
+                    event = msgspec.structs.replace(event, usage=usage)
+                yield event
 
     async def _submit_scored(self, request: Request, scores: "_PromptScores") -> AsyncGenerator[Event, None]:
         began = time.monotonic()
         await scores.known.wait()
-        if request.timeout is not None:
-            left = max(request.timeout - (time.monotonic() - began), 0.0)
-            request = msgspec.structs.replace(request, timeout=left)
         owed = scores.entries
-        async with aclosing(self._service.client.submit(request)) as events:
+        async with aclosing(self._run(_with_less_time(request, time.monotonic() - began))) as events:
             async for event in events:
                 if owed:
                     yield Delta(id=request.id, prompt_logprobs=owed)
@@ -238,6 +256,13 @@ class _PromptScores:
             self.entries = event.prompt_logprobs
         if self.entries or not isinstance(event, Delta):
             self.known.set()
+
+
+def _with_less_time(request: Request, seconds: float) -> Request:
+    """The request after it has waited so long."""
+    if request.timeout is None:
+        return request
+    return msgspec.structs.replace(request, timeout=max(request.timeout - seconds, 0.0))
 
 
 def fastblt_usage(decoder: DecoderName, usages: list[Usage], first_byte_seconds: float | None = None) -> FastBltUsage:

@@ -72,7 +72,7 @@ class Metrics:
                 made.labels(decoder)
             return made
 
-        queued = "From the arrival of a sequence in the engine to its first step."
+        queued = "From the admission of a sequence to its first step."
         self._queue = histogram("queue_seconds", queued, QUEUE_SECONDS)
         self._prefill = histogram(
             "prefill_seconds", "From the first step of a sequence to its first byte.", QUEUE_SECONDS
@@ -199,7 +199,8 @@ class EngineCollector(Collector):
         self.look()
         client, snapshot, info = self._client, self._client.snapshot, self._client.info
         yield _gauge("fastblt_running_sequences", "Sequences in the running batch.", snapshot.running)
-        yield _gauge("fastblt_waiting_sequences", "Sequences that wait in the engine.", snapshot.waiting)
+        waiting = snapshot.waiting + self._gate.in_line
+        yield _gauge("fastblt_waiting_sequences", "Sequences that wait for the engine or in it.", waiting)
         yield _gauge("fastblt_queued_sequences", "Admitted sequences without a first byte.", self._gate.waiting)
         yield _gauge("fastblt_queue_capacity_sequences", "Most of these, as set by --max-queue.", self._gate.capacity)
         yield _gauge("fastblt_step_prompt_rows", "Most rows of prompts in a step.", info.prompt_rows)

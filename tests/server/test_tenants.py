@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.admission import LOOKAHEAD
 from server.errors import ApiError
 from server.settings import ServerSettings
 from server.tenants import BURST_SECONDS, Tenant
@@ -105,3 +106,75 @@ def test_the_rate_holds_on_average_and_a_pause_gives_a_burst(monkeypatch: pytest
     assert not tenant.is_idle
     now += BURST_SECONDS + 1
     assert tenant.is_idle
+
+
+def crowd(http: httpx.AsyncClient, count: int, **fields: Any) -> list[asyncio.Task[httpx.Response]]:
+    """Requests of the first key that the engine does not answer yet."""
+    return [asyncio.create_task(ask(http, ONE, "wait", **fields)) for _ in range(count)]
+
+
+async def test_another_key_has_its_turn_before_a_crowd_and_takes_its_place_in_a_full_queue() -> None:
+    client = ScriptedClient()
+    async with serving(client, KEYS, max_queue=40, max_choices=8) as http:
+        tasks = crowd(http, 40)
+        await until_metric(http, "fastblt_queued_sequences", 40)
+        assert len(client.requests) == LOOKAHEAD
+        # Autoscalers see those that the engine does not have yet.
+        await until_metric(http, "fastblt_waiting_sequences", 40 - LOOKAHEAD)
+        other = asyncio.create_task(ask(http, TWO, "x"))
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        (evicted,) = done
+        code, message = refusal(evicted.result())
+        assert code == "queue_full" and "gave way to one of another key" in message
+        # The crowd itself has no more room.
+        assert refusal(await ask(http, ONE, "x"))[0] == "queue_full"
+        client.release.set()
+        assert (await other).status_code == 200
+        assert sorted(answer.status_code for answer in await asyncio.gather(*tasks)) == [200] * 39 + [429]
+        asked = [len(request.prompt_ids) for request in client.requests]
+        assert len(asked) == 40 and asked.index(2) <= LOOKAHEAD + 1
+        await until_metric(http, "fastblt_queued_sequences", 0)
+
+
+async def until_metric(http: httpx.AsyncClient, name: str, value: float) -> None:
+    async with asyncio.timeout(5):
+        while f"\n{name} {float(value)}\n" not in (await http.get("/metrics")).text:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_request_that_waits_for_its_turn_keeps_its_stream_its_time_and_its_right_to_leave() -> None:
+    client = ScriptedClient()
+    async with serving(client, KEYS, keepalive_seconds=0.05) as http:
+        tasks = crowd(http, 1, n=LOOKAHEAD)
+        await settled(client, LOOKAHEAD)
+        late = (await ask(http, TWO, ["x", "y"], n=2, timeout=0.2, echo=True, logprobs=0)).json()
+        assert [choice["finish_reason"] for choice in late["choices"]] == ["timeout"] * 4
+        assert 0.2 <= late["usage"]["fastblt"]["queue_seconds"] < 5
+        gone = asyncio.create_task(ask(http, TWO, "x"))
+        headers = {"authorization": f"Bearer {TWO}"}
+        async with http.stream("POST", "/v1/completions", json=body("x", stream=True), headers=headers) as stream:
+            lines = stream.aiter_lines()
+            assert await anext(lines) == ""
+            gone.cancel()
+            await until_metric(http, "fastblt_queued_sequences", LOOKAHEAD + 1)
+            assert len(client.requests) == LOOKAHEAD
+            client.release.set()
+            text = "".join([line async for line in lines])
+        assert text.endswith("data: [DONE]") and '"text":"a"' in text
+        assert (await tasks[0]).status_code == 200
+        assert len(client.requests) == LOOKAHEAD + 1
+
+
+async def test_time_in_line_is_taken_from_the_requests_own() -> None:
+    client = ScriptedClient()
+    async with serving(client, KEYS) as http:
+        tasks = crowd(http, 1, n=LOOKAHEAD)
+        await settled(client, LOOKAHEAD)
+        late = asyncio.create_task(ask(http, TWO, "x", timeout=30))
+        await until_metric(http, "fastblt_queued_sequences", LOOKAHEAD + 1)
+        client.release.set()
+        usage = (await late).json()["usage"]["fastblt"]
+        given = client.requests[-1].timeout
+        assert given is not None and 0 < 30 - given < 20
+        assert usage["queue_seconds"] == pytest.approx(30 - given, abs=1e-5)
+        await asyncio.gather(*tasks)
