@@ -16,6 +16,7 @@ from .errors import add_error_handlers
 from .generation import Service
 from .grammars import Grammars
 from .http import Connections
+from .keys import KeyRing
 from .metrics import Metrics
 from .middleware import ApiKeys, Failures, RequestContext
 from .model_names import check_model, offered_models
@@ -40,7 +41,8 @@ def create_app(
     A drain closes `app.state.gate`; `app.state.connections` counts connections, if the server reports them. At its end
     the owner closes `app.state.grammars`.
     """
-    gate = Gate(settings, is_shared=lambda: len(keys) > 1)
+    ring = KeyRing("API keys", keys, settings.api_key_file, settings.load_api_keys)
+    gate = Gate(settings, is_shared=lambda: len(ring) > 1)
     connections = Connections(settings)
     version = installed().version
     metrics = Metrics(client, gate, connections, version, settings)
@@ -57,7 +59,7 @@ def create_app(
     # The last one added is the outermost.
     app.add_middleware(Failures)
     if keys:
-        app.add_middleware(ApiKeys, keys=keys)
+        app.add_middleware(ApiKeys, keys=ring)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -227,6 +227,7 @@ LOG_LINES = [
     "takes too long for a step",
     "the engine failed each time that it ran this request alone",
     "dropped: nothing read the log",
+    "API keys: …; the … in force stay",
 ]
 
 
