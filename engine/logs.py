@@ -45,12 +45,18 @@ def configure(settings: LogSettings, process: str, stream: IO[str] | None = None
     stream = stream or sys.stderr
     colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     handler = _Handler(stream, JsonFormatter(process) if settings.format == "json" else HumanFormatter(colour))
-    level = getattr(logging, settings.level.upper())
-    # Debug lines of other libraries may contain any content, and are never logged.
-    logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
-    logging.getLogger("fastblt").setLevel(level)
+    logging.basicConfig(handlers=[handler], force=True)
+    set_level(settings.level)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
+
+
+def set_level(name: LevelName) -> None:
+    """Logs lines of at least this severity from now on."""
+    level = getattr(logging, name.upper())
+    # Debug lines of other libraries may contain any content, and are never logged.
+    logging.getLogger().setLevel(max(level, logging.INFO))
+    logging.getLogger("fastblt").setLevel(level)
 
 
 def flush(seconds: float = LAST_SECONDS) -> None:

@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from .logs import LevelName
+
 MAX_DRAFT = 32
 
 DecoderName = str
@@ -120,11 +122,17 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     id: str
 
 
+class SetLogLevel(msgspec.Struct, frozen=True, tag=True):
+    """Log lines of at least this severity from now on."""
+
+    level: LevelName
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Leave the loop at once."""
 
 
-Command = Request | Abort | Shutdown
+Command = Request | Abort | SetLogLevel | Shutdown
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

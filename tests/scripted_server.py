@@ -11,6 +11,7 @@ import httpx
 from fastapi import FastAPI
 
 from engine.config import ModelLimits
+from engine.logs import LogSettings
 from engine.process.client import EngineClient, EngineDead
 from engine.types import Delta, EngineInfo, Event, Failed, Finished, Request, Snapshot, TokenLogprob, Usage
 from server.app import create_app
@@ -31,6 +32,7 @@ class ScriptedClient(EngineClient):
         self._process = None
         self._missed_beats = 0
         self._failing_since = None
+        self._logs = LogSettings()
         self.release = asyncio.Event()
         self.open = 0
         self.requests: list[Request] = []

@@ -23,7 +23,7 @@ import zmq
 
 from .. import logs
 from ..config import EngineConfig, ModelLimits
-from ..types import Abort, EngineInfo, Event, Request, Shutdown, Snapshot
+from ..types import Abort, EngineInfo, Event, Request, SetLogLevel, Shutdown, Snapshot
 from .heartbeat import Heart
 from .wire import Batch, Message, Started, StartFailed, decode_command, encode
 
@@ -120,6 +120,8 @@ def _serve(engine: EngineLike, socket: zmq.Socket[bytes], heart: Heart) -> None:
                     engine.add(request)
                 case Abort(id):
                     engine.abort(id)
+                case SetLogLevel(level):
+                    logs.set_level(level)
                 case Shutdown():
                     return
         if not engine.has_work:

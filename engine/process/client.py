@@ -14,11 +14,12 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Literal
 
+import msgspec
 import zmq
 
 from ..config import EngineConfig, ModelLimits
-from ..logs import LogSettings
-from ..types import Abort, Command, Delta, EngineInfo, Event, Failed, Request, Shutdown, Snapshot
+from ..logs import LevelName, LogSettings
+from ..types import Abort, Command, Delta, EngineInfo, Event, Failed, Request, SetLogLevel, Shutdown, Snapshot
 from .heartbeat import BEAT_SECONDS
 from .spawned import EngineStartError, Spawned, describe_exit
 from .streams import EngineDead, Stream
@@ -167,6 +168,11 @@ class EngineClient:
                 self._send(Abort(request.id))
                 self._forget(stream)
 
+    def set_log_level(self, level: LevelName) -> None:
+        """Of the process and of those that come after it."""
+        self._logs = msgspec.structs.replace(self._logs, level=level)
+        self._send(SetLogLevel(level))
+
     def _send(self, command: Command) -> None:
         # Not while there is no engine: a new one gets all requests in flight once it is ready.
         if self._process and self.state == "ready":
@@ -306,6 +312,8 @@ class EngineClient:
             raise
         self.limits, self.info, self.snapshot = message.limits, message.info, message.snapshot
         self.state, self._progressed = "ready", False
+        # It may have changed while the process loaded.
+        self._send(SetLogLevel(self._logs.level))
         self._give_due()
 
     async def _first_message(self, process: Spawned) -> Started:
