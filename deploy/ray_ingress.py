@@ -52,7 +52,7 @@ class Ingress:
 
     async def drain(self) -> None:
         """Refuses new requests and waits for those under way, as `fastblt serve` does on SIGTERM."""
-        self._gate.drain()
+        self._gate.drain(for_good=True)
         try:
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._gate.wait_idle()

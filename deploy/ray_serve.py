@@ -114,6 +114,9 @@ def run(
         why = "--ssl-certfile is not offered here: Ray's proxies speak plain HTTP; put a proxy with TLS in front"
         log.critical("%s", explain(why))
         raise SystemExit(1)
+    if settings.admin_key_file:
+        log.critical("--admin-key-file is not offered here: a request would reach only one of the replicas")
+        raise SystemExit(1)
     try:
         # Report wrong keys before anything is started. Each replica loads its own.
         log_access(settings, load_keys(settings))

@@ -79,7 +79,10 @@ class Gate:
         self._settings = settings
         self._is_shared = is_shared
         self._headers = {"retry-after": str(settings.retry_after)}
-        self._num_requests = 0
+        self._closing = False
+        """Whether the drain is for good."""
+        self.num_requests = 0
+        """Without a complete response."""
         self._tenants: dict[Name, Tenant] = {}
         self._lines: dict[Tenant, list[Ticket]] = {}
         """Of tenants that wait for a turn: their requests in order."""
@@ -105,7 +108,7 @@ class Gate:
         self._make_room(num_sequences, tenant)
         ticket = Ticket(self, tenant, num_sequences, prompt_bytes, (priority, next(self._arrivals)))
         self.waiting += num_sequences
-        self._num_requests += 1
+        self.num_requests += 1
         self._idle.clear()
         if tenant is None:
             self._ahead += num_sequences
@@ -134,14 +137,22 @@ class Gate:
 
     def check_open(self) -> None:
         if self.draining:
-            raise self.unavailable("the server is shutting down", "draining")
+            why = "the server is shutting down" if self._closing else "the server takes no new requests for now"
+            raise self.unavailable(why, "draining")
 
     def unavailable(self, message: str, code: Code) -> ApiError:
         return ApiError(503, message, code=code, headers=self._headers)
 
-    def drain(self) -> None:
-        """Refuses every request from now on."""
+    def drain(self, *, for_good: bool = False) -> None:
+        """Refuses every request from now on. for_good: the server shuts down."""
         self.draining = True
+        self._closing |= for_good
+
+    def resume(self) -> None:
+        """Ends a drain. Raises ApiError 503 if that is for good."""
+        if self._closing:
+            self.check_open()
+        self.draining = False
 
     async def wait_idle(self) -> None:
         """Waits until every admitted request has its response."""
@@ -150,7 +161,7 @@ class Gate:
     def _tenant(self, name: Name) -> Tenant:
         if name not in self._tenants:
             # Keys may be replaced for ever. What a tenant was served counts while others are at work.
-            served = self._served if self._num_requests else math.inf
+            served = self._served if self.num_requests else math.inf
             kept = {n: t for n, t in self._tenants.items() if not t.is_idle or t.served > served}
             self._tenants = kept | {name: Tenant(name, self._settings)}
         return self._tenants[name]
@@ -208,8 +219,8 @@ class Gate:
             self._stop_waiting(ticket, ticket.waiting)
         if ticket.tenant:
             ticket.tenant.requests -= 1
-        self._num_requests -= 1
-        if not self._num_requests:
+        self.num_requests -= 1
+        if not self.num_requests:
             self._idle.set()
 
 

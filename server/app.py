@@ -10,6 +10,7 @@ from starlette.responses import PlainTextResponse, Response
 from engine.installed import installed
 from engine.process.client import EngineClient
 
+from .admin import admin_router
 from .admission import Gate
 from .completions import complete
 from .errors import add_error_handlers
@@ -18,7 +19,7 @@ from .grammars import Grammars
 from .http import Connections
 from .keys import KeyRing
 from .metrics import Metrics
-from .middleware import ApiKeys, Failures, RequestContext
+from .middleware import Failures, Keys, RequestContext
 from .model_names import check_model, offered_models
 from .openapi import BODY_ERRORS, COMPLETION_ANSWERS, Application, body_of, errors
 from .responses import JsonResponse
@@ -34,14 +35,20 @@ if TYPE_CHECKING:
 
 
 def create_app(
-    settings: ServerSettings, client: EngineClient, keys: tuple[bytes, ...] = (), traces: "Traces | None" = None
+    settings: ServerSettings,
+    client: EngineClient,
+    keys: tuple[bytes, ...] = (),
+    traces: "Traces | None" = None,
+    admin_keys: tuple[bytes, ...] = (),
 ) -> FastAPI:
-    """The client must have been started; its owner stops it, and closes the traces. Without keys the server is open.
+    """The client must have been started; its owner stops it, and closes the traces. Without keys the server is open,
+    without admin keys it has no routes for its operator.
 
     A drain closes `app.state.gate`; `app.state.connections` counts connections, if the server reports them. At its end
     the owner closes `app.state.grammars`.
     """
     ring = KeyRing("API keys", keys, settings.api_key_file, settings.load_api_keys)
+    admin_ring = KeyRing("admin keys", admin_keys, settings.admin_key_file, settings.load_admin_keys)
     gate = Gate(settings, is_shared=lambda: len(ring) > 1)
     connections = Connections(settings)
     version = installed().version
@@ -53,13 +60,15 @@ def create_app(
     app.include_router(_api(service))
     app.include_router(_tokenizer(service))
     app.include_router(_operations(service))
+    if admin_keys:
+        app.include_router(admin_router(service))
     if settings.page:
         app.include_router(page_router(client.limits.decoders))
     add_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(Failures)
-    if keys:
-        app.add_middleware(ApiKeys, keys=ring)
+    if keys or admin_keys:
+        app.add_middleware(Keys, keys=ring, admin_keys=admin_ring)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -19,6 +19,7 @@ Code = Literal[
     "context_length_exceeded",
     "decoder_unavailable",
     "draining",
+    "ended_by_operator",
     "engine_dead",
     "engine_restarting",
     "headers_too_large",
@@ -34,6 +35,7 @@ Code = Literal[
     "queue_full",
     "rate_limit_exceeded",
     "replica_lost",
+    "request_not_found",
     "request_timeout",
     "too_many_connections",
     "too_many_queued_bytes",
@@ -47,6 +49,7 @@ Code = Literal[
 """Lets programs distinguish errors. Errors about a combination of fields have none."""
 TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     500: "server_error",

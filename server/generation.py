@@ -36,6 +36,8 @@ class Service:
     gate: Gate
     metrics: Metrics
     grammars: Grammars
+    generations: dict[str, "Generation"] = field(default_factory=dict)
+    """Under way, by their ids."""
     started: float = field(default_factory=time.time)
 
     def check_engine(self) -> None:
@@ -75,10 +77,27 @@ class Generation:
         self._scores: dict[int, _PromptScores] = {}
         """By the index of the sequence that computes them; empty unless prompts are scored."""
         events = [self._submit(index, r) for index, r in enumerate(plan.requests)]
-        self._events = merge(events, service.settings.keepalive_seconds)
+        self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        self._events = merge(events, service.settings.keepalive_seconds, self._ended)
         self._begun: set[int] = set()
         self.said = [""] * len(plan.requests) if service.settings.log_content else None
         """The beginning of each sequence's text, if it may be logged."""
+        service.generations[self.id] = self
+
+    @property
+    def request_id(self) -> str:
+        """Of the HTTP request; its client may have chosen it."""
+        return self.plan.requests[0].log_fields["request_id"]
+
+    @property
+    def age(self) -> float:
+        """Seconds since the request arrived."""
+        return time.perf_counter() - self.arrived
+
+    def end(self, error: ApiError) -> None:
+        """Ends all its sequences now, and makes `pieces` raise this error."""
+        if not self._ended.done():
+            self._ended.set_result(error)
 
     def _submit(self, index: int, request: Request) -> AsyncGenerator[Event, None]:
         """The events of one sequence. If prompts are scored, a prompt's first sample computes the scores and the others
@@ -152,7 +171,7 @@ class Generation:
         if isinstance(event, Failed):
             if event.code == "internal":
                 self.clocks[index].end("error")
-                raise internal_error(self.plan.requests[index].log_fields["request_id"], event.message)
+                raise internal_error(self.request_id, event.message)
             self.clocks[index].end("refused")
             constraint = self.plan.constraint
             raise from_failed(constraint.named(event) if constraint else event)
@@ -235,6 +254,7 @@ class Generation:
 
     async def close(self) -> None:
         """May be called again."""
+        self._service.generations.pop(self.id, None)
         try:
             await self._events.aclose()
         finally:

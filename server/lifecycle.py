@@ -54,13 +54,13 @@ def run(settings: ServerSettings, engine_config: EngineConfig, explain: Callable
     try:
         # Report wrong settings at once, before a model is downloaded or loaded. The port is bound for the same reason;
         # no client can connect yet.
-        keys, tls = load_keys(settings), _make_tls(settings)
+        keys, admin_keys, tls = load_keys(settings), load_admin_keys(settings), _make_tls(settings)
         traces = make_traces(settings)
         with closing(_bind(settings)) as port:
             log_installed(engine_config)
             engine_config = _localised(engine_config)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(serve(settings, engine_config, keys, tls, traces, port))
+                runner.run(serve(settings, engine_config, keys, admin_keys, tls, traces, port))
         log.info("stopped")
     except ServeError as error:
         if settings.log_format == "human":
@@ -76,6 +76,7 @@ async def serve(
     settings: ServerSettings,
     engine_config: EngineConfig,
     keys: tuple[bytes, ...],
+    admin_keys: tuple[bytes, ...],
     tls: ssl.SSLContext | None,
     traces: "Traces | None",
     port: socket.socket,
@@ -99,7 +100,7 @@ async def serve(
             return
         stop.cancel()
         starting.result()
-        app = create_app(settings, client, keys, traces)
+        app = create_app(settings, client, keys, traces, admin_keys)
         log_access(settings, keys)
         with closing(app.state.grammars):
             await _serve_until_signal(settings, client, app, port, tls, signals)
@@ -125,7 +126,7 @@ async def _serve_until_signal(
     first = asyncio.create_task(signals.get())
     await asyncio.wait({serving, first}, return_when=asyncio.FIRST_COMPLETED)
     if not serving.done():
-        gate.drain()
+        gate.drain(for_good=True)
         log.info("%s: draining for up to %g s", first.result().name, settings.drain_seconds)
         idle, second = asyncio.create_task(gate.wait_idle()), asyncio.create_task(signals.get())
         await asyncio.wait({serving, idle, second}, timeout=settings.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -252,12 +253,21 @@ def _cannot_listen(settings: ServerSettings, error: OSError) -> ServeError:
 
 def load_keys(settings: ServerSettings) -> tuple[bytes, ...]:
     """Raises ServeError."""
+    return _load(settings.load_api_keys, "--api-key-file", settings.api_key_file)
+
+
+def load_admin_keys(settings: ServerSettings) -> tuple[bytes, ...]:
+    """Raises ServeError."""
+    return _load(settings.load_admin_keys, "--admin-key-file", settings.admin_key_file)
+
+
+def _load(load: Callable[[], tuple[bytes, ...]], flag: str, file: Path | str | None) -> tuple[bytes, ...]:
     try:
-        return settings.load_api_keys()
+        return load()
     except OSError as error:
-        raise ServeError(f"--api-key-file {settings.api_key_file}: {error.strerror or error}") from error
+        raise ServeError(f"{flag} {file}: {error.strerror or error}") from error
     except ValueError as error:
-        raise ServeError(f"--api-key-file {error}") from error
+        raise ServeError(f"{flag} {error}") from error
 
 
 def _make_tls(settings: ServerSettings) -> ssl.SSLContext | None:

@@ -8,12 +8,12 @@ from engine.types import Event
 
 
 async def merge(
-    streams: Sequence[AsyncGenerator[Event, None]], tick: float
+    streams: Sequence[AsyncGenerator[Event, None]], tick: float, end: "asyncio.Future[Exception]"
 ) -> AsyncGenerator[tuple[int, Event] | None, None]:
     """Yields (index, event) as events come, and None after each `tick` seconds without one; ends with the last stream.
 
     Holds at most one event per stream, so a slow reader slows the producers down. An exception in any stream is raised
-    here. Closing this closes them all.
+    here. Closing this closes them all. So does the result of `end`, an exception that is then raised here.
     """
     queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=1)
 
@@ -27,8 +27,15 @@ async def merge(
             await queue.put((index, error))
 
     tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+
+    def break_off(end: "asyncio.Future[Exception]") -> None:
+        for task in tasks:
+            task.cancel()
+        tasks.append(asyncio.create_task(queue.put((0, end.result()))))
+
+    end.add_done_callback(break_off)
     try:
-        left = len(tasks)
+        left = len(streams)
         while left:
             try:
                 async with asyncio.timeout(tick):
@@ -43,6 +50,7 @@ async def merge(
             else:
                 yield index, event
     finally:
+        end.remove_done_callback(break_off)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -205,7 +205,7 @@ class EngineCollector(Collector):
         yield _gauge("fastblt_queue_capacity_sequences", "Most of these, as set by --max-queue.", self._gate.capacity)
         yield _gauge("fastblt_step_prompt_rows", "Most rows of prompts in a step.", info.prompt_rows)
         yield _gauge("fastblt_engine_up", "1 if the engine is ready.", client.responds)
-        yield _gauge("fastblt_draining", "1 once the server shuts down.", self._gate.draining)
+        yield _gauge("fastblt_draining", "1 while the server takes no new requests.", self._gate.draining)
         pools = snapshot.pools
         used, total = ({pool: getattr(pages, kind) for pool, pages in pools.items()} for kind in ("used", "total"))
         yield _gauges("fastblt_pages_used", "Cache pages in use.", "pool", used)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastblt.server")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+ADMIN_PATHS = "/admin/"
 OPEN_PATHS = re.compile(r"/|/page/[^/]+|/health|/health/(live|ready)|/ping|/metrics")
 
 
@@ -126,24 +127,31 @@ class Failures:
             await error.response()(scope, receive, send)
 
 
-class ApiKeys:
+class Keys:
     """Refuses requests without one of the keys, except for the page, health and metrics. Leaves the digest of a
-    request's key in its state."""
+    request's API key in its state. The operator's routes, if there are any, need an admin key instead."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, admin_keys: KeyRing) -> None:
+        """keys: without any, all other routes are open. admin_keys: without any, there are no such routes."""
         self._app = app
         self._keys = keys
+        self._admin_keys = admin_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_open = scope["type"] != "http" or OPEN_PATHS.fullmatch(scope["path"])
         # An unparsed request may have lost its key; it is refused anyway.
-        if not is_open and "refusal" not in scope["state"]:
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            digest = self._keys.find(key.strip().encode("latin-1"))
-            if scheme.lower() != "bearer" or not digest:
-                what = "the API key is not valid" if key else "send an API key as 'Authorization: Bearer KEY'"
-                error = ApiError(401, what, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-                scope["state"]["access"].error = error
-                return await error.response()(scope, receive, send)
-            scope["state"]["api_key"] = digest
+        if scope["type"] == "http" and "refusal" not in scope["state"]:
+            is_admin = len(self._admin_keys) > 0 and scope["path"].startswith(ADMIN_PATHS)
+            keys, kind = (self._admin_keys, "admin") if is_admin else (self._keys, "API")
+            if len(keys) and not OPEN_PATHS.fullmatch(scope["path"]):
+                scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+                digest = keys.find(key.strip().encode("latin-1"))
+                if scheme.lower() != "bearer" or not digest:
+                    what = (
+                        f"the {kind} key is not valid" if key else f"send an {kind} key as 'Authorization: Bearer KEY'"
+                    )
+                    error = ApiError(401, what, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+                    scope["state"]["access"].error = error
+                    return await error.response()(scope, receive, send)
+                if not is_admin:
+                    scope["state"]["api_key"] = digest
         await self._app(scope, receive, send)

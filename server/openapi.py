@@ -30,7 +30,7 @@ def errors(*statuses: int, keys: bool = True) -> dict[int | str, dict[str, Any]]
 
 
 BODY_ERRORS = errors(400, 404, 408, 413, 415, 429)
-COMPLETION_ANSWERS = BODY_ERRORS | errors(503) | {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
+COMPLETION_ANSWERS = BODY_ERRORS | errors(403, 503) | {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
 class Application(FastAPI):

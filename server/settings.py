@@ -40,6 +40,10 @@ class ServerSettings(BaseSettings):
     api_key_file: Path | None = Field(
         None, description="File with further API keys, one per line; lines that begin with '#' are comments."
     )
+    admin_key_file: Path | None = Field(
+        None,
+        description="File with keys for the routes under /admin, one per line; by default there are no such routes.",
+    )
     max_queue: int = Field(
         256, ge=1, description="Most sequences that may wait for their first byte; further requests get 429."
     )
@@ -196,3 +200,7 @@ class ServerSettings(BaseSettings):
         if self.api_key_file:
             keys += read_key_file(self.api_key_file)
         return tuple(dict.fromkeys(key.encode() for key in keys))
+
+    def load_admin_keys(self) -> tuple[bytes, ...]:
+        """Those of the file. Raises OSError or ValueError like `read_key_file`."""
+        return tuple(key.encode() for key in read_key_file(self.admin_key_file)) if self.admin_key_file else ()

@@ -123,5 +123,5 @@ def test_salts_are_equal_exactly_where_key_and_cache_salt_are(
 
 def test_a_salt_cannot_be_computed_from_a_key_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     here = salt_of(b"key", None)
-    monkeypatch.setattr(salt, "_SECRET", bytes(32))
+    monkeypatch.setattr(salt, "_secret", bytes(32))
     assert salt_of(b"key", None) != here and b"key" not in here
