@@ -1,5 +1,6 @@
 """Servers for these tests; one is shared by all that do not hurt it."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,3 +41,12 @@ def start_server(tiny_model: Path, tmp_path: Path) -> Iterator[StartServer]:
     """Starts one for this test alone, with these flags."""
     with ExitStack() as stack:
         yield lambda *flags: stack.enter_context(running_server(tiny_model, tmp_path / "log", *flags))
+
+
+@pytest.fixture
+def levels() -> Iterator[None]:
+    """Log levels of this process are restored."""
+    before = {name: logging.getLogger(name).level for name in ("root", "fastblt")}
+    yield
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,6 @@ async def serving(
                 yield http
         finally:
             client.release.set()
-
-
-@pytest.fixture
-def levels() -> Iterator[None]:
-    """Those of this process are restored."""
-    before = {name: logging.getLogger(name).level for name in ("root", "fastblt")}
-    yield
-    for name, level in before.items():
-        logging.getLogger(name).setLevel(level)
 
 
 @pytest.mark.parametrize("keys", [(API,), ()], ids=["keys", "open"])
