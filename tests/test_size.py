@@ -33,6 +33,7 @@ OUTSIDE = {
     "engine/installed.py": "versions, for `--version`, `/version` and the log's first line",
     "engine/layout.py": "names of a checkpoint's files",
     "engine/scoring.py": "scores files, for `fastblt eval`",
+    "server/admin.py": "the operator's routes, which no client's request passes through",
     "server/sizing.py": "tells sizes in advance, for `fastblt size`",
     "server/calibration.py": "the command `fastblt calibrate`",
     "server/cli.py": "the command line: it starts a server, and no request passes through it",
