@@ -1,5 +1,6 @@
 """What every test can rely on."""
 
+import logging
 import os
 import re
 import signal
@@ -66,3 +67,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, figure in getattr(report, "user_properties", ()):
             if name == "figure":
                 terminalreporter.write_line(str(figure))
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Undoes what one test does to logging."""
+    root, ours, hook = logging.getLogger(), logging.getLogger("fastblt"), sys.excepthook
+    before = root.handlers[:], root.level, ours.level
+    yield
+    logging.captureWarnings(False)
+    for handler in root.handlers:
+        if handler not in before[0]:
+            handler.close()
+    root.handlers[:], sys.excepthook = before[0], hook
+    root.setLevel(before[1])
+    ours.setLevel(before[2])

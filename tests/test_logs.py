@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,23 +22,15 @@ Log = Callable[[FormatName, LevelName], io.StringIO]
 
 
 @pytest.fixture
-def log() -> Iterator[Log]:
+def log(own_logging: None) -> Log:
     """Configures logging for one test; what is logged can be read from what this returns."""
-    root, ours, hook = logging.getLogger(), logging.getLogger("fastblt"), sys.excepthook
-    before = root.handlers[:], root.level, ours.level
 
     def configure(format: FormatName, level: LevelName = "info") -> io.StringIO:
         stream = io.StringIO()
         logs.configure(LogSettings(level, format), "test", stream)
         return stream
 
-    yield configure
-    logging.captureWarnings(False)
-    for handler in root.handlers:
-        handler.close()
-    root.handlers[:], sys.excepthook = before[0], hook
-    root.setLevel(before[1])
-    ours.setLevel(before[2])
+    return configure
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:
