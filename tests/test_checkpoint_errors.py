@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from zipfile import ZipFile
 
@@ -115,6 +116,34 @@ def test_a_truncated_safetensors_file_is_refused(folder: Path, keep: int) -> Non
     refused(folder, f"{WEIGHTS}: not a whole safetensors file")
 
 
+def header_of(*tensors: tuple[str, int, int]) -> str:
+    """A header of tensors of 16 numbers of four bytes: name, beginning and end."""
+    entries = (f'"{name}":{{"dtype":"F32","shape":[16],"data_offsets":[{at},{end}]}}' for name, at, end in tensors)
+    return f"{{{','.join(entries)}}}"
+
+
+@pytest.mark.parametrize(
+    ("header", "data_bytes", "words"),
+    [
+        (header_of(("a", 0, 64), ("a", 0, 64)), 64, "its header has a twice"),
+        (header_of(("a", 0, 64), ("b", 32, 96)), 96, "invalid offset for tensor `b`"),
+        (header_of(("a", 0, 64), ("b", 96, 160)), 160, "invalid offset for tensor `b`"),
+        (header_of(("a", 0, 60)), 60, "invalid shape, data type, or offset for tensor"),
+        (header_of(("a", 0, 1 << 62)), 64, "invalid shape, data type, or offset for tensor"),
+        (header_of(("a", 0, 64)), 65, "file not fully covered"),
+        ('{"a":' * 100_000, 64, "recursion limit exceeded"),
+    ],
+    ids=["twice", "overlap", "gap", "too few", "too many", "more bytes", "deep"],
+)
+def test_a_safetensors_header_that_lies_is_refused(folder: Path, header: str, data_bytes: int, words: str) -> None:
+    size = len(header).to_bytes(8, "little")
+    (folder / WEIGHTS).write_bytes(size + header.encode() + bytes(data_bytes))
+    refused(folder, f"{WEIGHTS}: not a whole safetensors file", words)
+    for wrong in (0, 1, len(header) - 1, 1 << 40, (1 << 64) - 1):
+        (folder / WEIGHTS).write_bytes(wrong.to_bytes(8, "little") + header.encode() + bytes(data_bytes))
+        refused(folder, f"{WEIGHTS}: not a whole safetensors file")
+
+
 def test_a_file_that_is_not_safetensors_is_refused(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(b"<html>" * 10_000)
     refused(folder, f"{WEIGHTS}: not a whole safetensors file")
@@ -140,7 +169,10 @@ def test_a_shard_without_a_listed_tensor_is_refused(folder: Path, monkeypatch: p
     refused(folder, index["weight_map"][HEAD], "model.more.weight is listed, but not in the file")
 
 
-@pytest.mark.parametrize("weight_map", [None, [], {HEAD: 3}, {HEAD: "../outside.safetensors"}, {HEAD: "/etc/passwd"}])
+@pytest.mark.parametrize(
+    "weight_map",
+    [None, [], {HEAD: 3}, {HEAD: "../outside.safetensors"}, {HEAD: "/etc/passwd"}, {HEAD: "a\0.safetensors"}],
+)
 def test_an_index_must_map_tensor_names_to_files_beside_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, weight_map: object
 ) -> None:
@@ -313,16 +345,85 @@ def test_a_broken_pickle_raises_only_checkpoint_errors(tmp_path: Path, changes: 
 def test_a_fifo_or_folder_in_place_of_a_file_is_refused_at_once(name: str, folder: Path) -> None:
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    refused(folder, f"{name}: not a regular file")
+    refused(folder, f"{name}: not a regular file, but a pipe")
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    refused(folder, f"{name}: not a regular file, but a pipe, a socket or a device")
     (folder / name).unlink()
     (folder / name).mkdir()
     refused(folder, f"{name}: is a directory")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
-def test_json_that_is_nested_too_deep_is_refused(text: str, folder: Path) -> None:
-    (folder / "config.json").write_text(text)
-    refused(folder, "config.json: not JSON")
+@pytest.mark.parametrize("depth", [33, 900, 100_000])
+@pytest.mark.parametrize(("opened", "closed"), [('{"a":', "}"), ("[", "]")])
+def test_json_that_is_nested_too_deep_is_refused(opened: str, closed: str, depth: int, folder: Path) -> None:
+    """Also where the JSON library has no trouble, but what reads the values next would have."""
+    (folder / "config.json").write_text(opened * depth + "1" + closed * depth)
+    refused(folder, "config.json: JSON is nested more than 32 deep")
+
+
+def test_unknown_fields_may_be_nested_as_deep_as_is_read(folder: Path) -> None:
+    deep = json.loads("[" * 31 + "]" * 31)
+    edit_config(folder, lambda c: c.update(more=deep))
+    assert load(folder).notes
+
+
+def test_json_that_is_too_large_is_refused_before_it_is_read(folder: Path) -> None:
+    with (folder / "config.json").open("r+b") as file:
+        file.truncate(1 << 40)
+    refused(folder, "config.json: larger than 16 MiB")
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, WEIGHTS_INDEX, "params.json"])
+def test_a_link_that_leads_to_itself_or_through_a_file_is_named(name: str, folder: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    if name == WEIGHTS_INDEX:
+        (folder / WEIGHTS).unlink()
+    (folder / name).symlink_to(name)
+    refused(folder, f"{name}: too many levels of symbolic links")
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/null/file")
+    refused(folder, f"{name}: not a directory")
+
+
+def test_a_folder_that_is_a_looping_link_or_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    refused(tmp_path / "loop", "too many levels of symbolic links")
+    (tmp_path / "file").write_text("{}")
+    refused(tmp_path / "file", "not a directory")
+    refused(tmp_path / "file" / "inside", "not a directory")
+
+
+@contextmanager
+def another_user() -> Iterator[None]:
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can read as another user")
+def test_files_that_may_not_be_read_are_refused_by_their_reason() -> None:
+    """Pytest's own folders are closed to other users."""
+    with TemporaryDirectory() as name:
+        folder, closed = Path(name), Path(name) / "closed"
+        save(folder, TINY, random_tensors(TINY, 0, torch.bfloat16))
+        folder.chmod(0o755)
+        closed.mkdir(0o700)
+        with another_user():
+            load(folder)
+            refused(closed, "params.json: permission denied")
+        for file in ("config.json", WEIGHTS):
+            (folder / file).chmod(0o600)
+            with another_user():
+                refused(folder, f"{file}: permission denied")
+            (folder / file).rename(closed / file)
+            (folder / file).symlink_to(closed / file)
+            with another_user():
+                refused(folder, f"{file}: permission denied")
+            (closed / file).chmod(0o644)
+            (closed / file).rename(folder / file)
 
 
 def test_a_shard_name_that_is_too_long_for_a_file_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -456,7 +456,7 @@ def test_the_patcher_may_lie_in_any_folder_and_in_either_format(tmp_path: Path) 
     loaded = load(tmp_path / "blt_1b", patcher=hub)
     assert loaded.config == META_CONFIG
     assert_same_tensors(loaded.tensors, tensors)
-    with pytest.raises(CheckpointError, match="patcher .*nowhere: no such directory"):
+    with pytest.raises(CheckpointError, match="nowhere: no such directory"):
         load(tmp_path / "blt_1b", patcher=tmp_path / "nowhere")
     save(tmp_path / "ours", PRESETS["tiny"], random_tensors(PRESETS["tiny"], 0))
     with pytest.raises(CheckpointError, match="contains its own"):

@@ -13,11 +13,11 @@ import struct
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from errno import EINVAL, EISDIR
+from errno import EFBIG, EINVAL, EISDIR, ENOTDIR
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -41,6 +41,9 @@ DTYPES = {
 }
 """The dtypes of stored models, as safetensors and torch spell them."""
 LFS_POINTER = b"version https://git-lfs"
+MOST_JSON_BYTES = 16 << 20
+"""Of a configuration or an index of shards. The indexes of the largest models have 9 MB."""
+MOST_JSON_DEPTH = 32
 _SHOWN = 4
 """Most problems listed in one message."""
 
@@ -67,18 +70,64 @@ def model_name(folder: Path) -> str:
     return printable(parts[-1])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError if the file does not exist or is not a JSON object."""
+def is_there(path: Path) -> bool:
+    """Whether there is such a file, folder or link. Raises CheckpointError if the system does not let us see."""
     try:
-        _require_file(path)
-        data = json.loads(path.read_text())
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CheckpointError(f"{path}: {_reason(error)}") from error
+    return True
+
+
+def kind_of_folder(folder: Path) -> str | None:
+    """What kind of foreign model is in a folder, by the names of its files; None if they do not show it."""
+    try:
+        return foreign.kind_of_files(os.listdir(folder))
+    except OSError:
+        return None
+
+
+def require_folder(folder: Path) -> None:
+    """Raises CheckpointError."""
+    try:
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no such directory") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {_reason(error)}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError unless the file is a JSON object, of at most `MOST_JSON_BYTES` and `MOST_JSON_DEPTH`."""
+    try:
+        with _open(path) as file:
+            text = file.read(MOST_JSON_BYTES + 1)
+        if len(text) > MOST_JSON_BYTES:
+            raise OSError(EFBIG, f"larger than {MOST_JSON_BYTES >> 20} MiB, the most that is read of such a file")
+        data = json.loads(text.decode())
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error, path)}") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        data = None
+    except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {_reason(error)}") from error
+    if data is None or _is_deep(data):
+        raise CheckpointError(f"{path}: JSON is nested more than {MOST_JSON_DEPTH} deep")
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
+
+
+def _is_deep(data: object) -> bool:
+    """Whether it is nested more than `MOST_JSON_DEPTH` deep: later readers call themselves for each level."""
+    level = [data]
+    for _ in range(MOST_JSON_DEPTH):
+        held = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [inner for items in held for inner in items]
+    return any(isinstance(item, dict | list) for item in level)
 
 
 def validate(kind: type[Validated], data: object, path: Path, inside: str = "") -> Validated:
@@ -97,13 +146,14 @@ def validate(kind: type[Validated], data: object, path: Path, inside: str = "") 
 def open_safetensors(folder: Path) -> dict[str, Stored]:
     """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists."""
     single, index = folder / WEIGHTS, folder / WEIGHTS_INDEX
-    if not os.path.lexists(single) and not index.exists() and (kind := foreign.kind_of_files(os.listdir(folder))):
-        raise CheckpointError(f"{single}: no such file. This is {kind}")
-    if os.path.lexists(single) or not index.exists():
+    if is_there(single) or not is_there(index):
+        if not is_there(single) and (kind := kind_of_folder(folder)):
+            raise CheckpointError(f"{single}: no such file. This is {kind}")
         return _open_safetensors_file(single)
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(
-        isinstance(s, str) and Path(s).name == s and s.endswith(".safetensors") for s in shard_of.values()
+        isinstance(s, str) and Path(s).name == s and s.isprintable() and s.endswith(".safetensors")
+        for s in shard_of.values()
     ):
         raise CheckpointError(f"{index}: weight_map must map tensor names to files beside it")
     stored: dict[str, Stored] = {}
@@ -120,16 +170,15 @@ def open_safetensors(folder: Path) -> dict[str, Stored]:
 
 def _open_safetensors_file(path: Path) -> dict[str, Stored]:
     try:
-        _require_file(path)
-        # Checks the whole file. Of the library's frameworks only numpy maps a file read-only.
-        safe_open(path, framework="np")
-        with path.open("rb") as file:
+        with _open(path) as file:
+            # Checks the whole file. Of the library's frameworks only numpy maps a file read-only.
+            safe_open(path, framework="np")
             (header_bytes,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(header_bytes))
+            header = json.loads(file.read(header_bytes), object_pairs_hook=_without_repeats)
             whole = _map_file(file.fileno())
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error, path)}") from error
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         broken = f"not a whole safetensors file: {_reason(error)}"
         raise CheckpointError(f"{path}: {_pointer(path) or broken}") from error
     header.pop("__metadata__", None)
@@ -140,12 +189,26 @@ def _open_safetensors_file(path: Path) -> dict[str, Stored]:
     return stored
 
 
-def _require_file(path: Path) -> None:
-    """Raises OSError for all but a regular file: reading a pipe might never end."""
-    if path.is_dir():
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of several tensors of the same name the library takes any one."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"its header has {name} twice")
+        found[name] = value
+    return found
+
+
+def _open(path: Path) -> BinaryIO:
+    """Raises OSError for all but a regular file, links followed: reading a pipe or a device might never end. Never
+    waits."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
         raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-    if os.path.lexists(path) and not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(EINVAL, "Not a regular file")
+    if not stat.S_ISREG(mode):
+        raise OSError(EINVAL, "not a regular file, but a pipe, a socket or a device")
+    # A pipe that took its place since then must not be waited for.
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
 def _map_file(descriptor: int) -> mmap.mmap:
@@ -166,8 +229,8 @@ def _view(whole: mmap.mmap, offset: int, dtype: str, shape: Shape) -> Tensor:
 def open_torch(path: Path) -> dict[str, Stored]:
     """The state dict of a file by torch.save, at the top or under "model". Only tensors are unpickled."""
     try:
-        _require_file(path)
-        data = _load_torch(path)
+        with _open(path):
+            data = _load_torch(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error, path)}") from error
     except Exception as error:  # a broken pickle can make torch raise anything
@@ -262,5 +325,6 @@ def _reason(error: Exception, path: Path | None = None) -> str:
     if path and isinstance(error, FileNotFoundError) and os.path.islink(path):
         return "a broken link, perhaps from an unfinished download"
     if isinstance(error, OSError):
-        return (error.strerror or "no such file").lower()
+        reason = error.strerror or "no such file"
+        return reason[:1].lower() + reason[1:]
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -21,11 +21,22 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, field_validator
 
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
-from ..foreign import kind_of_files, models_inside
+from ..foreign import models_inside
 from ..layout import CONFIG, CONSOLIDATED, ENTROPY_FOLDER, PARAMS, TRAIN_ARGS, WEIGHTS, WEIGHTS_INDEX
 from .base import Checkpoint, CheckpointError
 from .fields import Few, Section, Size, Theta, unknown_note
-from .files import Stored, check, model_name, open_safetensors, open_torch, read_json, validate
+from .files import (
+    Stored,
+    check,
+    is_there,
+    kind_of_folder,
+    model_name,
+    open_safetensors,
+    open_torch,
+    read_json,
+    require_folder,
+    validate,
+)
 from .names import PATCHER, Shape, expected_shapes
 
 PATCHER_WINDOW = 512
@@ -331,7 +342,7 @@ def read_config(path: Path, patcher: Path | None = None) -> tuple[ModelConfig, t
     notes = unknown_note(args, str(file)) + unknown_note(entropy, str(entropy_file))
 
     training_file, training = file, data
-    if (path / TRAIN_ARGS).exists():
+    if is_there(path / TRAIN_ARGS):
         training_file = path / TRAIN_ARGS
         training = read_json(training_file)
     found = validate(_Data, training.get("data") or {}, training_file, "data")
@@ -371,7 +382,7 @@ def read(path: Path, patcher: Path | None = None) -> Checkpoint:
 
 def _arguments(path: Path, key: str, *, of_model: bool) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The file with a model's arguments, its contents, and the arguments."""
-    file, key = (path / PARAMS, key) if (path / PARAMS).exists() else (path / CONFIG, "args")
+    file, key = (path / PARAMS, key) if is_there(path / PARAMS) else (path / CONFIG, "args")
     data = read_json(file)
     args = data.get(key)
     patcher = args if key == "args" else data.get("entropy_model")
@@ -380,7 +391,7 @@ def _arguments(path: Path, key: str, *, of_model: bool) -> tuple[Path, dict[str,
             f"{file}: this is a BLT's patcher (entropy model) alone. Name the model itself; --patcher takes this one"
         )
     if not isinstance(args, dict):
-        raise CheckpointError(f"{file}: {key} = {args!r} must be an object with the model's arguments")
+        raise CheckpointError(f"{file}: {key} = {str(args)[:60]} must be an object with the model's arguments")
     return file, data, args
 
 
@@ -390,11 +401,10 @@ def _is_patcher(args: object) -> bool:
 
 def _entropy_folder(path: Path, patcher: Path | None) -> Path:
     if patcher is not None:
-        if not patcher.is_dir():
-            raise CheckpointError(f"patcher {patcher}: no such directory")
+        require_folder(patcher)
         return patcher
     for folder in (path / ENTROPY_FOLDER, Path(os.path.abspath(path)).parent / ENTROPY_FOLDER):
-        if folder.is_dir():
+        if is_there(folder):
             return folder
     raise CheckpointError(
         f"{path}: no folder {ENTROPY_FOLDER} with the patcher inside or beside it; --patcher FOLDER names another place"
@@ -403,15 +413,15 @@ def _entropy_folder(path: Path, patcher: Path | None) -> Path:
 
 def _open(path: Path, shapes: Mapping[str, Shape]) -> dict[str, Stored]:
     """The tensors of one of the two models, checked, under canonical names."""
-    if not any((path / name).exists() for name in (CONSOLIDATED, WEIGHTS, WEIGHTS_INDEX)):
+    if not any(is_there(path / name) for name in (CONSOLIDATED, WEIGHTS, WEIGHTS_INDEX)):
         inside = [name for name in models_inside(path) if (path / name / CONSOLIDATED).exists()]
         raise CheckpointError(
             f"{path / CONSOLIDATED}: no such file. The weights are in {path / inside[0]}: name that folder"
             if inside
             else f"{path / CONSOLIDATED}: no such file, nor {WEIGHTS}"
-            + (f". This is {kind}" if (kind := kind_of_files(os.listdir(path))) else "")
+            + (f". This is {kind}" if (kind := kind_of_folder(path)) else "")
         )
-    pickled = (path / CONSOLIDATED).exists() and not (path / WEIGHTS).exists()
+    pickled = is_there(path / CONSOLIDATED) and not is_there(path / WEIGHTS)
     stored = open_torch(path / CONSOLIDATED) if pickled else open_safetensors(path)
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith("freqs_cis")}
     names = {_meta_name(name): name for name in shapes}

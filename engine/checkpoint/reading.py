@@ -1,7 +1,6 @@
 """Finds out a folder's format and reads it."""
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from ..config import ModelConfig
 from ..layout import CONFIG, PARAMS
 from . import hf, hf_config, meta
 from .base import Checkpoint, CheckpointError
-from .files import read_json
+from .files import is_there, read_json, require_folder
 
 
 def load(path: str | Path, *, patcher: str | Path | None = None, patching_threshold: float | None = None) -> Checkpoint:
@@ -60,11 +59,10 @@ def _refuse_patcher(folder: Path, patcher: Path | None) -> None:
 
 def _hf_data(folder: Path) -> dict[str, Any] | None:
     """The contents of config.json; None if the folder is in Meta's layout."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such directory")
-    if (folder / PARAMS).exists():
+    require_folder(folder)
+    if is_there(folder / PARAMS):
         return None
-    if not os.path.lexists(folder / CONFIG):
+    if not is_there(folder / CONFIG):
         raise CheckpointError(foreign.explain_folder(folder))
     data = read_json(folder / CONFIG)
     if kind := foreign.kind_of_config(data):
