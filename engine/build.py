@@ -109,7 +109,8 @@ def _load(
         fp8=fp8,
         mapped=kernels.name == "torch",
     )
-    model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=fp8)
+    with loaded.reading():
+        model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=fp8)
     caches = Caches(loaded.config, config)
     model.check_lengths(caches.max_length, caches.max_patches)
     return model, caches

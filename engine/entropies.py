@@ -38,7 +38,8 @@ class Entropies:
         loaded = checkpoint.load(config.model, patcher=config.patcher)
         kernels = choose_kernels(config.kernels, self._device)
         self.model_config = loaded.config
-        self._patcher = Patcher(loaded.config, Weights(loaded.tensors, dtype, self._device, kernels), kernels)
+        with loaded.reading():
+            self._patcher = Patcher(loaded.config, Weights(loaded.tensors, dtype, self._device, kernels), kernels)
         stack, self._spec = loaded.config.patcher, cache_specs(loaded.config, config.page_size)["patcher"]
         size = self._spec.page_size
         self._pool = PagePool("patcher", 1 + self._spec.pages_for(loaded.config.max_length, CHUNK))

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,9 +18,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import PRESETS, CheckpointError, load, random_tensors, read_config, save
+from engine.checkpoint.base import NotFinite, require_finite
 from engine.checkpoint.files import model_name, open_torch
-from engine.config import StackConfig
-from engine.layout import WEIGHTS, WEIGHTS_INDEX
+from engine.checkpoint.names import HASHES
+from engine.config import EngineConfig, KernelName, StackConfig
+from engine.entropies import Entropies
+from engine.layout import CONSOLIDATED, WEIGHTS, WEIGHTS_INDEX
+from engine.model import Model
+from kernels.dispatch import choose_kernels
+from tests.engines import make_engine
 from tests.test_checkpoint_formats import META_ARGS, META_CONFIG, write_meta
 
 TINY = PRESETS["tiny"]
@@ -179,6 +186,71 @@ def test_an_index_must_map_tensor_names_to_files_beside_it(
     shard(folder, monkeypatch)
     (folder / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": weight_map}))
     refused(folder, f"{WEIGHTS_INDEX}: weight_map must map tensor names to files beside it")
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_no_tensor_that_is_read_may_hold_a_nan(folder: Path, kernels: KernelName) -> None:
+    """All but the hash tables, which stay in their file: a row of those is first seen when a text needs it."""
+    found, cpu = load(folder), torch.device("cpu")
+    backend = choose_kernels(kernels, cpu)
+    for name, tensor in found.tensors.items():
+        broken = tensor.clone()
+        broken.view(-1)[-1] = nan
+        poisoned = replace(found, tensors=found.tensors | {name: broken})
+        if name.startswith(HASHES):
+            Model(poisoned.config, poisoned.tensors, torch.float32, cpu, backend)
+            continue
+        at = [size - 1 for size in tensor.shape]
+        with pytest.raises(CheckpointError) as caught, poisoned.reading():
+            Model(poisoned.config, poisoned.tensors, torch.float32, cpu, backend)
+        assert str(caught.value) == f"{folder / WEIGHTS}: tensor {name} holds nan at {at}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [nan, inf, -inf])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, value: float) -> None:
+    """Among the largest and least finite ones, in any lane of the processor and in the rest after them."""
+    most = torch.finfo(dtype).max
+    for size in (1, 7, 64, 70):
+        numbers = torch.linspace(-1, 1, size, dtype=dtype).mul_(most)[None]
+        require_finite("a", numbers)
+        for at in range(size):
+            broken = numbers.clone()
+            broken[0, at] = value
+            with pytest.raises(NotFinite, match=rf"^holds {value} at \[0, {at}\]$"):
+                require_finite("a", broken)
+
+
+def test_the_first_of_several_numbers_that_are_not_finite_is_named() -> None:
+    numbers = torch.zeros(4, 5)
+    numbers[1, 3], numbers[2] = inf, nan
+    with pytest.raises(NotFinite, match=r"^holds inf at \[1, 3\], the first of 6 numbers that are not finite$"):
+        require_finite("a", numbers)
+
+
+def test_an_engine_names_the_file_and_its_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are spelled there: in a shard, and in Meta's layout."""
+    patcher = "model.patcher.layers.1.mlp.up_proj.weight"
+    edit_tensors(folder, lambda t: t[patcher].fill_(inf))
+    for start in (make_engine, lambda path: Entropies(EngineConfig(str(path)))):
+        with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: tensor {patcher} holds inf at \[0, 0\], the first of"):
+            start(folder)
+    file = shard(folder, monkeypatch)["weight_map"][QUERY]
+    tensors = load_file(folder / file)
+    tensors[QUERY][3, 4] = -inf
+    save_file(tensors, folder / file)
+    with pytest.raises(CheckpointError, match=rf"{file}: tensor {QUERY} holds -inf at \[3, 4\]$"):
+        make_engine(folder)
+    tensors = random_tensors(META_CONFIG, 0)
+    tensors[QUERY][0, 1] = nan
+    write_meta(folder / "meta", tensors, hub=False, beside=False)
+    with pytest.raises(CheckpointError) as caught:
+        make_engine(folder / "meta")
+    name = "global_transformer.layers.1.attention.wq.weight"
+    assert str(caught.value) == f"{folder / 'meta' / CONSOLIDATED}: tensor {name} holds nan at [0, 1]"
 
 
 # Configurations

@@ -55,9 +55,14 @@ class Stored:
     """A tensor in a file. `map` returns it, backed by the file; it must not be written to."""
 
     file: Path
+    name: str
     shape: Shape
     dtype: str
     map: Callable[[], Tensor]
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}: tensor {self.name}"
 
 
 def model_name(folder: Path) -> str:
@@ -185,7 +190,7 @@ def _open_safetensors_file(path: Path) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for name, entry in header.items():
         shape, offset = tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0]
-        stored[name] = Stored(path, shape, entry["dtype"], partial(_view, whole, offset, entry["dtype"], shape))
+        stored[name] = Stored(path, name, shape, entry["dtype"], partial(_view, whole, offset, entry["dtype"], shape))
     return stored
 
 
@@ -240,16 +245,17 @@ def open_torch(path: Path) -> dict[str, Stored]:
     if not isinstance(state, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in state.items()):
         raise CheckpointError(f"{path}: expected a state dict of tensors, at the top or under 'model'")
 
-    def stored(tensor: Tensor) -> Stored:
+    def stored(name: str, tensor: Tensor) -> Stored:
         # A file may hold transposed or negated views, or parameters: these are copied. Most files hold none.
         return Stored(
             path,
+            name,
             tuple(tensor.shape),
             str(tensor.dtype).removeprefix("torch."),
             lambda: tensor.detach().resolve_neg().contiguous(),
         )
 
-    return {name: stored(tensor) for name, tensor in state.items()}
+    return {name: stored(name, tensor) for name, tensor in state.items()}
 
 
 def _is_plain(given: object) -> bool:

@@ -30,7 +30,9 @@ def read(path: Path, data: dict[str, Any]) -> Checkpoint:
     files = tuple(sorted({s.file for s in stored.values()}))
     kind: Format = "fastblt" if file_config.fastblt else "hf"
     notes = tuple(file_config.notes(path / CONFIG))
-    return Checkpoint(config, _canonical(config, stored, crosses), kind, files, notes)
+    found = _canonical(config, stored, crosses)
+    tensors = {name: tensor for name, (tensor, _) in found.items()}
+    return Checkpoint(config, tensors, kind, files, {name: place for name, (_, place) in found.items()}, notes)
 
 
 def _file_shapes(config: ModelConfig, crosses: int) -> dict[str, Shape]:
@@ -42,17 +44,19 @@ def _file_shapes(config: ModelConfig, crosses: int) -> dict[str, Shape]:
     return shapes
 
 
-def _canonical(config: ModelConfig, stored: Mapping[str, Stored], crosses: int) -> dict[str, Tensor]:
-    tensors = {name: s.map() for name, s in stored.items()}
-    for t, table in enumerate(tensors.pop(FUSED_HASHES).split(config.hashes.rows)):
-        tensors[hash_table(t)] = table
+def _canonical(config: ModelConfig, stored: Mapping[str, Stored], crosses: int) -> dict[str, tuple[Tensor, str]]:
+    """The tensors with their places, by the names of `expected_shapes`."""
+    found = {name: (s.map(), s.place) for name, s in stored.items()}
+    fused, place = found.pop(FUSED_HASHES)
+    for t, table in enumerate(fused.split(config.hashes.rows)):
+        found[hash_table(t)] = table, place
     if not config.encoder_refine:
         # Hugging Face pools again in every layer, so that only the last layer's cross-attention has an effect.
         for layer in range(crosses):
             for name in cross_attention(ENCODER, config.encoder, 1):
                 stored_name = name.replace("layers.0", f"layers.{layer}")
-                tensors[name] = tensors.pop(stored_name)
-    return {name: tensors[name] for name in expected_shapes(config)}
+                found[name] = found.pop(stored_name)
+    return {name: found[name] for name in expected_shapes(config)}
 
 
 def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:

@@ -377,7 +377,8 @@ def read(path: Path, patcher: Path | None = None) -> Checkpoint:
     main = {name: shape for name, shape in shapes.items() if name not in of_patcher}
     stored = _open(path, main) | _open(_entropy_folder(path, patcher), of_patcher)
     files = tuple(sorted({s.file for s in stored.values()}))
-    return Checkpoint(config, {name: stored[name].map() for name in shapes}, "meta", files, notes)
+    places = {name: s.place for name, s in stored.items()}
+    return Checkpoint(config, {name: stored[name].map() for name in shapes}, "meta", files, places, notes)
 
 
 def _arguments(path: Path, key: str, *, of_model: bool) -> tuple[Path, dict[str, Any], dict[str, Any]]:

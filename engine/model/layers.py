@@ -10,6 +10,7 @@ from kernels.linear import Matrix, quantize
 from kernels.rope import rope_table
 from kernels.stack import CrossKvWeights, LayerWeights, SlotsWeights
 
+from ..checkpoint.base import require_finite
 from ..checkpoint.names import DECODER, ENCODER, GLOBAL, HASHES, PATCHER
 from ..config import StackConfig
 from .progress import Progress
@@ -26,7 +27,8 @@ def matrix_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype, kernels: Ker
 
 
 class Weights:
-    """A checkpoint's tensors as the stages use them: on the device, and matrices with the same input joined."""
+    """A checkpoint's tensors as the stages use them: on the device, and matrices with the same input joined. Whatever
+    is read must be finite: hash tables that stay in their file are not."""
 
     def __init__(
         self,
@@ -51,24 +53,28 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    def _read(self, name: str) -> Tensor:
+        """Raises NotFinite. What is copied next is then still in the processor's cache, or at least in memory."""
+        tensor = self._tensors[name]
+        self._progress.advance(tensor.nbytes)
+        require_finite(name, tensor)
+        return tensor
+
     def tensor(self, name: str) -> Tensor:
         """A norm or an embedding table. Not copied if its device and dtype are right."""
-        self._progress.advance(self._tensors[name].nbytes)
-        return self._tensors[name].to(self.device, self._dtype)
+        return self._read(name).to(self.device, self._dtype)
 
     def stored(self, name: str) -> Tensor:
         """A hash table, of which a byte reads one row. On a CPU it stays in its file, in the stored dtype. A GPU has it
         in its own memory, no wider than the model's dtype, to which its rows would be rounded anyway."""
-        tensor = self._tensors[name]
         if self.device.type == "cpu":
-            return tensor
-        self._progress.advance(tensor.nbytes)
+            return self._tensors[name]
+        tensor = self._read(name)
         return tensor.to(self.device, self._dtype if tensor.itemsize > self._dtype.itemsize else tensor.dtype)
 
     def matrix(self, *names: str, exact: bool = False) -> Matrix:
         """The matrices (out, in) of these names, concatenated along `out`. exact: never as float8."""
-        self._progress.advance(sum(self._tensors[name].nbytes for name in names))
-        parts = [self._tensors[name].to(self.device, self.matrix_dtype) for name in names]
+        parts = [self._read(name).to(self.device, self.matrix_dtype) for name in names]
         self.linear_shapes.add((sum(len(part) for part in parts), parts[0].shape[1]))
         if self._fp8 and not exact:
             return self._kernels.matrix(quantize(torch.cat(parts)))
