@@ -4,7 +4,6 @@ A number is given by a flag, measured, or assumed. Measured ones are in the mode
 `fastblt compare --write` writes; assumed ones are from the Fast BLT paper.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from engine.checkpoint import load
 from engine.checkpoint.describe import format_size
+from engine.checkpoint.files import is_there, read_json
 from engine.checkpoint.names import HASHES
 from engine.config import ModelConfig
 from engine.decoders.paper import PAPER_ACCEPTANCE, PAPER_PASSES
@@ -104,11 +104,12 @@ def _assumed(config: ModelConfig, draft_length: int) -> dict[str, float]:
 
 
 def _read_card(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.exists():
+    if not is_there(path):
         return {}
+    data = read_json(path)
     try:
-        return {row["name"]: row for row in json.loads(path.read_text())["rows"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {row["name"]: row for row in data["rows"]}
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: must be as `fastblt compare --write` writes it ({error!r})") from error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -325,6 +326,69 @@ def test_a_bad_config_field_is_refused_with_its_value(
     assert str(caught.value) == message
 
 
+BILLION = 10**9
+SECTIONS = ("encoder_config", "global_config", "decoder_config", "patcher_config")
+
+
+def everywhere(config: Json, **changes: int) -> None:
+    """Sets fields in the whole configuration and in all sections that have them."""
+    for part in (config, config["fastblt"], *(config[name] for name in SECTIONS)):
+        part.update({name: value for name, value in changes.items() if name in part})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *(
+            (
+                lambda c, section=section: c[section].update(max_position_embeddings=BILLION),
+                [f"config.json: {section}.max_position_embeddings = 1000000000: ", "16777216"],
+            )
+            for section in SECTIONS
+        ),
+        *(
+            (
+                lambda c, section=section: c[section].update(num_hidden_layers=900),
+                [f"(config.json: {section}.num_hidden_layers = 900, the file has {count}"],
+            )
+            for section, count in zip(SECTIONS, (1, 2, 2, 2), strict=True)
+        ),
+        (
+            lambda c: c["global_config"].update(num_hidden_layers=1),
+            ["is not part of this model (config.json: global_config.num_hidden_layers = 1, the file has 2)"],
+        ),
+        (
+            lambda c: c["global_config"].update(intermediate_size=BILLION),
+            ["mlp.gate_proj.weight has shape [192, 64]", "(config.json: global_config.intermediate_size = 1000000000)"],
+        ),
+        (
+            lambda c: everywhere(c, vocab_size=BILLION, mask_id=BILLION),
+            ["lm_head.weight has shape [260, 32], expected [1000000000, 32] (config.json: vocab_size = 1000000000)"],
+        ),
+        (
+            lambda c: everywhere(c, hidden_size=BILLION, hidden_size_global=BILLION),
+            ["expected [1000000000] (config.json: encoder_config.hidden_size = 1000000000)"],
+        ),
+        (
+            lambda c: c.update(encoder_hash_byte_group_vocab=BILLION),
+            ["expected [2000000000, 32] (config.json: encoder_hash_byte_group_vocab = 1000000000)"],
+        ),
+        (lambda c: everywhere(c, cross_attn_k=BILLION), ["has shape [64, 32], expected [32000000000, 32]"]),
+        (lambda c: c["fastblt"].update(block_size=BILLION), ["config.json: fastblt.block_size = 1000000000", "1000"]),
+        (lambda c: c["patcher_config"].update(num_attention_heads=BILLION), ["dim 32 must split into 1000000000"]),
+        (lambda c: c.update(encoder_hash_byte_group_size=[3] * 65), ["encoder_hash_byte_group_size", "64 items"]),
+        (lambda c: c.update(local_attention_window_len=1 << 40), ["local_attention_window_len = 1099511627776"]),
+    ],
+)
+def test_huge_numbers_are_held_against_the_tensors_or_a_bound(
+    folder: Path, change: Callable[[Json], Any], words: list[str]
+) -> None:
+    edit_config(folder, change)
+    began = time.monotonic()
+    refused(folder, *words)
+    assert time.monotonic() - began < 2
+
+
 # Meta's layout
 
 
@@ -350,6 +414,10 @@ def test_missing_and_unsupported_meta_arguments_are_refused(tmp_path: Path) -> N
     [
         ({"n_layers_global": 10**9}, ["n_layers_global = 1000000000", "1000"]),
         ({"dim_global": 10**400}, ["dim_global = 1000"]),
+        ({"dim_global": 10**8}, ["(config.json: dim_global = 100000000)"]),
+        ({"n_layers_local_decoder": 900}, ["(config.json: n_layers_local_decoder = 900, the file has 2)"]),
+        ({"max_seqlen": 10**9}, ["max_seqlen = 1000000000", "16777216"]),
+        ({"max_encoder_seq_length": 10**9}, ["max_encoder_seq_length = 1000000000", "16777216"]),
         ({"encoder_hash_byte_group_size": ""}, ["encoder_hash_byte_group_size", "at least 1 item"]),
         ({"ffn_dim_multiplier": 1e308}, ["ffn_dim_multiplier = 1e+308", "1000"]),
     ],

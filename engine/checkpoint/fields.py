@@ -12,12 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .base import printable
 
-Size = Annotated[int, Field(ge=1, lt=2**63)]
-"""Products of larger numbers with floats overflow."""
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+"""Kernels count with 32 bits."""
+Positions = Annotated[int, Field(ge=1, le=2**24)]
+"""No tensor in the file has as many, and tables of all of them are made. Their angles are computed in float32, in which
+later positions would be rounded to others."""
 Few = Annotated[int, Field(ge=1, le=1000)]
-"""For layers, whose tensors are listed before a file is opened, and for the bytes of a hash group, which every row
-keeps: a typing error must not fill the memory."""
-
+"""For layers, whose tensors are listed before a file is opened, for the bytes of a hash group, which every row keeps,
+and for blocks, which every sequence has memory for: a typing error must not fill the memory."""
+Groups = Annotated[list[Few], Field(max_length=64)]
 
 Theta = Annotated[float, Field(ge=1, le=1e15)]
 """Base of the rotary angles. A base far below 1 would make them infinite."""

@@ -11,13 +11,13 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from errno import EFBIG, EINVAL, EISDIR, ENOTDIR
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from .. import foreign
+from ..config import StackConfig
 from ..layout import WEIGHTS, WEIGHTS_INDEX
 from .base import CheckpointError, printable
 from .names import Shape
@@ -288,20 +289,48 @@ def _load_torch(path: Path) -> Any:
     return tree_map_only(Tensor, mapped, data)
 
 
-def check(stored: Mapping[str, Stored], expected: Mapping[str, Shape], where: Path) -> None:
-    """Raises CheckpointError, listing the first problems, unless names and shapes agree and dtypes are usable."""
+class Said(NamedTuple):
+    """What a field of a configuration says of the tensors whose names begin with `prefix`: a size that some of them
+    have, or, if that is None, how many layers there are."""
+
+    field: str
+    value: int
+    prefix: str
+    size: int | None
+
+
+def said_of_stack(stack: StackConfig, prefix: str, dim: str, num_layers: str) -> tuple[Said, Said]:
+    """Under the names of these two fields."""
+    return Said(dim, stack.dim, prefix, stack.dim), Said(num_layers, stack.num_layers, f"{prefix}layers.", None)
+
+
+def check(stored: Mapping[str, Stored], expected: Mapping[str, Shape], config: Path, said: Sequence[Said]) -> None:
+    """Raises CheckpointError unless names and shapes agree and dtypes are usable. It lists the first problems, each
+    with what the file `config` says about it."""
+    layers = {s.prefix: _num_layers(stored, s.prefix) for s in said if s.size is None}
+
+    def because(name: str) -> str:
+        of = [s for s in said if name.startswith(s.prefix)]
+        if name in stored and name in expected:
+            wrong = {*expected[name]} - {*stored[name].shape}
+            told = [f"{s.field} = {s.value}" for s in of if s.size in wrong]
+        else:
+            counts = [(s, layers[s.prefix]) for s in of if s.size is None]
+            told = [f"{s.field} = {s.value}, the file has {count}" for s, count in counts if count != s.value]
+        return f" ({config.name}: {', '.join(told)})" if told else ""
+
     problems = [
-        f"tensor {name} is missing, expected shape {list(shape)}"
+        f"tensor {name} is missing, expected shape {list(shape)}{because(name)}"
         for name, shape in expected.items()
         if name not in stored
     ]
     problems += [
-        f"tensor {name} has shape {list(stored[name].shape)}, expected {list(shape)}"
+        f"tensor {name} has shape {list(stored[name].shape)}, expected {list(shape)}{because(name)}"
         for name, shape in expected.items()
         if name in stored and stored[name].shape != shape
     ]
     problems += [
-        f"tensor {name} of shape {list(tensor.shape)} is not part of this model"
+        f"tensor {name} of shape {list(tensor.shape)} is not part of this model{because(name)}"
         for name, tensor in stored.items()
         if name not in expected
     ]
@@ -311,7 +340,12 @@ def check(stored: Mapping[str, Stored], expected: Mapping[str, Shape], where: Pa
         if tensor.dtype not in DTYPES
     ]
     if problems:
-        raise CheckpointError(f"{where}: {_listed(problems)}")
+        raise CheckpointError(f"{config.parent}: {_listed(problems)}")
+
+
+def _num_layers(names: Iterable[str], prefix: str) -> int:
+    """How many different numbers come after the prefix."""
+    return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
 
 
 def _listed(problems: list[str]) -> str:

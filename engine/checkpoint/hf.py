@@ -26,7 +26,7 @@ def read(path: Path, data: dict[str, Any]) -> Checkpoint:
     file_config, config = hf_config.parse(data, path / CONFIG)
     stored = open_safetensors(path)
     crosses = file_config.cross_layers_of_encoder
-    check(stored, _file_shapes(config, crosses), path)
+    check(stored, _file_shapes(config, crosses), path / CONFIG, hf_config.said(config))
     files = tuple(sorted({s.file for s in stored.values()}))
     kind: Format = "fastblt" if file_config.fastblt else "hf"
     notes = tuple(file_config.notes(path / CONFIG))

@@ -12,8 +12,9 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, 
 
 from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
 from .base import CheckpointError, printable
-from .fields import Few, Section, Size, Theta, unknown_note
-from .files import model_name, validate
+from .fields import Few, Groups, Positions, Section, Size, Theta, unknown_note
+from .files import Said, model_name, said_of_stack, validate
+from .names import DECODER, ENCODER, GLOBAL, HASHES, PATCHER
 
 VERSION = 1
 
@@ -66,7 +67,7 @@ class _Stack(_Section):
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
     intermediate_size: Size | None = None
-    max_position_embeddings: Size
+    max_position_embeddings: Positions
     rms_norm_eps: PositiveFloat = Field(default=1e-5, validation_alias=AliasChoices("rms_norm_eps", "norm_eps"))
     rope_parameters: _Rope | None = None
     rope_theta: Theta | None = None
@@ -107,7 +108,7 @@ class EncoderSection(_Stack):
     hidden_size: Size = 1024
     num_hidden_layers: Few = 1
     num_attention_heads: Size = 16
-    max_position_embeddings: Size = 24576
+    max_position_embeddings: Positions = 24576
     cross_attn_all_layers: bool | None = False
     cross_attn_k: Size = 2
     pm_size: Literal[0] | None = 0
@@ -123,7 +124,7 @@ class DecoderSection(_Stack):
     num_hidden_layers: Few = 9
     num_attention_heads: Size = 16
     intermediate_size: Size | None = 2816
-    max_position_embeddings: Size = 24576
+    max_position_embeddings: Positions = 24576
     cross_attn_all_layers: bool | None = True
     cross_attn_k: Size = 2
     hidden_size_global: Size = 2048
@@ -136,7 +137,7 @@ class GlobalSection(_Stack):
     num_hidden_layers: Few = 25
     num_attention_heads: Size = 16
     intermediate_size: Size | None = 5632
-    max_position_embeddings: Size = 4096
+    max_position_embeddings: Positions = 4096
 
 
 class PatcherSection(_Stack):
@@ -147,7 +148,7 @@ class PatcherSection(_Stack):
     num_hidden_layers: Few = 14
     num_attention_heads: Size = 12
     intermediate_size: Size | None = 2048
-    max_position_embeddings: Size = 8192
+    max_position_embeddings: Positions = 8192
     sliding_window: Size | None = 512
 
 
@@ -158,7 +159,7 @@ class _Fastblt(BaseModel):
     name: str
     decoder_input: Literal["encoder", "embedding"]
     mask_id: Size | None
-    block_size: Size | None
+    block_size: Few | None
     monotonic: bool
     threshold_add: float | None
     isolate_documents: bool
@@ -180,7 +181,7 @@ class HfConfig(_Section):
     max_patch_length: Size | None = None
     local_attention_window_len: Size | None = 512
     cross_attn_k: Size = 2
-    encoder_hash_byte_group_size: list[Few] | None = None
+    encoder_hash_byte_group_size: Groups | None = None
     encoder_hash_byte_group_vocab: Size = 500002
     encoder_hash_byte_group_nb_functions: Size = Field(default=1, le=11)
     encoder_config: EncoderSection | None = None
@@ -275,6 +276,24 @@ def parse(data: dict[str, Any], path: Path) -> tuple[HfConfig, ModelConfig]:
         return config, config.model(model_name(path.parent))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def said(config: ModelConfig) -> list[Said]:
+    """What fields say of tensors."""
+    rows = config.hashes.rows
+    fields = [
+        Said("vocab_size", config.vocab_size, "", config.vocab_size),
+        Said("encoder_hash_byte_group_vocab", rows, HASHES, config.hashes.num_tables * rows),
+    ]
+    for section, prefix, stack in (
+        ("encoder_config", ENCODER, config.encoder),
+        ("global_config", GLOBAL, config.global_),
+        ("decoder_config", DECODER, config.decoder),
+        ("patcher_config", PATCHER, config.patcher),
+    ):
+        fields += said_of_stack(stack, f"{prefix}.", f"{section}.hidden_size", f"{section}.num_hidden_layers")
+        fields.append(Said(f"{section}.intermediate_size", stack.ffn_dim, f"{prefix}.", stack.ffn_dim))
+    return fields
 
 
 def render(config: ModelConfig, dtype: str) -> dict[str, Any]:

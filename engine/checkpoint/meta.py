@@ -13,7 +13,7 @@ commit 9774ed4f does not read when it generates.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,9 @@ from ..config import HashConfig, ModelConfig, PatchingRule, StackConfig
 from ..foreign import models_inside
 from ..layout import CONFIG, CONSOLIDATED, ENTROPY_FOLDER, PARAMS, TRAIN_ARGS, WEIGHTS, WEIGHTS_INDEX
 from .base import Checkpoint, CheckpointError
-from .fields import Few, Section, Size, Theta, unknown_note
+from .fields import Few, Groups, Positions, Section, Size, Theta, unknown_note
 from .files import (
+    Said,
     Stored,
     check,
     is_there,
@@ -35,6 +36,7 @@ from .files import (
     open_torch,
     read_json,
     require_folder,
+    said_of_stack,
     validate,
 )
 from .names import PATCHER, Shape, expected_shapes
@@ -73,7 +75,7 @@ class _Transformer(Section):
     multiple_of: Size = 256
     norm_eps: PositiveFloat = 1e-5
     rope_theta: Theta = 10000.0
-    max_seqlen: Size = 1024
+    max_seqlen: Positions = 1024
     eos_id: Literal[2] = 2
 
     immaterial = {
@@ -165,7 +167,7 @@ class ModelArgs(_Transformer):
     """A literal is the only value that this architecture allows."""
 
     vocab_size: Size
-    pm_size: int = Field(default=0, ge=0, lt=2**63)
+    pm_size: int = Field(default=0, ge=0, lt=2**31)
     dim_global: Size
     dim_local_encoder: Size
     dim_local_decoder: Size
@@ -177,7 +179,7 @@ class ModelArgs(_Transformer):
     n_heads_local_decoder: Size
     n_kv_heads_global: Size | None = None
     ffn_dim_multiplier: float | None = Field(default=1.0, gt=0, le=1000)
-    max_encoder_seq_length: Size | None = None
+    max_encoder_seq_length: Positions | None = None
     local_attention_window_len: Size | None = None
     cross_attn_k: Size
     cross_attn_nheads: Size
@@ -211,7 +213,7 @@ class ModelArgs(_Transformer):
     tie_local_encoder_decoder: Literal[False] = False
     tie_local_encoder_decoder_logits: Literal[False] = False
     tokenize_with_bpe_delimiter: Literal[False] = False
-    encoder_hash_byte_group_size: list[Few] = Field(min_length=1)
+    encoder_hash_byte_group_size: Groups = Field(min_length=1)
     encoder_hash_byte_group_vocab: Size = 30000
     encoder_hash_byte_group_nb_functions: Size = Field(default=3, le=11)
 
@@ -375,7 +377,9 @@ def read(path: Path, patcher: Path | None = None) -> Checkpoint:
     shapes = expected_shapes(config)
     of_patcher = {name: shape for name, shape in shapes.items() if name.startswith(PATCHER)}
     main = {name: shape for name, shape in shapes.items() if name not in of_patcher}
-    stored = _open(path, main) | _open(_entropy_folder(path, patcher), of_patcher)
+    stored = _open(path, main, _said(config))
+    said_of_patcher = said_of_stack(config.patcher, "", "dim", "n_layers")
+    stored |= _open(_entropy_folder(path, patcher), of_patcher, said_of_patcher)
     files = tuple(sorted({s.file for s in stored.values()}))
     places = {name: s.place for name, s in stored.items()}
     return Checkpoint(config, {name: stored[name].map() for name in shapes}, "meta", files, places, notes)
@@ -383,7 +387,8 @@ def read(path: Path, patcher: Path | None = None) -> Checkpoint:
 
 def _arguments(path: Path, key: str, *, of_model: bool) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The file with a model's arguments, its contents, and the arguments."""
-    file, key = (path / PARAMS, key) if is_there(path / PARAMS) else (path / CONFIG, "args")
+    file = _arguments_file(path)
+    key = key if file.name == PARAMS else "args"
     data = read_json(file)
     args = data.get(key)
     patcher = args if key == "args" else data.get("entropy_model")
@@ -394,6 +399,10 @@ def _arguments(path: Path, key: str, *, of_model: bool) -> tuple[Path, dict[str,
     if not isinstance(args, dict):
         raise CheckpointError(f"{file}: {key} = {str(args)[:60]} must be an object with the model's arguments")
     return file, data, args
+
+
+def _arguments_file(path: Path) -> Path:
+    return path / (PARAMS if is_there(path / PARAMS) else CONFIG)
 
 
 def _is_patcher(args: object) -> bool:
@@ -412,7 +421,20 @@ def _entropy_folder(path: Path, patcher: Path | None) -> Path:
     )
 
 
-def _open(path: Path, shapes: Mapping[str, Shape]) -> dict[str, Stored]:
+def _said(config: ModelConfig) -> list[Said]:
+    """What arguments say of the main model's tensors."""
+    fields = [Said("vocab_size", config.vocab_size, "", config.vocab_size)]
+    for name, stack in (
+        ("local_encoder", config.encoder),
+        ("global", config.global_),
+        ("local_decoder", config.decoder),
+    ):
+        prefix = "global_transformer." if name == "global" else f"{name}."
+        fields += said_of_stack(stack, prefix, f"dim_{name}", f"n_layers_{name}")
+    return fields
+
+
+def _open(path: Path, shapes: Mapping[str, Shape], said: Sequence[Said]) -> dict[str, Stored]:
     """The tensors of one of the two models, checked, under canonical names."""
     if not any(is_there(path / name) for name in (CONSOLIDATED, WEIGHTS, WEIGHTS_INDEX)):
         inside = [name for name in models_inside(path) if (path / name / CONSOLIDATED).exists()]
@@ -426,7 +448,7 @@ def _open(path: Path, shapes: Mapping[str, Shape]) -> dict[str, Stored]:
     stored = open_torch(path / CONSOLIDATED) if pickled else open_safetensors(path)
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith("freqs_cis")}
     names = {_meta_name(name): name for name in shapes}
-    check(stored, {meta: shapes[name] for meta, name in names.items()}, path)
+    check(stored, {meta: shapes[name] for meta, name in names.items()}, _arguments_file(path), said)
     return {name: stored[meta] for meta, name in names.items()}
 
 
