@@ -18,7 +18,7 @@ from .decoders.table import available
 from .memory.caches import Caches, longest_draft, plan_caches
 from .memory.memory import Memory
 from .memory.prefix import PrefixCache
-from .memory.room import check_room
+from .memory.room import check_room, naming_flags
 from .memory.text import Slots
 from .model import Model, RowFloors, find_row_floors
 from .model.layers import matrix_dtype
@@ -49,14 +49,20 @@ class Parts:
 def build(config: EngineConfig) -> Parts:
     """Builds all parts. Raises CheckpointError for a checkpoint that cannot be served, ValueError for a missing device
     and for sizes that cannot work."""
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    config.check()
+    with naming_flags(config):
+        return _build(config)
+
+
+def _build(config: EngineConfig) -> Parts:
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device 'cuda': torch {torch.__version__} finds no CUDA device; 'cpu' needs none")
     loaded = checkpoint.load(config.model, patcher=config.patcher, patching_threshold=config.patching_threshold)
     for note in loaded.notes:
         log.warning("%s", note)
+    if config.max_length is not None and config.max_length > loaded.config.max_length:
+        log.warning("--max-length %d: the model has only %d positions", config.max_length, loaded.config.max_length)
     kernels = choose_kernels(config.kernels, device)
     if device.type == "cpu" and config.kernels is None and kernels.name == "torch":
         log.warning("fastblt's own CPU kernels are not compiled: falling back to torch, several times slower")
@@ -103,12 +109,13 @@ def _load(
         loaded.config,
         loaded.tensors,
         plan_caches(loaded.config, config),
-        dtype,
+        config,
         matrix_dtype(loaded.tensors, dtype, kernels),
-        device,
         fp8=fp8,
         mapped=kernels.name == "torch",
     )
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     with loaded.reading():
         model = Model(loaded.config, loaded.tensors, dtype, device, kernels, fp8=fp8)
     caches = Caches(loaded.config, config)

@@ -10,6 +10,7 @@ import torch
 
 from .build import device_name
 from .costs import calibration
+from .memory.room import naming_flags
 from .types import Request
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def calibrate(engine: "Engine") -> int:
     path = Path(config.stage_costs) if config.stage_costs else None
     steps = _known(path, identity) if path else None
     if steps is None:
-        steps = measure(engine)
+        with naming_flags(config):
+            steps = measure(engine)
         if path:
             try:
                 calibration.write(path, identity, steps)

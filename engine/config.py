@@ -151,9 +151,9 @@ class ModelConfig:
             raise ValueError(f"mask_id {self.mask_id} must be {self.vocab_size}, the first id after the vocabulary")
 
 
-def _flag(help_text: str, least: int | None = None) -> dict[str, Any]:
-    """Metadata of a field of `EngineConfig`: the help of its flag, and the least value of a number."""
-    return {"help": help_text, "least": least}
+def _flag(help_text: str, least: int | None = None, most: int | None = None) -> dict[str, Any]:
+    """Metadata of a field of `EngineConfig`: the help of its flag, and the least and the greatest value of a number."""
+    return {"help": help_text, "least": least, "most": most}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +184,10 @@ class EngineConfig:
             "float8 rounds the large matrices to a byte per weight, half of bfloat16's; by default as --dtype."
         ),
     )
-    max_sequences: int = field(default=64, metadata=_flag("Most sequences in the running batch.", 1))
+    max_sequences: int = field(default=64, metadata=_flag("Most sequences in the running batch.", 1, 1 << 16))
     max_step_rows: int = field(
-        default=512, metadata=_flag("Most byte rows per step, prompts included; memory is planned for them.", 1)
+        default=512,
+        metadata=_flag("Most byte rows per step, prompts included; memory is planned for them.", 1, 1 << 20),
     )
     max_stall_ms: float = field(
         default=50.0,
@@ -209,7 +210,7 @@ class EngineConfig:
     )
     """See `engine.warm_up`."""
     cache_bytes: int = field(default=2 << 30, metadata=_flag("Memory for all caches together, in bytes.", 1))
-    page_size: int = field(default=64, metadata=_flag("Rows per cache page.", 1))
+    page_size: int = field(default=64, metadata=_flag("Rows per cache page.", 1, 1 << 16))
     """Caches that keep a few rows per sequence use an eighth of it."""
     prefix_cache: bool = field(
         default=True, metadata=_flag("Whether later prompts reuse the cached beginning of earlier texts.")
@@ -244,8 +245,17 @@ class EngineConfig:
     )
     """See `engine.step.ahead`."""
     num_threads: int | None = field(
-        default=None, metadata=_flag("CPU threads for tensor work; by default one per core.", 1)
+        default=None, metadata=_flag("CPU threads for tensor work; by default one per core.", 1, 256)
     )
+    """Our own kernels use no more, see `kernels/native/pool.h`."""
+
+    def check(self) -> None:
+        """Raises ValueError for a number outside the range of its flag."""
+        for f in fields(self):
+            value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
+            if value is not None and ((least is not None and value < least) or (most is not None and value > most)):
+                limits = f"at least {least}" if most is None else f"from {least} to {most}"
+                raise ValueError(f"--{f.name.replace('_', '-')} {value} must be {limits}")
 
 
 def flag_help(name: str, *, phrase: bool = False) -> str:

@@ -30,6 +30,7 @@ class Entropies:
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        config.check()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._device, dtype = torch.device(config.device), getattr(torch, config.dtype)

@@ -19,7 +19,7 @@ from .settings import ServerSettings
 from .sources import gather, variable
 
 ENGINE_FLAGS = {field.name: field for field in fields(EngineConfig)}
-"""By name; the metadata has help and least value."""
+"""By name; the metadata has the help and the least and the greatest value."""
 EMBEDDED = f"{NAME}, which comes with fastblt"
 """The default of "model", for people."""
 ConfigPath = Annotated[
@@ -35,7 +35,8 @@ PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print all settings in force as a file for --config, and exit.")
 ]
 _TYPES: dict[str, Any] = {
-    name: (field.type, Field(None, ge=field.metadata["least"])) for name, field in ENGINE_FLAGS.items()
+    name: (field.type, Field(None, ge=field.metadata["least"], le=field.metadata["most"]))
+    for name, field in ENGINE_FLAGS.items()
 }
 _Engine: type[BaseModel] = create_model("_Engine", **_TYPES)
 """The fields of EngineConfig, checked."""
@@ -83,9 +84,16 @@ def _engine_parameter(name: str) -> inspect.Parameter:
     # The model alone has no default that is the same on every machine.
     shown = EMBEDDED if field.default is MISSING else field.default
     default = None if shown is None else str(shown)
-    return _parameter(
-        name, _plain(field.type), flag_help(name), default, envvar=variable(name), least=field.metadata["least"]
-    )
+    least, most = field.metadata["least"], field.metadata["most"]
+    help_text = flag_help(name)
+    if least is not None:
+        # Checked later, where the error can name the value.
+        limits = f"at least {least}" if most is None else f"from {least} to {most}"
+        if default is None:
+            help_text += f" [{limits}]"
+        else:
+            default += f"; {limits}"
+    return _parameter(name, _plain(field.type), help_text, default, envvar=variable(name))
 
 
 def _setting_parameter(name: str, info: FieldInfo) -> inspect.Parameter:
@@ -105,13 +113,12 @@ def _parameter(
     default: str | None,
     *,
     envvar: str | None = None,
-    least: int | None = None,
 ) -> inspect.Parameter:
     flag = name.replace("_", "-")
     declared = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
     if default is not None:
         help_text += f" [default: {default}]"
-    option = typer.Option(declared, help=help_text, envvar=envvar, show_envvar=True, min=least, show_default=False)
+    option = typer.Option(declared, help=help_text, envvar=envvar, show_envvar=True, show_default=False)
     return _keyword(name, Annotated[kind | None, option], None)
 
 

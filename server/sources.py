@@ -66,7 +66,8 @@ class Sources:
         )
 
     def _complaint(self, error: ValidationError, kind: type[BaseModel]) -> typer.BadParameter:
-        """The first complaint, and where the value is. The value only if it is in a file and cannot be a key."""
+        """The first complaint, and where the value is. The value only if it cannot be a key: a number out of its range,
+        or what a file has for a setting that is no secret."""
         from .errors import PLAINER, shown
 
         first = error.errors(include_url=False, include_input=False)[0]
@@ -82,7 +83,8 @@ class Sources:
         name = str(first["loc"][0])
         # Our own validators name the value.
         named = first["type"] == "value_error"
-        if self._in_file(name) and not named and "Secret" not in str(kind.model_fields[name].annotation):
+        is_number = first["type"].startswith(("less_than", "greater_than"))
+        if (self._in_file(name) or is_number) and not named and "Secret" not in str(kind.model_fields[name].annotation):
             value = self.values[name]
             message += f", not {'null' if value is None else shown(value)}"
         return typer.BadParameter(message, param_hint=self._place(name))

@@ -220,6 +220,8 @@ LOG_LINES = [
     "cache_bytes … is too small",
     "matrix products depend on the batch",
     "out of memory?",
+    "… must be reserved",
+    "out of memory while loading",
     "was killed (SIGKILL; out of memory?)",
     "the engine process …",
     "the engine did not come back: …",

@@ -1,24 +1,41 @@
 """What a model takes, before it is read, and in which dtype its hash tables are held."""
 
+import json
 import logging
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
+from math import prod
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from engine.checkpoint import PRESETS, load, random_tensors, save
-from engine.config import HashConfig
+from engine.checkpoint import PRESETS, expected_shapes, load, random_tensors, save
+from engine.checkpoint.base import CheckpointError
+from engine.checkpoint.hf_config import render
+from engine.config import EngineConfig, HashConfig
 from engine.layout import WEIGHTS
 from engine.memory import room
+from engine.memory.caches import cache_specs, plan_caches, typical_pages
 from engine.model import progress
 from engine.model.layers import Weights
 from kernels.dispatch import choose_kernels
+from server.cli import app
 from tests.engines import engine_logits, make_engine
 from tests.models import text
 
 CPU = torch.device("cpu")
+BILLION = 10**9
 FUSED = "model.encoder_hash_tok_embedding.weight"
 TABLE = "model.encoder_hash_tok_embedding.0.weight"
 
@@ -115,3 +132,152 @@ def test_loading_logs_its_progress(
     told = [message for message in caplog.messages if message.startswith("read ")]
     shares = [int(message.split()[1]) for message in told]
     assert len(told) > 20 and shares == sorted(shares) and shares[-1] == 100
+
+
+# Flags that ask for more than there can be
+
+
+@pytest.mark.parametrize("value", [BILLION, 1 << 40, 0, -1])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("max_sequences", 65536), ("max_step_rows", 1048576), ("page_size", 65536), ("num_threads", 256)],
+)
+def test_a_flag_outside_its_range_is_refused_by_its_name(mixed: Path, name: str, most: int, value: int) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ValueError, match=rf"^{flag} {value} must be from 1 to {most}$"):
+        make_engine(mixed, **{name: value})
+    result = CliRunner().invoke(app, ["serve", "--model", str(mixed), flag, str(value)])
+    assert result.exit_code == 2
+    wrong = f"at least 1, not {value}" if value < 1 else f"at most {most}, not {value}"
+    assert f"Invalid value for {flag} (or FASTBLT_" in result.stderr
+    assert wrong in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_step_rows", 1 << 20), ("page_size", 1 << 16), ("cache_bytes", 1)])
+def test_caches_too_small_for_a_sequence_name_all_flags_that_matter(mixed: Path, name: str, value: int) -> None:
+    settings = {"cache_bytes": 1 << 26, "max_step_rows": 512, "page_size": 64} | {name: value}
+    with pytest.raises(ValueError, match="is too small: one sequence of 2048 bytes needs") as caught:
+        make_engine(mixed, **settings)
+    message = str(caught.value)
+    assert message.startswith(f"cache_bytes {settings['cache_bytes']} ")
+    assert f"with --max-step-rows {settings['max_step_rows']} and --page-size {settings['page_size']}" in message
+    needed = message.partition("needs ")[2].partition(" ")[0]
+    if int(needed) < 1 << 28:
+        make_engine(mixed, **settings | {"cache_bytes": int(needed)})
+
+
+@given(st.integers(1 << 22, 1 << 28), st.integers(1, 3000), st.integers(1, 100))
+def test_as_many_typical_sequences_as_fit_have_pages(cache_bytes: int, most: int, page_size: int) -> None:
+    config = PRESETS["tiny"]
+    engine = EngineConfig("x", cache_bytes=cache_bytes, max_sequences=most, page_size=page_size, max_step_rows=40)
+    plan = plan_caches(config, engine)
+    specs = cache_specs(config, page_size)
+
+    def size(sequences: int) -> int:
+        return sum(n * plan.page_bytes[name] for name, n in typical_pages(config, engine, specs, sequences).items())
+
+    (fits,) = {n for n in range(1, most + 1) if size(n) <= cache_bytes and (n == most or size(n + 1) > cache_bytes)}
+    pages = typical_pages(config, engine, specs, fits)
+    assert {n: count for n, count in plan.pages.items() if n != "global"} == {
+        n: count for n, count in pages.items() if n != "global"
+    }
+    assert plan.pages["global"] >= pages["global"]
+    assert plan.num_bytes <= cache_bytes
+
+
+def test_more_texts_than_all_memory_holds_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    config = PRESETS["tiny"]
+    stages = {name: replace(getattr(config, name), max_positions=1 << 24) for name in ("encoder", "decoder")}
+    save(tmp_path, replace(config, **stages), random_tensors(config, 3))
+    with pytest.raises(ValueError, match=r"of memory and swap space in all: .* for texts of 16777216 ids") as caught:
+        make_engine(tmp_path, max_sequences=65536)
+    assert "(--max-sequences 65536)" in str(caught.value)
+
+
+@contextmanager
+def address_space(spare: int) -> Iterator[None]:
+    """As under `ulimit -v`: this process may reserve so many bytes more."""
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + spare, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "most"),
+    [("cache_bytes", 2 << 30, 300 << 20), ("max_sequences", 10_000, 3_700), ("num_threads", 256, 23)],
+)
+def test_the_limit_of_the_address_space_is_held_against_flags(mixed: Path, name: str, value: int, most: int) -> None:
+    flags = {"cache_bytes": 1 << 23, "max_sequences": 64, "num_threads": 1} | {name: value}
+    if name == "cache_bytes":
+        flags["max_sequences"] = 300
+    with (
+        address_space(400 << 20),
+        pytest.raises(ValueError, match=r"left of the address space \(ulimit -v\)") as caught,
+    ):
+        make_engine(mixed, **flags)
+    message, flag = str(caught.value), name.replace("_", "-")
+    assert f"(--{flag} {value})" in message
+    told = int(message.partition(f"a --{flag} of at most ")[2].partition(" ")[0])
+    assert most * 0.7 < told < most * 1.3
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: np.zeros(1 << 40, np.int8),
+        lambda: torch.zeros(1 << 40, dtype=torch.int8),
+        lambda: bytearray(1 << 40),
+    ],
+    ids=["numpy", "torch", "python"],
+)
+def test_memory_that_cannot_be_had_names_the_flags_and_what_there_is(ask: Callable[[], object]) -> None:
+    engine = EngineConfig("x", max_sequences=71)
+    wanted = pytest.raises(ValueError, match="^out of memory while loading: ")
+    with address_space(1 << 30), wanted as caught, room.naming_flags(engine):
+        ask()
+    for words in ("--cache-bytes 2147483648", "--max-sequences 71", "--max-step-rows 512", "free on cpu", "ulimit -v"):
+        assert words in str(caught.value)
+
+
+def test_other_errors_while_an_engine_is_made_stay_as_they_are() -> None:
+    for error in (RuntimeError("no kernel"), FileNotFoundError(2, "no such file"), KeyError("a")):
+        with pytest.raises(type(error)) as caught, room.naming_flags(EngineConfig("x")):
+            raise error
+        assert caught.value is error
+
+
+def test_a_file_for_which_no_addresses_are_left_is_named(tmp_path: Path) -> None:
+    """A sparse one, of hash tables of 64 GB."""
+    config = replace(PRESETS["tiny"], hashes=HashConfig((3,), 1, 1 << 30))
+    sizes = {n: 2 * prod(shape) for n, shape in expected_shapes(config).items()}
+    ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
+    entries = {
+        (FUSED if n == TABLE else n): {"dtype": "BF16", "shape": shape, "data_offsets": [ends[n] - sizes[n], ends[n]]}
+        for n, shape in expected_shapes(config).items()
+    }
+    header = json.dumps(entries).encode()
+    with (tmp_path / WEIGHTS).open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + max(ends.values()))
+    (tmp_path / "config.json").write_text(json.dumps(render(config, "bfloat16")))
+    said = rf"{WEIGHTS}: its 6\d{{10}} bytes cannot be mapped: too few addresses \(ulimit -v\)"
+    with address_space(1 << 30), pytest.raises(CheckpointError, match=said):
+        load(tmp_path)
+
+
+def test_a_server_that_cannot_load_says_why_in_one_line_and_fails(mixed: Path) -> None:
+    """The whole of it: two processes, and the error crosses from one to the other."""
+    tensors = load_file(mixed / WEIGHTS)
+    name = "model.patcher.layers.0.mlp.up_proj.weight"
+    tensors[name][1, 2] = float("nan")
+    save_file(tensors, mixed / WEIGHTS)
+    command = [sys.executable, "-m", "server", "serve", "--model", str(mixed), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert f"{mixed / WEIGHTS}: tensor {name} holds nan at [1, 2]" in last

@@ -13,7 +13,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from errno import EFBIG, EINVAL, EISDIR, ENOTDIR
+from errno import EFBIG, EINVAL, EISDIR, ENOMEM, ENOTDIR
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -182,7 +182,7 @@ def _open_safetensors_file(path: Path) -> dict[str, Stored]:
             (header_bytes,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(header_bytes), object_pairs_hook=_without_repeats)
             whole = _map_file(file.fileno())
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise CheckpointError(f"{path}: {_reason(error, path)}") from error
     except (SafetensorError, ValueError) as error:
         broken = f"not a whole safetensors file: {_reason(error)}"
@@ -237,7 +237,7 @@ def open_torch(path: Path) -> dict[str, Stored]:
     try:
         with _open(path):
             data = _load_torch(path)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise CheckpointError(f"{path}: {_reason(error, path)}") from error
     except Exception as error:  # a broken pickle can make torch raise anything
         broken = f"not a whole file of tensors by torch.save: {_reason(error)}"
@@ -364,6 +364,9 @@ def _pointer(path: Path) -> str | None:
 def _reason(error: Exception, path: Path | None = None) -> str:
     if path and isinstance(error, FileNotFoundError) and os.path.islink(path):
         return "a broken link, perhaps from an unfinished download"
+    if path and (isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == ENOMEM)):
+        size = path.stat().st_size
+        return f"its {size} bytes cannot be mapped: too few addresses (ulimit -v) or too little memory are left"
     if isinstance(error, OSError):
         reason = error.strerror or "no such file"
         return reason[:1].lower() + reason[1:]

@@ -140,14 +140,14 @@ def plan_caches(config: ModelConfig, engine: EngineConfig) -> CachePlan:
     if size(pages) > engine.cache_bytes:
         length = min(TYPICAL_BYTES, _longest(config, engine))
         raise ValueError(
-            f"cache_bytes {engine.cache_bytes} is too small: one sequence of {length} bytes needs {size(pages)}"
+            f"cache_bytes {engine.cache_bytes} is too small: one sequence of {length} bytes needs {size(pages)} with "
+            f"--max-step-rows {engine.max_step_rows} and --page-size {engine.page_size}; "
+            "raise --cache-bytes to that, or lower one of these"
         )
-    fits = 1
-    while fits < engine.max_sequences:
-        more = typical_pages(config, engine, specs, fits + 1)
-        if size(more) > engine.cache_bytes:
-            break
-        pages, fits = more, fits + 1
+    # Each sequence after the first takes as much as the second.
+    each = size(typical_pages(config, engine, specs, 2)) - size(pages)
+    fits = min(engine.max_sequences, 1 + (engine.cache_bytes - size(pages)) // each)
+    pages = typical_pages(config, engine, specs, fits)
     longest = _longest(config, engine)
     spare = (engine.cache_bytes - size(pages)) // page_bytes["global"]
     most = specs["global"].pages_for(min(longest, config.global_.max_positions), 0)

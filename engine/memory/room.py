@@ -1,21 +1,27 @@
-"""How much memory a model needs where it runs, and how much is free: checked before gigabytes are read."""
+"""How much memory a model needs where it runs, and how much there is: checked before gigabytes are read or reserved."""
 
+import errno
 import logging
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.describe import format_size
 from ..checkpoint.names import HASHES
-from ..config import ModelConfig
-from .caches import CachePlan
+from ..config import EngineConfig, ModelConfig
+from .caches import CachePlan, longest_draft
+from .text import SLOT_ITEMSIZE
 from .weights import WeightBytes
 
 log = logging.getLogger("fastblt.engine")
 
 MEMINFO = Path("/proc/meminfo")
+STATM = Path("/proc/self/statm")
 CGROUP = Path("/sys/fs/cgroup")
 """Of the container, or of the whole machine."""
 
@@ -24,9 +30,8 @@ def check_room(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
     plan: CachePlan,
-    dtype: torch.dtype,
+    engine: EngineConfig,
     matrix_dtype: torch.dtype,
-    device: torch.device,
     *,
     fp8: bool,
     mapped: bool,
@@ -35,8 +40,9 @@ def check_room(
 
     mapped: whether matrices can be used in the file, without a copy. Raises ValueError if a GPU cannot hold weights and
     caches, or a CPU's memory the weights that are copied into it. On a CPU the caches take memory only as they fill,
-    and hash tables stay in their file.
+    and hash tables stay in their file; but it raises ValueError, too, if the system would not even reserve all of it.
     """
+    device, dtype = torch.device(engine.device), getattr(torch, engine.dtype)
     on_cpu = device.type == "cpu"
     tables = next(tensor.dtype for name, tensor in tensors.items() if name.startswith(HASHES))
     hash_itemsize = tables.itemsize if on_cpu else min(tables.itemsize, dtype.itemsize)
@@ -51,6 +57,7 @@ def check_room(
         format_size(plan.num_bytes),
         "free memory is unknown" if there is None else f"{format_size(there)} are free on {device.type}",
     )
+    _check_reserved(sizes.rotary_tables if mapped else weights, _parts(config, plan, engine))
     if there is None or weights + plan.num_bytes <= there:
         return
     short = (
@@ -62,6 +69,87 @@ def check_room(
     log.warning("%s: it may run out of memory when it is busy; --cache-bytes makes the caches smaller", short)
 
 
+class _Part(NamedTuple):
+    """Bytes that the host reserves because of a flag, which needs `each` of them per unit of its value."""
+
+    size: int
+    each: int
+    of: str
+    flag: str
+    value: int
+
+
+def _parts(config: ModelConfig, plan: CachePlan, engine: EngineConfig) -> list[_Part]:
+    ids = plan.max_length + longest_draft(config) + 2
+    text, threads = ids * SLOT_ITEMSIZE, engine.num_threads or torch.get_num_threads()
+    texts = f"texts of {plan.max_length} ids, which --max-length shortens"
+    parts = [_Part(engine.max_sequences * text, text, texts, "max-sequences", engine.max_sequences)]
+    if engine.device == "cpu":
+        parts.append(_Part(plan.num_bytes, 1, "caches", "cache-bytes", engine.cache_bytes))
+    unlimited = resource.RLIM_INFINITY
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    if stack != unlimited and resource.getrlimit(resource.RLIMIT_AS)[0] != unlimited:
+        # Torch has a pool of threads, and our own kernels have another. Stacks take addresses, and hardly any memory.
+        parts.append(_Part(2 * threads * stack, 2 * stack, "stacks of threads", "num-threads", threads))
+    return parts
+
+
+def _check_reserved(weights: int, parts: list[_Part]) -> None:
+    if (limit := reservable()) is None:
+        return
+    there, where = limit
+    excess = weights + sum(part.size for part in parts) - there
+    if excess > 0:
+        largest = max(parts)
+        most = (largest.size - excess) // largest.each
+        told = [f"{format_size(part.size)} for {part.of} (--{part.flag} {part.value})" for part in parts]
+        raise ValueError(
+            f"{format_size(excess + there)} must be reserved, and there are {format_size(there)} {where}: "
+            f"{', '.join([f'{format_size(weights)} for weights', *told])}; "
+            + (f"a --{largest.flag} of at most {most} would fit" if most > 0 else "lower several of these")
+        )
+
+
+def reservable() -> tuple[int, str] | None:
+    """Bytes that this process may reserve, used or not, and of what; None where the system does not tell. Linux refuses
+    what is more than all memory."""
+    found = []
+    if rows := _meminfo():
+        found.append((rows["MemTotal"] + rows.get("SwapTotal", 0), "of memory and swap space in all"))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and (taken := _address_space()) is not None:
+        found.append((max(limit - taken, 0), "left of the address space (ulimit -v)"))
+    return min(found, default=None)
+
+
+@contextmanager
+def naming_flags(engine: EngineConfig) -> Iterator[None]:
+    """While an engine is made. Raises ValueError with the flags that matter where the system has no memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        there = available(torch.device(engine.device))
+        limit = reservable()
+        free = [f"{format_size(there)} are free on {engine.device}"] if there is not None else []
+        free += [f"{format_size(limit[0])} {limit[1]}"] if limit else []
+        raise ValueError(
+            f"out of memory while loading: {(str(error).splitlines() or [type(error).__name__])[0]} "
+            f"({', '.join(free) or 'free memory is unknown'}); lower --cache-bytes {engine.cache_bytes}, "
+            f"--max-sequences {engine.max_sequences}, --max-step-rows {engine.max_step_rows}, --max-length or "
+            "--num-threads; `fastblt size` shows what they take"
+        ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch on a CPU has no type for it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    known = ("allocate memory", "start new thread")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in known)
+
+
 def available(device: torch.device) -> int | None:
     """Free bytes. On a CPU also those that can be freed and swap space, within the container's limit. None where the
     system does not report them."""
@@ -69,13 +157,27 @@ def available(device: torch.device) -> int | None:
         # torch's allocator keeps the memory of freed tensors and reuses it.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
+    if not (rows := _meminfo()) or "MemAvailable" not in rows:
+        return None
+    free, limit = rows["MemAvailable"] + rows.get("SwapFree", 0), _container_room()
+    return free if limit is None else min(free, limit)
+
+
+def _meminfo() -> dict[str, int] | None:
+    """Bytes by name; None where the system does not report them."""
     try:
         rows = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
-        free = sum(int(rows[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree"))
+        return {name: int(row.split()[0]) << 10 for name, row in rows.items() if name.startswith(("Mem", "Swap"))}
     except (OSError, KeyError, ValueError):
         return None
-    limit = _container_room()
-    return free if limit is None else min(free, limit)
+
+
+def _address_space() -> int | None:
+    """Bytes that this process has reserved so far."""
+    try:
+        return int(STATM.read_text().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return None
 
 
 def _container_room() -> int | None:

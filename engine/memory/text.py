@@ -13,6 +13,9 @@ from kernels.text import Text
 from ..rows import Rows
 from ..sequence import Sequence
 
+SLOT_ITEMSIZE = 20
+"""Bytes of a position: an id of eight, and an entropy and two numbers of patches of four each."""
+
 
 class Slots:
     """The texts of up to `count` running sequences, of up to `length` positions each. Padding rows use slot 0."""

@@ -333,7 +333,11 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     return next(strategy for part, strategy in known.items() if part in kinds)
 
 
-ENGINE = {field.name: values_of(field.type) for field in fields(EngineConfig) if field.name != "model"}
+ENGINE = {
+    field.name: st.integers(1, field.metadata["most"]) if field.metadata["most"] else values_of(field.type)
+    for field in fields(EngineConfig)
+    if field.name != "model"
+}
 SPECIAL = {
     "port": st.integers(0, 65535),
     "trusted_proxies": st.lists(st.ip_addresses().map(str), max_size=2),
