@@ -1,4 +1,5 @@
-"""For Schemathesis: names of the model that is served, where it would make some up, so that requests get somewhere."""
+"""For Schemathesis: names of the model that is served, where it would make some up, so that requests get somewhere; and
+streams, which it seldom asks for among so many fields."""
 
 from typing import Any
 
@@ -9,7 +10,13 @@ MODEL = "tiny"
 
 @schemathesis.hook
 def map_body(context: schemathesis.HookContext, body: Any) -> Any:
-    return body | {"model": MODEL} if isinstance(body, dict) and isinstance(body.get("model"), str) else body
+    if not isinstance(body, dict):
+        return body
+    if isinstance(body.get("model"), str):
+        body = body | {"model": MODEL}
+    completes = context.operation is not None and context.operation.path == "/v1/completions"
+    # A stream cannot be ranked.
+    return body | {"stream": True} if completes and "best_of" not in body and len(body) % 2 else body
 
 
 @schemathesis.hook
