@@ -15,7 +15,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 # A test process per core. ARGS="-n 0" runs all in one, as -s and a debugger need.
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help serve test lint test-slow test-ops test-compat constraints install train bench bench-growth bench-decoders kernels-static clean
+.PHONY: help serve test lint test-slow test-faults test-ops test-compat constraints install train bench bench-growth bench-decoders kernels-static clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -34,6 +34,9 @@ lint: .venv/.dev  ## ruff and mypy
 
 test-slow: .venv/.dev  ## run the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
+
+test-faults: .venv/.dev  ## kill, freeze, starve and crowd real servers for minutes (docs/reliability.md)
+	$(PY) -m pytest -q tests/faults -m "faults or not faults" $(ARGS)
 
 test-ops: .venv/.ops  ## test page, dashboards, clients, containers, Ray with real tools; installs Debian packages
 	@missing=; for c in prometheus promtool chromium chromedriver podman runc debootstrap javac; do \

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -50,13 +50,18 @@ StartServer = Callable[..., RunningServer]
 
 
 @contextmanager
-def running_server(model: Path, log: Path, *flags: str, program: str = "server") -> Iterator[RunningServer]:
-    """program: a module that is `fastblt`."""
-    command = [sys.executable, "-m", program, "serve", "--model", str(model), "--port", "0", "--num-threads", "1"]
+def running_server(
+    model: Path, log: Path, *flags: str, program: str = "server", prefix: Sequence[str] = ()
+) -> Iterator[RunningServer]:
+    """program: a module that is `fastblt`. prefix: a command that runs the rest as its arguments."""
+    command = [*prefix, sys.executable, "-m", program, "serve", "--model", str(model), "--port", "0"]
     with (
         log.open("wb") as out,
         subprocess.Popen(
-            [*command, "--cache-bytes", str(1 << 26), *flags], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
+            [*command, "--num-threads", "1", "--cache-bytes", str(1 << 26), *flags],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
         ) as process,
     ):
         try:
