@@ -63,7 +63,7 @@ class Output:
         request = self._request
         self._num_ids += 1
         may_stop = self._num_ids > request.min_tokens
-        if may_stop and token in request.stop_ids and (token != EOS_ID or request.ignore_eos):
+        if request.stop_ids and may_stop and token in request.stop_ids and (token != EOS_ID or request.ignore_eos):
             self._stopped_by = token
             return self._stopping.flush() + text_of([token] if request.include_stop else [])
         if not is_byte(token):

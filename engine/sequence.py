@@ -57,6 +57,8 @@ class Sequence:
         constraint: Constraint | None = None,
     ) -> None:
         self.request, self.constraint = request, constraint
+        self.is_free = not (constraint or request.sampling.is_penalised or request.logprobs is not None)
+        """Whether its bytes can be drawn, and need no scores, before the host knows those before."""
         self.arrival = arrival
         self.arrived = time.monotonic()
         self.deadline = None if request.timeout is None else self.arrived + request.timeout

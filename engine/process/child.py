@@ -126,8 +126,7 @@ def _serve(engine: EngineLike, socket: zmq.Socket[bytes], heart: Heart) -> None:
                     return
         if not engine.has_work:
             continue
-        with heart.step():
-            events = engine.step()
+        events = heart.step(engine.step)
         now = time.monotonic()
         due = not engine.has_work or now - reported >= SNAPSHOT_INTERVAL
         if due:

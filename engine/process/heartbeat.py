@@ -8,8 +8,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+T = TypeVar("T")
 
 BEAT_SECONDS = 1.0
 ALIVE, STUCK = b".", b"!"
@@ -30,15 +33,13 @@ class Heart:
         os.set_blocking(pipe, False)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """While a step runs."""
+    def step(self, run: Callable[[], T]) -> T:
+        """Runs a step."""
         self._began = began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._began = None
-            self._last.append(time.monotonic() - began)
+        result = run()
+        self._began = None
+        self._last.append(time.monotonic() - began)
+        return result
 
     def _beat(self) -> None:
         while True:

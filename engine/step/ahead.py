@@ -326,10 +326,8 @@ class _Cells(BlockPasses):
 
 def is_plain(rows: Rows) -> bool:
     """Penalties, grammars and `min_tokens` depend on the bytes before, and scores are only kept of single passes."""
-    sequence, request = rows.sequence, rows.sequence.request
-    if sequence.constraint or request.sampling.is_penalised or sequence.num_output < request.min_tokens:
-        return False
-    return request.logprobs is None and not sequence.scores_prompt
+    sequence = rows.sequence
+    return sequence.is_free and sequence.num_output >= sequence.request.min_tokens and not sequence.scores_prompt
 
 
 def _at_most(rows: Rows) -> int:
