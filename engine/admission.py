@@ -91,6 +91,10 @@ def _output_ids(request: Request, limits: ModelLimits) -> Fault | None:
     return unknown_id("output_ids", request.output_ids, limits)
 
 
+def _sample_index(request: Request, limits: ModelLimits) -> Fault | None:
+    return _out_of_range("sample_index", request.sample_index, 0, None)
+
+
 def _logit_bias(request: Request, limits: ModelLimits) -> Fault | None:
     return unknown_id("sampling.logit_bias", request.sampling.logit_bias, limits)
 
@@ -157,6 +161,7 @@ RULES: tuple[Rule, ...] = (
     _max_tokens,
     _prompt,
     _output_ids,
+    _sample_index,
     _logit_bias,
     _stop_ids,
     _allowed_ids,

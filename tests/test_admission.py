@@ -114,6 +114,8 @@ CASES = (
         "grammar: needs exact to be true, not false: 'auto' may then choose blocks, which are not checked",
     ),
     Case({"output_ids": [70] * 9}, None, "output_ids", "output_ids: must have at most max_tokens ids (8), not 9"),
+    # The server counts the samples itself.
+    Case({"sample_index": -1}, None, "sample_index", "sample_index: must be at least 0, not -1"),
     Case({"output_ids": [260]}, None, "output_ids", "output_ids: token ids must be from 0 to 259, not 260"),
 )
 
