@@ -1,8 +1,8 @@
 """An engine without a model, for tests of the process around it: its bytes follow from prompt and position alone.
 
 What a prompt asks for comes true when the output has the length behind the colon: "exit:3" ends the process, "raise:3"
-raises, "hang:3" never comes back, "shout:3" logs more than can wait. `EngineConfig.model` may say "exit" or "sleep"
-(while loading), else it must exist.
+raises, "hang:3" never comes back, "garble:3" sends what is no event, "shout:3" logs more than can wait.
+`EngineConfig.model` may say "exit" or "sleep" (while loading), else it must exist.
 """
 
 import hashlib
@@ -88,6 +88,7 @@ class _Run:
         self.matcher = StopMatcher(request.stop)
         self.stopped = b""
         self.sum = 0.0
+        self.garbled = False
         self.prompt_scored = not request.prompt_logprobs
         for token in request.output_ids:
             self.append(token)
@@ -100,6 +101,8 @@ class _Run:
 
     def step(self) -> list[Event]:
         self.obey()
+        if self.garbled:
+            return [Delta(id=self.request.id, ids="no ids")]  # type: ignore[arg-type]
         if time.monotonic() > self.deadline:
             return [self.finished("timeout", self.matcher.flush())]
         events: list[Event] = []
@@ -135,6 +138,8 @@ class _Run:
                 raise FloatingPointError("scripted")
             case "hang":
                 time.sleep(60)
+            case "garble":
+                self.garbled = True
             case "shout":
                 logging.getLogger("fastblt.engine").info("a" * LIMIT_BYTES)
 

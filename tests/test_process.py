@@ -154,7 +154,7 @@ async def test_a_request_made_while_the_engine_restarts_is_served(tmp_path: Path
         assert client.state == "ready"
 
 
-@pytest.mark.parametrize("prompt", ["exit:5", "raise:0"])
+@pytest.mark.parametrize("prompt", ["exit:5", "raise:0", "garble:5"])
 async def test_a_request_that_crashes_the_engine_fails_without_failing_others(tmp_path: Path, prompt: str) -> None:
     async with running(tmp_path) as client:
         innocents = [request(f"p{i}", max_tokens=300) for i in range(5)]

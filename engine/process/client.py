@@ -244,8 +244,12 @@ class EngineClient:
                     {receiver, exited, watch}, timeout=max(steady, 0) or None, return_when="FIRST_COMPLETED"
                 )
                 if receiver.done():
-                    receiver.result()
-                if watch.done():
+                    # It ends only if it fails: what such a process says next cannot be trusted.
+                    why = receiver.exception()
+                    log.error("the engine process %s sent what cannot be read: %s; it is killed", self.pid, why)
+                    process.kill()
+                    await exited
+                elif watch.done():
                     log.error("the engine process %s %s; it is killed", self.pid, watch.result())
                     process.kill()
                     await exited

@@ -79,6 +79,8 @@ class Spawned:
             if not receiver.done():
                 raise EngineStartError(f"the engine process {describe_exit(exited.result())} while it was loading")
             message = decode_message(receiver.result())
+        except ValueError as error:
+            raise EngineStartError(f"the engine process sent what cannot be read: {error}") from error
         finally:
             receiver.cancel()
             exited.cancel()

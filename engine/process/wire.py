@@ -1,5 +1,7 @@
 """The messages between the engine process and its parent, and their encoding on the socket (MessagePack)."""
 
+from typing import TypeVar
+
 import msgspec
 
 from ..config import ModelLimits
@@ -27,6 +29,8 @@ class Batch(msgspec.Struct, frozen=True, tag=True):
     snapshot: Snapshot | None = None
 
 
+T = TypeVar("T")
+
 Message = Started | StartFailed | Batch
 
 _encoder = msgspec.msgpack.Encoder()
@@ -39,8 +43,17 @@ def encode(message: Command | Message) -> bytes:
 
 
 def decode_command(data: bytes) -> Command:
-    return _command_decoder.decode(data)
+    """Raises ValueError."""
+    return _decode(_command_decoder, data)
 
 
 def decode_message(data: bytes) -> Message:
-    return _message_decoder.decode(data)
+    """Raises ValueError."""
+    return _decode(_message_decoder, data)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
+    try:
+        return decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"not a message: {error}") from error
