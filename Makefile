@@ -15,7 +15,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 # A test process per core. ARGS="-n 0" runs all in one, as -s and a debugger need.
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help serve test lint test-slow test-faults test-ops test-compat constraints install train bench bench-growth bench-decoders kernels-static clean
+.PHONY: help serve test lint test-slow test-faults test-ops test-compat fuzz constraints install train bench bench-growth bench-decoders kernels-static clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -48,6 +48,9 @@ test-ops: .venv/.ops  ## test page, dashboards, clients, containers, Ray with re
 
 test-compat: .venv/.dev  ## test with the programs that people point at a server, each in .venv-compat/NAME; offline once these are there
 	$(PY) -m pytest -q tests/compat $(ARGS)
+
+fuzz: .venv/.fuzz  ## fuzz what reads requests, checkpoints and messages, an hour each; ARGS="--minutes 5 --target parser"
+	$(PY) -m tests.fuzz.run $(ARGS)
 
 # For the oldest Python, whose versions newer ones take too.
 constraints: .venv/.ops  ## resolve deploy/constraints.txt, the versions in the container image, anew
@@ -87,7 +90,7 @@ gpu-wheels:  ## download into .whl what gpu-check needs on a machine with torch,
 		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 $(GPU_WHEELS)
 
 clean:  ## remove .venv, .venv-compat and caches
-	rm -rf .venv .venv-compat .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-compat .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz build dist
 
 # Stamps: an environment is made anew where pyproject.toml or this file changed, and not touched otherwise.
 .venv/.runtime: pyproject.toml Makefile hatch_build.py $(wildcard kernels/native/*.[ch])
@@ -103,4 +106,8 @@ clean:  ## remove .venv, .venv-compat and caches
 
 .venv/.ops: .venv/.dev
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev,train,ops]"
+	@touch $@
+
+.venv/.fuzz: .venv/.dev
+	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev,train,fuzz]"
 	@touch $@
