@@ -111,7 +111,8 @@ def _allowed_ids(request: Request, limits: ModelLimits) -> Fault | None:
         rule = "must be left out where the text must match a grammar, which says itself what is allowed"
         return Fault("invalid", "sampling.allowed_ids", rule)
     if not any(map(_is_text_or_end, allowed)):
-        rule = f"must have at least one byte ({BYTE_OFFSET} to {BYTE_OFFSET + 255}) or the end of sequence ({EOS_ID})"
+        some = f"at least one byte ({BYTE_OFFSET} to {BYTE_OFFSET + 255}) or the end of sequence ({EOS_ID})"
+        rule = f"must have {some}, not only others"
         return Fault("invalid", "sampling.allowed_ids", rule)
     return unknown_id("sampling.allowed_ids", allowed, limits)
 

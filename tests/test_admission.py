@@ -100,6 +100,38 @@ CASES = (
     Case(bias(260), {"logit_bias": {"260": 1}}, "logit_bias", "logit_bias: token ids must be from 0 to 259, not 260"),
     # A body has no such field, and its keys for biases are digits.
     Case(bias(-1), None, "logit_bias", "logit_bias: token ids must be from 0 to 259, not -1"),
+    Case(
+        {"stop_ids": [3, 999]},
+        {"stop_token_ids": [3, 999]},
+        "stop_token_ids",
+        "stop_token_ids: token ids must be from 0 to 259, not 999",
+    ),
+    *(
+        Case({"sampling": {"allowed_ids": ids}}, {"allowed_token_ids": ids}, "allowed_token_ids", message)
+        for ids, message in (
+            ([70, 261], "allowed_token_ids: token ids must be from 0 to 259, not 261"),
+            (
+                [0, 1, 3],
+                "allowed_token_ids: must have at least one byte (4 to 259) or the end of sequence (2), not only others",
+            ),
+        )
+    ),
+    Case(
+        {"sampling": {"allowed_ids": [70]}, "grammar": 'start: "a"'},
+        {"allowed_token_ids": [70], "structured_outputs": {"regex": "a"}},
+        "allowed_token_ids",
+        "allowed_token_ids: must be left out where the text must match a grammar, which says itself what is allowed",
+    ),
+    both("min_tokens", 9, "must be at most 8, not 9: max_tokens is 8"),
+    *(
+        Case(
+            {"sampling": {"allowed_ids": allowed}, "stop_ids": stops, "min_tokens": 1},
+            {"stop_token_ids": stops, "min_tokens": 1} | ({"allowed_token_ids": allowed} if allowed else {}),
+            "min_tokens",
+            "min_tokens: must be 0, not 1: every id that may be chosen ends the text",
+        )
+        for allowed, stops in (([70], [70]), ([2, 1], []), ([], [*range(4, 260)]))
+    ),
     # Over HTTP the field has its client's name: see tests/server/test_structured.py.
     Case(
         {"grammar": 'start: "a"', "decoder": "blt-d"},

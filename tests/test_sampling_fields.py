@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import admission
 from engine.config import BYTE_OFFSET, EOS_ID, is_byte, text_of
 from engine.output import Output
-from engine.types import Failed, Finished, Request, SamplingParams
+from engine.types import Finished, Request, SamplingParams
 from tests import reference
 from tests.engines import Output as Heard
 from tests.engines import make_engine, request, run, save_ours
@@ -158,27 +157,3 @@ def test_an_output_ends_where_a_search_of_its_ids_says(
     dropped = 0 if include else len(by) if isinstance(by, bytes) else int(is_byte(by))
     whole = text_of(kept)
     assert told + finished.text == whole[: len(whole) - dropped]
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"stop_ids": [3, 999]}, "stop_token_ids: token ids must be from 0 to 259, not 999"),
-        (
-            {"sampling": SamplingParams(allowed_ids=[70, 261])},
-            "allowed_token_ids: token ids must be from 0 to 259, not",
-        ),
-        ({"sampling": SamplingParams(allowed_ids=[0, 1, 3])}, "allowed_token_ids: must have at least one byte"),
-        ({"sampling": SamplingParams(allowed_ids=[70]), "grammar": "{}"}, "allowed_token_ids: must be left out"),
-        ({"min_tokens": 41}, "min_tokens: must be at most 40, not 41: max_tokens is 40"),
-        ({"sampling": SamplingParams(allowed_ids=[70]), "stop_ids": [70], "min_tokens": 1}, "min_tokens: must be 0"),
-        ({"sampling": SamplingParams(allowed_ids=[EOS_ID, 1]), "min_tokens": 1}, "min_tokens: must be 0, not 1"),
-        ({"stop_ids": [*range(4, 260)], "min_tokens": 2}, "min_tokens: must be 0, not 2: every id that may be chosen"),
-    ],
-)
-def test_what_cannot_be_is_refused_by_its_name(model: Path, fields: dict[str, Any], said: str) -> None:
-    limits = make_engine(model).limits
-    refused = admission.check(request("a", [1, 70], LENGTH, **{"ignore_eos": False} | fields), limits)
-    assert isinstance(refused, Failed) and refused.message.startswith(said) and refused.code == "invalid"
-    fine = {"ignore_eos": True, "min_tokens": 2, "sampling": SamplingParams(allowed_ids=[EOS_ID])}
-    assert admission.check(request("a", [1, 70], LENGTH, **fine), limits) is None
