@@ -69,9 +69,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 terminalreporter.write_line(str(figure))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
-    """Undoes what one test does to logging."""
+    """Undoes what a test does to logging, such as refusing a server's settings in this process."""
     root, ours, hook = logging.getLogger(), logging.getLogger("fastblt"), sys.excepthook
     before = root.handlers[:], root.level, ours.level
     yield

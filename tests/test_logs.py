@@ -22,7 +22,7 @@ Log = Callable[[FormatName, LevelName], io.StringIO]
 
 
 @pytest.fixture
-def log(own_logging: None) -> Log:
+def log() -> Log:
     """Configures logging for one test; what is logged can be read from what this returns."""
 
     def configure(format: FormatName, level: LevelName = "info") -> io.StringIO:

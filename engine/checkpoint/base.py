@@ -35,8 +35,9 @@ class NotFinite(ValueError):
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
-    """Raises NotFinite. One pass over the tensor and no copy; a NaN is both its least and its greatest number."""
-    if not all(map(isfinite, torch.stack(tensor.aminmax()).tolist())):
+    """Raises NotFinite. One pass over the tensor and no copy; a NaN is both its least and its greatest number. A tensor
+    that has only a shape passes."""
+    if not tensor.is_meta and not all(map(isfinite, torch.stack(tensor.aminmax()).tolist())):
         raise NotFinite(name, tensor)
 
 

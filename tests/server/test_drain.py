@@ -117,7 +117,6 @@ async def test_the_second_of_two_servers_on_one_port_reports_why_it_ends() -> No
         (["--ssl-certfile", "keys", "--ssl-keyfile", "keys"], "--ssl-certfile keys and --ssl-keyfile keys: "),
     ],
 )
-@pytest.mark.usefixtures("own_logging")
 def test_wrong_settings_are_refused_before_the_model_is_loaded(
     tmp_path: Path, flags: list[str], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
