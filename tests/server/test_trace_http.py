@@ -132,17 +132,23 @@ def test_the_trace_streams_ids_held_back_for_a_stop_string(server: RunningServer
     assert found["trace"]["text_bytes"] == place
     assert text_of(found) == found["text"] == data[:place].decode(errors="replace")
     assert whole(server, stop=stop, **bytes_alone) == [found]
-    # A stop string that does not come holds bytes back, but not their ids.
-    almost = stop[0] + "\N{SNOWMAN}"
-    # A step of this decoder commits hardly more than a byte, so that a chunk may end with any.
-    late = streamed(server, stop=almost, decoder="blt-s", draft_length=1, **bytes_alone)
+
+
+def test_the_trace_streams_the_ids_of_an_almost_complete_stop_string(server: RunningServer) -> None:
+    # Text throughout, so that one stop string can agree with most of it, however the chunks fall.
+    ascii_alone = {str(byte + BYTE_OFFSET): 60 for byte in range(ord("a"), ord("z") + 1)}
+    (free,) = whole(server, logit_bias=ascii_alone)
+    almost = free["text"][:39] + "\N{SNOWMAN}"
+    late = streamed(server, stop=almost, decoder="blt-s", draft_length=1, logit_bias=ascii_alone)
     assert any(chunk["trace"]["rounds"] and not chunk["text"] for chunk in late)
+    held = [chunk for end, chunk in enumerate(late, 1) if len(ids_of(joined(late[:end]))) <= 39]
+    assert held and not text_of(joined(held))
     assert ids_of(joined(late)) == ids_of(free) and text_of(joined(late)) == free["text"]
 
 
 def test_an_incomplete_character_is_in_the_trace_and_not_in_the_text(server: RunningServer) -> None:
     lead, others = 0xC3, range(0x80, 0xC0)
-    bias = {str(byte + BYTE_OFFSET): 50 for byte in others} | {str(lead + BYTE_OFFSET): 53}
+    bias = {str(byte + BYTE_OFFSET): 50 for byte in others} | {str(lead + BYTE_OFFSET): 56}
     chunks = streamed(server, logit_bias=bias)
     held = 0
     for number, chunk in enumerate(chunks):
