@@ -44,7 +44,6 @@ from kernels import (
     norm,
     pooling,
     sampling,
-    store,
 )
 from kernels import unmasking as unmask_file
 from kernels.attention import AttentionPlan
@@ -52,6 +51,7 @@ from kernels.boundary import Rule
 from kernels.closing import Sizes, Tables
 from kernels.dispatch import TritonKernels
 from kernels.pooling import PageTable
+from kernels.stack import CrossKvWeights
 from kernels.text import Text
 from kernels.traffic import Traffic
 
@@ -183,13 +183,15 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Traffic:
 TRAFFIC: dict[str, Any] = {
     "linear": _linear,
     "attention": _attention,
-    "store_qkv": lambda qkv, rope, p, page, o, k, v: store.traffic(
-        qkv.shape[0], qkv.shape[1] - 2 * k.shape[1], k.shape[1], k.shape[3], k.itemsize
+    "qkv": lambda x, weight, norm, eps, rope, p, page, o, k, v: (
+        _linear(x, weight, norm=norm) + Traffic(4 * k.shape[3] * x.shape[0])
     ),
-    "store_kv": lambda kv, page, o, k, v: store.traffic(kv.shape[0], 0, k.shape[1], k.shape[3], k.itemsize),
-    "store_states": lambda states, page, o, cache: Traffic(states.nbytes + 16 * len(page), states.nbytes),
-    "slot_attention": lambda q, k, v, page, o, slots: cross_attention.traffic(
-        q.shape[0], slots, q.shape[1], k.shape[1], k.shape[3], k.itemsize
+    "keys_values": lambda x, w, cache, page, o, states=None: (
+        _linear(x, w.kv, norm=w.norm) + Traffic(0, 0 if states is None else x.nbytes)
+    ),
+    "read_slots": lambda q, k, v, page, o, slots, weight, x: (
+        cross_attention.traffic(q.shape[0], slots, q.shape[1], k.shape[1], k.shape[3], k.itemsize)
+        + _linear(q.flatten(1), weight)
     ),
     "hash_embed": lambda ids, at, positions, table, hashing: hash_embed.traffic(
         len(at), table.shape[1], len(hashing.tables), max(hashing.group_sizes), table.itemsize,
@@ -293,10 +295,11 @@ def record_ones(recorder: Recorder) -> None:
             kernels.linear(ones(1, 1), weight, norm=ones(1), eps=1e-5, gated=gated, residual=ones(1, 1), twice=True)
         for most in (1, 2):
             kernels.attention(ones(1, 1, 2), cache, cache, replace(plan, shape=plan.shape._replace(most_segments=most)))
-        kernels.store_qkv(ones(1, 3, 2), ones(1, 2, 1, dtype=torch.float32), *rows, cache, cache)
-        kernels.store_kv(ones(1, 2, 2), one(), one(), cache, cache)
-        kernels.store_states(ones(1, 1), one(), one(), ones(1, 1, 1))
-        kernels.slot_attention(ones(1, 1, 2), cache, cache, one(), one(), 1)
+        angles, weight = ones(1, 2, 1, dtype=torch.float32), linear.Matrix(ones(6, 1))
+        kernels.qkv(ones(1, 1), weight, ones(1), 1e-5, angles, *rows, cache, cache)
+        of = CrossKvWeights(ones(1), linear.Matrix(ones(4, 1)), 2, 1e-5)
+        kernels.keys_values(ones(1, 1), of, (cache, cache), one(), one(), ones(1, 1, 1))
+        kernels.read_slots(ones(1, 1, 2), cache, cache, one(), one(), 1, linear.Matrix(ones(1, 2)), ones(1, 1))
         tables = hash_embed.HashTables([ones(1, 1)], [1], 1, 1, meta)
         kernels.hash_embed(*rows, ones(1, 1), tables)
         table, patches = PageTable(ones(1, 1, dtype=torch.int64), one()), [ones(1, dtype=torch.int32) for _ in "ab"]

@@ -13,14 +13,15 @@ from . import (
     cross_attention,
     entropy,
     hash_embed,
+    keys_values,
     lang,
     latents,
     linear,
     native,
     planning,
     pooling,
+    qkv,
     sampling,
-    store,
     unmasking,
 )
 from .available import KernelName
@@ -44,10 +45,9 @@ class Kernels:
 
     linear = staticmethod(linear.linear)
     attention = staticmethod(attention.attention)
-    store_qkv = staticmethod(store.store_qkv)
-    store_kv = staticmethod(store.store_kv)
-    store_states = staticmethod(store.store_states)
-    slot_attention = staticmethod(cross_attention.slot_attention)
+    qkv = staticmethod(qkv.qkv)
+    keys_values = staticmethod(keys_values.keys_values)
+    read_slots = staticmethod(cross_attention.read_slots)
     hash_embed = staticmethod(hash_embed.hash_embed)
     patch_max = staticmethod(pooling.patch_max)
     entropy = staticmethod(entropy.entropy)
@@ -86,10 +86,9 @@ class TritonKernels(Kernels):
 
     linear = staticmethod(linear.linear_triton)
     attention = staticmethod(attention.attention_triton)
-    store_qkv = staticmethod(store.store_qkv_triton)
-    store_kv = staticmethod(store.store_kv_triton)
-    store_states = staticmethod(store.store_states_triton)
-    slot_attention = staticmethod(cross_attention.slot_attention_triton)
+    qkv = staticmethod(qkv.qkv_triton)
+    keys_values = staticmethod(keys_values.keys_values_triton)
+    read_slots = staticmethod(cross_attention.read_slots_triton)
     hash_embed = staticmethod(hash_embed.hash_embed_triton)
     patch_max = staticmethod(pooling.patch_max_triton)
     entropy = staticmethod(entropy.entropy_triton)
@@ -102,6 +101,9 @@ class TritonKernels(Kernels):
     sample = staticmethod(sampling.sample_triton)
     accepted = staticmethod(sampling.accepted_triton)
 
+    def cross_kv(self, weights: Sequence[CrossKvWeights]) -> CrossKvFunction:
+        return keys_values.CrossKvTriton(weights)
+
 
 class NativeKernels(Kernels):
     """Our own C on a CPU."""
@@ -112,7 +114,6 @@ class NativeKernels(Kernels):
 
     linear = staticmethod(native.linear)
     attention = staticmethod(native.attention)
-    store_states = staticmethod(native.store_states)
     hash_embed = staticmethod(native.hash_embed)
     entropy = staticmethod(native.entropy)
     patch_max = staticmethod(native.patch_max)

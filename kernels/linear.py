@@ -4,8 +4,7 @@ A GEMM library picks its inner kernel by the number of rows, and with it the ord
 of the same input can differ in the last bit. Above some small count the choice no longer changes. `row_floor` measures
 that count, so that the engine can pad every call up to it.
 
-The Triton kernel is made for few rows: it streams the weights once and keeps the rows in registers. Every output is
-summed over ascending blocks of the inner dimension with the same instructions, whatever the number of rows.
+The Triton kernel sums as `kernels.product` says, whatever the number of rows.
 """
 
 from collections.abc import Iterable
@@ -16,18 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gate import gate_options
-from .lang import (
-    IN_INTERPRETER,
-    await_inputs,
-    blocks,
-    dot,
-    jit,
-    let_next_begin,
-    power_of_two,
-    prefetch,
-    tl,
-)
-from .norm import rms_norm, rms_norm_triton
+from .lang import await_inputs, jit, let_next_begin, tl
+from .norm import rms_norm
+from .product import TRIGGER_FIRST, before_product, hold, multiply, product_grid, product_options
 from .swiglu import swiglu
 from .traffic import Traffic
 
@@ -82,8 +72,7 @@ def _scaled(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
 
 
 def traffic(rows: int, out: int, width: int, itemsize: int, *, fp8: bool = False, norm: bool = False) -> Traffic:
-    """Bytes of `linear`: the weight once, its scales, the norm, the rows in and out (`out` before gating). Normalised
-    rows pass between two kernels through the cache."""
+    """Bytes of `linear`: the weight once, its scales, the norm, the rows in and out (`out` before gating)."""
     weight = out * width * (1 if fp8 else itemsize) + 4 * out * fp8 + width * itemsize * norm
     return Traffic(weight + rows * width * itemsize, rows * out * itemsize)
 
@@ -93,70 +82,61 @@ def traffic(rows: int, out: int, width: int, itemsize: int, *, fp8: bool = False
 
 @jit(do_not_specialize=["rows"])
 def linear_kernel(
-    x_ptr, w_ptr, scale_ptr, residual_ptr, out_ptr,
-    rows, out_dim, in_dim, gate_ptr,
-    GATED: tl.constexpr, SCALED: tl.constexpr, RESIDUALS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, AHEAD: tl.constexpr,
-    GATE: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, norm_ptr, w_ptr, scale_ptr, residual_ptr, out_ptr, rows, out_dim, eps, gate_ptr,
+    NORM: tl.constexpr, GATED: tl.constexpr, RESIDUALS: tl.constexpr,
+    IN: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, GATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows by one block of outputs. out_dim: outputs after the gate. AHEAD: elements of each weight row
-    prefetched while the kernel before still runs,
-    but not under a gate, which may be shut."""
-    i_row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    i_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    i_in = tl.arange(0, BLOCK_IN)
-    m_row, m_out = i_row < rows, i_out < out_dim
-    p_x = x_ptr + i_row.to(tl.int64)[:, None] * in_dim + i_in[None, :]
-    p_w = w_ptr + i_out.to(tl.int64)[:, None] * in_dim + i_in[None, :]
-    p_up = w_ptr + (i_out + out_dim).to(tl.int64)[:, None] * in_dim + i_in[None, :]
-    dtype = x_ptr.dtype.element_ty
-
-    if OVERLAP and AHEAD > 0 and not GATE:
-        LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-        i_line = tl.arange(0, BLOCK_OUT * AHEAD // LINE)
-        # Nothing beyond the matrix is prefetched.
-        ahead_out = tl.minimum(tl.program_id(1) * BLOCK_OUT + i_line // (AHEAD // LINE), out_dim - 1).to(tl.int64)
-        ahead_in = tl.minimum(i_line % (AHEAD // LINE) * LINE, in_dim - 1)
-        prefetch((w_ptr + ahead_out * in_dim + ahead_in).to(tl.int64))
-        if GATED:
-            prefetch((w_ptr + (ahead_out + out_dim) * in_dim + ahead_in).to(tl.int64))
-    await_inputs(OVERLAP)
+    """One block of outputs, of some blocks of rows. out_dim: outputs after the gate, of which two rows of the weights
+    next to each other in a block make one. BLOCK_OUT: rows of the weights in a block."""
+    if TRIGGER_FIRST:
+        let_next_begin(OVERLAP)
+    OUTPUTS: tl.constexpr = BLOCK_OUT // 2 if GATED else BLOCK_OUT
+    i = tl.arange(0, BLOCK_OUT)
+    if GATED:
+        i_weight = tl.program_id(1) * OUTPUTS + i // 2
+        m_weight = i_weight < out_dim
+        i_weight += i % 2 * out_dim
+    else:
+        i_weight = tl.program_id(1) * BLOCK_OUT + i
+        m_weight = i_weight < out_dim
     if GATE:
+        # Under a gate, which may be shut, nothing is read ahead.
+        await_inputs(OVERLAP)
         if tl.load(gate_ptr) == 0:
             return
+    w0, w1, w2 = hold(w_ptr, i_weight, m_weight, IN, SEGMENTS, WIDTH, ROUNDS)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + i_weight, mask=m_weight, other=0.0)
+    if not GATE:
+        await_inputs(OVERLAP)
 
-    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    total_up = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    for start in range(0, in_dim, BLOCK_IN):
-        m_in = start + i_in < in_dim
-        b_x = tl.load(p_x + start, mask=m_row[:, None] & m_in[None, :], other=0.0)
-        m_w = m_out[:, None] & m_in[None, :]
-        b_w = tl.load(p_w + start, mask=m_w, other=0.0, eviction_policy="evict_first").to(dtype)
-        total = dot(b_x, tl.trans(b_w), total)
+    dtype = x_ptr.dtype.element_ty
+    i_out = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    for block in range(tl.program_id(0), (rows + ROWS - 1) // ROWS, tl.num_programs(0)):
+        i_row = block * ROWS + tl.arange(0, ROWS)
+        total = multiply(
+            x_ptr, norm_ptr, w_ptr, w0, w1, w2, i_row, rows, i_weight, m_weight, eps,
+            IN, SEGMENTS, WIDTH, ROUNDS, ROWS, BLOCK_OUT, NORM,
+        )  # fmt: skip
+        # Rounds where the twin rounds.
+        if scale_ptr is not None:
+            total = total.to(dtype).to(tl.float32) * scale[None, :]
+        y = total.to(dtype).to(tl.float32)
         if GATED:
-            b_up = tl.load(p_up + start, mask=m_w, other=0.0, eviction_policy="evict_first").to(dtype)
-            total_up = dot(b_x, tl.trans(b_up), total_up)
-    # Not earlier: the next kernel's loads would compete with these.
-    let_next_begin(OVERLAP)
-
-    # Rounds where the twin rounds.
-    if SCALED:
-        total = total.to(dtype).to(tl.float32) * tl.load(scale_ptr + i_out, mask=m_out, other=0.0)[None, :]
-    y = total.to(dtype).to(tl.float32)
-    if GATED:
-        if SCALED:
-            scale_up = tl.load(scale_ptr + out_dim + i_out, mask=m_out, other=0.0)
-            total_up = total_up.to(dtype).to(tl.float32) * scale_up[None, :]
-        gate = (y / (1.0 + tl.exp(-y))).to(dtype).to(tl.float32)
-        y = (gate * total_up.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-    m_y = m_row[:, None] & m_out[None, :]
-    p_y = i_row.to(tl.int64)[:, None] * out_dim + i_out[None, :]
-    if RESIDUALS > 0:
-        b_residual = tl.load(residual_ptr + p_y, mask=m_y, other=0.0).to(tl.float32)
-        y = (b_residual + y).to(dtype).to(tl.float32)
-        if RESIDUALS > 1:
-            y = b_residual + y
-    tl.store(out_ptr + p_y, y.to(dtype), mask=m_y)
+            y, up = tl.split(tl.reshape(y, (ROWS, OUTPUTS, 2)))
+            gate = (y / (1.0 + tl.exp(-y))).to(dtype).to(tl.float32)
+            y = (gate * up).to(dtype).to(tl.float32)
+        m_y = (i_row < rows)[:, None] & (i_out < out_dim)[None, :]
+        p_y = i_row.to(tl.int64)[:, None] * out_dim + i_out[None, :]
+        if RESIDUALS > 0:
+            b_residual = tl.load(residual_ptr + p_y, mask=m_y, other=0.0).to(tl.float32)
+            y = (b_residual + y).to(dtype).to(tl.float32)
+            if RESIDUALS > 1:
+                y = b_residual + y
+        tl.store(out_ptr + p_y, y.to(dtype), mask=m_y)
+    if not TRIGGER_FIRST:
+        let_next_begin(OVERLAP)
 
 
 def linear_triton(
@@ -170,52 +150,16 @@ def linear_triton(
     twice: bool = False,
 ) -> Tensor:
     """As `linear`, for contiguous operands."""
-    if norm is not None:
-        x = rms_norm_triton(x, norm, eps)
-    rows, width = x.shape
-    out = weight.data.shape[0] // (1 + gated)
-    y = x.new_empty(rows, out)
-    block = linear_blocks(out, width, weight.data.itemsize, gated=gated)
-    # Blocks of rows first: they read the same weights soon after each other.
-    grid = (blocks(rows, block["BLOCK_ROWS"]), blocks(out, block["BLOCK_OUT"]))
-    linear_kernel[grid](
-        x, weight.data, weight.scale, residual, y, rows, out, width,
-        GATED=gated, SCALED=weight.scale is not None, RESIDUALS=0 if residual is None else 1 + twice,
-        **block, **gate_options(x),
+    out, width = weight.data.shape
+    y = x.new_empty(len(x), out // (1 + gated))
+    x, norm = before_product(x, norm, eps)
+    options = product_options(width, x.dtype, out, weight.data.itemsize)
+    linear_kernel[product_grid(len(x), out, options)](
+        x, norm, weight.data, weight.scale, residual, y, len(x), y.shape[1], eps,
+        NORM=norm is not None, GATED=gated, RESIDUALS=0 if residual is None else 1 + twice,
+        **options, **gate_options(x),
     )  # fmt: skip
     return y
-
-
-AHEAD = 512
-"""Elements of each weight row that are prefetched."""
-
-
-def linear_blocks(out: int, width: int, itemsize: int, *, gated: bool) -> dict[str, int]:
-    """Block sizes, warps and loads in flight: the fastest on an H200 with one row.
-    itemsize: of the weights.
-
-    Independent of the number of rows: with other blocks the compiler may sum in another order.
-    """
-    if itemsize > 2:
-        block_out, block_in, warps, stages = 16 if out <= 4096 else 32, 128, 4, 3
-    elif (gated or out > 2 * width) and (itemsize == 1 or width < 2048 and gated):
-        block_out, block_in, warps, stages = 32, 256, 4, 4
-    elif gated:
-        block_out, block_in, warps, stages = 32, 128, 2, 6
-    elif out > 2 * width:
-        block_out, block_in, warps, stages = 16, 128, 2, 8
-    elif itemsize == 1:
-        block_out, block_in, warps, stages = 16, 256, 2, 6
-    else:
-        block_out, block_in, warps, stages = 16, 512, 2, 4
-    return {
-        "BLOCK_ROWS": 16,
-        "BLOCK_OUT": 256 if IN_INTERPRETER else block_out,
-        "BLOCK_IN": min(power_of_two(width, 32), block_in),
-        "AHEAD": min(power_of_two(width, 128), AHEAD),
-        "num_warps": warps,
-        "num_stages": stages,
-    }
 
 
 # Row-invariance of the machine's library, for the torch twin.

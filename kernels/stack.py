@@ -148,9 +148,8 @@ def composed_stack(k: "Kernels", w: StackWeights) -> StackFunction:
             x = _layer(k, layer, x, kv, plan)
             if i >= first_kv:
                 assert cross
-                _cross_kv(k, w.cross_kv[i - first_kv], x, cross.cache[i - first_kv], cross.page, cross.offset)
-                if i == first_kv and cross.states is not None:
-                    k.store_states(x, cross.page, cross.offset, cross.states)
+                states = cross.states if i == first_kv else None
+                k.keys_values(x, w.cross_kv[i - first_kv], cross.cache[i - first_kv], cross.page, cross.offset, states)
         if logit_rows is not None:
             x = x.index_select(0, logit_rows)
         if w.head is not None and len(x):
@@ -163,14 +162,13 @@ def composed_stack(k: "Kernels", w: StackWeights) -> StackFunction:
 def composed_cross_kv(k: "Kernels", ws: Sequence[CrossKvWeights]) -> CrossKvFunction:
     def store(x: Tensor, cache: KvCache, page: Tensor, offset: Tensor) -> None:
         for w, kv in zip(ws, cache, strict=True):
-            _cross_kv(k, w, x, kv, page, offset)
+            k.keys_values(x, w, kv, page, offset)
 
     return store
 
 
 def _layer(k: "Kernels", w: LayerWeights, x: Tensor, cache: KvPages, plan: AttentionPlan) -> Tensor:
-    qkv = k.linear(x, w.qkv, norm=w.attention_norm, eps=w.eps).unflatten(1, (-1, w.head_dim))
-    q = k.store_qkv(qkv, w.rope, plan.positions, plan.page, plan.offset, *cache)
+    q = k.qkv(x, w.qkv, w.attention_norm, w.eps, w.rope, plan.positions, plan.page, plan.offset, *cache)
     x = k.linear(k.attention(q, *cache, plan).flatten(1), w.o, residual=x)
     gated = k.linear(x, w.gate_up, norm=w.ffn_norm, eps=w.eps, gated=True)
     return k.linear(gated, w.down, residual=x)
@@ -178,10 +176,4 @@ def _layer(k: "Kernels", w: LayerWeights, x: Tensor, cache: KvPages, plan: Atten
 
 def _slots(k: "Kernels", w: SlotsWeights, x: Tensor, cache: KvPages, page: Tensor, offset: Tensor) -> Tensor:
     q = k.linear(x, w.q, norm=w.norm, eps=w.eps).unflatten(1, (-1, w.head_dim))
-    seen = k.slot_attention(q, *cache, page, offset, w.slots)
-    return k.linear(seen.flatten(1), w.o, residual=x, twice=True)
-
-
-def _cross_kv(k: "Kernels", w: CrossKvWeights, x: Tensor, cache: KvPages, page: Tensor, offset: Tensor) -> None:
-    kv = k.linear(x, w.kv, norm=w.norm, eps=w.eps).unflatten(1, (-1, w.head_dim))
-    k.store_kv(kv, page, offset, *cache)
+    return k.read_slots(q, *cache, page, offset, w.slots, w.o, x)

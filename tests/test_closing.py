@@ -19,6 +19,8 @@ from kernels.norm import rms_norm_triton
 from kernels.planning import Lengths, Spans, Tiling
 from kernels.planning import plan as planned
 from kernels.pooling import PageTable
+from kernels.rope import rope_table
+from kernels.stack import CrossKvWeights
 from tests.operands import CPU, LONGEST, SEEDS, Draw, Laid, few
 from tests.operands import TRITONS as DEVICE
 
@@ -197,10 +199,14 @@ def gated(draw: Draw) -> list[Tensor]:
     attended = TRITON.attention(draw.randn(len(laid.on_device().first), 4, 8), *caches, laid.on_device())
     num_pages, *patches = draw.pooled([3, 1, 2], 4)
     pooled = TRITON.patch_max(draw.randn(num_pages, 4, 8), *patches)
-    stored = [torch.full((3, 2, 4, 8), torch.nan, device=DEVICE) for _ in range(2)]
-    one = torch.ones(1, dtype=torch.int64, device=DEVICE)
-    TRITON.store_kv(draw.randn(1, 4, 8), one, one, *stored)
-    return [TRITON.linear(x, weight), rms_norm_triton(x, norm, 1e-5), attended, pooled, *stored]
+    stored = [torch.full((3, 2, 4, 8), torch.nan, device=DEVICE) for _ in range(4)]
+    states, ones = torch.full((3, 4, 16), torch.nan, device=DEVICE), torch.ones(1, dtype=torch.int64, device=DEVICE)
+    rope, two = rope_table(8, 100.0, 4, DEVICE), torch.full_like(ones, 2)
+    q = TRITON.qkv(x[:1], Matrix(draw.randn(64, 16)), norm, 1e-5, rope, ones, ones, two, *stored[:2])
+    of = CrossKvWeights(norm, Matrix(draw.randn(32, 16)), 8, 1e-5)
+    TRITON.keys_values(x[:1], of, (stored[2], stored[3]), ones, ones, states)
+    product = TRITON.linear(x, weight, norm=norm, eps=1e-5)
+    return [product, rms_norm_triton(x, norm, 1e-5), attended, pooled, q, *stored, states]
 
 
 @pytest.mark.usefixtures("marked")

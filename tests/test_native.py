@@ -308,17 +308,6 @@ def test_cross_kv_equals_torch(seed: int, dtype: torch.dtype, rows: int, layers:
 
 
 @few
-@given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 40))
-def test_store_states_equals_torch(seed: int, dtype: torch.dtype, rows: int, dim: int) -> None:
-    draw = Draw(seed)
-    places, states = torch.tensor(draw.shuffled(7 * 4)[:rows]), draw.randn(rows, dim, dtype=dtype)
-    caches = torch.zeros(2, 7, 4, dim, dtype=dtype)
-    for kernels, cache in zip((TORCH, NATIVE), caches, strict=True):
-        kernels.store_states(states, places // 4, places % 4, cache)
-    assert torch.equal(*caches)
-
-
-@few
 @given(
     SEEDS, FLOATS, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(1, 9),
     st.integers(1, 70), st.integers(1, 3),

@@ -18,7 +18,9 @@ from kernels.dispatch import Kernels, TritonKernels, choose_kernels
 from kernels.hash_embed import HashTables
 from kernels.linear import Matrix, quantize
 from kernels.norm import rms_norm, rms_norm_triton
+from kernels.product import cut, product
 from kernels.rope import rope_table
+from kernels.stack import CrossKvWeights, KvCache
 from tests.operands import FLOATS, RULES, SEEDS, Draw, Laid, Layout, close, few, layouts
 from tests.operands import TRITONS as DEVICE
 
@@ -69,6 +71,22 @@ def test_linear_equals_torch(
     if residuals:
         how["residual"] = how["residual"][rows // 2 :].contiguous()
     assert torch.equal(TRITON.linear(x[rows // 2 :].contiguous(), matrix, **how), found[rows // 2 :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [40, 700, 3000])
+def test_a_product_sums_in_the_order_of_the_law(dtype: torch.dtype, width: int) -> None:
+    """One number in a segment, so that every rounding of a sum is one between segments, and these nearly cancel."""
+    draw, x = Draw(width, DEVICE), torch.zeros(5, width, dtype=dtype, device=DEVICE)
+    segment = cut(width, dtype).width
+    columns = range(0, width, segment)
+    x[:, columns] = draw.randn(5, len(columns), dtype=dtype)
+    weight = draw.randn(7, width, dtype=dtype)
+    weight[:, columns[0]] -= (x.float() @ weight.float().T)[0].to(dtype) / x[0, 0]
+    found = TRITON.linear(x, Matrix(weight)).float()
+    if DEVICE.type == "cpu" and dtype == torch.float32:
+        assert torch.equal(found, product(x, weight))
+    torch.testing.assert_close(found, product(x, weight), rtol=2**-7, atol=1e-6)
 
 
 @few
@@ -150,36 +168,72 @@ def test_the_longest_context_of_these_tests_spans_several_segments() -> None:
 
 
 @few
-@given(SEEDS, FLOATS, st.integers(1, 9), st.sampled_from([(4, 4, 8), (6, 2, 20), (1, 1, 2)]))
-def test_store_equals_torch(seed: int, dtype: torch.dtype, rows: int, shape: tuple[int, int, int]) -> None:
+@given(SEEDS, FLOATS, st.integers(1, 40), st.sampled_from([(4, 4, 8), (6, 2, 20), (1, 1, 2)]), st.booleans())
+def test_qkv_equals_torch(seed: int, dtype: torch.dtype, rows: int, shape: tuple[int, int, int], fp8: bool) -> None:
     draw, (heads, kv_heads, head_dim) = Draw(seed, DEVICE), shape
-    places = torch.tensor(draw.shuffled(7 * 4)[:rows], device=DEVICE)
-    page, offset = places // 4, places % 4
-    rope = rope_table(head_dim, 100.0, 50, DEVICE)
-    positions = draw.below(50, rows)
-    qkv = draw.randn(rows, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    out, width = (heads + 2 * kv_heads) * head_dim, heads * head_dim
+    x, norm = draw.randn(rows, width, dtype=dtype), draw.randn(width, dtype=dtype)
+    weight = draw.randn(out, width, dtype=dtype) * width**-0.5
+    matrix = quantize(weight) if fp8 else Matrix(weight)
+    places = torch.tensor(draw.shuffled(12 * 4)[:rows], device=DEVICE)
+    how = rope_table(head_dim, 100.0, 50, DEVICE), draw.below(50, rows), places // 4, places % 4
     results = []
-    for kernels in (TORCH, TRITON):
-        caches = [torch.zeros(7, kv_heads, 4, head_dim, dtype=dtype, device=DEVICE) for _ in range(4)]
-        states = torch.zeros(7, 4, heads * head_dim, dtype=dtype, device=DEVICE)
-        q = kernels.store_qkv(qkv, rope, positions, page, offset, caches[0], caches[1])
-        kernels.store_kv(qkv[:, heads:].contiguous(), page, offset, caches[2], caches[3])
-        kernels.store_states(qkv[:, :heads].flatten(1).contiguous(), page, offset, states)
-        results.append([q, *caches, states])
-    for expected, found in zip(*results, strict=True):
+    for kernels, some in ((TORCH, slice(0, None)), (TRITON, slice(0, None)), (TRITON, slice(rows // 2, None))):
+        caches = [torch.zeros(12, kv_heads, 4, head_dim, dtype=dtype, device=DEVICE) for _ in range(2)]
+        q = kernels.qkv(
+            x[some].contiguous(), matrix, norm, 1e-5, how[0], *(t[some].contiguous() for t in how[1:]), *caches
+        )
+        results.append((q, *(cache[how[2], :, how[3]] for cache in caches)))
+    for expected, found in zip(*results[:2], strict=True):
         close(found, expected)
-    assert torch.equal(results[0][2], results[1][2]), "values are only moved"
+    assert torch.equal(results[2][0], results[1][0][rows // 2 :])
+    for found, part in zip(results[1][1:], results[2][1:], strict=True):
+        assert torch.equal(part[rows // 2 :], found[rows // 2 :]) and not part[: rows // 2].any()
 
 
 @few
-@given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 4), st.sampled_from([(4, 4, 8), (10, 2, 20), (1, 1, 2)]))
-def test_slot_attention_equals_torch(
-    seed: int, dtype: torch.dtype, rows: int, slots: int, shape: tuple[int, int, int]
+@given(SEEDS, FLOATS, st.integers(1, 40), st.integers(1, 3), st.sampled_from([(2, 20, 70), (4, 16, 64)]), st.booleans())
+def test_keys_and_values_equal_torch(
+    seed: int, dtype: torch.dtype, rows: int, layers: int, shape: tuple[int, int, int], fp8: bool
 ) -> None:
-    draw, (heads, kv_heads, head_dim) = Draw(seed, DEVICE), shape
+    draw, (kv_heads, head_dim, dim) = Draw(seed, DEVICE), shape
+    places = torch.tensor(draw.shuffled(12 * 4)[:rows], device=DEVICE)
+    x, matrices = draw.randn(rows, dim, dtype=dtype), []
+    for _ in range(layers):
+        weight = draw.randn(2 * kv_heads * head_dim, dim, dtype=dtype) * dim**-0.5
+        matrices.append(quantize(weight) if fp8 else Matrix(weight))
+    weights = [CrossKvWeights(draw.randn(dim, dtype=dtype), matrix, head_dim, 1e-5) for matrix in matrices]
+    results = []
+    for kernels in (TORCH, TRITON):
+        caches = torch.zeros(layers + 1, 2, 12, kv_heads, 4, head_dim, dtype=dtype, device=DEVICE)
+        states = torch.zeros(12, 4, dim, dtype=dtype, device=DEVICE)
+        where = places // 4, places % 4
+        kernels.cross_kv(weights)(x, KvCache(tuple(kv) for kv in caches[:-1]), *where)  # type: ignore[misc]
+        kernels.keys_values(x, weights[-1], (caches[-1, 0], caches[-1, 1]), *where, states)
+        results.append((caches, states))
+    close(results[1][0], results[0][0])
+    assert torch.equal(results[1][1], results[0][1]), "states are only moved"
+    assert torch.equal(results[1][0][-1], results[1][0][-2]), "the same bits in one launch and alone"
+
+
+@few
+@given(
+    SEEDS, FLOATS, st.integers(1, 20), st.integers(1, 4),
+    st.sampled_from([(4, 4, 8), (10, 2, 20), (1, 1, 2), (4, 2, 64), (3, 1, 32)]), st.booleans(),
+)  # fmt: skip
+def test_reading_slots_equals_torch(
+    seed: int, dtype: torch.dtype, rows: int, slots: int, shape: tuple[int, int, int], fp8: bool
+) -> None:
+    draw, (heads, kv_heads, head_dim), dim = Draw(seed, DEVICE), shape, 24
     caches = [draw.randn(5, kv_heads, 3 * slots, head_dim, dtype=dtype) for _ in range(2)]
     q, page, offset = draw.randn(rows, heads, head_dim, dtype=dtype), draw.below(5, rows), draw.below(3, rows) * slots
-    close(TRITON.slot_attention(q, *caches, page, offset, slots), TORCH.slot_attention(q, *caches, page, offset, slots))
+    weight = draw.randn(dim, heads * head_dim, dtype=dtype) * (heads * head_dim) ** -0.5
+    o, x = quantize(weight) if fp8 else Matrix(weight), draw.randn(rows, dim, dtype=dtype)
+    found = TRITON.read_slots(q, *caches, page, offset, slots, o, x)
+    close(found, TORCH.read_slots(q, *caches, page, offset, slots, o, x))
+    few_rows = (t[rows // 2 :].contiguous() for t in (page, offset))
+    alone = TRITON.read_slots(q[rows // 2 :].contiguous(), *caches, *few_rows, slots, o, x[rows // 2 :].contiguous())
+    assert torch.equal(alone, found[rows // 2 :])
 
 
 @few

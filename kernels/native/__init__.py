@@ -53,7 +53,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "fastblt_hash_embed": "pppppp q i",
         "fastblt_entropy": "pp qq i",
         "fastblt_patch_max": "ppp q pppp qqq i",
-        "fastblt_store_states": "pppp qqq",
         "fastblt_boundaries": "ppppp qq i ff p q",
         "fastblt_likeliest": "ppp qq",
         "fastblt_sample": "p i ppp qq",
@@ -197,16 +196,6 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) 
         torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def store_states(states: Tensor, page: Tensor, offset: Tensor, cache: Tensor) -> None:
-    """`kernels.store.store_states`."""
-    assert LIBRARY
-    rows, dim = states.shape
-    LIBRARY.fastblt_store_states(
-        states.data_ptr(), page.data_ptr(), offset.data_ptr(), cache.data_ptr(), cache.shape[1], rows,
-        dim * states.element_size(),
-    )  # fmt: skip
 
 
 def hash_embed(ids: Tensor, at: Tensor, positions: Tensor, embedding: Tensor, hashing: HashTables) -> Tensor:

@@ -350,12 +350,6 @@ void fastblt_patch_max(
     }
 }
 
-/* states (rows, dim) into cache (pages, page_size, dim). */
-void fastblt_store_states(const void *states, const int64_t *page, const int64_t *offset, void *cache, int64_t page_size, int64_t rows, int64_t size) {
-    for (int64_t r = 0; r < rows; r++)
-        memcpy((char *)cache + (page[r] * page_size + offset[r]) * size, (const char *)states + r * size, size);
-}
-
 /* An attention plan: found becomes its tiles, its pages and the most segments of a tile; out its numbers, if there is room
    for them. Returns their count. tiles, pages: as in `Lengths`. */
 int64_t fastblt_plan(
