@@ -66,7 +66,7 @@ def keys_values_kernel(
         page = tl.load(page_ptr + i_row, mask=m_row, other=0)
         offset = tl.load(offset_ptr + i_row, mask=m_row, other=0)
         total = multiply(
-            x_ptr, norm_ptr, w_ptr, w0, w1, w2, i_row, rows, i_out, m_out, eps,
+            x_ptr, norm_ptr, w_ptr, w0, w1, w2, i_row.to(tl.int64), m_row, i_out, m_out, eps,
             IN, SEGMENTS, WIDTH, ROUNDS, ROWS, BLOCK_OUT, NORM,
         )  # fmt: skip
         # Rounds where the twin rounds.

@@ -49,12 +49,17 @@ def linear(
     gated: bool = False,
     residual: Tensor | None = None,
     twice: bool = False,
+    rows: Tensor | None = None,
+    wide: bool = False,
 ) -> Tensor:
     """x (R, in) times weight (out, in) transposed, in x's dtype.
 
     norm (in,): x goes through RMS normalisation with it first. gated: the first half of the outputs gates the second,
     silu(first) * second, (R, out / 2). residual: added to the result; `twice`: residual + (residual + result).
+    rows (W,) int64: the rows of x to use. wide: in float32, rounded to x's dtype before.
     """
+    if rows is not None:
+        x = x.index_select(0, rows)
     if norm is not None:
         x = rms_norm(x, norm, eps)
     y = F.linear(x, weight.data) if weight.scale is None else _scaled(x, weight.data, weight.scale)
@@ -64,7 +69,7 @@ def linear(
         y = residual + y
         if twice:
             y = residual + y
-    return y
+    return y.float() if wide else y
 
 
 def _scaled(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
@@ -80,9 +85,9 @@ def traffic(rows: int, out: int, width: int, itemsize: int, *, fp8: bool = False
 # Triton.
 
 
-@jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["rows_ptr"])
 def linear_kernel(
-    x_ptr, norm_ptr, w_ptr, scale_ptr, residual_ptr, out_ptr, rows, out_dim, eps, gate_ptr,
+    x_ptr, rows_ptr, norm_ptr, w_ptr, scale_ptr, residual_ptr, out_ptr, rows, out_dim, eps, gate_ptr,
     NORM: tl.constexpr, GATED: tl.constexpr, RESIDUALS: tl.constexpr,
     IN: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, GATE: tl.constexpr, OVERLAP: tl.constexpr,
@@ -115,8 +120,11 @@ def linear_kernel(
     i_out = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     for block in range(tl.program_id(0), (rows + ROWS - 1) // ROWS, tl.num_programs(0)):
         i_row = block * ROWS + tl.arange(0, ROWS)
+        i_x = i_row.to(tl.int64)
+        if rows_ptr is not None:
+            i_x = tl.load(rows_ptr + i_row, mask=i_row < rows, other=0)
         total = multiply(
-            x_ptr, norm_ptr, w_ptr, w0, w1, w2, i_row, rows, i_weight, m_weight, eps,
+            x_ptr, norm_ptr, w_ptr, w0, w1, w2, i_x, i_row < rows, i_weight, m_weight, eps,
             IN, SEGMENTS, WIDTH, ROUNDS, ROWS, BLOCK_OUT, NORM,
         )  # fmt: skip
         # Rounds where the twin rounds.
@@ -134,7 +142,7 @@ def linear_kernel(
             y = (b_residual + y).to(dtype).to(tl.float32)
             if RESIDUALS > 1:
                 y = b_residual + y
-        tl.store(out_ptr + p_y, y.to(dtype), mask=m_y)
+        tl.store(out_ptr + p_y, y.to(dtype).to(out_ptr.dtype.element_ty), mask=m_y)
     if not TRIGGER_FIRST:
         let_next_begin(OVERLAP)
 
@@ -148,14 +156,17 @@ def linear_triton(
     gated: bool = False,
     residual: Tensor | None = None,
     twice: bool = False,
+    rows: Tensor | None = None,
+    wide: bool = False,
 ) -> Tensor:
     """As `linear`, for contiguous operands."""
     out, width = weight.data.shape
-    y = x.new_empty(len(x), out // (1 + gated))
+    count = len(x if rows is None else rows)
+    y = x.new_empty(count, out // (1 + gated), dtype=torch.float32 if wide else x.dtype)
     x, norm = before_product(x, norm, eps)
     options = product_options(width, x.dtype, out, weight.data.itemsize)
-    linear_kernel[product_grid(len(x), out, options)](
-        x, norm, weight.data, weight.scale, residual, y, len(x), y.shape[1], eps,
+    linear_kernel[product_grid(count, out, options)](
+        x, rows, norm, weight.data, weight.scale, residual, y, count, y.shape[1], eps,
         NORM=norm is not None, GATED=gated, RESIDUALS=0 if residual is None else 1 + twice,
         **options, **gate_options(x),
     )  # fmt: skip

@@ -144,22 +144,22 @@ def hold(
 
 
 @jit
-def load_rows(x_ptr, i_row, rows, at, IN: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows `i_row` (R,) of the input, round `at` of their columns: (SEGMENTS, R, WIDTH)."""
+def load_rows(x_ptr, i_row, m_row, at, IN: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows `i_row` (R,) int64 of the input, round `at` of their columns: (SEGMENTS, R, WIDTH)."""
     i_in = (at * SEGMENTS + tl.arange(0, SEGMENTS))[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    p_x = x_ptr + i_row.to(tl.int64)[None, :, None] * IN + i_in
-    return tl.load(p_x, mask=(i_row < rows)[None, :, None] & (i_in < IN), other=0.0)
+    p_x = x_ptr + i_row[None, :, None] * IN + i_in
+    return tl.load(p_x, mask=m_row[None, :, None] & (i_in < IN), other=0.0)
 
 
 @jit
 def inverse_rms(
-    x_ptr, i_row, rows, eps,
+    x_ptr, i_row, m_row, eps,
     IN: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """1 / sqrt(mean(x^2) + eps) of rows `i_row`: (ROWS,)."""
     squares = tl.zeros((SEGMENTS, ROWS), tl.float32)
     for at in tl.static_range(ROUNDS):
-        x = load_rows(x_ptr, i_row, rows, at, IN, SEGMENTS, WIDTH).to(tl.float32)
+        x = load_rows(x_ptr, i_row, m_row, at, IN, SEGMENTS, WIDTH).to(tl.float32)
         squares += tl.sum(x * x, 2)
     return 1.0 / tl.sqrt(tl.sum(squares, 0) / IN + eps)
 
@@ -178,11 +178,11 @@ def add_product(total, x, w):
 
 @jit
 def add_round(
-    total, x_ptr, norm_ptr, inverse, w, i_row, rows, at,
+    total, x_ptr, norm_ptr, inverse, w, i_row, m_row, at,
     IN: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """total (SEGMENTS, R, O) + round `at` of the rows times weights w (SEGMENTS, O, WIDTH)."""
-    x = load_rows(x_ptr, i_row, rows, at, IN, SEGMENTS, WIDTH)
+    x = load_rows(x_ptr, i_row, m_row, at, IN, SEGMENTS, WIDTH)
     dtype = x.dtype
     if NORM:
         i_in = (at * SEGMENTS + tl.arange(0, SEGMENTS))[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -193,23 +193,23 @@ def add_round(
 
 @jit
 def multiply(
-    x_ptr, norm_ptr, w_ptr, w0, w1, w2, i_row, rows, i_out, m_out, eps,
+    x_ptr, norm_ptr, w_ptr, w0, w1, w2, i_row, m_row, i_out, m_out, eps,
     IN: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Rows `i_row` (ROWS,) of x (rows, IN) times rows `i_out` (BLOCK_OUT,) of the weights, whose first rounds `hold`
+    """Rows `i_row` (ROWS,) int64 of x (R, IN) times rows `i_out` (BLOCK_OUT,) of the weights, whose first rounds `hold`
     has read: (ROWS, BLOCK_OUT) float32. NORM: the rows go through RMS normalisation first."""
     inverse = tl.zeros((ROWS,), tl.float32)
     if NORM:
-        inverse = inverse_rms(x_ptr, i_row, rows, eps, IN, SEGMENTS, WIDTH, ROUNDS, ROWS)
+        inverse = inverse_rms(x_ptr, i_row, m_row, eps, IN, SEGMENTS, WIDTH, ROUNDS, ROWS)
     total = tl.zeros((SEGMENTS, ROWS, BLOCK_OUT), tl.float32)
-    total = add_round(total, x_ptr, norm_ptr, inverse, w0, i_row, rows, 0, IN, SEGMENTS, WIDTH, NORM)
+    total = add_round(total, x_ptr, norm_ptr, inverse, w0, i_row, m_row, 0, IN, SEGMENTS, WIDTH, NORM)
     if ROUNDS > 1:
-        total = add_round(total, x_ptr, norm_ptr, inverse, w1, i_row, rows, 1, IN, SEGMENTS, WIDTH, NORM)
+        total = add_round(total, x_ptr, norm_ptr, inverse, w1, i_row, m_row, 1, IN, SEGMENTS, WIDTH, NORM)
     if ROUNDS > 2:
-        total = add_round(total, x_ptr, norm_ptr, inverse, w2, i_row, rows, 2, IN, SEGMENTS, WIDTH, NORM)
+        total = add_round(total, x_ptr, norm_ptr, inverse, w2, i_row, m_row, 2, IN, SEGMENTS, WIDTH, NORM)
     if ROUNDS > 3:
         for at in range(3, ROUNDS):
             w = load_weights(w_ptr, i_out, m_out, at, IN, SEGMENTS, WIDTH)
-            total = add_round(total, x_ptr, norm_ptr, inverse, w, i_row, rows, at, IN, SEGMENTS, WIDTH, NORM)
+            total = add_round(total, x_ptr, norm_ptr, inverse, w, i_row, m_row, at, IN, SEGMENTS, WIDTH, NORM)
     return tl.sum(total, 0)

@@ -67,7 +67,7 @@ def qkv_kernel(
         cos = tl.load(p_angle, mask=m_row[:, None] & turns[None, :], other=1.0)
         sin = tl.load(p_angle + HEAD_DIM // 2, mask=m_row[:, None] & turns[None, :], other=0.0)
         total = multiply(
-            x_ptr, norm_ptr, w_ptr, w0, w1, w2, i_row, rows, i_out, m_out, eps,
+            x_ptr, norm_ptr, w_ptr, w0, w1, w2, i_row.to(tl.int64), m_row, i_out, m_out, eps,
             IN, SEGMENTS, WIDTH, ROUNDS, ROWS, BLOCK_OUT, NORM,
         )  # fmt: skip
         # Rounds where the twin rounds.

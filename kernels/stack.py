@@ -52,9 +52,9 @@ class StackFunction(Protocol):
         cross: CrossCache | None = None,
         logit_rows: Tensor | None = None,
     ) -> Tensor:
-        """x (R, dim), or ids (R,) if there is an embedding, to states (R, dim), or to logits if there is a head. The
-        rows' K/V go to the cache first, so that rows of one call see each other. logit_rows (W,) int64: the rows to
-        return, by default all; if empty, the result is undefined.
+        """x (R, dim), or ids (R,) if there is an embedding, to states (R, dim), or to logits if there is a head, which
+        may be wider than x. The rows' K/V go to the cache first, so that rows of one call see each other. logit_rows
+        (W,) int64: the rows to return, by default all; if empty, the result is undefined.
         """
         ...
 
@@ -150,11 +150,11 @@ def composed_stack(k: "Kernels", w: StackWeights) -> StackFunction:
                 assert cross
                 states = cross.states if i == first_kv else None
                 k.keys_values(x, w.cross_kv[i - first_kv], cross.cache[i - first_kv], cross.page, cross.offset, states)
-        if logit_rows is not None:
-            x = x.index_select(0, logit_rows)
-        if w.head is not None and len(x):
-            x = k.linear(x, w.head.matrix, norm=w.head.norm, eps=w.head.eps)
-        return x
+        if w.head is None:
+            return x if logit_rows is None else x.index_select(0, logit_rows)
+        if logit_rows is not None and not len(logit_rows):
+            return x[:0]
+        return k.linear(x, w.head.matrix, norm=w.head.norm, eps=w.head.eps, rows=logit_rows, wide=True)
 
     return stack
 

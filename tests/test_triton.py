@@ -51,11 +51,12 @@ def test_kernels_are_chosen_by_name_and_device(monkeypatch: pytest.MonkeyPatch) 
 @few
 @given(
     SEEDS, FLOATS, st.integers(1, 40), st.integers(1, 70), st.integers(1, 150), st.booleans(), st.booleans(),
-    st.booleans(), st.integers(0, 2),
+    st.booleans(), st.integers(0, 2), st.booleans(),
 )  # fmt: skip
 def test_linear_equals_torch(
-    seed: int, dtype: torch.dtype, rows: int, out: int, width: int, normed: bool, gated: bool, fp8: bool, residuals: int
-) -> None:
+    seed: int, dtype: torch.dtype, rows: int, out: int, width: int, normed: bool, gated: bool, fp8: bool,
+    residuals: int, picked: bool,
+) -> None:  # fmt: skip
     draw = Draw(seed, DEVICE)
     x, weight = draw.randn(rows, width, dtype=dtype), draw.randn(out * (1 + gated), width, dtype=dtype) * width**-0.5
     how: dict[str, Any] = {
@@ -68,6 +69,10 @@ def test_linear_equals_torch(
     matrix = quantize(weight) if fp8 else Matrix(weight)
     found = TRITON.linear(x, matrix, **how)
     close(found, TORCH.linear(x, matrix, **how))
+    if picked:
+        chosen = draw.below(rows, rows)
+        wide = TRITON.linear(x, matrix, rows=chosen, wide=True, **how)
+        assert torch.equal(wide, TRITON.linear(x[chosen].contiguous(), matrix, **how).float())
     if residuals:
         how["residual"] = how["residual"][rows // 2 :].contiguous()
     assert torch.equal(TRITON.linear(x[rows // 2 :].contiguous(), matrix, **how), found[rows // 2 :])

@@ -162,19 +162,20 @@ def linear(
     gated: bool = False,
     residual: Tensor | None = None,
     twice: bool = False,
+    rows: Tensor | None = None,
+    wide: bool = False,
 ) -> Tensor:
     """`kernels.linear.linear` for a packed matrix."""
     assert LIBRARY and isinstance(weight, Packed)
-    rows = x.shape[0]
-    y = x.new_empty(rows, weight.out // 2 if gated else weight.out)
-    x = x.contiguous()
+    x = x.contiguous() if rows is None else x.index_select(0, rows)
+    y = x.new_empty(len(x), weight.out // 2 if gated else weight.out)
     wide_norm = None if norm is None else norm.float()
     before = None if residual is None else residual.contiguous()
     LIBRARY.fastblt_linear(
         ctypes.byref(weight.struct), x.data_ptr(), _address(wide_norm), eps, gated, _address(before), twice,
-        y.data_ptr(), rows, _is_bf16(x), torch.get_num_threads(),
+        y.data_ptr(), len(x), _is_bf16(x), torch.get_num_threads(),
     )  # fmt: skip
-    return y
+    return y.float() if wide else y
 
 
 def multiply() -> int:
