@@ -36,6 +36,7 @@ from kernels import (
     boundary,
     closing,
     cross_attention,
+    embedding,
     entropy,
     gate,
     hash_embed,
@@ -50,10 +51,12 @@ from kernels.attention import AttentionPlan
 from kernels.boundary import Rule
 from kernels.closing import Sizes, Tables
 from kernels.dispatch import TritonKernels
+from kernels.embedding import Ids
 from kernels.pooling import PageTable
 from kernels.stack import CrossKvWeights
 from kernels.text import Text
 from kernels.traffic import Traffic
+from kernels.unmasking import Blocks
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes of shared memory that a program may have, by architecture (CUDA programming guide, compute capabilities)."""
@@ -193,6 +196,7 @@ TRAFFIC: dict[str, Any] = {
         cross_attention.traffic(q.shape[0], slots, q.shape[1], k.shape[1], k.shape[3], k.itemsize)
         + _linear(q.flatten(1), weight)
     ),
+    "embed": lambda ids, at, table: embedding.traffic(len(at), table.shape[1], table.itemsize),
     "hash_embed": lambda ids, at, positions, table, hashing: hash_embed.traffic(
         len(at), table.shape[1], len(hashing.tables), max(hashing.group_sizes), table.itemsize,
         hashing.tables[0].itemsize,
@@ -207,8 +211,7 @@ TRAFFIC: dict[str, Any] = {
         len(at), sizes.slots, tables.open.pages.numel() + tables.globals.pages.numel() + tables.latent.pages.numel()
     ),
     "latent_places": lambda text, look, *_: latents.traffic(len(look)),
-    "confidence_and_entropy": lambda logits: unmask_file.traffic(1, logits.shape[0], logits.shape[1]),
-    "unmask": lambda masked, *_: Traffic(masked.numel() * 9 + 16 * len(masked), masked.numel()),
+    "settle": lambda cells, ids, logits, *_: unmask_file.traffic(cells.shape[1], cells.shape[2], logits.shape[1]),
     "argmax": lambda logits: Traffic(logits.nbytes, 12 * logits.shape[0]),
     "sample": lambda logits, *_: sampling.traffic(logits.shape[0], logits.shape[1]),
     "accepted": lambda drafts, *_: Traffic(drafts.nbytes * 2 + 8 * len(drafts), 8 * len(drafts)),
@@ -247,7 +250,7 @@ def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[in
     with recorder.recording():
         for n in rows:
             recorder.rows = n
-            entropies = model.patcher(ints(n), caches.patcher, plan(n))
+            entropies = model.patcher(Ids(text.ids, ints(n)), caches.patcher, plan(n))
             for rule in (Rule(1.0, longest=8), Rule(1.0, monotonic=True), Rule(1.0, rise=0.1), Rule(1.0, None, True)):
                 kernels.boundaries(entropies, text, ints(n, 4), rule)
             opened = caches.open_states, caches.open_kv
@@ -263,12 +266,11 @@ def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[in
                     close(n, segments)
             look = ints(n), ints(n), ints(n)
             page, offset = kernels.latent_places(text, *look, tables.latent, sizes.latent, config.slots)
-            read = states if config.decoder_input == "encoder" else ints(n)
+            read = states if config.decoder_input == "encoder" else Ids(text.ids, ints(n))
             logits = model.decoder(read, caches.latent, page, offset, caches.decoder, plan(n), ints(n))
-            kernels.confidence_and_entropy(logits)
-            masked, figures = ints(n, 8) > 0, torch.empty(n, 8, device=meta)
             doubles = torch.empty(n, dtype=torch.float64, device=meta)
-            kernels.unmask(masked, figures, figures, ints(n), doubles)
+            blocks = Blocks(ints(n), ints(n), ints(n), ints(n), doubles)
+            kernels.settle(ints(3, n, 8), text.ids, logits, ints(n), blocks, 0, 260)
             kernels.argmax(logits)
             kernels.sample(logits, torch.empty(n, 4, dtype=torch.float64, device=meta), doubles)
             kernels.accepted(ints(n, 8), ints(n, 8), ints(n))
@@ -300,6 +302,7 @@ def record_ones(recorder: Recorder) -> None:
         of = CrossKvWeights(ones(1), linear.Matrix(ones(4, 1)), 2, 1e-5)
         kernels.keys_values(ones(1, 1), of, (cache, cache), one(), one(), ones(1, 1, 1))
         kernels.read_slots(ones(1, 1, 2), cache, cache, one(), one(), 1, linear.Matrix(ones(1, 2)), ones(1, 1))
+        kernels.embed(one(), one(), ones(1, 1))
         tables = hash_embed.HashTables([ones(1, 1)], [1], 1, 1, meta)
         kernels.hash_embed(*rows, ones(1, 1), tables)
         table, patches = PageTable(ones(1, 1, dtype=torch.int64), one()), [ones(1, dtype=torch.int32) for _ in "ab"]
@@ -308,8 +311,8 @@ def record_ones(recorder: Recorder) -> None:
         kernels.boundaries(kernels.entropy(ones(1, 1)), text, ones(1, 4, dtype=torch.int64), Rule(1.0, longest=1))
         kernels.closing(text, *rows, Tables(table, table, table, one()), Sizes(1, 1, 1, 1, 1, 1))
         kernels.latent_places(text, *rows, table, 1, 1)
-        kernels.confidence_and_entropy(singles)
-        kernels.unmask(ones(1, 1, dtype=torch.bool), singles, singles, one(), doubles)
+        blocks, cells = Blocks(one(), one(), one(), one(), doubles), ones(3, 1, 1, dtype=torch.int64)
+        kernels.settle(cells, one(), singles, one(), blocks, 1, 1)
         kernels.argmax(singles)
         for dtype in (torch.float32, torch.float64):
             kernels.sample(ones(1, 1, dtype=dtype), ones(1, 4, dtype=torch.float64), doubles)

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from kernels.attention import LARGE_TILE
 from kernels.dispatch import choose_kernels
+from kernels.embedding import Ids
 from kernels.planning import Spans, Tiling
 from kernels.stack import KvCache
 
@@ -68,9 +69,10 @@ class Entropies:
             plan = plan_attention(spans, spans, self._tiling, self._eager, end - start)
             sent = {
                 "ids": torch.tensor(ids[start:end]).to(self._device),
+                "at": torch.arange(end - start, device=self._device),
                 "plan": torch.from_numpy(plan.data).to(self._device),
             }
-            parts.append(self._patcher(sent["ids"], self._cache, plan.on_device(sent, "plan")).cpu())
+            parts.append(self._patcher(Ids(sent["ids"], sent["at"]), self._cache, plan.on_device(sent, "plan")).cpu())
             window = self._spec.window
             table.settle(0 if window is None else max(end - window + 1, 0), end)
         table.release()

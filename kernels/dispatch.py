@@ -11,6 +11,7 @@ from . import (
     boundary,
     closing,
     cross_attention,
+    embedding,
     entropy,
     hash_embed,
     keys_values,
@@ -27,6 +28,7 @@ from . import (
 from .available import KernelName
 from .linear import Matrix
 from .stack import CrossKvFunction, CrossKvWeights, StackFunction, StackWeights, composed_cross_kv, composed_stack
+from .unmasking import Blocks, composed_settle
 
 plan = native.plan if native.LIBRARY else planning.plan
 """See `kernels.planning`: always on the host."""
@@ -48,6 +50,7 @@ class Kernels:
     qkv = staticmethod(qkv.qkv)
     keys_values = staticmethod(keys_values.keys_values)
     read_slots = staticmethod(cross_attention.read_slots)
+    embed = staticmethod(embedding.embed)
     hash_embed = staticmethod(hash_embed.hash_embed)
     patch_max = staticmethod(pooling.patch_max)
     entropy = staticmethod(entropy.entropy)
@@ -67,6 +70,12 @@ class Kernels:
     def join(self, parts: Sequence[Tensor]) -> Matrix:
         """Stacks matrices of one dtype and input along their outputs, in the form of `matrix`."""
         return Matrix(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
+
+    def settle(
+        self, cells: Tensor, text_ids: Tensor, logits: Tensor, drawn: Tensor, blocks: Blocks, number: int, mask: int
+    ) -> None:
+        """See `kernels.unmasking.composed_settle`."""
+        composed_settle(self, cells, text_ids, logits, drawn, blocks, number, mask)
 
     def stack(self, weights: StackWeights) -> StackFunction:
         """Builds a stack of transformer layers."""
@@ -89,17 +98,21 @@ class TritonKernels(Kernels):
     qkv = staticmethod(qkv.qkv_triton)
     keys_values = staticmethod(keys_values.keys_values_triton)
     read_slots = staticmethod(cross_attention.read_slots_triton)
+    embed = staticmethod(embedding.embed_triton)
     hash_embed = staticmethod(hash_embed.hash_embed_triton)
     patch_max = staticmethod(pooling.patch_max_triton)
     entropy = staticmethod(entropy.entropy_triton)
     boundaries = staticmethod(boundary.boundaries_triton)
     closing = staticmethod(closing.closing_triton)
     latent_places = staticmethod(latents.latent_places_triton)
-    confidence_and_entropy = staticmethod(unmasking.confidence_and_entropy_triton)
-    unmask = staticmethod(unmasking.unmask_triton)
     argmax = staticmethod(sampling.argmax_triton)
     sample = staticmethod(sampling.sample_triton)
     accepted = staticmethod(sampling.accepted_triton)
+
+    def settle(
+        self, cells: Tensor, text_ids: Tensor, logits: Tensor, drawn: Tensor, blocks: Blocks, number: int, mask: int
+    ) -> None:
+        unmasking.settle_triton(cells, text_ids, logits, drawn, blocks, number, mask)
 
     def cross_kv(self, weights: Sequence[CrossKvWeights]) -> CrossKvFunction:
         return keys_values.CrossKvTriton(weights)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import AttentionPlan
+from .embedding import Ids
 from .linear import Matrix
 
 if TYPE_CHECKING:
@@ -46,13 +46,13 @@ class CrossCache(NamedTuple):
 class StackFunction(Protocol):
     def __call__(
         self,
-        x: Tensor,
+        x: Tensor | Ids,
         cache: KvCache,
         plan: AttentionPlan,
         cross: CrossCache | None = None,
         logit_rows: Tensor | None = None,
     ) -> Tensor:
-        """x (R, dim), or ids (R,) if there is an embedding, to states (R, dim), or to logits if there is a head, which
+        """x (R, dim), or bytes if there is an embedding, to states (R, dim), or to logits if there is a head, which
         may be wider than x. The rows' K/V go to the cache first, so that rows of one call see each other. logit_rows
         (W,) int64: the rows to return, by default all; if empty, the result is undefined.
         """
@@ -133,14 +133,16 @@ def composed_stack(k: "Kernels", w: StackWeights) -> StackFunction:
     first_kv = len(w.layers) - len(w.cross_kv)
 
     def stack(
-        x: Tensor,
+        x: Tensor | Ids,
         cache: KvCache,
         plan: AttentionPlan,
         cross: CrossCache | None = None,
         logit_rows: Tensor | None = None,
     ) -> Tensor:
         if w.embedding is not None:
-            x = F.embedding(x, w.embedding)
+            assert isinstance(x, Ids)
+            x = k.embed(*x, w.embedding)
+        assert isinstance(x, Tensor)
         for i, (layer, kv) in enumerate(zip(w.layers, cache, strict=True)):
             if i < len(w.slots):
                 assert cross

@@ -1,10 +1,15 @@
 """Chooses the cells of a block that become bytes after a pass, by the model's confidence (Fast BLT 3.1.2)."""
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
 
 from .lang import await_inputs, jit, let_next_begin, overlap, power_of_two, tl
 from .traffic import Traffic
+
+if TYPE_CHECKING:
+    from .dispatch import Kernels
 
 ONE_STEP, CONFIDENCE, ENTROPY, ENTROPY_MINUS_MAX = range(4)
 """Rules, as numbers."""
@@ -52,8 +57,50 @@ def _settled(cells: list[int], confidence: list[float], entropy: list[float], ru
     return admitted or [min(cells, key=lambda cell: entropy[cell])]
 
 
+class Blocks(NamedTuple):
+    """Blocks of cells: (S,) each. begin, size, place int64: the first of a block's cells among all that are laid end to
+    end, their number, and the place of the first in the text; rules int64 and bounds float64 as `unmask` takes them."""
+
+    begin: Tensor
+    size: Tensor
+    place: Tensor
+    rules: Tensor
+    bounds: Tensor
+
+
+def composed_settle(
+    k: "Kernels", cells: Tensor, text_ids: Tensor, logits: Tensor, drawn: Tensor, blocks: Blocks, number: int, mask: int
+) -> None:
+    """Ends pass `number` over some blocks. cells (3, S, B) int64: ids as in the text, the pass that settled each (-1:
+    none), and whether its logits were no distribution; pass 0 fills them. `unmask` chooses masked cells, which
+    take the ids that were drawn, here and in the text. Cells beyond a block's size are undefined.
+
+    text_ids: of `kernels.text.Text`; logits (C, V) float32 and drawn (C,) int64: of all cells, end to end; mask: the id
+    of [MASK].
+    """
+    place = torch.arange(cells.shape[2], device=cells.device)
+    inside = place < blocks.size[:, None]
+    at = (blocks.place[:, None] + place)[inside]
+    if number == 0:
+        cells[0] = mask + 1
+        cells[0, inside], cells[1], cells[2] = text_ids[at], -1, 0
+    ids, when, bad = cells
+
+    def grid(of_cells: Tensor) -> Tensor:
+        spread = of_cells.new_zeros(inside.shape)
+        spread[inside] = of_cells[(blocks.begin[:, None] + place)[inside]]
+        return spread
+
+    masked = inside & (ids == mask)
+    confidence, entropy = map(grid, k.confidence_and_entropy(logits))
+    settled = k.unmask(masked, confidence, entropy, blocks.rules, blocks.bounds)
+    bad |= masked & ~grid(logits.amax(-1)).isfinite()
+    ids[settled], when[settled] = grid(drawn)[settled], number
+    text_ids[at] = ids[inside]
+
+
 def traffic(num_blocks: int, size: int, vocab_size: int) -> Traffic:
-    """Bytes of `confidence_and_entropy` and `unmask`."""
+    """Bytes of `settle`."""
     cells = num_blocks * size
     return Traffic(cells * (4 * vocab_size + 9), cells * 9)
 
@@ -62,47 +109,9 @@ def traffic(num_blocks: int, size: int, vocab_size: int) -> Traffic:
 
 
 @jit
-def confidence_and_entropy_kernel(
-    logits_ptr, confidence_ptr, entropy_ptr, vocab_size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-):
-    """One row."""
-    let_next_begin(OVERLAP)
-    await_inputs(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
+def _chosen(masked, confidence, entropy, rule, bound, size, BLOCK: tl.constexpr):
+    """As `unmask`, of one block: (BLOCK,)."""
     i = tl.arange(0, BLOCK)
-    x = tl.load(logits_ptr + row * vocab_size + i, mask=i < vocab_size, other=float("-inf"))
-    e = tl.exp(x - tl.max(x, 0))
-    p = e / tl.sum(e, 0)
-    tl.store(confidence_ptr + row, tl.max(p, 0))
-    tl.store(entropy_ptr + row, tl.sum(tl.where(p > 0.0, -p * tl.log(tl.where(p > 0.0, p, 1.0)), 0.0), 0))
-
-
-def confidence_and_entropy_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """As `confidence_and_entropy`."""
-    rows, vocab_size = logits.shape
-    confidence, entropy = logits.new_empty(rows), logits.new_empty(rows)
-    confidence_and_entropy_kernel[(rows,)](
-        logits, confidence, entropy, vocab_size, BLOCK=power_of_two(vocab_size), num_warps=4, **overlap(logits)
-    )
-    return confidence, entropy
-
-
-@jit(do_not_specialize_on_alignment=["masked_ptr", "confidence_ptr", "entropy_ptr", "rules_ptr", "bounds_ptr"])
-def unmask_kernel(
-    masked_ptr, confidence_ptr, entropy_ptr, rules_ptr, bounds_ptr, settled_ptr, size,
-    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """One block of cells."""
-    let_next_begin(OVERLAP)
-    await_inputs(OVERLAP)
-    block = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    m = i < size
-    masked = (tl.load(masked_ptr + block * size + i, mask=m, other=0) != 0) & m
-    confidence = tl.load(confidence_ptr + block * size + i, mask=m, other=0.0)
-    entropy = tl.load(entropy_ptr + block * size + i, mask=m, other=0.0)
-    rule, bound = tl.load(rules_ptr + block), tl.load(bounds_ptr + block)
-
     surest = tl.where(masked, confidence, float("-inf"))
     above = masked & (confidence.to(tl.float64) > bound)
     by_confidence = above | (masked & (i == tl.argmax(surest, 0)) & (tl.sum(above.to(tl.int32), 0) == 0))
@@ -124,24 +133,71 @@ def unmask_kernel(
     none = tl.sum(by_entropy.to(tl.int32), 0) == 0
     by_entropy = by_entropy | (masked & none & (i == tl.argmin(tl.where(masked, entropy, float("inf")), 0)))
 
-    settled = tl.where(rule == 0, masked, tl.where(rule == 1, by_confidence, by_entropy))
-    tl.store(settled_ptr + block * size + i, settled, mask=m)
+    return tl.where(rule == 0, masked, tl.where(rule == 1, by_confidence, by_entropy))
 
 
-def unmask_triton(masked: Tensor, confidence: Tensor, entropy: Tensor, rules: Tensor, bounds: Tensor) -> Tensor:
-    """As `unmask`."""
-    num_blocks, size = masked.shape
-    settled = torch.empty_like(masked)
-    unmask_kernel[(num_blocks,)](
-        masked,
-        confidence,
-        entropy,
-        rules,
-        bounds,
-        settled,
-        size,
-        BLOCK=power_of_two(size),
-        num_warps=1,
-        **overlap(masked),
-    )
-    return settled
+@jit(
+    do_not_specialize=["number"],
+    do_not_specialize_on_alignment=["drawn_ptr", "begin_ptr", "size_ptr", "place_ptr", "rules_ptr", "bounds_ptr"],
+)
+def settle_kernel(
+    cells_ptr, ids_ptr, logits_ptr, drawn_ptr, begin_ptr, size_ptr, place_ptr, rules_ptr, bounds_ptr,
+    num_blocks, width, vocab_size, number, mask,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, VOCABULARY: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One block, CHUNK cells' logits at a time."""
+    let_next_begin(OVERLAP)
+    await_inputs(OVERLAP)
+    block = tl.program_id(0)
+    begin, size = tl.load(begin_ptr + block), tl.load(size_ptr + block)
+    p_ids = ids_ptr + tl.load(place_ptr + block)
+    i = tl.arange(0, BLOCK)
+    m = i < size
+    p_cells = cells_ptr + block * width + i
+    ids = tl.load(p_ids + i, mask=m, other=0)
+    masked = m & (ids == mask)
+
+    confidence = tl.zeros((BLOCK,), tl.float32)
+    entropy = tl.zeros((BLOCK,), tl.float32)
+    bad = tl.zeros((BLOCK,), tl.int64)
+    v = tl.arange(0, VOCABULARY)
+    for start in range(0, size, CHUNK):
+        j = start + tl.arange(0, CHUNK)
+        p_logits = logits_ptr + (begin + j)[:, None] * vocab_size + v[None, :]
+        inside = (j < size)[:, None] & (v < vocab_size)[None, :]
+        x = tl.load(p_logits, mask=inside, other=float("-inf"))
+        highest = tl.max(tl.where(x != x, float("inf"), x), 1)
+        fine = (highest > float("-inf")) & (highest < float("inf"))
+        e = tl.exp(x - tl.where(fine, highest, 0.0)[:, None])
+        p = e / tl.where(fine, tl.sum(e, 1), 1.0)[:, None]
+        own = tl.sum(tl.where(p > 0.0, -p * tl.log(tl.where(p > 0.0, p, 1.0)), 0.0), 1)
+        is_cell = i[:, None] == j[None, :]
+        confidence += tl.sum(tl.where(is_cell, tl.max(p, 1)[None, :], 0.0), 1)
+        entropy += tl.sum(tl.where(is_cell, own[None, :], 0.0), 1)
+        bad += tl.sum((is_cell & (~fine)[None, :]).to(tl.int64), 1)
+
+    chosen = _chosen(
+        masked, confidence, entropy, tl.load(rules_ptr + block), tl.load(bounds_ptr + block), size, BLOCK
+    )  # fmt: skip
+    ids = tl.where(chosen, tl.load(drawn_ptr + begin + i, mask=m, other=0), ids)
+    when = tl.full((BLOCK,), -1, tl.int64)
+    was_bad = tl.zeros((BLOCK,), tl.int64)
+    if number > 0:
+        when = tl.load(p_cells + num_blocks * width, mask=m, other=0)
+        was_bad = tl.load(p_cells + 2 * num_blocks * width, mask=m, other=0)
+    tl.store(p_cells, ids, mask=m)
+    tl.store(p_cells + num_blocks * width, tl.where(chosen, number, when), mask=m)
+    tl.store(p_cells + 2 * num_blocks * width, was_bad | (masked & (bad > 0)).to(tl.int64), mask=m)
+    tl.store(p_ids + i, ids, mask=m & chosen)
+
+
+def settle_triton(
+    cells: Tensor, text_ids: Tensor, logits: Tensor, drawn: Tensor, blocks: Blocks, number: int, mask: int
+) -> None:
+    """As `composed_settle`."""
+    _, num_blocks, width = cells.shape
+    vocab_size = logits.shape[1]
+    settle_kernel[(num_blocks,)](
+        cells, text_ids, logits, drawn, *blocks, num_blocks, width, vocab_size, number, mask,
+        BLOCK=power_of_two(width), CHUNK=8, VOCABULARY=power_of_two(vocab_size), num_warps=8, **overlap(logits),
+    )  # fmt: skip

@@ -21,6 +21,7 @@ from kernels import native
 from kernels.attention import AttentionPlan
 from kernels.boundary import Rule
 from kernels.dispatch import Kernels, NativeKernels, choose_kernels
+from kernels.embedding import Ids
 from kernels.hash_embed import HashTables
 from kernels.linear import FP8, Matrix, quantize
 from kernels.rope import rope_table
@@ -252,7 +253,7 @@ def test_stack_equals_torch(
     of_slots = [(norm(), matrix(inner, dim), matrix(dim, inner)) for _ in range(of_them if kind == "slots" else 0)]
     of_keys = [(norm(), matrix(kv, dim)) for _ in range(of_them if kind == "keys" else 0)]
     embedding, of_head = draw.randn(50, dim, dtype=dtype), (norm(), matrix(30, dim))
-    x = draw.below(50, rows) if embeds else draw.randn(rows, dim, dtype=dtype)
+    x = Ids(draw.below(50, rows), torch.arange(rows)) if embeds else draw.randn(rows, dim, dtype=dtype)
     caches = draw.randn(layers, 2, laid.num_pages, kv_heads, laid.page_size, head_dim, dtype=dtype)
     besides = draw.randn(of_them, 2, rows, kv_heads, 3 * slots, head_dim, dtype=dtype)
     page, offset = torch.tensor(draw.shuffled(rows)), draw.below(3, rows) * slots
@@ -285,7 +286,7 @@ def test_stack_equals_torch(
             assert torch.equal(whole[wanted], y)
         # Padding rows write to cells that are never read.
         live = page[: laid.num_rows]
-        return [y.flatten(), own[:, :, 1:], others[:, :, live], states[live]]
+        return [y.flatten().to(dtype), own[:, :, 1:], others[:, :, live], states[live]]
 
     for expected, found in zip(run(TORCH), run(NATIVE), strict=True):
         close(found, expected)

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionPlan
 from kernels.dispatch import Kernels
+from kernels.embedding import Ids
 from kernels.stack import CrossCache, HeadWeights, KvCache, StackWeights
 
 from ..config import ModelConfig
@@ -42,12 +43,12 @@ class Decoder:
         self.cross_kv(slots, cache, page, offset)
 
     def __call__(
-        self, x: Tensor, latents: KvCache, page: Tensor, offset: Tensor, cache: KvCache, plan: AttentionPlan,
+        self, x: Tensor | Ids, latents: KvCache, page: Tensor, offset: Tensor, cache: KvCache, plan: AttentionPlan,
         logit_rows: Tensor,
     ) -> Tensor:  # fmt: skip
         """x to the logits (W, V) float32 of the rows `logit_rows` (W,); if there are none the output has no meaning.
 
-        x: ids (R,), [MASK] among them, if the decoder has a table of its own, else states (R, dim). Row r reads the
+        x: R bytes, [MASK] among them, if the decoder has a table of its own, else states (R, dim). Row r reads the
         latent whose slots begin at page[r], offset[r].
         """
         return self.stack(x, cache, plan, CrossCache(latents, page, offset), logit_rows).float()

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionPlan
 from kernels.dispatch import Kernels
+from kernels.embedding import Ids
 from kernels.stack import HeadWeights, KvCache, StackWeights
 
 from ..config import ModelConfig
@@ -30,6 +31,6 @@ class Patcher:
             )
         )
 
-    def __call__(self, ids: Tensor, cache: KvCache, plan: AttentionPlan) -> Tensor:
-        """ids (R,) to the entropy in nats after each of them, (R,) float32."""
+    def __call__(self, ids: Ids, cache: KvCache, plan: AttentionPlan) -> Tensor:
+        """R bytes to the entropy in nats after each of them, (R,) float32."""
         return self._kernels.entropy(self.stack(ids, cache, plan))

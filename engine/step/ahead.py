@@ -183,8 +183,8 @@ class Ahead:
             logits = self._stages.run(batch)
             batch = [_without_text(rows) for rows in batch]
         planned = self._stages.decoder.plan(batch)
-        tensors = self._cells(batch, planned.padded)
-        begin = partial(_Cells.begin, self._kernels, self._slots, mask)
+        tensors, width = self._cells(batch, planned.padded), max(rows.num_block for rows in batch)
+        begin = partial(_Cells.begin, self._kernels, self._slots, mask, width)
         while all(mask in result.ids and not result.failed for result in results):
             began, known = time.perf_counter(), results[0].passes
             passes = self._num_passes(known, planned, asks)
@@ -196,7 +196,7 @@ class Ahead:
                 outs.append((1, out()))
                 passes -= 1
             if passes:
-                launch, rest = self._stages.decoder.launch_passes("unmask", [planned], passes, tensors, begin)
+                launch, rest = self._stages.decoder.launch_passes(f"unmask {width}", [planned], passes, tensors, begin)
                 outs.append((passes, rest))
             for (number, _), found in zip(outs, read(*(out for _, out in outs)), strict=True):
                 results = _after(results, found, number, mask)
@@ -270,7 +270,7 @@ class Ahead:
         uniforms = [uniform(*cell) for cell in cells] + [0.0] * (padded - len(cells))
         tensors = padded_params(params, padded, self._stages.decoder.vocab_size, self._device)
         num_blocks = self._stages.launcher.executor.rows(len(batch))
-        tensors |= block_tensors(batch, num_blocks, padded, self._slots, self._device)
+        tensors["blocks"] = block_tensors(batch, num_blocks, self._slots, self._device)
         draws = uniforms_for(tensors, uniforms, self._device)
         return tensors if draws is None else tensors | {"uniforms": draws}
 
@@ -304,24 +304,25 @@ class _Draws:
 
 
 class _Cells(BlockPasses):
-    """Passes that each draw all cells and settle some."""
+    """Passes that each draw all cells and settle some. tensors: "blocks" of `block_tensors`, "uniforms" (C,) if a cell
+    needs them, and those of `engine.step.sampling.row_params`."""
+
+    def __init__(self, kernels: Kernels, slots: Slots, mask_id: int, width: int, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(kernels, slots.text.ids, tensors["blocks"], width, mask_id=mask_id)
+        self._tensors = tensors
 
     @classmethod
     def begin(
-        cls, kernels: Kernels, slots: Slots, mask_id: int, tensors: Mapping[str, Tensor]
+        cls, kernels: Kernels, slots: Slots, mask_id: int, width: int, tensors: Mapping[str, Tensor]
     ) -> tuple[Callable[[Tensor], None], Callable[[], Tensor]]:
         """See `engine.step.decoder.DecoderStage.launch_passes`."""
-        cells = cls(kernels, slots.text.ids, tensors, mask_id=mask_id)
-        return cells.take, cells.out
+        cells = cls(kernels, slots, mask_id, width, tensors)
+        return cells.take, lambda: cells.cells
 
     def take(self, logits: Tensor) -> None:
         allowed = self.allowed(logits)
-        drawn, highest = draw_ids(allowed, self._tensors, self._tensors.get("uniforms"), self._kernels)
-        self.settle(allowed, drawn, highest)
-
-    def out(self) -> Tensor:
-        """(3, S, B) int64: the cells, when they were settled, whether their logits were bad."""
-        return torch.stack((self.ids, self.when, self.bad.long()))
+        drawn, _ = draw_ids(allowed, self._tensors, self._tensors.get("uniforms"), self._kernels)
+        self.settle(allowed, drawn)
 
 
 def is_plain(rows: Rows) -> bool:

@@ -8,6 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from kernels.embedding import Ids
 from kernels.planning import Spans
 
 from ..costs.ledger import Launch, Share
@@ -135,7 +136,7 @@ class DecoderStage:
         """One pass; name: before the names of its inputs."""
         text, caches, kernels = self._text_slots.text, self._caches, self._model.kernels
         rows, table = t[f"{name}rows"], table_of(t, f"{name}latent")
-        x = t["states"].index_select(0, rows) if self._reads_states else text.ids.index_select(0, rows)
+        x = t["states"].index_select(0, rows) if self._reads_states else Ids(text.ids, rows)
         where = t[f"{name}look"], t[f"{name}closed"], t[f"{name}sequence"]
         page, offset = kernels.latent_places(text, *where, table, self._page_size, self._slots)
         attends = plan.on_device(t, f"{name}plan")

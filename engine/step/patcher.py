@@ -5,6 +5,7 @@ from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
+from kernels.embedding import Ids
 from kernels.planning import Spans
 
 from ..costs.ledger import Launch
@@ -38,8 +39,7 @@ class PatcherStage:
         text = self._slots.text
 
         def stage(t: Mapping[str, Tensor]) -> Tensor:
-            ids = text.ids.index_select(0, t["at"])
-            entropies = self._model.patcher(ids, self._caches.patcher, plan.on_device(t, "plan"))
+            entropies = self._model.patcher(Ids(text.ids, t["at"]), self._caches.patcher, plan.on_device(t, "plan"))
             return self._model.kernels.boundaries(entropies, text, t["undecided"], self._rule)
 
         undecided = padded_array(self._undecided(batch), 4 * executor.parts(len(batch), padded)).reshape(-1, 4)

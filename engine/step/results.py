@@ -248,14 +248,15 @@ class _Blocks:
             return None
         index = to_device(np.array(cell_rows), logits.device)
         blocks = [rows for rows in drawing if rows.num_block]
-        tensors = block_tensors(blocks, len(blocks), len(cell_rows), slots, logits.device)
-        passes = BlockPasses(kernels, slots.text.ids, tensors, mask_id=drawing[0].sequence.mask_id)
+        tensor, width = block_tensors(blocks, len(blocks), slots, logits.device), max(rows.num_block for rows in blocks)
+        passes = BlockPasses(kernels, slots.text.ids, tensor, width, mask_id=drawing[0].sequence.mask_id)
         return cls(passes, index, passes.allowed(logits[index]))
 
     def settle(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks after the pass, and in which pass each cell was settled: (S, B) int64 both."""
-        self._passes.settle(self.logits, drawn[self.index], self.logits.amax(-1))
-        return self._passes.ids, self._passes.when
+        self._passes.settle(self.logits, drawn[self.index])
+        ids, when, _ = self._passes.cells
+        return ids, when
 
 
 def _with_block(rows: Rows, result: Result, cells: list[int], settled: list[int]) -> Result:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import available
 from ..attention import AttentionPlan, PlanShape
 from ..boundary import Rule
+from ..embedding import Ids
 from ..hash_embed import HashTables
 from ..hash_embed import hash_embed as hash_embed_torch
 from ..linear import FP8, Matrix
@@ -362,10 +363,12 @@ class Stack:
         self._alive = w, norms
 
     def __call__(
-        self, x: Tensor, cache: KvCache, plan: AttentionPlan, cross: CrossCache | None = None,
+        self, x: Tensor | Ids, cache: KvCache, plan: AttentionPlan, cross: CrossCache | None = None,
         logit_rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         assert LIBRARY
+        if isinstance(x, Ids):
+            x = x.ids.index_select(0, x.at)
         rows = (x if logit_rows is None else logit_rows).shape[0]
         y = torch.empty(rows, self._width, dtype=self._dtype)
         crosses = _NOTHING if cross is None else (
