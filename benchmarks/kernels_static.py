@@ -230,21 +230,21 @@ def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[in
     def ints(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=meta)
 
-    def plan(queries: int, segments: int = 1) -> AttentionPlan:
+    def plan(queries: int, most_pages: int = 16) -> AttentionPlan:
         where = ints(queries), ints(queries), ints(queries)
-        return AttentionPlan.of(*where, ints(queries), ints(queries), ints(queries, 5), ints(10 * queries), segments)
+        return AttentionPlan.of(*where, ints(queries), ints(queries), ints(queries, 5), ints(10 * queries), most_pages)
 
     of_bytes = [torch.empty(4096, dtype=dtype, device=meta) for dtype in (torch.float32, torch.int32, torch.int32)]
     text = Text(ints(4096), *of_bytes)
     of = {name: caches.specs[name].page_size for name in ("open", "global", "latent")}
-    sizes = Sizes(of["open"], of["global"], of["latent"], config.slots, small=4, segments=8)
+    sizes = Sizes(of["open"], of["global"], of["latent"], config.slots, small=4)
 
-    def close(n: int, segments: int) -> None:
+    def close(n: int, most_pages: int) -> None:
         """The global stage over n patches."""
         table, slots = PageTable(ints(n, 2), ints(n)), ints(n * config.slots)
         opened = caches.open_states, caches.open_kv, table, ints(n), ints(n), ints(n)
         pooled = model.encoder.close(*opened, plan(n * config.slots))
-        latent = model.global_transformer(pooled, caches.global_, plan(n, segments))
+        latent = model.global_transformer(pooled, caches.global_, plan(n, most_pages))
         model.decoder.write_latents(latent, caches.latent, slots, slots)
 
     with recorder.recording():
@@ -255,15 +255,15 @@ def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[in
                 kernels.boundaries(entropies, text, ints(n, 4), rule)
             opened = caches.open_states, caches.open_kv
             states = model.encoder(text.ids, ints(n), caches.encoder, plan(n), *opened, plan(n))
-            for segments in (1, 8):
-                close(n, segments)
+            for most_pages in (1, 16):
+                close(n, most_pages)
             table = PageTable(ints(n, 2), ints(n))
             tables = Tables(table, table, table, ints(n))
             found = kernels.closing(text, ints(n), ints(n), ints(n), tables, sizes)
             # The host launches it before it knows whether a patch has closed.
             with gate.under(found.any):
-                for segments in (1, 8):
-                    close(n, segments)
+                for most_pages in (1, 16):
+                    close(n, most_pages)
             look = ints(n), ints(n), ints(n)
             page, offset = kernels.latent_places(text, *look, tables.latent, sizes.latent, config.slots)
             read = states if config.decoder_input == "encoder" else Ids(text.ids, ints(n))
@@ -296,7 +296,7 @@ def record_ones(recorder: Recorder) -> None:
             weight = linear.Matrix(ones(1 + gated, 1))
             kernels.linear(ones(1, 1), weight, norm=ones(1), eps=1e-5, gated=gated, residual=ones(1, 1), twice=True)
         for most in (1, 2):
-            kernels.attention(ones(1, 1, 2), cache, cache, replace(plan, shape=plan.shape._replace(most_segments=most)))
+            kernels.attention(ones(1, 1, 2), cache, cache, replace(plan, shape=plan.shape._replace(most_pages=most)))
         angles, weight = ones(1, 2, 1, dtype=torch.float32), linear.Matrix(ones(6, 1))
         kernels.qkv(ones(1, 1), weight, ones(1), 1e-5, angles, *rows, cache, cache)
         of = CrossKvWeights(ones(1), linear.Matrix(ones(4, 1)), 2, 1e-5)
@@ -309,7 +309,7 @@ def record_ones(recorder: Recorder) -> None:
         text = Text(one(), ones(1, dtype=torch.float32), *patches)
         kernels.patch_max(ones(1, 1, 1), table, *rows)
         kernels.boundaries(kernels.entropy(ones(1, 1)), text, ones(1, 4, dtype=torch.int64), Rule(1.0, longest=1))
-        kernels.closing(text, *rows, Tables(table, table, table, one()), Sizes(1, 1, 1, 1, 1, 1))
+        kernels.closing(text, *rows, Tables(table, table, table, one()), Sizes(1, 1, 1, 1, 1))
         kernels.latent_places(text, *rows, table, 1, 1)
         blocks, cells = Blocks(one(), one(), one(), one(), doubles), ones(3, 1, 1, dtype=torch.int64)
         kernels.settle(cells, one(), singles, one(), blocks, 1, 1)
@@ -398,6 +398,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--ones", action="store_true", help="also with every size 1")
     parser.add_argument("--handover", action="store_true", help="only the GPU check's hand-over kernels")
+    parser.add_argument("--only", help="only kernels whose names hold this")
     options = parser.parse_args()
     recorder = Recorder()
     if options.handover:
@@ -411,6 +412,7 @@ def main() -> int:
         (launch, arch)
         for launch in recorder.launches
         for arch in options.arch
+        if options.only is None or options.only in launch.name
         if arch >= 89 or not any("fp8" in kind for _, kind in launch.signature)  # older devices have no e4m3
     ]
     print("| kernel | variant | sm | registers | spilled | shared | rows | bytes read | written |")

@@ -52,7 +52,7 @@ class Entropies:
 
         self._cache = KvCache((zeros(), zeros()) for _ in range(stack.num_layers))
         tile, window = kernels.tile or LARGE_TILE, stack.window
-        self._tiling = Tiling(tile, tile, size, window or 0, split=window is None)
+        self._tiling = Tiling(tile, tile, size, window or 0)
         self._eager = Eager(self._device, 1)
 
     @torch.inference_mode()

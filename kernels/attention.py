@@ -5,13 +5,14 @@ expresses causality, sliding windows, isolated documents, and blocks whose rows 
 tiles of consecutive rows of one sequence; a tile reads the pages that any of its rows sees.
 
 Row-invariance: scores and products are formed per page (matrices of fixed shape) and pages are added in order, so that
-pages that a row does not see add exact zeros. The Triton kernel adds the pages of a segment (SEGMENT pages, counted
-from the sequence's first row), then the segments in order. A long context is spread over the device, one program per
-segment, with the same bits as one program for all. (Products and sums are not fused, or the bits would depend on what a
-compiler fuses.)
+pages that a row does not see add exact zeros. The Triton kernel forms a partial of each page (maximum, sum, weighted
+values) and merges them in order. Few tiles are split over the device, one program per page, whose last one to arrive
+merges; of many tiles each is one program. The bits are the same. (Products and sums are not fused, or the bits would
+depend on what a compiler fuses.)
 """
 
 import ctypes
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -29,21 +30,27 @@ TILE = 16
 """Rows per tile that suit the Triton kernel."""
 LARGE_TILE = 32
 """Rows per tile of the torch twin for a sequence with more than a few rows."""
-SEGMENT = 16
-"""Pages per segment."""
+WHOLE = 512
+"""More programs than this keep a device busy without splitting tiles."""
+SCRATCH = 32 << 20
+"""Most bytes of the partials of split tiles."""
+
+_counters: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+"""Of programs that have arrived, by device."""
 
 BEGIN, COUNT, PAGES_AT, FIRST_PAGE, NUM_PAGES = range(5)
 """Columns of `AttentionPlan.tiles`."""
 
 
 class PlanShape(NamedTuple):
-    """Lengths of the arrays of an `AttentionPlan`, and the most segments of a tile."""
+    """Lengths of the arrays of an `AttentionPlan`. most_pages: no tile has more; 1 also where tiles must not be
+    split."""
 
     rows: int
     queries: int
     tiles: int
     pages: int
-    most_segments: int = 1
+    most_pages: int = 1
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -66,11 +73,11 @@ class AttentionPlan:
     @classmethod
     def of(
         cls, positions: Tensor, page: Tensor, offset: Tensor, first: Tensor, last: Tensor, tiles: Tensor, pages: Tensor,
-        most_segments: int = 1, page_size: int = 64,
+        most_pages: int = 1, page_size: int = 64,
     ) -> "AttentionPlan":  # fmt: skip
         """Joins the arrays."""
         parts = positions, page, offset, first, last, tiles.flatten(), pages
-        shape = PlanShape(len(positions), len(first), len(tiles), len(pages), most_segments)
+        shape = PlanShape(len(positions), len(first), len(tiles), len(pages), most_pages)
         return cls(torch.cat(parts), shape, page_size=page_size)
 
     @property
@@ -245,42 +252,27 @@ def _add_pages(parts: Tensor) -> Tensor:
 
 
 @jit
-def _attend_segment(
-    b_q, k_ptr, v_ptr, pages_ptr, pages_at, first_page, begin, end, kv_head, kv_heads, first, last,
-    PAGE_SIZE: tl.constexpr, BLOCK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+def _attend_page(
+    b_q, b_k, b_v, page, first, last, PAGE_SIZE: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pages begin..end-1 of the sequence for one tile and K/V head: maximum, sum and weighted values, not divided."""
-    i_dim = tl.arange(0, BLOCK_DIM)
+    """A page's partial for every row: the highest score, the sum of the weights, the weighted values. For a row that
+    sees nothing of it -inf, 0 and zeros."""
     i_key = tl.arange(0, BLOCK_KEYS)
-    m_kv = (i_key < PAGE_SIZE)[:, None] & (i_dim < HEAD_DIM)[None, :]
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    out = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
-    for page in range(begin, end):
-        cache_page = tl.load(pages_ptr + pages_at + page - first_page)
-        at = (cache_page * kv_heads + kv_head) * (PAGE_SIZE * HEAD_DIM) + i_key[:, None] * HEAD_DIM + i_dim[None, :]
-        b_k = tl.load(k_ptr + at, mask=m_kv, other=0.0)
-        b_v = tl.load(v_ptr + at, mask=m_kv, other=0.0)
-        key = page * PAGE_SIZE + i_key
-        seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None]) & (i_key < PAGE_SIZE)[None, :]
-        nothing = tl.zeros((BLOCK, BLOCK_KEYS), tl.float32)
-        scores = tl.where(seen, dot(b_q, tl.trans(b_k), nothing), float("-inf"))
-        new = tl.maximum(highest, tl.max(scores, 1))
-        # A row that has seen no key yet has no maximum to subtract.
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        weights = tl.exp(scores - safe[:, None])
-        shrink = tl.exp(highest - safe)
-        total = total * shrink + tl.sum(weights, 1)
-        out = dot(weights.to(b_v.dtype), b_v, out * shrink[:, None])
-        highest = new
-    return highest, total, out
+    key = page * PAGE_SIZE + i_key
+    seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None]) & (i_key < PAGE_SIZE)[None, :]
+    scores = tl.where(seen, dot(b_q, tl.trans(b_k), tl.zeros((BLOCK, BLOCK_KEYS), tl.float32)), float("-inf"))
+    highest = tl.max(scores, 1)
+    weights = tl.exp(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
+    out = dot(weights.to(b_v.dtype), b_v, tl.zeros((BLOCK, BLOCK_DIM), tl.float32))
+    return highest, tl.sum(weights, 1), out
 
 
 @jit
 def _merge(highest, total, out, highest_next, total_next, out_next):
-    """Adds a segment to those before it."""
+    """Adds a page's partial to those before it."""
     new = tl.maximum(highest, highest_next)
+    # A row that has seen no key yet has no maximum to subtract.
     safe = tl.where(new == float("-inf"), 0.0, new)
     shrink, shrink_next = tl.exp(highest - safe), tl.exp(highest_next - safe)
     total = total * shrink + total_next * shrink_next
@@ -290,129 +282,125 @@ def _merge(highest, total, out, highest_next, total_next, out_next):
 
 @jit(do_not_specialize_on_alignment=["first_ptr", "last_ptr", "tiles_ptr", "pages_ptr"])
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, tiles_ptr, pages_ptr, out_ptr, partial_ptr,
+    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, tiles_ptr, pages_ptr, out_ptr, values_ptr, figures_ptr, arrived_ptr,
     heads, kv_heads, scale, gate_ptr,
     SHARED: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr,
-    SPLIT: tl.constexpr, GATE: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, GATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One tile and K/V head, with all query heads that share it; if SPLIT, one segment of them, into `partial`."""
+    """One tile and K/V head, with all query heads that share it; if SPLIT, one page of them, and the last program to
+    arrive merges. values, figures: the partials of every row and head, a page after the other."""
     let_next_begin(OVERLAP)
     await_inputs(OVERLAP)
-    if GATE:
-        if tl.load(gate_ptr) == 0:
-            return
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    tile, kv_head, spread = tl.program_id(0), tl.program_id(1), tl.num_programs(2)
     begin = tl.load(tiles_ptr + tile * 5)
     count = tl.load(tiles_ptr + tile * 5 + 1)
     pages_at = tl.load(tiles_ptr + tile * 5 + 2)
     first_page = tl.load(tiles_ptr + tile * 5 + 3)
-    end_page = first_page + tl.load(tiles_ptr + tile * 5 + 4)
-
-    i = tl.arange(0, BLOCK)
-    i_dim = tl.arange(0, BLOCK_DIM)
-    place, shared = i // SHARED, i % SHARED
-    row = begin + place
-    m_row = (place < count) & (place < TILE_ROWS)
-    m_q = m_row[:, None] & (i_dim < HEAD_DIM)[None, :]
-    at = (row * heads + kv_head * SHARED + shared)[:, None] * HEAD_DIM + i_dim[None, :]
-    b_q = tl.load(q_ptr + at, mask=m_q, other=0.0)
-    b_q = (b_q.to(tl.float32) * scale).to(b_q.dtype)
-    first = tl.load(first_ptr + row, mask=m_row, other=1)
-    last = tl.load(last_ptr + row, mask=m_row, other=0)
-
-    first_segment = first_page // SEGMENT_PAGES
-    if SPLIT:
-        segment = tl.program_id(2)
-        lowest = tl.maximum(first_page, (first_segment + segment) * SEGMENT_PAGES)
-        highest_page = tl.minimum(end_page, (first_segment + segment + 1) * SEGMENT_PAGES)
-        highest, total, out = _attend_segment(
-            b_q, k_ptr, v_ptr, pages_ptr, pages_at, first_page, lowest, highest_page, kv_head, kv_heads, first, last,
-            PAGE_SIZE, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM, BLOCK,
-        )  # fmt: skip
-        p = partial_ptr + ((tile * kv_heads + kv_head) * tl.num_programs(2) + segment) * BLOCK * (BLOCK_DIM + 2)
-        tl.store(p + i, highest)
-        tl.store(p + BLOCK + i, total)
-        tl.store(p + 2 * BLOCK + i[:, None] * BLOCK_DIM + i_dim[None, :], out)
-    else:
-        highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        out = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
-        for segment in range(first_segment, (end_page + SEGMENT_PAGES - 1) // SEGMENT_PAGES):
-            highest_next, total_next, out_next = _attend_segment(
-                b_q, k_ptr, v_ptr, pages_ptr, pages_at, first_page,
-                tl.maximum(first_page, segment * SEGMENT_PAGES), tl.minimum(end_page, (segment + 1) * SEGMENT_PAGES),
-                kv_head, kv_heads, first, last, PAGE_SIZE, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM, BLOCK,
-            )  # fmt: skip
-            highest, total, out = _merge(highest, total, out, highest_next, total_next, out_next)
-        out = out / tl.where(total > 0.0, total, 1.0)[:, None]
-        tl.store(out_ptr + at, out.to(b_q.dtype), mask=m_q)
-
-
-@jit(do_not_specialize_on_alignment=["tiles_ptr"])
-def merge_kernel(
-    tiles_ptr, out_ptr, partial_ptr, heads, kv_heads, num_segments, gate_ptr,
-    SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, SEGMENT_PAGES: tl.constexpr, GATE: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Adds the segments of one tile and K/V head in their order."""
-    let_next_begin(OVERLAP)
-    await_inputs(OVERLAP)
+    num_pages = tl.load(tiles_ptr + tile * 5 + 4)
     if GATE:
         if tl.load(gate_ptr) == 0:
             return
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(tiles_ptr + tile * 5)
-    count = tl.load(tiles_ptr + tile * 5 + 1)
-    first_page = tl.load(tiles_ptr + tile * 5 + 3)
-    end_page = first_page + tl.load(tiles_ptr + tile * 5 + 4)
-    used = (end_page + SEGMENT_PAGES - 1) // SEGMENT_PAGES - first_page // SEGMENT_PAGES
+
     i = tl.arange(0, BLOCK)
     i_dim = tl.arange(0, BLOCK_DIM)
+    i_key = tl.arange(0, BLOCK_KEYS)
+    place = i // SHARED
+    row, head = begin + place, kv_head * SHARED + i % SHARED
+    m_row = (place < count) & (place < TILE_ROWS)
+    m_dim = (i_dim < HEAD_DIM)[None, :]
+    m_q, m_kv = m_row[:, None] & m_dim, (i_key < PAGE_SIZE)[:, None] & m_dim
+    at = (row * heads + head)[:, None] * HEAD_DIM + i_dim[None, :]
+    at_kv = kv_head * (PAGE_SIZE * HEAD_DIM) + i_key[:, None] * HEAD_DIM + i_dim[None, :]
+    page_stride = kv_heads * (PAGE_SIZE * HEAD_DIM)
+
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     out = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
-    for segment in range(0, used):
-        p = partial_ptr + ((tile * kv_heads + kv_head) * num_segments + segment) * BLOCK * (BLOCK_DIM + 2)
-        out_next = tl.load(p + 2 * BLOCK + i[:, None] * BLOCK_DIM + i_dim[None, :])
-        highest, total, out = _merge(highest, total, out, tl.load(p + i), tl.load(p + BLOCK + i), out_next)
+    if SPLIT:
+        page = tl.program_id(2)
+        if page >= num_pages:
+            if page == 0:
+                # Padding has no page.
+                tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=m_q)
+            return
+        cache_page = tl.load(pages_ptr + pages_at + page)
+        b_q = tl.load(q_ptr + at, mask=m_q, other=0.0)
+        first = tl.load(first_ptr + row, mask=m_row, other=1)
+        last = tl.load(last_ptr + row, mask=m_row, other=0)
+        b_k = tl.load(k_ptr + cache_page * page_stride + at_kv, mask=m_kv, other=0.0)
+        b_v = tl.load(v_ptr + cache_page * page_stride + at_kv, mask=m_kv, other=0.0)
+        b_q = (b_q.to(tl.float32) * scale).to(b_q.dtype)
+        highest, total, out = _attend_page(
+            b_q, b_k, b_v, first_page + page, first, last, PAGE_SIZE, BLOCK_KEYS, BLOCK_DIM, BLOCK
+        )
+        if num_pages > 1:
+            partial = (row * heads + head) * spread
+            p_value = values_ptr + partial[:, None] * HEAD_DIM + i_dim[None, :]
+            p_figure = figures_ptr + partial * 2
+            tl.store(p_value + page * HEAD_DIM, out, mask=m_q)
+            tl.store(p_figure + page * 2, highest, mask=m_row)
+            tl.store(p_figure + page * 2 + 1, total, mask=m_row)
+            tl.debug_barrier()
+            p_arrived = arrived_ptr + tile * kv_heads + kv_head
+            if tl.atomic_add(p_arrived, 1, sem="acq_rel", scope="gpu") != num_pages - 1:
+                return
+            tl.store(p_arrived, 0)
+            highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK,), tl.float32)
+            out = tl.zeros((BLOCK, BLOCK_DIM), tl.float32)
+            # Not from the first-level cache: it may hold what an earlier launch left there.
+            for other in tl.range(0, num_pages, loop_unroll_factor=4):
+                highest_next = tl.load(p_figure + other * 2, mask=m_row, other=float("-inf"), cache_modifier=".cg")
+                total_next = tl.load(p_figure + other * 2 + 1, mask=m_row, other=0.0, cache_modifier=".cg")
+                out_next = tl.load(p_value + other * HEAD_DIM, mask=m_q, other=0.0, cache_modifier=".cg")
+                highest, total, out = _merge(highest, total, out, highest_next, total_next, out_next)
+    else:
+        b_q = tl.load(q_ptr + at, mask=m_q, other=0.0)
+        first = tl.load(first_ptr + row, mask=m_row, other=1)
+        last = tl.load(last_ptr + row, mask=m_row, other=0)
+        b_q = (b_q.to(tl.float32) * scale).to(b_q.dtype)
+        for page in range(0, num_pages):
+            cache_page = tl.load(pages_ptr + pages_at + page)
+            b_k = tl.load(k_ptr + cache_page * page_stride + at_kv, mask=m_kv, other=0.0)
+            b_v = tl.load(v_ptr + cache_page * page_stride + at_kv, mask=m_kv, other=0.0)
+            highest_next, total_next, out_next = _attend_page(
+                b_q, b_k, b_v, first_page + page, first, last, PAGE_SIZE, BLOCK_KEYS, BLOCK_DIM, BLOCK
+            )
+            highest, total, out = _merge(highest, total, out, highest_next, total_next, out_next)
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
-    place, shared = i // SHARED, i % SHARED
-    m_row = (place < count) & (place < TILE_ROWS)
-    at = ((begin + place) * heads + kv_head * SHARED + shared)[:, None] * HEAD_DIM + i_dim[None, :]
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=m_row[:, None] & (i_dim < HEAD_DIM)[None, :])
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=m_q)
 
 
 def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> Tensor:
-    """As `attention`, for tiles of at most TILE rows. Outputs of padding rows are zeros."""
-    num_tiles, segments = plan.shape.tiles, plan.shape.most_segments
-    heads, head_dim = q.shape[1:]
+    """As `attention`, for tiles of at most TILE rows. Outputs of padding rows are zeros. On one stream at a time."""
+    queries, heads, head_dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
-    block = attention_blocks(heads // kv_heads, head_dim)
+    tiles, spread = plan.shape.tiles, plan.shape.most_pages
+    partials = queries * heads * spread
+    split = spread > 1 and tiles * kv_heads <= WHOLE and partials * (head_dim + 2) * 4 <= SCRATCH
     out = torch.empty_like(q)
-    split = segments > 1
-    grid = (num_tiles, kv_heads, segments if split else 1)
-    width = block["BLOCK"] * (block["BLOCK_DIM"] + 2)
-    partial = q.new_empty(num_tiles * kv_heads * segments * width, dtype=torch.float32) if split else out
-    attention_kernel[grid](
-        q, k_cache, v_cache, plan.first, plan.last, plan.tiles, plan.pages, out, partial,
-        heads, kv_heads, head_dim**-0.5, PAGE_SIZE=page_size, BLOCK_KEYS=key_block(page_size), SPLIT=split, **block,
-        num_warps=4, num_stages=stages(page_size, head_dim, q.itemsize), enable_fp_fusion=False, **gate_options(q),
-    )  # fmt: skip
+    values = figures = arrived = out
     if split:
-        merge_kernel[grid[:2]](
-            plan.tiles,
-            out,
-            partial,
-            heads,
-            kv_heads,
-            plan.shape.most_segments,
-            **block,
-            num_warps=4,
-            enable_fp_fusion=False,
-            **gate_options(q),
-        )
+        values, figures = (q.new_empty(partials * n, dtype=torch.float32) for n in (head_dim, 2))
+        arrived = counters(tiles * kv_heads, q.device)
+    attention_kernel[tiles, kv_heads, spread if split else 1](
+        q, k_cache, v_cache, plan.first, plan.last, plan.tiles, plan.pages, out, values, figures, arrived,
+        heads, kv_heads, head_dim**-0.5, PAGE_SIZE=page_size, BLOCK_KEYS=key_block(page_size), SPLIT=split,
+        **attention_blocks(heads // kv_heads, head_dim), num_warps=4,
+        num_stages=stages(page_size, head_dim, q.itemsize), enable_fp_fusion=False, **gate_options(q),
+    )  # fmt: skip
     return out
+
+
+def counters(count: int, device: torch.device) -> Tensor:
+    """At least `count` int32 on the device, all 0 between launches: the last program to arrive resets its own. Those of
+    earlier, smaller calls stay alive, because CUDA graphs hold their addresses; a graph's stage has run before it is
+    recorded, so none is made meanwhile."""
+    made = _counters[device]
+    if not made or len(made[-1]) < count:
+        made.append(torch.zeros(power_of_two(count, 1024), dtype=torch.int32, device=device))
+    return made[-1]
 
 
 def stages(page_size: int, head_dim: int, itemsize: int) -> int:
@@ -432,5 +420,4 @@ def attention_blocks(shared: int, head_dim: int) -> dict[str, int]:
         "BLOCK_DIM": power_of_two(head_dim, 16),
         "TILE_ROWS": TILE,
         "BLOCK": power_of_two(TILE * shared, 16),
-        "SEGMENT_PAGES": SEGMENT,
     }

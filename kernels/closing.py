@@ -27,15 +27,13 @@ class Tables(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """open: bytes in a page; globals, latent: patches in a page. slots: of a patch. small: see `AttentionPlan`.
-    segments: most of a row of the global stage."""
+    """open: bytes in a page; globals, latent: patches in a page. slots: of a patch. small: see `AttentionPlan`."""
 
     open: int
     globals: int
     latent: int
     slots: int
     small: int
-    segments: int
 
 
 class Closing(NamedTuple):
@@ -92,9 +90,10 @@ def closing(text: Text, at: Tensor, positions: Tensor, sequence: Tensor, tables:
 
 
 def _shapes(rows: int, tables: Tables, sizes: Sizes) -> tuple[PlanShape, PlanShape]:
+    opened, of_global = tables.open.pages, tables.globals.pages
     return (
-        PlanShape(0, rows * sizes.slots, rows, tables.open.pages.numel()),
-        PlanShape(rows, rows, rows, tables.globals.pages.numel(), sizes.segments),
+        PlanShape(0, rows * sizes.slots, rows, opened.numel(), opened.shape[1]),
+        PlanShape(rows, rows, rows, of_global.numel(), of_global.shape[1]),
     )
 
 

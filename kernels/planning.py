@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .attention import SEGMENT, PlanShape
+from .attention import PlanShape
 
 SPAN = 7
 """Numbers of a span: where its pages begin in `Spans.pages`, the sequence's page number there, the cache row of its
@@ -40,13 +40,12 @@ class Spans:
 
 class Tiling(NamedTuple):
     """Window and grouping of a cache's rows. window: rows that a row sees, 0 for all. Tiles of up to `small` rows for
-    short spans, of `large` for others. split: whether long contexts are spread over the device."""
+    short spans, of `large` for others."""
 
     small: int
     large: int
     page_size: int
     window: int
-    split: bool
 
 
 class Lengths(NamedTuple):
@@ -77,7 +76,7 @@ def plan(
     last: list[int] = []
     tiles: list[int] = []
     pages: list[int] = []
-    most_segments = 1
+    most_pages = 1
     for pages_at, first_page, start, count, floor, mutual, highest in _spans(queries):
         span_first = [max(row - tiling.window + 1, floor) if tiling.window else floor for row in _rows(start, count)]
         span_last = [*_rows(start, count - mutual), *[highest] * mutual]
@@ -87,8 +86,7 @@ def plan(
             from_page, to_page = span_first[begin] // tiling.page_size, span_last[end - 1] // tiling.page_size
             tiles += (len(first) + begin, end - begin, len(pages), from_page, to_page + 1 - from_page)
             pages += queries.pages[pages_at + from_page - first_page : pages_at + to_page + 1 - first_page]
-            if tiling.split:
-                most_segments = max(most_segments, to_page // SEGMENT - from_page // SEGMENT + 1)
+            most_pages = max(most_pages, to_page + 1 - from_page)
         first += span_first
         last += span_last
     for begin in range(len(first), lengths.queries, tiling.large):
@@ -96,7 +94,7 @@ def plan(
 
     num_tiles = lengths.tiles or len(tiles) // 5
     num_pages = 1 << (max(len(pages), lengths.pages) - 1).bit_length() if lengths.pages else len(pages)
-    shape = PlanShape(lengths.rows, lengths.queries, num_tiles, num_pages, most_segments)
+    shape = PlanShape(lengths.rows, lengths.queries, num_tiles, num_pages, most_pages)
     arrays = positions, page, offset, first, last, tiles, pages
     padded = (values + [0] * (size - len(values)) for values, size in zip(arrays, shape.sizes, strict=True))
     return np.array([number for values in padded for number in values], dtype=np.int64), shape

@@ -110,9 +110,12 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 @st.composite
-def layouts(draw: st.DrawFn, most: int = 4) -> Layout:
+def layouts(draw: st.DrawFn, most: int = 4, longest: int = 300) -> Layout:
+    """longest: rows before a sequence's own, at times."""
     page_size = draw(st.sampled_from([4, 8, 16]))
-    befores = st.one_of(st.integers(0, 70), st.integers(0, 6).map(lambda n: n * page_size), st.just(300))
+    befores = st.one_of(
+        st.integers(0, min(70, longest)), st.integers(0, 6).map(lambda n: n * page_size), st.just(longest)
+    )
     sequences = []
     for _ in range(draw(st.integers(1, most))):
         before = draw(befores)
@@ -124,7 +127,7 @@ def layouts(draw: st.DrawFn, most: int = 4) -> Layout:
 class Laid:
     """Sequences as `layouts` draws them, with pages in random places, and a plan for attention."""
 
-    def __init__(self, layout: Layout, draw: Draw, split: bool) -> None:
+    def __init__(self, layout: Layout, draw: Draw) -> None:
         self.page_size, window, sequences = layout
         self.device = draw.device
         pool = PagePool("test", 400)
@@ -139,7 +142,7 @@ class Laid:
         self.num_rows = self.spans.num_rows
         self.num_pages = pool.num_total + 1
         padding = Eager(self.device, self.num_rows + 3)
-        tiling = Tiling(TILE, TILE, self.page_size, window, split)
+        tiling = Tiling(TILE, TILE, self.page_size, window)
         self.plan = plan_attention(self.spans, self.spans, tiling, padding, padding.rows(self.num_rows))
 
     def on_device(self) -> AttentionPlan:

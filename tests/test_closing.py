@@ -25,8 +25,8 @@ from tests.operands import CPU, LONGEST, SEEDS, Draw, Laid, few
 from tests.operands import TRITONS as DEVICE
 
 TRITON = TritonKernels()
-LAID = (4, 0, [(300, 2, 0, 0)])
-"""Several segments of a context."""
+LAID = (8, 0, [(40, 2, 0, 0)])
+"""A context of many pages."""
 
 
 class Pages(NamedTuple):
@@ -92,9 +92,7 @@ class Candidates:
         rows.add(of_patches, first[1], patch, 1, self.floor[number])  # type: ignore[arg-type]
 
         def made(writes: Spans, reads: Spans, size: int, count: int) -> AttentionPlan:
-            numbers, shape = planned(
-                writes, reads, Tiling(slots, slots, size, 0, False), Lengths(writes.num_rows, count)
-            )
+            numbers, shape = planned(writes, reads, Tiling(slots, slots, size, 0), Lengths(writes.num_rows, count))
             return AttentionPlan(torch.from_numpy(numbers), shape, slots, size)
 
         return made(Spans(), queries, self.sizes.open, slots), made(rows, rows, self.sizes.globals, 1)
@@ -112,7 +110,7 @@ def seen(plan: AttentionPlan, query: int) -> list[tuple[int, int]]:
 
 @st.composite
 def candidates(draw: st.DrawFn, device: torch.device) -> Candidates:
-    sizes = Sizes(*(draw(st.sampled_from([2, 4, 16])) for _ in range(3)), draw(st.integers(1, 3)), 4, 1)
+    sizes = Sizes(*(draw(st.sampled_from([2, 4, 16])) for _ in range(3)), draw(st.integers(1, 3)), 4)
     ended = st.tuples(st.integers(0, LONGEST - 2), st.integers(1, 3))
     drawn = Draw(draw(SEEDS), device)
     return Candidates(
@@ -193,7 +191,7 @@ def marked() -> Iterator[None]:
 
 def gated(draw: Draw) -> list[Tensor]:
     """What the kernels of the global stage write."""
-    laid = Laid(LAID, draw, split=True)
+    laid = Laid(LAID, draw)
     x, weight, norm = draw.randn(5, 16), Matrix(draw.randn(24, 16)), draw.randn(16)
     caches = [draw.randn(laid.num_pages, 2, laid.page_size, 8) for _ in range(2)]
     attended = TRITON.attention(draw.randn(len(laid.on_device().first), 4, 8), *caches, laid.on_device())

@@ -184,7 +184,7 @@ else:
 @given(SEEDS, FLOATS, layouts(), SHAPES)
 def test_attention_equals_torch(seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[int, int, int]) -> None:
     draw, (heads, kv_heads, head_dim) = Draw(seed), shape
-    laid = Laid(layout, draw, split=False)
+    laid = Laid(layout, draw)
     caches = [draw.randn(laid.num_pages, kv_heads, laid.page_size, head_dim, dtype=dtype) for _ in range(2)]
     plan = laid.on_device()
     q = draw.randn(len(plan.first), heads, head_dim, dtype=dtype)
@@ -234,7 +234,7 @@ def test_stack_equals_torch(
     embeds: bool, has_head: bool, some: bool,
 ) -> None:  # fmt: skip
     draw, (heads, kv_heads, head_dim) = Draw(seed), shape
-    laid, dim, ffn_dim, slots = Laid(layout, draw, split=False), 24, 36, 2
+    laid, dim, ffn_dim, slots = Laid(layout, draw), 24, 36, 2
     plan, of_them = laid.on_device(), min(of_them, layers)
     rows = len(plan.first)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.memory.pages import BlockTable, PagePool
 from kernels import native, planning
-from kernels.attention import SEGMENT, AttentionPlan, PlanShape
+from kernels.attention import AttentionPlan, PlanShape
 from kernels.planning import Lengths, Spans, Tiling
 
 
@@ -29,7 +29,7 @@ def drawn_spans(draw: st.DrawFn) -> Drawn:
     page_size = draw(st.sampled_from([1, 4, 16]))
     window = draw(st.sampled_from([0, 1, 7, 33]))
     small = draw(st.integers(1, 8))
-    tiling = Tiling(small, small * draw(st.integers(1, 3)), page_size, window, split=draw(st.booleans()))
+    tiling = Tiling(small, small * draw(st.integers(1, 3)), page_size, window)
     pool = PagePool("test", 4000)
     drawn = Drawn(Spans(), [], [], [], [], tiling)
     for _ in range(draw(st.integers(0, 4))):
@@ -70,7 +70,7 @@ def test_an_attention_plan_writes_each_row_to_its_page_and_reads_its_context(dat
     assert (plan.first[:n].tolist(), plan.last[:n].tolist()) == (drawn.first, drawn.last)
 
     covered = []
-    most_segments = 1
+    most_pages = 1
     for begin, count, pages_at, first_page, num_pages in plan.tiles.tolist():
         covered += range(begin, begin + count)
         for query in range(begin, begin + count if num_pages else begin):
@@ -79,10 +79,9 @@ def test_an_attention_plan_writes_each_row_to_its_page_and_reads_its_context(dat
                 seen = plan.pages[pages_at + row // size - first_page]
                 assert seen * size == drawn.tables[query].slot(row) // size * size
                 assert first_page <= row // size < first_page + num_pages
-        reached = (first_page + num_pages - 1) // SEGMENT - first_page // SEGMENT + 1 if num_pages else 1
-        most_segments = max(most_segments, reached)
+        most_pages = max(most_pages, num_pages)
     assert covered == list(range(lengths.queries)), "each query is in one tile"
-    assert shape.most_segments == (most_segments if drawn.tiling.split else 1)
+    assert shape.most_pages == most_pages
     if lengths.pages:
         assert shape.pages >= lengths.pages and shape.pages & (shape.pages - 1) == 0
 
@@ -106,7 +105,7 @@ def test_an_attention_plan_may_be_larger_than_all_earlier_plans() -> None:
     table.extend(10_000)
     spans = Spans()
     spans.add(table.pages, 0, 0, 10_000, 0)
-    tiling, lengths = Tiling(16, 32, 1, 0, split=True), Lengths(10_000, 10_000)
+    tiling, lengths = Tiling(16, 32, 1, 0), Lengths(10_000, 10_000)
     found, shape = native.plan(spans, spans, tiling, lengths)
     expected, expected_shape = planning.plan(spans, spans, tiling, lengths)
     assert isinstance(shape, PlanShape) and shape == expected_shape and found.tolist() == expected.tolist()

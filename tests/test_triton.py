@@ -4,13 +4,21 @@ Both get the same random operands; layouts are ragged and drawn: one row, no row
 """
 
 import inspect
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
+from itertools import product as pairs
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from triton.runtime import interpreter
 
 from kernels import attention as attention_file
 from kernels.attention import AttentionPlan
@@ -127,34 +135,73 @@ def test_attention_equals_torch(
     shape: tuple[int, int, int],
 ) -> None:
     draw, (heads, kv_heads, head_dim) = Draw(seed, DEVICE), shape
-    laid = Laid(layout, draw, split=False)
+    laid = Laid(layout, draw)
     caches = [draw.randn(laid.num_pages, kv_heads, laid.page_size, head_dim, dtype=dtype) for _ in range(2)]
     plan = laid.on_device()
     q = draw.randn(len(plan.first), heads, head_dim, dtype=dtype)
-    found = TRITON.attention(q, *caches, plan)
+    with mock.patch.object(attention_file, "SCRATCH", 0):
+        found = TRITON.attention(q, *caches, plan)
     rows = slice(0, laid.num_rows)
     close(found[rows], TORCH.attention(q, *caches, plan)[rows])
     assert not found[laid.num_rows :].any(), "padding is zeros"
 
 
-@few
-@given(SEEDS, FLOATS, layouts(), st.integers(1, 4))
-def test_attention_over_a_split_context_is_the_same_bits(
-    seed: int, dtype: torch.dtype, layout: Layout, segment: int
+@settings(few, max_examples=6)
+@given(SEEDS, FLOATS, layouts(most=2, longest=50))
+def test_attention_split_in_any_order_of_programs_is_the_same_bits(
+    seed: int, dtype: torch.dtype, layout: Layout
 ) -> None:
-    plans = [Laid(layout, Draw(seed, DEVICE), split).on_device() for split in (False, True)]
+    q, k, v, plan = attended(seed, dtype, layout)
+    with mock.patch.object(attention_file, "SCRATCH", 0):
+        whole = TRITON.attention(q, k, v, plan)
+    orders = (None, seed) if DEVICE.type == "cpu" else (None,)  # a device has an order of its own
+    for order in orders:
+        with programs_in_drawn_order(order) as ran:
+            assert torch.equal(TRITON.attention(q, k, v, plan), whole)
+        assert not any(made.any() for made in attention_file._counters[q.device]), "reset by the last to arrive"
+        if order is not None and plan.shape.most_pages > 1:
+            assert len(ran) == plan.shape.tiles * plan.shape.most_pages and (len(ran) < 4 or ran != sorted(ran))
+
+
+def attended(seed: int, dtype: torch.dtype, layout: Layout) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:
+    """Arguments of attention."""
     draw = Draw(seed, DEVICE)
-    caches = [draw.randn(400, 2, layout[0], 8, dtype=dtype) for _ in range(2)]
-    q = draw.randn(len(plans[0].first), 4, 8, dtype=dtype)
-    whole, split = (TRITON.attention(q, *caches, plan) for plan in plans)
-    assert torch.equal(whole, split)
+    laid = Laid(layout, draw)
+    k, v = (draw.randn(laid.num_pages, 1, laid.page_size, 8, dtype=dtype) for _ in range(2))
+    plan = laid.on_device()
+    return draw.randn(len(plan.first), 2, 8, dtype=dtype), k, v, plan
+
+
+@contextmanager
+def programs_in_drawn_order(seed: int | None) -> Iterator[list[tuple[int, int, int]]]:
+    """The interpreter runs a kernel's programs in an order drawn from the seed, if any: in `set_grid_idx` it learns
+    which is next. Gives the programs that ran."""
+    if seed is None:
+        yield []
+        return
+    builder = interpreter.interpreter_builder
+    known, set_index = builder.set_grid_dim, builder.set_grid_idx
+    order: list[tuple[int, int, int]] = []
+    ran: list[tuple[int, int, int]] = []
+
+    def set_grid_dim(*grid: int) -> None:
+        order[:] = [(x, y, z) for x, y, z in pairs(*map(range, grid))]
+        random.Random(seed).shuffle(order)
+        known(*grid)
+
+    def set_grid_idx(*_: int) -> None:
+        ran.append(order.pop())
+        set_index(*ran[-1])
+
+    with mock.patch.multiple(builder, set_grid_dim=set_grid_dim, set_grid_idx=set_grid_idx):
+        yield ran
 
 
 @settings(few, max_examples=3)
-@given(SEEDS, FLOATS, layouts(most=1))
+@given(SEEDS, FLOATS, layouts(most=1, longest=50))
 def test_attention_does_not_depend_on_the_batch(seed: int, dtype: torch.dtype, layout: Layout) -> None:
     draw = Draw(seed, DEVICE)
-    laid = Laid(layout, draw, split=False)
+    laid = Laid(layout, draw)
     caches = [draw.randn(laid.num_pages, 2, laid.page_size, 8, dtype=dtype) for _ in range(2)]
     plan = laid.on_device()
     q = draw.randn(len(plan.first), 4, 8, dtype=dtype)
@@ -170,10 +217,17 @@ def test_attention_does_not_depend_on_the_batch(seed: int, dtype: torch.dtype, l
     assert torch.equal(TRITON.attention(q, *caches, alone)[: laid.num_rows], found[: laid.num_rows])
 
 
-def test_the_longest_context_of_these_tests_spans_several_segments() -> None:
+def test_the_longest_context_of_these_tests_spans_many_pages() -> None:
     """What the tests of split contexts rely on."""
-    laid = Laid((4, 0, [(300, 1, 0, 0)]), Draw(0, DEVICE), split=True)
-    assert laid.plan.shape.most_segments == 300 // 4 // attention_file.SEGMENT + 1 > 3
+    laid = Laid((4, 0, [(50, 1, 0, 0)]), Draw(0, DEVICE))
+    assert laid.plan.shape.most_pages == 50 // 4 + 1
+
+
+def test_counters_grow_by_doubling_and_earlier_ones_stay() -> None:
+    made: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+    with mock.patch.object(attention_file, "_counters", made):
+        first, same, more = (attention_file.counters(n, DEVICE) for n in (3, 1000, 5000))
+        assert first is same and [len(some) for some in made[DEVICE]] == [1024, 8192] and made[DEVICE][1] is more
 
 
 @few

@@ -18,7 +18,7 @@ from .piece import Piece
 from .setting import Setting
 
 TWINS = "tests/test_triton.py"
-FEW = ("signature", "segments_are_many")
+FEW = ("signature", "spans_many_pages")
 """Parts of the names of the tests that run at toy scale."""
 PLAIN = ("-c", os.devnull, "--rootdir", ".", "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider")
 """The project's own settings need plug-ins, and conftest.py selects the interpreter if it sees no /dev/nvidia0."""

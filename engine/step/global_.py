@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from kernels import gate
-from kernels.attention import SEGMENT, AttentionPlan
+from kernels.attention import AttentionPlan
 from kernels.closing import Sizes, Tables
 from kernels.planning import Spans
 from kernels.pooling import PageTable
@@ -95,11 +95,9 @@ class GlobalStage:
         padding = padded - launch.num_rows
         counted = executor.parts(len(batch), padded)
         tables = {name: [rows.sequence.tables[name] for rows in batch] for name in self._sizes}
-        most_patches = max(rows.sequence.most_patches(rows.end) for rows in batch)
-        segments = executor.segments(most_patches // self._sizes["global"] // SEGMENT + 1)
         small = self._launcher.small_tile
         each = self._sizes
-        sizes = Sizes(each["open"], each["global"], each["latent"], self._slots, small, segments)
+        sizes = Sizes(each["open"], each["global"], each["latent"], self._slots, small)
         numbers = [number for number, rows in enumerate(batch) for _ in range(rows.num_text)]
         arrays: Arrays = {
             "at": padded_array(self._text_slots.places(batch), padded),
@@ -119,7 +117,7 @@ class GlobalStage:
             with gate.under(closing.any):
                 return self._run(found.open, own, *closing[:-1])
 
-        self._launcher.run(launch, stage, padded * self._slots, arrays, name="global unread", times=segments)
+        self._launcher.run(launch, stage, padded * self._slots, arrays, name="global unread")
         return launch
 
     def _run(

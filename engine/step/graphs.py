@@ -27,6 +27,8 @@ MOST_RECORDINGS = 512
 """Recordings hold memory; the least recently used is dropped first."""
 LEAST_PAGES = 64
 """Shorter lists of pages are padded to this, to need fewer recordings."""
+LEAST_TILE_PAGES = 4
+"""The same for the pages of one tile, or of one sequence in a table."""
 
 
 class Eager:
@@ -52,10 +54,7 @@ class Eager:
     def num_recorded(self) -> int:
         return 0
 
-    def pages(self, n: int) -> int:
-        return n
-
-    def segments(self, n: int) -> int:
+    def most_pages(self, n: int) -> int:
         return n
 
     def run(
@@ -103,11 +102,8 @@ class Graphs(Eager):
     least_pages = LEAST_PAGES
     records = True
 
-    def pages(self, n: int) -> int:
-        return max(_power_of_two(n), LEAST_PAGES)
-
-    def segments(self, n: int) -> int:
-        return _power_of_two(n)
+    def most_pages(self, n: int) -> int:
+        return max(_power_of_two(n), LEAST_TILE_PAGES)
 
     def run(
         self,

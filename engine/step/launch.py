@@ -43,9 +43,7 @@ class Launcher:
         self.small_tile, large = floors.tile, large_tile or LARGE_TILE
         # Every slot sees the whole open patch, and there may be more slots than a patch has bytes.
         self.tilings = {
-            name: Tiling(
-                floors.tile, large, spec.page_size, 0 if name == "open" else spec.window or 0, split=spec.window is None
-            )
+            name: Tiling(floors.tile, large, spec.page_size, 0 if name == "open" else spec.window or 0)
             for name, spec in caches.specs.items()
         }
 

@@ -22,7 +22,8 @@ Arrays = dict[str, NDArray[np.int64]]
 
 class Padding(Protocol):
     """How long arrays are made for a kernel, or for a recorded graph of kernels. `parts`: length of arrays with at most
-    one entry per row, in a stage of `rows` padded rows. `least_pages`: see `kernels.planning.Lengths.pages`."""
+    one entry per row, in a stage of `rows` padded rows. `most_pages`: of a tile or a table. `least_pages`: see
+    `kernels.planning.Lengths.pages`."""
 
     least_pages: int
 
@@ -30,7 +31,7 @@ class Padding(Protocol):
 
     def parts(self, n: int, rows: int) -> int: ...
 
-    def segments(self, n: int) -> int: ...
+    def most_pages(self, n: int) -> int: ...
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -50,15 +51,13 @@ def plan_attention(writes: Spans, queries: Spans, tiling: Tiling, padding: Paddi
     rows = padding.rows(writes.num_rows) if writes.num_rows else 0
     lengths = Lengths(rows, padded_queries, padding.parts(0, padded_queries), padding.least_pages)
     data, shape = plan(writes, queries, tiling, lengths)
-    if shape.most_segments > 1:
-        shape = shape._replace(most_segments=padding.segments(shape.most_segments))
-    return Plan(data, shape, tiling)
+    return Plan(data, shape._replace(most_pages=padding.most_pages(shape.most_pages)), tiling)
 
 
 def page_table(name: str, tables: Seq[BlockTable], count: int, padding: Padding) -> Arrays:
     """The inputs `name`_pages and `name`_first of a `PageTable`: of these tables, padded to `count` of them."""
     assert len(tables) <= count
-    pages = np.zeros((count, padding.segments(max(1, *(len(table.pages) for table in tables)))), dtype=np.int64)
+    pages = np.zeros((count, padding.most_pages(max(1, *(len(table.pages) for table in tables)))), dtype=np.int64)
     for row, table in zip(pages, tables, strict=False):
         row[: len(table.pages)] = table.pages
     return {f"{name}_pages": pages, f"{name}_first": padded_array([table.first for table in tables], count)}

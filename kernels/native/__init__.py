@@ -252,7 +252,7 @@ _planner = _Planner()
 
 @cache
 def _tiling(tiling: Tiling) -> "ctypes.Array[ctypes.c_int64]":
-    return (_INT * 5)(*tiling)
+    return (_INT * 4)(*tiling)
 
 
 def plan(

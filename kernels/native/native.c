@@ -350,7 +350,7 @@ void fastblt_patch_max(
     }
 }
 
-/* An attention plan: found becomes its tiles, its pages and the most segments of a tile; out its numbers, if there is room
+/* An attention plan: found becomes its tiles, its pages and the most pages of a tile; out its numbers, if there is room
    for them. Returns their count. tiles, pages: as in `Lengths`. */
 int64_t fastblt_plan(
     const Span *writes, int64_t num_writes, const int64_t *written, const Span *spans, int64_t num_spans,

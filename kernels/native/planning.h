@@ -6,15 +6,12 @@
 #include <stdint.h>
 #include <string.h>
 
-/* As in kernels/attention.py. */
-#define SEGMENT 16
-
 typedef struct {
     int64_t pages_at, first_page, start, count, floor, mutual, last;
 } Span;
 
 typedef struct {
-    int64_t small, large, page_size, window, split;
+    int64_t small, large, page_size, window;
 } Tiling;
 
 /* A tile's first row in its span, its number of rows, and the pages of the sequence that it reads. */
@@ -39,16 +36,16 @@ static inline Tile tile_at(const Span *s, int64_t row, const Tiling *t) {
     return tile;
 }
 
-/* Counts tiles, the pages that they read, and the most segments of a tile. */
-static void count_tiles(const Span *queries, int64_t n, const Tiling *t, int64_t *tiles, int64_t *pages, int64_t *segments) {
-    *tiles = *pages = 0, *segments = 1;
+/* Counts tiles, the pages that they read, and the most pages of a tile. */
+static void count_tiles(const Span *queries, int64_t n, const Tiling *t, int64_t *tiles, int64_t *pages, int64_t *most) {
+    *tiles = *pages = 0, *most = 1;
     for (const Span *s = queries; s < queries + n; s++)
         for (int64_t row = 0; row < s->count;) {
             Tile tile = tile_at(s, row, t);
-            int64_t reached = tile.highest / SEGMENT - tile.lowest / SEGMENT + 1;
+            int64_t count = tile.highest + 1 - tile.lowest;
             ++*tiles;
-            *pages += tile.highest + 1 - tile.lowest;
-            if (t->split && reached > *segments) *segments = reached;
+            *pages += count;
+            if (count > *most) *most = count;
             row += tile.count;
         }
 }

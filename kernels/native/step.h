@@ -116,8 +116,8 @@ static int64_t add_pages(Spans *s, const Table *t, int64_t end, const Tiling *ti
 }
 
 static Plan planned(Buffer *into, const Spans *writes, const Spans *queries, const Tiling *tiling) {
-    int64_t tiles, pages, segments, rows = writes ? writes->num_rows : 0, count = queries->num_rows;
-    count_tiles(queries->spans, queries->num_spans, tiling, &tiles, &pages, &segments);
+    int64_t tiles, pages, most, rows = writes ? writes->num_rows : 0, count = queries->num_rows;
+    count_tiles(queries->spans, queries->num_spans, tiling, &tiles, &pages, &most);
     int64_t *at = room(into, 3 * rows + 2 * count + 5 * tiles + pages, sizeof *at), *first = at + 3 * rows;
     if (rows) fill_writes(at, rows, writes->spans, writes->num_spans, writes->pages, tiling);
     fill_queries(first, count, tiles, queries->spans, queries->num_spans, queries->pages, tiling);

@@ -173,7 +173,7 @@ class _Model(ctypes.Structure):
         *((name, _Matrix) for name in ("open_slots", "projection", "latent_slots")),
         ("caches", _POINTER * len(CACHES)),
         ("open_states", _POINTER),
-        ("tilings", _INT * 5 * len(CACHES)),
+        ("tilings", _INT * 4 * len(CACHES)),
         *((name, _INT) for name in ("num_closing", "num_latent_kv", "slots", "reads_states")),
         *((name, _INT) for name in ("isolates", "isolates_global", "eos", "mask")),
         ("specials", _INT * 3),
@@ -191,7 +191,7 @@ class Step:
         norms = Norms()
         closing = (_Slots * len(w.closing))(*(slots_struct(slots, norms) for slots in w.closing))
         addresses = [ctypes.addressof(caches.kv[name].addresses) for name in CACHES]
-        tilings = (_INT * 5 * len(CACHES))(*((_INT * 5)(*caches.tilings[name]) for name in CACHES))
+        tilings = (_INT * 4 * len(CACHES))(*((_INT * 4)(*caches.tilings[name]) for name in CACHES))
         stacks = (ctypes.pointer(stack.struct) for stack in (w.patcher, w.encoder, w.global_, w.decoder))
         matrices = (_Matrix() if m is None else _struct(m) for m in (w.open_slots, w.projection, w.latent_slots))
         self._model = _Model(
