@@ -30,7 +30,8 @@ LEAST_SECONDS = 10
 PASSED, FAILED, MISSING = 0, 1, 3
 SHARED = ("generate", "models", "paired", "replay", "report", "variants")
 SOURCES = (
-    *("kernels", "engine", "benchmarks/gpu_check", "benchmarks/code.txt", "tests/gpu", "tests/test_triton.py"),
+    *("kernels", "engine", "benchmarks/gpu_check", "benchmarks/code.txt"),
+    *("tests/gpu", "tests/test_triton.py", "tests/test_float8.py"),
     *(f"benchmarks/{name}.py" for name in SHARED),
 )
 

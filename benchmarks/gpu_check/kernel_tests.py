@@ -1,7 +1,7 @@
 """The kernels' tests on the device, in a few parallel processes: most of their time is Triton's compiler.
 
-`tests/test_triton.py` compares every kernel with its torch twin; `tests/gpu/` needs a real device. On a CPU
-the former runs in Triton's interpreter.
+`tests/test_triton.py` and `tests/test_float8.py` compare every kernel with its torch twin; `tests/gpu/` needs a real
+device. On a CPU the former two run in Triton's interpreter.
 """
 
 import json
@@ -17,7 +17,7 @@ from benchmarks.report import ROOT
 from .piece import Piece
 from .setting import Setting
 
-TWINS = "tests/test_triton.py"
+TWINS = ("tests/test_triton.py", "tests/test_float8.py")
 FEW = ("signature", "spans_many_pages")
 """Parts of the names of the tests that run at toy scale."""
 PLAIN = ("-c", os.devnull, "--rootdir", ".", "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider")
@@ -53,8 +53,8 @@ def measure(setting: Setting, piece: Piece) -> None:
 
 def tests(setting: Setting) -> list[str]:
     """The ids of the tests to run. Raises RuntimeError if they cannot be collected."""
-    files = [TWINS, *(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests/gpu").glob("test_*.py")))]
-    asked = files if setting.on_gpu else files[:1]
+    files = [*TWINS, *(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests/gpu").glob("test_*.py")))]
+    asked = files if setting.on_gpu else TWINS
     collected = subprocess.run(
         [sys.executable, "-m", "pytest", *PLAIN, "--collect-only", "-q", *asked],
         cwd=ROOT, env=_environment(setting), capture_output=True, text=True,

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.float8 import widen, widen_by_integers
 from kernels.lang import INTERPRETED, await_inputs, jit, let_next_begin, power_of_two, tl
 
 PLAIN, CAST, BITS, ASM = range(4)
 """How weights become bfloat16: already bfloat16; converted from float8 (e4m3); bits moved by integer instructions; by
-four assembler instructions per two weights."""
+assembler (`kernels.float8`)."""
 WARPS = 8
 MOST_POLLS = 1 << 20
 """After this many polls, about a second, a program continues without its input: a wrong result, not a hung device."""
@@ -48,38 +49,16 @@ def held(w):
 
 
 @jit
-def widen(w, HOW: tl.constexpr):
-    """Weights in bfloat16, exactly. The bits of an e4m3 number, moved, are a bfloat16 whose exponent is 120 too low."""
+def as_bfloat16(w, HOW: tl.constexpr):
+    """Weights in bfloat16, exactly."""
     if HOW == 0:
         return w
     elif HOW == 1:
         return w.to(tl.bfloat16)
     elif HOW == 2:
-        if INTERPRETED:
-            # It does not widen bfloat16 below the normal numbers as a device does.
-            bits = w.to(tl.int32)
-            small = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True)
-            return (small * 1.329227995784916e36).to(tl.bfloat16)
-        else:
-            bits = w.to(tl.int16)
-            small = (((bits & 0x80) << 8) | ((bits & 0x7F) << 4)).to(tl.bfloat16, bitcast=True)
-            return small * 1.329227995784916e36
+        return widen_by_integers(w)
     else:
-        asm: tl.constexpr = """{
-            .reg .b32 a, b, t, m;
-            mov.b32 m, 0x7B807B80;
-            prmt.b32 a, $2, 0, 0x1404;
-            prmt.b32 b, $2, 0, 0x3424;
-            and.b32 t, a, 0x7F007F00;
-            shr.b32 t, t, 4;
-            lop3.b32 a, a, 0x80008000, t, 0xEA;
-            mul.rn.bf16x2 $0, a, m;
-            and.b32 t, b, 0x7F007F00;
-            shr.b32 t, t, 4;
-            lop3.b32 b, b, 0x80008000, t, 0xEA;
-            mul.rn.bf16x2 $1, b, m;
-        }"""
-        return tl.inline_asm_elementwise(asm, "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4)
+        return widen(w)
 
 
 @jit
@@ -138,14 +117,14 @@ def product_kernel(
     if NORM:
         inverse = inverse_rms(x_ptr, rows, eps, IN, BLOCK, ROWS)
     total = tl.zeros((SEGMENTS, ROWS, OUT), tl.float32)
-    total = times(x_ptr, norm_ptr, inverse, widen(w0, WIDEN), total, 0, rows, IN, SEGMENTS, WIDTH, ROWS, NORM)
+    total = times(x_ptr, norm_ptr, inverse, as_bfloat16(w0, WIDEN), total, 0, rows, IN, SEGMENTS, WIDTH, ROWS, NORM)
     if ROUNDS > 1:
         total = times(
-            x_ptr, norm_ptr, inverse, widen(w1, WIDEN), total, SEGMENTS, rows, IN, SEGMENTS, WIDTH, ROWS, NORM
+            x_ptr, norm_ptr, inverse, as_bfloat16(w1, WIDEN), total, SEGMENTS, rows, IN, SEGMENTS, WIDTH, ROWS, NORM
         )
     if ROUNDS > 2:
         total = times(
-            x_ptr, norm_ptr, inverse, widen(w2, WIDEN), total, 2 * SEGMENTS, rows, IN, SEGMENTS, WIDTH, ROWS, NORM
+            x_ptr, norm_ptr, inverse, as_bfloat16(w2, WIDEN), total, 2 * SEGMENTS, rows, IN, SEGMENTS, WIDTH, ROWS, NORM
         )
     if not TRIGGER_FIRST:
         let_next_begin(OVERLAP)
