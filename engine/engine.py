@@ -63,6 +63,7 @@ class Engine:
         self._compiling: dict[str, tuple[Request, Decoder | None, Future[Compiled]]] = {}
         """Requests that wait for their grammar."""
         self._arrivals = count()
+        self._batch: list[Rows] = []
         self._events: list[Event] = []
 
     def calibrate(self) -> None:
@@ -165,7 +166,14 @@ class Engine:
         events, self._events = self._events, []
         return events
 
+    def step_seconds(self) -> float:
+        """What the step that runs now should take at most, by the latency model. May be called from another thread."""
+        batch = self._batch
+        passes = max((rows.most_passes for rows in batch), default=0)
+        return self.ledger.latency.whole_step(sum(rows.num_rows for rows in batch), passes)
+
     def _run(self, batch: list[Rows]) -> None:
+        self._batch = batch
         executor, now = self.stepper.executor, time.monotonic()
         self.ledger.latency.num_running = len(self._scheduler.running)
         for rows in batch:

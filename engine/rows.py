@@ -91,6 +91,17 @@ class Rows(msgspec.Struct):
         return self.end - self.start + self.num_cells
 
     @property
+    def most_passes(self) -> int:
+        """Passes of a stage that the ask may lead to in one step, its verification included."""
+        match self.ask:
+            case Next(at_most) | Draft(_, at_most):
+                return 1 + at_most
+            case Unmask(block):
+                return 1 + len(block)
+            case _:
+                return 1
+
+    @property
     def reach(self) -> int:
         """The position after the last row that the ask may lead to."""
         if isinstance(self.ask, Draft):

@@ -69,6 +69,9 @@ class ScriptedEngine:
         events, self._events = self._events, []
         return events
 
+    def step_seconds(self) -> float:
+        return STEP_SECONDS
+
     def calibrate(self) -> None:
         """All steps take the same time."""
 

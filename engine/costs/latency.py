@@ -95,6 +95,10 @@ class LatencyModel:
         local = sum(self.seconds(stage, sequences) for stage in ("patcher", "encoder", "decoder"))
         return local + self.seconds("global", 1) if local else 0.0
 
+    def whole_step(self, rows: int, passes: int) -> float:
+        """At most, if each pass runs all rows through all stages."""
+        return passes * sum(self.seconds(stage, rows) for stage in list(self._lines))
+
     def readback(self, rows: int) -> float:
         """Reading a result between decoder passes over `rows` rows, in passes; 0 before any was observed."""
         decoder = self.seconds("decoder", rows)

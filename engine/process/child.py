@@ -56,6 +56,8 @@ class EngineLike(Protocol):
 
     def step(self) -> list[Event]: ...
 
+    def step_seconds(self) -> float: ...
+
     def snapshot(self) -> Snapshot: ...
 
 
@@ -126,7 +128,7 @@ def _serve(engine: EngineLike, socket: zmq.Socket[bytes], heart: Heart) -> None:
                     return
         if not engine.has_work:
             continue
-        events = heart.step(engine.step)
+        events = heart.step(engine.step, engine.step_seconds)
         now = time.monotonic()
         due = not engine.has_work or now - reported >= SNAPSHOT_INTERVAL
         if due:

@@ -75,7 +75,7 @@ class EngineClient:
         step_seconds: float | None = None,
         loading_seconds: float = LOADING_SECONDS,
     ) -> None:
-        """step_seconds: what every step may take; a longer one may take 20 times the longest of the last."""
+        """step_seconds: what every step may take; a longer one may take 20 times what it should."""
         self._config = config
         self._engine_factory = engine_factory
         self._logs = logs

@@ -17,7 +17,7 @@ T = TypeVar("T")
 BEAT_SECONDS = 1.0
 ALIVE, STUCK = b".", b"!"
 TIMES = 20
-"""A step may take this many times the longest of the last ones."""
+"""A step may take this many times what it should, and the longest of the last ones."""
 REMEMBERED = 64
 
 
@@ -29,12 +29,15 @@ class Heart:
         self._pipe, self._least = pipe, step_seconds
         self._began: float | None = None
         self._last = deque([0.0], maxlen=REMEMBERED)
+        self._expected: Callable[[], float] = float
         os.set_inheritable(pipe, False)
         os.set_blocking(pipe, False)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
-    def step(self, run: Callable[[], T]) -> T:
-        """Runs a step."""
+    def step(self, run: Callable[[], T], expected: Callable[[], float]) -> T:
+        """Runs a step. expected: the seconds that it should take; asked by the heart's thread, once the step is
+        late."""
+        self._expected = expected
         self._began = began = time.monotonic()
         result = run()
         self._began = None
@@ -44,8 +47,8 @@ class Heart:
     def _beat(self) -> None:
         while True:
             began = self._began
-            limit = max(self._least, TIMES * max(self._last))
-            stuck = began is not None and time.monotonic() - began > limit
+            took = 0.0 if began is None else time.monotonic() - began
+            stuck = took > max(self._least, TIMES * max(self._last)) and took > TIMES * self._expected()
             # A full pipe has beats enough; a parent that has ended is noticed elsewhere.
             with suppress(OSError):
                 os.write(self._pipe, STUCK if stuck else ALIVE)

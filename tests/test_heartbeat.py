@@ -1,0 +1,40 @@
+"""Which steps the heart calls too long."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.process.heartbeat import ALIVE, STUCK, TIMES, Heart
+from tests.engines import make_engine, request
+from tests.models import text
+
+
+@pytest.mark.parametrize(
+    ("least", "expected", "told"), [(0.1, 0.0, STUCK), (0.1, 1 / TIMES, ALIVE), (1.0, 0.0, ALIVE), (0.1, 0.004, STUCK)]
+)
+def test_a_step_may_take_twenty_times_what_it_should(
+    monkeypatch: pytest.MonkeyPatch, least: float, expected: float, told: bytes
+) -> None:
+    monkeypatch.setattr("engine.process.heartbeat.BEAT_SECONDS", 0.02)
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb", buffering=0) as beats:
+        heart = Heart(writing, least)
+        heart.step(lambda: time.sleep(0.3), lambda: expected)
+        assert (STUCK in beats.read(4096)) == (told == STUCK)
+
+
+def test_an_engine_tells_how_long_its_step_should_take(tiny: Path) -> None:
+    """More for a step of more rows; and not less than it takes by far."""
+    engine = make_engine(tiny)
+    engine.calibrate()
+    told = []
+    for length in (8, 400):
+        engine.add(request("a", text(length, 1, specials=False), 1))
+        began = time.perf_counter()
+        while engine.has_work:
+            engine.step()
+        told.append(engine.step_seconds())
+        assert 0 < (time.perf_counter() - began) < 20 * told[-1] < 60
+    assert told[1] > told[0]
