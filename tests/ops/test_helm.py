@@ -142,10 +142,16 @@ def test_labels_and_selectors_of_the_manifests_match(manifests: Manifests) -> No
     assert mounts == {volume["name"] for volume in pod(manifests)["volumes"]}
 
 
-def test_the_command_line_accepts_the_arguments_of_the_chart(manifests: Manifests) -> None:
+def flags(manifests: Manifests) -> dict[str, Any]:
+    """As the command line reads them."""
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
-    given = serve.make_context("serve", ["--model", "x", *container(manifests)["args"]]).params
-    assert given["drain_seconds"] == 30
+    given: dict[str, Any] = serve.make_context("serve", ["--model", "x", *container(manifests)["args"]]).params
+    return given
+
+
+def test_the_command_line_accepts_the_arguments_of_the_chart(manifests: Manifests) -> None:
+    given = flags(manifests)
+    assert (given["drain_seconds"], given["restart_seconds"], given["loading_seconds"]) == (30, 30, 1800)
     assert (given["device"] == "cuda") == ("nvidia.com/gpu" in container(manifests)["resources"].get("limits", {}))
 
 
@@ -218,6 +224,11 @@ def test_service_variables_of_kubernetes_are_not_read_as_settings(monkeypatch: p
         ServerSettings()
 
 
+def test_seconds_of_the_chart_reach_the_server() -> None:
+    given = flags(render({"drainSeconds": 7, "restartSeconds": 90, "loadingSeconds": 600}))
+    assert (given["drain_seconds"], given["restart_seconds"], given["loading_seconds"]) == (7, 90, 600)
+
+
 @pytest.fixture
 def archive(tmp_path: Path) -> Iterator[Path]:
     """The chart as `helm package` makes it, with what its links point to."""
@@ -248,6 +259,9 @@ def test_the_pod_monitor_uses_the_job_name_of_the_rules() -> None:
         ({"replicas": -1}, "at '/replicas': minimum: got -1, want 0"),
         ({"device": "gpu"}, "at '/device': value must be one of 'cuda', 'cpu'"),
         ({"drainSeconds": "30s"}, "at '/drainSeconds': got string, want integer"),
+        ({"restartSeconds": -1}, "at '/restartSeconds': minimum: got -1, want 0"),
+        ({"loadingSeconds": 0}, "at '/loadingSeconds': minimum: got 0, want 1"),
+        ({"args": ["--restart-seconds=90"]}, "args: --restart-seconds=90 is set by the chart"),
         ({"model": {"volume": {**CLAIM, "hostPath": {"path": "/x"}}}}, "at '/model/volume': maxProperties: got 2"),
         ({"cache": {"volume": {"emptyDir": True}}}, "at '/cache/volume/emptyDir': got boolean, want object"),
         ({"service": {"port": 70000}}, "at '/service/port': maximum: got 70,000"),
