@@ -10,7 +10,6 @@ import torch
 
 from .build import device_name
 from .costs import calibration
-from .memory.room import naming_flags
 from .types import Request
 
 if TYPE_CHECKING:
@@ -30,8 +29,7 @@ def calibrate(engine: "Engine") -> int:
     path = Path(config.stage_costs) if config.stage_costs else None
     steps = _known(path, identity) if path else None
     if steps is None:
-        with naming_flags(config):
-            steps = measure(engine)
+        steps = measure(engine)
         if path:
             try:
                 calibration.write(path, identity, steps)

@@ -11,11 +11,13 @@ from .calibrate import calibrate
 from .config import EngineConfig
 from .decoders import Committed, Constrained, Decoder, Result, SharedPrior, Verify, make_decoder
 from .grammars import Compiled, Constraint, Grammars
+from .memory.room import naming_flags
 from .output import usage_of
 from .report import Report, info_of
 from .rows import Rows
 from .scheduler import Scheduler
 from .sequence import Sequence
+from .shortage import is_out_of_memory
 from .types import EngineInfo, Event, Failed, Finished, FinishReason, Request, Snapshot, Usage
 from .warm_up import warm_up
 
@@ -68,9 +70,10 @@ class Engine:
 
     def calibrate(self) -> None:
         """See `engine.calibrate` and `engine.warm_up`. Optional; must come before the first request."""
-        self.prompt_rows = calibrate(self)
-        self.reset()
-        warm_up(self, self.config.warm_up_seconds)
+        with naming_flags(self.config):
+            self.prompt_rows = calibrate(self)
+            self.reset()
+            warm_up(self, self.config.warm_up_seconds)
 
     @property
     def has_work(self) -> bool:
@@ -131,6 +134,8 @@ class Engine:
                 continue
             del self._compiling[request.id]
             if error := future.exception():
+                if is_out_of_memory(error):
+                    raise error
                 self._events.append(Failed(id=request.id, code="invalid", message=f"grammar: {error}", param="grammar"))
                 continue
             vocab_size = self.model_config.vocab_size
@@ -148,7 +153,8 @@ class Engine:
     # A step.
 
     def step(self) -> list[Event]:
-        """Runs one batch through the stages and returns the events."""
+        """Runs one batch through the stages and returns the events. An error in it ends the engine: a new one must
+        continue the requests."""
         began = time.perf_counter()
         self._start_compiled()
         self._expire()
@@ -187,6 +193,9 @@ class Engine:
                 try:
                     self._advance(rows, result)
                 except Exception as error:
+                    if is_out_of_memory(error):
+                        # Not this request's fault: with a new engine it goes on.
+                        raise
                     self._fail(rows.sequence, "the engine failed on this request", error)
 
     def _advance(self, rows: Rows, result: Result | None) -> None:

@@ -1,7 +1,8 @@
 """An engine without a model, for tests of the process around it: its bytes follow from prompt and position alone.
 
 What a prompt asks for comes true when the output has the length behind the colon: "exit:3" ends the process, "raise:3"
-raises, "hang:3" never comes back, "garble:3" sends what is no event, "shout:3" logs more than can wait.
+raises, "starve:3" finds no memory, "hang:3" never comes back, "garble:3" sends what is no event, "shout:3" logs more
+than can wait.
 `EngineConfig.model` may say "exit" or "sleep" (while loading), else it must exist.
 """
 
@@ -139,6 +140,8 @@ class _Run:
                 os._exit(7)
             case "raise":
                 raise FloatingPointError("scripted")
+            case "starve":
+                raise MemoryError("scripted")
             case "hang":
                 time.sleep(60)
             case "garble":

@@ -222,6 +222,7 @@ LOG_LINES = [
     "out of memory?",
     "… must be reserved",
     "out of memory while loading",
+    "out of memory in a step",
     "was killed (SIGKILL; out of memory?)",
     "the engine process …",
     "the engine did not come back: …",

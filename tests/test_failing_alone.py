@@ -92,3 +92,33 @@ def test_a_sequence_whose_own_part_of_a_step_raises_fails_alone(
     end = found.pop("victim").end
     assert isinstance(end, Failed) and (end.code, end.message) == ("internal", "the engine failed on this request")
     assert {name: out.ids for name, out in found.items()} == sound["blt-s"]
+
+
+@pytest.mark.parametrize("words", ["", "DefaultCPUAllocator: can't allocate memory", "CUDA out of memory. Tried"])
+def test_memory_that_a_step_lacks_is_not_the_fault_of_a_request(
+    model: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    """A new engine must continue all of them."""
+    engine, error = make_engine(model), RuntimeError(words) if words else MemoryError()
+    for request_ in asked("blt-s"):
+        engine.add(request_)
+
+    def fail(*_: object) -> Any:
+        raise error
+
+    monkeypatch.setattr(Output, "take", fail)
+    with pytest.raises(type(error), match=words or None):
+        while engine.has_work:
+            engine.step()
+
+
+def test_memory_that_a_grammar_lacks_does_not_refuse_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(grammar: str) -> Any:
+        raise MemoryError(grammar)
+
+    monkeypatch.setattr("engine.grammars.compiled", fail)
+    engine = make_engine(model)
+    engine.add(request("0", WELL[0], 30, grammar='{"grammars": [{"json_schema": {}}]}'))
+    with pytest.raises(MemoryError):
+        while engine.has_work:
+            engine.step()

@@ -167,6 +167,20 @@ async def test_a_request_that_crashes_the_engine_fails_without_failing_others(tm
             assert transcript.ids == scripted_ids(f"p{i}", 0, 300)
 
 
+async def test_a_request_for_which_there_is_never_memory_fails_with_what_would_help(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path) as client:
+        starving, other = await asyncio.gather(
+            read(client, request("starve:5")), read(client, request("fine", max_tokens=300))
+        )
+        assert isinstance(starving.last, Failed) and starving.last.code == "internal"
+        for words in ("alone: it ran out of memory", "--max-step-rows 512", "--cache-bytes", "--max-sequences"):
+            assert words in starving.last.message
+        assert other.ids == scripted_ids("fine", 0, 300)
+    assert "ran out of memory while it ran id-starve:5" in caplog.text
+
+
 async def test_no_request_fails_for_kills_that_come_while_it_is_resumed(tmp_path: Path) -> None:
     async with running(tmp_path) as client:
         reading = asyncio.gather(*(read(client, request(f"p{i}", max_tokens=2000)) for i in range(32)))

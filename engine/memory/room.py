@@ -1,6 +1,5 @@
 """How much memory a model needs where it runs, and how much there is: checked before gigabytes are read or reserved."""
 
-import errno
 import logging
 import resource
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..checkpoint.describe import format_size
 from ..checkpoint.names import HASHES
 from ..config import EngineConfig, ModelConfig
+from ..shortage import flags_that_need_less, is_out_of_memory
 from .caches import CachePlan, longest_draft
 from .text import SLOT_ITEMSIZE
 from .weights import WeightBytes
@@ -128,7 +128,7 @@ def naming_flags(engine: EngineConfig) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         there = available(torch.device(engine.device))
         limit = reservable()
@@ -136,18 +136,8 @@ def naming_flags(engine: EngineConfig) -> Iterator[None]:
         free += [f"{format_size(limit[0])} {limit[1]}"] if limit else []
         raise ValueError(
             f"out of memory while loading: {(str(error).splitlines() or [type(error).__name__])[0]} "
-            f"({', '.join(free) or 'free memory is unknown'}); lower --cache-bytes {engine.cache_bytes}, "
-            f"--max-sequences {engine.max_sequences}, --max-step-rows {engine.max_step_rows}, --max-length or "
-            "--num-threads; `fastblt size` shows what they take"
+            f"({', '.join(free) or 'free memory is unknown'}); {flags_that_need_less(engine)}"
         ) from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Torch on a CPU has no type for it."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    known = ("allocate memory", "start new thread")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in known)
 
 
 def available(device: torch.device) -> int | None:

@@ -3,9 +3,9 @@
     python -m engine.process.child ADDRESS LIFELINE HEART STEP_SECONDS FACTORY CONFIG LOGS
 
 It connects to the ZeroMQ address, loads the engine (`FACTORY` is "module:callable", `CONFIG` an EngineConfig and `LOGS`
-LogSettings as JSON) and steps it as long as there is work. Exit codes: 0 if asked to end, 1 if it failed. LIFELINE is
-the reading end of a pipe whose other end only the parent holds: when the parent ends, the pipe closes and this process
-ends too. HEART is the writing end of another, see `engine.process.heartbeat`.
+LogSettings as JSON) and steps it as long as there is work. Exit codes: 0 if asked to end, 1 if it failed,
+`wire.OUT_OF_MEMORY`. LIFELINE is the reading end of a pipe whose other end only the parent holds: when the parent ends,
+the pipe closes and this process ends too. HEART is the writing end of another, see `engine.process.heartbeat`.
 """
 
 import gc
@@ -23,9 +23,10 @@ import zmq
 
 from .. import logs
 from ..config import EngineConfig, ModelLimits
+from ..shortage import flags_that_need_less, is_out_of_memory
 from ..types import Abort, EngineInfo, Event, Request, SetLogLevel, Shutdown, Snapshot
 from .heartbeat import Heart
-from .wire import Batch, Message, Started, StartFailed, decode_command, encode
+from .wire import OUT_OF_MEMORY, Batch, Message, Started, StartFailed, decode_command, encode
 
 log = logging.getLogger("fastblt.engine.process")
 
@@ -83,8 +84,9 @@ def main(
 
         began = time.monotonic()
         try:
+            settings = msgspec.json.decode(config, type=EngineConfig)
             module, name = factory.split(":")
-            engine: EngineLike = getattr(import_module(module), name)(msgspec.json.decode(config, type=EngineConfig))
+            engine: EngineLike = getattr(import_module(module), name)(settings)
             engine.calibrate()
             limits, info = engine.limits, engine.info()
         except Exception as error:
@@ -101,7 +103,10 @@ def main(
         gc.freeze()
         try:
             _serve(engine, socket, heart)
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                log.exception("out of memory in a step; the process ends: %s", flags_that_need_less(settings))
+                return OUT_OF_MEMORY
             log.exception("the engine failed; its process ends")
             return 1
         finally:

@@ -19,12 +19,13 @@ import zmq
 
 from ..config import EngineConfig, ModelLimits
 from ..logs import LevelName, LogSettings
+from ..shortage import flags_that_need_less
 from ..types import Abort, Command, Delta, EngineInfo, Event, Failed, Request, SetLogLevel, Shutdown, Snapshot
 from .heartbeat import BEAT_SECONDS
 from .spawned import EngineStartError, Spawned, describe_exit
 from .streams import EngineDead, Stream
 from .trials import Trials
-from .wire import Batch, Started
+from .wire import OUT_OF_MEMORY, Batch, Started
 
 log = logging.getLogger("fastblt.engine.client")
 
@@ -226,6 +227,8 @@ class EngineClient:
         for stream in self._trials.crashed(self._streams.values()):
             del self._streams[stream.request.id]
             message = "the engine failed each time that it ran this request alone"
+            if exit_code == OUT_OF_MEMORY:
+                message += f": it ran out of memory; {flags_that_need_less(self._config)}"
             log.error("%s; it is given up", message, extra=stream.request.log_fields)
             stream.put(Failed(id=stream.request.id, code="internal", message=message))
 

@@ -15,7 +15,7 @@ from ..config import EngineConfig
 from ..logs import LogSettings
 from ..types import Command
 from .heartbeat import STUCK
-from .wire import Message, Started, StartFailed, decode_message, encode
+from .wire import OUT_OF_MEMORY, Message, Started, StartFailed, decode_message, encode
 
 SETTINGS_PREFIX = "FASTBLT_"
 """Of environment variables that hold settings. The child gets its settings as arguments."""
@@ -148,4 +148,6 @@ def describe_exit(code: int) -> str:
     """For a log line: "the engine process ..."."""
     if code == -signal.SIGKILL:
         return "was killed (SIGKILL; out of memory?)"
+    if code == OUT_OF_MEMORY:
+        return "ran out of memory"
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -29,6 +29,9 @@ class Batch(msgspec.Struct, frozen=True, tag=True):
     snapshot: Snapshot | None = None
 
 
+OUT_OF_MEMORY = 12
+"""Exit code of an engine that found no memory for a step."""
+
 T = TypeVar("T")
 
 Message = Started | StartFailed | Batch

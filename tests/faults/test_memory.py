@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.faults.asking import (
     ask_all,
     check,
     engine_of,
+    killed,
     mixed,
     plain,
     private_bytes,
@@ -59,6 +61,38 @@ async def test_all_complete_with_the_same_bytes_in_a_tenth_of_the_pools(
     for refused in (too_long, too_many):
         assert refused.error["code"] == "context_length_exceeded", refused.error
     record_property("figure", f"pools at a tenth: all right, {preempted:.0f} preemptions")
+
+
+@pytest.mark.faults
+async def test_streams_go_on_though_the_engine_finds_no_memory(tmp_path: Path, record_property: Record) -> None:
+    """It may take no more while mixed streams and long prompts begin: with and without the thread that compiles
+    grammars, which it starts when it first needs it."""
+    long = "".join(f"def f{number}(x):\n    return x + {number}\n" for number in range(200))
+    requests = [*mixed(18, seed=44, most=200), *(plain(number, 40, prompt=long[number:5000]) for number in range(4))]
+    ends = 0
+    with serving(tmp_path) as server:
+        async with talking(server) as http:
+            expected = await undisturbed(http, requests)
+            for asked in (requests[:4], requests[:6]):
+                await killed(server, http)
+                await ask_all(http, asked)
+                engine = engine_of(server)
+                assert engine
+                resource.prlimit(engine, resource.RLIMIT_AS, (addresses(engine), resource.RLIM_INFINITY))
+                answers = asyncio.gather(*(ask(http, fields) for fields in requests))
+                check(requests, await answers, expected)
+                if engine_of(server) == engine:
+                    resource.prlimit(engine, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                else:
+                    ends += 1
+                check(requests[:9], await ask_all(http, requests[:9]), expected[:9])
+    assert ends
+    record_property("figure", f"no memory left for two engines, {ends} ended: all right")
+
+
+def addresses(pid: int) -> int:
+    """Bytes of address space."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 @pytest.mark.faults
