@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .float8 import codes_of
 from .lang import await_inputs, blocks, jit, let_next_begin, overlap, power_of_two, tl
 from .linear import Matrix, linear, linear_triton
 from .product import TRIGGER_FIRST, add_product, cut, hold, product_grid, product_options
@@ -150,6 +151,17 @@ def read_slots_triton(
     out = q.new_empty(rows, out_dim)
     options = product_options(width, q.dtype, out_dim, o.data.itemsize)
     read_slots_kernel[product_grid(rows, out_dim, options)](
-        *places, *o, x, out, rows, out_dim, *sizes, SLOTS=slots, HEAD_DIM=head_dim, **options, **overlap(q)
+        *places,
+        codes_of(o.data),
+        o.scale,
+        x,
+        out,
+        rows,
+        out_dim,
+        *sizes,
+        SLOTS=slots,
+        HEAD_DIM=head_dim,
+        **options,
+        **overlap(q),
     )
     return out

@@ -37,6 +37,11 @@ def widened(codes: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
 
 
+def codes_of(weight: Tensor) -> Tensor:
+    """A matrix as kernels take it: its codes if it is float8, else itself."""
+    return weight.view(torch.uint8) if weight.dtype == torch.float8_e4m3fn else weight
+
+
 @jit
 def widen(codes):
     """As `widened`: a block of uint8 codes in bfloat16, five instructions for two. `widen(w).to(tl.float32)` is exact,

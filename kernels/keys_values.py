@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .float8 import codes_of
 from .gate import gate_options
 from .lang import await_inputs, jit, let_next_begin, tl
 from .linear import linear
@@ -130,7 +131,7 @@ def _launch(
     kv_heads, page_size = cache[0].shape[1:3]
     options = product_options(width, x.dtype, out, data.itemsize)
     keys_values_kernel[(*product_grid(len(x), out, options), num_layers)](
-        x, norm, data, scale, page, offset, *cache, states, layers,
+        x, norm, codes_of(data), scale, page, offset, *cache, states, layers,
         len(x), kv_heads, page_size, weights.eps, HEAD_DIM=weights.head_dim, NORM=norm is not None,
         **options, **gate_options(x),
     )  # fmt: skip

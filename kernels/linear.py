@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .float8 import codes_of
 from .gate import gate_options
 from .lang import await_inputs, jit, let_next_begin, tl
 from .norm import rms_norm
@@ -166,7 +167,7 @@ def linear_triton(
     x, norm = before_product(x, norm, eps)
     options = product_options(width, x.dtype, out, weight.data.itemsize)
     linear_kernel[product_grid(count, out, options)](
-        x, rows, norm, weight.data, weight.scale, residual, y, count, y.shape[1], eps,
+        x, rows, norm, codes_of(weight.data), weight.scale, residual, y, count, y.shape[1], eps,
         NORM=norm is not None, GATED=gated, RESIDUALS=0 if residual is None else 1 + twice,
         **options, **gate_options(x),
     )  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .float8 import widen
 from .lang import IN_INTERPRETER, INTERPRETED, blocks, jit, power_of_two, tl
 from .norm import rms_norm_triton
 
@@ -167,8 +168,8 @@ def inverse_rms(
 @jit
 def add_product(total, x, w):
     """total (SEGMENTS, R, O) float32 + x (SEGMENTS, R, WIDTH) times w (SEGMENTS, O, WIDTH) transposed, each segment in
-    ascending order of columns, products not rounded."""
-    w = w.to(x.dtype)
+    ascending order of columns, products not rounded. uint8: codes of float8."""
+    w = widen(w).to(x.dtype) if w.dtype == tl.uint8 else w.to(x.dtype)
     if INTERPRETED:
         # numpy has no bfloat16, and its products depend on a row's index.
         return total + tl.sum(x.to(tl.float32)[:, :, None, :] * w.to(tl.float32)[:, None, :, :], 3)

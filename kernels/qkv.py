@@ -3,6 +3,7 @@ pages."""
 
 from torch import Tensor
 
+from .float8 import codes_of
 from .gate import gate_options
 from .lang import await_inputs, jit, let_next_begin, tl
 from .linear import Matrix, linear
@@ -99,7 +100,7 @@ def qkv_triton(
     x, left = before_product(x, norm, eps)
     options = product_options(width, x.dtype, out, weight.data.itemsize)
     qkv_kernel[product_grid(len(x), out, options)](
-        x, left, weight.data, weight.scale, rope, positions, page, offset, k_cache, v_cache, q,
+        x, left, codes_of(weight.data), weight.scale, rope, positions, page, offset, k_cache, v_cache, q,
         len(x), q.shape[1], kv_heads, page_size, eps, HEAD_DIM=head_dim, NORM=left is not None,
         **options, **gate_options(x),
     )  # fmt: skip
