@@ -175,7 +175,8 @@ class HttpConnection(asyncio.Protocol):
         self._count_header(len(name) + len(value))
         # Trailers of a chunked body count towards the limits and are dropped.
         if self._reading == "head" and self._refusal is None:
-            name = name.lower()
+            # The parser strips whitespace before a value only.
+            name, value = name.lower(), value.rstrip(b" \t")
             self._headers.append((name, value))
             if name == b"expect" and value.lower() == b"100-continue":
                 self._expects_continue = True
@@ -221,6 +222,8 @@ class HttpConnection(asyncio.Protocol):
         exchange, self._incoming = self._incoming, None
         if exchange:
             exchange.finish_request()
+            # After a trailer that says "connection: close" the parser reads no more.
+            exchange.keep_alive = exchange.keep_alive and self._parser.should_keep_alive()
             if not exchange.keep_alive:
                 self._discard_rest()
             if exchange is self._current:
@@ -259,7 +262,7 @@ class HttpConnection(asyncio.Protocol):
             if name == b"connection":
                 tokens = [token.strip() for token in value.split(b",")]
                 value = b", ".join(token for token in tokens if token.lower() not in UPGRADE_HEADERS)
-            if value and name not in UPGRADE_HEADERS:
+            if name not in UPGRADE_HEADERS:
                 kept.append(b"%b: %b\r\n" % (name, value))
         return b"".join([line, *kept, b"\r\n"])
 
@@ -282,8 +285,16 @@ class HttpConnection(asyncio.Protocol):
             self._refusal = invalid_http("its URL cannot be parsed")
             return
         version = self._parser.get_http_version()
-        if version == "1.1" and [name for name, _ in self._headers].count(b"host") != 1:
+        if version not in ("1.0", "1.1"):
+            # A line without a version is one of HTTP/0.9.
+            self._refusal = invalid_http("its version must be HTTP/1.0 or HTTP/1.1")
+            return
+        hosts = [name for name, _ in self._headers].count(b"host")
+        if hosts > 1 or (version == "1.1" and not hosts):
             self._refusal = invalid_http("it needs one Host header")
+            return
+        if [value.lower() for name, value in self._headers if name == b"transfer-encoding"] not in ([], [b"chunked"]):
+            self._refusal = invalid_http("its Transfer-Encoding must be chunked and nothing else")
             return
         raw_path = url.path or b"/"
         path = raw_path.decode("ascii", "replace")

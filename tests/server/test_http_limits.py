@@ -1,6 +1,7 @@
 """What a client may take from the server: bytes of a head, connections, time."""
 
 import asyncio
+import json
 import socket
 import subprocess
 import time
@@ -122,6 +123,57 @@ async def test_bytes_that_are_not_http_are_refused_with_the_standard_error_body(
         async with connected(served.port) as raw:
             await raw.send(CHUNKED + b"no length\r\n")
             assert (await raw.answer(b"POST")).code == "invalid_http"
+
+
+async def test_a_request_that_another_server_could_read_differently_is_refused() -> None:
+    chunked = b"transfer-encoding: chunked\r\n"
+    offer = b"connection: upgrade\r\nupgrade: h2c\r\n"
+    wrong = {
+        b"GET /version\r\n\r\n": "HTTP/1.0 or HTTP/1.1",
+        b"GET /version HTTP/2.0\r\nhost: x\r\n\r\n": "HTTP/1.0 or HTTP/1.1",
+        GET + chunked + b"content-length: 5\r\n\r\n0\r\n\r\n": "Content-Length",
+        GET + chunked + chunked + b"\r\n0\r\n\r\n": "Transfer-Encoding",
+        GET + b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n": "Transfer-Encoding",
+        GET + b"transfer-encoding: gzip\r\n\r\n": "Transfer-Encoding",
+        GET + b"host:\r\n" + offer + b"\r\n": "one Host header",
+        b"GET /version HTTP/1.0\r\nhost: x\r\nhost: y\r\n\r\n": "one Host header",
+        GET + b"a: b\n\r\n": "CR",
+    }
+    async with serving() as served:
+        for data, why in wrong.items():
+            async with connected(served.port) as raw:
+                await raw.send(data + GET + b"\r\n")
+                answer = await raw.answer()
+                assert (answer.status, answer.code) == (400, "invalid_http"), data
+                assert why in answer.json()["error"]["message"]
+                assert await raw.is_closed()
+
+
+async def test_a_trailer_that_ends_the_connection_does_not_leave_it_open() -> None:
+    async with serving() as served, connected(served.port) as raw:
+        await raw.send(CHUNKED + b"0\r\nconnection: close\r\n\r\n" + GET + b"\r\n")
+        assert (await raw.answer(b"POST")).code == "invalid_json"
+        assert await raw.is_closed()
+
+
+async def test_whitespace_around_a_header_is_not_part_of_it() -> None:
+    async with serving() as served, connected(served.port) as raw:
+        text = json.dumps(body("x")).encode()
+        await raw.send(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"transfer-encoding: \t chunked \r\nexpect:100-continue \r\n\r\n"
+        )
+        async with asyncio.timeout(5):
+            assert await raw.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await raw.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(text), text))
+        assert (await raw.answer(b"POST")).status == 200
+
+
+async def test_an_empty_host_header_survives_an_offer_of_another_protocol() -> None:
+    offer = b"connection: upgrade\r\nupgrade: h2c\r\n"
+    async with serving() as served, connected(served.port) as raw:
+        await raw.send(b"GET /version HTTP/1.1\r\nhost:\r\n" + offer + b"\r\n")
+        assert (await raw.answer()).status == 200
 
 
 async def test_headers_bodies_and_idle_connections_have_timeouts() -> None:
