@@ -4,7 +4,7 @@ from importlib import import_module
 
 from tests.fuzz.target import Target
 
-NAMES = ("parser", "reader", "splitter", "stops", "wire")
+NAMES = ("connection", "parser", "reader", "splitter", "stops", "wire")
 
 
 def target(name: str) -> Target:
