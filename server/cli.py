@@ -749,6 +749,51 @@ def size(
     typer.echo(json.dumps(to_json(sizing, text), indent=2) if as_json else render(sizing, text, named))
 
 
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help=flag_help("model"), default_factory=_embedded, show_default=EMBEDDED)],
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="Where the model runs.", show_default="cuda where torch finds such a device, else cpu"),
+    ] = None,
+    dtype: Annotated[
+        DtypeName | None,
+        typer.Option(
+            help="Dtype of weights and arithmetic.", show_default="both for the texts, bfloat16 for the speeds"
+        ),
+    ] = None,
+    kernels: Kernels = None,
+    weights: Weights = None,
+    patcher: Patcher = None,
+    patching_threshold: PatchingThreshold = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds after which nothing more is begun.")] = 120.0,
+    as_json: AsJson = False,
+) -> None:
+    """Tell whether this machine is fit to serve: versions, kernels, texts and speed.
+
+    Compares every kernel with its torch twin, and the texts of all exact decoders with blt's; measures each decoder
+    beside the speed of the memory. Ends with a verdict. Exit code 1 if anything is wrong; what is only slow is said.
+    """
+    from engine.check.machine import default_device
+
+    from . import check as checking
+
+    config = EngineConfig(
+        model,
+        device=device or default_device(),
+        kernels=kernels,
+        weights=weights,
+        patcher=patcher,
+        patching_threshold=patching_threshold,
+    )
+    with failing_on(ValueError, OSError):
+        dtypes: tuple[DtypeName, ...] = (dtype,) if dtype else ("bfloat16", "float32")
+        report = checking.check(localised(config), dtypes, seconds)
+        typer.echo(json.dumps(checking.to_json(report), indent=2) if as_json else checking.render(report))
+    if not report.fit:
+        raise typer.Exit(1)
+
+
 @contextmanager
 def failing_on(*errors: type[Exception]) -> Iterator[None]:
     """Prints the message of these errors, which are about the user's input, and exits with 1. A closed pipe is no

@@ -25,6 +25,7 @@ LARGEST = 5
 
 OUTSIDE = {
     "engine/thresholds.py": "finds a patching threshold, for `fastblt calibrate` and random models",
+    "engine/check": "the command `fastblt check`",
     "engine/checkpoint": "the formats of checkpoints: read at the start, written by commands",
     "engine/commit.py": "says which commit is installed",
     "engine/entropies.py": "runs the patcher by itself, for `fastblt calibrate`",
@@ -35,6 +36,7 @@ OUTSIDE = {
     "engine/scoring.py": "scores files, for `fastblt eval`",
     "server/admin.py": "the operator's routes, which no client's request passes through",
     "server/sizing.py": "tells sizes in advance, for `fastblt size`",
+    "server/check.py": "the command `fastblt check`",
     "server/calibration.py": "the command `fastblt calibrate`",
     "server/cli.py": "the command line: it starts a server, and no request passes through it",
     "server/config_file.py": "settings in a file, read by the command line",
