@@ -10,12 +10,14 @@ from torch import Tensor
 from kernels.boundary import Rule
 from kernels.closing import Sizes, Tables
 from kernels.dispatch import Kernels
+from kernels.embedding import Ids
 from kernels.hash_embed import HashTables
 from kernels.linear import Matrix, quantize
 from kernels.pooling import PageTable
 from kernels.rope import rope_table
 from kernels.stack import CrossCache, CrossKvWeights, HeadWeights, KvCache, LayerWeights, SlotsWeights, StackWeights
 from kernels.text import Text
+from kernels.unmasking import Blocks
 
 from .operands import LONGEST, Draw, Laid
 
@@ -93,7 +95,7 @@ def attention(of_each: int, mutual: int = 0, window: int = 0) -> Operation:
     """of_each, mutual: as `Draw.sequences` takes them."""
 
     def drawn(draw: Draw, dtype: torch.dtype, rows: int) -> Case:
-        laid = Laid((PAGE_SIZE, window, draw.sequences(rows, of_each, mutual)), draw, split=not window, padded=0)
+        laid = Laid((PAGE_SIZE, window, draw.sequences(rows, of_each, mutual)), draw, padded=0)
         keys, values = draw.randn(2, laid.num_pages, KV_HEADS, PAGE_SIZE, HEAD_DIM, dtype=dtype)
         q = draw.randn(rows, HEADS, HEAD_DIM, dtype=dtype)
         return Case(rows, lambda k, row: [k.attention(of(q, row), keys, values, laid.of(row))])
@@ -158,6 +160,12 @@ def read_slots(draw: Draw, dtype: torch.dtype, rows: int) -> Case:
     return Case(rows, run)
 
 
+def embed(draw: Draw, dtype: torch.dtype, rows: int) -> Case:
+    text, table = draw.text(3), draw.randn(IDS, DIM, dtype=dtype)
+    at, _ = draw.bytes_of(3, rows)
+    return Case(rows, lambda k, row: [k.embed(text.ids, of(at, row), table)], exact=True)
+
+
 def hash_embed(draw: Draw, dtype: torch.dtype, rows: int) -> Case:
     tables = HashTables([draw.randn(500, DIM, dtype=dtype) for _ in range(6)], (3, 4, 8), 2, 500, draw.device)
     text, embedding, (at, positions) = draw.text(3), draw.randn(IDS, DIM, dtype=dtype), draw.bytes_of(3, rows)
@@ -201,7 +209,7 @@ def boundaries(rule: Rule) -> Operation:
 
 def closing(draw: Draw, dtype: torch.dtype, rows: int) -> Case:
     slots = 3
-    text, sizes = draw.text(slots), Sizes(8, 4, 4, SLOTS, 4, 1)
+    text, sizes = draw.text(slots), Sizes(8, 4, 4, SLOTS, 4)
     opened, patches, latents = (page_table(draw, slots, size) for size in sizes[:3])
     tables = Tables(opened, patches, latents, draw.below(1, slots))
     at, positions = draw.bytes_of(slots, rows)
@@ -244,6 +252,23 @@ def unmask(draw: Draw, dtype: torch.dtype, rows: int) -> Case:
     return Case(rows, lambda k, row: [k.unmask(*(of(t, row) for t in how))], exact=True)
 
 
+def settle(draw: Draw, dtype: torch.dtype, rows: int) -> Case:
+    """A block of 8 cells for each row. Logits in steps, so that figures are equal or far apart."""
+    logits, drawn = draw.below(9, rows, 8, IDS).float(), draw.below(256, rows, 8)
+    ids, rules, bounds = draw.below(3, rows, 8) + IDS - 2, draw.below(4, rows), draw.uniform(rows) * 3
+    first = torch.arange(rows, device=draw.device) * 8
+
+    def run(k: Kernels, row: Row) -> list[Tensor]:
+        text, own = ids.flatten().clone(), of(first, row)
+        begin = own if row is None else own - own
+        blocks = Blocks(begin, torch.full_like(own, 8), own, of(rules, row), of(bounds, row))
+        cells = own.new_empty(3, len(own), 8)
+        k.settle(cells, text, of(logits, row).flatten(0, 1), of(drawn, row).flatten(), blocks, 0, IDS)
+        return [*cells, of(text.view(rows, 8), row)]
+
+    return Case(rows, run, exact=True)
+
+
 def argmax(draw: Draw, dtype: torch.dtype, rows: int) -> Case:
     """With ties."""
     logits = draw.below(5, rows, IDS).float()
@@ -265,7 +290,7 @@ def stack(kind: Literal["head", "slots", "cross_kv"]) -> Operation:
     finds what all rows have left in the caches."""
 
     def drawn(draw: Draw, dtype: torch.dtype, rows: int) -> Case:
-        laid = Laid((PAGE_SIZE, 0, draw.sequences(rows, 3, 2)), draw, split=True, padded=0)
+        laid = Laid((PAGE_SIZE, 0, draw.sequences(rows, 3, 2)), draw, padded=0)
         rope = rope_table(HEAD_DIM, 1e4, POSITIONS, draw.device)
 
         def matrix(out: int, width: int) -> Tensor:
@@ -292,7 +317,8 @@ def stack(kind: Literal["head", "slots", "cross_kv"]) -> Operation:
         of_keys = [{"norm": norm(), "kv": matrix(KV, DIM)} for _ in range(kind == "cross_kv")]
         of_head = {"norm": norm(), "matrix": matrix(IDS, DIM)}
         embedding = draw.randn(IDS, DIM, dtype=dtype)
-        x = draw.below(IDS, rows) if kind == "head" else draw.randn(rows, DIM, dtype=dtype)
+        ids, x = draw.below(IDS, rows), draw.randn(rows, DIM, dtype=dtype)
+        places = torch.arange(rows, device=draw.device)
         cache = draw.randn(2, 2, laid.num_pages, KV_HEADS, PAGE_SIZE, HEAD_DIM, dtype=dtype)
         slots = draw.randn(2, 2, rows, KV_HEADS, 3 * SLOTS, HEAD_DIM, dtype=dtype)
         page, offset = torch.tensor(draw.shuffled(rows), device=draw.device), draw.below(3, rows) * SLOTS
@@ -318,7 +344,8 @@ def stack(kind: Literal["head", "slots", "cross_kv"]) -> Operation:
                 beside = CrossCache(caches(others), of(page, row), of(offset, row), states if of_keys else None)
                 some = wanted[: len(of(wanted, row))] if kind == "head" else None
                 cross = None if kind == "head" else beside
-                return function(of(x, row), caches(own), laid.of(row), cross, some)
+                read = Ids(ids, of(places, row)) if kind == "head" else of(x, row)
+                return function(read, caches(own), laid.of(row), cross, some)
 
             y = pass_of(None)
             if row is not None:
@@ -373,6 +400,7 @@ OPERATIONS: dict[str, Operation] = {
     "qkv": qkv,
     "keys_values": keys_values,
     "read_slots": read_slots,
+    "embed": embed,
     "hash_embed": hash_embed,
     "patch_max": patch_max,
     "entropy": entropy,
@@ -382,6 +410,7 @@ OPERATIONS: dict[str, Operation] = {
     "latent_places": latent_places,
     "confidence_and_entropy": confidence_and_entropy,
     "unmask": unmask,
+    "settle": settle,
     "argmax": argmax,
     "sample": sample,
     "accepted": accepted,
@@ -391,7 +420,7 @@ OPERATIONS: dict[str, Operation] = {
     "cross_kv": cross_kv,
 }
 """By the operation's name in `Kernels`, and the form after a comma."""
-COMPOSED = ("join", "stack", "cross_kv")
+COMPOSED = ("settle", "join", "stack", "cross_kv")
 """Made of other operations where a backend has none of its own."""
 
 

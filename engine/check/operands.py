@@ -99,7 +99,7 @@ class Draw:
 class Laid:
     """Sequences with pages in random places, and a plan for attention. padded: rows that see nothing, at its end."""
 
-    def __init__(self, layout: Layout, draw: Draw, split: bool, padded: int = 3) -> None:
+    def __init__(self, layout: Layout, draw: Draw, padded: int = 3) -> None:
         self.page_size, window, sequences = layout
         self.device = draw.device
         pool = PagePool("test", 400)
@@ -119,7 +119,7 @@ class Laid:
                 self._alone.append(single)
         self.num_rows = self.spans.num_rows
         self.num_pages = pool.num_total + 1
-        self._tiling = Tiling(TILE, TILE, self.page_size, window, split)
+        self._tiling = Tiling(TILE, TILE, self.page_size, window)
         self.plan = self._planned(self.spans, padded)
 
     def _planned(self, spans: Spans, padded: int) -> Plan:
