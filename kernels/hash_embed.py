@@ -100,34 +100,49 @@ def traffic(rows: int, dim: int, num_tables: int, width: int, itemsize: int, tab
     return Traffic(rows * (8 * width + dim * (itemsize + num_tables * table_itemsize)), rows * dim * itemsize)
 
 
+@jit
+def hash_of(ids, BASE: tl.constexpr, SIZE: tl.constexpr, TABLE_ROWS: tl.constexpr):
+    """The table row of a group of SIZE ids, of which the last comes first."""
+    hashed = ids[0]
+    for back in tl.static_range(1, SIZE):
+        hashed = hashed * BASE + ids[back]
+    hashed = hashed % TABLE_ROWS
+    # The remainder takes the sign of the hash; the row counts from 0.
+    return tl.where(hashed < 0, hashed + TABLE_ROWS, hashed)
+
+
 @jit(do_not_specialize_on_alignment=["ids_ptr", "at_ptr", "positions_ptr"])
 def hash_embed_kernel(
-    ids_ptr, at_ptr, positions_ptr, embedding_ptr, addresses_ptr, sizes_ptr, powers_ptr, table_ptr, out_ptr,
-    longest, num_sizes, num_tables, table_rows,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
+    ids_ptr, at_ptr, positions_ptr, embedding_ptr, addresses_ptr, table_ptr, out_ptr,
+    BASES: tl.constexpr, SIZES: tl.constexpr, LONGEST: tl.constexpr, TABLE_ROWS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One byte, one block of dimensions. table_ptr: any table, for its type."""
+    """One byte, one block of dimensions. table_ptr: any table, for its type.
+
+    Memory is waited for three times: for the byte's place, for its last ids, and for the rows of all tables at once.
+    """
     let_next_begin(OVERLAP)
+    # They do not depend on the kernel before.
+    addresses = ()
+    for table in tl.static_range(len(BASES) * len(SIZES)):
+        addresses += (tl.load(addresses_ptr + table),)
     await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = i < DIM
-    j = tl.arange(0, BLOCK_WIDTH)
     dtype = out_ptr.dtype.element_ty
     at, position = tl.load(at_ptr + row), tl.load(positions_ptr + row)
-    own = tl.load(ids_ptr + at)
-    x = tl.load(embedding_ptr + own * DIM + i, mask=m, other=0.0).to(tl.float32)
-    for table in range(num_tables):
-        size = tl.load(sizes_ptr + table % num_sizes)
-        back = size - 1 - j
-        ids = tl.load(ids_ptr + at - back, mask=(back >= 0) & (back <= position), other=0)
-        powers = tl.load(powers_ptr + (table // num_sizes) * longest + j, mask=j < size, other=0)
-        hashed = tl.sum(ids * powers, 0) % table_rows
-        # The remainder takes the sign of the hash; the row counts from 0.
-        hashed = tl.where(hashed < 0, hashed + table_rows, hashed)
-        p_table = tl.load(addresses_ptr + table).to(table_ptr.dtype)
-        b = tl.load(p_table + hashed * DIM + i, mask=m, other=0.0).to(dtype).to(tl.float32)
-        x = (x + b).to(dtype).to(tl.float32)
+    ids = ()
+    for back in tl.static_range(LONGEST):
+        ids += (tl.load(ids_ptr + at - back, mask=back <= position, other=0),)
+    rows = ()
+    for table in tl.static_range(len(BASES) * len(SIZES)):
+        hashed = hash_of(ids, BASES[table // len(SIZES)], SIZES[table % len(SIZES)], TABLE_ROWS)
+        rows += (tl.load(addresses[table].to(table_ptr.dtype) + hashed * DIM + i, mask=m, other=0.0),)
+    x = tl.load(embedding_ptr + ids[0] * DIM + i, mask=m, other=0.0).to(tl.float32)
+    # One after the other, each sum rounded, as the twin adds.
+    for table in tl.static_range(len(BASES) * len(SIZES)):
+        x = (x + rows[table].to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     tl.store(out_ptr + row * DIM + i, x.to(dtype), mask=m)
 
 
@@ -135,14 +150,11 @@ def hash_embed_triton(ids: Tensor, at: Tensor, positions: Tensor, embedding: Ten
     """As `hash_embed`."""
     rows, dim = at.shape[0], embedding.shape[1]
     out = embedding.new_empty(rows, dim)
-    block = hash_blocks(dim, max(hashing.group_sizes))
-    hash_embed_kernel[(rows, blocks(dim, block["BLOCK"]))](
-        ids, at, positions, embedding, hashing.addresses, hashing.sizes, hashing.powers, hashing.tables[0], out,
-        hashing.powers.shape[1], len(hashing.group_sizes), len(hashing.tables), hashing.rows,
-        **block, num_warps=4, **overlap(ids),
+    block = min(power_of_two(dim), 512)
+    hash_embed_kernel[(rows, blocks(dim, block))](
+        ids, at, positions, embedding, hashing.addresses, hashing.tables[0], out,
+        BASES=PRIMES[: hashing.num_functions], SIZES=tuple(hashing.group_sizes), LONGEST=max(hashing.group_sizes),
+        TABLE_ROWS=hashing.rows,
+        DIM=dim, BLOCK=block, num_warps=4, **overlap(ids),
     )  # fmt: skip
     return out
-
-
-def hash_blocks(dim: int, width: int) -> dict[str, int]:
-    return {"DIM": dim, "BLOCK": min(power_of_two(dim), 1024), "BLOCK_WIDTH": power_of_two(width)}
