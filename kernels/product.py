@@ -174,7 +174,8 @@ def add_product(total, x, w):
         # numpy has no bfloat16, and its products depend on a row's index.
         return total + tl.sum(x.to(tl.float32)[:, :, None, :] * w.to(tl.float32)[:, None, :, :], 3)
     else:
-        return tl.dot(x, tl.permute(w, (0, 2, 1)), total, input_precision="ieee")
+        # Held, or the compiler would chain the rounds' tensor-core instructions, 48 where there are three rounds.
+        return total + held(tl.dot(x, tl.permute(w, (0, 2, 1)), input_precision="ieee"))
 
 
 @jit
