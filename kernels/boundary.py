@@ -32,7 +32,7 @@ class Rule(NamedTuple):
 def boundaries(entropies: Tensor, text: Text, spans: Tensor, rule: Rule) -> Tensor:
     """Decides after each row whether the next byte starts a patch. Writes the entropies into the text, and the patches
     of the next bytes. Returns the entropies and decisions, (2, R) float32, for one copy to the host; rows in no span
-    are zeros.
+    are undefined.
 
     entropies (R,) float32. spans (S, 4) int64: a sequence's first row, its number of rows, and the place and position
     of its first byte.
@@ -119,7 +119,7 @@ def boundaries_kernel(
 def boundaries_triton(entropies: Tensor, text: Text, spans: Tensor, rule: Rule) -> Tensor:
     """As `boundaries`."""
     rows = len(entropies)
-    found = torch.zeros(2, rows, device=entropies.device)
+    found = torch.empty(2, rows, device=entropies.device)
     boundaries_kernel[(len(spans),)](
         entropies, text.entropies, text.patch, text.patch_start, spans, found, rows, rule.threshold, rule.rise or 0.0,
         rule.longest or _NO_LIMIT, EVERY_BYTE=rule.every_byte, MONOTONIC=rule.monotonic, RISE=rule.rise is not None,

@@ -141,8 +141,16 @@ def closing_kernel(
     floor = tl.load(floor_ptr + own)
     tl.store(begin_ptr + row, begin)
     tl.store(after_ptr + row, tl.where(closes, position + 1, begin))
-    if closes:
-        tl.store(any_ptr, closes.to(tl.int64))
+    if row == 0:
+        # All programs could say so, but not that none closes.
+        i = tl.arange(0, BLOCK)
+        any_closes = tl.zeros((BLOCK,), tl.int64)
+        for start in range(0, rows, BLOCK):
+            m = start + i < rows
+            p_patch = patch_ptr + tl.load(at_ptr + start + i, mask=m, other=0)
+            is_row = tl.load(sequence_ptr + start + i, mask=m, other=-1) >= 0
+            any_closes += (m & is_row & (tl.load(p_patch, mask=m) != tl.load(p_patch + 1, mask=m))).to(tl.int64)
+        tl.store(any_ptr, (tl.max(any_closes, 0) > 0).to(tl.int64))
 
     slot = tl.arange(0, SLOTS)
     m_slot = slot < slots
@@ -185,7 +193,7 @@ def closing_triton(
     rows, (sequences, open_pages) = len(at), tables.open.pages.shape
     global_pages, latent_pages = tables.globals.pages.shape[1], tables.latent.pages.shape[1]
     shape, of_global = _shapes(rows, tables, sizes)
-    begin, after, any_closes = torch.empty_like(at), torch.empty_like(at), at.new_zeros(1)
+    begin, after, any_closes = torch.empty_like(at), torch.empty_like(at), at.new_empty(1)
     pooling, plan = at.new_empty(sum(shape.sizes)), at.new_empty(sum(of_global.sizes))
     page, offset = at.new_empty(rows * sizes.slots), at.new_empty(rows * sizes.slots)
     closing_kernel[(rows,)](

@@ -125,7 +125,7 @@ def hash_embed_kernel(
     # They do not depend on the kernel before.
     addresses = ()
     for table in tl.static_range(len(BASES) * len(SIZES)):
-        addresses += (tl.load(addresses_ptr + table),)
+        addresses += (tl.load(addresses_ptr + table),)  # type: ignore[assignment]
     await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -134,11 +134,12 @@ def hash_embed_kernel(
     at, position = tl.load(at_ptr + row), tl.load(positions_ptr + row)
     ids = ()
     for back in tl.static_range(LONGEST):
-        ids += (tl.load(ids_ptr + at - back, mask=back <= position, other=0),)
+        ids += (tl.load(ids_ptr + at - back, mask=back <= position, other=0),)  # type: ignore[assignment]
     rows = ()
     for table in tl.static_range(len(BASES) * len(SIZES)):
         hashed = hash_of(ids, BASES[table // len(SIZES)], SIZES[table % len(SIZES)], TABLE_ROWS)
-        rows += (tl.load(addresses[table].to(table_ptr.dtype) + hashed * DIM + i, mask=m, other=0.0),)
+        p_table = addresses[table].to(table_ptr.dtype)  # type: ignore[misc]
+        rows += (tl.load(p_table + hashed * DIM + i, mask=m, other=0.0),)  # type: ignore[assignment]
     x = tl.load(embedding_ptr + ids[0] * DIM + i, mask=m, other=0.0).to(tl.float32)
     # One after the other, each sum rounded, as the twin adds.
     for table in tl.static_range(len(BASES) * len(SIZES)):
