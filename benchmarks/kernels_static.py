@@ -161,7 +161,7 @@ class Measured(TritonKernels):
 
     def __init__(self, recorder: Recorder) -> None:
         for name, count in TRAFFIC.items():
-            setattr(self, name, _counted(getattr(TritonKernels, name), count, recorder))
+            setattr(self, name, _counted(getattr(TritonKernels(), name), count, recorder))
 
 
 def _counted(operation: Any, count: Any, recorder: Recorder) -> Any:

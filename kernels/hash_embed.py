@@ -138,9 +138,9 @@ def hash_embed_kernel(
     rows = ()
     for table in tl.static_range(len(BASES) * len(SIZES)):
         hashed = hash_of(ids, BASES[table // len(SIZES)], SIZES[table % len(SIZES)], TABLE_ROWS)
-        p_table = addresses[table].to(table_ptr.dtype)  # type: ignore[misc]
-        rows += (tl.load(p_table + hashed * DIM + i, mask=m, other=0.0),)  # type: ignore[assignment]
-    x = tl.load(embedding_ptr + ids[0] * DIM + i, mask=m, other=0.0).to(tl.float32)
+        p_row = addresses[table].to(table_ptr.dtype) + hashed * DIM
+        rows += (tl.load(p_row + i, mask=m, other=0.0),)
+    x = tl.load(embedding_ptr + ids[0] * DIM + i, mask=m, other=0.0).to(tl.float32)  # type: ignore[misc]
     # One after the other, each sum rounded, as the twin adds.
     for table in tl.static_range(len(BASES) * len(SIZES)):
         x = (x + rows[table].to(dtype).to(tl.float32)).to(dtype).to(tl.float32)

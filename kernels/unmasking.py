@@ -133,7 +133,7 @@ def _chosen(masked, confidence, entropy, rule, bound, size, BLOCK: tl.constexpr)
     none = tl.sum(by_entropy.to(tl.int32), 0) == 0
     by_entropy = by_entropy | (masked & none & (i == tl.argmin(tl.where(masked, entropy, float("inf")), 0)))
 
-    return tl.where(rule == 0, masked, tl.where(rule == 1, by_confidence, by_entropy))
+    return tl.where(rule == 0, masked, tl.where(rule == 1, by_confidence, by_entropy)) != 0
 
 
 @jit(
@@ -168,8 +168,9 @@ def settle_kernel(
         x = tl.load(p_logits, mask=inside, other=float("-inf"))
         highest = tl.max(tl.where(x != x, float("inf"), x), 1)
         fine = (highest > float("-inf")) & (highest < float("inf"))
-        e = tl.exp(x - tl.where(fine, highest, 0.0)[:, None])
-        p = e / tl.where(fine, tl.sum(e, 1), 1.0)[:, None]
+        # The figures of a row that is no distribution are not used.
+        e = tl.exp(tl.where(fine[:, None], x - tl.where(fine, highest, 0.0)[:, None], 0.0))
+        p = e / tl.sum(e, 1)[:, None]
         own = tl.sum(tl.where(p > 0.0, -p * tl.log(tl.where(p > 0.0, p, 1.0)), 0.0), 1)
         is_cell = i[:, None] == j[None, :]
         confidence += tl.sum(tl.where(is_cell, tl.max(p, 1)[None, :], 0.0), 1)
