@@ -72,8 +72,9 @@ bench-growth: .venv/.dev  ## time per byte against context length, ours and Hugg
 bench-decoders: .venv/.dev  ## speed of the decoders against blt on models/nano
 	$(PY) -m benchmarks.decoders $(ARGS)
 
-kernels-static: .venv/.dev  ## what the compiler makes of every Triton kernel, without a GPU
-	$(PY) -m benchmarks.kernels_static $(ARGS)
+kernels-static: .venv/.dev .venv-triton/.made  ## what the newest and the oldest Triton make of every kernel, without a GPU
+	$(PY) -m benchmarks.kernels_static --ones $(ARGS)
+	.venv-triton/bin/python -m benchmarks.kernels_static --ones $(ARGS)
 
 .PHONY: gpu-check gpu-wheels
 gpu-check:  ## prove and measure on this machine's GPU; uses python3 and its torch, neither .venv nor network (docs/gpu.md)
@@ -89,8 +90,8 @@ gpu-wheels:  ## download into .whl what gpu-check needs on a machine with torch,
 	$(PYTHON) -m pip download -q --disable-pip-version-check --dest .whl --only-binary=:all: --python-version 312 \
 		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 $(GPU_WHEELS)
 
-clean:  ## remove .venv, .venv-compat and caches
-	rm -rf .venv .venv-compat .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz build dist
+clean:  ## remove .venv, .venv-compat, .venv-triton and caches
+	rm -rf .venv .venv-compat .venv-triton .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz build dist
 
 # Stamps: an environment is made anew where pyproject.toml or this file changed, and not touched otherwise.
 .venv/.runtime: pyproject.toml Makefile hatch_build.py $(wildcard kernels/native/*.[ch])
@@ -110,4 +111,11 @@ clean:  ## remove .venv, .venv-compat and caches
 
 .venv/.fuzz: .venv/.dev
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev,train,fuzz]"
+	@touch $@
+
+# The oldest Triton that we run with, which torch 2.11 brings along, and what compiling needs beside it.
+.venv-triton/.made: .venv/.runtime
+	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install -q --disable-pip-version-check $(TORCH) "triton==3.6.*" \
+		msgspec numpy pydantic safetensors tqdm
 	@touch $@

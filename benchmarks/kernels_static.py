@@ -1,19 +1,19 @@
-"""Compiles every Triton kernel without a GPU: registers, spills, shared memory, expected bytes.
+"""Compiles every Triton kernel without a GPU: registers, spills, shared memory, programs, expected bytes.
 
 `python -m benchmarks.kernels_static` runs the stages of the models' real shapes on tensors without storage, records
 every kernel that they launch, and compiles each for every architecture. Exits with 1 if a kernel spills registers,
-needs more shared memory than the device has, or loads its weights too late.
+needs more shared memory than the device has, or, if it multiplies, loads its weights too late or has too long a chain
+of dependent tensor-core instructions.
 """
 
 import argparse
-import re
-import subprocess
+import multiprocessing
+import os
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from math import prod
 from typing import Any
 from unittest import mock
 
@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from benchmarks import sass
 from benchmarks.gpu_check.handover import signals, stack, tile
 from benchmarks.gpu_check.handover.scale import scale_for
 from engine.checkpoint import PRESETS, expected_shapes
@@ -66,8 +67,17 @@ TYPES = {
 }  # fmt: skip
 PATCH = 4
 """Bytes of a patch."""
-ROWS = (1, 8, 64)
-"""Rows of the recorded passes: one byte, a draft, a crowd."""
+ROWS = (1, 8, 16, 64)
+"""Rows of the recorded passes: one byte, a draft, as many as one tensor-core instruction takes, a crowd."""
+MULTIPROCESSORS = 132
+"""Of an H100 or H200."""
+MULTIPLYING = frozenset({"linear", "qkv", "keys_values", "read_slots", "product"})
+"""Kernels whose weights must be loaded before they wait for the kernel before, and whose chains of tensor-core
+instructions must be short. A gated kernel may not read before it has seen its gate."""
+LONGEST_CHAIN = 16
+"""Dependent tensor-core instructions, of some 33 cycles each, that a kernel of `MULTIPLYING` may have in a row."""
+MOST_HELD = 3
+"""Rounds of weights that `kernels.product.hold` loads before the wait; a wider matrix has more."""
 
 
 @dataclass(frozen=True)
@@ -89,44 +99,59 @@ class Launch:
     @property
     def variant(self) -> str:
         types = {kind.lstrip("*") for _, kind in self.signature if kind.startswith("*")} & {"fp32", "bf16", "fp8e4nv"}
-        constants = " ".join(f"{key}={int(value)}" for key, value in self.constants if key.isupper() and value)
+        parts = {key: value if type(value) is tuple else (value,) for key, value in self.constants if key.isupper()}
+        constants = " ".join(f"{key}={'/'.join(str(int(v)) for v in of)}" for key, of in parts.items() if any(of))
         return f"{'/'.join(sorted(types))} {constants}"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The result for one architecture. early: loads from memory before the wait for the previous kernel; None if it
-    does not wait."""
+    """The result for one architecture."""
 
     launch: Launch
     arch: int
     registers: int
     spilled: int
     shared: int
-    early: int | None = None
+    code: sass.Code
 
-    @property
-    def fits(self) -> bool:
-        return not self.spilled and self.shared <= SHARED_LIMIT[self.arch] and self.early != 0
+    def faults(self) -> Iterator[str]:
+        """What must not be, in words."""
+        constants = dict(self.launch.constants)
+        if self.spilled:
+            yield f"spills {self.spilled} bytes"
+        if self.shared > SHARED_LIMIT[self.arch]:
+            yield f"needs more shared memory than {SHARED_LIMIT[self.arch]} bytes"
+        if self.launch.name not in MULTIPLYING:
+            return
+        if self.code.waits and not constants.get("GATE"):
+            if not self.code.early:
+                yield "loads no weights before it waits"
+            elif self.code.late and constants.get("ROUNDS", 0) <= MOST_HELD:
+                yield f"loads weights after it waited ({self.code.late} instructions)"
+        if self.code.chain > LONGEST_CHAIN or self.code.endless:
+            where = " and more, round a loop" if self.code.endless else ""
+            yield f"chains {self.code.chain} tensor-core instructions{where}"
 
 
 class Recorder:
     """Records launches instead of launching."""
 
     def __init__(self) -> None:
-        self.launches: dict[Launch, None] = {}
+        self.launches: dict[Launch, set[int]] = {}
+        """Every launch, and how many programs it had."""
         self.rows = 0
         self.traffic = Traffic()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-            self._note(kernel, args, options)
+            self._note(kernel, args, prod(grid), options)
 
         with mock.patch.object(JITFunction, "run", run):
             yield
 
-    def _note(self, kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def _note(self, kernel: JITFunction, args: tuple[Any, ...], programs: int, options: dict[str, Any]) -> None:
         names = kernel.arg_names
         values = dict(zip(names, args, strict=False)) | {n: options.pop(n) for n in list(options) if n in names}
         signature, constants, divisible = [], [], []
@@ -153,7 +178,7 @@ class Recorder:
         launch = Launch(
             kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(options.items()), self.rows, traffic
         )
-        self.launches.setdefault(launch)
+        self.launches.setdefault(launch, set()).add(programs)
 
 
 class Measured(TritonKernels):
@@ -344,8 +369,7 @@ def record_handover(recorder: Recorder) -> None:
         stack.Run(scale, of, stack.draw(scale, of), rows(of.dim), 500)(apart=False)
 
 
-def compile_for(launch: Launch, arch: int, *, disassembled: bool = False) -> Compiled:
-    """disassembled: also looks for the loads before the wait."""
+def compile_for(launch: Launch, arch: int) -> Compiled:
     # As `kernels.lang.overlap` decides.
     constants = dict(launch.constants)
     if "OVERLAP" in constants:
@@ -357,38 +381,51 @@ def compile_for(launch: Launch, arch: int, *, disassembled: bool = False) -> Com
         {(i,): [["tt.divisibility", 16]] for i in launch.divisible},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
-    registers, spilled = _resources(compiled.asm["cubin"])
-    early = _early_loads(compiled.asm["cubin"]) if disassembled else None
-    return Compiled(launch, arch, registers, spilled, compiled.metadata.shared, early)
+    cubin = compiled.asm["cubin"]
+    return Compiled(launch, arch, *sass.resources(cubin), compiled.metadata.shared, sass.read(cubin))
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes of its stack, where spilled registers go."""
-    said = _tell("cuobjdump", "-res-usage", cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", said)
-    assert found, said
-    return int(found[1]), int(found[2]) + int(found[3])
+def compile_all(jobs: Sequence[tuple[Launch, int]]) -> Iterator[Compiled]:
+    """All jobs, in order, compiled in as many processes as there are cores."""
+    # Forked: a kernel cannot be sent to a process, but a child has what its parent has.
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), _take, (jobs,)) as pool:
+        for (launch, arch), found in zip(jobs, pool.imap(_compile, range(len(jobs))), strict=True):
+            yield Compiled(launch, arch, *found)
 
 
-def _early_loads(cubin: bytes) -> int | None:
-    """Loads from global memory before ACQBULK, where a kernel waits for the one before; None if it does not wait. 0 if
-    any of them goes to shared memory before, as the loads after it are then issued only once it has arrived."""
-    said = _tell("nvdisasm", "-c", cubin)
-    found = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", said)
-    waits = next((i for i, name in enumerate(found) if name.startswith("ACQBULK")), None)
-    if waits is None:
-        return None
-    before = [name[:3] for name in found[:waits]]
-    return 0 if "STS" in before else before.count("LDG")
+_jobs: Sequence[tuple[Launch, int]] = ()
 
 
-def _tell(tool: str, option: str, cubin: bytes) -> str:
-    """The output of a tool bundled with Triton for a cubin."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+def _take(jobs: Sequence[tuple[Launch, int]]) -> None:
+    global _jobs
+    _jobs = jobs
+
+
+def _compile(i: int) -> tuple[int, int, int, sass.Code]:
+    found = compile_for(*_jobs[i])
+    return found.registers, found.spilled, found.shared, found.code
+
+
+HEAD = (
+    "kernel", "variant", "sm", "registers", "spilled", "shared", "weights early / late", "chain", "programs", "waves",
+    "rows", "bytes read", "written",
+)  # fmt: skip
+
+
+def row(c: Compiled, programs: set[int]) -> str:
+    """A row of the table. Waves: programs for every multiprocessor of an H200, if each takes one."""
+    launch, code = c.launch, c.code
+    counts = sorted({min(programs), max(programs)})
+    cells = (
+        launch.name, launch.variant, c.arch, c.registers, c.spilled, c.shared,
+        f"{code.early} / {code.late}" if code.waits and code.early + code.late else "",
+        f"{code.chain}{' in a loop' if code.endless else ''}" if code.chain else "",
+        " to ".join(map(str, counts)),
+        " to ".join(f"{count / MULTIPROCESSORS:.2f}" for count in counts),
+        launch.rows, launch.traffic.read, launch.traffic.written,
+    )  # fmt: skip
+    faults = ", ".join(c.faults())
+    return "| " + " | ".join(map(str, cells)) + " |" + f" **{faults}**" * bool(faults)
 
 
 def main() -> int:
@@ -396,38 +433,37 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=PRESETS, default=["1b", "7b"])
     parser.add_argument("--arch", nargs="+", type=int, choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="compile only kernels of these names")
+    parser.add_argument("--in-turn", action="store_true", help="each kernel for one of the architectures, in turn")
+    parser.add_argument("--bfloat16", action="store_true", help="without float8 weights")
     parser.add_argument("--ones", action="store_true", help="also with every size 1")
     parser.add_argument("--handover", action="store_true", help="only the GPU check's hand-over kernels")
-    parser.add_argument("--only", help="only kernels whose names hold this")
     options = parser.parse_args()
     recorder = Recorder()
     if options.handover:
         record_handover(recorder)
     for name in () if options.handover else options.models:
-        for fp8 in (False, True):
+        for fp8 in (False,) if options.bfloat16 else (False, True):
             record(PRESETS[name], fp8=fp8, recorder=recorder, rows=tuple(options.rows))
     if options.ones:
         record_ones(recorder)
+    names = {launch.name for launch in recorder.launches}
+    only = set(options.only or names)
+    if unknown := only - names:
+        parser.error(f"--only: no kernel named {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+    launches = [launch for launch in recorder.launches if launch.name in only]
     jobs = [
         (launch, arch)
-        for launch in recorder.launches
-        for arch in options.arch
-        if options.only is None or options.only in launch.name
-        if arch >= 89 or not any("fp8" in kind for _, kind in launch.signature)  # older devices have no e4m3
+        for i, launch in enumerate(launches)
+        for arch in ([options.arch[i % len(options.arch)]] if options.in_turn else options.arch)
     ]
-    print("| kernel | variant | sm | registers | spilled | shared | rows | bytes read | written |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    fits = True
-    for launch, arch in tqdm(jobs, disable=not sys.stderr.isatty()):
-        c = compile_for(launch, arch, disassembled=options.handover)
-        fits &= c.fits
-        print(
-            f"| {launch.name} | {launch.variant} | {arch} | {c.registers} | {c.spilled} | {c.shared} | {launch.rows} | "
-            f"{launch.traffic.read} | {launch.traffic.written} |{'' if c.fits else ' **does not fit**'}",
-            flush=True,
-        )
-    print(f"\n{len(jobs)} compiled; {'all fit' if fits else 'not all fit'}")
-    return 0 if fits else 1
+    print(f"Triton {triton.__version__}\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
+    faulty = []
+    for c in tqdm(compile_all(jobs), total=len(jobs), disable=not sys.stderr.isatty()):
+        print(row(c, recorder.launches[c.launch]), flush=True)
+        faulty += [f"{c.launch.name} ({c.launch.variant}) on sm_{c.arch} {fault}" for fault in c.faults()]
+    print(f"\n{len(jobs)} compiled; {'not all fit:' if faulty else 'all fit'}", *faulty, sep="\n")
+    return 1 if faulty else 0
 
 
 if __name__ == "__main__":
