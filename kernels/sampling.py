@@ -159,7 +159,7 @@ def sample_triton(logits: Tensor, params: Tensor, uniforms: Tensor) -> Tensor:
     block = power_of_two(vocab_size)
     sample_kernel[(rows,)](
         logits, params, uniforms, out, vocab_size,
-        BLOCK=block, CHUNK=min(block, 16), num_warps=8, **overlap(logits),
+        BLOCK=block, CHUNK=min(block, 8), num_warps=8, **overlap(logits),
     )  # fmt: skip
     return out
 
