@@ -26,7 +26,8 @@ def batched_dot(a, b, total):
     """total (S, R, O) + a (S, R, I) times b (S, O, I) transposed."""
     if INTERPRETED:
         return total + tl.sum(a.to(tl.float32)[:, :, None, :] * b.to(tl.float32)[:, None, :, :], 3)
-    return tl.dot(a, tl.permute(b, (0, 2, 1)), total, input_precision="ieee")
+    # Held, or the compiler would chain the rounds' tensor-core instructions.
+    return total + held(tl.dot(a, tl.permute(b, (0, 2, 1)), input_precision="ieee"))
 
 
 @jit
