@@ -23,15 +23,18 @@ class Run:
         self.trials, self.alive, self.poison = Trials(), streams, poison
         self.failed: list[Stream] = []
         self.crashes = 0
+        self.line: list[Stream] = []
         self.give()
 
     def give(self) -> None:
         for one in self.trials.due(self.alive):
             assert not one.sent
             one.send()
+            self.line.append(one)
 
     def crash(self) -> None:
         self.crashes += 1
+        self.line.clear()
         for one in self.trials.crashed(self.alive):
             self.alive.remove(one)
             self.failed.append(one)
@@ -39,7 +42,7 @@ class Run:
 
     def step(self) -> bool:
         """The next that has told nothing tells something, or kills the engine. Whether there was one."""
-        waiting = [one for one in self.alive if one.sent and one.silent]
+        waiting = [one for one in self.line if one.silent and one in self.alive]
         if not waiting:
             return False
         if waiting[0] in self.poison:
@@ -61,6 +64,24 @@ def test_only_poison_fails_and_all_others_come_back(lengths: list[int], data: st
             break
     assert set(run.failed) == poison
     assert all(one.sent and not one.silent for one in run.alive) and run.trials.is_over
+
+
+@settings(max_examples=40)
+@given(st.integers(2, 12), st.sets(st.integers(0, 11), max_size=2), st.lists(st.booleans(), min_size=1, max_size=9))
+def test_suspects_do_not_starve_while_new_requests_come(count: int, bad: set[int], comes: list[bool]) -> None:
+    """Up to half as many as the engine can begin. With more each crash costs more time, but still comes to an end."""
+    streams = [stream(str(number)) for number in range(count)]
+    poison = {one for number, one in enumerate(streams) if number in bad}
+    run = Run(list(streams), poison)
+    run.crash()
+    run.crash()
+    for number in range(40 * count + 40):
+        if number % 2 and comes[number // 2 % len(comes)]:
+            run.alive.append(stream(f"new {number}"))
+            run.give()
+        run.step()
+    assert set(run.failed) == poison
+    assert all(one.sent and not one.silent for one in streams if one not in poison)
 
 
 @settings(max_examples=300)
