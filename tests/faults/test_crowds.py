@@ -1,24 +1,34 @@
 """Clients come in crowds and vanish at every moment; those who stay get what they asked for, in time."""
 
 import asyncio
+import json
+import resource
+import signal
 import socket
 import struct
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import httpx
 import pytest
 
+from engine.process.heartbeat import BEAT_SECONDS
 from tests.faults.asking import (
     LATE,
+    WAIT,
+    Answer,
     Fields,
     Record,
     ask,
     ask_all,
     check,
+    engine_of,
     mixed,
     plain,
+    private_bytes,
+    send,
     serving,
     talking,
     undisturbed,
@@ -29,6 +39,13 @@ from tests.serving import RunningServer
 
 CONNECTIONS, VANISH = 1000, 900
 QUEUED, RUNNING = 1000, 8
+MANY, PLACES, KINDS = 10_000, 256, 50
+STOPPED = 6.0
+"""Seconds for which the engine is stopped: less than makes it look frozen."""
+POOL = 512 << 20
+"""Bytes of caches, in which all places fit."""
+MOST_EACH = 64 << 10
+"""Bytes of private memory of each process for one that waits."""
 DEADLINES = 200
 
 
@@ -96,6 +113,83 @@ async def test_many_queue_for_few(tmp_path: Path, record_property: Record) -> No
             assert {answer.status for answer in found} == {200}
             check(few, found[:: QUEUED // 20], expected)
     record_property("figure", f"{QUEUED} queued for {RUNNING} places: all answered within {seconds:.1f} s")
+
+
+@pytest.mark.faults
+async def test_ten_thousand_queue_at_once(tmp_path: Path, record_property: Record) -> None:
+    """Each on a connection of its own, for 256 places. The engine is held until nearly all have asked."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    requests = [plain(kind, 4 + kind % 3, prompt=f"{kind}", temperature=0.7, stream=False) for kind in range(KINDS)]
+    most = ("--max-connections", "--max-connections-per-address", "--max-queue")
+    flags = [word for flag in most for word in (flag, str(MANY + 100))]
+    flags += ["--max-sequences", str(PLACES), "--cache-bytes", str(POOL)]
+    # Those who connect first say nothing until all others have connected.
+    flags += ["--head-timeout", str(WAIT), "--request-timeout", str(WAIT)]
+    with serving(tmp_path, *flags) as server:
+        engine, port = engine_of(server), httpx.URL(server.url).port
+        assert engine and port
+        async with talking(server) as http:
+            expected = await undisturbed(http, requests)
+        gate = Gate(asyncio.Event(), asyncio.Semaphore(100))
+        asked = [asyncio.create_task(gate.ask(port, requests[number % KINDS])) for number in range(MANY)]
+        await until(lambda: gate.connected == MANY, WAIT)
+        pids = server.process.pid, engine
+        before = peak = [private_bytes(pid) for pid in pids]
+        began = time.monotonic()
+        holding = asyncio.create_task(hold(engine))
+        gate.opens.set()
+        queued = 0.0
+        while queued < MANY * 0.95:
+            queued = await asyncio.to_thread(sequences, server, "waiting")
+            assert time.monotonic() - began < WAIT
+        holding.cancel()
+        waiting = asyncio.gather(*asked)
+        while not waiting.done():
+            peak = [max(then, private_bytes(pid)) for then, pid in zip(peak, pids, strict=True)]
+            await asyncio.sleep(0.25)
+        found, seconds = await waiting, time.monotonic() - began
+        assert engine_of(server) == engine
+    for number, answer in enumerate(found):
+        assert answer == expected[number % KINDS], requests[number % KINDS]
+    grown = [now - then for now, then in zip(peak, before, strict=True)]
+    shown = f"server {grown[0] >> 20} MiB more, engine {grown[1] >> 20} with its caches"
+    assert grown[0] < MANY * MOST_EACH and grown[1] < MANY * MOST_EACH + POOL
+    record_property(
+        "figure", f"{MANY} queued for {PLACES} places, {queued:.0f} at once: all right within {seconds:.0f} s; {shown}"
+    )
+
+
+async def hold(engine: int) -> None:
+    """Stops it, but for moments in which its heart beats."""
+    try:
+        while True:
+            send(engine, signal.SIGSTOP)
+            await asyncio.sleep(STOPPED)
+            send(engine, signal.SIGCONT)
+            await asyncio.sleep(2 * BEAT_SECONDS)
+    finally:
+        send(engine, signal.SIGCONT)
+
+
+@dataclass
+class Gate:
+    """Where clients wait, connected, until all are."""
+
+    opens: asyncio.Event
+    entrance: asyncio.Semaphore
+    connected: int = 0
+
+    async def ask(self, port: int, fields: Fields) -> Answer:
+        async with self.entrance:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        self.connected += 1
+        await self.opens.wait()
+        writer.write(post(fields, "connection: close"))
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        answer = Answer(int(head.split()[1]))
+        answer.add(json.loads(body))
+        return answer
 
 
 @pytest.mark.faults
