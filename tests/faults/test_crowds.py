@@ -47,6 +47,8 @@ POOL = 512 << 20
 MOST_EACH = 64 << 10
 """Bytes of private memory of each process for one that waits."""
 DEADLINES = 200
+LATE_MIDDLE, LATE_MOST = 0.2, 1.0
+"""Seconds after a deadline, on a machine that may be busy."""
 
 
 @pytest.mark.faults
@@ -200,10 +202,11 @@ async def test_deadlines_hold_under_load(tmp_path: Path, record_property: Record
         fields = [plain(n, 4000, timeout=random.uniform(0.3, 3), stream=False) for n in range(DEADLINES)]
         asked = (lateness(server, random.uniform(0, 3), each) for each in fields)
         late = sorted(await asyncio.gather(*asked))
-    assert late[0] > -0.05
-    assert late[-1] < LATE
     middle = late[DEADLINES // 2]
-    record_property("figure", f"{DEADLINES} deadlines: {middle:.2f} s late in the middle, {late[-1]:.2f} s at most")
+    shown = f"{DEADLINES} deadlines: {middle:.2f} s late in the middle, {late[-1]:.2f} s at most"
+    record_property("figure", shown)
+    assert late[0] > -0.05
+    assert middle < LATE_MIDDLE and late[-1] < LATE_MOST, shown
 
 
 async def lateness(server: RunningServer, pause: float, fields: Fields) -> float:
