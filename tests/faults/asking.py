@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -185,6 +185,34 @@ async def talking(server: RunningServer) -> AsyncIterator[httpx.AsyncClient]:
 def serving(folder: Path, *flags: str, model: Path = NANO, prefix: tuple[str, ...] = ()) -> Iterator[RunningServer]:
     with running_server(model, folder / "server.log", *flags, prefix=prefix) as server:
         yield server
+
+
+class Streams(NamedTuple):
+    """Requests under way, which the server has answered undisturbed before."""
+
+    server: RunningServer
+    http: httpx.AsyncClient
+    requests: list[Fields]
+    expected: list[Answer]
+    answers: asyncio.Future[list[Answer]]
+
+    async def check(self) -> None:
+        """Waits for the answers. They are as before."""
+        answers = await self.answers
+        check(self.requests[: len(answers)], answers, self.expected[: len(answers)])
+
+
+@asynccontextmanager
+async def under_way(
+    folder: Path, requests: list[Fields], *flags: str, model: Path = NANO, count: int | None = None
+) -> AsyncIterator[Streams]:
+    """Of a server of its own. count: how many of the requests are asked again; by default all."""
+    with serving(folder, *flags, model=model) as server:
+        async with talking(server) as http:
+            expected = await undisturbed(http, requests)
+            answers = asyncio.gather(*(ask(http, fields) for fields in requests[:count]))
+            await asyncio.sleep(0.3)
+            yield Streams(server, http, requests, expected, answers)
 
 
 def engine_of(server: RunningServer) -> int | None:

@@ -25,6 +25,7 @@ from tests.faults.asking import (
     send,
     serving,
     talking,
+    under_way,
     undisturbed,
     until,
 )
@@ -35,15 +36,12 @@ KILLS = 20
 async def test_streams_of_every_kind_survive_two_deaths_in_a_row(tmp_path: Path, record_property: Record) -> None:
     """32 streams, KILL, ready, KILL."""
     requests = mixed(32, seed=1)
-    with serving(tmp_path) as server:
-        async with talking(server) as http:
-            expected = await undisturbed(http, requests)
-            answers = asyncio.gather(*(ask(http, fields) for fields in requests))
-            await asyncio.sleep(0.4)
-            pause = await killed(server, http)
-            kill(server)
-            check(requests, await answers, expected)
-            assert server.metrics("fastblt_engine_restarts_total")["fastblt_engine_restarts_total"] == 2
+    async with under_way(tmp_path, requests) as streams:
+        server, http = streams.server, streams.http
+        pause = await killed(server, http)
+        kill(server)
+        await streams.check()
+        assert server.metrics("fastblt_engine_restarts_total")["fastblt_engine_restarts_total"] == 2
     record_property("figure", f"two KILLs under 32 streams: all right; an engine is back after {pause:.1f} s")
 
 
@@ -74,17 +72,14 @@ async def test_streams_of_every_kind_survive_many_deaths(tmp_path: Path, record_
 @pytest.mark.faults
 async def test_streams_survive_a_death_while_the_next_engine_loads(tmp_path: Path) -> None:
     requests, random = mixed(16, seed=4), Random(5)
-    with serving(tmp_path) as server:
-        async with talking(server) as http:
-            expected = await undisturbed(http, requests)
-            answers = asyncio.gather(*(ask(http, fields) for fields in requests))
-            await asyncio.sleep(0.3)
-            pid = kill(server)
-            for _ in range(6):
-                pid = await new_engine(server, pid)
-                await asyncio.sleep(random.uniform(0, 1.5))
-                send(pid, signal.SIGKILL)
-            check(requests, await answers, expected)
+    async with under_way(tmp_path, requests) as streams:
+        server = streams.server
+        pid = kill(server)
+        for _ in range(6):
+            pid = await new_engine(server, pid)
+            await asyncio.sleep(random.uniform(0, 1.5))
+            send(pid, signal.SIGKILL)
+        await streams.check()
 
 
 @pytest.mark.faults

@@ -18,7 +18,6 @@ from tests.faults.asking import (
     NANO,
     Answer,
     ask,
-    check,
     child_engine,
     engine_of,
     kill,
@@ -28,7 +27,7 @@ from tests.faults.asking import (
     send,
     serving,
     talking,
-    undisturbed,
+    under_way,
     until,
 )
 from tests.raw_http import connected, post
@@ -65,14 +64,11 @@ def wait_for(log: Path, text: str) -> None:
 
 async def test_sigterm_lets_streams_finish(tmp_path: Path) -> None:
     requests = mixed(16, seed=61)
-    with serving(tmp_path) as server:
+    async with under_way(tmp_path, requests) as streams:
+        server = streams.server
         engine = engine_of(server)
-        async with talking(server) as http:
-            expected = await undisturbed(http, requests)
-            answers = asyncio.gather(*(ask(http, fields) for fields in requests))
-            await asyncio.sleep(0.3)
-            server.terminate()
-            check(requests, await answers, expected)
+        server.terminate()
+        await streams.check()
         assert await ended(server, engine, 5 + LATE) == 0
 
 
@@ -108,19 +104,16 @@ async def test_sigterm_cuts_off_what_does_not_finish(tmp_path: Path, case: str) 
 async def test_sigterm_while_another_engine_loads(tmp_path: Path, drain: float) -> None:
     """The engine was killed: streams still finish if there is time, and are cut off if there is none."""
     requests = mixed(16, seed=62)
-    with serving(tmp_path, "--drain-seconds", str(drain)) as server:
-        async with talking(server) as http:
-            expected = await undisturbed(http, requests)
-            answers = asyncio.gather(*(ask(http, fields) for fields in requests))
-            await asyncio.sleep(0.3)
-            engine = await new_engine(server, kill(server))
-            await asyncio.sleep(0.3)
-            server.terminate()
-            if drain > 1:
-                check(requests, await answers, expected)
-            else:
-                codes = {answer.error.get("code") for answer in await answers}
-                assert codes <= {None, "engine_dead"} and "engine_dead" in codes
+    async with under_way(tmp_path, requests, "--drain-seconds", str(drain)) as streams:
+        server, answers = streams.server, streams.answers
+        engine = await new_engine(server, kill(server))
+        await asyncio.sleep(0.3)
+        server.terminate()
+        if drain > 1:
+            await streams.check()
+        else:
+            codes = {answer.error.get("code") for answer in await answers}
+            assert codes <= {None, "engine_dead"} and "engine_dead" in codes
         assert await ended(server, engine, 6 + LATE) == 0
 
 

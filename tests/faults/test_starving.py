@@ -24,6 +24,7 @@ from tests.faults.asking import (
     plain,
     serving,
     talking,
+    under_way,
     undisturbed,
     until_ready,
 )
@@ -50,26 +51,23 @@ async def test_an_engine_comes_back_once_its_checkpoint_does(
 ) -> None:
     """The folder is renamed for 15 s. Patience with it is 5 s: then the server says so, and still goes on."""
     requests = mixed(16, seed=21)
-    with serving(tmp_path, "--restart-seconds", "5", model=model) as server:
-        async with talking(server) as http:
-            expected = await undisturbed(http, requests)
-            answers = asyncio.gather(*(ask(http, fields) for fields in requests))
-            await asyncio.sleep(0.3)
-            model.rename(tmp_path / "away")
-            gone = time.monotonic()
-            kill(server)
-            await until_ready(http, False, LATE)
-            assert (await http.get("/health/live")).status_code == 200
-            await asyncio.sleep(gone + 5 + LATE - time.monotonic())
-            assert (await http.get("/health/live")).status_code == 503
-            assert (await ask(http, plain(1, 8, stream=False))).error["code"] == "engine_dead"
-            await asyncio.sleep(gone + AWAY_SECONDS - time.monotonic())
-            (tmp_path / "away").rename(model)
-            back = time.monotonic()
-            await until_ready(http)
-            pause = time.monotonic() - back
-            assert (await http.get("/health/live")).status_code == 200
-            check(requests, await answers, expected)
+    async with under_way(tmp_path, requests, "--restart-seconds", "5", model=model) as streams:
+        server, http = streams.server, streams.http
+        model.rename(tmp_path / "away")
+        gone = time.monotonic()
+        kill(server)
+        await until_ready(http, False, LATE)
+        assert (await http.get("/health/live")).status_code == 200
+        await asyncio.sleep(gone + 5 + LATE - time.monotonic())
+        assert (await http.get("/health/live")).status_code == 503
+        assert (await ask(http, plain(1, 8, stream=False))).error["code"] == "engine_dead"
+        await asyncio.sleep(gone + AWAY_SECONDS - time.monotonic())
+        (tmp_path / "away").rename(model)
+        back = time.monotonic()
+        await until_ready(http)
+        pause = time.monotonic() - back
+        assert (await http.get("/health/live")).status_code == 200
+        await streams.check()
     record_property("figure", f"checkpoint away for {AWAY_SECONDS:g} s: ready {pause:.1f} s after it was back")
 
 
