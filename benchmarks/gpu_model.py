@@ -125,8 +125,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name, p in found.items():
         print(
-            f"| {name} | {p.local_us:.0f} | {p.global_us:.0f} | {p.pass_us:.0f} | {p.launches:.0f} | {p.megabytes:,.0f} | "
-            f"{p.bytes_per_second:,.0f} | {p.use:.2f} |"
+            f"| {name} | {p.local_us:.0f} | {p.global_us:.0f} | {p.pass_us:.0f} | {p.launches:.0f} | "
+            f"{p.megabytes:,.0f} | {p.bytes_per_second:,.0f} | {p.use:.2f} |"
         )
 
 

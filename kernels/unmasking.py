@@ -200,5 +200,5 @@ def settle_triton(
     vocab_size = logits.shape[1]
     settle_kernel[(num_blocks,)](
         cells, text_ids, logits, drawn, *blocks, num_blocks, width, vocab_size, number, mask,
-        BLOCK=power_of_two(width), CHUNK=8, VOCABULARY=power_of_two(vocab_size), num_warps=8, **overlap(logits),
+        BLOCK=power_of_two(width), CHUNK=8, VOCABULARY=power_of_two(vocab_size), num_warps=4, **overlap(logits),
     )  # fmt: skip
