@@ -66,6 +66,7 @@ class Engine:
         """Requests that wait for their grammar."""
         self._arrivals = count()
         self._batch: list[Rows] = []
+        self._recorded_before = 0.0
         self._events: list[Event] = []
 
     def calibrate(self) -> None:
@@ -173,13 +174,15 @@ class Engine:
         return events
 
     def step_seconds(self) -> float:
-        """What the step that runs now should take at most, by the latency model. May be called from another thread."""
+        """What the step that runs now should take at most, by the latency model, and what it has recorded so far took:
+        infinite during that. May be called from another thread."""
         batch = self._batch
         passes = max((rows.most_passes for rows in batch), default=0)
-        return self.ledger.latency.whole_step(sum(rows.num_rows for rows in batch), passes)
+        recorded = self.stepper.executor.recording_seconds - self._recorded_before
+        return recorded + self.ledger.latency.whole_step(sum(rows.num_rows for rows in batch), passes)
 
     def _run(self, batch: list[Rows]) -> None:
-        self._batch = batch
+        self._batch, self._recorded_before = batch, self.stepper.executor.recording_seconds
         executor, now = self.stepper.executor, time.monotonic()
         self.ledger.latency.num_running = len(self._scheduler.running)
         for rows in batch:

@@ -1,12 +1,15 @@
 """Which steps the heart calls too long."""
 
+import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.process.heartbeat import ALIVE, STUCK, TIMES, Heart
+from engine.step import graphs
 from tests.engines import make_engine, request
 from tests.models import text
 
@@ -38,3 +41,26 @@ def test_an_engine_tells_how_long_its_step_should_take(tiny: Path) -> None:
         told.append(engine.step_seconds())
         assert 0 < (time.perf_counter() - began) < 20 * told[-1] < 60
     assert told[1] > told[0]
+
+
+def test_a_step_that_records_is_given_the_time_for_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording begins with compiling kernels, which takes as long as it takes."""
+    engine, told = make_engine(tiny, graphs=True), []
+
+    class Slow(graphs._Recording):
+        def __init__(self, *args: Any) -> None:
+            time.sleep(0.05)
+            told.append(engine.step_seconds())
+            super().__init__(*args)
+
+    monkeypatch.setattr(graphs, "_Recording", Slow)
+    engine.add(request("a", text(8, 1), 4))
+    engine.step()
+    assert told and all(seconds == math.inf for seconds in told)
+    assert 0.05 * len(told) <= engine.step_seconds() < math.inf
+    count = len(told)
+    while engine.has_work:
+        engine.step()
+        if len(told) == count:
+            assert engine.step_seconds() < 0.05, "what was recorded in an earlier step is not counted"
+        count = len(told)

@@ -6,9 +6,11 @@ and every combination of lengths that occurs is recorded once, over its own buff
 """
 
 import gc
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import inf
 
 import numpy as np
 import torch
@@ -49,6 +51,8 @@ class Eager:
 
     least_pages = 0
     records = False
+    recording_seconds = 0.0
+    """How long all recordings took, and the compiling that each begins with; infinite during one."""
 
     @property
     def num_recorded(self) -> int:
@@ -120,7 +124,12 @@ class Graphs(Eager):
         shapes = tuple(a.shape for a in arrays.values()), tuple((n, t.shape) for n, t in tensors.items())
         found = self._recordings.get((name, key, shapes))
         if found is None:
-            found = _Recording(stage, arrays, tensors, self._device, self._recorder)
+            began, before = time.monotonic(), self.recording_seconds
+            self.recording_seconds = inf
+            try:
+                found = _Recording(stage, arrays, tensors, self._device, self._recorder)
+            finally:
+                self.recording_seconds = before + time.monotonic() - began
             self._recordings[name, key, shapes] = found
             self._num_recorded += 1
             if len(self._recordings) > MOST_RECORDINGS:
