@@ -57,8 +57,8 @@ class BlockPasses:
         self._passes = 0
 
     def allowed(self, logits: Tensor) -> Tensor:
-        """The logits (C, V) that cells are drawn from: without the ids that they never become."""
-        return logits.index_fill(1, _specials(logits.device), -torch.inf)
+        """The logits (C, V) that cells are drawn from, in place: without the ids that they never become."""
+        return logits.index_fill_(1, _specials(logits.device), -torch.inf)
 
     def settle(self, logits: Tensor, drawn: Tensor) -> None:
         """Ends a pass. logits (C, V): from `allowed`; drawn (C,): the ids drawn from these."""

@@ -27,9 +27,9 @@ from server.settings import ServerSettings
 from tests.fuzz.target import Target
 
 LENGTHS, HURRIED = 7, 8
-"""Bits of the first byte: how many lengths follow; pieces come before the last ones are answered."""
+"""The first byte modulo LENGTHS is the number of lengths; its bit HURRIED says that pieces do not wait for answers."""
 SETTINGS = ServerSettings()
-LIMITS = replace(HttpLimits.of(SETTINGS), header_bytes=512, headers=12)
+LIMITS = replace(HttpLimits.of(SETTINGS), header_bytes=128, headers=12)
 BODY_BYTES = 256
 """Most bytes of a body that wait for the application, instead of 64 KiB."""
 UNREAD = b"/unread"
@@ -312,8 +312,8 @@ def _statuses(written: bytes, methods: list[bytes]) -> list[int]:
     return statuses
 
 
-def _keep_the_last_piece(self: HttpConnection, url: bytes) -> None:
-    self._url = url
+def _go_on_reading(self: HttpConnection) -> None:
+    self._resume_reading()
 
 
 def _count_no_bytes(self: HttpConnection, _: int) -> None:
@@ -328,24 +328,24 @@ TARGET = Target(
     seeds=[
         b"\x01\x0bGET /a?b=c HTTP/1.0\r\n\r\n",
         b"\x01\x08" + POST + b"\r\n",
-        b"\x01\x08" + POST + b"a: " + b"x" * 500 + b"\r\n\r\n",
+        b"\x01\x08" + POST + b"a: " + b"x" * 116 + b"\r\n\r\n",
         b"\x02\x08\xff" + POST + LENGTH + b"\r\n0\r\n\r\n",
         b"\x02\x08\x05" + POST + CHUNKED + b"\r\n3;a=b\r\nabc\r\n0a\r\n0123456789\r\n0\r\nt: u\r\n\r\n",
         b"\x02\x08\xff" + POST + CHUNKED + b"\r\n0\r\nconnection: close\r\n\r\n" + GET + b"\r\n",
         b"\x02\x0b\x50" + GET + b"\r\n" + POST + LENGTH + b"expect: 100-continue\r\n\r\nabcde" + GET + b"\r\n",
-        b"\x09\x30HEAD http://x/?y HTTP/1.1\r\nhost:\r\n\r\nGET / HTTP/1.0\r\n\r\n",
+        b"\x08\x30HEAD http://x/?y HTTP/1.1\r\nhost:\r\n\r\nGET / HTTP/1.0\r\n\r\n",
         b"\x01\x48POST /unread HTTP/1.1\r\nhost: x\r\n" + LENGTH + b"\r\nabcde" + GET + b"connection: close\r\n\r\n",
         b"\x02\x08\xff" + POST + LENGTH + b"Connection: a, Upgrade\r\nupgrade: h2c\r\n\r\nabcde" + GET + b"\r\n",
-        b"\x02\x30\xff" + POST + b"content-length: 600\r\n\r\n" + b"x" * 600 + GET * 2 + b"\r\n",
+        b"\x02\x30\xff" + POST + b"content-length: 600\r\n\r\n" + b"x" * 600 + (GET + b"\r\n") * 2,
     ],
     faults={
-        "keeps the last piece of a URL": lambda: mock.patch.object(HttpConnection, "on_url", _keep_the_last_piece),
+        "reads on after a refusal": lambda: mock.patch.object(HttpConnection, "_discard_rest", _go_on_reading),
         "counts no bytes of a head": lambda: mock.patch.object(HttpConnection, "_count_header", _count_no_bytes),
     },
     words=[
         *(CHUNKED, LENGTH, GET, POST, b"\r\n", b"\r\n\r\n", b"0\r\n\r\n", b"connection: close\r\n"),
         *(b"upgrade: h2c\r\n", b"connection: upgrade\r\n", b"expect: 100-continue\r\n", b"/unread", b"HTTP/1.0"),
         *(b"CONNECT", b"HEAD", b"chunked, ", b"gzip", b"ffffffffffffffff", b"\n", b" ", b"\t", b"*"),
-        *(b"a: " + b"x" * 500, b"b:\r\n" * 12, b";e=" + b"y" * 600),
+        *(b"a: " + b"x" * 60, b"b:\r\n" * 12, b";e=" + b"y" * 60),
     ],
 )
