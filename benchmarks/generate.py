@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config import BOS_ID, BYTE_OFFSET
@@ -24,7 +24,7 @@ Wrap = Callable[[Request], Decoder]
 @dataclass(frozen=True, slots=True)
 class Reading:
     """texts: the ids generated per prompt. The rest counts from when all of them had begun: seconds, steps and the
-    seconds in them, seconds and rows per stage, and the engine's counts for their decoder."""
+    seconds in them, seconds, rows and calls per stage, and the engine's counts for their decoder."""
 
     texts: list[list[int]]
     seconds: float
@@ -37,6 +37,7 @@ class Reading:
     decoder_calls: int
     global_calls: int
     read_bytes: int
+    calls: dict[str, int] = field(default_factory=dict)
 
     @property
     def bytes_per_second(self) -> float:
@@ -117,4 +118,5 @@ def generate(
         decoder_calls=counts.calls["decoder"] - before.calls.get("decoder", 0),
         global_calls=counts.calls["global"] - before.calls.get("global", 0),
         read_bytes=sum(counts.read_bytes.values()) - sum(before.read_bytes.values()),
+        calls={stage: calls - start.calls[stage] for stage, calls in end.calls.items()},
     )

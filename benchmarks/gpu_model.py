@@ -71,18 +71,24 @@ def predict(
     rates: Rates,
     host_share: float,
     *,
+    batch: int = 1,
     length: int = LENGTH,
     copy_gb_s: float = COPY_GB_S,
     exposed_us: dict[str, float] = EXPOSED_US,
 ) -> Prediction:
-    """One request of a decoder with these rates, in bfloat16."""
+    """So many requests at a time of a decoder with these rates, in bfloat16. A launch exposes as much with up to 16
+    rows; more are not predicted well."""
     read = StageBytes.of(config, 2, 2)
+    # One call of the global stage serves all that close a patch.
+    rounds = rates._replace(global_=1 - (1 - rates.global_) ** batch, bytes=batch * rates.bytes)
+    closing = batch * rates.global_ / rounds.global_
 
     def megabytes(*stages: str, rows: int = 1) -> float:
         def seen(stage: str) -> float:
             window = getattr(config, stage).window if stage != "global" else None
             before = length / PATCH if stage == "global" else min(length, window or length)
-            return read.weights[stage] + read.kv_row[stage] * before + read.row[stage] * rows
+            served = closing if stage == "global" else batch
+            return read.weights[stage] + served * (read.kv_row[stage] * before + read.row[stage] * rows)
 
         return sum(map(seen, stages)) / 1e6
 
@@ -93,7 +99,7 @@ def predict(
     took = [us(mb, n, stage) for mb, n, stage in zip(data, of, ("local", "global", "decoder", "decoder"), strict=True)]
 
     def of_byte(each: "list[float] | Launches") -> float:
-        return sum(rate * cost for rate, cost in zip(rates[:4], each, strict=True)) / rates.bytes
+        return sum(rate * cost for rate, cost in zip(rounds[:4], each, strict=True)) / rounds.bytes
 
     per_byte = of_byte(took) / (1 - host_share)
     moved = of_byte(data)
@@ -104,6 +110,7 @@ def predict(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description=__doc__)
     parser.add_argument("--model", choices=PRESETS, default="1b")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="how many requests at a time")
     parser.add_argument("--length", type=int, default=LENGTH, help="bytes of text before")
     parser.add_argument("--copy-gb-s", type=float, default=COPY_GB_S, help="speed of a plain copy, read and written")
     parser.add_argument("--exposed-us", type=float, help="of each launch, in all stages; by default as measured")
@@ -113,19 +120,27 @@ def main() -> None:
     config = shaped(options.model, "fast")
     exposed = EXPOSED_US if options.exposed_us is None else dict.fromkeys(EXPOSED_US, options.exposed_us)
     of, found = launches(config), {}
-    for name, rates in RATES.items():
-        host = HOST_SHARE[name] if options.host_share is None else options.host_share
-        found[name] = predict(
-            config, of, rates, host, length=options.length, copy_gb_s=options.copy_gb_s, exposed_us=exposed
-        )
+    for batch in options.batch:
+        for name, rates in RATES.items():
+            host = HOST_SHARE[name] if options.host_share is None else options.host_share
+            found[batch, name] = predict(
+                config, of, rates, host,
+                batch=batch, length=options.length, copy_gb_s=options.copy_gb_s, exposed_us=exposed,
+            )  # fmt: skip
     if options.json:
-        print(json.dumps({name: p._asdict() | {"bytes_per_second": p.bytes_per_second} for name, p in found.items()}))
+        rows = [
+            {"concurrency": batch, "decoder": name, **p._asdict(), "bytes_per_second": p.bytes_per_second}
+            for (batch, name), p in found.items()
+        ]
+        print(json.dumps(rows))
         return
-    print("| decoder | patcher, encoder us | global us | pass us | launches a byte | MB a byte | bytes/s | use |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, p in found.items():
+    print(
+        "| decoder | batch | patcher, encoder us | global us | pass us | launches a byte | MB a byte | bytes/s | use |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (batch, name), p in found.items():
         print(
-            f"| {name} | {p.local_us:.0f} | {p.global_us:.0f} | {p.pass_us:.0f} | {p.launches:.0f} | "
+            f"| {name} | {batch} | {p.local_us:.0f} | {p.global_us:.0f} | {p.pass_us:.0f} | {p.launches:.0f} | "
             f"{p.megabytes:,.0f} | {p.bytes_per_second:,.0f} | {p.use:.2f} |"
         )
 

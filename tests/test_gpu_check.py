@@ -21,7 +21,6 @@ from benchmarks.generate import generate, prompts
 from benchmarks.gpu_check import (
     ahead,
     check,
-    crowd,
     exactness,
     forms,
     host,
@@ -33,6 +32,7 @@ from benchmarks.gpu_check import (
 )
 from benchmarks.gpu_check.__main__ import main
 from benchmarks.gpu_check.check import FAILED, MISSING, PARTS, PASSED, Check, Part
+from benchmarks.gpu_check.device import data_sheet_gb_s
 from benchmarks.gpu_check.piece import Piece
 from benchmarks.gpu_check.render import render
 from benchmarks.gpu_check.setting import Setting
@@ -205,7 +205,9 @@ def test_the_gpu_check_imports_only_documented_packages() -> None:
     shared = [ROOT / "benchmarks" / f"{name}.py" for name in check.SHARED]
     for path in [*shared, *(ROOT / "benchmarks" / "gpu_check").glob("*.py")]:
         for package, *rest in imported(path):
-            assert package in {"engine", "kernels", "benchmarks", "torch", "pytest"} | sys.stdlib_module_names, path
+            assert (
+                package in {"engine", "kernels", "benchmarks", "torch", "triton", "pytest"} | sys.stdlib_module_names
+            ), path
             assert package != "benchmarks" or rest[0] in {*check.SHARED, "gpu_check"}, path
 
 
@@ -278,7 +280,14 @@ def test_the_nano_part_measures_speed_with_and_without_graphs(setting: Setting) 
 
 def test_the_1b_parts_measure_speed_with_replayed_acceptance(setting: Setting) -> None:
     figures = figures_of(shape_1b, setting)
-    assert [row["decoder"] for row in figures["speed"]] == list(variants.RANDOM["fast"])
+    few = [way for way in variants.RANDOM["fast"] if way != "blt-s k=16"]
+    numbers = [(1, way) for way in variants.RANDOM["fast"]] + [(n, way) for n in (2, 3) for way in few]
+    assert [(row["concurrency"], row["decoder"]) for row in figures["speed"]] == numbers
+    assert all(row["bytes_per_second"] > 0 and min(row["call_us"].values()) > 0 for row in figures["speed"])
+    predicted = {(row["concurrency"], row["decoder"]): row["bytes_per_second"] for row in figures["model"]}
+    assert set(predicted) == {(n, way) for n in (1, 2, 3) for way in few} and min(predicted.values()) > 0
+    assert all(f"| {n} | {way} | " in told("1b", figures) for n, way in numbers)
+    figures["speed"] = [row for row in figures["speed"] if row["concurrency"] == 1]
     assert all(0 <= row["host_gap"] <= 1 and row["host_us_per_byte"] >= 0 for row in figures["speed"])
     others = figures_of(forms, setting)
     rows = {(row["form"], row["weights"], row["decoder"]): row for row in figures["speed"] + others["speed"]}
@@ -303,11 +312,30 @@ def test_the_host_part_ranks_decoders_by_exposed_time(setting: Setting) -> None:
     assert lines[0].startswith(f"| 2 | {list(host.WAYS)[-1]} | {(len(lines) - 1) / 10:.1%} |")
 
 
-def test_the_crowd_part_measures_speed_of_many_sequences(setting: Setting) -> None:
-    rows = figures_of(crowd, setting)["speed"]
-    assert [(row["concurrency"], row["decoder"]) for row in rows] == [(n, way) for n in (2, 3) for way in crowd.WAYS]
-    assert all(row["bytes_per_second"] > 0 and row["bandwidth_use"] > 0 for row in rows)
-    assert "| 3 | blt-dv B=8 |" in told("crowd", {"speed": rows})
+def test_the_1b_part_shows_predictions_and_aims_beside_what_it_measured() -> None:
+    row = {
+        "form": "fast", "weights": "bfloat16", "concurrency": 1, "decoder": "blt", "acceptance": "none needed",
+        "over_blt": 1.0, "range": [1.0, 1.0], "predicted": 1.0, "realisation": 1.0, "read_gb_s": 1e3,
+        "bytes_per_second": 950.0, "bandwidth_use": 0.3, "read_mb_per_byte": 1450.0, "bytes_per_round": 1.0,
+        "decoder_calls_per_byte": 1.0, "global_calls_per_byte": 0.35, "ms_per_step": 1.0,
+        "call_us": {"patcher + encoder": 190.0, "global call": 900.0, "decoder pass": 180.0},
+    }  # fmt: skip
+    model = {"concurrency": 1, "decoder": "blt", "bytes_per_second": 977.0, "local_us": 222.0, "global_us": 1078.0}
+    aims = {"patcher + encoder": 200.0, "global call": 870.0, "decoder pass": 185.0}
+    figures = {"speed": [row, {**row, "concurrency": 16}], "model": [{**model, "pass_us": 228.0}], "aim_us": aims}
+    said = told("1b", figures | {"card": "NVIDIA H100 80GB HBM3", "data_sheet_gb_s": 3352})
+    assert "| 1 | blt | 950 (977) | 190 (222) | **900** (1,078) | 180 (228) |" in said
+    assert "| 16 | blt | 950 | 190 | 900 | 180 |" in said, "aims are for one sequence"
+    assert "of 3,352 GB/s by the data sheet of NVIDIA H100 80GB HBM3" in said
+    assert "global call 870 us" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("NVIDIA H200", 4800), ("NVIDIA H100 80GB HBM3", 3352), ("NVIDIA H100 PCIe", 2039), ("NVIDIA GH200 480GB", None)],
+)
+def test_cards_are_known_by_the_words_of_their_names(name: str, rate: int | None) -> None:
+    assert data_sheet_gb_s(name) == rate
 
 
 def test_the_ahead_part_finds_one_text_with_every_policy(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

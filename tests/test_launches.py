@@ -53,3 +53,12 @@ def test_the_model_of_time_gives_the_speeds_that_were_measured() -> None:
         told = gpu_model.predict(CONFIG, then, launches.RATES[name], gpu_model.HOST_SHARE[name])
         assert told.bytes_per_second == pytest.approx(speed, rel=0.02)
         assert 0.2 < told.use < 0.3
+
+
+def test_a_batch_shares_launches_and_weights_but_not_keys_and_values() -> None:
+    of, rates = gpu_model.Launches(133, 235, 114, 114), launches.RATES["blt"]
+    one, many = (gpu_model.predict(CONFIG, of, rates, 0.0, batch=batch) for batch in (1, 16))
+    assert 8 < many.bytes_per_second / one.bytes_per_second < 16
+    # Keys and values of nine layers and 260 bytes, for 15 sequences more.
+    assert many.pass_us - one.pass_us == pytest.approx(15 * 9 * 260 * 4096 / gpu_model.COPY_GB_S / 1e3, rel=0.03)
+    assert many.use > one.use

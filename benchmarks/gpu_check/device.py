@@ -12,6 +12,15 @@ from .setting import Setting
 
 _FIELDS = ("driver_version", "power.limit", "clocks.max.memory", "clocks.max.sm", "utilization.gpu", "memory.used")
 
+DATA_SHEETS = {"H200": 4800, "H100 NVL": 3938, "H100 PCIe": 2039, "H100": 3352}
+"""GB/s of a card's memory by NVIDIA's data sheets. The first whose words are all in the card's name counts."""
+
+
+def data_sheet_gb_s(name: str) -> int | None:
+    """What the memory of a card of that name moves at most, None for one that is not known."""
+    words = set(name.split())
+    return next((rate for card, rate in DATA_SHEETS.items() if words >= set(card.split())), None)
+
 
 def describe(setting: Setting) -> dict[str, Any]:
     """Name, size and load of the device, and whether the host plans for it in C."""
@@ -24,6 +33,7 @@ def describe(setting: Setting) -> dict[str, Any]:
         "name": properties.name,
         "compute capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
+        "memory GB/s by its data sheet": data_sheet_gb_s(properties.name),
         "memory GB": round(properties.total_memory / 1e9, 1),
         "L2 MB": round(getattr(properties, "L2_cache_size", 0) / 1e6, 1),
         "CUDA": torch.version.cuda,
