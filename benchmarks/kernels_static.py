@@ -434,7 +434,9 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", type=int, choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="compile only kernels of these names")
-    parser.add_argument("--in-turn", action="store_true", help="each kernel for one of the architectures, in turn")
+    parser.add_argument(
+        "--in-turn", action="store_true", help="each kernel for one architecture, in turn, and only without a gate"
+    )
     parser.add_argument("--bfloat16", action="store_true", help="without float8 weights")
     parser.add_argument("--ones", action="store_true", help="also with every size 1")
     parser.add_argument("--handover", action="store_true", help="only the GPU check's hand-over kernels")
@@ -452,6 +454,8 @@ def main() -> int:
     if unknown := only - names:
         parser.error(f"--only: no kernel named {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
     launches = [launch for launch in recorder.launches if launch.name in only]
+    if options.in_turn:
+        launches = [launch for launch in launches if not dict(launch.constants).get("GATE")]
     jobs = [
         (launch, arch)
         for i, launch in enumerate(launches)

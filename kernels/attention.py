@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 from .gate import gate_options
-from .lang import await_inputs, dot, jit, let_next_begin, power_of_two, tl
+from .lang import IN_INTERPRETER, await_inputs, dot, jit, let_next_begin, power_of_two, tl
 from .traffic import Traffic
 
 TILE = 16
 """Rows per tile that suit the Triton kernel."""
 LARGE_TILE = 32
 """Rows per tile of the torch twin for a sequence with more than a few rows."""
-WHOLE = 512
-"""More programs than this keep a device busy without splitting tiles."""
+WHOLE = 0 if IN_INTERPRETER else 512
+"""More programs than this keep a device busy without splitting tiles. In the interpreter each takes long to begin."""
 SCRATCH = 32 << 20
 """Most bytes of the partials of split tiles."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import gate
+from kernels import attention, gate
 from kernels.attention import AttentionPlan
 from kernels.closing import Closing, Sizes, Tables, closing, closing_triton
 from kernels.dispatch import TritonKernels
@@ -194,7 +195,8 @@ def gated(draw: Draw) -> list[Tensor]:
     laid = Laid(LAID, draw)
     x, weight, norm = draw.randn(5, 16), Matrix(draw.randn(24, 16)), draw.randn(16)
     caches = [draw.randn(laid.num_pages, 2, laid.page_size, 8) for _ in range(2)]
-    attended = TRITON.attention(draw.randn(len(laid.on_device().first), 4, 8), *caches, laid.on_device())
+    with mock.patch.object(attention, "WHOLE", 512):
+        attended = TRITON.attention(draw.randn(len(laid.on_device().first), 4, 8), *caches, laid.on_device())
     num_pages, *patches = draw.pooled([3, 1, 2], 4)
     pooled = TRITON.patch_max(draw.randn(num_pages, 4, 8), *patches)
     stored = [torch.full((3, 2, 4, 8), torch.nan, device=DEVICE) for _ in range(4)]

@@ -156,7 +156,7 @@ def test_attention_split_in_any_order_of_programs_is_the_same_bits(
         whole = TRITON.attention(q, k, v, plan)
     orders = (None, seed) if DEVICE.type == "cpu" else (None,)  # a device has an order of its own
     for order in orders:
-        with programs_in_drawn_order(order) as ran:
+        with programs_in_drawn_order(order) as ran, mock.patch.object(attention_file, "WHOLE", 512):
             assert torch.equal(TRITON.attention(q, k, v, plan), whole)
         assert not any(made.any() for made in attention_file._counters[q.device]), "reset by the last to arrive"
         if order is not None and plan.shape.most_pages > 1:
@@ -205,7 +205,8 @@ def test_attention_does_not_depend_on_the_batch(seed: int, dtype: torch.dtype, l
     caches = [draw.randn(laid.num_pages, 2, laid.page_size, 8, dtype=dtype) for _ in range(2)]
     plan = laid.on_device()
     q = draw.randn(len(plan.first), 4, 8, dtype=dtype)
-    found = TRITON.attention(q, *caches, plan)
+    with mock.patch.object(attention_file, "WHOLE", 512):
+        found = TRITON.attention(q, *caches, plan)
     # Every row in a tile of its own, over the pages of the tile that it was in.
     tiles = [
         [row, 1, *tile[2:]] for tile in plan.tiles.tolist() for row in range(tile[0], tile[0] + tile[1]) if tile[4]
@@ -376,9 +377,10 @@ def test_settling_equals_torch(seed: int, sizes: list[int], spread: float, broke
         inside = torch.arange(max(sizes)) < length[:, None]
         results.append((text, cells[:, inside.to(DEVICE)]))
     (expected, right), (found, cells) = results
-    assert torch.equal(cells, right) and torch.equal(found, expected)
+    assert torch.equal(cells[2], right[2])
     if not broken:
-        assert not cells[2].any()
+        # Which cells settle by figures that are no numbers does not matter: their block fails.
+        assert torch.equal(cells, right) and torch.equal(found, expected) and not cells[2].any()
 
 
 @few
