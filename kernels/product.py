@@ -20,8 +20,8 @@ from .float8 import widen
 from .lang import IN_INTERPRETER, INTERPRETED, blocks, jit, power_of_two, tl
 from .norm import rms_norm_triton
 
-ROWS = 16
-"""Rows that a program multiplies at a time: those of one tensor-core instruction."""
+ROWS = 8 if IN_INTERPRETER else 16
+"""Rows that a program multiplies at a time: those of one tensor-core instruction; fewer where each costs time."""
 SEGMENTS = 8
 WARPS = 8
 TRIGGER_FIRST = tl.constexpr(True)

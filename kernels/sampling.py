@@ -12,7 +12,7 @@ way the text itself is the one that the model alone would have drawn, whatever t
 import torch
 from torch import Tensor
 
-from .lang import await_inputs, jit, let_next_begin, overlap, power_of_two, tl
+from .lang import IN_INTERPRETER, await_inputs, jit, let_next_begin, overlap, power_of_two, tl
 from .traffic import Traffic
 
 MASS_SCALE = 2.0**52
@@ -159,7 +159,7 @@ def sample_triton(logits: Tensor, params: Tensor, uniforms: Tensor) -> Tensor:
     block = power_of_two(vocab_size)
     sample_kernel[(rows,)](
         logits, params, uniforms, out, vocab_size,
-        BLOCK=block, CHUNK=min(block, 8), num_warps=8, **overlap(logits),
+        BLOCK=block, CHUNK=min(block, 128 if IN_INTERPRETER else 8), num_warps=8, **overlap(logits),
     )  # fmt: skip
     return out
 

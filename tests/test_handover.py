@@ -139,6 +139,7 @@ def test_the_decision_about_segments_depends_on_the_time_saved() -> None:
     assert find(rows(1, 2, 3), matrix="decoder o", segments=1)
 
 
+@pytest.mark.slow
 def test_the_handover_kernels_fit_a_device_and_prefetch_weights_before_they_wait() -> None:
     # Kernels that were defined for the interpreter cannot be compiled: another process defines them anew.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

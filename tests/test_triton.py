@@ -351,7 +351,7 @@ def test_boundaries_equals_torch(seed: int, rule: Rule, sequences: list[tuple[in
         assert torch.equal(found, expected)
 
 
-@few
+@settings(few, max_examples=6)
 @given(SEEDS, st.lists(st.integers(0, 12), min_size=1, max_size=5), st.sampled_from([0.1, 3.0, 20.0]), st.booleans())
 def test_settling_equals_torch(seed: int, sizes: list[int], spread: float, broken: bool) -> None:
     """Pass after pass over blocks of different lengths, some of them padding, until all is settled."""

@@ -33,6 +33,7 @@ from tests.faults.asking import (
 KILLS = 20
 
 
+@pytest.mark.faults
 async def test_streams_of_every_kind_survive_two_deaths_in_a_row(tmp_path: Path, record_property: Record) -> None:
     """32 streams, KILL, ready, KILL."""
     requests = mixed(32, seed=1)

@@ -62,6 +62,7 @@ def wait_for(log: Path, text: str) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.faults
 async def test_sigterm_lets_streams_finish(tmp_path: Path) -> None:
     requests = mixed(16, seed=61)
     async with under_way(tmp_path, requests) as streams:
