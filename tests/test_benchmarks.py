@@ -78,7 +78,11 @@ def test_every_benchmark_has_toy_arguments() -> None:
     assert {run.split()[0] for run in short.RUNS} <= set(TOYS)
 
 
-@pytest.mark.parametrize("name", TOYS)
+SLOW = ("checkouts", "startup")
+"""Benchmarks that start several servers."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in TOYS])
 def test_a_benchmark_writes_figures_a_table_and_a_plot(name: str, toys: Callable[[str], tuple[Content, Path]]) -> None:
     if lacks := program.lacking(name):
         pytest.skip(lacks)

@@ -205,6 +205,7 @@ async def test_an_engine_whose_step_takes_too_long_is_killed_and_replaced(tmp_pa
         assert (client.pid, client.restarts) == (pid, restarts) and restarts
 
 
+@pytest.mark.slow
 async def test_a_frozen_engine_is_unready_ends_requests_in_time_and_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
