@@ -14,11 +14,12 @@ from torch import Tensor
 
 from kernels.lang import IN_INTERPRETER, blocks, dot, jit, power_of_two, tl
 from kernels.norm import rms_norm
+from kernels.product import held
 
 from . import reads, ring
 from .question import UNDECIDED, Case
 from .scale import Scale, Stack
-from .tile import MOST_POLLS, WARPS, arrive, held, inverse_rms, load_weights, segmented, times, together, wait
+from .tile import MOST_POLLS, WARPS, arrive, inverse_rms, load_weights, segmented, times, together, wait
 
 TITLE = "a stack as one kernel"
 PHASES = 5

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.float8 import widen, widen_by_integers
 from kernels.lang import INTERPRETED, await_inputs, jit, let_next_begin, power_of_two, tl
+from kernels.product import held
 
 PLAIN, CAST, BITS, ASM = range(4)
 """How weights become bfloat16: already bfloat16; converted from float8 (e4m3); bits moved by integer instructions; by
@@ -36,17 +37,6 @@ def load_weights(w_ptr, i_out, first, IN: tl.constexpr, SEGMENTS: tl.constexpr, 
     i_in = (first + tl.arange(0, SEGMENTS))[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     p_w = w_ptr + i_out.to(tl.int64)[None, :, None] * IN + i_in
     return tl.load(p_w, mask=i_in < IN, other=0.0, eviction_policy="evict_first")
-
-
-@jit
-def held(w):
-    """The same weights, as a barrier to reordering: all are loaded before any is used, and none goes through shared
-    memory before the last."""
-    if INTERPRETED:
-        return w
-    else:
-        PACK: tl.constexpr = 32 // w.dtype.primitive_bitwidth
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], dtype=w.dtype, is_pure=False, pack=PACK)
 
 
 @jit
