@@ -1,6 +1,7 @@
 """A step as one call into C gives what the stages give one by one: texts, usage, scores, in any company."""
 
 import ctypes
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,20 @@ def requests(draw: st.DrawFn, decoders: list[str]) -> Request:
     return request("", prompt, count, **how, **scores)
 
 
+def engine_with_cache(model: Path, rows: int, **config: Any) -> Engine:
+    """On a processor whose cache holds so many rows for drafts."""
+    read = make_engine(model).ledger.stage_bytes
+    size = (read.weights["decoder"] + rows * read.kv_row["decoder"]) / one_call.CACHE_SHARE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_call, "processor_cache", lambda: math.ceil(size))
+        return make_engine(model, **config)
+
+
 @settings(max_examples=4)
 @given(st.data())
 def test_one_call_gives_what_the_stages_give_one_by_one(model: Path, data: st.DataObject) -> None:
-    engine, apart = make_engine(model, max_step_rows=40), stages_apart(make_engine(model, max_step_rows=40))
+    apart = stages_apart(make_engine(model, max_step_rows=40))
+    engine = engine_with_cache(model, data.draw(st.sampled_from([0, 1, 50])), max_step_rows=40)
     decoders = [name for name in engine.limits.decoders if name != "auto"]
     asked = data.draw(st.lists(requests(decoders), min_size=1, max_size=5))
     asked = [Request(**{**{f: getattr(r, f) for f in r.__struct_fields__}, "id": str(n)}) for n, r in enumerate(asked)]
@@ -142,6 +153,17 @@ def test_more_rows_than_a_step_may_have_are_verified_in_another(model: Path) -> 
     found, wanted = run(engine, asked), run(small, asked)
     assert {name: out.ids for name, out in found.items()} == {name: out.ids for name, out in wanted.items()}
     assert small.snapshot().steps > engine.snapshot().steps
+
+
+def test_drafts_whose_rows_the_cache_does_not_hold_take_turns(model: Path) -> None:
+    asked = [request(str(n), text(20, n), 9, decoder="blt-s", draft_length=8, ignore_eos=True) for n in range(4)]
+    wide, narrow = engine_with_cache(model, 1000), engine_with_cache(model, 50)
+    found, wanted = run(narrow, asked), run(wide, asked)
+    assert {name: out.ids for name, out in found.items()} == {name: out.ids for name, out in wanted.items()}
+    # One pass of all over their prompts, which gives the first byte of each draft; then 20 to 28 rows each.
+    calls, together = narrow.snapshot().calls["decoder"], wide.snapshot().calls["decoder"]
+    assert together < calls <= 2 * together
+    assert bill(found["0"]) == bill(wanted["0"])
 
 
 def test_structs_are_as_large_as_in_c() -> None:

@@ -53,7 +53,7 @@ class Ledger:
     """
 
     def __init__(self, stage_bytes: StageBytes, latency: LatencyModel, clock: Clock) -> None:
-        self._bytes, self._clock = stage_bytes, clock
+        self.stage_bytes, self._clock = stage_bytes, clock
         self.latency = latency
         self.reset()
 
@@ -85,7 +85,8 @@ class Ledger:
         for stage, calls, all_rows, seconds, number in zip(STAGES, *totals, range(len(STAGES)), strict=True):
             if not calls:
                 continue
-            weights, row, kv_row = self._bytes.weights[stage], self._bytes.row[stage], self._bytes.kv_row[stage]
+            of = self.stage_bytes
+            weights, row, kv_row = of.weights[stage], of.row[stage], of.kv_row[stage]
             looked = 0
             for rows, answer in answers:
                 served = answer.served[number]
@@ -108,8 +109,8 @@ class Ledger:
         total, all_rows = self.total, sum(share.num_rows for share in shares)
         total.calls[stage] += 1
         total.rows[stage] += all_rows
-        each = self._bytes.weights[stage] / all_rows + self._bytes.row[stage]
-        kv_row, whole = self._bytes.kv_row[stage], 0.0
+        each = self.stage_bytes.weights[stage] / all_rows + self.stage_bytes.row[stage]
+        kv_row, whole = self.stage_bytes.kv_row[stage], 0.0
         for rows, count, counted, looked_at in shares:
             read = each * count + looked_at * kv_row
             whole += read

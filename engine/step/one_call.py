@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kernels.native.step import CACHES, Answer, Ask, Limits, Request, Step, StepCaches, addresses_of
+from kernels.native.step import CACHES, Answer, Ask, Limits, Request, Step, StepCaches, addresses_of, processor_cache
 
 from ..config import EOS_ID, Policy
 from ..costs.ledger import Ledger
@@ -22,8 +22,11 @@ from .launch import Launcher
 from .results import cell_params, results_of, score_prompts
 from .sampling import static_changes
 
-ASKS = {Next: Ask.NEXT, Draft: Ask.DRAFT, Unmask: Ask.UNMASK, Verify: Ask.VERIFY, type(None): Ask.PREFILL}
+CACHE_SHARE = 1 / 3
+"""Of the processor's largest cache, for the decoder's weights and the rows that sequences read which draft together.
+With more than half, other programs and cores take what the next pass needs."""
 
+ASKS = {Next: Ask.NEXT, Draft: Ask.DRAFT, Unmask: Ask.UNMASK, Verify: Ask.VERIFY, type(None): Ask.PREFILL}
 
 LOOKED_UP_EVERY = 32
 """Steps after which the latency model is asked again."""
@@ -60,7 +63,11 @@ class OneCall:
         )  # fmt: skip
         where = StepCaches(kv, caches.open_states, launcher.tilings)
         first, second, third = BLOCK_SPECIALS
-        limits = Limits(isolates, isolates and model.config.isolate_global, EOS_ID, (first, second, third))
+        read = ledger.stage_bytes
+        most_read = int(processor_cache() * CACHE_SHARE - read.weights["decoder"]) // read.kv_row["decoder"]
+        limits = Limits(
+            isolates, isolates and model.config.isolate_global, EOS_ID, (first, second, third), max(0, most_read)
+        )
         step = Step(weights, where, boundary_rule(model.config.patching), limits)
         return cls(model, step, memory, ledger, isolates, max_rows)
 

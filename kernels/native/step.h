@@ -22,7 +22,7 @@ typedef struct {
     const Cache *caches[NUM_CACHES];
     void *open_states;
     Tiling tilings[NUM_CACHES];
-    int64_t num_closing, num_latent_kv, slots, reads_states, isolates, isolates_global, eos, mask;
+    int64_t num_closing, num_latent_kv, slots, reads_states, isolates, isolates_global, eos, mask, most_read;
     int64_t specials[3];
     int64_t longest, judge;
     float threshold, rise;
@@ -526,25 +526,51 @@ static int choose(const Model *m, Share *s, float *logits) {
 /* Sizes of the structs, which kernels/native/step.py lays out by itself. */
 void fastblt_step_sizes(int64_t *sizes) { sizes[0] = sizeof(Model), sizes[1] = sizeof(Share), sizes[2] = sizeof(Totals); }
 
+/* Runs a pass of `n` sequences; moves those that take part in another to the front and returns their number. */
+static int64_t run_pass(const Model *m, Share **live, int64_t n, float *wanted, Totals *totals) {
+    run_patcher(m, live, n, totals);
+    void *states = run_encoder(m, live, n, totals);
+    run_global(m, live, n, totals);
+    float *logits = run_decoder(m, live, n, states, totals);
+    if (wanted && logits) {
+        const Share *last = live[n - 1];
+        memcpy(wanted, logits, (last->logits_at + last->num_logits) * m->decoder->head.out * sizeof *logits);
+    }
+    int64_t left = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (live[i]->draws && choose(m, live[i], logits)) live[left++] = live[i];
+    return left;
+}
+
+/* How many sequences, from the first on, run their next passes together: all that need every stage; else as many as the
+   processor's cache holds the rows of, since each further pass of a draft reads the same rows again. */
+static int64_t num_together(const Model *m, Share **live, int64_t n) {
+    int64_t count = 0, window = m->tilings[DECODER_CACHE].window;
+    if (!m->most_read) return n;
+    for (int64_t i = 0; i < n; i++)
+        if (live[i]->ask == NEXT) {
+            Share *first = live[count];
+            live[count++] = live[i], live[i] = first;
+        }
+    if (count) return count;
+    for (int64_t read = 0; count < n; count++) {
+        const Share *s = live[count];
+        int64_t end = s->num_cells ? s->cells_start + s->num_cells : s->end;
+        read += window && window < end ? window : end;
+        if (count && read > m->most_read) break;
+    }
+    return count;
+}
+
 /* Runs the shares of `count` sequences. wanted: null, or room for the logits of the first pass. */
 void fastblt_step(const Model *m, Share *all, int64_t count, float *wanted, Totals *totals, int threads) {
     begin(threads);
-    int64_t n = count;
-    Share **live = ROOM(Share *, n);
-    for (int64_t i = 0; i < n; i++) live[i] = all + i;
-    for (int pass = 0; n; pass++) {
-        run_patcher(m, live, n, totals);
-        void *states = run_encoder(m, live, n, totals);
-        run_global(m, live, n, totals);
-        float *logits = run_decoder(m, live, n, states, totals);
-        if (wanted && !pass && logits) {
-            const Share *last = live[n - 1];
-            memcpy(wanted, logits, (last->logits_at + last->num_logits) * m->decoder->head.out * sizeof *logits);
-        }
-        int64_t left = 0;
-        for (int64_t i = 0; i < n; i++)
-            if (live[i]->draws && choose(m, live[i], logits)) live[left++] = live[i];
-        n = left;
+    Share **live = ROOM(Share *, count);
+    for (int64_t i = 0; i < count; i++) live[i] = all + i;
+    int64_t left = run_pass(m, live, count, wanted, totals);
+    for (int64_t first = 0, n; first < left; first += n) {
+        n = num_together(m, live + first, left - first);
+        for (int64_t more = n; more;) more = run_pass(m, live + first, more, 0, totals);
     }
     for (int64_t i = 0; i < count; i++) all[i].ended = all[i].end;
     finish();

@@ -5,6 +5,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -67,12 +68,14 @@ class StepCaches:
 
 class Limits(NamedTuple):
     """isolates, isolates_global: whether bytes and patches are hidden from later documents, which begin after `eos`.
-    specials: ids that a block's cell never becomes."""
+    specials: ids that a block's cell never becomes. most_read: rows of the decoder's cache that sequences read which
+    draft together; 0 for any number."""
 
     isolates: bool
     isolates_global: bool
     eos: int
     specials: tuple[int, int, int]
+    most_read: int
 
 
 class Request(NamedTuple):
@@ -175,7 +178,7 @@ class _Model(ctypes.Structure):
         ("open_states", _POINTER),
         ("tilings", _INT * 4 * len(CACHES)),
         *((name, _INT) for name in ("num_closing", "num_latent_kv", "slots", "reads_states")),
-        *((name, _INT) for name in ("isolates", "isolates_global", "eos", "mask")),
+        *((name, _INT) for name in ("isolates", "isolates_global", "eos", "mask", "most_read")),
         ("specials", _INT * 3),
         ("longest", _INT),
         ("judge", _INT),
@@ -198,7 +201,8 @@ class Step:
             *stacks, ctypes.addressof(w.hashes.description), w.embedding.data_ptr(), closing, w.latent_kv.structs,
             *matrices, (_POINTER * len(CACHES))(*addresses), caches.open_states.data_ptr(), tilings, len(closing),
             len(w.latent_kv.structs), w.slots, w.reads_states, limits.isolates, limits.isolates_global, limits.eos,
-            w.mask_id, (_INT * 3)(*limits.specials), rule.longest, judge_of(rule), rule.threshold, rule.rise or 0.0,
+            w.mask_id, limits.most_read, (_INT * 3)(*limits.specials), rule.longest, judge_of(rule), rule.threshold,
+            rule.rise or 0.0,
         )  # fmt: skip
         # Keeps the memory behind the addresses.
         self._alive = w, caches, norms
@@ -235,6 +239,12 @@ def _answer(shares: "ctypes.Array[ctypes.c_char]", at: int) -> Answer:
 def sizes() -> tuple[int, int, int]:
     """Bytes of a model, a share and the totals, as they are laid out here; C must agree."""
     return ctypes.sizeof(_Model), _SHARE, _TOTALS.size
+
+
+def processor_cache() -> int:
+    """Bytes of the largest cache of the first core, which it may share with others; 0 where Linux does not tell."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=0)
 
 
 def addresses_of(text: Text, place: int) -> tuple[int, int, int, int]:
