@@ -178,6 +178,31 @@ def test_the_mask_loss_equals_the_papers_sum_over_all_blocks(
     assert float(found.mask) == pytest.approx(total / LENGTH, rel=1e-4)
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_a_share_of_the_blocks_is_masked_whole(
+    random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches, share: float
+) -> None:
+    config, _ = random_model
+    starts = int(patches.counts[0]) - 1
+    drawn = objective.corrupt(config, row, patches, starts, torch.Generator().manual_seed(0), full_share=share)
+    whole = drawn.rates[0] == 1
+    assert int(whole.sum()) == pytest.approx(share * starts, abs=1)
+    assert (drawn.scores[0, whole] == (drawn.targets[0, whole] != PAD_ID)).all()
+    rest = drawn.rates[0, ~whole].sort().values
+    assert not len(rest) or (rest[0] < 0.2 and rest[-1] > 0.8 and rest.diff().max() < 2.5 / len(rest))
+
+
+def test_the_loss_without_blocks_is_the_clean_one(
+    random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches
+) -> None:
+    config, weights = random_model
+    corruption = objective.corrupt(config, row, patches, 4, torch.Generator().manual_seed(0))
+    wanted = objective.losses(config, weights, row, patches, corruption, FP32)
+    found = objective.next_byte_losses(config, weights, row, patches, FP32)
+    torch.testing.assert_close(found.clean, wanted.clean, atol=1e-5, rtol=0)
+    assert found.clean_right == wanted.clean_right and found.mask == 0
+
+
 def test_sampled_blocks_are_weighted_to_stand_for_all_and_skip_padding(
     random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches
 ) -> None:

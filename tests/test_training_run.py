@@ -13,10 +13,10 @@ from engine import checkpoint
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
 from tests.models import our_config
 from training.corpus import Corpus, standard_library
-from training.export import export
+from training.export import export, plot
 from training.metrics import read_metrics
 from training.state import Settings, State, fraction
-from training.train import Stopped, row_length, train
+from training.train import Stopped, falling, row_length, train
 
 TEXTS = tuple(f"def f{i}(x):\n    return x + {i}\n".encode() * (1 + i % 7) for i in range(20))
 CORPUS = Corpus(tuple(f"{i}.py" for i in range(20)), TEXTS)
@@ -116,6 +116,21 @@ def test_a_training_run_exports_a_model_folder_with_card_and_curve(tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{result.bits_per_byte:.3f} bits per byte" in card and "PSF" in card
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_blocks_join_later_and_rates_are_held(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, steps=8, blocks_from=0.5, full_share=0.5, hold=0.25)
+    state = State.new(settings, CONFIG)
+    before = state.weights["model.local_decoder.embed_tokens.weight"][CONFIG.mask_id].clone()
+    train(state, CORPUS, tmp_path / "run")
+    lines = [line for line in read_metrics(tmp_path / "run") if line["phase"] == "model"]
+    assert ["mask" in line for line in lines] == [False] * 4 + [True] * 4
+    assert not torch.equal(state.weights["model.local_decoder.embed_tokens.weight"][CONFIG.mask_id], before)
+    plot(read_metrics(tmp_path / "run"), tmp_path / "loss.png")
+    assert [falling(settings, part) for part in (0.0, 0.25)] == [1.0, 1.0]
+    assert falling(settings, 0.625) == pytest.approx(0.5) and falling(settings, 1.0) == pytest.approx(0.0)
+    with pytest.raises(ValueError, match="blocks_from is a share from 0 to 1, not 1.5"):
+        replace(settings, blocks_from=1.5)
 
 
 def test_an_ablation_reuses_the_patcher_of_another_run(tmp_path: Path) -> None:

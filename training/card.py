@@ -108,13 +108,14 @@ def _training(state: State) -> str:
 * Objective: Fast BLT (arXiv 2605.08044), section 3.2: next-byte loss plus masked blocks of {state.config.block_size}
   cells that start at patch starts, weighted 1/t, t from 0.05 to 1. Departures: the block term has weight
   {settings.mask_weight}; blocks are a sample ({settings.blocks_per_kib} per 1024 bytes) and weighted for it; every
-  block has its own t, spread evenly over the batch.
+  block has its own t, spread evenly over the batch, but {settings.full_share:.0%} of them, which are masked whole. The
+  block term joins after {settings.blocks_from:.0%} of the model's phase.
 * The patcher first: {patcher.bytes / 1e6:.1f} MB seen, {patcher.seconds / 60:.0f} minutes. Then the threshold that
   gives a mean patch of {settings.mean_patch}: {state.config.patching.threshold} nats. Then the model: {main.step} steps,
   {main.bytes / 1e6:.1f} MB seen, {main.seconds / 60:.0f} minutes.
 * Rows: {lengths}; {settings.batch_bytes} bytes per step. Muon {settings.matrix_rate} for matrices, AdamW
-  {settings.table_rate} for tables, head and norms; {settings.warm_up} steps of warm-up, cosine to 0, gradient norm
-  clipped at 1, bfloat16 products.
+  {settings.table_rate} for tables, head and norms; {settings.warm_up} steps of warm-up, full
+  rates for {settings.hold:.0%} of a phase, then cosine to 0; gradient norm clipped at 1, bfloat16 products.
 * Trained on: {machines}.{unfinished}"""
 
 

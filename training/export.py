@@ -52,7 +52,7 @@ def plot(lines: Sequence[Line], picture: Path) -> None:
     curves = (("patcher", "bits", "patcher: next byte"), ("model", "bits", "model: next byte"),
               ("model", "mask", "model: masked cells, 1/t-weighted"))  # fmt: skip
     for phase, key, label in curves:
-        points = [(line["bytes"] / 1e6, line[key]) for line in lines if line["phase"] == phase]
+        points = [(line["bytes"] / 1e6, line[key]) for line in lines if line["phase"] == phase and key in line]
         if not points:  # a patcher of another run, or one whose stages' metrics were left elsewhere
             continue
         seen, loss = np.array(points).T

@@ -54,7 +54,11 @@ class Metrics:
         return line
 
     def _values(self) -> list[list[float]]:
-        return torch.stack([values for _, _, values in self._pending]).cpu().tolist() if self._pending else []
+        if not self._pending:
+            return []
+        # One copy from the device; steps may have different figures.
+        found = torch.cat([values for _, _, values in self._pending]).cpu()
+        return [part.tolist() for part in found.split([len(values) for _, _, values in self._pending])]
 
 
 def read_metrics(run: Path) -> list[Line]:

@@ -49,9 +49,16 @@ class Losses:
 
 
 def corrupt(
-    config: ModelConfig, row: Tensor, patches: Patches, per_text: int, draw: torch.Generator, rate: float | None = None
+    config: ModelConfig,
+    row: Tensor,
+    patches: Patches,
+    per_text: int,
+    draw: torch.Generator,
+    rate: float | None = None,
+    full_share: float = 0.0,
 ) -> Corruption:
     """Draws up to `per_text` blocks of every text in `row` (B, T + 1) and masks each at its rate, or all at `rate`.
+    `full_share` of them are masked whole.
 
     A block starts with a patch, the first patch (BOS alone) excepted, and runs for `block_size` bytes whatever the
     patches are; past the row's end it is padded with PAD, which is not scored.
@@ -77,7 +84,9 @@ def corrupt(
 
     if rate is None:
         places = to_device(torch.randperm(chosen.numel(), generator=draw).numpy(), device).view_as(chosen)
-        rates = MIN_RATE + (1 - MIN_RATE) * (places + uniform(*chosen.shape)) / chosen.numel()
+        spread = (1 - full_share) * chosen.numel()
+        rates = MIN_RATE + (1 - MIN_RATE) * (places + uniform(*chosen.shape)) / max(spread, 1.0)
+        rates = torch.where(places < spread, rates, 1.0).clamp(max=1.0)
     else:
         rates = torch.full(chosen.shape, rate, device=device)
     masked = uniform(*cells.shape) < rates[..., None]
@@ -106,6 +115,18 @@ def losses(
         _share_right(next_logits, after, asked),
         _share_right(cell_logits, targets, scores),
     )
+
+
+def next_byte_losses(
+    config: ModelConfig, weights: Weights, row: Tensor, patches: Patches, dtype: torch.dtype
+) -> Losses:
+    """The losses of `row` (B, T + 1) without blocks, which are those of masks 0."""
+    ids, after = row[:, :-1], row[:, 1:]
+    slots = model.latents(config, weights, ids, patches, dtype)
+    found = model.logits(weights, model.decode(config, weights, ids, patches.reads, slots, dtype)[0])
+    clean = F.cross_entropy(found.flatten(0, 1), after.flatten(), ignore_index=PAD_ID)
+    nothing = torch.zeros_like(clean)
+    return Losses(clean, nothing, _share_right(found, after, after != PAD_ID), nothing)
 
 
 def patcher_loss(config: ModelConfig, weights: Weights, row: Tensor, dtype: torch.dtype) -> Tensor:

@@ -112,6 +112,12 @@ def row_length(settings: Settings, done: float) -> int:
     return next(length for start, length in reversed(settings.lengths) if done >= start)
 
 
+def falling(settings: Settings, done: float) -> float:
+    """What is left of the learning rates after the part `done` of the phase: all until `hold`, then a cosine to 0."""
+    fallen = max(0.0, done - settings.hold) / (1 - settings.hold) if settings.hold < 1 else 0.0
+    return 0.5 + 0.5 * math.cos(math.pi * fallen)
+
+
 def _finished(state: State, phase: Phase) -> bool:
     return fraction(state, phase) >= 1.0
 
@@ -129,7 +135,7 @@ def _phase(run: _Run, name: str, step: Step) -> None:
             rows = run.corpus.rows(np.random.default_rng(seed), max(1, settings.batch_bytes // length), length)
             draw = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
             figures = step(to_device(rows.numpy(), state.device), draw)
-            rate = min(1.0, (phase.step + 1) / settings.warm_up) * (0.5 + 0.5 * math.cos(math.pi * done))
+            rate = min(1.0, (phase.step + 1) / settings.warm_up) * falling(settings, done)
             for optimizer, base in zip(phase.optimizers, phase.rates, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = base * rate
@@ -177,25 +183,26 @@ def _model_step(state: State, passes: Passes) -> Step:
         with torch.no_grad():
             patches = model.patch(state.config.patching, model.entropies(state.config, state.weights, row[:, :-1]))
         passes.vary(patches.starts, patches.bytes, patches.holds)
-        # Without weight a single block, so that its loss is still logged.
-        wanted = settings.blocks_per_kib if settings.mask_weight else 0
-        per_text = max(1, wanted * (row.shape[1] - 1) // 1024)
-        corruption = objective.corrupt(state.config, row, patches, per_text, draw)
+        function: Pass = objective.next_byte_losses
+        given: list[Any] = [row, patches]
+        if fraction(state, state.phases["model"]) >= settings.blocks_from:
+            # Without weight a single block, so that its loss is still logged.
+            wanted = settings.blocks_per_kib if settings.mask_weight else 0
+            per_text, share = max(1, wanted * (row.shape[1] - 1) // 1024), settings.full_share
+            function = objective.losses
+            given.append(objective.corrupt(state.config, row, patches, per_text, draw, full_share=share))
 
         def losses(function: Pass) -> objective.Losses:
-            found: objective.Losses = function(state.config, state.weights, row, patches, corruption, settings.dtype)
+            found: objective.Losses = function(state.config, state.weights, *given, settings.dtype)
             (found.clean + settings.mask_weight * found.mask).backward()
             return found
 
-        found = losses(passes.choose(objective.losses, row.shape, _without_trace(losses, state)))
+        found = losses(passes.choose(function, row.shape, _without_trace(losses, state)))
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        return {
-            "bits": found.clean / math.log(2),
-            "mask": found.mask / math.log(2),
-            "right": found.clean_right,
-            "mask_right": found.mask_right,
-            "norm": norm,
-        }
+        figures = {"bits": found.clean / math.log(2), "right": found.clean_right, "norm": norm}
+        if len(given) > 2:
+            figures |= {"mask": found.mask / math.log(2), "mask_right": found.mask_right}
+        return figures
 
     return step
 
@@ -280,6 +287,11 @@ def main(arguments: list[str] | None = None) -> int:
     choices.add_argument("--batch-bytes", type=_positive, help="bytes of text per step (default 6144)")
     choices.add_argument("--seed", type=int, help="seed of weights and draws (default 0)")
     choices.add_argument("--mask-weight", type=float, help="weight of the block term; 0 trains a plain BLT (ablation)")
+    later = "share of the model's phase that learns next bytes only, before the block term joins (default 0)"
+    choices.add_argument("--blocks-from", type=float, help=later)
+    whole = "share of the blocks that are masked whole, as a draft in one step finds them (default 0)"
+    choices.add_argument("--full-share", type=float, help=whole)
+    choices.add_argument("--hold", type=float, help="share of a phase before the learning rates fall (default 0)")
     choices.add_argument(
         "--patcher-of", type=Path, help="use the patcher of the run in this folder instead of training one"
     )
