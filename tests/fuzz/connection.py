@@ -244,6 +244,7 @@ async def _serve(pieces: list[bytes], *, hurried: bool) -> Seen:
     transport = _Transport(connection)
     connection.connection_made(transport)
     with mock.patch.object(exchange, "PAUSE_BODY_BYTES", BODY_BYTES):
+        largest = 0
         for piece in pieces:
             if transport.paused or not hurried:
                 await _settled(state.tasks, transport, app)
@@ -252,7 +253,8 @@ async def _serve(pieces: list[bytes], *, hurried: bool) -> Seen:
             # An application that reads cannot hold up its client.
             assert not transport.paused
             connection.data_received(piece)
-            _check_bounds(connection, len(piece))
+            largest = max(largest, len(piece))
+            _check_bounds(connection, largest)
         await _settled(state.tasks, transport, app)
         assert not transport.paused or transport.closing
         ended = transport.closing or transport.eof
@@ -276,6 +278,7 @@ async def _settled(tasks: set[asyncio.Task[None]], transport: _Transport, app: _
 
 
 def _check_bounds(connection: HttpConnection, piece: int) -> None:
+    """piece: bytes of the largest so far, which is over the limit before it is refused."""
     assert len(connection._queue) <= MAX_PIPELINED + 1
     assert sum(len(name) + len(value) for name, value in connection._headers) <= LIMITS.header_bytes + piece
     assert len(connection._url) <= LIMITS.header_bytes + piece
@@ -336,6 +339,7 @@ TARGET = Target(
         b"\x08\x30HEAD http://x/?y HTTP/1.1\r\nhost:\r\n\r\nGET / HTTP/1.0\r\n\r\n",
         b"\x01\x48POST /unread HTTP/1.1\r\nhost: x\r\n" + LENGTH + b"\r\nabcde" + GET + b"connection: close\r\n\r\n",
         b"\x02\x08\xff" + POST + LENGTH + b"Connection: a, Upgrade\r\nupgrade: h2c\r\n\r\nabcde" + GET + b"\r\n",
+        b"\x02\x08\xffPOST HTTP" + b"x" * 300 + b" HTTP/1.1\r\n\r\n",
         b"\x02\x30\xff" + POST + b"content-length: 600\r\n\r\n" + b"x" * 600 + (GET + b"\r\n") * 2,
     ],
     faults={
