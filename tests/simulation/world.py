@@ -1,0 +1,215 @@
+"""A server's inside on a virtual clock, from one seed: the real client, scheduler and engine, under every kind of fault.
+
+After every event: a stream's bytes are a prefix of what it should get; no innocent request fails; deadlines are kept;
+short texts do not wait for long ones after a crash; nothing that was accepted is lost; no page is.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field
+from hashlib import sha256
+from unittest import mock
+
+from engine.config import BYTE_OFFSET, EngineConfig
+from engine.process import client
+from engine.process.client import EngineClient
+from engine.process.streams import GRACE_SECONDS, EngineDead
+from engine.types import Delta, Failed, Finished, Request, SamplingParams, UnmaskRule
+
+from .loop import run, virtual_time
+from .machine import ROW_SECONDS, STEP_SECONDS, Faults, Machine, config_of, parts_of
+from .text import expected
+
+SETTLE_SECONDS = 240.0
+"""How long after the last arrival and the last fault all requests must have ended, poisoned ones too."""
+LATE_SECONDS = 0.02
+"""What a deadline may be missed by, besides the grace of the engine."""
+SHORT = 200
+"""Ids of a text that is read again within a step."""
+RESUMED_SECONDS = 1.0
+"""How long after an engine is ready a stream with a short text may still be silent, besides the other short texts."""
+
+
+class Violation(AssertionError):
+    """An invariant does not hold."""
+
+
+@dataclass
+class Story:
+    """What a seed makes of a run. All times in seconds."""
+
+    seed: int
+    num_requests: int = 200
+    draw: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.draw = draw = random.Random(self.seed)
+        self.max_sequences = draw.choice([4, 16, 64])
+        self.cache_bytes = draw.choice([4, 16, 64]) << 20
+        self.span = self.num_requests * draw.choice([0.005, 0.02, 0.1])
+        self.num_poisoned = draw.choice([0, 0, 1, 3])
+        kinds = ["kill", "kill twice", "freeze", "pause", "stuck", "model", "descriptors", "ends"]
+        count = draw.randint(0, 6)
+        self.faults = sorted((draw.uniform(0, self.span), draw.choice(kinds)) for _ in range(count))
+
+    def request(self, number: int) -> Request:
+        draw = self.draw
+        length = draw.choice([1, 5, 20, 60, 60, 150, draw.choice([400, 2000])])
+        few = [BYTE_OFFSET + draw.randrange(3) for _ in range(6)]
+        prompt = [draw.choice(few) for _ in range(length)] if draw.random() < 0.3 else few * (length // 6 + 1)
+        decoder = draw.choice(["blt", "blt-s", "blt-d", "blt-dv"])
+        return Request(
+            id=str(number),
+            prompt_ids=prompt[:length],
+            max_tokens=draw.choice([1, 4, 12, 40, 100]),
+            sampling=SamplingParams(seed=draw.randrange(1 << 32)),
+            stop=[bytes([draw.randrange(256)]) for _ in range(draw.choice([0, 0, 0, 2]))],
+            decoder=decoder,  # type: ignore[arg-type]
+            unmask=UnmaskRule(rule="one_step") if decoder == "blt-d" else None,
+            priority=draw.choice([0, 0, 0, -1, 1]),
+            timeout=draw.choice([None, None, None, draw.uniform(0.05, 20.0)]),
+        )
+
+
+class World:
+    def __init__(self, story: Story, config: EngineConfig) -> None:
+        self.story, self.draw = story, story.draw
+        self.faults = Faults(story.draw)
+        self.machine = Machine(self.faults)
+        self.config = config
+        self.failed, self.left = set[str](), set[str]()
+
+    async def play(self) -> None:
+        story = self.story
+        loop = asyncio.get_running_loop()
+        with mock.patch.object(client, "Spawned", self.machine.spawn):
+            self.client = EngineClient(self.config, step_seconds=10.0, loading_seconds=60.0)
+            await self.client.start()
+            start = loop.time()
+            requests = [(story.draw.uniform(0, story.span), story.request(n)) for n in range(story.num_requests)]
+            self.faults.poison = {r.id for _, r in story.draw.sample(requests, min(story.num_poisoned, len(requests)))}
+            streams = [asyncio.create_task(self._stream(start + at, request)) for at, request in requests]
+            harm = asyncio.create_task(self._harm(start))
+            await asyncio.wait({harm, *streams}, timeout=story.span + 120.0, return_when="FIRST_EXCEPTION")
+            left = {task for task in streams if not task.done()}
+            if left and not any(task.done() and task.exception() for task in (harm, *streams)):
+                await asyncio.wait({harm, *left}, timeout=SETTLE_SECONDS, return_when="FIRST_EXCEPTION")
+            for task in (harm, *streams):
+                if task.done():
+                    task.result()
+            if left := [str(n) for n, task in enumerate(streams) if not task.done()]:
+                raise Violation(f"{len(left)} requests never ended: {', '.join(left[:8])}")
+            await self.client.stop()
+        if self.faults.errors:
+            raise self.faults.errors[0]
+        if missing := self.faults.poison - self.failed - self.left:
+            raise Violation(f"poisoned requests ended well: {missing}")
+
+    async def _harm(self, start: float) -> None:
+        loop = asyncio.get_running_loop()
+        faults, draw = self.faults, self.draw
+        for at, kind in self.story.faults:
+            await asyncio.sleep(max(start + at - loop.time(), 0))
+            faults.note(kind)
+            if kind.startswith("kill"):
+                self.machine.kill()
+                if kind == "kill twice":
+                    await asyncio.sleep(draw.uniform(0, 4))
+                    self.machine.kill()
+            elif kind in ("freeze", "pause"):
+                faults.frozen = True
+                if kind == "pause":
+                    await asyncio.sleep(draw.uniform(0.1, 8.0))
+                    faults.frozen = False
+            elif kind == "stuck":
+                faults.stuck = True
+            else:
+                faults.unstartable = kind
+                self.machine.kill()
+                await asyncio.sleep(draw.uniform(1, 40))
+                faults.unstartable = None
+
+    async def _stream(self, at: float, request: Request) -> None:
+        loop, draw = asyncio.get_running_loop(), self.draw
+        await asyncio.sleep(max(at - loop.time(), 0))
+        want, began = expected(request), loop.time()
+        leaves = draw.choice([None] * 9 + [draw.randint(0, len(want.ids))])
+        slow = draw.random() < 0.1
+        ids, text, heard = list[int](), b"", (began, len(self.faults.crashes))
+        try:
+            async with aclosing(self.client.submit(request)) as events:
+                async for event in events:
+                    now = loop.time()
+                    self.faults.note(f"{request.id} {type(event).__name__} {len(ids)}")
+                    if isinstance(event, Failed):
+                        if request.id not in self.faults.poison:
+                            raise Violation(f"{request.id} failed, though it is innocent: {event.message}")
+                        self.failed.add(request.id)
+                        return
+                    text += event.text
+                    if not want.text.startswith(text):
+                        raise Violation(f"{request.id} got {text!r} instead of {want.text!r}")
+                    if isinstance(event, Delta):
+                        ids += event.ids
+                        if tuple(ids) != want.ids[: len(ids)]:
+                            raise Violation(f"{request.id} got ids {ids} instead of {want.ids}")
+                    if not slow:
+                        self._check_pause(request, len(ids), heard, now)
+                        heard = now, len(self.faults.crashes)
+                    if isinstance(event, Finished):
+                        late = now - began - (request.timeout or 0.0) - GRACE_SECONDS
+                        if event.reason == "timeout":
+                            if request.timeout is None or (not slow and late > LATE_SECONDS):
+                                raise Violation(f"{request.id} ended {late:.3f} s after its deadline")
+                        elif (event.reason, text, tuple(ids)) != (want.reason, want.text, want.ids):
+                            raise Violation(f"{request.id} ended by {event.reason} with {text!r}, not {want}")
+                        elif request.timeout is not None and not slow and late > LATE_SECONDS:
+                            raise Violation(f"{request.id} ended {late:.3f} s after its deadline")
+                        if event.reason == "timeout":
+                            self.left.add(request.id)
+                        return
+                    if leaves is not None and len(ids) >= leaves:
+                        self.left.add(request.id)
+                        return
+                    if slow:
+                        await asyncio.sleep(draw.uniform(0, 0.5))
+        except EngineDead as error:
+            raise Violation(f"{request.id} was given up with the engine: {error}") from error
+        raise Violation(f"{request.id} ended without a last event")
+
+    def _check_pause(self, request: Request, num_ids: int, heard: tuple[float, int], now: float) -> None:
+        """After one crash, a short text must not wait until long ones have been read again."""
+        since, crashes = heard
+        length = len(request.prompt_ids) + num_ids
+        if len(self.faults.crashes) != crashes + 1 or length > SHORT or request.priority > 0:
+            return
+        ready = self.faults.ready[-1]
+        if now < ready or since > self.faults.crashes[-1] or self.faults.frozen or self.faults.poison:
+            return
+        if len(self.client._streams) > self.config.max_sequences or self.faults.stuck_since >= ready:
+            return
+        # Every second step prefers the short ones; the other may have a chunk of a long one.
+        most = RESUMED_SECONDS + self.config.max_sequences * SHORT * 2 * ROW_SECONDS
+        if self.client.restarts and num_ids and now - ready > most + 20 * STEP_SECONDS:
+            raise Violation(f"{request.id}, of {length} ids, was silent for {now - ready:.2f} s after the engine was back")
+
+
+def play(story: Story, plant: Callable[[], ExitStack] | None = None) -> str:
+    """Runs the story. Returns a digest of all that happened. Raises Violation, or what an engine raised."""
+    logging.disable(logging.CRITICAL)
+    try:
+        config = config_of(story.cache_bytes, story.max_sequences)
+        with virtual_time() as loop, mock.patch("engine.engine.build", parts_of), ExitStack() as planted:
+            if plant:
+                planted.enter_context(plant())
+            world = World(story, config)
+            try:
+                run(loop, world.play())
+            finally:
+                world.machine.forget()
+            return sha256("\n".join(world.faults.trace).encode()).hexdigest()
+    finally:
+        logging.disable(logging.NOTSET)
