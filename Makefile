@@ -52,6 +52,9 @@ test-compat: .venv/.dev  ## test with the programs that people point at a server
 fuzz: .venv/.fuzz  ## fuzz what reads requests, checkpoints and messages, an hour each; ARGS="--minutes 5 --target parser"
 	$(PY) -m tests.fuzz.run $(ARGS)
 
+simulate: .venv/.dev  ## play 100,000 requests under drawn faults on a virtual clock; ARGS="--seeds 5 --first 7" (docs/reliability.md)
+	$(PY) -m tests.simulation.run $(ARGS)
+
 # For the oldest Python, whose versions newer ones take too.
 constraints: .venv/.ops  ## resolve deploy/constraints.txt, the versions in the container image, anew
 	printf '%s\n' '$(firstword $(TORCH))' hatchling | .venv/bin/uv pip compile -q --no-python-downloads --upgrade --no-annotate \

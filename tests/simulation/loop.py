@@ -33,6 +33,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._virtual = _Selector()
         super().__init__(self._virtual)
+        # Of tasks that are left when an invariant breaks: the first violation is raised, and says enough.
+        self.set_exception_handler(lambda *_: None)
 
     def time(self) -> float:
         return self._virtual.now

@@ -1,4 +1,4 @@
-"""An engine's process on the virtual clock: the real engine and messages; only stages, sockets and spawning are replaced.
+"""An engine's process on the virtual clock: the real engine and its messages, without stages, sockets and a process.
 
 It takes the place of `engine.process.spawned.Spawned`.
 """
@@ -43,7 +43,8 @@ class Faults:
     """What goes wrong on the machine, now.
 
     unstartable: how a process fails to start. frozen: none of its threads runs. poison: ids of requests that end the
-    process whose step has their rows. stuck: the next step does not end; stuck_since: when the last such began.  crashes, ready: when processes ended and were ready. errors: of engines themselves.
+    process whose step has their rows. stuck: the next step does not end; stuck_since: when the last such began.
+    crashes, ready: when processes ended and were ready. errors: of engines themselves.
     """
 
     draw: random.Random
@@ -236,7 +237,7 @@ class SimulatedProcess:
     # What the process does.
 
     async def _thawed(self) -> None:
-        while self._faults.frozen:
+        while self._faults.frozen:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
     async def _beat(self, process: _Process, step_seconds: float) -> None:

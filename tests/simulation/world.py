@@ -1,4 +1,4 @@
-"""A server's inside on a virtual clock, from one seed: the real client, scheduler and engine, under every kind of fault.
+"""Client, scheduler and engine on a virtual clock, under every kind of fault, all drawn from one seed.
 
 After every event: a stream's bytes are a prefix of what it should get; no innocent request fails; deadlines are kept;
 short texts do not wait for long ones after a crash; nothing that was accepted is lost; no page is.
@@ -8,7 +8,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from contextlib import ExitStack, aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import dataclass, field
 from hashlib import sha256
 from unittest import mock
@@ -31,6 +31,9 @@ SHORT = 200
 """Ids of a text that is read again within a step."""
 RESUMED_SECONDS = 1.0
 """How long after an engine is ready a stream with a short text may still be silent, besides the other short texts."""
+
+
+Plant = Callable[[], AbstractContextManager[object]]
 
 
 class Violation(AssertionError):
@@ -85,24 +88,23 @@ class World:
     async def play(self) -> None:
         story = self.story
         loop = asyncio.get_running_loop()
-        with mock.patch.object(client, "Spawned", self.machine.spawn):
-            self.client = EngineClient(self.config, step_seconds=10.0, loading_seconds=60.0)
-            await self.client.start()
-            start = loop.time()
-            requests = [(story.draw.uniform(0, story.span), story.request(n)) for n in range(story.num_requests)]
-            self.faults.poison = {r.id for _, r in story.draw.sample(requests, min(story.num_poisoned, len(requests)))}
-            streams = [asyncio.create_task(self._stream(start + at, request)) for at, request in requests]
-            harm = asyncio.create_task(self._harm(start))
-            await asyncio.wait({harm, *streams}, timeout=story.span + 120.0, return_when="FIRST_EXCEPTION")
-            left = {task for task in streams if not task.done()}
-            if left and not any(task.done() and task.exception() for task in (harm, *streams)):
-                await asyncio.wait({harm, *left}, timeout=SETTLE_SECONDS, return_when="FIRST_EXCEPTION")
-            for task in (harm, *streams):
-                if task.done():
-                    task.result()
-            if left := [str(n) for n, task in enumerate(streams) if not task.done()]:
-                raise Violation(f"{len(left)} requests never ended: {', '.join(left[:8])}")
-            await self.client.stop()
+        self.client = EngineClient(self.config, step_seconds=10.0, loading_seconds=60.0)
+        await self.client.start()
+        start = loop.time()
+        requests = [(story.draw.uniform(0, story.span), story.request(n)) for n in range(story.num_requests)]
+        self.faults.poison = {r.id for _, r in story.draw.sample(requests, min(story.num_poisoned, len(requests)))}
+        streams = [asyncio.create_task(self._stream(start + at, request)) for at, request in requests]
+        harm = asyncio.create_task(self._harm(start))
+        await asyncio.wait({harm, *streams}, timeout=story.span + 120.0, return_when="FIRST_EXCEPTION")
+        left = {task for task in streams if not task.done()}
+        if left and not any(task.done() and task.exception() for task in (harm, *streams)):
+            await asyncio.wait({harm, *left}, timeout=SETTLE_SECONDS, return_when="FIRST_EXCEPTION")
+        for task in (harm, *streams):
+            if task.done():
+                task.result()
+        if left := [str(n) for n, task in enumerate(streams) if not task.done()]:
+            raise Violation(f"{len(left)} requests never ended: {', '.join(left[:8])}")
+        await self.client.stop()
         if self.faults.errors:
             raise self.faults.errors[0]
         if missing := self.faults.poison - self.failed - self.left:
@@ -187,25 +189,26 @@ class World:
         if len(self.faults.crashes) != crashes + 1 or length > SHORT or request.priority > 0:
             return
         ready = self.faults.ready[-1]
-        if now < ready or since > self.faults.crashes[-1] or self.faults.frozen or self.faults.poison:
+        if ready < self.faults.crashes[-1] or since > ready or self.faults.frozen or self.faults.poison:
             return
         if len(self.client._streams) > self.config.max_sequences or self.faults.stuck_since >= ready:
             return
         # Every second step prefers the short ones; the other may have a chunk of a long one.
         most = RESUMED_SECONDS + self.config.max_sequences * SHORT * 2 * ROW_SECONDS
         if self.client.restarts and num_ids and now - ready > most + 20 * STEP_SECONDS:
-            raise Violation(f"{request.id}, of {length} ids, was silent for {now - ready:.2f} s after the engine was back")
+            raise Violation(f"{request.id}, of {length} ids, was silent for {now - ready:.2f} s after a restart")
 
 
-def play(story: Story, plant: Callable[[], ExitStack] | None = None) -> str:
-    """Runs the story. Returns a digest of all that happened. Raises Violation, or what an engine raised."""
+def play(story: Story, plant: Plant = ExitStack) -> str:
+    """Runs the story; plant: puts a fault into the code meanwhile. Returns a digest of all that happened.
+    Raises Violation, or what an engine raised."""
     logging.disable(logging.CRITICAL)
     try:
         config = config_of(story.cache_bytes, story.max_sequences)
         with virtual_time() as loop, mock.patch("engine.engine.build", parts_of), ExitStack() as planted:
-            if plant:
-                planted.enter_context(plant())
+            planted.enter_context(plant())
             world = World(story, config)
+            planted.enter_context(mock.patch.object(client, "Spawned", world.machine.spawn))
             try:
                 run(loop, world.play())
             finally:
