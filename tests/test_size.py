@@ -41,6 +41,7 @@ OUTSIDE = {
     "server/cli.py": "the command line: it starts a server, and no request passes through it",
     "server/config_file.py": "settings in a file, read by the command line",
     "server/embedded.py": "finds models/nano for the command line",
+    "server/evaluation": "the command `fastblt tasks`",
     "server/flags.py": "settings as flags of the command line",
     "server/grammar_worker.py": "compiles grammars, in a process of its own",
     "server/offline.py": "`fastblt generate`, which has no server",

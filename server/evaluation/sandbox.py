@@ -1,0 +1,129 @@
+"""Runs programs that a model has written, each in a process of its own that can do little: see `jail.py`."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+JAIL = Path(__file__).with_name("jail.py")
+MOST_ANSWER = 4096
+"""Bytes that are read of what a jail tells."""
+SPARE_SECONDS = 2.0
+"""The jail's own alarm comes first, unless the program switches it off; then so much later the jail is killed."""
+TIMED = 128 + signal.SIGALRM
+
+Execution = Literal["isolated", "limited"]
+"""isolated: in namespaces of its own, without network, other processes, or files outside its folder. limited: limits on
+time, memory, files and processes alone, for kernels and containers that do not let a program leave its namespaces."""
+
+
+class SandboxError(RuntimeError):
+    """Nothing can be run in the sandbox here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """seconds: of wall time; cpu_seconds: of a processor, as a second line. file_bytes: of a file, and of all files
+    together where they are in memory."""
+
+    seconds: float = 3.0
+    memory_bytes: int = 1 << 30
+    file_bytes: int = 1 << 24
+    open_files: int = 32
+
+    @property
+    def cpu_seconds(self) -> int:
+        return int(self.seconds) + 2
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """reason: why the program failed, in a few words; empty if it did not."""
+
+    passed: bool
+    reason: str = ""
+
+
+class Sandbox:
+    """Safe to use from several threads."""
+
+    def __init__(self, execution: Execution, limits: Limits, python: str | None = None) -> None:
+        """python: the interpreter to run programs with; by default this one. Raises SandboxError unless programs run in
+        it here."""
+        self._isolated, self.limits = execution == "isolated", limits
+        # Not a virtual environment's: site-packages are no business of the program.
+        self._python = python or os.path.realpath(sys.executable)
+        if self._isolated and sys.platform != "linux":
+            raise SandboxError(f"the isolated sandbox needs Linux, and this is {sys.platform}")
+        verdict = self.run("import math\nassert math.sqrt(4) == 2")
+        if not verdict.passed:
+            by = (
+                ""
+                if os.geteuid() or self._isolated
+                else f"; it runs as nobody, who must be able to read {self._python}"
+            )
+            raise SandboxError(f"a trivial program failed: {verdict.reason}{by}")
+
+    def run(self, program: str) -> Verdict:
+        """Whether it runs to its last line, within the limits. Raises SandboxError if it could not be started."""
+        secret = secrets.token_hex(16)
+        limits = asdict(self.limits) | {"cpu_seconds": self.limits.cpu_seconds}
+        job = {"program": program, "secret": secret, "isolated": self._isolated, "limits": limits}
+        with tempfile.TemporaryDirectory(prefix="fastblt-", ignore_cleanup_errors=True) as folder:
+            # For nobody, which root becomes.
+            os.chmod(folder, 0o777)
+            told, code = self._talk(json.dumps(job).encode(), folder)
+        return _verdict(told, code, secret, self.limits)
+
+    def _talk(self, job: bytes, folder: str) -> tuple[bytes, int | None]:
+        """What the jail tells, and its status; None if time ran out."""
+        # Files, unlike pipes, hold no reader up, and are no longer than a file may be.
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as told:
+            given.write(job)
+            given.seek(0)
+            jail = subprocess.Popen(
+                [self._python, "-I", "-S", "-B", str(JAIL)],
+                cwd=folder,
+                env={"PATH": "/usr/bin:/bin", "HOME": "/"},
+                stdin=given,
+                stdout=told,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            try:
+                code: int | None = jail.wait(self.limits.seconds + SPARE_SECONDS)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                # The group may have members after its leader has ended.
+                with suppress(ProcessLookupError):
+                    os.killpg(jail.pid, signal.SIGKILL)
+                jail.wait()
+            told.seek(0)
+            return told.read(MOST_ANSWER), code
+
+
+def _verdict(told: bytes, code: int | None, secret: str, limits: Limits) -> Verdict:
+    try:
+        answer = json.loads(told)
+    except ValueError:
+        answer = {}
+    if not isinstance(answer, dict):
+        answer = {}
+    if "setup" in answer and code == 1:
+        raise SandboxError(str(answer["setup"]))
+    if answer.get("secret") == secret:
+        return Verdict(answer["error"] is None, answer["error"] or "")
+    if code is None or code == TIMED:
+        return Verdict(False, f"took longer than {limits.seconds:g} s")
+    number = code - 128 if code > 128 else -code
+    if number > 0:
+        return Verdict(False, f"killed by {signal.Signals(number).name}")
+    return Verdict(False, f"ended its process with status {code}")
