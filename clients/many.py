@@ -27,7 +27,8 @@ class Many:
     timeout: float = 600.0
 
     def version(self) -> dict[str, Any]:
-        """What the server says about itself. Raises FastBltError, ValueError."""
+        """What the server says about itself, asked once: a wrong address should show at once. Raises FastBltError,
+        ValueError."""
         with asyncio.Runner() as runner:
             return runner.run(self._version())
 
@@ -44,7 +45,8 @@ class Many:
                 while True:
                     while len(live) < self.concurrency and (found := next(waiting, None)):
                         key, body = found
-                        live[loop.create_task(self._send(http, "POST", "/v1/completions", body))] = key
+                        sent = self._send(http, "POST", "/v1/completions", body, self.retries)
+                        live[loop.create_task(sent)] = key
                     if not live:
                         return
                     done, _ = runner.run(_first(live))
@@ -66,12 +68,12 @@ class Many:
 
     async def _version(self) -> dict[str, Any]:
         async with await self._opened() as http:
-            return await self._send(http, "GET", "/version", None)
+            return await self._send(http, "GET", "/version", None, retries=0)
 
     async def _send(
-        self, http: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None
+        self, http: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None, retries: int
     ) -> dict[str, Any]:
-        for attempt in range(self.retries + 1):
+        for attempt in range(retries + 1):
             retry_after = ""
             try:
                 response = await http.request(method, path, json=body)
@@ -87,7 +89,7 @@ class Many:
                 if response.status_code not in RETRIED:
                     raise failure
                 retry_after = response.headers.get("retry-after", "")
-            if attempt < self.retries:
+            if attempt < retries:
                 await asyncio.sleep(retry_delay(attempt, retry_after))
         raise failure
 

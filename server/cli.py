@@ -631,7 +631,7 @@ def tasks(
     memory: Annotated[
         int, typer.Option(parser=_bytes, metavar="BYTES", help="Memory that a program may take.")
     ] = 1_073_741_824,
-    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="With --url: requests at a time.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Texts at a time.")] = 64,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
     dtype: Dtype = "float32",
@@ -669,21 +669,27 @@ def tasks(
                 device=device,
                 kernels=kernels,
                 weights=weights,
+                max_sequences=concurrency,
                 patcher=patcher,
                 patching_threshold=patching_threshold,
             )
             source = InProcess(localised(config))
-        result = command.measure(
-            source,
-            found,
-            bleu,
-            out,
-            decoders=decoder or None,
-            most_problems=problems,
-            sandbox=sandbox,
-            paper=None if paper == "none" else paper,
-            restart=restart,
-        )
+        try:
+            result = command.measure(
+                source,
+                found,
+                bleu,
+                out,
+                decoders=decoder or None,
+                most_problems=problems,
+                sandbox=sandbox,
+                paper=None if paper == "none" else paper,
+                restart=restart,
+            )
+        except KeyboardInterrupt:
+            again = ", without --restart," if restart else ""
+            typer.echo(f"tasks: answers so far are in {out}; run the same command again{again} to continue", err=True)
+            raise
         typer.echo(json.dumps(report.to_json(result), indent=2) if as_json else report.render(result))
 
 

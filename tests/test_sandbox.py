@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server.evaluation.sandbox import Execution, Limits, Sandbox, SandboxError
+from server.evaluation.sandbox import JAIL, Execution, Limits, Sandbox, SandboxError
 
 LIMITS = Limits(seconds=0.4, memory_bytes=256 << 20, file_bytes=1 << 20)
 
@@ -165,6 +165,18 @@ def test_a_killing_spree_of_an_isolated_program_reaches_nobody(isolated: Sandbox
     assert os.waitpid(child, os.WNOHANG) == (0, 0)
     os.kill(child, 9)
     os.waitpid(child, 0)
+
+
+def test_a_kernel_that_permits_no_namespaces_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # The jail, but for a kernel like that of most containers.
+    opened = "libc = ctypes.CDLL(None, use_errno=True)\n"
+    refuse = "def refuse(_): ctypes.set_errno(1); return -1\n"
+    source = JAIL.read_text().replace(opened, opened + refuse).replace("libc.unshare", "refuse")
+    assert source.count("refuse") == 3
+    (tmp_path / "jail.py").write_text(source)
+    monkeypatch.setattr("server.evaluation.sandbox.JAIL", tmp_path / "jail.py")
+    with pytest.raises(SandboxError, match=r"unshare: Operation not permitted; --execute limited does without"):
+        Sandbox("isolated", LIMITS)
 
 
 def test_a_sandbox_that_cannot_be_built_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

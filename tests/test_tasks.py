@@ -287,7 +287,7 @@ def test_many_waits_for_a_busy_server_and_tells_of_a_wrong_one() -> None:
     with scripted(answer(200, b"<html>")) as (url, _), pytest.raises(ConnectionFailed, match="no JSON object"):
         Many(url).version()
     with pytest.raises(ConnectionFailed):
-        Many("http://127.0.0.1:9", retries=0).version()
+        Many("http://127.0.0.1:9").version()
 
 
 def test_checkpoints_of_one_name_are_told_apart(tiny: Path, tmp_path: Path) -> None:

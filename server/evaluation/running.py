@@ -60,7 +60,7 @@ def ask(source: Source, runs: Sequence[Run]) -> None:
     left = sum(len(run.unanswered) for run in runs)
     if not left:
         return
-    with Progress("answering", left, "problems") as progress:
+    with Progress("answering", left, "texts") as progress:
         for asked, answer in source.answers(_asked(runs)):
             asked.key.results.add_answer(asked.problem.id, answer)
             progress.advance(1)

@@ -62,7 +62,11 @@ class Sandbox:
         self._python = python or os.path.realpath(sys.executable)
         if self._isolated and sys.platform != "linux":
             raise SandboxError(f"the isolated sandbox needs Linux, and this is {sys.platform}")
-        verdict = self.run("import math\nassert math.sqrt(4) == 2")
+        try:
+            verdict = self.run("import math\nassert math.sqrt(4) == 2")
+        except SandboxError as error:
+            instead = "; --execute limited does without namespaces" if self._isolated else ""
+            raise SandboxError(f"no program can be executed here: {error}{instead}") from None
         if not verdict.passed:
             by = (
                 ""
