@@ -656,6 +656,11 @@ def tasks(
 
     if model is None and url is None:
         raise typer.BadParameter("give either --model or --url", param_hint="--model")
+    engine: dict[str, Any] = {"--kernels": kernels, "--weights": weights, "--patcher": patcher}
+    engine |= {"--dtype": dtype != "float32", "--device": device != "cpu"}
+    engine |= {"--patching-threshold": patching_threshold is not None}
+    for flag in [flag for flag, given in engine.items() if url and given]:
+        raise typer.BadParameter("is about an engine in this process: it does not go with --url", param_hint=flag)
     with failing_on(FastBltError, ValueError, OSError, RuntimeError, ArithmeticError, AssertionError):
         # What costs nothing comes first: a model may take minutes to load.
         found, bleu = command.tasks_of(names, command.Files(humaneval, mbpp, flores, sentencepiece))

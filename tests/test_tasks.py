@@ -396,6 +396,7 @@ def test_a_plot_shows_score_against_what_is_saved(small: Path, tmp_path: Path, s
     ("flags", "message"),
     [
         (["humaneval"], "give either --model or --url"),
+        (["humaneval", "--url", "http://x", "--dtype", "bfloat16"], "--dtype: is about an engine in this process"),
         (["nothing", "--model", "m"], "'nothing' is not one of humaneval, mbpp"),
         (["humaneval", "--model", "m", "--decoder", "x"], "'x' is not one of blt, "),
     ],

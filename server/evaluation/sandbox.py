@@ -68,12 +68,10 @@ class Sandbox:
             instead = "; --execute limited does without namespaces" if self._isolated else ""
             raise SandboxError(f"no program can be executed here: {error}{instead}") from None
         if not verdict.passed:
-            by = (
-                ""
-                if os.geteuid() or self._isolated
-                else f"; it runs as nobody, who must be able to read {self._python}"
-            )
-            raise SandboxError(f"a trivial program failed: {verdict.reason}{by}")
+            why = f"no program can be executed here: {verdict.reason}"
+            if os.geteuid() == 0 and not self._isolated:
+                why += f"; programs run as nobody, who must be able to read {self._python}"
+            raise SandboxError(why)
 
     @property
     def about(self) -> dict[str, Any]:
