@@ -57,6 +57,13 @@ def test_a_program_that_is_right_passes(sandbox: Sandbox, program: str) -> None:
     assert verdict.passed and not verdict.reason, verdict
 
 
+LIAR = """import os
+for n in range(3, 64):
+    try: os.write(n, b'{"setup": "not so", "error": null}')
+    except OSError: pass
+os._exit(1)
+"""
+"""Finds the jail's way to tell, and tells that the jail could not be built."""
 MISBEHAVING = [
     ("assert 1 + 1 == 3, 'no'", "AssertionError: no"),
     ("def f(:", "SyntaxError"),
@@ -75,7 +82,7 @@ MISBEHAVING = [
     ("import subprocess\nsubprocess.run(['true'], check=True)", "Error"),
     ("f = open('big', 'wb')\nwhile True: f.write(b'x' * 65536)", "Error"),
     ("import os\nos.write(1, b'x')\nos.read(0, 1)[0]", "IndexError"),
-    ("import os\nfor n in range(3, 64):\n    try: os.write(n, b'{}')\n    except OSError: pass\nos._exit(0)", ""),
+    (LIAR, "status 1"),
     ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
 ]
 

@@ -246,6 +246,7 @@ def test_answers_over_http_are_those_of_an_engine_here(
     tables = [
         measure(source, [task], None, tmp_path / name).tables[0] for source, name in ((here, "here"), (there, "there"))
     ]
+    assert {row.decoder for row in tables[0].rows} == {"blt", "blt-s", "blt-d", "blt-dv"}
     without_shares = [[replace(row, bytes_read=0) for row in table.rows] for table in tables]
     assert without_shares[0] == without_shares[1]
     for file in (tmp_path / "here" / "humaneval").glob("*.jsonl"):

@@ -38,5 +38,5 @@ def _pairs(folder: Path, part: str, names: tuple[str, ...]) -> list[tuple[str, s
 def _sentences(folder: Path, part: str, names: tuple[str, ...]) -> list[str]:
     for name in names:
         if (file := folder / f"{name}.{part}").exists():
-            return [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            return [line.strip() for line in file.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
     raise TaskError(f"{folder}: it has neither {' nor '.join(f'{name}.{part}' for name in names)}")

@@ -4,9 +4,9 @@ It imports nothing of ours, so that it starts in milliseconds. Three processes: 
 namespaces and builds a file system; *init* is process 1 in there, so that nothing outlives it; the *worker* gives up
 its rights and runs the program. Without namespaces, init is left out.
 
-Standard input has a JSON object: program, secret, limits, isolated. Standard output gets {"setup": ...} where the jail
-could not be built, and {"secret": ..., "error": null or why it failed} where the program came to its end. A program
-that ends its process writes neither. The status is the worker's, 128 and a signal's number where that ended it.
+Standard input has a JSON object: program, secret, limits, isolated. Standard output gets one: the secret with "setup",
+why the jail could not be built; or with "error", null or why the program failed, once it came to its end. A program
+that ends its process leaves it empty. The status is the worker's, 128 and a signal's number where that ended it.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def main() -> None:
             _leave_namespaces()
             _build_root(os.getcwd(), job["limits"]["file_bytes"])
     except OSError as error:
-        _say(answer, {"setup": str(error)})
+        _say(answer, {"secret": job["secret"], "setup": str(error)})
         os._exit(1)
     if child := os.fork():
         _end_as(child)
@@ -72,7 +72,7 @@ def _work(job: dict[str, Any], answer: int) -> NoReturn:
     try:
         _give_up_rights(job["limits"])
     except (OSError, ValueError) as error:
-        _say(answer, {"setup": str(error)})
+        _say(answer, {"secret": job["secret"], "setup": str(error)})
         os._exit(1)
     signal.setitimer(signal.ITIMER_REAL, job["limits"]["seconds"])
     outcome = _outcome(job["program"])
