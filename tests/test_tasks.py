@@ -343,6 +343,7 @@ def test_flores_has_four_examples(tmp_path: Path, names: tuple[str, str]) -> Non
 
 
 @pytest.mark.skipif(not (find_spec("sacrebleu") and find_spec("sentencepiece")), reason="needs the extra eval")
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
 def test_translations_get_the_bleu_of_sacrebleu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sacrebleu
     import sentencepiece
