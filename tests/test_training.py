@@ -48,8 +48,7 @@ def blocks_at(config: ModelConfig, row: Tensor, patches: Patches, chosen: list[i
 def run(
     config: ModelConfig, weights: dict[str, Tensor], ids: Tensor, patches: Patches, blocks: Blocks | None
 ) -> tuple[Tensor, Tensor]:
-    slots = model.latents(config, weights, ids, patches, FP32)
-    clean, cells = model.decode(config, weights, ids, patches.reads, slots, FP32, blocks)
+    clean, cells = model.next_states(config, weights, ids, patches, FP32, blocks)
     return model.logits(weights, clean), model.logits(weights, cells)
 
 
@@ -65,7 +64,7 @@ def test_patches_in_training_equal_those_in_serving(
     inside = [start for start in expected if start < LENGTH]
     assert found.starts[0].tolist() == inside
     assert found.counts.tolist() == [len(inside)]
-    held = [found.bytes[0, p][found.holds[0, p]].tolist() for p in range(len(inside))]
+    held = [(found.own[0] == p).nonzero().flatten().tolist() for p in range(len(inside))]
     assert held == [list(range(a, b)) for a, b in zip(inside, [*inside[1:], LENGTH], strict=True)]
     last_of = [max(p for p, s in enumerate(expected) if s <= j + 1) - 1 for j in range(LENGTH)]
     assert found.reads[0].tolist() == last_of
@@ -94,7 +93,7 @@ def test_no_row_attends_to_a_later_byte_even_through_a_latent(
     changed = ids.repeat(LENGTH, 1)
     changed.fill_diagonal_(50)
     everywhere = Patches(*(getattr(patches, name).expand(LENGTH, *[-1] * (getattr(patches, name).dim() - 1))
-                           for name in ("own", "reads", "starts", "bytes", "holds", "counts")))  # fmt: skip
+                           for name in ("own", "reads", "starts", "counts")))  # fmt: skip
     after, _ = run(config, weights, changed, everywhere, None)
     moved = (after - before).abs().amax(-1) > 1e-5
     assert not moved.tril(-1).any(), "row b changes byte b: no row before it may move"

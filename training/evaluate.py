@@ -52,7 +52,7 @@ def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, contex
     """Reads all of `corpus` in slices of `context` bytes, each a separate text that begins with BOS, on the device of
     `weights`.
 
-    Raises ValueError for a model without block diffusion, and for a patching rule that training does not support.
+    Raises ValueError for a model without block diffusion.
     """
     block_size = _block_size(config)
     rows, device = corpus.slices(context), next(iter(weights.values())).device
@@ -65,8 +65,7 @@ def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, contex
         text = wanted != PAD_ID
         patches = model.patch(config.patching, model.entropies(config, weights, ids))
         corruption = objective.corrupt(config, row, patches, context // 32, draw, rate=1.0)
-        slots = model.latents(config, weights, ids, patches, torch.float32)
-        clean, blocks = model.decode(config, weights, ids, patches.reads, slots, torch.float32, corruption.blocks)
+        clean, blocks = model.next_states(config, weights, ids, patches, torch.float32, corruption.blocks)
         found = model.logits(weights, clean)
         nats += float(F.cross_entropy(found[text], wanted[text], reduction="sum"))
         right += float((found.argmax(-1) == wanted)[text].sum())

@@ -5,16 +5,22 @@ The same maths as the engine's stages on the same canonical tensors, without cac
 device of its tensors; only `patch` waits for it, once, for the number of patches.
 
     patch       texts -> where patches start, by the patcher, as when served (BLT 2.3)
-    latents     texts, patches -> the global transformer's output after each patch (BLT 3)
-    decode      clean rows and corrupted blocks -> states to predict bytes from          (Fast BLT 3.2)
+    encode      texts, patches -> byte states, and patches from them                  (BLT 3.2)
+    latents     patches -> the global transformer's output after each patch           (BLT 3.1)
+    decode      clean rows and corrupted blocks -> states to predict bytes from        (Fast BLT 3.2)
+
+Every form of a model that the engine serves is here too, with one limit: a text is one document, so nothing follows its
+EOS but padding.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from engine.config import ModelConfig, PatchingRule, StackConfig
 from kernels.hash_embed import ngram_hashes
@@ -24,19 +30,16 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """The patches of a batch of texts; int64 unless stated otherwise.
+    """The patches of a batch of texts, int64.
 
     own (B, T): the patch that holds each byte. reads (B, T): the patch whose latent each byte's decoder row reads,
     the one before the patch that holds the next byte. starts (B, M): first byte, T for no patch.
-    bytes (B, M, L) and holds (B, M, L) bool: the bytes of each patch, and which of the L places are used.
     counts (B,): patches per text.
     """
 
     own: Tensor
     reads: Tensor
     starts: Tensor
-    bytes: Tensor
-    holds: Tensor
     counts: Tensor
 
 
@@ -76,7 +79,7 @@ def initial_weights(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], 
 def patcher_logits(config: ModelConfig, weights: Weights, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Next-byte logits of the patcher, ids (B, T) -> (B, T, vocab) float32."""
     positions = torch.arange(ids.shape[1], device=ids.device)
-    x = F.embedding(ids, weights["model.patcher.embed_tokens.weight"])
+    x = F.embedding(ids, weights["model.patcher.embed_tokens.weight"]).float()
     x = _stack(x, weights, "model.patcher", config.patcher, positions, dtype)
     return _project(
         _norm(x, weights, "model.patcher.norm", config.patcher, dtype), weights, "model.patcher.lm_head"
@@ -90,16 +93,23 @@ def entropies(config: ModelConfig, weights: Weights, ids: Tensor) -> Tensor:
 
 
 def patch(rule: PatchingRule, entropy: Tensor) -> Patches:
-    """Cuts texts into patches by entropy (B, T), including the place of the next byte, as `engine.patching` does."""
-    if rule.mode != "entropy" or rule.monotonic or rule.threshold_add is not None or rule.max_patch_length is None:
-        raise ValueError("training supports only the plain entropy threshold with a longest patch")
+    """Cuts texts into patches by entropy (B, T), including the place of the next byte, as `kernels.boundary` does."""
     (count, length), device = entropy.shape, entropy.device
-    longest = rule.max_patch_length
     index = torch.arange(length + 1, device=device)
-    natural = torch.ones(count, length + 1, dtype=torch.bool, device=device)
-    natural[:, 2:] = entropy[:, 1:] > rule.threshold
-    since = index - torch.where(natural, index, 0).cummax(1).values
-    opens = since % longest == 0
+    opens = torch.ones(count, length + 1, dtype=torch.bool, device=device)
+    if rule.mode == "entropy":
+        after, rise = entropy[:, 1:], entropy.diff(dim=1)
+        # The first differences of entropies are undefined.
+        if rule.monotonic:
+            opens[:, 3:] = rise[:, 1:] > rule.threshold
+        elif rule.threshold_add is not None:
+            opens[:, 3:4] = False
+            opens[:, 4:] = (after[:, 2:] > rule.threshold) & (rise[:, 2:] > rule.threshold_add)
+        else:
+            opens[:, 2:] = after > rule.threshold
+    if rule.max_patch_length is not None:
+        since = index - torch.where(opens, index, 0).cummax(1).values
+        opens = since % rule.max_patch_length == 0
     patch_of = opens.cumsum(1) - 1
     own, reads = patch_of[:, :-1], patch_of[:, 1:] - 1
     counts = own[:, -1] + 1
@@ -107,44 +117,48 @@ def patch(rule: PatchingRule, entropy: Tensor) -> Patches:
     starts.scatter_(1, torch.where(opens, patch_of, starts.shape[1] - 1), index.expand(count, -1))
     starts = starts[:, :-1].clamp(max=length)
     starts = starts.masked_fill(index[: starts.shape[1]] > counts[:, None], length)
-    inside = starts[:, :-1, None] + torch.arange(longest, device=device)
-    holds = inside < starts[:, 1:, None]
-    return Patches(own, reads, starts[:, :-1], inside.clamp(max=length - 1), holds, counts)
+    return Patches(own, reads, starts[:, :-1], counts)
 
 
-def latents(config: ModelConfig, weights: Weights, ids: Tensor, patches: Patches, dtype: torch.dtype) -> Tensor:
-    """The decoder's slots of every patch, ids (B, T) -> (B, M, k, d)."""
-    enc = config.encoder
+def encode(
+    config: ModelConfig, weights: Weights, ids: Tensor, patches: Patches, dtype: torch.dtype, *, recompute: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The encoder's byte states (B, T, d), and each patch's slots (B, M, k, d), of ids (B, T)."""
+    enc, count = config.encoder, patches.starts.shape[1]
     reach = max(config.hashes.group_sizes)
     windows = F.pad(ids, (reach - 1, 0)).unfold(1, reach, 1).flatten(0, 1)
     rows = ngram_hashes(windows, config.hashes.group_sizes, config.hashes.num_functions, config.hashes.rows)
-    x = F.embedding(ids, weights["model.local_encoder.embed_tokens.weight"])
+    x = F.embedding(ids, weights["model.local_encoder.embed_tokens.weight"]).float()
     for t in range(config.hashes.num_tables):
         table = weights[f"model.encoder_hash_tok_embedding.{t}.weight"]
         x = x + F.embedding(rows[:, t].view_as(ids), table)
-    x = _stack(x, weights, "model.local_encoder", enc, torch.arange(ids.shape[1], device=ids.device), dtype)
 
-    name = "model.local_encoder.cross_attn_layers.0"
-    key_value = _project(_norm(x, weights, f"{name}.k_norm", enc, dtype), weights, f"{name}.k_proj", f"{name}.v_proj")
-    held, absent = patches.holds[..., None], ~patches.holds[..., None]
-    pooled = _gather(x, patches.bytes).masked_fill(absent, float("-inf")).amax(2)
-    pooled = pooled.masked_fill(~held.any(2), 0.0)
-    slots = _project(pooled.to(dtype), weights, "model.local_encoder.patch_embedding_projection")
-    slots = slots.unflatten(-1, (config.slots, enc.dim)).float()
-    key, value = _gather(key_value, patches.bytes).unflatten(-1, (-1, enc.head_dim)).chunk(2, -2)
-    query = _project(_norm(slots, weights, f"{name}.q_norm", enc, dtype), weights, f"{name}.q_proj")
-    query = query.unflatten(-1, (-1, enc.head_dim))
-    scores = (query[:, :, :, None] * key[:, :, None]).sum(-1).float() * enc.head_dim**-0.5
-    seen = held[:, :, None].expand(-1, -1, scores.shape[2], -1, scores.shape[-1])
-    attend = scores.masked_fill(~seen, -1e9).softmax(3).to(dtype)
-    read = (attend[..., None] * value[:, :, None]).sum(3).flatten(-2)
-    slots = 2 * slots + _project(read, weights, f"{name}.o_proj")
+    turns, slots = _turns(torch.arange(ids.shape[1], device=ids.device), enc), None
+    for i in range(enc.num_layers):
+        x = _run_layer(x, weights, f"model.local_encoder.layers.{i}", enc, turns, dtype, recompute=recompute)
+        if not (config.encoder_refine or i == enc.num_layers - 1):
+            continue
+        if slots is None:
+            pooled = _greatest(x, patches.own, count)
+            slots = _project(pooled.to(dtype), weights, "model.local_encoder.patch_embedding_projection")
+            slots = slots.unflatten(-1, (config.slots, enc.dim)).float()
+        name = f"model.local_encoder.cross_attn_layers.{i if config.encoder_refine else 0}"
+        slots = 2 * slots + _read_bytes(slots, x, patches.own, weights, name, enc, dtype)
+    assert slots is not None
+    return x, slots
 
+
+def latents(
+    config: ModelConfig, weights: Weights, slots: Tensor, dtype: torch.dtype, *, recompute: bool = False
+) -> Tensor:
+    """The encoder's slots of every patch (B, M, k, d) -> the decoder's (B, M, k, d)."""
     x = slots.flatten(2)
     if config.projects_latent:
         x = _project(x.to(dtype), weights, "model.global_transformer.token_embedding_projection").float()
-    positions = torch.arange(x.shape[1], device=x.device)
-    x = _stack(x, weights, "model.global_transformer", config.global_, positions, dtype)
+    turns = _turns(torch.arange(x.shape[1], device=x.device), config.global_)
+    for i in range(config.global_.num_layers):
+        name = f"model.global_transformer.layers.{i}"
+        x = _run_layer(x, weights, name, config.global_, turns, dtype, recompute=recompute)
     out = _project(x.to(dtype), weights, "model.local_decoder.patch_embedding_projection")
     return out.unflatten(-1, (config.slots, config.decoder.dim)).float()
 
@@ -157,9 +171,14 @@ def decode(
     slots: Tensor,
     dtype: torch.dtype,
     blocks: Blocks | None = None,
+    states: Tensor | None = None,
+    *,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Normed states of clean rows (B, T, d) and of the blocks' cells (B, S, K, d); `logits` turns them into logits.
 
+    slots: of `latents`. states: of `encode`, which a decoder without a table of its own reads. recompute: layers keep
+    only their inputs, and run again for their gradients.
     Clean rows attend causally and never to a block. A cell attends to the clean rows before its block and to its whole
     block; its position is its original index.
     """
@@ -172,14 +191,35 @@ def decode(
         positions = torch.cat([positions.expand(len(ids), -1), cells], 1)
         blind = _block_mask(blocks, length, dec.window).to(dtype)
     turns = _turns(positions, dec)
-    y = F.embedding(ids, weights["model.local_decoder.embed_tokens.weight"])
+    if config.decoder_input == "encoder":
+        assert states is not None and blocks is None
+        y = states
+    else:
+        y = F.embedding(ids, weights["model.local_decoder.embed_tokens.weight"]).float()
     for i in range(dec.num_layers):
         if i == 0 or config.decoder_cross_all_layers:
             y = 2 * y + _read_latent(y, slots, reads, weights, f"model.local_decoder.cross_attn_layers.{i}", dec, dtype)
-        y = _layer(y, weights, f"model.local_decoder.layers.{i}", dec, turns, dtype, length, blind)
+        name = f"model.local_decoder.layers.{i}"
+        y = _run_layer(y, weights, name, dec, turns, dtype, length, blind, recompute=recompute)
     y = _norm(y, weights, "model.local_decoder.norm", dec, dtype)
-    states = y[:, length:]
-    return y[:, :length], states if blocks is None else states.unflatten(1, blocks.ids.shape[1:])
+    cell_states = y[:, length:]
+    return y[:, :length], cell_states if blocks is None else cell_states.unflatten(1, blocks.ids.shape[1:])
+
+
+def next_states(
+    config: ModelConfig,
+    weights: Weights,
+    ids: Tensor,
+    patches: Patches,
+    dtype: torch.dtype,
+    blocks: Blocks | None = None,
+    *,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`encode`, `latents` and `decode` of ids (B, T)."""
+    states, slots = encode(config, weights, ids, patches, dtype, recompute=recompute)
+    slots = latents(config, weights, slots, dtype, recompute=recompute)
+    return decode(config, weights, ids, patches.reads, slots, dtype, blocks, states, recompute=recompute)
 
 
 def logits(weights: Weights, states: Tensor) -> Tensor:
@@ -205,6 +245,34 @@ def _repeated(x: Tensor, count: int) -> Tensor:
     return x[..., None].expand(-1, -1, count).flatten(1)
 
 
+def _greatest(x: Tensor, own: Tensor, count: int) -> Tensor:
+    """The greatest of each patch's bytes, x (B, T, d) -> (B, count, d); 0 for patches without bytes."""
+    index = own[..., None].expand_as(x)
+    return x.new_zeros(len(x), count, x.shape[2]).scatter_reduce(1, index, x, "amax", include_self=False)
+
+
+def _read_bytes(
+    slots: Tensor, x: Tensor, own: Tensor, weights: Weights, name: str, stack: StackConfig, dtype: torch.dtype
+) -> Tensor:
+    """Cross-attention of the k slots of each patch over the patch's own bytes: (B, M, k, d).
+
+    Each byte is scored by the slots of its patch, and the softmax is a sum over the patch, however long it is.
+    """
+    count, heads = slots.shape[1], (stack.num_kv_heads, stack.num_heads // stack.num_kv_heads)
+    key_value = _project(_norm(x, weights, f"{name}.k_norm", stack, dtype), weights, f"{name}.k_proj", f"{name}.v_proj")
+    key, value = key_value.unflatten(-1, (2, 1, stack.num_kv_heads, 1, stack.head_dim)).unbind(2)
+    query = _project(_norm(slots, weights, f"{name}.q_norm", stack, dtype), weights, f"{name}.q_proj")
+    asked = _gather(query.flatten(2), own).unflatten(-1, (slots.shape[2], *heads, stack.head_dim))
+    scores = ((asked * key).sum(-1).float() * stack.head_dim**-0.5).flatten(2)
+    share = (scores - _gather(_greatest(scores.detach(), own, count), own)).exp()
+    total = torch.zeros_like(share[:, :1]).expand(-1, count, -1).scatter_add(1, own[..., None].expand_as(share), share)
+    share = (share / _gather(total, own)).to(dtype).unflatten(-1, (slots.shape[2], *heads, 1))
+    weighed = (share * value).flatten(2)
+    read = weighed.new_zeros(len(weighed), count, weighed.shape[2])
+    read = read.scatter_add(1, own[..., None].expand_as(weighed), weighed)
+    return _project(read.unflatten(-1, (slots.shape[2], -1)), weights, f"{name}.o_proj")
+
+
 def _read_latent(
     y: Tensor, slots: Tensor, reads: Tensor, weights: Weights, name: str, stack: StackConfig, dtype: torch.dtype
 ) -> Tensor:
@@ -212,10 +280,11 @@ def _read_latent(
     key_value = _project(
         _norm(slots, weights, f"{name}.k_norm", stack, dtype), weights, f"{name}.k_proj", f"{name}.v_proj"
     )
-    read = _gather(key_value.flatten(2), reads).unflatten(-1, (slots.shape[2], -1, stack.head_dim))
-    key, value = read.chunk(2, -2)
+    read = _gather(key_value.flatten(2), reads)
+    read = read.unflatten(-1, (slots.shape[2], 2, stack.num_kv_heads, 1, stack.head_dim))
+    key, value = read.unbind(3)
     query = _project(_norm(y, weights, f"{name}.q_norm", stack, dtype), weights, f"{name}.q_proj")
-    query = query.unflatten(-1, (1, -1, stack.head_dim))
+    query = query.unflatten(-1, (1, stack.num_kv_heads, -1, stack.head_dim))
     attend = ((query * key).sum(-1).float() * stack.head_dim**-0.5).softmax(2).to(dtype)
     return _project((attend[..., None] * value).sum(2).flatten(2), weights, f"{name}.o_proj")
 
@@ -227,6 +296,14 @@ def _stack(
     for i in range(stack.num_layers):
         x = _layer(x, weights, f"{prefix}.layers.{i}", stack, turns, dtype)
     return x
+
+
+def _run_layer(x: Tensor, *of: Any, recompute: bool) -> Tensor:
+    """`_layer`; recompute: without keeping what its gradients need, which is computed again for them."""
+    if not recompute:
+        return _layer(x, *of)
+    found: Tensor = checkpoint(_layer, x, *of, use_reentrant=False)
+    return found
 
 
 def _layer(

@@ -97,15 +97,21 @@ def corrupt(
 
 
 def losses(
-    config: ModelConfig, weights: Weights, row: Tensor, patches: Patches, corruption: Corruption, dtype: torch.dtype
+    config: ModelConfig,
+    weights: Weights,
+    row: Tensor,
+    patches: Patches,
+    corruption: Corruption,
+    dtype: torch.dtype,
+    *,
+    recompute: bool = False,
 ) -> Losses:
     """Both losses of the texts in `row` (B, T + 1): clean row j predicts byte j + 1, including the last. Unscored rows
     are computed with weight 0: to select the others, the host would have to wait for the device.
     """
     ids, after = row[:, :-1], row[:, 1:]
     asked, scores, targets = after != PAD_ID, corruption.scores, corruption.targets
-    slots = model.latents(config, weights, ids, patches, dtype)
-    clean, cells = model.decode(config, weights, ids, patches.reads, slots, dtype, corruption.blocks)
+    clean, cells = model.next_states(config, weights, ids, patches, dtype, corruption.blocks, recompute=recompute)
     next_logits, cell_logits = model.logits(weights, clean), model.logits(weights, cells)
     weight = (corruption.stands_for / corruption.rates)[..., None] * scores
     cell_loss = F.cross_entropy(cell_logits.flatten(0, 2), targets.flatten(), reduction="none")

@@ -182,7 +182,7 @@ def _model_step(state: State, passes: Passes) -> Step:
     def step(row: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
         with torch.no_grad():
             patches = model.patch(state.config.patching, model.entropies(state.config, state.weights, row[:, :-1]))
-        passes.vary(patches.starts, patches.bytes, patches.holds)
+        passes.vary(patches.starts)
         function: Pass = objective.next_byte_losses
         given: list[Any] = [row, patches]
         if fraction(state, state.phases["model"]) >= settings.blocks_from:
@@ -232,7 +232,7 @@ def _settle_patcher(state: State, corpus: Corpus) -> None:
     for _ in range(20):
         middle = (low + high) / 2
         patches = model.patch(replace(state.config.patching, threshold=middle), entropy)
-        if float(patches.holds.sum() / patches.counts.sum()) < state.settings.mean_patch:
+        if float(patches.own.numel() / patches.counts.sum()) < state.settings.mean_patch:
             low = middle
         else:
             high = middle
