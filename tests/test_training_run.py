@@ -14,9 +14,10 @@ from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
 from tests.models import our_config
 from training.corpus import Corpus, standard_library
 from training.export import export, plot
+from training.loop import Stopped, falling
 from training.metrics import read_metrics
 from training.state import Settings, State, fraction
-from training.train import Stopped, falling, row_length, train
+from training.train import row_length, train
 
 TEXTS = tuple(f"def f{i}(x):\n    return x + {i}\n".encode() * (1 + i % 7) for i in range(20))
 CORPUS = Corpus(tuple(f"{i}.py" for i in range(20)), TEXTS)
@@ -127,8 +128,8 @@ def test_blocks_join_later_and_rates_are_held(tmp_path: Path) -> None:
     assert ["mask" in line for line in lines] == [False] * 4 + [True] * 4
     assert not torch.equal(state.weights["model.local_decoder.embed_tokens.weight"][CONFIG.mask_id], before)
     plot(read_metrics(tmp_path / "run"), tmp_path / "loss.png")
-    assert [falling(settings, part) for part in (0.0, 0.25)] == [1.0, 1.0]
-    assert falling(settings, 0.625) == pytest.approx(0.5) and falling(settings, 1.0) == pytest.approx(0.0)
+    assert [falling(settings.hold, part) for part in (0.0, 0.25)] == [1.0, 1.0]
+    assert falling(settings.hold, 0.625) == pytest.approx(0.5) and falling(settings.hold, 1.0) == pytest.approx(0.0)
     with pytest.raises(ValueError, match="blocks_from is a share from 0 to 1, not 1.5"):
         replace(settings, blocks_from=1.5)
 

@@ -15,12 +15,13 @@ from engine import checkpoint
 from tests.other_device import DEVICE, other_device
 from tests.test_layering import ROOT
 from tests.test_training_run import CONFIG, CORPUS, SETTINGS
-from training import corpus, export
+from training import corpus, export, loop
 from training import train as training
+from training.loop import StageOver
 from training.metrics import read_metrics
 from training.passes import COMPILE_SECONDS, Passes
 from training.state import State
-from training.train import MORE_TO_DO, StageOver, train
+from training.train import MORE_TO_DO, train
 
 TORCHS = {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy"}
 """What torch imports."""
@@ -70,7 +71,7 @@ def test_a_training_stage_reserves_twice_the_time_to_save(tmp_path: Path, monkey
         save(state, folder)
 
     monkeypatch.setattr(State, "save", slow)
-    monkeypatch.setattr(training, "SPARE_SECONDS", 0.1)
+    monkeypatch.setattr(loop, "SPARE_SECONDS", 0.1)
     deadline = time.monotonic() + 1.5
     with pytest.raises(StageOver):
         train(State.new(replace(SETTINGS, steps=10**6), CONFIG), CORPUS, tmp_path, deadline=deadline)
@@ -113,8 +114,8 @@ def counted(name: str, waits: list[str], counts: list[int], monkeypatch: pytest.
     """Has the steps that the function `name` gives count their waits."""
     make = getattr(training, name)
 
-    def making(*arguments: object) -> training.Step:
-        step: training.Step = make(*arguments)
+    def making(*arguments: object) -> loop.Step:
+        step: loop.Step = make(*arguments)
 
         def counting(row: torch.Tensor, draw: torch.Generator) -> dict[str, torch.Tensor]:
             before = len(waits)

@@ -6,15 +6,10 @@ folder with its state (saved every two minutes and when it is stopped) and its m
 
 import argparse
 import math
-import signal
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,60 +18,17 @@ from torch import Tensor
 
 from engine.checkpoint import PRESETS
 from engine.config import flag_help
-from engine.step.transfer import to_device
 
 from . import STARTED, model, objective
 from .corpus import Corpus, corpora
-from .device import chosen_device, description, synchronize
+from .device import chosen_device
+from .loop import Loop, Plan, StageOver, Step, Stopped, run_phase, stop_requests
 from .metrics import Metrics
 from .passes import Pass, Passes
-from .progress import Progress
-from .state import MANIFEST, PATCHER, Phase, Settings, State, fraction
+from .state import MANIFEST, PATCHER, Settings, State, fraction
 
-SAVE_SECONDS = 120.0
-SPARE_SECONDS = 2.0
-"""Seconds for the process to end after a stage's state is saved."""
 MORE_TO_DO = 3
 """Exit code of a stage if the run is not finished."""
-
-Step = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
-
-
-class Stopped(Exception):
-    """The run was asked to stop; its state is saved."""
-
-
-class StageOver(Exception):
-    """The stage's time is up, and there is more to do; the state is saved."""
-
-
-@dataclass(slots=True)
-class _Run:
-    """State that the phases of a run share within a process."""
-
-    state: State
-    corpus: Corpus
-    folder: Path
-    metrics: Metrics
-    passes: Passes
-    asked: Callable[[], bool]
-    deadline: float | None
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
-    """Seconds of the last steps."""
-    saved: float = field(default_factory=time.monotonic)
-    save_seconds: float = 0.0
-
-    def save(self) -> None:
-        synchronize(self.state.device)
-        began = time.monotonic()
-        self.state.save(self.folder)
-        self.saved = time.monotonic()
-        self.save_seconds = max(self.save_seconds, self.saved - began)
-
-    def is_due(self) -> bool:
-        """Whether another step might leave too little time to save the state, should that take twice as long."""
-        needed = max(self.seconds) + 2 * self.save_seconds + SPARE_SECONDS
-        return self.deadline is not None and time.monotonic() + needed > self.deadline
 
 
 def train(
@@ -94,17 +46,18 @@ def train(
         )
     state.corpus = corpus.digest
     folder.mkdir(parents=True, exist_ok=True)
-    with _stop_requests() as asked, Metrics(folder, state.steps) as metrics:
-        run = _Run(state, corpus, folder, metrics, passes or Passes(), asked, deadline)
+    with stop_requests() as asked, Metrics(folder, state.steps) as metrics:
+        passes = passes or Passes()
+        loop = Loop(folder, state.save, metrics, passes, state.device, state.machines, asked, deadline)
         # Saves first: if compiling outlasts the stage, no step is lost.
-        run.passes.before = run.save
+        passes.before = loop.save
         # Saves at once, to notice a folder that cannot be written before there is work to lose, and to time a save.
-        run.save()
+        loop.save()
         if not state.settled:
-            _phase(run, "patcher", _patcher_step(state, run.passes))
+            _phase(loop, state, corpus, "patcher", _patcher_step(state, passes))
             _settle_patcher(state, corpus)
-            run.save()
-        _phase(run, "model", _model_step(state, run.passes))
+            loop.save()
+        _phase(loop, state, corpus, "model", _model_step(state, passes))
 
 
 def row_length(settings: Settings, done: float) -> int:
@@ -112,54 +65,24 @@ def row_length(settings: Settings, done: float) -> int:
     return next(length for start, length in reversed(settings.lengths) if done >= start)
 
 
-def falling(settings: Settings, done: float) -> float:
-    """What is left of the learning rates after the part `done` of the phase: all until `hold`, then a cosine to 0."""
-    fallen = max(0.0, done - settings.hold) / (1 - settings.hold) if settings.hold < 1 else 0.0
-    return 0.5 + 0.5 * math.cos(math.pi * fallen)
+def _phase(loop: Loop, state: State, corpus: Corpus, name: str, step: Step) -> None:
+    settings, phase, is_model = state.settings, state.phases[name], name == "model"
 
+    def rows(draw: np.random.Generator, done: float) -> Tensor:
+        length = row_length(settings, done)
+        return corpus.rows(draw, max(1, settings.batch_bytes // length), length)
 
-def _finished(state: State, phase: Phase) -> bool:
-    return fraction(state, phase) >= 1.0
-
-
-def _phase(run: _Run, name: str, step: Step) -> None:
-    state, settings, phase = run.state, run.state.settings, run.state.phases[name]
-    machine = description(state.device)
-    with Progress(name, fraction(state, phase)) as progress:
-        while not _finished(state, phase):
-            began, chosen = time.monotonic(), run.passes.seconds
-            done = fraction(state, phase)
-            length = row_length(settings, done)
-            # A step's draws depend on the seed, the phase and the step alone: a resumed run draws the same.
-            seed = np.random.SeedSequence([settings.seed, name == "model", phase.step])
-            rows = run.corpus.rows(np.random.default_rng(seed), max(1, settings.batch_bytes // length), length)
-            draw = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
-            figures = step(to_device(rows.numpy(), state.device), draw)
-            rate = min(1.0, (phase.step + 1) / settings.warm_up) * falling(settings, done)
-            for optimizer, base in zip(phase.optimizers, phase.rates, strict=True):
-                for group in optimizer.param_groups:
-                    group["lr"] = base * rate
-                optimizer.step()
-                optimizer.zero_grad()
-            phase.step += 1
-            phase.bytes += rows.shape[0] * length
-            seconds = time.monotonic() - began - (run.passes.seconds - chosen)
-            phase.seconds += seconds
-            run.seconds.append(seconds)
-            state.machines[machine] = state.machines.get(machine, 0.0) + seconds
-
-            line = {"phase": name, "step": phase.step, "seconds": round(phase.seconds, 3), "bytes": phase.bytes}
-            shown = run.metrics.add(line, figures)
-            finished, due, asked = _finished(state, phase), run.is_due(), run.asked()
-            if finished or due or asked:
-                shown = run.metrics.flush() or shown
-            progress.show(fraction(state, phase), shown, last=finished or due or asked)
-            if finished or due or asked or time.monotonic() - run.saved > SAVE_SECONDS:
-                run.save()
-            if asked:
-                raise Stopped
-            if due and not (finished and name == "model"):
-                raise StageOver
+    plan = Plan(
+        name,
+        (settings.seed, is_model),
+        settings.warm_up,
+        lambda: fraction(state, phase),
+        rows,
+        step,
+        last=is_model,
+        hold=settings.hold,
+    )
+    run_phase(loop, phase, plan)
 
 
 def _patcher_step(state: State, passes: Passes) -> Step:
@@ -239,23 +162,6 @@ def _settle_patcher(state: State, corpus: Corpus) -> None:
     state.set_threshold(round(high, 4))
     state.settled = True
     print(f"threshold {high:.4f} nats", flush=True)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns SIGINT and SIGTERM into a flag while the block runs."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _positive(text: str) -> int:
