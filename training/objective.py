@@ -101,26 +101,29 @@ def losses(
     weights: Weights,
     row: Tensor,
     patches: Patches,
-    corruption: Corruption,
+    corruption: Corruption | None,
     dtype: torch.dtype,
     *,
     recompute: bool = False,
 ) -> Losses:
     """Both losses of the texts in `row` (B, T + 1): clean row j predicts byte j + 1, including the last. Unscored rows
     are computed with weight 0: to select the others, the host would have to wait for the device.
+
+    Without corruption, for a model without [MASK] or before it is trained, all of the block loss is 0.
     """
     ids, after = row[:, :-1], row[:, 1:]
-    asked, scores, targets = after != PAD_ID, corruption.scores, corruption.targets
-    clean, cells = model.next_states(config, weights, ids, patches, dtype, corruption.blocks, recompute=recompute)
-    next_logits, cell_logits = model.logits(weights, clean), model.logits(weights, cells)
+    asked, blocks = after != PAD_ID, None if corruption is None else corruption.blocks
+    clean, cells = model.next_states(config, weights, ids, patches, dtype, blocks, recompute=recompute)
+    next_logits = model.logits(weights, clean)
+    clean_loss = F.cross_entropy(next_logits.flatten(0, 1), after.flatten(), ignore_index=PAD_ID)
+    clean_right = _share_right(next_logits, after, asked)
+    if corruption is None:
+        return Losses(clean_loss, torch.zeros_like(clean_loss), clean_right, torch.zeros_like(clean_right))
+    scores, targets, cell_logits = corruption.scores, corruption.targets, model.logits(weights, cells)
     weight = (corruption.stands_for / corruption.rates)[..., None] * scores
     cell_loss = F.cross_entropy(cell_logits.flatten(0, 2), targets.flatten(), reduction="none")
-    return Losses(
-        F.cross_entropy(next_logits.flatten(0, 1), after.flatten(), ignore_index=PAD_ID),
-        (cell_loss * weight.flatten()).sum() / asked.sum(),
-        _share_right(next_logits, after, asked),
-        _share_right(cell_logits, targets, scores),
-    )
+    mask_loss = (cell_loss * weight.flatten()).sum() / asked.sum()
+    return Losses(clean_loss, mask_loss, clean_right, _share_right(cell_logits, targets, scores))
 
 
 def next_byte_losses(

@@ -4,7 +4,7 @@ A run's folder holds `state.json` (settings, progress, lists of tensors and part
 `state-NUMBER-DIGEST.part`. The files do not depend on the machine or device: any other can continue from them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -81,17 +81,40 @@ class Phase:
     bytes: int = 0
 
     @classmethod
-    def of(cls, weights: dict[str, Tensor], settings: Settings) -> "Phase":
+    def of(cls, weights: Mapping[str, Tensor], matrix_rate: float, table_rate: float) -> "Phase":
         matrices = tuple(n for n, w in weights.items() if w.dim() == 2 and ("layers." in n or "projection" in n))
         others = tuple(n for n in weights if n not in matrices)
-        return cls(
-            (matrices, others),
-            (
-                Muon([weights[n] for n in matrices], weight_decay=0.01),
-                AdamW([weights[n] for n in others], betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-            ),
-            (settings.matrix_rate, settings.table_rate),
-        )
+        names, optimizers, rates = [], list[torch.optim.Optimizer](), []
+        if matrices:
+            names, rates = [matrices], [matrix_rate]
+            optimizers.append(Muon([weights[n] for n in matrices], weight_decay=0.01))
+        if others:
+            names, rates = [*names, others], [*rates, table_rate]
+            of = [weights[n] for n in others]
+            optimizers.append(AdamW(of, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+        return cls(tuple(names), tuple(optimizers), tuple(rates))
+
+    @property
+    def progress(self) -> "Progress":
+        return Progress(self.step, self.seconds, self.bytes)
+
+    def kept(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What the optimizers keep of each weight, as "NAME KEY"."""
+        for names, optimizer in zip(self.names, self.optimizers, strict=True):
+            for name in names:
+                of_weight = optimizer.state.get(weights[name], {})
+                yield from ((f"{name} {key}", tensor) for key, tensor in of_weight.items())
+
+    def restore(self, done: "Progress", found: Mapping[str, Tensor]) -> None:
+        """Takes over a saved progress, and what `kept` gave."""
+        self.step, self.seconds, self.bytes = done.step, done.seconds, done.bytes
+        for names, optimizer in zip(self.names, self.optimizers, strict=True):
+            kept: dict[int, dict[str, Tensor]] = {}
+            for i, weight_name in enumerate(names):
+                start = f"{weight_name} "
+                if of_weight := {n[len(start) :]: t for n, t in found.items() if n.startswith(start)}:
+                    kept[i] = of_weight
+            optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -150,9 +173,8 @@ class State:
         weights = {name: weight.to(device).requires_grad_() for name, weight in drawn.items()}
         patcher = {n: w for n, w in weights.items() if n.startswith(PATCHER)}
         rest = {n: w for n, w in weights.items() if n not in patcher}
-        return cls(
-            settings, config, weights, {"patcher": Phase.of(patcher, settings), "model": Phase.of(rest, settings)}
-        )
+        rates = settings.matrix_rate, settings.table_rate
+        return cls(settings, config, weights, {"patcher": Phase.of(patcher, *rates), "model": Phase.of(rest, *rates)})
 
     @property
     def device(self) -> torch.device:
@@ -167,10 +189,7 @@ class State:
         """Weights, then each one's optimizer state, all float32."""
         yield from self.weights.items()
         for phase in self.phases.values():
-            for names, optimizer in zip(phase.names, phase.optimizers, strict=True):
-                for name in names:
-                    kept = optimizer.state.get(self.weights[name], {})
-                    yield from ((f"{name} {key}", tensor) for key, tensor in kept.items())
+            yield from phase.kept(self.weights)
 
     def save(self, run: Path, most: int = PART_BYTES) -> None:
         """Writes the run into its folder, atomically, in parts of at most `most` bytes."""
@@ -186,7 +205,7 @@ class State:
             self.settled,
             self.corpus,
             self.machines,
-            {name: Progress(phase.step, phase.seconds, phase.bytes) for name, phase in self.phases.items()},
+            {name: phase.progress for name, phase in self.phases.items()},
             entries,
             parts,
         )
@@ -224,15 +243,7 @@ class State:
             for name, weight in state.weights.items():
                 weight.copy_(found.pop(name))
         for name, phase in state.phases.items():
-            done = manifest.phases[name]
-            phase.step, phase.seconds, phase.bytes = done.step, done.seconds, done.bytes
-            for names, optimizer in zip(phase.names, phase.optimizers, strict=True):
-                kept: dict[int, dict[str, Tensor]] = {}
-                for i, weight_name in enumerate(names):
-                    start = f"{weight_name} "
-                    if of_weight := {n[len(start) :]: t for n, t in found.items() if n.startswith(start)}:
-                        kept[i] = of_weight
-                optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+            phase.restore(manifest.phases[name], found)
         return state
 
     def adopt_patcher(self, other: "State") -> None:

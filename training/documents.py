@@ -1,0 +1,208 @@
+"""Files of text to learn from, read a row at a time: whatever their size, only the rows asked for are in memory.
+
+A document is a whole file or, in a `.jsonl` file, the text in one field of a line. It is read as BOS, its bytes, EOS.
+
+What is held out is never drawn for training: of files of at least `LARGE` bytes the last twentieth, but no more than
+`MOST_HELD_OUT`; of smaller ones one in twenty, whole, by a hash of its name. Or files of their own, if the user names
+them.
+"""
+
+import json
+import mmap
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
+
+from .corpus import HELD_OUT_ONE_IN, START_WEIGHT
+
+LARGE = 64 << 10
+MOST_HELD_OUT = 1 << 20
+LEAST_HELD_OUT = 4 << 10
+"""Fewer bytes give no figure worth printing."""
+LINES = (".jsonl", ".ndjson")
+EMPTY_DRAWS = 1000
+"""So many lines in a row without text mean that there is none."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The bytes from `begin` to `end` of a file. field: of the objects in its lines; None if the file is a document."""
+
+    path: Path
+    begin: int
+    end: int
+    field: str | None
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+    @cached_property
+    def _data(self) -> mmap.mmap:
+        with self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def piece(self, draw: np.random.Generator, place: int, length: int) -> np.ndarray:
+        """Up to `length` ids of the document at byte `place` of the part: a slice from a random start."""
+        if self.field is None:
+            ends = self.end == len(self._data)
+            start = max(0, int(draw.integers(-START_WEIGHT, max(1, self.size + ends - length + 1))))
+            data = self._data[self.begin + start : min(self.begin + start + length, self.end)]
+            return _ids(data, closed=ends and len(data) < length)
+        ids = _ids(self._line(self.begin + place)[0], closed=True)
+        start = max(0, int(draw.integers(-START_WEIGHT, max(1, len(ids) - length + 1))))
+        return ids[start : start + length] if len(ids) > 1 else ids[:0]
+
+    def documents(self) -> Iterator[bytes]:
+        """The texts, one after another; a file's part is one text."""
+        if self.field is None:
+            yield self._data[self.begin : self.end]
+            return
+        place = self.begin
+        while place < self.end:
+            text, place = self._line(place)
+            if text:
+                yield text
+
+    def _line(self, place: int) -> tuple[bytes, int]:
+        """The text of the line at byte `place`, and where the next one begins. Raises ValueError for a line that is no
+        object with the field."""
+        assert self.field is not None
+        begin = self._data.rfind(b"\n", 0, place) + 1
+        end = self._data.find(b"\n", place)
+        end = len(self._data) if end < 0 else end
+        line = self._data[begin:end].strip()
+        if not line:
+            return b"", end + 1
+        where = f"{self.path}: the line at byte {begin}"
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
+        if not isinstance(found, dict) or not isinstance(text := found.get(self.field), str):
+            raise ValueError(f"{where} has no text in a field {self.field!r}: name the field with --field")
+        return text.encode("utf-8", "surrogatepass"), end + 1
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Parts of files, as texts to draw from or to read in order."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([part.size for part in self.parts])
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells other files or other parts of them, by their names, places, and first and last bytes."""
+        found = sha256()
+        for part in self.parts:
+            found.update(f"{part.path.name}\0{part.begin}\0{part.end}\0{part.field}\0".encode())
+            found.update(part._data[part.begin : part.begin + LARGE] + part._data[max(0, part.end - LARGE) : part.end])
+        return found.hexdigest()
+
+    def rows(self, draw: np.random.Generator, count: int, length: int) -> Tensor:
+        """`count` random rows of `length` + 1 ids, int64 (count, length + 1): BOS, a slice of one document, padding.
+
+        As `Corpus.rows`: a document is drawn in proportion to its length. Raises ValueError for a broken line, and if
+        no line has text.
+        """
+        rows = np.full((count, length + 1), PAD_ID, dtype=np.int64)
+        rows[:, 0] = BOS_ID
+        for row in rows:
+            for _ in range(EMPTY_DRAWS):
+                at = int(draw.integers(self.num_bytes))
+                part = int(np.searchsorted(self._ends, at, side="right"))
+                place = at - int(self._ends[part]) + self.parts[part].size
+                piece = self.parts[part].piece(draw, place, length)
+                if len(piece):
+                    break
+            else:
+                raise ValueError(f"{self.parts[0].path}: the lines have no text")
+            row[1 : 1 + len(piece)] = piece
+        return torch.from_numpy(rows)
+
+    def texts(self, most: int) -> list[bytes]:
+        """The first texts, of `most` bytes in all."""
+        found: list[bytes] = []
+        for part in self.parts:
+            for text in part.documents():
+                if most <= 0:
+                    return found
+                found.append(text[:most])
+                most -= len(text)
+        return found
+
+
+def slices(texts: Sequence[bytes], length: int) -> Tensor:
+    """Texts cut into rows of `length` + 1 ids, (rows, length + 1): BOS, up to `length` bytes, padding; no EOS."""
+    pieces = [text[i : i + length] for text in texts for i in range(0, len(text), length)]
+    rows = np.full((len(pieces), length + 1), PAD_ID, dtype=np.int64)
+    rows[:, 0] = BOS_ID
+    for row, piece in zip(rows, pieces, strict=True):
+        row[1 : 1 + len(piece)] = _ids(piece)
+    return torch.from_numpy(rows)
+
+
+def open_documents(files: Sequence[Path], held_out: Sequence[Path], field: str) -> tuple[Documents, Documents]:
+    """(training, held-out) documents of files. held_out: files that are all held out; without them it is a part of
+    `files`. Raises OSError for a file that cannot be read, and ValueError for one that is empty, or too little text."""
+    wholes = [_whole(path, field) for path in files]
+    if held_out:
+        apart = [_whole(path, field) for path in held_out]
+        names = {part.path.resolve() for part in wholes}
+        for part in apart:
+            if part.path.resolve() in names:
+                raise ValueError(f"{part.path} cannot be both learnt from and held out")
+        training, kept = Documents(tuple(wholes)), Documents(tuple(apart))
+    else:
+        pairs = [_divided(part) for part in wholes]
+        training, kept = (Documents(tuple(p for p in parts if p.size)) for parts in zip(*pairs, strict=True))
+    if not training.num_bytes or kept.num_bytes < LEAST_HELD_OUT:
+        raise ValueError(
+            f"too little text: {training.num_bytes:,} bytes to learn from and {kept.num_bytes:,} held out, of which at "
+            f"least {LEAST_HELD_OUT:,} are needed to measure; give more text, or files with --held-out"
+        )
+    return training, kept
+
+
+def _whole(path: Path, field: str) -> Part:
+    if path.is_dir():
+        raise ValueError(f"{path}: this is a directory; name its files")
+    with path.open("rb"):
+        size = path.stat().st_size
+    if not size:
+        raise ValueError(f"{path}: the file is empty")
+    return Part(path, 0, size, field if path.suffix in LINES else None)
+
+
+def _divided(part: Part) -> tuple[Part, Part]:
+    """What of a file is for training, and what is held out; one may have no bytes."""
+    if part.size < LARGE:
+        cut = 0 if zlib.crc32(part.path.name.encode()) % HELD_OUT_ONE_IN == 0 else part.size
+    else:
+        cut = part.size - min(part.size // HELD_OUT_ONE_IN, MOST_HELD_OUT)
+        if part.field is not None:
+            cut = part._data.rfind(b"\n", 0, cut) + 1
+    return Part(part.path, 0, cut, part.field), Part(part.path, cut, part.end, part.field)
+
+
+def _ids(data: bytes, *, closed: bool = False) -> np.ndarray:
+    """The ids of some bytes; closed: EOS after them."""
+    ids = np.frombuffer(data, np.uint8).astype(np.int64) + BYTE_OFFSET
+    return np.append(ids, EOS_ID) if closed else ids
