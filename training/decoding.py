@@ -135,9 +135,10 @@ def measure(
     num_bytes: int,
     num_prefixes: int,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> dict[str, Any]:
     """All figures of a model folder on `texts`; texts below a kilobyte are skipped."""
-    engine = Engine(EngineConfig(model=str(path), dtype=dtype, cache_bytes=1 << 30))
+    engine = Engine(EngineConfig(model=str(path), dtype=dtype, device=device, cache_bytes=1 << 30))
     draw = random.Random(0)
     long = [text for text in texts if len(text) > max(WALK_BYTES, PROMPT_BYTES) + 64]
     if not long:

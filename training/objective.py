@@ -129,13 +129,8 @@ def losses(
 def next_byte_losses(
     config: ModelConfig, weights: Weights, row: Tensor, patches: Patches, dtype: torch.dtype
 ) -> Losses:
-    """The losses of `row` (B, T + 1) without blocks, which are those of masks 0."""
-    ids, after = row[:, :-1], row[:, 1:]
-    slots = model.latents(config, weights, ids, patches, dtype)
-    found = model.logits(weights, model.decode(config, weights, ids, patches.reads, slots, dtype)[0])
-    clean = F.cross_entropy(found.flatten(0, 1), after.flatten(), ignore_index=PAD_ID)
-    nothing = torch.zeros_like(clean)
-    return Losses(clean, nothing, _share_right(found, after, after != PAD_ID), nothing)
+    """`losses` without blocks, which is compiled by itself."""
+    return losses(config, weights, row, patches, None, dtype)
 
 
 def patcher_loss(config: ModelConfig, weights: Weights, row: Tensor, dtype: torch.dtype) -> Tensor:

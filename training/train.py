@@ -108,7 +108,7 @@ def _model_step(state: State, passes: Passes) -> Step:
         passes.vary(patches.starts)
         function: Pass = objective.next_byte_losses
         given: list[Any] = [row, patches]
-        if fraction(state, state.phases["model"]) >= settings.blocks_from:
+        if state.config.mask_id is not None and fraction(state, state.phases["model"]) >= settings.blocks_from:
             # Without weight a single block, so that its loss is still logged.
             wanted = settings.blocks_per_kib if settings.mask_weight else 0
             per_text, share = max(1, wanted * (row.shape[1] - 1) // 1024), settings.full_share

@@ -1,0 +1,185 @@
+"""Trains block diffusion into a model that has none, so that it runs all decoders: the work of `fastblt finetune`.
+
+Three phases. `table`: the decoder gets a byte table, fitted by the loss of the next byte with all else frozen. `mask`:
+the row of [MASK] alone, by the block loss. `blocks`: both losses together (Fast BLT 3.2), for the decoder or for all
+but the patcher. Patcher and threshold keep their bits, so patches stay where they were.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine import checkpoint
+from engine.checkpoint.base import require_finite
+from engine.checkpoint.hf_config import render
+from engine.config import PAD_ID, ModelConfig
+from engine.step.transfer import to_device
+
+from . import model, objective
+from .convert import TABLE, first_table, with_blocks
+from .documents import Documents, open_documents, slices
+from .loop import Loop, Plan, Step, run_phase, stop_requests
+from .metrics import Metrics
+from .passes import Passes
+from .tuning import FILE, FIRST_ROWS, Settings, Tuning, on_device, read_header, source_digest
+
+WHOLE_MODEL_IS_FROZEN = ("table", "mask")
+"""Phases that train nothing but the decoder's table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run with its text, ready to go on."""
+
+    tuning: Tuning
+    training: Documents
+    held_out: Documents
+    run: Path
+
+
+def begin(settings: Settings, name: str, run: Path, device: torch.device) -> Job:
+    """A new run. Measures the model as it is. Raises OSError or ValueError (CheckpointError among them) for input that
+    cannot be used, before any training."""
+    if (run / FILE).exists():
+        raise ValueError(f"{run} holds a run already: --resume goes on with it; to begin anew, delete it")
+    source, training, held_out = _opened(settings)
+    config = with_blocks(source.config, name, settings.block_size)
+    render(config, "float32")  # what cannot be saved is said before the training
+    if settings.row_bytes >= config.max_length:
+        raise ValueError(f"--row-bytes {settings.row_bytes}: the model has {config.max_length} positions, one for BOS")
+    with source.reading():
+        for tensor_name, tensor in source.tensors.items():
+            require_finite(tensor_name, tensor)
+    weights = on_device(source, device)
+    rows = held_out_rows(held_out, settings)
+    before, _ = next_byte_bits(source.config, weights, rows, settings)
+    print(f"{source.config.name}: {before:.4f} bits per next byte on {_size(rows):,} held-out bytes", flush=True)
+    draw = np.random.default_rng([settings.seed, len(settings.files)])
+    first = training.rows(draw, FIRST_ROWS, settings.row_bytes).to(device)
+    table = first_table(source.config, weights, first.split(settings.rows), settings.products)
+    return Job(Tuning.new(settings, source, name, training.digest, table, weights, before), training, held_out, run)
+
+
+def resume(run: Path, device: torch.device, **given: object) -> Job:
+    """The run in a folder. given: settings by name that must be the run's. Raises as `begin`."""
+    header = read_header(run)
+    settings = header.settings
+    names = {f.name for f in fields(Settings)}
+    for name, value in given.items():
+        if name in names and value not in (None, theirs := getattr(settings, name)):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {value}: the run in {run} has {theirs}, and keeps its settings")
+    source, training, held_out = _opened(settings)
+    if source_digest(source) != header.source:
+        raise ValueError(f"{settings.model} is not the model that the run in {run} began with")
+    if training.digest != header.text:
+        raise ValueError(f"{', '.join(settings.files)}: not the text that the run in {run} began with")
+    weights = on_device(source, device)
+    shape = source.config.vocab_size + 1, source.config.decoder.dim
+    tuning = Tuning.new(settings, source, header.name, header.text, torch.zeros(shape, device=device), weights)
+    tuning.restore(header, run)
+    return Job(tuning, training, held_out, run)
+
+
+def train(job: Job) -> None:
+    """Runs the rest of all phases. Raises Stopped after SIGINT or SIGTERM, with the state saved."""
+    tuning, settings = job.tuning, job.tuning.settings
+    job.run.mkdir(parents=True, exist_ok=True)
+    with stop_requests() as asked, Metrics(job.run, tuning.steps) as metrics:
+        loop = Loop(job.run, tuning.save, metrics, Passes(), tuning.device, tuning.machines, asked)
+        # At once, to notice a folder that cannot be written before there is work to lose.
+        loop.save()
+        for number, (name, phase) in enumerate(tuning.phases.items()):
+            taught = {TABLE} if name in WHOLE_MODEL_IS_FROZEN else {*tuning.trained}
+            for weight_name in tuning.trained:
+                tuning.weights[weight_name].requires_grad_(weight_name in taught)
+            plan = Plan(
+                name,
+                (settings.seed, number),
+                settings.warm_up,
+                _done(tuning, name),
+                lambda draw, done: job.training.rows(draw, settings.rows * settings.accumulate, settings.row_bytes),
+                _step(tuning, name, [tuning.weights[n] for n in taught]),
+                last=name == "blocks",
+            )
+            run_phase(loop, phase, plan)
+            for optimizer in phase.optimizers:
+                optimizer.state.clear()
+
+
+def _done(tuning: Tuning, name: str) -> Callable[[], float]:
+    return lambda: tuning.fraction(name)
+
+
+def _step(tuning: Tuning, name: str, taught: list[Tensor]) -> Step:
+    """A step of a phase: its loss over micro-batches, each with its own forward and backward pass."""
+    settings, config, weights = tuning.settings, tuning.config, tuning.weights
+    of_clean = 0.0 if name == "mask" else 1.0
+    of_blocks = {"table": 0.0, "mask": 1.0, "blocks": settings.mask_weight}[name]
+    per_text = max(1, settings.blocks_per_kib * settings.row_bytes // 1024)
+
+    def step(rows: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
+        parts = rows.split(settings.rows)
+        figures: dict[str, Tensor] = {}
+        for row in parts:
+            with torch.no_grad():
+                patches = model.patch(config.patching, model.entropies(config, weights, row[:, :-1]))
+            corruption = objective.corrupt(config, row, patches, per_text, draw) if of_blocks else None
+            found = objective.losses(
+                config, weights, row, patches, corruption, settings.products, recompute=settings.recompute
+            )
+            ((of_clean * found.clean + of_blocks * found.mask) / len(parts)).backward()
+            told = {"bits": found.clean / math.log(2), "right": found.clean_right}
+            if of_blocks:
+                told |= {"mask": found.mask / math.log(2), "mask_right": found.mask_right}
+            for key, value in told.items():
+                figures[key] = figures.get(key, torch.zeros_like(value)) + value.detach() / len(parts)
+        if name == "mask" and (gradient := weights[TABLE].grad) is not None:
+            gradient[:-1] = 0
+        return figures | {"norm": torch.nn.utils.clip_grad_norm_(taught, 1.0)}
+
+    return step
+
+
+def save(job: Job, out: Path) -> None:
+    """Writes the model as it is now into `out`, in the dtypes of the model that the run began with."""
+    checkpoint.save(out, job.tuning.config, job.tuning.finished())
+
+
+def held_out_rows(held_out: Documents, settings: Settings) -> Tensor:
+    return slices(held_out.texts(settings.held_out_bytes), settings.row_bytes)
+
+
+@torch.no_grad()
+def next_byte_bits(
+    config: ModelConfig, weights: model.Weights, rows: Tensor, settings: Settings
+) -> tuple[float, float]:
+    """Bits per next byte of `rows` (R, T + 1), in the run's dtype, and the share of bytes predicted."""
+    nats = right = asked = 0.0
+    device = next(iter(weights.values())).device
+    for host in rows.split(settings.rows):
+        row = to_device(host.numpy(), device)
+        ids, wanted = row[:, :-1], row[:, 1:]
+        patches = model.patch(config.patching, model.entropies(config, weights, ids))
+        states, _ = model.next_states(config, weights, ids, patches, settings.products)
+        found, text = model.logits(weights, states), wanted != PAD_ID
+        nats += float(F.cross_entropy(found[text], wanted[text], reduction="sum"))
+        right += float((found.argmax(-1) == wanted)[text].sum())
+        asked += float(text.sum())
+    return nats / math.log(2) / asked, right / asked
+
+
+def _opened(settings: Settings) -> tuple[checkpoint.Checkpoint, Documents, Documents]:
+    source = checkpoint.load(settings.model, patcher=settings.patcher)
+    files, held_out = (tuple(map(Path, names)) for names in (settings.files, settings.held_out))
+    return source, *open_documents(files, held_out, settings.field)
+
+
+def _size(rows: Tensor) -> int:
+    return int((rows[:, 1:] != PAD_ID).sum())
