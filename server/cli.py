@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -761,6 +762,7 @@ def compare(
     ] = False,
 ) -> None:
     """Compare the decoders on a model. Prints a table: acceptance, calls, bytes read, agreement with blt."""
+    _require_extra("train", "matplotlib", "tqdm")
     from training import corpus, decoding
 
     if write and not os.path.isdir(model):
@@ -773,6 +775,127 @@ def compare(
         if write:
             decoding.write(result, folder)
         typer.echo(decoding.table(result))
+
+
+@app.command()
+def finetune(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="FILE",
+            help="Text to learn from: files that are a document each, and .jsonl files with a document a line.",
+        ),
+    ] = None,
+    model: Annotated[str | None, _engine_option("model")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the model; it must be new or empty.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the run's state and metrics.", show_default="OUT.run")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --run, with its own model, files and settings.")
+    ] = False,
+    train: Annotated[
+        Literal["decoder", "all"] | None,
+        typer.Option(
+            help="What is trained: the decoder with the head, or all but the patcher.", show_default="decoder"
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Minutes of steps, all phases together.", show_default="60")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=3, help="Steps, all phases together, instead of minutes.")] = None,
+    block_size: Annotated[int | None, typer.Option(min=2, max=64, help="Bytes of a block.", show_default="8")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of text in a micro-batch.", show_default="8")] = None,
+    row_bytes: Annotated[
+        int | None, typer.Option(parser=_bytes, metavar="BYTES", help="Bytes of a row.", show_default="1024")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(min=1, help="Micro-batches whose gradients make a step.", show_default="1")
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of matrices, by Muon; a fifth of it, by AdamW, for the rest.", show_default="0.005"),
+    ] = None,
+    mask_weight: Annotated[
+        float | None, typer.Option(min=0, help="Weight of the block loss beside the next byte's.", show_default="0.25")
+    ] = None,
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Dtype of products; trained weights are float32.", show_default="bfloat16")
+    ] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute", help="Keep no activations inside layers, but compute them again: slower, smaller."),
+    ] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of all draws.", show_default="0")] = None,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(help="File to measure on instead of a twentieth of the text; may be repeated."),
+    ] = None,
+    held_out_bytes: Annotated[
+        int | None,
+        typer.Option(parser=_bytes, metavar="BYTES", help="Most held-out bytes to read.", show_default="262144"),
+    ] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Field of a .jsonl file's objects that has the text.", show_default="text")
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option(min=0, help="Prompts to continue with each decoder in the report; 0 measures no decoder.")
+    ] = 20,
+    prefixes: Annotated[
+        int, typer.Option(min=1, help="Prefixes of held-out text, each continued for one round.")
+    ] = 500,
+    device: Device = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help=flag_help("num_threads"))] = None,
+    patcher: Patcher = None,
+) -> None:
+    """Train block diffusion into a model that has none, so that it runs all decoders.
+
+    The decoder gets a byte table and a [MASK]; patcher and threshold stay. Ctrl-C saves the run, and --resume continues
+    it. Ends with a report on held-out text.
+    """
+    _require_extra("train", "matplotlib", "tqdm")
+    from training import finetune as tuning
+    from training.loop import Stopped
+
+    if out is None:
+        raise typer.BadParameter("name the folder for the model", param_hint="--out")
+    given = {
+        "train": train,
+        "minutes": minutes,
+        "steps": steps,
+        "block_size": block_size,
+        "rows": rows,
+        "row_bytes": row_bytes,
+        "accumulate": accumulate,
+        "learning_rate": learning_rate,
+        "mask_weight": mask_weight,
+        "dtype": dtype,
+        "recompute": recompute or None,
+        "seed": seed,
+        "held_out": tuple(str(path.resolve()) for path in held_out or []) or None,
+        "held_out_bytes": held_out_bytes,
+        "field": field,
+        "patcher": patcher,
+        "files": tuple(str(path.resolve()) for path in files or []) or None,
+    }
+    folder = run or out.with_name(f"{out.name}.run")
+    if not resume and (model is None or not files):
+        raise typer.BadParameter("name the model and the files to learn from, or --resume a run", param_hint="--model")
+    if minutes is not None and steps is not None:
+        raise typer.BadParameter("give either --minutes or --steps", param_hint="--steps")
+    with failing_on(ValueError, OSError, RuntimeError, AssertionError):
+        if model is not None:
+            found = localised(EngineConfig(model, patcher=patcher))
+            given |= {"model": str(Path(found.model).resolve()), "patcher": found.patcher}
+        try:
+            result = tuning.finetune(
+                given, out, folder, resume=resume, device=device, threads=threads, prompts=prompts, prefixes=prefixes
+            )
+        except Stopped:
+            again = shlex.join(["fastblt", "finetune", "--resume", "--run", str(folder), "--out", str(out)])
+            typer.echo(f"stopped; go on with {again}", err=True)
+            raise typer.Exit(130) from None
+        typer.echo(result)
 
 
 @app.command()
@@ -949,6 +1072,12 @@ def _explained(error: Exception) -> str:
 def _fail(message: str) -> NoReturn:
     typer.echo(f"fastblt: {message}", err=True)
     raise typer.Exit(1)
+
+
+def _require_extra(extra: str, *modules: str) -> None:
+    """Fails unless the modules of an extra are installed."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        _fail(f"this needs {' and '.join(missing)}, of the extra `{extra}`: pip install {' '.join(missing)}")
 
 
 def _named(files: list[Path] | None, text: list[Path] | None) -> tuple[Path, ...]:

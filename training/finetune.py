@@ -6,9 +6,10 @@ but the patcher. Patcher and threshold keep their bits, so patches stay where th
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,18 +20,60 @@ from engine import checkpoint
 from engine.checkpoint.base import require_finite
 from engine.checkpoint.hf_config import render
 from engine.config import PAD_ID, ModelConfig
+from engine.layout import CONFIG, DECODERS, WEIGHTS, WEIGHTS_INDEX
 from engine.step.transfer import to_device
 
 from . import model, objective
 from .convert import TABLE, first_table, with_blocks
+from .device import chosen_device
 from .documents import Documents, open_documents, slices
 from .loop import Loop, Plan, Step, run_phase, stop_requests
 from .metrics import Metrics
 from .passes import Passes
 from .tuning import FILE, FIRST_ROWS, Settings, Tuning, on_device, read_header, source_digest
 
-WHOLE_MODEL_IS_FROZEN = ("table", "mask")
+ONLY_THE_TABLE = ("table", "mask")
 """Phases that train nothing but the decoder's table."""
+OUTPUTS = {CONFIG, WEIGHTS, WEIGHTS_INDEX, DECODERS, "decoders.png", "README.md", "loss.png"}
+"""Files of a model's folder, but for numbered parts of the weights."""
+
+
+def finetune(
+    given: Mapping[str, Any],
+    out: Path,
+    run: Path,
+    *,
+    resume: bool,
+    device: str = "cpu",
+    threads: int | None = None,
+    prompts: int = 20,
+    prefixes: int = 500,
+) -> str:
+    """Runs all of it, and returns the report for the terminal. given: fields of `Settings`, None for those not given.
+
+    Raises Stopped with the state saved in `run`, and OSError or ValueError for what cannot be used.
+    """
+    from .tuning_report import report, summary  # draws a picture, which no training needs
+
+    # A run that was stopped in its report has written some of these.
+    others = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if resume:
+        others = {name for name in others if name not in OUTPUTS and not name.startswith("model-")}
+    if others or (out.exists() and not out.is_dir()):
+        raise ValueError(f"{out} exists and is not an empty folder")
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = chosen_device(device)
+    wanted = {name: value for name, value in given.items() if value is not None}
+    if resume:
+        job = resumed(run, chosen, wanted)
+    else:
+        if "steps" not in wanted:
+            wanted.setdefault("minutes", 60.0)
+        job = begin(Settings(**wanted), out.name, run, chosen)
+    train(job)
+    save(job, out)
+    return f"{summary(report(job, out, prompts, prefixes))}\n{out} has the model and its card"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +109,12 @@ def begin(settings: Settings, name: str, run: Path, device: torch.device) -> Job
     return Job(Tuning.new(settings, source, name, training.digest, table, weights, before), training, held_out, run)
 
 
-def resume(run: Path, device: torch.device, **given: object) -> Job:
-    """The run in a folder. given: settings by name that must be the run's. Raises as `begin`."""
+def resumed(run: Path, device: torch.device, given: Mapping[str, Any]) -> Job:
+    """The run in a folder. given: settings that must be the run's. Raises as `begin`."""
     header = read_header(run)
     settings = header.settings
-    names = {f.name for f in fields(Settings)}
     for name, value in given.items():
-        if name in names and value not in (None, theirs := getattr(settings, name)):
+        if value != (theirs := getattr(settings, name)):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {value}: the run in {run} has {theirs}, and keeps its settings")
     source, training, held_out = _opened(settings)
@@ -96,7 +138,7 @@ def train(job: Job) -> None:
         # At once, to notice a folder that cannot be written before there is work to lose.
         loop.save()
         for number, (name, phase) in enumerate(tuning.phases.items()):
-            taught = {TABLE} if name in WHOLE_MODEL_IS_FROZEN else {*tuning.trained}
+            taught = {TABLE} if name in ONLY_THE_TABLE else {*tuning.trained}
             for weight_name in tuning.trained:
                 tuning.weights[weight_name].requires_grad_(weight_name in taught)
             plan = Plan(

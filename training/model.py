@@ -13,7 +13,7 @@ Every form of a model that the engine serves is here too, with one limit: a text
 EOS but padding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +135,7 @@ def encode(
 
     turns, slots = _turns(torch.arange(ids.shape[1], device=ids.device), enc), None
     for i in range(enc.num_layers):
-        x = _run_layer(x, weights, f"model.local_encoder.layers.{i}", enc, turns, dtype, recompute=recompute)
+        x = _run(_layer, x, weights, f"model.local_encoder.layers.{i}", enc, turns, dtype, recompute=recompute)
         if not (config.encoder_refine or i == enc.num_layers - 1):
             continue
         if slots is None:
@@ -143,7 +143,8 @@ def encode(
             slots = _project(pooled.to(dtype), weights, "model.local_encoder.patch_embedding_projection")
             slots = slots.unflatten(-1, (config.slots, enc.dim)).float()
         name = f"model.local_encoder.cross_attn_layers.{i if config.encoder_refine else 0}"
-        slots = 2 * slots + _read_bytes(slots, x, patches.own, weights, name, enc, dtype)
+        read = _run(_read_bytes, slots, x, patches.own, weights, name, enc, dtype, recompute=recompute)
+        slots = 2 * slots + read
     assert slots is not None
     return x, slots
 
@@ -158,7 +159,7 @@ def latents(
     turns = _turns(torch.arange(x.shape[1], device=x.device), config.global_)
     for i in range(config.global_.num_layers):
         name = f"model.global_transformer.layers.{i}"
-        x = _run_layer(x, weights, name, config.global_, turns, dtype, recompute=recompute)
+        x = _run(_layer, x, weights, name, config.global_, turns, dtype, recompute=recompute)
     out = _project(x.to(dtype), weights, "model.local_decoder.patch_embedding_projection")
     return out.unflatten(-1, (config.slots, config.decoder.dim)).float()
 
@@ -198,9 +199,10 @@ def decode(
         y = F.embedding(ids, weights["model.local_decoder.embed_tokens.weight"]).float()
     for i in range(dec.num_layers):
         if i == 0 or config.decoder_cross_all_layers:
-            y = 2 * y + _read_latent(y, slots, reads, weights, f"model.local_decoder.cross_attn_layers.{i}", dec, dtype)
+            name = f"model.local_decoder.cross_attn_layers.{i}"
+            y = 2 * y + _run(_read_latent, y, slots, reads, weights, name, dec, dtype, recompute=recompute)
         name = f"model.local_decoder.layers.{i}"
-        y = _run_layer(y, weights, name, dec, turns, dtype, length, blind, recompute=recompute)
+        y = _run(_layer, y, weights, name, dec, turns, dtype, length, blind, recompute=recompute)
     y = _norm(y, weights, "model.local_decoder.norm", dec, dtype)
     cell_states = y[:, length:]
     return y[:, :length], cell_states if blocks is None else cell_states.unflatten(1, blocks.ids.shape[1:])
@@ -298,12 +300,9 @@ def _stack(
     return x
 
 
-def _run_layer(x: Tensor, *of: Any, recompute: bool) -> Tensor:
-    """`_layer`; recompute: without keeping what its gradients need, which is computed again for them."""
-    if not recompute:
-        return _layer(x, *of)
-    found: Tensor = checkpoint(_layer, x, *of, use_reentrant=False)
-    return found
+def _run(function: Callable[..., Tensor], *of: Any, recompute: bool) -> Tensor:
+    """function(*of); recompute: without keeping what its gradients need, which is computed again for them."""
+    return checkpoint(function, *of, use_reentrant=False) if recompute else function(*of)
 
 
 def _layer(

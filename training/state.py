@@ -66,6 +66,11 @@ class Settings:
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
+def is_matrix(name: str, dimensions: int) -> bool:
+    """Whether a weight is trained by Muon: a matrix inside layers or between stages."""
+    return dimensions == 2 and ("layers." in name or "projection" in name)
+
+
 @dataclass(slots=True)
 class Phase:
     """Training of some of the weights: matrices inside layers by Muon, tables, heads and norms by AdamW.
@@ -82,7 +87,7 @@ class Phase:
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor], matrix_rate: float, table_rate: float) -> "Phase":
-        matrices = tuple(n for n, w in weights.items() if w.dim() == 2 and ("layers." in n or "projection" in n))
+        matrices = tuple(n for n, w in weights.items() if is_matrix(n, w.dim()))
         others = tuple(n for n in weights if n not in matrices)
         names, optimizers, rates = [], list[torch.optim.Optimizer](), []
         if matrices:

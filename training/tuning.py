@@ -120,7 +120,7 @@ class Tuning:
         """frozen: the source's weights on the run's device, from `on_device`."""
         config = with_blocks(source.config, name, settings.block_size)
         names = checkpoint.expected_shapes(config)
-        trained = tuple(n for n in names if _is_trained(n, settings.train))
+        trained = tuple(n for n in names if is_trained(n, settings.train))
         weights = {n: table.clone() if n == TABLE else frozen[n] for n in names}
         weights |= {n: weights[n].float().clone() for n in trained}
         rates = settings.learning_rate, settings.table_share * settings.learning_rate
@@ -224,7 +224,8 @@ def on_device(source: Checkpoint, device: torch.device) -> dict[str, Tensor]:
     return {n: (t.float() if t.dim() == 1 else t).to(device) for n, t in source.tensors.items()}
 
 
-def _is_trained(name: str, train: Trained) -> bool:
+def is_trained(name: str, train: Trained) -> bool:
+    """Whether a run trains the weight of this name."""
     if train == "all":
         return not name.startswith(PATCHER)
     return name.startswith(("model.local_decoder.", "lm_head."))

@@ -1,0 +1,152 @@
+"""The memory that fine-tuning needs, for `fastblt size --training`: counted, not guessed.
+
+What a pass keeps for its gradients is found by running the pass itself on tensors that have shapes but no numbers.
+"""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from math import ceil, prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from engine.checkpoint import expected_shapes
+from engine.config import ModelConfig
+
+from . import objective
+from .convert import with_blocks
+from .model import Blocks, Patches
+from .objective import Corruption
+from .state import is_matrix
+from .tuning import Trained, is_trained
+
+Stage = Literal["encoder", "global_", "decoder"]
+STAGES: tuple[Stage, ...] = ("encoder", "global_", "decoder")
+BLOCKS_PER_KIB = 32
+BLOCK_SIZE = 8
+STORED = 2
+"""Bytes of a frozen number, in bfloat16; norms take 4, and so does what is trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes. optimizer: Muon's momentum of matrices, AdamW's two averages of the rest. activations: what a pass over a
+    micro-batch keeps for its gradients, the weights' roundings to bfloat16 among them; with recompute, between layers
+    and inside the largest."""
+
+    train: Trained
+    recompute: bool
+    trained: int
+    """Parameters."""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self) | {"total": self.total}
+
+
+def needs(config: ModelConfig, train: Trained, rows: int, row_bytes: int, patch: float, *, recompute: bool) -> Needs:
+    """For micro-batches of `rows` rows of `row_bytes` bytes, in patches of `patch` bytes, with bfloat16 products."""
+    if config.mask_id is None:
+        config = with_blocks(config, config.name, BLOCK_SIZE)
+    shapes = expected_shapes(config)
+    taught = {name: shape for name, shape in shapes.items() if is_trained(name, train)}
+    trained = sum(prod(shape) for shape in taught.values())
+    momentum = sum(prod(shape) for name, shape in taught.items() if is_matrix(name, len(shape)))
+    return Needs(
+        train,
+        recompute,
+        trained,
+        sum(prod(shape) * (4 if name in taught or len(shape) == 1 else STORED) for name, shape in shapes.items()),
+        4 * trained,
+        4 * momentum + 8 * (trained - momentum),
+        kept(config, train, rows, row_bytes, patch, recompute=recompute),
+    )
+
+
+def kept(config: ModelConfig, train: Trained, rows: int, row_bytes: int, patch: float, *, recompute: bool) -> int:
+    """Bytes that a pass keeps for its gradients, besides weights. Layers of a stage keep the same, so that passes of
+    one layer, and of two in one of the stages, tell those of any number."""
+
+    def run(*deeper: Stage, recompute: bool) -> int:
+        stacks = {stage: replace(getattr(config, stage), num_layers=1 + (stage in deeper)) for stage in STAGES}
+        shallow = replace(config, **stacks)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            weights = {
+                name: torch.empty(shape, dtype=_dtype(name, shape, train)).requires_grad_(is_trained(name, train))
+                for name, shape in expected_shapes(shallow).items()
+            }
+            row = torch.zeros(rows, row_bytes + 1, dtype=torch.int64)
+            patches = even_patches(row[:, :-1], patch)
+            per_text = max(1, BLOCKS_PER_KIB * row_bytes // 1024)
+            corruption = _corruption(config, row, min(per_text, patches.starts.shape[1]))
+            return saved_bytes(shallow, weights, row, patches, corruption, torch.bfloat16, recompute=recompute)
+
+    least = run(recompute=recompute)
+    of_layers = {stage: run(stage, recompute=recompute) - least for stage in STAGES}
+    total = least + sum(size * (getattr(config, stage).num_layers - 1) for stage, size in of_layers.items())
+    if recompute:
+        # While a layer's gradients are computed, what it keeps otherwise is there.
+        least = run(recompute=False)
+        total += max(run(stage, recompute=False) - least for stage in STAGES)
+    return total
+
+
+def saved_bytes(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    row: Tensor,
+    patches: Patches,
+    corruption: Corruption | None,
+    dtype: torch.dtype,
+    *,
+    recompute: bool,
+) -> int:
+    """Bytes of the tensors that autograd keeps of one pass, each counted once; weights are not counted."""
+    packed: list[weakref.ref[Tensor]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        held = tensor.view_as(tensor)
+        packed.append(weakref.ref(held))
+        return held
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = objective.losses(config, weights, row, patches, corruption, dtype, recompute=recompute)
+        total = found.clean + found.mask
+    kept = [tensor.untyped_storage() for ref in packed if (tensor := ref()) is not None]
+    of_weights = {weight.untyped_storage()._cdata for weight in weights.values()}
+    assert total.grad_fn is not None  # it holds what is kept
+    return sum({storage._cdata: storage.nbytes() for storage in kept if storage._cdata not in of_weights}.values())
+
+
+def even_patches(ids: Tensor, patch: float) -> Patches:
+    """Patches of the same length in every text of ids (B, T)."""
+    length = max(1, round(patch))
+    index = torch.arange(ids.shape[1] + 1, device=ids.device)
+    patch_of = (index // length).expand(len(ids), -1)
+    count = ceil(ids.shape[1] / length)
+    starts = (torch.arange(count, device=ids.device) * length).expand(len(ids), -1)
+    return Patches(patch_of[:, :-1], (patch_of[:, 1:] - 1).clamp(min=0), starts, torch.full((len(ids),), count))
+
+
+def _corruption(config: ModelConfig, row: Tensor, per_text: int) -> Corruption:
+    assert config.block_size is not None
+    shape = len(row), per_text, config.block_size
+    ids = torch.zeros(shape, dtype=torch.int64)
+    starts = torch.zeros(shape[:2], dtype=torch.int64)
+    ones = torch.ones(shape[:2])
+    return Corruption(Blocks(ids, starts, starts), ids, torch.ones(shape, dtype=torch.bool), ones, ones)
+
+
+def _dtype(name: str, shape: tuple[int, ...], train: Trained) -> torch.dtype:
+    return torch.float32 if len(shape) == 1 or is_trained(name, train) else torch.bfloat16
