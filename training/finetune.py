@@ -124,7 +124,10 @@ def resumed(run: Path, device: torch.device, given: Mapping[str, Any]) -> Job:
         raise ValueError(f"{', '.join(settings.files)}: not the text that the run in {run} began with")
     weights = on_device(source, device)
     shape = source.config.vocab_size + 1, source.config.decoder.dim
-    tuning = Tuning.new(settings, source, header.name, header.text, torch.zeros(shape, device=device), weights)
+    table = torch.zeros(shape, device=device)
+    tuning = Tuning.new(
+        settings, source, header.name, header.text, table, weights, header.bits_before, header.table_size
+    )
     tuning.restore(header, run)
     return Job(tuning, training, held_out, run)
 

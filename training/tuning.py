@@ -28,6 +28,9 @@ FILE = "tuning.safetensors"
 HEADER = "fastblt"
 SHARES = {"table": 0.15, "mask": 0.05, "blocks": 0.8}
 """The phases in their order, and the part of the run's steps or minutes that each takes."""
+TABLE_RATE = 0.03
+"""AdamW's learning rate where the table alone is trained, relative to its numbers' size: all else is frozen, so that
+large steps spoil nothing."""
 FIRST_ROWS = 64
 """Rows of text from which the decoder's first table is fitted."""
 
@@ -87,6 +90,7 @@ class Header(msgspec.Struct, frozen=True):
     text: str
     name: str
     bits_before: float
+    table_size: float
     machines: dict[str, float]
     phases: dict[str, Progress]
 
@@ -94,7 +98,8 @@ class Header(msgspec.Struct, frozen=True):
 @dataclass(slots=True)
 class Tuning:
     """A run. weights: all of the model's, by canonical names; the trained ones are float32. source: the model that it
-    began with. text: the digest of the text. bits_before: of a held-out next byte, by that model."""
+    began with. text: the digest of the text. bits_before: of a held-out next byte, by that model. table_size: the root
+    mean square of the decoder's first table."""
 
     settings: Settings
     config: ModelConfig
@@ -103,6 +108,7 @@ class Tuning:
     trained: tuple[str, ...]
     text: str
     bits_before: float
+    table_size: float
     phases: dict[str, Phase]
     machines: dict[str, float] = field(default_factory=dict)
 
@@ -115,9 +121,11 @@ class Tuning:
         text: str,
         table: Tensor,
         frozen: dict[str, Tensor],
-        bits_before: float = float("nan"),
+        bits_before: float,
+        table_size: float | None = None,
     ) -> "Tuning":
-        """frozen: the source's weights on the run's device, from `on_device`."""
+        """frozen: the source's weights on the run's device, from `on_device`. table_size: of a resumed run, whose table
+        is yet to be restored."""
         config = with_blocks(source.config, name, settings.block_size)
         names = checkpoint.expected_shapes(config)
         trained = tuple(n for n in names if is_trained(n, settings.train))
@@ -125,13 +133,15 @@ class Tuning:
         weights |= {n: weights[n].float().clone() for n in trained}
         rates = settings.learning_rate, settings.table_share * settings.learning_rate
         of_table = {TABLE: weights[TABLE]}
+        size = float(table.square().mean().sqrt()) if table_size is None else table_size
+        of_rows = 0.0, TABLE_RATE * size
         phases = {
             # The table of a model that had one is as its decoder knows it.
-            **({} if source.config.decoder_input == "embedding" else {"table": Phase.of(of_table, *rates)}),
-            "mask": Phase.of(of_table, *rates),
+            **({} if source.config.decoder_input == "embedding" else {"table": Phase.of(of_table, *of_rows)}),
+            "mask": Phase.of(of_table, *of_rows),
             "blocks": Phase.of({n: weights[n] for n in trained}, *rates),
         }
-        return cls(settings, config, source, weights, trained, text, bits_before, phases)
+        return cls(settings, config, source, weights, trained, text, bits_before, size, phases)
 
     @property
     def device(self) -> torch.device:
@@ -166,6 +176,7 @@ class Tuning:
             self.text,
             self.config.name,
             self.bits_before,
+            self.table_size,
             self.machines,
             {name: phase.progress for name, phase in self.phases.items()},
         )
@@ -186,7 +197,7 @@ class Tuning:
             start = f"{name}: "
             kept = {key.removeprefix(start): tensor for key, tensor in found.items() if key.startswith(start)}
             phase.restore(header.phases[name], kept)
-        self.machines, self.bits_before = dict(header.machines), header.bits_before
+        self.machines = dict(header.machines)
 
     def finished(self) -> dict[str, Tensor]:
         """All weights, in the dtypes of the model that the run began with; the patcher has the same bits."""

@@ -1,0 +1,316 @@
+"""`fastblt finetune`: a model without [MASK] gets one, its patcher keeps its bits, and a stopped run goes on as if it
+had never stopped."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine import checkpoint
+from engine.checkpoint import CheckpointError
+from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID, PatchingRule
+from tests.engines import make_engine, save_ours
+from tests.engines import request as asked
+from tests.engines import run as answered
+from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
+from tests.test_cli import fails
+from training import convert, model
+from training.documents import Documents, open_documents, slices
+from training.finetune import Job, begin, resumed, save, train
+from training.loop import Stopped
+from training.metrics import read_metrics
+from training.state import PATCHER
+from training.tuning import Settings
+from training.tuning_report import report, summary
+
+CPU = torch.device("cpu")
+LINES = [f"line {i}: the sum of {i} and {i % 7} is {i + i % 7}\n" for i in range(4000)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a released BLT in Hugging Face's layout, and text as one file and as JSON lines."""
+    found = tmp_path_factory.mktemp("finetune")
+    HF_MODELS["k2"]().save_pretrained(found / "hf")
+    (found / "text.txt").write_text("".join(LINES))
+    objects = [json.dumps({"text": "".join(LINES[i : i + 8])}) for i in range(0, len(LINES), 8)]
+    (found / "text.jsonl").write_text("\n".join(objects) + "\n\n")
+    return found
+
+
+def settings(folder: Path, **changes: Any) -> Settings:
+    given = {
+        "model": str(folder / "hf"),
+        "files": (str(folder / "text.jsonl"),),
+        "steps": 8,
+        "rows": 2,
+        "row_bytes": 96,
+        "block_size": 4,
+        "dtype": "float32",
+        "held_out_bytes": 4000,
+    }
+    return Settings(**(given | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Job:
+    job = begin(settings(folder, accumulate=2), "tuned", folder / "run", CPU)
+    train(job)
+    save(job, folder / "tuned")
+    return job
+
+
+def test_the_model_has_a_mask_and_its_patcher_the_same_bits(folder: Path, finished: Job) -> None:
+    before, after = checkpoint.load(folder / "hf"), checkpoint.load(folder / "tuned")
+    assert (after.format, after.config.mask_id, after.config.block_size) == ("fastblt", 260, 4)
+    assert after.config.decoder_input == "embedding"
+    assert after.config.patching == before.config.patching
+    changed = {name for name, tensor in before.tensors.items() if not torch.equal(tensor, after.tensors[name])}
+    assert {name.split(".")[1] for name in changed} == {"local_decoder", "weight"}, "only the decoder, and the head"
+    assert len(changed) > 20
+
+
+def test_every_decoder_runs_on_it_and_exact_ones_write_the_text_of_blt(folder: Path, finished: Job) -> None:
+    engine = make_engine(folder / "tuned")
+    decoders = ("blt", "blt-s", "blt-d", "blt-dv", "auto")
+    requests = [asked(name, text(40, 3, specials=False), 24, decoder=name) for name in decoders]
+    found = answered(engine, requests)
+    assert all(len(found[name].ids) == 24 for name in decoders)
+    assert {tuple(found[name].ids) for name in decoders if name != "blt-d"} == {tuple(found["blt"].ids)}
+
+
+def test_each_phase_trains_what_it_says(folder: Path) -> None:
+    job = begin(settings(folder, steps=20), "tuned", folder / "phases", CPU)
+    tuning = job.tuning
+    kept = {name: weight.detach().clone() for name, weight in tuning.weights.items()}
+    tables = []
+
+    def watched(name: str) -> float:
+        tables.append((name, tuning.weights[convert.TABLE].detach().clone()))
+        others = {n for n, w in tuning.weights.items() if n != convert.TABLE and not torch.equal(w, kept[n])}
+        assert not others or name == "blocks"
+        return type(tuning).fraction(tuning, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.finetune._done", lambda tuning, name: lambda: watched(name))
+        train(job)
+    last_of_table = [table for name, table in tables if name == "table"][-1]
+    last_of_mask = [table for name, table in tables if name == "mask"][-1]
+    assert not torch.equal(last_of_table[:-1], kept[convert.TABLE][:-1])
+    assert torch.equal(last_of_table[-1], kept[convert.TABLE][-1]) and torch.equal(
+        last_of_mask[:-1], last_of_table[:-1]
+    )
+    assert not torch.equal(last_of_mask[-1], last_of_table[-1])
+    lines = read_metrics(job.run)
+    assert [line["phase"] for line in lines] == ["table"] * 3 + ["mask"] + ["blocks"] * 16
+    assert ["mask" in line for line in lines] == [False] * 3 + [True] * 17
+
+
+def test_the_first_table_is_the_mean_state_of_each_byte() -> None:
+    config, weights = OUR_MODELS["plain"]()
+    rows = torch.tensor([text(80, seed, specials=False) for seed in range(4)])
+    table = convert.first_table(config, weights, [rows[:2], rows[2:]], torch.float32)
+    assert table.shape == (config.vocab_size + 1, config.decoder.dim)
+    patches = model.patch(config.patching, model.entropies(config, weights, rows))
+    states, _ = model.encode(config, weights, rows, patches, torch.float32)
+    for byte in (1, 104, 119):
+        torch.testing.assert_close(table[byte], states[rows == byte].mean(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(table[-1], table[:-1].mean(0))
+    assert table[7].isfinite().all() and table[7].any(), "a byte that does not occur has a row too"
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 5])
+def test_a_stopped_fine_tuning_run_resumes_to_the_same_weights(folder: Path, tmp_path: Path, stop_at: int) -> None:
+    whole = begin(settings(folder), "tuned", tmp_path / "whole", CPU)
+    train(whole)
+
+    job = begin(settings(folder), "tuned", tmp_path / "halves", CPU)
+    draw = Documents.rows
+    left = stop_at
+
+    def interrupted(self: Documents, *arguments: Any) -> torch.Tensor:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Documents, "rows", interrupted)
+        train(job)
+    again = resumed(tmp_path / "halves", CPU, {})
+    assert again.tuning.steps == stop_at
+    train(again)
+    for name, weight in whole.tuning.weights.items():
+        assert torch.equal(again.tuning.weights[name], weight), name
+    assert again.tuning.bits_before == whole.tuning.bits_before
+    losses = [[line["bits"] for line in read_metrics(tmp_path / name)] for name in ("whole", "halves")]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_accumulated_micro_batches_give_the_gradients_of_one_batch(folder: Path, tmp_path: Path) -> None:
+    norms = []
+    for rows, accumulate in ((4, 1), (2, 2)):
+        chosen = settings(folder, rows=rows, accumulate=accumulate, files=(str(folder / "text.txt"),), row_bytes=64)
+        job = begin(chosen, "tuned", tmp_path / f"{rows}", CPU)
+        train(job)
+        norms.append([line["norm"] for line in read_metrics(job.run)][0])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4), "the first phase has no corruption, which is drawn by batch"
+
+
+def test_all_but_the_patcher_is_trained_if_asked_for(folder: Path, tmp_path: Path) -> None:
+    job = begin(settings(folder, train="all", recompute=True), "tuned", tmp_path / "run", CPU)
+    kept = {name: tensor.clone() for name, tensor in job.tuning.source.tensors.items()}
+    train(job)
+    done = job.tuning.finished()
+    same = {name for name, tensor in kept.items() if torch.equal(done[name], tensor)}
+    assert same == {name for name in kept if name.startswith(PATCHER)}
+
+
+def test_a_model_whose_decoder_has_a_table_keeps_it(tmp_path: Path, folder: Path) -> None:
+    rule = PatchingRule(max_patch_length=8)
+    config, weights = our_model(our_config(decoder_input="embedding", patching=rule), 31)
+    ours = save_ours(tmp_path / "ours", (config, weights))
+    job = begin(settings(folder, model=str(ours)), "tuned", tmp_path / "run", CPU)
+    assert list(job.tuning.phases) == ["mask", "blocks"]
+    torch.testing.assert_close(job.tuning.weights[convert.TABLE][:-1], weights[convert.TABLE])
+    train(job)
+    save(job, tmp_path / "out")
+    assert checkpoint.load(tmp_path / "out").config.mask_id == 260
+
+
+def test_the_report_measures_what_was_saved(folder: Path, finished: Job) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.decoding.WALK_BYTES", 48)
+        patch.setattr("training.decoding.PROMPT_BYTES", 32)
+        found = report(finished, folder / "tuned", prompts=1, prefixes=4)
+    assert found.before == finished.tuning.bits_before and 0 < found.after < 20
+    assert found.held_out == 4000
+    names = {row["name"]: row for row in found.decoders["rows"]} if found.decoders else {}
+    assert {"BLT", "BLT-S k=4", "BLT-DV-4 one step", "BLT-D-4 conf 0.7", "auto"} <= names.keys()
+    assert names["BLT-DV-4 one step"]["real_acceptance"] is not None
+    card = (folder / "tuned" / "README.md").read_text()
+    assert f"{found.before:.4f} | {found.after:.4f}" in card and "| BLT-DV-4 one step |" in card
+    assert {"loss.png", "decoders.json", "decoders.png"} <= {path.name for path in (folder / "tuned").iterdir()}
+    assert summary(found).startswith(f"next byte: {found.before:.4f} bits before, {found.after:.4f} after")
+
+
+def test_rows_are_slices_of_single_documents_and_what_is_held_out_is_never_drawn(folder: Path) -> None:
+    for name in ("text.txt", "text.jsonl"):
+        training, held_out = open_documents([folder / name], [], "text")
+        learnt, kept = b"".join(training.texts(1 << 30)), b"".join(held_out.texts(1 << 30))
+        assert (learnt + kept).decode() == "".join(LINES)
+        assert 0.03 < len(kept) / len(learnt + kept) < 0.07
+        documents = [[*(b + BYTE_OFFSET for b in found), EOS_ID] for found in training.texts(1 << 30)]
+        joined = ",".join(map(str, [PAD_ID, *(i for d in documents for i in [*d, PAD_ID])]))
+        rows = training.rows(np.random.default_rng(0), 60, 200).tolist()
+        assert all(row[0] == BOS_ID and len(row) == 201 for row in rows)
+        for row in rows:
+            piece = [i for i in row[1:] if i != PAD_ID]
+            assert row[1 : 1 + len(piece)] == piece
+            assert ",".join(map(str, piece)) in joined
+        if name == "text.jsonl":
+            assert any(EOS_ID in row for row in rows)
+            assert any(row[1] != documents[0][0] for row in rows), "not only starts"
+
+
+def test_slices_hold_every_byte_once() -> None:
+    rows = slices([b"abcdefg", b"hi"], 3)
+    assert [bytes(i - BYTE_OFFSET for i in row[1:] if i != PAD_ID) for row in rows.tolist()] == [
+        b"abc",
+        b"def",
+        b"g",
+        b"hi",
+    ]
+    assert (rows[:, 0] == BOS_ID).all()
+
+
+def has_mask(folder: Path) -> dict[str, Any]:
+    return {"model": str(save_ours(folder / "masked", OUR_MODELS["fast-blt"]()))}
+
+
+def empty_file(folder: Path) -> dict[str, Any]:
+    (folder / "empty.txt").write_text("")
+    return {"files": (str(folder / "empty.txt"),)}
+
+
+def short_file(folder: Path) -> dict[str, Any]:
+    (folder / "short.txt").write_text("a few words\n" * 9)
+    return {"files": (str(folder / "short.txt"),)}
+
+
+def broken_line(folder: Path) -> dict[str, Any]:
+    (folder / "broken.jsonl").write_text('{"text": "one"}\n' * 9000 + "{text: two}\n")
+    return {"files": (str(folder / "broken.jsonl"),)}
+
+
+def held_out_twice(folder: Path) -> dict[str, Any]:
+    return {"held_out": (str(folder / "text.jsonl"),)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (has_mask, "has a \\[MASK\\] already"),
+        (empty_file, "empty.txt: the file is empty"),
+        (short_file, "too little text: 108 bytes to learn from and 0 held out"),
+        (broken_line, "broken.jsonl: the line at byte 144000 is not JSON"),
+        (held_out_twice, "cannot be both learnt from and held out"),
+        (lambda folder: {"field": "body"}, "has no text in a field 'body': name the field with --field"),
+        (lambda folder: {"files": (str(folder),)}, "this is a directory; name its files"),
+        (lambda folder: {"files": (str(folder / "none.txt"),)}, "No such file"),
+        (lambda folder: {"model": str(folder / "none")}, "no such directory"),
+        (lambda folder: {"row_bytes": 5000}, "--row-bytes 5000: the model has 4096 positions"),
+        (lambda folder: {"steps": None}, "give either --minutes or --steps"),
+        (lambda folder: {"block_size": 1}, "at least 2 bytes"),
+    ],
+)
+def test_input_that_cannot_be_used_is_refused_before_training(
+    change: Callable[[Path], dict[str, Any]], said: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises((OSError, ValueError), match=said):
+        begin(settings(folder, **change(folder)), "tuned", tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_the_format_cannot_express_is_refused_before_training(folder: Path, tmp_path: Path) -> None:
+    source = checkpoint.load(folder / "hf")
+    odd = replace(source.config, encoder=replace(source.config.encoder, window=7))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match="cannot be saved: encoder.window"):
+        patch.setattr(checkpoint, "load", lambda *a, **k: replace(source, config=odd))
+        begin(settings(folder), "tuned", tmp_path / "run", CPU)
+
+
+def test_a_run_keeps_its_settings_its_text_and_its_model(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("".join(LINES))
+    job = begin(settings(folder, files=(str(tmp_path / "text.txt"),)), "tuned", tmp_path / "run", CPU)
+    job.tuning.save(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run already: --resume"):
+        begin(settings(folder), "tuned", tmp_path / "run", CPU)
+    with pytest.raises(ValueError, match="--row-bytes 64: the run in .* has 96, and keeps its settings"):
+        resumed(tmp_path / "run", CPU, {"row_bytes": 64})
+    with pytest.raises(ValueError, match="there is no run to resume"):
+        resumed(tmp_path / "other", CPU, {})
+    (tmp_path / "text.txt").write_text("".join(LINES).replace("sum", "som"))
+    with pytest.raises(ValueError, match="not the text that the run"):
+        resumed(tmp_path / "run", CPU, {})
+
+
+def test_the_command_says_what_is_wrong_with_its_arguments(folder: Path, tmp_path: Path) -> None:
+    model, words = str(folder / "hf"), str(folder / "text.txt")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    assert "name the folder for the model" in fails("finetune", "--model", model, words, code=2)
+    assert "name the model and the files" in fails("finetune", "--model", model, "--out", str(tmp_path / "new"), code=2)
+    assert "--minutes or --steps" in fails(
+        "finetune", "--model", model, "--out", str(tmp_path / "new"), "--steps", "9", "--minutes", "1", words, code=2
+    )
+    assert "is not an empty folder" in fails("finetune", "--model", model, "--out", str(tmp_path / "full"), words)
+    assert "no run to resume" in fails("finetune", "--resume", "--out", str(tmp_path / "new"))
