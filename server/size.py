@@ -134,6 +134,23 @@ def render(sizing: Sizing, text: Text, model: str) -> str:
     )
 
 
+def render_training(model: str, rows: int, row_bytes: int, needs: list[dict[str, Any]]) -> str:
+    """What `fastblt finetune` needs, as text for people. needs: as `training.needs.all_needs` gives them."""
+    table = number_table("trained", "parameters", "weights", "gradients", "optimizer", "activations", "total GB")
+    for need in needs:
+        name = need["train"] + (", --recompute" if need["recompute"] else "")
+        sizes = (need[part] for part in ("weights", "gradients", "optimizer", "activations", "total"))
+        table.add_row(name, f"{need['trained']:,}", *(f"{size / 1e9:.2f}" for size in sizes))
+    return f"""\
+{model}: memory of fastblt finetune in GB (1e9 bytes), micro-batches of {rows:,} rows of {row_bytes:,} bytes
+
+{drawn(table)}
+
+Weights and gradients in float32 where they are trained, frozen weights and products in bfloat16. Optimizer: Muon's
+momentum of matrices, AdamW's two averages of the rest. Activations: what a pass keeps for its gradients. Not counted:
+the buffers of single operations, and torch itself."""
+
+
 def _headline(s: Sizing) -> str:
     matrices = ", large matrices in float8" if s.float8 else ""
     hashes = f"hash tables of {s.hash_itemsize} bytes a number"

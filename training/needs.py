@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil, prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ from .tuning import Trained, is_trained
 
 Stage = Literal["encoder", "global_", "decoder"]
 STAGES: tuple[Stage, ...] = ("encoder", "global_", "decoder")
+ROWS = 8
+"""Of a micro-batch, unless told otherwise."""
 BLOCKS_PER_KIB = 32
 BLOCK_SIZE = 8
-STORED = 2
-"""Bytes of a frozen number, in bfloat16; norms take 4, and so does what is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,35 +51,43 @@ class Needs:
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"total": self.total}
 
 
-def needs(config: ModelConfig, train: Trained, rows: int, row_bytes: int, patch: float, *, recompute: bool) -> Needs:
-    """For micro-batches of `rows` rows of `row_bytes` bytes, in patches of `patch` bytes, with bfloat16 products."""
+def all_needs(config: ModelConfig, rows: int, row_bytes: int, patch: float) -> list[dict[str, Any]]:
+    """Of both choices of what is trained, with and without recomputing: `Needs` as JSON. Raises ValueError for rows
+    that the model has no positions for."""
+    if not 1 <= row_bytes < config.max_length:
+        raise ValueError(f"--context: must be from 1 to {config.max_length - 1} bytes for training, not {row_bytes}")
+    choices: tuple[Trained, ...] = ("decoder", "all")
+    return [need.to_json() for train in choices for need in needs(config, train, rows, row_bytes, patch)]
+
+
+def needs(config: ModelConfig, train: Trained, rows: int, row_bytes: int, patch: float) -> tuple[Needs, Needs]:
+    """For micro-batches of `rows` rows of `row_bytes` bytes, in patches of `patch` bytes, with bfloat16 products:
+    without and with recomputing."""
     if config.mask_id is None:
         config = with_blocks(config, config.name, BLOCK_SIZE)
     shapes = expected_shapes(config)
     taught = {name: shape for name, shape in shapes.items() if is_trained(name, train)}
     trained = sum(prod(shape) for shape in taught.values())
     momentum = sum(prod(shape) for name, shape in taught.items() if is_matrix(name, len(shape)))
-    return Needs(
-        train,
-        recompute,
-        trained,
-        sum(prod(shape) * (4 if name in taught or len(shape) == 1 else STORED) for name, shape in shapes.items()),
-        4 * trained,
-        4 * momentum + 8 * (trained - momentum),
-        kept(config, train, rows, row_bytes, patch, recompute=recompute),
+    weights = sum(prod(shape) * _dtype(name, shape, train).itemsize for name, shape in shapes.items())
+    optimizer = 4 * momentum + 8 * (trained - momentum)
+    plain, recomputed = kept(config, train, rows, row_bytes, patch)
+    return (
+        Needs(train, False, trained, weights, 4 * trained, optimizer, plain),
+        Needs(train, True, trained, weights, 4 * trained, optimizer, recomputed),
     )
 
 
-def kept(config: ModelConfig, train: Trained, rows: int, row_bytes: int, patch: float, *, recompute: bool) -> int:
-    """Bytes that a pass keeps for its gradients, besides weights. Layers of a stage keep the same, so that passes of
-    one layer, and of two in one of the stages, tell those of any number."""
+def kept(config: ModelConfig, train: Trained, rows: int, row_bytes: int, patch: float) -> tuple[int, int]:
+    """Bytes that a pass keeps for its gradients, besides weights: without and with recomputing. Layers of a stage keep
+    the same, so that passes of one layer, and of two in one of the stages, tell those of any number."""
 
-    def run(*deeper: Stage, recompute: bool) -> int:
-        stacks = {stage: replace(getattr(config, stage), num_layers=1 + (stage in deeper)) for stage in STAGES}
+    def run(deeper: Stage | None, *, recompute: bool) -> int:
+        stacks = {stage: replace(getattr(config, stage), num_layers=1 + (stage == deeper)) for stage in STAGES}
         shallow = replace(config, **stacks)
         with FakeTensorMode(allow_non_fake_inputs=True):
             weights = {
@@ -92,14 +100,15 @@ def kept(config: ModelConfig, train: Trained, rows: int, row_bytes: int, patch: 
             corruption = _corruption(config, row, min(per_text, patches.starts.shape[1]))
             return saved_bytes(shallow, weights, row, patches, corruption, torch.bfloat16, recompute=recompute)
 
-    least = run(recompute=recompute)
-    of_layers = {stage: run(stage, recompute=recompute) - least for stage in STAGES}
-    total = least + sum(size * (getattr(config, stage).num_layers - 1) for stage, size in of_layers.items())
-    if recompute:
-        # While a layer's gradients are computed, what it keeps otherwise is there.
-        least = run(recompute=False)
-        total += max(run(stage, recompute=False) - least for stage in STAGES)
-    return total
+    def total(least: int, of_layers: dict[Stage, int]) -> int:
+        return least + sum(size * (getattr(config, stage).num_layers - 1) for stage, size in of_layers.items())
+
+    learning: tuple[Stage, ...] = STAGES if train == "all" else ("decoder",)  # frozen stages keep nothing
+    plain, recomputed = run(None, recompute=False), run(None, recompute=True)
+    of_plain = {stage: run(stage, recompute=False) - plain for stage in learning}
+    of_recomputed = {stage: run(stage, recompute=True) - recomputed for stage in learning}
+    # While the gradients of a layer are computed, what it keeps otherwise is there.
+    return total(plain, of_plain), total(recomputed, of_recomputed) + max(of_plain.values())
 
 
 def saved_bytes(
@@ -149,4 +158,5 @@ def _corruption(config: ModelConfig, row: Tensor, per_text: int) -> Corruption:
 
 
 def _dtype(name: str, shape: tuple[int, ...], train: Trained) -> torch.dtype:
+    """As in a run that begins with a model in bfloat16."""
     return torch.float32 if len(shape) == 1 or is_trained(name, train) else torch.bfloat16
