@@ -73,6 +73,7 @@ def finetune(
         job = begin(Settings(**wanted), out.name, run, chosen)
     train(job)
     save(job, out)
+    job.tuning.release()
     return f"{summary(report(job, out, prompts, prefixes))}\n{out} has the model and its card"
 
 

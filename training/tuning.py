@@ -199,6 +199,13 @@ class Tuning:
             phase.restore(header.phases[name], kept)
         self.machines = dict(header.machines)
 
+    def release(self) -> None:
+        """Gives back the memory that only training needs: gradients and what optimizers keep."""
+        for phase in self.phases.values():
+            phase.optimizers = ()
+        for weight in self.weights.values():
+            weight.grad = None
+
     def finished(self) -> dict[str, Tensor]:
         """All weights, in the dtypes of the model that the run began with; the patcher has the same bits."""
         table = self.source.tensors["lm_head.weight"].dtype
