@@ -126,11 +126,17 @@ def test_the_first_table_is_the_mean_state_of_each_byte() -> None:
     assert table[7].isfinite().all() and table[7].any(), "a byte that does not occur has a row too"
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 5])
-def test_a_stopped_fine_tuning_run_resumes_to_the_same_weights(folder: Path, tmp_path: Path, stop_at: int) -> None:
-    whole = begin(settings(folder), "tuned", tmp_path / "whole", CPU)
-    train(whole)
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Job:
+    job = begin(settings(folder), "tuned", folder / "whole", CPU)
+    train(job)
+    return job
 
+
+@pytest.mark.parametrize("stop_at", [1, 5])
+def test_a_stopped_fine_tuning_run_resumes_to_the_same_weights(
+    folder: Path, whole: Job, tmp_path: Path, stop_at: int
+) -> None:
     job = begin(settings(folder), "tuned", tmp_path / "halves", CPU)
     draw = Documents.rows
     left = stop_at
@@ -151,7 +157,7 @@ def test_a_stopped_fine_tuning_run_resumes_to_the_same_weights(folder: Path, tmp
     for name, weight in whole.tuning.weights.items():
         assert torch.equal(again.tuning.weights[name], weight), name
     assert again.tuning.bits_before == whole.tuning.bits_before
-    losses = [[line["bits"] for line in read_metrics(tmp_path / name)] for name in ("whole", "halves")]
+    losses = [[line["bits"] for line in read_metrics(run)] for run in (whole.run, tmp_path / "halves")]
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
@@ -313,4 +319,8 @@ def test_the_command_says_what_is_wrong_with_its_arguments(folder: Path, tmp_pat
         "finetune", "--model", model, "--out", str(tmp_path / "new"), "--steps", "9", "--minutes", "1", words, code=2
     )
     assert "is not an empty folder" in fails("finetune", "--model", model, "--out", str(tmp_path / "full"), words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.cli.find_spec", lambda name: None if name == "tqdm" else object())
+        said = fails("finetune", "--model", model, "--out", str(tmp_path / "new"), words)
+        assert said == "fastblt: this needs tqdm, of the extra `train`: pip install tqdm\n"
     assert "no run to resume" in fails("finetune", "--resume", "--out", str(tmp_path / "new"))

@@ -13,9 +13,10 @@ from engine import checkpoint
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
 from tests.models import our_config
 from training.corpus import Corpus, standard_library
-from training.export import export, plot
+from training.export import CURVES, export
 from training.loop import Stopped, falling
 from training.metrics import read_metrics
+from training.plot import plot
 from training.state import Settings, State, fraction
 from training.train import row_length, train
 
@@ -127,7 +128,7 @@ def test_blocks_join_later_and_rates_are_held(tmp_path: Path) -> None:
     lines = [line for line in read_metrics(tmp_path / "run") if line["phase"] == "model"]
     assert ["mask" in line for line in lines] == [False] * 4 + [True] * 4
     assert not torch.equal(state.weights["model.local_decoder.embed_tokens.weight"][CONFIG.mask_id], before)
-    plot(read_metrics(tmp_path / "run"), tmp_path / "loss.png")
+    plot(read_metrics(tmp_path / "run"), tmp_path / "loss.png", CURVES)
     assert [falling(settings.hold, part) for part in (0.0, 0.25)] == [1.0, 1.0]
     assert falling(settings.hold, 0.625) == pytest.approx(0.5) and falling(settings.hold, 1.0) == pytest.approx(0.0)
     with pytest.raises(ValueError, match="blocks_from is a share from 0 to 1, not 1.5"):
