@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from engine import checkpoint
-from engine.checkpoint import CheckpointError
+from engine.checkpoint import CheckpointError, random_tensors
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID, PatchingRule
 from tests.engines import make_engine, save_ours
 from tests.engines import request as asked
 from tests.engines import run as answered
 from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
+from tests.test_checkpoint_formats import META_CONFIG, write_meta
 from tests.test_cli import fails
 from training import convert, model
 from training.documents import Documents, open_documents, slices
@@ -190,6 +191,18 @@ def test_a_model_whose_decoder_has_a_table_keeps_it(tmp_path: Path, folder: Path
     train(job)
     save(job, tmp_path / "out")
     assert checkpoint.load(tmp_path / "out").config.mask_id == 260
+
+
+def test_a_bfloat16_model_in_metas_layout_is_trained_and_keeps_its_rules(folder: Path, tmp_path: Path) -> None:
+    tensors = random_tensors(META_CONFIG, 0, torch.bfloat16)
+    write_meta(tmp_path / "blt_1b", tensors, hub=True, beside=True)
+    chosen = settings(folder, model=str(tmp_path / "blt_1b"), dtype="bfloat16", steps=3)
+    job = begin(chosen, "tuned", tmp_path / "run", CPU)
+    train(job)
+    save(job, tmp_path / "out")
+    saved = checkpoint.load(tmp_path / "out")
+    assert {tensor.dtype for tensor in saved.tensors.values()} == {torch.bfloat16}
+    assert saved.config == convert.with_blocks(META_CONFIG, "tuned", 4)
 
 
 def test_the_report_measures_what_was_saved(folder: Path, finished: Job) -> None:
