@@ -16,12 +16,13 @@ import torch
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, random_tensors
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID, PatchingRule
+from server.cli import app
 from tests.engines import make_engine, save_ours
 from tests.engines import request as asked
 from tests.engines import run as answered
 from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
 from tests.test_checkpoint_formats import META_CONFIG, write_meta
-from tests.test_cli import fails
+from tests.test_cli import fails, runner
 from training import convert, model
 from training.documents import Documents, open_documents, slices
 from training.finetune import Job, begin, resumed, save, train
@@ -221,6 +222,14 @@ def test_the_report_measures_what_was_saved(folder: Path, finished: Job) -> None
     assert summary(found).startswith(f"next byte: {found.before:.4f} bits before, {found.after:.4f} after")
 
 
+def test_a_run_that_was_stopped_in_its_report_makes_it_again(folder: Path, finished: Job) -> None:
+    arguments = ["--resume", "--run", str(finished.run), "--out", str(folder / "tuned"), "--prompts", "0"]
+    result = runner.invoke(app, ["finetune", *arguments])
+    assert result.exit_code == 0, result.output
+    assert f"next byte: {finished.tuning.bits_before:.4f} bits before" in result.stdout
+    assert "not measured (`--prompts 0`)" in result.stdout
+
+
 def test_rows_are_slices_of_single_documents_and_what_is_held_out_is_never_drawn(folder: Path) -> None:
     for name in ("text.txt", "text.jsonl"):
         training, held_out = open_documents([folder / name], [], "text")
@@ -289,6 +298,8 @@ def held_out_twice(folder: Path) -> dict[str, Any]:
         (lambda folder: {"row_bytes": 5000}, "--row-bytes 5000: the model has 4096 positions"),
         (lambda folder: {"steps": None}, "give either --minutes or --steps"),
         (lambda folder: {"block_size": 1}, "at least 2 bytes"),
+        (lambda folder: {"steps": None, "minutes": 0.0}, "--minutes 0.0: must be a number above 0"),
+        (lambda folder: {"learning_rate": float("nan")}, "--learning-rate nan: must be a number above 0"),
     ],
 )
 def test_input_that_cannot_be_used_is_refused_before_training(

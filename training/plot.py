@@ -22,7 +22,7 @@ def plot(lines: Sequence[Line], picture: Path, curves: Sequence[tuple[str, str, 
         if not points:  # a patcher of another run, or one whose stages' metrics were left elsewhere
             continue
         seen, loss = np.array(points).T
-        span = min(SMOOTHING, len(points))
+        span = min(SMOOTHING, 1 + len(points) // 4)
         axes.plot(seen[span - 1 :], np.convolve(loss, np.full(span, 1 / span), "valid"), label=label)
     axes.set(xlabel="megabytes seen", ylabel="bits per byte of text (training)", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")

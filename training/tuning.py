@@ -4,6 +4,7 @@ A run's folder holds `tuning.safetensors`: the trained weights in float32 and wh
 else in its header. It is replaced whole. Frozen weights stay in the model that the run began with, and in its dtypes.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -74,6 +75,10 @@ class Settings:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("give either --minutes or --steps")
+        for name in ("minutes", "learning_rate", "mask_weight"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and (value > 0 or name == "mask_weight")):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
         if self.steps is not None and self.steps < len(SHARES):
             raise ValueError(f"--steps {self.steps}: must be at least {len(SHARES)}, one for each phase")
 
