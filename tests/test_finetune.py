@@ -21,6 +21,7 @@ from tests.engines import make_engine, save_ours
 from tests.engines import request as asked
 from tests.engines import run as answered
 from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
+from tests.other_device import DEVICE, other_device
 from tests.test_checkpoint_formats import META_CONFIG, write_meta
 from tests.test_cli import fails, runner
 from training import convert, model
@@ -180,6 +181,23 @@ def test_all_but_the_patcher_is_trained_if_asked_for(folder: Path, tmp_path: Pat
     done = job.tuning.finished()
     same = {name for name, tensor in kept.items() if torch.equal(done[name], tensor)}
     assert same == {name for name in kept if name.startswith(PATCHER)}
+
+
+def test_a_run_on_a_device_gives_the_weights_of_one_on_the_host(folder: Path, tmp_path: Path) -> None:
+    # Fused AdamW is for devices that torch has kernels for; the one here runs each operation alone.
+    adamw = torch.optim.AdamW
+    chosen = settings(folder, steps=3, recompute=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.state.AdamW", lambda *a, **k: adamw(*a, **(k | {"fused": False, "foreach": False})))
+        here = begin(chosen, "tuned", tmp_path / "here", CPU)
+        train(here)
+        with other_device():
+            train(begin(chosen, "tuned", tmp_path / "there", DEVICE))
+            there = resumed(tmp_path / "there", DEVICE, {}).tuning
+            found = there.finished()
+        assert there.device == DEVICE and there.steps == here.tuning.steps == 4
+    for name, weight in here.tuning.finished().items():
+        torch.testing.assert_close(found[name], weight, atol=1e-4, rtol=0)
 
 
 def test_a_model_whose_decoder_has_a_table_keeps_it(tmp_path: Path, folder: Path) -> None:
