@@ -90,7 +90,7 @@ def test_every_decoder_runs_on_it_and_exact_ones_write_the_text_of_blt(folder: P
 
 
 def test_each_phase_trains_what_it_says(folder: Path) -> None:
-    job = begin(settings(folder, steps=20), "tuned", folder / "phases", CPU)
+    job = begin(settings(folder, steps=10), "tuned", folder / "phases", CPU)
     tuning = job.tuning
     kept = {name: weight.detach().clone() for name, weight in tuning.weights.items()}
     tables = []
@@ -112,8 +112,8 @@ def test_each_phase_trains_what_it_says(folder: Path) -> None:
     )
     assert not torch.equal(last_of_mask[-1], last_of_table[-1])
     lines = read_metrics(job.run)
-    assert [line["phase"] for line in lines] == ["table"] * 3 + ["mask"] + ["blocks"] * 16
-    assert ["mask" in line for line in lines] == [False] * 3 + [True] * 17
+    assert [line["phase"] for line in lines] == ["table"] * 2 + ["mask"] + ["blocks"] * 8
+    assert ["mask" in line for line in lines] == [False] * 2 + [True] * 9
 
 
 def test_the_first_table_is_the_mean_state_of_each_byte() -> None:
@@ -167,7 +167,8 @@ def test_a_stopped_fine_tuning_run_resumes_to_the_same_weights(
 def test_accumulated_micro_batches_give_the_gradients_of_one_batch(folder: Path, tmp_path: Path) -> None:
     norms = []
     for rows, accumulate in ((4, 1), (2, 2)):
-        chosen = settings(folder, rows=rows, accumulate=accumulate, files=(str(folder / "text.txt"),), row_bytes=64)
+        files = (str(folder / "text.txt"),)
+        chosen = settings(folder, steps=3, rows=rows, accumulate=accumulate, files=files, row_bytes=64)
         job = begin(chosen, "tuned", tmp_path / f"{rows}", CPU)
         train(job)
         norms.append([line["norm"] for line in read_metrics(job.run)][0])
@@ -186,7 +187,7 @@ def test_all_but_the_patcher_is_trained_if_asked_for(folder: Path, tmp_path: Pat
 def test_a_run_on_a_device_gives_the_weights_of_one_on_the_host(folder: Path, tmp_path: Path) -> None:
     # Fused AdamW is for devices that torch has kernels for; the one here runs each operation alone.
     adamw = torch.optim.AdamW
-    chosen = settings(folder, steps=3, recompute=True)
+    chosen = settings(folder, steps=3, rows=1, row_bytes=48, recompute=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.state.AdamW", lambda *a, **k: adamw(*a, **(k | {"fused": False, "foreach": False})))
         here = begin(chosen, "tuned", tmp_path / "here", CPU)

@@ -81,7 +81,7 @@ def test_weights_gradients_and_averages_are_those_of_a_run(which: Literal["decod
     (tmp_path / "text.txt").write_text("some words and then more words\n" * 4000)
     files = (str(tmp_path / "text.txt"),)
     settings = Settings(
-        str(tmp_path / "model"), files, train=which, steps=20, rows=1, row_bytes=32, held_out_bytes=64, warm_up=1
+        str(tmp_path / "model"), files, train=which, steps=4, rows=1, row_bytes=32, held_out_bytes=64, warm_up=1
     )
     job = begin(settings, "tuned", tmp_path / "run", torch.device("cpu"))
     gradients, averages = [], []
