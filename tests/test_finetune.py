@@ -184,6 +184,7 @@ def test_all_but_the_patcher_is_trained_if_asked_for(folder: Path, tmp_path: Pat
     assert same == {name for name in kept if name.startswith(PATCHER)}
 
 
+@pytest.mark.slow
 def test_a_run_on_a_device_gives_the_weights_of_one_on_the_host(folder: Path, tmp_path: Path) -> None:
     # Fused AdamW is for devices that torch has kernels for; the one here runs each operation alone.
     adamw = torch.optim.AdamW
