@@ -22,6 +22,9 @@ if not Path("/dev/nvidiactl").exists():
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# nohup has servers ignore SIGHUP, as they should; tests that send it need one that does not.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 # That an example takes long, to draw or to run, proves nothing where tests share their machine.
 settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared-machine")
