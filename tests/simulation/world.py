@@ -20,7 +20,7 @@ from engine.process.streams import GRACE_SECONDS, EngineDead
 from engine.types import Delta, Failed, Finished, Request, SamplingParams, UnmaskRule
 
 from .loop import run, virtual_time
-from .machine import ROW_SECONDS, STEP_SECONDS, Faults, Machine, config_of, parts_of
+from .machine import ROW_SECONDS, Faults, Machine, config_of, parts_of
 from .text import expected
 
 SETTLE_SECONDS = 240.0
@@ -29,8 +29,9 @@ LATE_SECONDS = 0.02
 """What a deadline may be missed by, besides the grace of the engine."""
 SHORT = 200
 """Ids of a text that is read again within a step."""
-RESUMED_SECONDS = 1.0
-"""How long after an engine is ready a stream with a short text may still be silent, besides the other short texts."""
+RESUMED_SECONDS = 0.3
+"""How long after an engine is ready a stream with a short text may be silent, besides four times what it takes to read
+all short texts."""
 
 
 Plant = Callable[[], AbstractContextManager[object]]
@@ -77,7 +78,39 @@ class Story:
         )
 
 
+class Heard:
+    """What a client has got, held against what it should get."""
+
+    def __init__(self, request: Request, began: float, *, is_slow: bool) -> None:
+        """is_slow: whether it reads late, so that its times say nothing."""
+        self.request, self.want, self.began, self.is_slow = request, expected(request), began, is_slow
+        self.ids, self.text = list[int](), b""
+
+    def take(self, event: Delta | Finished, now: float) -> None:
+        """Raises Violation."""
+        name, want = self.request.id, self.want
+        self.text += event.text
+        if not want.text.startswith(self.text):
+            raise Violation(f"{name} got {self.text!r} instead of {want.text!r}")
+        if isinstance(event, Delta):
+            self.ids += event.ids
+            if tuple(self.ids) != want.ids[: len(self.ids)]:
+                raise Violation(f"{name} got ids {self.ids} instead of {want.ids}")
+            return
+        if event.reason == "timeout":
+            if self.request.timeout is None:
+                raise Violation(f"{name} ended at a deadline that it does not have")
+        elif (event.reason, self.text, tuple(self.ids)) != (want.reason, want.text, want.ids):
+            raise Violation(f"{name} ended by {event.reason} with {self.text!r}, not {want}")
+        if self.request.timeout is not None and not self.is_slow:
+            late = now - self.began - self.request.timeout - GRACE_SECONDS
+            if late > LATE_SECONDS:
+                raise Violation(f"{name} ended {late:.3f} s after its deadline")
+
+
 class World:
+    """All that a story happens to."""
+
     def __init__(self, story: Story, config: EngineConfig) -> None:
         self.story, self.draw = story, story.draw
         self.faults = Faults(story.draw)
@@ -102,8 +135,8 @@ class World:
         for task in (harm, *streams):
             if task.done():
                 task.result()
-        if left := [str(n) for n, task in enumerate(streams) if not task.done()]:
-            raise Violation(f"{len(left)} requests never ended: {', '.join(left[:8])}")
+        if never := [str(n) for n, task in enumerate(streams) if not task.done()]:
+            raise Violation(f"{len(never)} requests never ended: {', '.join(never[:8])}")
         await self.client.stop()
         if self.faults.errors:
             raise self.faults.errors[0]
@@ -137,65 +170,54 @@ class World:
     async def _stream(self, at: float, request: Request) -> None:
         loop, draw = asyncio.get_running_loop(), self.draw
         await asyncio.sleep(max(at - loop.time(), 0))
-        want, began = expected(request), loop.time()
-        leaves = draw.choice([None] * 9 + [draw.randint(0, len(want.ids))])
-        slow = draw.random() < 0.1
-        ids, text, heard = list[int](), b"", (began, len(self.faults.crashes))
+        heard = Heard(request, loop.time(), is_slow=draw.random() < 0.1)
+        leaves = draw.choice([None] * 9 + [draw.randint(0, len(heard.want.ids))])
+        last = loop.time(), len(self.faults.crashes)
         try:
             async with aclosing(self.client.submit(request)) as events:
                 async for event in events:
                     now = loop.time()
-                    self.faults.note(f"{request.id} {type(event).__name__} {len(ids)}")
+                    self.faults.note(f"{request.id} {type(event).__name__} {len(heard.ids)}")
                     if isinstance(event, Failed):
                         if request.id not in self.faults.poison:
                             raise Violation(f"{request.id} failed, though it is innocent: {event.message}")
                         self.failed.add(request.id)
                         return
-                    text += event.text
-                    if not want.text.startswith(text):
-                        raise Violation(f"{request.id} got {text!r} instead of {want.text!r}")
-                    if isinstance(event, Delta):
-                        ids += event.ids
-                        if tuple(ids) != want.ids[: len(ids)]:
-                            raise Violation(f"{request.id} got ids {ids} instead of {want.ids}")
-                    if not slow:
-                        self._check_pause(request, len(ids), heard, now)
-                        heard = now, len(self.faults.crashes)
-                    if isinstance(event, Finished):
-                        late = now - began - (request.timeout or 0.0) - GRACE_SECONDS
-                        if event.reason == "timeout":
-                            if request.timeout is None or (not slow and late > LATE_SECONDS):
-                                raise Violation(f"{request.id} ended {late:.3f} s after its deadline")
-                        elif (event.reason, text, tuple(ids)) != (want.reason, want.text, want.ids):
-                            raise Violation(f"{request.id} ended by {event.reason} with {text!r}, not {want}")
-                        elif request.timeout is not None and not slow and late > LATE_SECONDS:
-                            raise Violation(f"{request.id} ended {late:.3f} s after its deadline")
-                        if event.reason == "timeout":
-                            self.left.add(request.id)
-                        return
-                    if leaves is not None and len(ids) >= leaves:
+                    heard.take(event, now)
+                    if not heard.is_slow:
+                        self._check_pause(request, len(heard.ids), last, now)
+                    last = now, len(self.faults.crashes)
+                    has_left = leaves is not None and len(heard.ids) >= leaves
+                    if has_left or (isinstance(event, Finished) and event.reason == "timeout"):
                         self.left.add(request.id)
+                    if has_left or isinstance(event, Finished):
                         return
-                    if slow:
+                    if heard.is_slow:
                         await asyncio.sleep(draw.uniform(0, 0.5))
         except EngineDead as error:
             raise Violation(f"{request.id} was given up with the engine: {error}") from error
         raise Violation(f"{request.id} ended without a last event")
 
-    def _check_pause(self, request: Request, num_ids: int, heard: tuple[float, int], now: float) -> None:
-        """After one crash, a short text must not wait until long ones have been read again."""
-        since, crashes = heard
+    def _check_pause(self, request: Request, num_ids: int, last: tuple[float, int], now: float) -> None:
+        """After one crash, a short text must not wait until long ones have been read again. last: when the event before
+        came, and the crashes until then."""
+        since, crashes = last
         length = len(request.prompt_ids) + num_ids
         if len(self.faults.crashes) != crashes + 1 or length > SHORT or request.priority > 0:
             return
         ready = self.faults.ready[-1]
         if ready < self.faults.crashes[-1] or since > ready or self.faults.frozen or self.faults.poison:
             return
-        if len(self.client._streams) > self.config.max_sequences or self.faults.stuck_since >= ready:
+        engine = self.machine.engine
+        if not (self.client.restarts and num_ids and engine) or self.faults.stuck_since >= ready:
+            return
+        # While places or pages are short, streams wait for others to end.
+        lengths = [stream.length for stream in self.client._streams.values()]
+        if len(lengths) > self.config.max_sequences or engine.snapshot().preemptions:
             return
         # Every second step prefers the short ones; the other may have a chunk of a long one.
-        most = RESUMED_SECONDS + self.config.max_sequences * SHORT * 2 * ROW_SECONDS
-        if self.client.restarts and num_ids and now - ready > most + 20 * STEP_SECONDS:
+        rows = sum(count for count in lengths if count <= SHORT)
+        if now - ready > RESUMED_SECONDS + 4 * ROW_SECONDS * rows:
             raise Violation(f"{request.id}, of {length} ids, was silent for {now - ready:.2f} s after a restart")
 
 
