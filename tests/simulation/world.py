@@ -117,6 +117,8 @@ class World:
         self.machine = Machine(self.faults)
         self.config = config
         self.failed, self.left = set[str](), set[str]()
+        self.crowded = 0.0
+        """When there were last more streams than places."""
 
     async def play(self) -> None:
         story = self.story
@@ -202,6 +204,9 @@ class World:
         """After one crash, a short text must not wait until long ones have been read again. last: when the event before
         came, and the crashes until then."""
         since, crashes = last
+        lengths = [stream.length for stream in self.client._streams.values()]
+        if len(lengths) > self.config.max_sequences:
+            self.crowded = now
         length = len(request.prompt_ids) + num_ids
         if len(self.faults.crashes) != crashes + 1 or length > SHORT or request.priority > 0:
             return
@@ -212,8 +217,7 @@ class World:
         if not (self.client.restarts and num_ids and engine) or self.faults.stuck_since >= ready:
             return
         # While places or pages are short, streams wait for others to end.
-        lengths = [stream.length for stream in self.client._streams.values()]
-        if len(lengths) > self.config.max_sequences or engine.snapshot().preemptions:
+        if self.crowded >= ready or engine.snapshot().preemptions:
             return
         # Every second step prefers the short ones; the other may have a chunk of a long one.
         rows = sum(count for count in lengths if count <= SHORT)
