@@ -18,6 +18,7 @@ from kernels.hash_embed import HashTables, hash_embed
 from kernels.linear import Matrix, batched_row_floor, linear, row_floor
 from kernels.norm import rms_norm
 from kernels.pooling import PageTable, patch_max
+from kernels.product import before_product
 from kernels.rope import apply_rope, rope_table
 from kernels.swiglu import swiglu
 from tests.engines import threads
@@ -175,3 +176,11 @@ def test_rows_are_the_same_bits_alone_and_beside_other_rows(name: str, width: in
         for start in (0, 1, 131 - count):
             rows = slice(start, start + count)
             assert torch.equal(kernel(x[rows].clone()), expected[rows]), (count, start)
+
+
+@pytest.mark.parametrize(("width", "inside"), [(1024, True), (2048, True), (1280, False), (4096, False)])
+def test_a_norm_is_inside_a_product_where_registers_are_left(width: int, inside: bool) -> None:
+    x, norm = torch.randn(3, width).bfloat16(), torch.rand(width).bfloat16()
+    rows, left = before_product(x, norm, 1e-5)
+    assert (left is not None) == inside
+    torch.testing.assert_close(rows, x if inside else rms_norm(x, norm, 1e-5), atol=2e-2, rtol=2e-2)
