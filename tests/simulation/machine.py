@@ -33,6 +33,7 @@ from .text import guess_of, output_of, starts_patch
 STEP_SECONDS, ROW_SECONDS = 0.004, 0.0001
 """Of a step, and of each of its rows."""
 STUCK_SECONDS = 10_000.0
+LONGEST_PATCH = 8
 CHECKED_EVERY = 64
 """Steps after which all pages are counted."""
 _pids = itertools.count(1)
@@ -92,9 +93,6 @@ class ScriptedStepper(Stepper):
                     right += 1
                 return Result([own[place + right]], right)
         return None
-
-
-LONGEST_PATCH = 8
 
 
 @cache
