@@ -1,13 +1,13 @@
 """The ingress between Ray's HTTP proxies and the replicas: it reads a request, lets the router choose a replica by the
-beginning of its prompt, and relays the answer as it comes. If a replica is lost, the client gets a proper error.
+beginning of its prompt, and relays the answer as it comes. If a replica is lost, another continues its completions.
 """
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
 
-from fastapi.sse import format_sse_event
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -23,16 +23,20 @@ from server.admission import Gate
 from server.body import ClientLeft, read_body
 from server.body_room import HeldBody
 from server.errors import ApiError, internal_error, request_timeout
-from server.responses import JsonResponse, to_json
+from server.origin import Origin
+from server.responses import JsonResponse
 from server.settings import ServerSettings
 
-from .ray_router import Call, prefix_of
+from .ray_call import Call
+from .ray_relay import NoRoom, Relay, ReplicaLost
+from .ray_router import prefix_of
 from .ray_settings import RaySettings
 
 log = logging.getLogger("fastblt.ingress")
 
 SENT = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client", "server")
 """The parts of a request that are sent to a replica, besides its body."""
+COMPLETIONS = "/v1/completions"
 STATE_SECONDS = 5.0
 """Seconds that replicas have to report their state."""
 
@@ -49,6 +53,7 @@ class Ingress:
         self._settings = settings
         self._options = options
         self._gate = Gate(settings)
+        self._is_cut_off = False
 
     async def drain(self) -> None:
         """Refuses new requests and waits for those under way, as `fastblt serve` does on SIGTERM."""
@@ -58,6 +63,7 @@ class Ingress:
                 await self._gate.wait_idle()
         except TimeoutError:
             log.warning("requests are cut off")
+            self._is_cut_off = True
             await self._replicas.broadcast("stop").results_async(return_exceptions=True)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -125,7 +131,8 @@ class Ingress:
         try:
             with self._gate.bodies.enter() as held:
                 body = await self._read(Request(scope, receive), held)
-                call = Call(_sent(scope), body, prefix_of(body, self._options.prefix_bytes))
+                prefix = prefix_of(body, self._options.prefix_bytes)
+                call = Call(_sent(scope), body, prefix, origin=Origin() if scope["path"] == COMPLETIONS else None)
             await self._relay(call, send)
         except ClientLeft:
             pass
@@ -143,36 +150,30 @@ class Ingress:
 
     async def _relay(self, call: Call, send: Send) -> None:
         """Raises ApiError if nothing was sent yet."""
-        began: Message | None = None
-        answer = self._answer.remote(call)
+        wait, keepalive = self._options.replica_wait, self._settings.keepalive_seconds
+        relay = Relay(self._ask, send, wait=wait, keepalive=keepalive, unavailable=self._gate.unavailable)
         try:
-            async with asyncio.timeout(self._options.replica_wait):
-                await anext(answer)
-            async for messages in answer:
-                for message in messages:
-                    if message["type"] == "http.response.start":
-                        began = message
-                        # Ray's proxy adds its own.
-                        message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
-                    await send(message)
-            if not began:
-                raise ApiError(404, f"there is no replica {call.replica}", code="unknown_url")
-        except (TimeoutError, BackPressureError, DeploymentUnavailableError):
-            raise self._gate.unavailable("no replica has room for this request", "no_replica") from None
+            await relay.run(call)
         except RayTaskError:
             log.exception("the request failed")
-            if began:
+            if relay.has_begun:
                 raise
             raise internal_error(dict(call.scope["headers"])[b"x-request-id"].decode()) from None
+
+    async def _ask(self, call: Call) -> AsyncGenerator[str | list[Message], None]:
+        """As `Relay` wants it. An exception of the application is a RayTaskError."""
+        if self._is_cut_off:
+            raise self._gate.unavailable("the server is shutting down", "draining")
+        answer = self._answer.remote(call)
+        try:
+            async for item in answer:
+                yield item
+        except (BackPressureError, DeploymentUnavailableError):
+            raise NoRoom from None
+        except RayTaskError:
+            raise
         except RayError as error:
-            log.warning("a replica was lost: %s", type(error).__name__)
-            lost = self._gate.unavailable("the replica that ran this request is gone; send it again", "replica_lost")
-            if not began:
-                raise lost from None
-            if (b"content-type", b"text/event-stream; charset=utf-8") not in map(tuple, began["headers"]):
-                raise
-            last = format_sse_event(data_str=to_json(lost.body).decode()) + format_sse_event(data_str="[DONE]")
-            await send({"type": "http.response.body", "body": last})
+            raise ReplicaLost(type(error).__name__) from error
         finally:
             answer.cancel()
 

@@ -3,9 +3,8 @@
 import asyncio
 import os
 import socket
-import time
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing
 from typing import Any
 
 from ray import serve
@@ -19,11 +18,8 @@ from server.app import create_app
 from server.lifecycle import make_traces
 from server.settings import ServerSettings
 
-from .ray_router import Call
-
-GATHER_SECONDS = 0.01
-"""Output sooner than this after the last is sent with what follows: a message costs three processes the same, whatever
-its size."""
+from .ray_answer import answer
+from .ray_call import Call
 
 
 class Replica:
@@ -45,46 +41,14 @@ class Replica:
         await self._client.start()
         self._app = create_app(settings, self._client, settings.load_api_keys(), self._traces)
 
-    async def answer(self, call: Call) -> AsyncGenerator[list[Message], None]:
-        """The application's messages, as they come. First comes an empty list: the call has a replica.
-        Closed early, the application sees its client leave."""
-        yield []
-        if call.replica not in (None, self._id):
-            # The engine died between the two calls.
-            return
-        messages: asyncio.Queue[Message | None] = asyncio.Queue()
-        bodies = [{"type": "http.request", "body": call.body, "more_body": False}]
-        left = asyncio.Event()
-
-        async def receive() -> Message:
-            if bodies:
-                return bodies.pop()
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        async def run() -> None:
-            try:
-                await self._app(call.scope, receive, messages.put)
-            finally:
-                messages.put_nowait(None)
-
-        running = asyncio.create_task(run())
-        yielded = 0.0
-        try:
-            while (message := await messages.get()) is not None:
-                batch = [message]
-                await asyncio.sleep(yielded + GATHER_SECONDS - time.monotonic())
-                with suppress(asyncio.QueueEmpty):
-                    while message := messages.get_nowait():
-                        batch.append(message)
-                yielded = time.monotonic()
-                yield batch
-                if message is None:
-                    break
-            await running
-        finally:
-            left.set()
-            await asyncio.wait({running})
+    async def answer(self, call: Call) -> AsyncGenerator[str | list[Message], None]:
+        """First its id, as soon as it has the call; then the application's messages."""
+        yield self._id
+        # It may have taken the place of the one that was meant.
+        if call.replica in (None, self._id):
+            async with aclosing(answer(self._app, call)) as batches:
+                async for batch in batches:
+                    yield batch
 
     async def state(self) -> dict[str, Any]:
         """Its name and address, and its engine's state."""

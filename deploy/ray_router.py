@@ -10,26 +10,13 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 import orjson
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from engine.config import BYTE_OFFSET
 
-
-@dataclass(frozen=True)
-class Call:
-    """A complete HTTP request on its way to a replica."""
-
-    scope: dict[str, Any]
-    """ASGI's, as far as it can be sent."""
-    body: bytes
-    prefix: bytes | None = None
-    """The prefix that chooses the replica; None chooses by load alone."""
-    replica: str | None = None
-    """The id of the only replica allowed to answer."""
+from .ray_call import Call
 
 
 class PrefixRouter(RequestRouter):
@@ -55,7 +42,8 @@ class PrefixRouter(RequestRouter):
         if call.replica in replicas:
             return [[replicas[call.replica]]]
         loads = {key: self._load(replica.replica_id) for key, replica in replicas.items()}
-        return [[replicas[key]] for key in order(loads, call.prefix, self._imbalance)]
+        best = order(loads, call.prefix, self._imbalance)
+        return [[replicas[key]] for key in sorted(best, key=call.avoided.__contains__)]
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         super().on_send_request(replica_id)

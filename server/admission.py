@@ -97,15 +97,26 @@ class Gate:
         """Sequences without a first event."""
         self.draining = False
 
-    def enter(self, num_sequences: int, name: Name | None = None, prompt_bytes: int = 0, priority: int = 0) -> Ticket:
-        """name: of the request's tenant; without one it has no limits, and its turn at once.
+    def enter(
+        self,
+        num_sequences: int,
+        name: Name | None = None,
+        prompt_bytes: int = 0,
+        priority: int = 0,
+        *,
+        is_admitted: bool = False,
+    ) -> Ticket:
+        """name: of the request's tenant; without one it has no limits, and its turn at once. is_admitted: by another
+        server, so that it is not refused here.
 
         Raises ApiError 429 if the queue is full or the tenant is above a limit, 503 while draining. In a full queue the
         last request of the tenant that waits for most gives way to one that waits for less.
         """
-        self.check(name, prompt_bytes)
+        if not is_admitted:
+            self.check(name, prompt_bytes)
         tenant = None if name is None else self._tenant(name)
-        self._make_room(num_sequences, tenant)
+        if not is_admitted:
+            self._make_room(num_sequences, tenant)
         ticket = Ticket(self, tenant, num_sequences, prompt_bytes, (priority, next(self._arrivals)))
         self.waiting += num_sequences
         self.num_requests += 1

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from .body import ClientLeft, check_content, read_body
 from .choice import Piece
 from .errors import ApiError, internal_error
 from .generation import Generation, Service
+from .origin import Origin, origin_of
 from .parsing import off_the_loop, parse
 from .requests import Plan, make_plan
 from .responses import JsonResponse, to_json
@@ -40,23 +40,25 @@ ID_BYTES = 4
 async def complete(request: Request, service: Service) -> Response:
     """The whole life of one request. Raises ApiError."""
     check_content(request)
-    completion_id = f"cmpl-{secrets.token_hex(12)}"
+    origin = origin_of(request.scope)
     # On an open server all clients are one tenant.
     api_key: bytes = request.scope["state"].get("api_key", b"")
-    plan = await _understood(request, service, completion_id, api_key)
+    plan = await _understood(request, service, origin, api_key)
     wanted = plan.request
     await _check_grammars(request, service, plan)
     service.check_engine()
     access: Access = request.state.access
-    ticket = service.gate.enter(len(plan.requests), api_key, plan.prompt_bytes, wanted.priority)
-    access.generation = generation = Generation(service, plan, completion_id, ticket, access.started)
+    ticket = service.gate.enter(
+        len(plan.requests), api_key, plan.prompt_bytes, wanted.priority, is_admitted=origin.is_continued
+    )
+    access.generation = generation = Generation(service, plan, origin, ticket, access.started)
     handed_over = False
     try:
         if not wanted.stream:
             return _answer(await _unless_client_leaves(request, generation.collect()))
         pieces = generation.pieces()
         # A request that fails at once gets its own status; after the first event there is only 200.
-        first = await _unless_client_leaves(request, anext(pieces))
+        first = await _unless_client_leaves(request, anext(pieces, None))
         handed_over = True
         return CompletionStream(generation, first, pieces, access)
     finally:
@@ -64,15 +66,16 @@ async def complete(request: Request, service: Service) -> Response:
             await generation.close()
 
 
-async def _understood(request: Request, service: Service, completion_id: str, api_key: bytes) -> Plan:
+async def _understood(request: Request, service: Service, origin: Origin, api_key: bytes) -> Plan:
     settings, limits = service.settings, service.client.limits
     with service.gate.bodies.enter() as held:
         body = await read_body(request, settings, held)
-        service.gate.check(api_key)
+        if not origin.is_continued:
+            service.gate.check(api_key)
 
         def understand() -> Plan:
             asked = parse(body, settings.max_choices, limits.max_length)
-            return make_plan(asked, completion_id, settings, limits, api_key)
+            return make_plan(asked, origin, settings, limits, api_key)
 
         return await off_the_loop(body, understand)
 
@@ -162,6 +165,7 @@ class CompletionStream(EventSourceResponse):
     async def _events(
         self, first: tuple[int, Piece] | None, rest: AsyncGenerator[tuple[int, Piece] | None, None]
     ) -> AsyncGenerator[bytes, None]:
+        last = b""
         try:
             if chunk := self._chunk(first):
                 yield chunk
@@ -169,13 +173,14 @@ class CompletionStream(EventSourceResponse):
                 if chunk := self._chunk(item):
                     yield chunk
             if self._include_usage:
-                yield _event(self._generation.completion([], self._generation.usage()))
+                last = _event(self._generation.completion([], self._generation.usage()))
         except ApiError as error:
-            yield self._error(error)
+            last = self._error(error)
         except Exception:
             log.exception("the request failed")
-            yield self._error(internal_error(self._access.request_id))
-        yield format_sse_event(data_str="[DONE]")
+            last = self._error(internal_error(self._access.request_id))
+        # As one piece: what comes after the text is sent as a whole or not at all.
+        yield last + format_sse_event(data_str="[DONE]")
         self._sent_all = True
 
     def _error(self, error: ApiError) -> bytes:

@@ -19,6 +19,7 @@ from .errors import ApiError, from_failed, internal_error
 from .grammars import Grammars
 from .merge import merge
 from .metrics import Metrics
+from .origin import Origin
 from .requests import Plan
 from .schemas import Choice, Completion, CompletionUsage, FastBltUsage, PromptTokensDetails
 from .settings import ServerSettings
@@ -49,12 +50,12 @@ class Service:
 class Generation:
     """Must always be closed: that frees its place and aborts its sequences in the engine."""
 
-    def __init__(self, service: Service, plan: Plan, completion_id: str, ticket: Ticket, arrived: float) -> None:
-        """arrived: when the request did, by `time.perf_counter`."""
-        self.arrived = arrived
+    def __init__(self, service: Service, plan: Plan, origin: Origin, ticket: Ticket, arrived: float) -> None:
+        """arrived: when the request did here, by `time.perf_counter`."""
+        self.arrived = arrived - origin.age
         self.plan = plan
-        self.id = completion_id
-        self.created = int(time.time())
+        self.id = origin.id
+        self._origin = origin
         self._service = service
         self._ticket = ticket
         self.clocks = [service.metrics.clock(plan.decoder, len(r.prompt_ids)) for r in plan.requests]
@@ -102,16 +103,21 @@ class Generation:
     def _submit(self, index: int, request: Request) -> AsyncGenerator[Event, None]:
         """The events of one sequence. If prompts are scored, a prompt's first sample computes the scores and the others
         wait for it, so that they find the prompt in the prefix cache."""
+        told = self._origin.told(index)
+        if told and not isinstance(told[-1], Delta):
+            return _nothing()
+        deltas = [event for event in told if isinstance(event, Delta)]
+        request = _with_less_time(request, self._origin.age)
         if not self.plan.scores_prompts:
-            return self._run(request)
+            return self._run(request, deltas)
         first = index - index % self.plan.samples
         scores = self._scores.setdefault(first, _PromptScores())
-        return self._run(request) if index == first else self._submit_scored(request, scores)
+        return self._run(request, deltas) if index == first else self._submit_scored(request, deltas, scores)
 
-    def _run(self, request: Request) -> AsyncGenerator[Event, None]:
-        return self._service.client.submit(request) if self._ticket.has_turn else self._run_in_turn(request)
+    def _run(self, request: Request, told: list[Delta]) -> AsyncGenerator[Event, None]:
+        return self._service.client.submit(request, told) if self._ticket.has_turn else self._run_in_turn(request, told)
 
-    async def _run_in_turn(self, request: Request) -> AsyncGenerator[Event, None]:
+    async def _run_in_turn(self, request: Request, told: list[Delta]) -> AsyncGenerator[Event, None]:
         """The wait for the turn is part of the sequence's time and of its time in the queue."""
         began = time.monotonic()
         try:
@@ -122,18 +128,20 @@ class Generation:
             yield Finished(id=request.id, reason="timeout", usage=usage)
             return
         waited = time.monotonic() - began
-        async with aclosing(self._service.client.submit(_with_less_time(request, waited))) as events:
+        async with aclosing(self._service.client.submit(_with_less_time(request, waited), told)) as events:
             async for event in events:
                 if isinstance(event, Finished):
                     usage = msgspec.structs.replace(event.usage, queue_seconds=event.usage.queue_seconds + waited)
                     event = msgspec.structs.replace(event, usage=usage)
                 yield event
 
-    async def _submit_scored(self, request: Request, scores: "_PromptScores") -> AsyncGenerator[Event, None]:
+    async def _submit_scored(
+        self, request: Request, told: list[Delta], scores: "_PromptScores"
+    ) -> AsyncGenerator[Event, None]:
         began = time.monotonic()
         await scores.known.wait()
-        owed = scores.entries
-        async with aclosing(self._run(_with_less_time(request, time.monotonic() - began))) as events:
+        owed = [] if any(delta.prompt_logprobs for delta in told) else scores.entries
+        async with aclosing(self._run(_with_less_time(request, time.monotonic() - began), told)) as events:
             async for event in events:
                 if owed:
                     yield Delta(id=request.id, prompt_logprobs=owed)
@@ -148,21 +156,46 @@ class Generation:
     @property
     def first_byte_seconds(self) -> float | None:
         """From the request's arrival; None if no byte came yet."""
+        if self._origin.first_byte_seconds is not None:
+            return self._origin.first_byte_seconds
         return None if self.first_byte is None else round(self.first_byte - self.arrived, 6)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
-        """(sequence index, piece) as they come; None for a long silence. Raises ApiError if a sequence fails."""
+        """(sequence index, piece) as they come, without those that the client has from another server; None for a long
+        silence. Raises ApiError if a sequence fails."""
+        for index, events in self._origin.shown.items():
+            for event in events:
+                self._feed(index, event)
+                if isinstance(event, Finished):
+                    self.clocks[index].forget()
+        for index, events in self._origin.held.items():
+            for event in events:
+                yield index, self._take(index, event)
         try:
             async for item in self._events:
                 if item is None:
                     yield None
-                else:
-                    index, event = item
-                    yield index, self._take(index, event)
+                    continue
+                index, event = item
+                if self._origin.note:
+                    self._origin.note(index, event)
+                yield index, self._take(index, event)
         except EngineDead as error:
             raise self._service.gate.unavailable(f"the engine is gone: {error}", "engine_dead") from error
 
     def _take(self, index: int, event: Event) -> Piece:
+        """Counts an event and makes a piece of it."""
+        clock = self.clocks[index]
+        if isinstance(event, Delta):
+            clock.advance(len(event.ids))
+            self._ticket.generated(len(event.ids))
+        elif isinstance(event, Finished):
+            clock.end(event.reason, event.usage)
+        else:
+            clock.end("error" if event.code == "internal" else "refused")
+        return self._feed(index, event)
+
+    def _feed(self, index: int, event: Event) -> Piece:
         if index not in self._begun:
             self._begun.add(index)
             self._ticket.begun()
@@ -170,18 +203,11 @@ class Generation:
             scores.learn(event)
         if isinstance(event, Failed):
             if event.code == "internal":
-                self.clocks[index].end("error")
                 raise internal_error(self.request_id, event.message)
-            self.clocks[index].end("refused")
             constraint = self.plan.constraint
             raise from_failed(constraint.named(event) if constraint else event)
-        if isinstance(event, Finished):
-            self.clocks[index].end(event.reason, event.usage)
-            if event.reason == "abort":
-                raise ApiError(500, "the engine gave up on this request", code="internal_error")
-        else:
-            self.clocks[index].advance(len(event.ids))
-            self._ticket.generated(len(event.ids))
+        if isinstance(event, Finished) and event.reason == "abort":
+            raise ApiError(500, "the engine gave up on this request", code="internal_error")
         piece = self.streams[index].feed(event)
         if self.said is not None:
             self.said[index] = (self.said[index] + piece.text)[: LOGGED_CHARACTERS + 1]
@@ -222,7 +248,7 @@ class Generation:
     def completion(self, choices: list[Choice], usage: CompletionUsage | None) -> Completion:
         return Completion(
             id=self.id,
-            created=self.created,
+            created=self._origin.created,
             model=self.plan.model,
             choices=choices,
             usage=usage,
@@ -254,7 +280,8 @@ class Generation:
 
     async def close(self) -> None:
         """May be called again."""
-        self._service.generations.pop(self.id, None)
+        if self._service.generations.get(self.id) is self:
+            del self._service.generations[self.id]
         try:
             await self._events.aclose()
         finally:
@@ -276,6 +303,13 @@ class _PromptScores:
             self.entries = event.prompt_logprobs
         if self.entries or not isinstance(event, Delta):
             self.known.set()
+
+
+async def _nothing() -> AsyncGenerator[Event, None]:
+    """The rest of a sequence that has ended."""
+    no_events: tuple[Event, ...] = ()
+    for event in no_events:
+        yield event
 
 
 def _with_less_time(request: Request, seconds: float) -> Request:

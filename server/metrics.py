@@ -161,6 +161,10 @@ class Clock:
                 self._inter_chunk.observe(self.last - before)
             self.num_bytes += num_ids
 
+    def forget(self) -> None:
+        """Counts nothing: another server has counted it."""
+        self._ended = True
+
     def end(self, reason: str, usage: Usage | None = None) -> None:
         """The first call counts."""
         if not self._ended:

@@ -1,6 +1,6 @@
 """A completion request as requests to the engine: one per prompt and sample."""
 
-import secrets
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from engine.types import DecoderName, Request, SamplingParams, UnmaskRule
 from .errors import ApiError, from_failed
 from .model_names import choose_decoder, default_model
 from .options import OPTIONS, WrongOption, options_of
+from .origin import Origin
 from .salt import salt_of
 from .schemas import CompletionRequest
 from .settings import ServerSettings
@@ -48,7 +49,7 @@ class Plan:
 
 def make_plan(
     request: CompletionRequest,
-    completion_id: str,
+    origin: Origin,
     settings: ServerSettings,
     limits: ModelLimits,
     api_key: bytes = b"",
@@ -79,10 +80,11 @@ def make_plan(
     bias = {int(token): value for token, value in request.logit_bias.items()}
     salt = salt_of(api_key, request.cache_salt)
     log_fields = dict(logs.context.get())
+    seeds = random.Random(origin.seed)
     for number, prompt_ids in enumerate(prompts):
         # With a seed of its own a prompt's samples do not depend on the prompts beside it; without one, equal prompts
         # must still differ.
-        seed = secrets.randbits(64) if request.seed is None else request.seed % (1 << 64)
+        seed = seeds.getrandbits(64) if request.seed is None else request.seed % (1 << 64)
         sampling = SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,
@@ -97,7 +99,7 @@ def make_plan(
         )
         requests += [
             Request(
-                id=f"{completion_id}-{number * samples + sample}",
+                id=f"{origin.attempt_id}-{number * samples + sample}",
                 prompt_ids=prompt_ids,
                 max_tokens=request.max_tokens,
                 sampling=sampling,

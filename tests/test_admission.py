@@ -12,6 +12,7 @@ from engine.config import BOS_ID, BYTE_OFFSET
 from engine.engine import Engine
 from engine.types import Failed, Request
 from server.errors import ApiError
+from server.origin import Origin
 from server.requests import make_plan
 from server.schemas import CompletionRequest
 from server.settings import ServerSettings
@@ -203,7 +204,7 @@ def test_a_decoder_that_the_model_was_not_trained_for(tmp_path: Path) -> None:
     end = failed(engine, {"decoder": "blt-d"})
     assert (end.code, end.param, end.message) == ("decoder_unavailable", "decoder", expected)
     with pytest.raises(ApiError) as refused:
-        make_plan(CompletionRequest(decoder="blt-d", prompt="BC"), "cmpl-1", ServerSettings(), engine.limits)
+        make_plan(CompletionRequest(decoder="blt-d", prompt="BC"), Origin(), ServerSettings(), engine.limits)
     error = refused.value.body["error"]
     assert (error["code"], error["param"], error["message"]) == ("decoder_unavailable", "decoder", expected)
 

@@ -3,6 +3,7 @@ it."""
 
 import asyncio
 import time
+from collections.abc import Iterable
 
 import msgspec
 
@@ -20,7 +21,8 @@ class EngineDead(RuntimeError):
 class Stream:
     """A request in flight."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, told: Iterable[Delta] = ()) -> None:
+        """told: what an engine elsewhere has told of it; its reader has that."""
         self.request = request
         self.sent = False
         """Whether the current engine has it."""
@@ -38,9 +40,12 @@ class Stream:
         self._prompt_scored = False
         self._num_entropies = 0
         self._times_sent = 0
-        self._unread = _Unread()
+        self._unread = Merged()
         self._last: Finished | Failed | EngineDead | None = None
         self._news = asyncio.Event()
+        for delta in told:
+            self._note(delta)
+            self._times_sent = 1
 
     @property
     def length(self) -> int:
@@ -58,11 +63,7 @@ class Stream:
         self.silent = False
         self.fruitless_crashes = self.lone_crashes = 0
         if isinstance(event, Delta):
-            self._output_ids += event.ids
-            self._num_text += len(event.text)
-            self._logprob += sum(entry.logprob or 0.0 for entry in event.logprobs)
-            self._prompt_scored |= bool(event.prompt_logprobs)
-            self._num_entropies += len(event.entropies)
+            self._note(event)
             self._unread.add(event)
             self._news.set()
         elif isinstance(event, Finished) and self._times_sent > 1:
@@ -91,7 +92,7 @@ class Stream:
             except TimeoutError:
                 self.end(self._overdue())
         if not self._unread.empty:
-            delta, self._unread = self._unread.delta(self.request.id), _Unread()
+            delta, self._unread = self._unread.delta(self.request.id), Merged()
             if not self.ended:
                 self._news.clear()
             return delta
@@ -99,6 +100,13 @@ class Stream:
         if isinstance(self._last, EngineDead):
             raise self._last
         return self._last
+
+    def _note(self, delta: Delta) -> None:
+        self._output_ids += delta.ids
+        self._num_text += len(delta.text)
+        self._logprob += sum(entry.logprob or 0.0 for entry in delta.logprobs)
+        self._prompt_scored |= bool(delta.prompt_logprobs)
+        self._num_entropies += len(delta.entropies)
 
     def _overdue(self) -> Finished:
         """With the text that the engine held back, as it would have released it itself."""
@@ -118,8 +126,8 @@ class Stream:
         )
 
 
-class _Unread:
-    """Deltas of one request, merged."""
+class Merged:
+    """Deltas of one request as one."""
 
     def __init__(self) -> None:
         self.empty = True

@@ -15,6 +15,7 @@ from server import parsing, requests
 from server.base64_bytes import from_base64
 from server.errors import ApiError, Code
 from server.neutral import NEUTRAL
+from server.origin import Origin
 from server.requests import Plan, make_plan
 from server.schemas import CompletionRequest
 from server.settings import ServerSettings
@@ -35,7 +36,7 @@ def one(data: bytes) -> None:
             _check_error(error, data)
     try:
         asked = parsing.parse(data, SETTINGS.max_choices, LIMITS.max_length)
-        plan = make_plan(asked, "cmpl", SETTINGS, LIMITS)
+        plan = make_plan(asked, Origin(), SETTINGS, LIMITS)
     except ApiError as error:
         _check_error(error, data)
     else:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import BOS_ID, BYTE_OFFSET, ModelLimits
+from server.origin import Origin
 from server.requests import make_plan
 from server.schemas import CompletionRequest
 from server.settings import ServerSettings
@@ -20,7 +21,7 @@ def ids(data: bytes) -> list[int]:
 
 
 def planned(**fields: Any) -> list[list[int]]:
-    plan = make_plan(CompletionRequest(**fields), "cmpl-1", ServerSettings(), LIMITS)
+    plan = make_plan(CompletionRequest(**fields), Origin(), ServerSettings(), LIMITS)
     return [request.prompt_ids for request in plan.requests]
 
 

@@ -1,0 +1,201 @@
+"""The ingress's half of an answer: passes it on to the client, and has another replica continue it if one is lost.
+
+The next replica gets the request with all ids that came so far, as a new engine does from `EngineClient`, and with the
+same seed. A place of the output has the same draw everywhere, so the client sees a pause and then the same bytes.
+
+NVIDIA's Dynamo also moves the requests of a lost worker, with its tokens as a longer prompt; it promises no draw.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+
+import orjson
+from fastapi.sse import format_sse_event
+from starlette.types import Message, Send
+
+from server.completions import KEEPALIVE
+from server.errors import ApiError, Code
+from server.origin import Origin
+from server.responses import to_json
+
+from .ray_answer import ONLY_TOLD, TOLD
+from .ray_call import Call
+from .ray_journal import Journal
+
+log = logging.getLogger("fastblt.ingress")
+
+MOST_LOSSES = 3
+"""Replicas in a row that may be lost with a request without any progress: it may be what ends them."""
+RETRY_SECONDS = 0.25
+DONE = format_sse_event(data_str="[DONE]")
+
+Ask = Callable[[Call], AsyncGenerator[str | list[Message], None]]
+"""Sends a call to a replica: gives its id, then the messages of its answer. Raises ReplicaLost, NoRoom."""
+Unavailable = Callable[[str, Code], ApiError]
+
+
+class ReplicaLost(Exception):
+    """The replica has ended, or cannot be reached."""
+
+
+class NoRoom(Exception):
+    """No replica takes the request now."""
+
+
+class BrokenOff(Exception):
+    """An answer that has begun and is no stream cannot be completed."""
+
+
+class Relay:
+    """The answer to one request."""
+
+    def __init__(self, ask: Ask, send: Send, *, wait: float, keepalive: float, unavailable: Unavailable) -> None:
+        """wait: seconds for a replica to take the request, also after a loss. keepalive: after so many seconds without
+        a replica, a stream gets an empty line."""
+        self._ask = ask
+        self._send = send
+        self._wait = wait
+        self._keepalive = keepalive
+        self._unavailable = unavailable
+        self._journal = Journal()
+        self._clock = asyncio.get_running_loop().time
+        self._arrived = self._clock()
+        self._first_byte: float | None = None
+        self._began: Message | None = None
+        """The message that started the client's response."""
+        self._is_done = False
+        """Whether the last event of a stream was sent."""
+        self._is_whole = False
+        self._refused: int | None = None
+        """The status with which a replica refuses to continue."""
+        self._has_told = False
+        """Whether the replica has told anything new."""
+        self._replica: str | None = None
+
+    async def run(self, call: Call) -> None:
+        """Raises ApiError if nothing was sent yet, BrokenOff."""
+        try:
+            await self._run(call)
+        except ApiError as error:
+            if not self._began:
+                raise
+            if not self._is_stream:
+                raise BrokenOff(error.body["error"]["message"]) from error
+            await self._send_body(format_sse_event(data_str=to_json(error.body).decode()) + DONE, more=False)
+
+    @property
+    def has_begun(self) -> bool:
+        return self._began is not None
+
+    async def _run(self, call: Call) -> None:
+        deadline, losses, why = self._arrived + self._wait, 0, ""
+        while True:
+            try:
+                return await self._from_a_replica(call, deadline)
+            except ReplicaLost as error:
+                log.warning("the replica %s was lost: %s", self._replica or "", error)
+                losses = 1 if self._has_told else losses + 1
+                deadline = self._clock() + self._wait
+                why = "the replica that ran this request is gone"
+            except NoRoom:
+                if not losses and not self._replica:
+                    raise self._unavailable("no replica has room for this request", "no_replica") from None
+                if losses:
+                    await asyncio.sleep(RETRY_SECONDS)
+            if self._is_done:
+                return await self._send_body(b"", more=False)
+            if call.replica or (self._began and not call.origin):
+                raise self._lost(why)
+            if losses > MOST_LOSSES:
+                raise self._lost(f"{losses} replicas in a row were lost while they ran this request")
+            if self._clock() >= deadline:
+                raise self._lost(f"{why}, and no other took it within {self._wait:g} s")
+            call = call.again(call.origin and self._so_far(call.origin, losses > 0), self._replica)
+
+    def _so_far(self, origin: Origin, is_continued: bool) -> Origin:
+        return replace(
+            origin,
+            attempt=origin.attempt + 1,
+            is_continued=is_continued,
+            age=self._clock() - self._arrived,
+            first_byte_seconds=self._first_byte and round(self._first_byte - self._arrived, 6),
+            shown=self._journal.shown(),
+            held=self._journal.held(),
+        )
+
+    def _lost(self, why: str) -> ApiError:
+        return self._unavailable(f"{why}; send it again", "replica_lost")
+
+    @property
+    def _is_stream(self) -> bool:
+        headers = map(tuple, self._began["headers"]) if self._began else ()
+        return (b"content-type", b"text/event-stream; charset=utf-8") in headers
+
+    async def _from_a_replica(self, call: Call, deadline: float) -> None:
+        """The whole answer, or what is left of it. Raises ReplicaLost, NoRoom, ApiError."""
+        self._replica, self._has_told, self._refused = None, False, None
+        async with aclosing(self._ask(call)) as items:
+            first = await self._in_time(items, deadline)
+            assert isinstance(first, str)
+            self._replica = first
+            async for messages in items:
+                assert isinstance(messages, list)
+                for message in messages:
+                    await self._pass_on(message, call)
+        if call.replica and not self._began:
+            raise ApiError(404, f"there is no replica {call.replica}", code="unknown_url")
+        if not self._is_whole:
+            raise ReplicaLost("its engine is gone")
+
+    async def _in_time(self, items: AsyncGenerator[str | list[Message], None], deadline: float) -> str | list[Message]:
+        """The first of them. Raises NoRoom if it does not come in time."""
+        first = asyncio.ensure_future(anext(items))
+        try:
+            while not first.done():
+                left = deadline - self._clock()
+                if left <= 0:
+                    raise NoRoom
+                await asyncio.wait({first}, timeout=min(left, self._keepalive))
+                if not first.done() and self._is_stream:
+                    await self._send_body(KEEPALIVE)
+            return first.result()
+        finally:
+            if not first.done():
+                first.cancel()
+                await asyncio.wait({first})
+
+    async def _pass_on(self, message: Message, call: Call) -> None:
+        if told := message.pop(TOLD, None):
+            self._has_told = True
+            self._journal.hold(told)
+        if message["type"] == ONLY_TOLD:
+            return
+        if message["type"] == "http.response.start":
+            return await self._start(message, call)
+        if self._refused:
+            error = orjson.loads(message["body"])["error"]
+            raise ApiError(self._refused, error["message"], code=error["code"], param=error["param"])
+        await self._send_body(message.get("body", b""), more=message.get("more_body", False))
+        self._journal.show()
+        if self._first_byte is None and self._journal.has_shown_bytes:
+            self._first_byte = self._clock()
+
+    async def _start(self, message: Message, call: Call) -> None:
+        """Another replica may have what this one lacks; a completion is refused once all do."""
+        if message["status"] == 503 and call.origin and (call.origin.is_continued or self._replica not in call.avoided):
+            raise NoRoom
+        if self._began:
+            self._refused = message["status"] if message["status"] != self._began["status"] else None
+            return
+        self._began = message
+        # Ray's proxy adds its own.
+        message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+        await self._send(message)
+
+    async def _send_body(self, body: bytes, *, more: bool = True) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        self._is_done |= body.endswith(DONE)
+        self._is_whole |= not more

@@ -1,0 +1,370 @@
+"""A completion whose replica is lost, continued by another: the client gets what one undisturbed replica says.
+
+Two applications over a real engine; only Ray is left out. The same with it, and an engine for each, is in tests/ops.
+"""
+
+import asyncio
+import json
+import random
+from base64 import b64decode
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.types import Message
+
+from deploy import ray_answer, ray_relay
+from deploy.ray_answer import answer
+from deploy.ray_call import Call
+from deploy.ray_relay import BrokenOff, NoRoom, Relay, ReplicaLost
+from engine.config import EngineConfig
+from engine.process.client import EngineClient
+from engine.types import Delta, Event, Finished, Request, Usage
+from server.admission import Gate
+from server.app import create_app
+from server.errors import ApiError
+from server.origin import Origin
+from server.settings import ServerSettings
+from tests.scripted_server import ScriptedClient
+
+SETTINGS = ServerSettings(max_choices=8)
+OUTPUT = 40
+ASKED: dict[str, dict[str, Any]] = {
+    "greedy": {"prompt": "def add(a, b):", "temperature": 0, "ignore_eos": True},
+    "without a seed": {"prompt": ["a", "a"], "temperature": 1.0, "ignore_eos": True},
+    "scores": {"prompt": "import", "seed": 5, "n": 2, "logprobs": 3, "echo": True, "prompt_logprobs": 1},
+    "penalties and a stop": {
+        "prompt": "x" * 300,
+        "seed": 6,
+        "frequency_penalty": 0.4,
+        "stop": ["\n\n", "aa"],
+        "min_tokens": 20,
+        "return_bytes": True,
+    },
+    "trace and patches": {"prompt": "class A", "seed": 7, "trace": True, "patches": True, "return_token_ids": True},
+    "grammar": {"prompt": "say", "seed": 8, "structured_outputs": {"regex": "[a-f]{30,34}[0-9]"}},
+    **{name: {"prompt": "for i in", "seed": 9, "n": 2, "decoder": name} for name in ("blt-s", "blt-d", "blt-dv")},
+}
+
+
+class Replica:
+    """An application, which loses a call after so many messages."""
+
+    def __init__(self, name: str, app: FastAPI) -> None:
+        self.name = name
+        self.app = app
+        self.num_calls = 0
+
+    async def serve(self, call: Call, most: int) -> AsyncGenerator[str | list[Message], None]:
+        self.num_calls += 1
+        yield self.name
+        async with aclosing(answer(self.app, call)) as batches:
+            async for batch in batches:
+                if len(batch) > most:
+                    yield batch[:most]
+                    raise ReplicaLost("of the test")
+                most -= len(batch)
+                yield batch
+
+
+class Fleet:
+    def __init__(self, *replicas: Replica) -> None:
+        self.replicas = replicas
+        self.losses: list[int] = []
+        """After how many messages the calls are lost, in turn; the rest are not."""
+        self.calls: list[Call] = []
+
+    async def ask(self, call: Call) -> AsyncGenerator[str | list[Message], None]:
+        self.calls.append(call)
+        replica = self.replicas[(len(self.calls) - 1) % len(self.replicas)]
+        async with aclosing(replica.serve(call, self.losses.pop(0) if self.losses else 1 << 30)) as items:
+            async for item in items:
+                yield item
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    from engine.checkpoint import PRESETS, calibrated, random_tensors, save
+
+    path = tmp_path_factory.mktemp("continued") / "tiny"
+    tensors = random_tensors(PRESETS["tiny"], seed=1)
+    save(path, calibrated(PRESETS["tiny"], tensors), tensors)
+    return EngineConfig(model=str(path), cache_bytes=32 << 20, num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.Runner]:
+    """Of all that these tests do: the engines are started once."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def client(config: EngineConfig, loop: asyncio.Runner) -> Iterator[EngineClient]:
+    client = EngineClient(config)
+    loop.run(client.start())
+    yield client
+    loop.run(client.stop())
+
+
+@pytest.fixture(scope="module")
+def pair(client: EngineClient, loop: asyncio.Runner) -> Iterator[tuple[Replica, Replica]]:
+    async def start() -> tuple[Replica, Replica]:
+        return Replica("one", create_app(SETTINGS, client)), Replica("two", create_app(SETTINGS, client))
+
+    pair = loop.run(start())
+    yield pair
+    for replica in pair:
+        replica.app.state.grammars.close()
+
+
+@pytest.fixture(autouse=True)
+def no_gathering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers come in as many batches as they can."""
+    monkeypatch.setattr(ray_answer, "GATHER_SECONDS", 0.0)
+    monkeypatch.setattr(ray_answer, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(ray_relay, "RETRY_SECONDS", 0.01)
+
+
+async def relayed(fleet: Fleet, wait: float = 20.0, origin: Origin | None = None, **fields: Any) -> list[Message]:
+    """What the client gets."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    relay = Relay(fleet.ask, send, wait=wait, keepalive=0.05, unavailable=Gate(SETTINGS).unavailable)
+    await relay.run(call_of(origin or Origin(), **fields))
+    return sent
+
+
+def call_of(origin: Origin | None, **fields: Any) -> Call:
+    path = "/v1/completions"
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": path}
+    scope |= {"raw_path": path.encode(), "query_string": b"", "root_path": "", "client": ("127.0.0.1", 1)}
+    scope |= {"server": ("127.0.0.1", 1), "asgi": {"version": "3.0", "spec_version": "2.3"}}
+    scope["headers"] = [(b"content-type", b"application/json"), (b"x-request-id", b"one")]
+    return Call(scope, json.dumps({"model": "tiny", "max_tokens": OUTPUT, **fields}).encode(), origin=origin)
+
+
+def said(messages: list[Message]) -> dict[str, Any]:
+    """A response as the sum of its chunks, without what shows the engine's work."""
+    start, *bodies = messages
+    assert start["type"] == "http.response.start" and start["status"] == 200
+    assert [message.get("more_body", False) for message in bodies][-1:] == [False]
+    body = b"".join(message["body"] for message in bodies)
+    if b"text/event-stream; charset=utf-8" not in dict(start["headers"]).values():
+        return _bare(json.loads(body))
+    lines = [line for line in body.decode().splitlines() if line]
+    assert lines.pop() == "data: [DONE]" and "data: [DONE]" not in lines
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    whole: dict[str, Any] = {"choices": {}}
+    for chunk in chunks:
+        assert "error" not in chunk, chunk
+        assert whole.setdefault("id", chunk["id"]) == chunk["id"], chunk
+        assert whole.setdefault("created", chunk["created"]) == chunk["created"]
+        assert "usage" not in whole
+        if chunk.get("usage"):
+            whole["usage"] = chunk["usage"]
+        for choice in chunk["choices"]:
+            _add(whole["choices"].setdefault(choice.pop("index"), {}), choice)
+    return _bare(whole)
+
+
+def _add(whole: dict[str, Any], part: dict[str, Any]) -> None:
+    for name, value in part.items():
+        if name == "bytes" and isinstance(value, str):
+            value = list(b64decode(value))
+        if value is None or name in ("output_start", "threshold", "rise", "max_patch_length", "finish_reason"):
+            whole[name] = value
+        elif isinstance(value, dict):
+            _add(whole.setdefault(name, {}), value)
+        else:
+            whole[name] = value if whole.get(name) is None else whole[name] + value
+
+
+def _bare(body: dict[str, Any]) -> dict[str, Any]:
+    if usage := body.pop("usage", None):
+        body["counts"] = {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    choices = body["choices"]
+    for choice in choices.values() if isinstance(choices, dict) else choices:
+        if trace := choice.pop("trace", None):
+            # Rounds depend on where an engine began; what they made does not.
+            choice["trace"] = [i for round in trace["rounds"] for i in round["ids"]], trace["patch_starts"]
+    return body
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("name", ASKED)
+def test_the_client_gets_what_one_replica_says(
+    name: str, stream: bool, pair: tuple[Replica, Replica], loop: asyncio.Runner
+) -> None:
+    fields = {**ASKED[name], "stream": stream}
+    if stream:
+        fields["stream_options"] = {"include_usage": True}
+    origin = Origin()
+    whole = Fleet(pair[0])
+    expected = loop.run(relayed(whole, origin=origin, **fields))
+    draw = random.Random(name)
+    num_messages = len(expected)
+    for _ in range(4):
+        fleet = Fleet(*pair)
+        fleet.losses = [draw.randrange(num_messages + 1) for _ in range(draw.choice((1, 1, 2, 3)))]
+        losses = list(fleet.losses)
+        try:
+            got = loop.run(relayed(fleet, origin=origin, **fields))
+        except BrokenOff:
+            assert not stream
+            continue
+        assert said(got) == said(list(expected)), losses
+
+
+STREAM = {"prompt": "def f(", "seed": 4, "max_tokens": 200, "ignore_eos": True, "stream": True}
+EARLY = 3
+"""Messages: the start of the response and two chunks."""
+
+
+def events_of(messages: list[Message]) -> list[Any]:
+    """The events of a stream, but for the last."""
+    lines = [line for message in messages[1:] for line in message["body"].decode().splitlines() if line]
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def test_a_stream_that_is_lost_after_its_last_event_is_not_repeated(
+    pair: tuple[Replica, Replica], loop: asyncio.Runner
+) -> None:
+    whole = loop.run(relayed(Fleet(pair[0]), **STREAM))
+    fleet = Fleet(*pair)
+    fleet.losses = [len(whole) - 1]
+    got = loop.run(relayed(fleet, **STREAM))
+    assert len(fleet.calls) == 1 and said(got)["choices"] == said(whole)["choices"]
+
+
+def test_a_request_that_loses_one_replica_after_the_other_is_given_up(
+    pair: tuple[Replica, Replica], loop: asyncio.Runner
+) -> None:
+    fleet = Fleet(*pair)
+    fleet.losses = [0] * 9
+    with pytest.raises(ApiError, match="4 replicas in a row were lost") as refused:
+        loop.run(relayed(fleet, **STREAM))
+    assert (refused.value.status, refused.value.body["error"]["code"]) == (503, "replica_lost")
+    assert len(fleet.calls) == 4
+
+    fleet = Fleet(*pair)
+    fleet.losses = [EARLY, *[0] * 9]
+    error = events_of(loop.run(relayed(fleet, **STREAM)))[-1]["error"]
+    assert error["code"] == "replica_lost" and "4 replicas in a row" in error["message"]
+    # Progress between two losses begins the count anew.
+    fleet = Fleet(*pair)
+    fleet.losses = [EARLY, 0, 0, EARLY, 0, 0, EARLY]
+    assert events_of(loop.run(relayed(fleet, **STREAM)))[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_stream_waits_for_another_replica_and_says_so_in_vain(
+    pair: tuple[Replica, Replica], loop: asyncio.Runner
+) -> None:
+    class Last(Fleet):
+        patience = 0.0
+
+        async def ask(self, call: Call) -> AsyncGenerator[str | list[Message], None]:
+            if self.calls:
+                await asyncio.sleep(self.patience)
+                if self.patience > 1:
+                    raise NoRoom
+            async with aclosing(super().ask(call)) as items:
+                async for item in items:
+                    yield item
+
+    fleet = Last(*pair)
+    fleet.losses, fleet.patience = [EARLY], 2.0
+    messages = loop.run(relayed(fleet, wait=0.3, **STREAM))
+    error = events_of(messages)[-1]["error"]
+    assert "no other took it within 0.3 s" in error["message"] and error["code"] == "replica_lost"
+    assert sum(message.get("body") == b"\n\n" for message in messages) >= 3
+
+    fleet = Last(*pair)
+    fleet.losses, fleet.patience = [EARLY], 0.2
+    assert events_of(loop.run(relayed(fleet, wait=5.0, **STREAM)))[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_replica_that_refuses_for_now_is_passed_over(pair: tuple[Replica, Replica], loop: asyncio.Runner) -> None:
+    one, two = pair
+    one.app.state.gate.drain()
+    try:
+        fleet = Fleet(one, two)
+        assert events_of(loop.run(relayed(fleet, **STREAM)))[-1]["choices"][0]["finish_reason"] == "length"
+        assert [call.avoided for call in fleet.calls] == [frozenset(), {"one"}]
+        (refused, _) = loop.run(relayed(Fleet(one), **STREAM))
+        assert refused["status"] == 503
+    finally:
+        one.app.state.gate.resume()
+
+
+def test_what_another_replica_admitted_is_not_refused(pair: tuple[Replica, Replica], loop: asyncio.Runner) -> None:
+    one, two = pair
+
+    class Full(Fleet):
+        async def ask(self, call: Call) -> AsyncGenerator[str | list[Message], None]:
+            two.app.state.gate.capacity = 0
+            async with aclosing(super().ask(call)) as items:
+                async for item in items:
+                    yield item
+
+    fleet = Full(one, two)
+    fleet.losses = [EARLY]
+    try:
+        assert events_of(loop.run(relayed(fleet, **STREAM)))[-1]["choices"][0]["finish_reason"] == "length"
+        (refused, _) = loop.run(relayed(Fleet(two), **STREAM))
+        assert refused["status"] == 429
+    finally:
+        two.app.state.gate.capacity = SETTINGS.max_queue
+    assert two.app.state.gate.num_requests == two.app.state.gate.waiting == 0
+
+
+def test_what_another_replica_refuses_for_good_is_an_error_that_says_why(
+    pair: tuple[Replica, Replica], client: EngineClient, loop: asyncio.Runner
+) -> None:
+    locked = Replica("locked", create_app(SETTINGS, client, (b"k" * 20,)))
+    fleet = Fleet(pair[0], locked)
+    fleet.losses = [EARLY]
+    error = events_of(loop.run(relayed(fleet, **STREAM)))[-1]["error"]
+    locked.app.state.grammars.close()
+    assert error["code"] == "invalid_api_key"
+
+
+def test_the_deadline_is_that_of_the_first_replica(pair: tuple[Replica, Replica], loop: asyncio.Runner) -> None:
+    fleet = Fleet(pair[0])
+    origin = Origin(is_continued=True, attempt=1, age=3.0)
+    whole = said(loop.run(relayed(fleet, origin=origin, **STREAM | {"timeout": 2.0})))
+    assert whole["choices"][0]["finish_reason"] == "timeout" and not whole["choices"][0].get("text")
+
+
+class Successor(ScriptedClient):
+    """Says "c" after what another engine told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[Delta] = []
+
+    async def submit(self, request: Request, told: Sequence[Delta] = ()) -> AsyncGenerator[Event, None]:
+        self.told += told
+        usage = Usage(prompt_tokens=1, completion_tokens=2)
+        yield Finished(id=request.id, reason="stop", text=b"c", usage=usage)
+
+
+async def test_a_stream_leaves_a_replica_whose_engine_is_gone() -> None:
+    gone, next = ScriptedClient(), Successor()
+    fleet = Fleet(Replica("gone", create_app(SETTINGS, gone)), Replica("next", create_app(SETTINGS, next)))
+    messages = await relayed(fleet, model="scripted", prompt="dead later", stream=True)
+    for replica in fleet.replicas:
+        replica.app.state.grammars.close()
+    assert said(messages)["choices"][0] | {"logprobs": None} == {
+        "text": "ac",
+        "finish_reason": "stop",
+        "logprobs": None,
+        "stop_reason": None,
+    }
+    assert [delta.text for delta in next.told] == [b"a"]
