@@ -273,6 +273,17 @@ class Stream:
         return "".join(choice["text"] for event in self.events for choice in event.get("choices", []))
 
     @property
+    def choices(self) -> dict[int, tuple[str, list[Any]]]:
+        """Text and log-probabilities of each."""
+        said: dict[int, tuple[str, list[Any]]] = {}
+        for event in self.events:
+            for choice in event.get("choices", []):
+                text, scores = said.get(choice["index"], ("", []))
+                new = list(zip(*(choice["logprobs"] or {}).values(), strict=True))
+                said[choice["index"]] = text + choice["text"], scores + new
+        return said
+
+    @property
     def finish_reason(self) -> str | None:
         return self.events[-1]["choices"][0]["finish_reason"] if "choices" in self.events[-1] else None
 
