@@ -173,9 +173,11 @@ class Ingress:
         except RayTaskError:
             raise
         except RayError as error:
+            # Not cancelled: Ray would wait for a machine that is gone.
             raise ReplicaLost(type(error).__name__) from error
-        finally:
+        except BaseException:
             answer.cancel()
+            raise
 
 
 class _Relayed(Response):

@@ -36,6 +36,8 @@ from .ray_settings import RaySettings
 log = logging.getLogger("fastblt.ray")
 
 NAME = "fastblt"
+HEAD = "node:__internal_head__"
+"""Ray's resource of its first machine."""
 SPARE_REQUESTS = 64
 """Room in a replica for other requests than completions, and for preempted sequences."""
 LEAST_LOOK_BACK_SECONDS = 11.0
@@ -55,7 +57,10 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     return application(ServerSettings(**of_server), EngineConfig(**engine), RaySettings(**of_ray))
 
 
-def application(settings: ServerSettings, config: EngineConfig, options: RaySettings) -> serve.Application:
+def application(
+    settings: ServerSettings, config: EngineConfig, options: RaySettings, *, on_head: bool = False
+) -> serve.Application:
+    """on_head: the ingresses are on the cluster's first machine, and end with no other."""
     # Replicas may have another working directory.
     if os.path.isdir(config.model):
         config = replace(config, model=os.path.abspath(config.model))
@@ -94,7 +99,7 @@ def application(settings: ServerSettings, config: EngineConfig, options: RaySett
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=options.ingresses,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001} if on_head else {}},
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=patience,
         health_check_period_s=options.health_check_period,
@@ -130,9 +135,10 @@ def run(
     # Ray's own handlers would end the process at once.
     _on_signal(signal.default_int_handler)
     try:
-        serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
+        # A machine with a proxy would take the connections of its clients with it.
+        serve.start("HeadOnly", http_options=HTTPOptions(host=settings.host, port=settings.port))
         try:
-            serve.run(application(settings, config, options), name=NAME)
+            serve.run(application(settings, config, options, on_head=True), name=NAME)
         except RuntimeError as error:
             log.critical("%s", " ".join([str(error), *_complaints()]))
             raise SystemExit(1) from None

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -249,7 +249,11 @@ class Stream:
 
     def _read(self) -> None:
         body = {"model": "nano", "stream": True, **self.fields}
-        with self._application.http() as http, http.stream("POST", "/v1/completions", json=body) as answer:
+        with (
+            suppress(httpx.RemoteProtocolError),
+            self._application.http() as http,
+            http.stream("POST", "/v1/completions", json=body) as answer,
+        ):
             self.status = answer.status_code
             for line in answer.iter_lines():
                 if line == "data: [DONE]":
@@ -263,9 +267,14 @@ class Stream:
         until(lambda: len(self.events) >= number or not self._thread.is_alive(), "a stream")
         assert len(self.events) >= number
 
-    def join(self) -> "Stream":
+    def wait(self) -> None:
+        """For its end, or for the connection's."""
         self._thread.join(SECONDS)
-        assert not self._thread.is_alive() and self.status == 200 and self.done
+        assert not self._thread.is_alive()
+
+    def join(self) -> "Stream":
+        self.wait()
+        assert self.status == 200 and self.done
         return self
 
     @property

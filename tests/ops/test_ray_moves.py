@@ -1,0 +1,151 @@
+"""Streams that outlive what runs them, on a real Ray cluster: the replica, its machine, the other ingress."""
+
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ops.ray_cluster import (
+    NANO,
+    Application,
+    Cluster,
+    Replica,
+    Stream,
+    clean_environment,
+    load,
+    running_application,
+    running_cluster,
+    until,
+)
+
+with warnings.catch_warnings():
+    # Ray's own, of which there are some.
+    warnings.simplefilter("ignore")
+    from ray.cluster_utils import Cluster as Machines
+
+ROUNDS = 10
+MIXED: list[dict[str, Any]] = [
+    {"max_tokens": 500, "temperature": 0, "ignore_eos": True},
+    {"max_tokens": 500, "temperature": 0.9, "seed": 1, "ignore_eos": True, "decoder": "blt-s"},
+    {"max_tokens": 250, "temperature": 0.8, "seed": 2, "n": 2, "logprobs": 2, "ignore_eos": True},
+    {"max_tokens": 500, "temperature": 1.2, "seed": 3, "frequency_penalty": 0.2, "ignore_eos": True},
+    {"max_tokens": 500, "temperature": 0.7, "seed": 4, "echo": True, "ignore_eos": True},
+    {"max_tokens": 500, "temperature": 0.9, "seed": 5, "decoder": "blt-dv", "ignore_eos": True},
+]
+"""Each takes seconds."""
+
+
+def streams(application: Application, replicas: list[Replica]) -> list[Stream]:
+    """Six for each of two replicas, begun."""
+    begun = [
+        Stream(application, prompt=prompt, **fields)
+        for replica in replicas
+        for prompt, fields in zip(application.prompts_for(replica, 6), MIXED, strict=True)
+    ]
+    for stream in begun:
+        stream.begun()
+    return begun
+
+
+def assert_undisturbed(application: Application, moved: list[Stream]) -> None:
+    """They are whole, and equal those of replicas that live."""
+    for stream in moved:
+        assert stream.join().finish_reason == "length"
+    again = [Stream(application, **stream.fields) for stream in moved]
+    for stream, other in zip(moved, again, strict=True):
+        assert other.join().choices == stream.choices
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with running_cluster() as running:
+        yield running
+
+
+def test_twelve_streams_survive_a_killed_replica_ten_times_in_a_row(cluster: Cluster, tmp_path: Path) -> None:
+    with running_application(cluster, NANO, tmp_path / "log", "--replicas", "2") as application:
+        for number in range(ROUNDS):
+            pair = application.ready(2)
+            moved = streams(application, pair)
+            os.kill(pair[number % 2].pid, signal.SIGKILL)
+            assert_undisturbed(application, moved)
+
+
+def test_streams_survive_a_drain_that_is_cut_short(cluster: Cluster, tmp_path: Path) -> None:
+    """Ray ends a replica that it removes after --drain-seconds and ten more, whatever runs there."""
+    flags = "--max-replicas 2 --target-requests 4 --upscale-delay 0 --downscale-delay 2 --drain-seconds 0 "
+    flags += f"--cache-bytes {1 << 29}"
+    long = {"n": 4, "max_tokens": 10000, "temperature": 0.9, "ignore_eos": True}
+    with running_application(cluster, NANO, tmp_path / "log", *flags.split()) as application:
+        with load(application, 10):
+            pair = application.ready(2)
+            prompts = [application.prompts_for(replica, 1)[0] for replica in pair]
+            moved = [Stream(application, prompt=prompt, seed=1, **long) for prompt in prompts]
+            for stream in moved:
+                stream.begun()
+        (left,) = application.ready(1)
+        (gone,) = {*pair} - {left}
+        until(lambda: f"{gone.id} was lost" in application.log.read_text(), "the end of its patience")
+        assert_undisturbed(application, moved)
+
+
+def test_requests_of_one_ingress_are_untouched_by_the_end_of_another(cluster: Cluster, tmp_path: Path) -> None:
+    flags = ["--replicas", "1", "--ingresses", "2"]
+    with running_application(cluster, NANO, tmp_path / "log", *flags) as application:
+        begun = streams(application, application.ready(1) * 2)
+        os.kill(ingresses(cluster)[0], signal.SIGKILL)
+        for stream in begun:
+            stream.wait()
+        kept = [stream for stream in begun if stream.done]
+        assert 0 < len(kept) < len(begun)
+        assert_undisturbed(application, kept)
+
+
+def ingresses(cluster: Cluster) -> list[int]:
+    """Their processes."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"Ingress" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+@contextmanager
+def two_machines(home: Path) -> Iterator[tuple[Cluster, Machines]]:
+    """A cluster whose first machine has room for one replica; the second is there once the test adds it."""
+    environment = clean_environment(home)
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        machines = Machines(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False},
+        )
+        stack.callback(machines.shutdown)
+        yield Cluster(machines.address, environment), machines
+
+
+def test_streams_survive_the_end_of_a_machine(tmp_path: Path) -> None:
+    flags = "--max-replicas 2 --target-requests 2 --upscale-delay 0 --replica-cpus 1"
+    with (
+        two_machines(tmp_path) as (cluster, machines),
+        running_application(cluster, NANO, tmp_path / "log", *flags.split()) as application,
+    ):
+        (first,) = application.ready(1)
+        second = machines.add_node(num_cpus=1, object_store_memory=100_000_000)
+        with load(application, 6):
+            pair = application.ready(2)
+        moved = streams(application, pair)
+        machines.remove_node(second, allow_graceful=False)
+        assert_undisturbed(application, moved)
+        until(lambda: application.replicas()[:1] == [first], "the end of its replica")
