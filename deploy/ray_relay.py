@@ -3,7 +3,8 @@
 The next replica gets the request with all ids that came so far, as a new engine does from `EngineClient`, and with the
 same seed. A place of the output has the same draw everywhere, so the client sees a pause and then the same bytes.
 
-NVIDIA's Dynamo also moves the requests of a lost worker, with its tokens as a longer prompt; it promises no draw.
+NVIDIA's Dynamo also moves the requests of a lost worker, with its tokens as a longer prompt; its documentation says
+nothing of the draws after them.
 """
 
 import asyncio

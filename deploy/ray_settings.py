@@ -37,7 +37,9 @@ class RaySettings(BaseSettings):
         description="Most requests a replica may have above the idlest one and still get those of its prefixes.",
     )
     replica_wait: float = Field(
-        30.0, gt=0, description="Seconds that a request waits for a replica to take it; then 503."
+        30.0,
+        gt=0,
+        description="Seconds that a request waits for a replica to take it, also after its replica was lost; then 503.",
     )
     health_check_period: float = Field(
         2.0, gt=0, description="Seconds between two checks of a replica; after three that fail it is replaced."
