@@ -1,9 +1,14 @@
-"""What goes to a replica."""
+"""What goes to a replica, and what comes back."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
+from starlette.types import Message
+
 from server.origin import Origin
+
+from .ray_load import Load
+from .ray_work import Work
 
 
 @dataclass(frozen=True)
@@ -13,15 +18,32 @@ class Call:
     scope: dict[str, Any]
     """ASGI's, as far as it can be sent."""
     body: bytes
-    prefix: bytes | None = None
-    """The prefix that chooses the replica; None chooses by load alone."""
+    number: int = 0
+    """Of the calls of one ingress."""
+    work: Work = Work()
+    """It chooses the replica, and stays here."""
     replica: str | None = None
     """The id of the only replica allowed to answer."""
     origin: Origin | None = None
     """Of a completion, which another replica can continue."""
     avoided: frozenset[str] = frozenset()
-    """Ids of replicas that were lost with it: chosen last, as the router may not know of their end yet."""
+    """Ids of replicas that were lost with it, or refused it: chosen last."""
 
     def again(self, origin: Origin | None, lost: str | None) -> "Call":
-        """The same after that replica was lost."""
+        """The same after that replica was lost, or refused it."""
         return replace(self, origin=origin, avoided=self.avoided | ({lost} if lost else set()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "work"}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Part of an answer."""
+
+    replica: str | None = None
+    """Its id, in the first part, which comes as soon as it has the call."""
+    messages: list[Message] | None = None
+    """The application's."""
+    load: Load | None = None
+    """News of the replica."""

@@ -3,7 +3,9 @@ beginning of its prompt, and relays the answer as it comes. If a replica is lost
 """
 
 import asyncio
+import itertools
 import logging
+import math
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
@@ -27,10 +29,11 @@ from server.origin import Origin
 from server.responses import JsonResponse
 from server.settings import ServerSettings
 
+from .ray_balance import BALANCE
 from .ray_call import Call
 from .ray_relay import NoRoom, Relay, ReplicaLost
-from .ray_router import prefix_of
 from .ray_settings import RaySettings
+from .ray_work import work_of
 
 log = logging.getLogger("fastblt.ingress")
 
@@ -54,6 +57,7 @@ class Ingress:
         self._options = options
         self._gate = Gate(settings)
         self._is_cut_off = False
+        self._numbers = itertools.count()
 
     async def drain(self) -> None:
         """Refuses new requests and waits for those under way, as `fastblt serve` does on SIGTERM."""
@@ -111,7 +115,8 @@ class Ingress:
     async def _replica_metrics(self, request: Request) -> Response:
         """`/metrics` of one replica."""
         replica = request.path_params["replica"]
-        call = Call(_sent(request.scope) | {"path": "/metrics", "raw_path": b"/metrics"}, b"", replica=replica)
+        scope = _sent(request.scope) | {"path": "/metrics", "raw_path": b"/metrics"}
+        call = Call(scope, b"", next(self._numbers), replica=replica)
         return _Relayed(self, call)
 
     async def _metrics(self, request: Request) -> Response:
@@ -131,13 +136,23 @@ class Ingress:
         try:
             with self._gate.bodies.enter() as held:
                 body = await self._read(Request(scope, receive), held)
-                prefix = prefix_of(body, self._options.prefix_bytes)
-                call = Call(_sent(scope), body, prefix, origin=Origin() if scope["path"] == COMPLETIONS else None)
+                if scope["path"] == COMPLETIONS:
+                    self._check_room()
+                    call = Call(_sent(scope), body, next(self._numbers), work_of(body), origin=Origin())
+                else:
+                    call = Call(_sent(scope), body, next(self._numbers))
             await self._relay(call, send)
         except ClientLeft:
             pass
         finally:
             ticket.close()
+
+    def _check_room(self) -> None:
+        """Raises ApiError 429 while every replica's queue is full."""
+        if (seconds := BALANCE.full()) is not None:
+            headers = {"retry-after": str(max(math.ceil(seconds), self._settings.retry_after))}
+            why = "the queues of all replicas are full; try again later"
+            raise ApiError(429, why, code="queue_full", headers=headers)
 
     async def _read(self, request: Request, held: HeldBody) -> bytes:
         """The body of a request. Ray's proxy has read its head, and does not time the rest."""
@@ -164,10 +179,17 @@ class Ingress:
         """As `Relay` wants it. An exception of the application is a RayTaskError."""
         if self._is_cut_off:
             raise self._gate.unavailable("the server is shutting down", "draining")
-        answer = self._answer.remote(call)
+        answer, name = self._answer.remote(call), ""
         try:
-            async for item in answer:
-                yield item
+            async for reply in answer:
+                if reply.replica:
+                    name = reply.replica
+                    BALANCE.sent(call.number, call.work, name)
+                    yield name
+                if reply.load:
+                    BALANCE.heard(name, reply.load)
+                if reply.messages:
+                    yield reply.messages
         except (BackPressureError, DeploymentUnavailableError):
             raise NoRoom from None
         except RayTaskError:
@@ -178,6 +200,8 @@ class Ingress:
         except BaseException:
             answer.cancel()
             raise
+        finally:
+            BALANCE.ended(call.number)
 
 
 class _Relayed(Response):

@@ -11,7 +11,8 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import orjson
 from fastapi.sse import format_sse_event
@@ -50,6 +51,32 @@ class BrokenOff(Exception):
     """An answer that has begun and is no stream cannot be completed."""
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A replica's answer to a completion: an error, in two messages."""
+
+    start: Message
+    body: Message
+
+    @property
+    def is_for_now(self) -> bool:
+        """Whether it says nothing of the request, only of the replica."""
+        return bool(self.start["status"] == 503 or self._error["code"] == "queue_full")
+
+    @property
+    def retry_after(self) -> float:
+        return float(dict(map(tuple, self.start["headers"])).get(b"retry-after", b"inf"))
+
+    def error(self) -> ApiError:
+        error = self._error
+        return ApiError(self.start["status"], error["message"], code=error["code"], param=error["param"])
+
+    @property
+    def _error(self) -> dict[str, Any]:
+        error: dict[str, Any] = orjson.loads(self.body["body"])["error"]
+        return error
+
+
 class Relay:
     """The answer to one request."""
 
@@ -70,8 +97,10 @@ class Relay:
         self._is_done = False
         """Whether the last event of a stream was sent."""
         self._is_whole = False
-        self._refused: int | None = None
-        """The status with which a replica refuses to continue."""
+        self._error: Message | None = None
+        """The start of a replica's answer, if that is an error."""
+        self._refusal: Refusal | None = None
+        """Of the replicas that have no room for now, the one that may have it first."""
         self._has_told = False
         """Whether the replica has told anything new."""
         self._replica: str | None = None
@@ -92,6 +121,7 @@ class Relay:
         return self._began is not None
 
     async def _run(self, call: Call) -> None:
+        """Until a replica's answer is complete."""
         deadline, losses, why = self._arrived + self._wait, 0, ""
         while True:
             try:
@@ -102,7 +132,9 @@ class Relay:
                 deadline = self._clock() + self._wait
                 why = "the replica that ran this request is gone"
             except NoRoom:
-                if not losses and not self._replica:
+                if not losses and (not self._replica or self._clock() >= deadline):
+                    if self._refusal:
+                        return await self._pass_refusal_on(self._refusal)
                     raise self._unavailable("no replica has room for this request", "no_replica") from None
                 if losses:
                     await asyncio.sleep(RETRY_SECONDS)
@@ -112,7 +144,7 @@ class Relay:
                 raise self._lost(why)
             if losses > MOST_LOSSES:
                 raise self._lost(f"{losses} replicas in a row were lost while they ran this request")
-            if self._clock() >= deadline:
+            if losses and self._clock() >= deadline:
                 raise self._lost(f"{why}, and no other took it within {self._wait:g} s")
             call = call.again(call.origin and self._so_far(call.origin, losses > 0), self._replica)
 
@@ -137,7 +169,7 @@ class Relay:
 
     async def _from_a_replica(self, call: Call, deadline: float) -> None:
         """The whole answer, or what is left of it. Raises ReplicaLost, NoRoom, ApiError."""
-        self._replica, self._has_told, self._refused = None, False, None
+        self._replica, self._has_told, self._error = None, False, None
         async with aclosing(self._ask(call)) as items:
             first = await self._in_time(items, deadline)
             assert isinstance(first, str)
@@ -176,25 +208,43 @@ class Relay:
             return
         if message["type"] == "http.response.start":
             return await self._start(message, call)
-        if self._refused:
-            error = orjson.loads(message["body"])["error"]
-            raise ApiError(self._refused, error["message"], code=error["code"], param=error["param"])
+        if self._error:
+            return await self._refused(Refusal(self._error, message), call)
         await self._send_body(message.get("body", b""), more=message.get("more_body", False))
         self._journal.show()
         if self._first_byte is None and self._journal.has_shown_bytes:
             self._first_byte = self._clock()
 
     async def _start(self, message: Message, call: Call) -> None:
-        """Another replica may have what this one lacks; a completion is refused once all do."""
-        if message["status"] == 503 and call.origin and (call.origin.is_continued or self._replica not in call.avoided):
-            raise NoRoom
-        if self._began:
-            self._refused = message["status"] if message["status"] != self._began["status"] else None
+        """Begins the response, unless it has begun or another replica may have a better one."""
+        began, status = self._began, message["status"]
+        if began and status == began["status"]:
+            return
+        if began or call.origin and status in (429, 503):
+            self._error = message
             return
         self._began = message
         # Ray's proxy adds its own.
         message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
         await self._send(message)
+
+    async def _refused(self, refusal: "Refusal", call: Call) -> None:
+        """Raises NoRoom if another replica may take it: one is asked after the other until all have refused."""
+        is_new = self._replica not in call.avoided
+        if refusal.is_for_now:
+            self._refusal = min(refusal, self._refusal or refusal, key=lambda one: one.retry_after)
+            if is_new or call.origin and call.origin.is_continued:
+                raise NoRoom
+        if self._began:
+            raise refusal.error()
+        await self._pass_refusal_on(self._refusal if refusal.is_for_now and self._refusal else refusal)
+
+    async def _pass_refusal_on(self, refusal: "Refusal") -> None:
+        self._error = None
+        self._began = refusal.start
+        refusal.start["headers"] = [pair for pair in refusal.start["headers"] if pair[0] != b"x-request-id"]
+        await self._send(refusal.start)
+        await self._send_body(refusal.body["body"], more=False)
 
     async def _send_body(self, body: bytes, *, more: bool = True) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})

@@ -8,7 +8,6 @@ from contextlib import aclosing
 from typing import Any
 
 from ray import serve
-from starlette.types import Message
 
 from engine import logs
 from engine.config import EngineConfig
@@ -19,7 +18,8 @@ from server.lifecycle import make_traces
 from server.settings import ServerSettings
 
 from .ray_answer import answer
-from .ray_call import Call
+from .ray_call import Call, Reply
+from .ray_load import Meter
 
 
 class Replica:
@@ -40,15 +40,15 @@ class Replica:
         self._restart_seconds = settings.restart_seconds
         await self._client.start()
         self._app = create_app(settings, self._client, settings.load_api_keys(), self._traces)
+        self._meter = Meter(self._app.state.service, config.max_sequences)
 
-    async def answer(self, call: Call) -> AsyncGenerator[str | list[Message], None]:
-        """First its id, as soon as it has the call; then the application's messages."""
-        yield self._id
+    async def answer(self, call: Call) -> AsyncGenerator[Reply, None]:
+        yield Reply(replica=self._id, load=self._meter.report())
         # It may have taken the place of the one that was meant.
         if call.replica in (None, self._id):
             async with aclosing(answer(self._app, call)) as batches:
                 async for batch in batches:
-                    yield batch
+                    yield Reply(messages=batch, load=self._meter.report())
 
     async def state(self) -> dict[str, Any]:
         """Its name and address, and its engine's state."""

@@ -30,7 +30,7 @@ from server.settings import ServerSettings
 from .ray_ingress import Ingress
 from .ray_join import JoinError, join
 from .ray_replica import Replica
-from .ray_router import PrefixRouter
+from .ray_router import CostRouter
 from .ray_settings import RaySettings
 
 log = logging.getLogger("fastblt.ray")
@@ -88,8 +88,7 @@ def application(
             look_back_period_s=max(options.upscale_delay, LEAST_LOOK_BACK_SECONDS),
         ),
         request_router_config=RequestRouterConfig(
-            request_router_class=f"{PrefixRouter.__module__}.{PrefixRouter.__name__}",
-            request_router_kwargs={"imbalance": options.imbalance},
+            request_router_class=f"{CostRouter.__module__}.{CostRouter.__name__}",
         ),
         graceful_shutdown_timeout_s=patience,
         health_check_period_s=options.health_check_period,

@@ -26,16 +26,6 @@ class RaySettings(BaseSettings):
     ingresses: int = Field(
         1, ge=1, description="Processes that choose a replica for each request and relay its answer."
     )
-    prefix_bytes: int = Field(
-        256,
-        ge=0,
-        description="Prompts that share this many leading bytes go to the same replica; 0 chooses by load alone.",
-    )
-    imbalance: int = Field(
-        4,
-        ge=0,
-        description="Most requests a replica may have above the idlest one and still get those of its prefixes.",
-    )
     replica_wait: float = Field(
         30.0,
         gt=0,

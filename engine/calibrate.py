@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastblt.engine")
 
 
-def calibrate(engine: "Engine") -> int:
+def calibrate(engine: "Engine") -> tuple[int, float]:
     """Calibrates an engine's latency model, from its file of stage costs if there is one, else from steps that it runs;
     the engine is otherwise unchanged. Takes up to two seconds, and up to a minute more if kernels must be compiled and
-    recorded. Returns how many rows of prompts a step can have.
+    recorded. Returns how many rows of prompts a step can have, and the seconds of the shortest step.
 
     A file that cannot be used is only a cache that is missing: it is told, moved aside and made anew.
     """
@@ -40,7 +40,7 @@ def calibrate(engine: "Engine") -> int:
             engine.ledger.latency.calibrate(stage, rows, seconds)
     rows = calibration.prompt_rows(steps, config.max_stall_ms / 1000, config.max_step_rows)
     log.info("calibrated: shortest step %.3g ms, prompt budget %d rows", 1000 * steps[0].seconds, rows)
-    return rows
+    return rows, steps[0].seconds
 
 
 def _known(path: Path, identity: dict[str, str | int]) -> list[calibration.MeasuredStep] | None:

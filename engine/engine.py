@@ -44,6 +44,7 @@ class Engine:
         self._grammars = Grammars()
         self.prompt_rows = config.max_step_rows
         """Most rows of prompts in a step."""
+        self._shortest_step = 0.0
         self._sequences: dict[str, Sequence] = {}
         self.reset()
 
@@ -72,7 +73,7 @@ class Engine:
     def calibrate(self) -> None:
         """See `engine.calibrate` and `engine.warm_up`. Optional; must come before the first request."""
         with naming_flags(self.config):
-            self.prompt_rows = calibrate(self)
+            self.prompt_rows, self._shortest_step = calibrate(self)
             self.reset()
             warm_up(self, self.config.warm_up_seconds)
 
@@ -88,7 +89,7 @@ class Engine:
 
     def info(self) -> EngineInfo:
         """Facts that do not change."""
-        return info_of(self.config, self.parts, self.prompt_rows)
+        return info_of(self.config, self.parts, self.prompt_rows, self._shortest_step)
 
     def snapshot(self) -> Snapshot:
         """The counters so far, and the current state."""

@@ -10,7 +10,7 @@ from .scheduler import Scheduler
 from .types import DecoderCounts, DecoderName, EngineInfo, PoolStats, Snapshot
 
 
-def info_of(config: EngineConfig, parts: Parts, prompt_rows: int) -> EngineInfo:
+def info_of(config: EngineConfig, parts: Parts, prompt_rows: int, shortest_step: float) -> EngineInfo:
     """Facts that do not change. Measures the memory's bandwidth, which takes a few tenths of a second."""
     device = parts.stepper.device
     return EngineInfo(
@@ -23,6 +23,7 @@ def info_of(config: EngineConfig, parts: Parts, prompt_rows: int) -> EngineInfo:
         page_rows={name: spec.page_size for name, spec in parts.memory.caches.specs.items()},
         peak_bandwidth=bandwidth.probe(parts.kernels, getattr(torch, config.dtype), device),
         prompt_rows=prompt_rows,
+        shortest_step=shortest_step,
     )
 
 

@@ -8,6 +8,7 @@ begins where the others are, so it waits for one turn of each, however much they
 
 import asyncio
 import math
+import time
 from bisect import insort
 from collections.abc import Callable
 from itertools import count
@@ -20,6 +21,10 @@ from .tenants import Name, Tenant
 LOOKAHEAD = 16
 """Sequences without a first event that the engine gets before others must wait for their turn. They fill its steps, and
 another key waits for no more than these."""
+PACE_SHARE = 0.1
+"""Of the pace of the queue that its last movement decides."""
+LONGEST_RETRY = 60
+"""Seconds: the most that Retry-After asks for."""
 
 
 class Ticket:
@@ -95,6 +100,10 @@ class Gate:
         self._idle.set()
         self.waiting = 0
         """Sequences without a first event."""
+        self._pace = 0.0
+        """Mean seconds between two sequences that stop waiting."""
+        self._moved = 0.0
+        """When the last one did, or began to wait alone."""
         self.draining = False
 
     def enter(
@@ -118,6 +127,8 @@ class Gate:
         if not is_admitted:
             self._make_room(num_sequences, tenant)
         ticket = Ticket(self, tenant, num_sequences, prompt_bytes, (priority, next(self._arrivals)))
+        if not self.waiting:
+            self._moved = time.monotonic()
         self.waiting += num_sequences
         self.num_requests += 1
         self._idle.clear()
@@ -159,6 +170,11 @@ class Gate:
         self.draining = True
         self._closing |= for_good
 
+    def retry_seconds(self, num_sequences: int) -> int:
+        """Until the queue should have room for so many, if it moves as it has of late."""
+        beyond = max(self.waiting + num_sequences - self.capacity, 0)
+        return max(min(math.ceil(beyond * self._pace), LONGEST_RETRY), self._settings.retry_after)
+
     def resume(self) -> None:
         """Ends a drain. Raises ApiError 503 if that is for good."""
         if self._closing:
@@ -184,14 +200,15 @@ class Gate:
             longest = max(self._lines, key=lambda other: other.waiting, default=None)
             full = f"the queue is full: {self.waiting} sequences wait of at most {self.capacity}"
             if longest is None or longest.waiting <= share:
-                raise self._queue_full(f"{full}; try again later")
+                raise self._queue_full(f"{full}; try again later", num_sequences)
             last = self._lines[longest][-1]
             self._stop_waiting(last, last.waiting)
             why = f"{full}, and this request gave way to one of another key; try again later"
-            last.give_turn(self._queue_full(why))
+            last.give_turn(self._queue_full(why, num_sequences))
 
-    def _queue_full(self, message: str) -> ApiError:
-        return ApiError(429, message, code="queue_full", headers=self._headers)
+    def _queue_full(self, message: str, num_sequences: int) -> ApiError:
+        headers = {"retry-after": str(self.retry_seconds(num_sequences))}
+        return ApiError(429, message, code="queue_full", headers=headers)
 
     def _give_turns(self) -> None:
         while self._lines and (self._ahead < LOOKAHEAD or not self._is_shared()):
@@ -213,6 +230,9 @@ class Gate:
 
     def _stop_waiting(self, ticket: Ticket, num_sequences: int) -> None:
         """So many sequences of the request wait no longer, whether they have begun or never will."""
+        now = time.monotonic()
+        self._pace += PACE_SHARE * ((now - self._moved) / num_sequences - self._pace)
+        self._moved = now
         ticket.waiting -= num_sequences
         self.waiting -= num_sequences
         if ticket.tenant:

@@ -57,6 +57,7 @@ def create_app(
     service = Service(settings, client, gate, metrics, grammars)
     app = Application(title="fastblt", version=version, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gate, app.state.connections, app.state.grammars = gate, connections, grammars
+    app.state.service = service
     app.include_router(_api(service))
     app.include_router(_tokenizer(service))
     app.include_router(_operations(service))

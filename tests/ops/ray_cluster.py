@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,13 +18,8 @@ import httpx
 
 from tests.serving import ROOT
 
-with warnings.catch_warnings():
-    # Ray's own, of which there are some.
-    warnings.simplefilter("ignore")
-    from deploy.ray_router import rank
-
 NANO = ROOT / "models" / "nano"
-PREFIXES = [f"{number:03} = ".encode() for number in range(1000)]
+PROMPTS = [f"{number:03} = " for number in range(100)]
 LONG = {"max_tokens": 600, "temperature": 0, "ignore_eos": True}
 """Takes long enough to be in the middle of it."""
 KEY = "a-secret-of-these-tests"
@@ -155,10 +149,9 @@ class Application(NamedTuple):
 
         return until(found, f"{number} replicas")
 
-    def prompts_for(self, replica: Replica, number: int) -> list[str]:
-        """Prompts that this one of the replicas is first for."""
-        ids = [one.id for one in self.replicas()]
-        return [prefix.decode() for prefix in PREFIXES if rank(prefix, ids)[0] == replica.id][:number]
+    def in_progress(self, replica: Replica) -> float:
+        """Requests that it has."""
+        return self.metric(replica.id, "fastblt_http_requests_in_progress") - 1
 
     def not_ready(self) -> httpx.Response | None:
         """What says so, if it is not."""

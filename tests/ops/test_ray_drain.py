@@ -10,6 +10,7 @@ import pytest
 from tests.ops.ray_cluster import (
     LONG,
     NANO,
+    PROMPTS,
     SECONDS,
     Cluster,
     Stream,
@@ -43,7 +44,7 @@ def test_downscaling_and_shutdown_let_replicas_finish_their_requests(cluster: Cl
         slow = {"n": 3, "ignore_eos": True, "max_tokens": 20000, "timeout": 50}
         with load(application, 6):
             both = application.ready(2)
-            streams = [Stream(application, prompt=application.prompts_for(r, 1)[0], **slow) for r in both]
+            streams = [Stream(application, prompt=prompt, **slow) for prompt in PROMPTS[:4]]
             for stream in streams:
                 stream.begun()
         (left,) = application.ready(1)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.ops.ray_cluster import (
     NANO,
+    PROMPTS,
     Application,
     Cluster,
     Replica,
@@ -41,14 +42,14 @@ MIXED: list[dict[str, Any]] = [
 
 
 def streams(application: Application, replicas: list[Replica]) -> list[Stream]:
-    """Six for each of two replicas, begun."""
+    """Twelve, begun, of which each replica has some."""
     begun = [
         Stream(application, prompt=prompt, **fields)
-        for replica in replicas
-        for prompt, fields in zip(application.prompts_for(replica, 6), MIXED, strict=True)
+        for prompt, fields in zip(PROMPTS[: 2 * len(MIXED)], MIXED * 2, strict=True)
     ]
     for stream in begun:
         stream.begun()
+    assert all(application.in_progress(replica) for replica in replicas)
     return begun
 
 
@@ -84,10 +85,10 @@ def test_streams_survive_a_drain_that_is_cut_short(cluster: Cluster, tmp_path: P
     with running_application(cluster, NANO, tmp_path / "log", *flags.split()) as application:
         with load(application, 10):
             pair = application.ready(2)
-            prompts = [application.prompts_for(replica, 1)[0] for replica in pair]
-            moved = [Stream(application, prompt=prompt, seed=1, **long) for prompt in prompts]
+            moved = [Stream(application, prompt=prompt, seed=1, **long) for prompt in PROMPTS[:2]]
             for stream in moved:
                 stream.begun()
+            assert all(application.in_progress(replica) for replica in pair)
         (left,) = application.ready(1)
         (gone,) = {*pair} - {left}
         until(lambda: f"{gone.id} was lost" in application.log.read_text(), "the end of its patience")
@@ -97,7 +98,7 @@ def test_streams_survive_a_drain_that_is_cut_short(cluster: Cluster, tmp_path: P
 def test_requests_of_one_ingress_are_untouched_by_the_end_of_another(cluster: Cluster, tmp_path: Path) -> None:
     flags = ["--replicas", "1", "--ingresses", "2"]
     with running_application(cluster, NANO, tmp_path / "log", *flags) as application:
-        begun = streams(application, application.ready(1) * 2)
+        begun = streams(application, application.ready(1))
         os.kill(ingresses(cluster)[0], signal.SIGKILL)
         for stream in begun:
             stream.wait()

@@ -8,7 +8,6 @@ import re
 import signal
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from tests.ops.prometheus import running_prometheus
 from tests.ops.ray_cluster import (
     LONG,
     NANO,
-    PREFIXES,
+    PROMPTS,
     Application,
     Cluster,
     Stream,
@@ -39,62 +38,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from ray.serve.schema import ServeDeploySchema
 
-    from deploy.ray_router import order, prefix_of, rank
     from deploy.ray_serve import build
 
 DOC = (ROOT / "docs" / "ray.md").read_text()
-
-
-# Routing, without a cluster.
-
-
-def test_a_prefix_always_gets_the_same_replica_and_prefixes_are_spread() -> None:
-    loads = dict.fromkeys("abcd", 0)
-    first = Counter(order(loads, prefix, imbalance=0)[0] for prefix in PREFIXES)
-    assert first.keys() == loads.keys() and min(first.values()) > len(PREFIXES) / 8
-    assert all(order(loads, prefix, 0) == rank(prefix, "dcba") for prefix in PREFIXES)
-
-
-def test_removing_a_replica_moves_only_its_own_prefixes() -> None:
-    for prefix in PREFIXES:
-        before, after = rank(prefix, "abcd"), rank(prefix, "abc")
-        assert after == [replica for replica in before if replica != "d"]
-
-
-def test_a_replica_busier_than_others_is_not_chosen_for_its_prefix() -> None:
-    first, second, third = rank(b"x", "abc")
-    assert order({first: 4, second: 0, third: 0}, b"x", imbalance=4) == [first, second, third]
-    assert order({first: 5, second: 0, third: 0}, b"x", imbalance=4) == [second, third, first]
-    assert order({first: 9, second: 6, third: 0}, b"x", imbalance=4) == [third, second, first]
-
-
-def test_a_request_without_a_prefix_gets_the_idlest_replica() -> None:
-    assert order({"a": 2, "b": 0, "c": 1}, None, imbalance=4) == ["b", "c", "a"]
-    assert {order({"a": 0, "b": 0}, None, imbalance=4)[0] for _ in range(100)} == {"a", "b"}
-
-
-@pytest.mark.parametrize(
-    ("prompt", "prefix"),
-    [
-        ('"abcdef"', b"abcd"),
-        ('"\\u00e9\\u00e9\\u00e9"', "éé".encode()),
-        ('["abcdef", "x"]', b"abcd"),
-        ("[1, 101, 102, 103, 104, 105]", b"abc"),
-        ("[[101, 102], [1]]", b"ab"),
-        ('""', None),
-        ("[]", None),
-        ("[3000000000, -7, 1.5]", None),
-        ("{}", None),
-        ("null", None),
-        ("nonsense", None),
-    ],
-)
-def test_the_prefix_is_read_from_the_prompt(prompt: str, prefix: bytes | None) -> None:
-    assert prefix_of(f'{{"prompt": {prompt}}}'.encode(), 4) == prefix
-
-
-def test_a_body_without_a_prompt_has_no_prefix() -> None:
-    assert [prefix_of(body, 4) for body in (b"", b"[]", b"{}", b"\xff")] == [None] * 4
 
 
 # What is shipped.
@@ -274,20 +220,14 @@ def test_requests_with_one_prefix_go_to_the_replica_that_cached_it(pair: Applica
         assert (answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 192) == (number > 0)
     grown = {replica: pair.metric(replica, "fastblt_sequences_total") - before for replica, before in served.items()}
     assert sorted(grown.values()) == [0, 6]
-    for replica in pair.replicas():
-        for prompt in pair.prompts_for(replica, 2):
-            pair.complete(prompt=prompt, max_tokens=1)
-    assert all(pair.metric(r, "fastblt_sequences_total") - served[r] - grown[r] == 2 for r in served)
 
 
 def test_requests_for_a_busy_replica_go_to_another(pair: Application) -> None:
-    first, second = pair.ready(2)
-    served = pair.metric(second.id, "fastblt_sequences_total")
-    (prompt,) = pair.prompts_for(first, 1)
-    streams = [Stream(pair, prompt=prompt, **LONG) for _ in range(9)]
-    texts = {stream.join().text for stream in streams}
-    assert len(texts) == 1
-    assert 1 <= pair.metric(second.id, "fastblt_sequences_total") - served <= 5
+    served = {replica.id: pair.metric(replica.id, "fastblt_sequences_total") for replica in pair.ready(2)}
+    streams = [Stream(pair, prompt=PROMPTS[0], **LONG) for _ in range(9)]
+    assert len({stream.join().text for stream in streams}) == 1
+    grown = [pair.metric(replica, "fastblt_sequences_total") - before for replica, before in served.items()]
+    assert sum(grown) == 9 and min(grown) >= 1
 
 
 def test_prometheus_discovers_every_replica(pair: Application, tmp_path: Path) -> None:
@@ -310,9 +250,10 @@ def test_prometheus_discovers_every_replica(pair: Application, tmp_path: Path) -
 
 def test_a_killed_engine_is_restarted_and_its_requests_continue(pair: Application) -> None:
     first, second = pair.ready(2)
-    streams = [Stream(pair, prompt=prompt, **LONG) for r in (first, second) for prompt in pair.prompts_for(r, 2)]
+    streams = [Stream(pair, prompt=prompt, **LONG) for prompt in PROMPTS[:4]]
     for stream in streams:
         stream.begun()
+    assert pair.in_progress(first) and pair.in_progress(second)
     os.kill(first.engine_pid, signal.SIGKILL)
     assert [stream.join().finish_reason for stream in streams] == ["length"] * 4
     after = pair.ready(2)
@@ -332,16 +273,15 @@ MIXED: list[dict[str, Any]] = [
 
 def test_streams_of_a_killed_replica_go_on_in_another_with_the_same_bytes(pair: Application) -> None:
     first, second = pair.ready(2)
-    prompts = [*zip([*pair.prompts_for(first, 6), *pair.prompts_for(second, 6)], MIXED * 3, strict=True)]
+    prompts = [*zip(PROMPTS[:12], MIXED * 3, strict=True)]
     streams = [Stream(pair, prompt=prompt, **fields) for prompt, fields in prompts]
     whole: list[httpx.Response] = []
-    asked = {"prompt": pair.prompts_for(first, 7)[6], **LONG}
+    asked = {"prompt": PROMPTS[12], **LONG}
     waiting = threading.Thread(target=lambda: whole.append(pair.complete(**asked)))
     waiting.start()
     for stream in streams:
         stream.begun()
-    served = {r.id: pair.metric(r.id, "fastblt_http_requests_in_progress") for r in (first, second)}
-    assert served[first.id] >= 3 and served[second.id] >= 3
+    assert pair.in_progress(first) and pair.in_progress(second)
     os.kill(first.pid, signal.SIGKILL)
     reasons = [stream.join().finish_reason for stream in streams]
     waiting.join()

@@ -18,6 +18,7 @@ from starlette.types import Message
 from deploy import ray_answer, ray_relay
 from deploy.ray_answer import answer
 from deploy.ray_call import Call
+from deploy.ray_load import Load, Meter
 from deploy.ray_relay import BrokenOff, NoRoom, Relay, ReplicaLost
 from engine.config import EngineConfig
 from engine.process.client import EngineClient
@@ -49,6 +50,10 @@ ASKED: dict[str, dict[str, Any]] = {
 }
 
 
+LAST = -1
+"""Instead of a number of messages: all but the last, which only says that there are no more."""
+
+
 class Replica:
     """An application, which loses a call after so many messages."""
 
@@ -62,6 +67,11 @@ class Replica:
         yield self.name
         async with aclosing(answer(self.app, call)) as batches:
             async for batch in batches:
+                if most == LAST and batch[-1].get("more_body") is False:
+                    most = len(batch) - 1
+                elif most == LAST:
+                    yield batch
+                    continue
                 if len(batch) > most:
                     yield batch[:most]
                     raise ReplicaLost("of the test")
@@ -238,7 +248,7 @@ def test_a_stream_that_is_lost_after_its_last_event_is_not_repeated(
 ) -> None:
     whole = loop.run(relayed(Fleet(pair[0]), **STREAM))
     fleet = Fleet(*pair)
-    fleet.losses = [len(whole) - 1]
+    fleet.losses = [LAST]
     got = loop.run(relayed(fleet, **STREAM))
     assert len(fleet.calls) == 1 and said(got)["choices"] == said(whole)["choices"]
 
@@ -303,6 +313,20 @@ def test_a_replica_that_refuses_for_now_is_passed_over(pair: tuple[Replica, Repl
         one.app.state.gate.resume()
 
 
+def test_if_all_queues_are_full_the_shortest_wait_is_told(
+    pair: tuple[Replica, Replica], loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for replica, seconds in zip(pair, (9, 4), strict=True):
+        monkeypatch.setattr(replica.app.state.gate, "capacity", 0)
+        monkeypatch.setattr(replica.app.state.gate, "retry_seconds", lambda _, seconds=seconds: seconds)
+    fleet = Fleet(*pair)
+    (refused, body) = loop.run(relayed(fleet, **STREAM))
+    assert refused["status"] == 429 and dict(refused["headers"])[b"retry-after"] == b"4"
+    assert json.loads(body["body"])["error"]["code"] == "queue_full" and not body["more_body"]
+    # Each was asked, and one of them again before it was clear that there is no other.
+    assert len(fleet.calls) == 3
+
+
 def test_what_another_replica_admitted_is_not_refused(pair: tuple[Replica, Replica], loop: asyncio.Runner) -> None:
     one, two = pair
 
@@ -340,6 +364,31 @@ def test_the_deadline_is_that_of_the_first_replica(pair: tuple[Replica, Replica]
     origin = Origin(is_continued=True, attempt=1, age=3.0)
     whole = said(loop.run(relayed(fleet, origin=origin, **STREAM | {"timeout": 2.0})))
     assert whole["choices"][0]["finish_reason"] == "timeout" and not whole["choices"][0].get("text")
+
+
+def test_a_replica_tells_of_its_load(pair: tuple[Replica, Replica], loop: asyncio.Runner) -> None:
+    service = pair[0].app.state.service
+    loads: list[Load] = []
+
+    class Watched(Fleet):
+        async def ask(self, call: Call) -> AsyncGenerator[str | list[Message], None]:
+            async with aclosing(super().ask(call)) as items:
+                async for item in items:
+                    loads.append(Meter(service, 9).load())
+                    yield item
+
+    loop.run(relayed(Watched(pair[0]), **STREAM | {"n": 2, "prompt": "x" * 300}))
+    assert max(load.running for load in loads) == 2 and {load.places for load in loads} == {9}
+    after = Meter(service, 9).load()
+    assert (after.running, after.waiting, after.prompt_seconds) == (0, 0, 0.0)
+    assert after.free == SETTINGS.max_queue and 0 < after.step_seconds < 1
+    assert {"blt", "blt-s", "blt-d"} <= after.rates.output.keys() and all(after.rates.output.values())
+
+    async def reports() -> list[bool]:
+        meter = Meter(service, 9)
+        return [meter.report() is not None for _ in range(3)]
+
+    assert loop.run(reports()) == [True, False, False]
 
 
 class Successor(ScriptedClient):

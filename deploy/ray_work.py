@@ -1,0 +1,72 @@
+"""What a completion asks of a replica, as its body says before anything is checked."""
+
+import math
+from dataclasses import dataclass
+
+import orjson
+
+from engine.config import BYTE_OFFSET
+
+SHORTEST_PREFIX = 256
+"""Bytes: about the rows of an engine's step, below which it does not matter what is cached."""
+MAX_TOKENS = 16
+"""OpenAI's default."""
+MOST = 1 << 20
+"""Bytes of a prompt, or of an output, that are counted."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A completion's prompts and output."""
+
+    prompt: bytes = b""
+    """The first prompt, without special ids."""
+    num_prompts: int = 1
+    num_sequences: int = 1
+    num_output: int = 0
+    """Most bytes of a choice."""
+    decoder: str = ""
+    """Empty for the server's own choice."""
+
+    def beginnings(self) -> list[bytes]:
+        """Beginnings of the prompt that others may have, too, each twice as long as the one before."""
+        if len(self.prompt) < SHORTEST_PREFIX:
+            return []
+        doublings = int(math.log2(len(self.prompt) / SHORTEST_PREFIX)) + 1
+        return [self.prompt[: SHORTEST_PREFIX << n] for n in range(doublings)]
+
+
+def work_of(body: bytes) -> Work:
+    """Of a request that may be wrong in any way."""
+    try:
+        asked = orjson.loads(body)
+        prompts = asked["prompt"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return Work()
+    many = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], str | list)
+    num_prompts = len(prompts) if many else 1
+    samples = max(_number(asked.get("best_of"), 1), _number(asked.get("n"), 1))
+    model, decoder = asked.get("model"), asked.get("decoder")
+    if not isinstance(decoder, str):
+        decoder = model.partition(":")[2] if isinstance(model, str) else ""
+    return Work(
+        _bytes_of(prompts[0] if many else prompts),
+        num_prompts,
+        num_prompts * samples,
+        _number(asked.get("max_tokens"), MAX_TOKENS),
+        decoder,
+    )
+
+
+def _number(value: object, default: int) -> int:
+    return min(value, MOST) if isinstance(value, int) and value >= 0 else default
+
+
+def _bytes_of(prompt: object) -> bytes:
+    """Ids of bytes are the same as the text."""
+    if isinstance(prompt, str):
+        return prompt[:MOST].encode(errors="replace")
+    if not isinstance(prompt, list):
+        return b""
+    ids = [item - BYTE_OFFSET for item in prompt[:MOST] if isinstance(item, int)]
+    return bytes(item for item in ids if 0 <= item < 256)

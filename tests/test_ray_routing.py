@@ -1,0 +1,242 @@
+"""Which replica an ingress chooses, without Ray: the work of a request, the load of a replica, the balance of both."""
+
+import json
+import pickle
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy import ray_balance
+from deploy.ray_balance import FRESH_SECONDS, Balance, rank
+from deploy.ray_call import Call
+from deploy.ray_load import Load, Rates, rates_of
+from deploy.ray_work import MOST, Work, work_of
+from engine.types import DecoderCounts, Snapshot
+from server.admission import Gate
+from server.settings import ServerSettings
+
+PREFIXES = [f"{number:03} = ".encode() for number in range(1000)]
+RATES = Rates(1e-4, {"blt": 4e-3, "blt-dv": 2e-3}, {"blt": 1.0, "blt-dv": 2.0})
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def balance(clock: Clock) -> Balance:
+    return Balance(clock)
+
+
+def completion(prompt: bytes = b"x", num_output: int = 100, decoder: str = "blt", n: int = 1) -> Work:
+    return Work(prompt, 1, n, num_output, decoder)
+
+
+# Hashes.
+
+
+def test_a_prefix_always_gets_the_same_replica_and_prefixes_are_spread() -> None:
+    first = Counter(rank(prefix, "abcd")[0] for prefix in PREFIXES)
+    assert first.keys() == set("abcd") and min(first.values()) > len(PREFIXES) / 8
+    assert all(rank(prefix, "abcd") == rank(prefix, "dcba") for prefix in PREFIXES)
+
+
+def test_removing_a_replica_moves_only_its_own_prefixes() -> None:
+    for prefix in PREFIXES:
+        before, after = rank(prefix, "abcd"), rank(prefix, "abc")
+        assert after == [replica for replica in before if replica != "d"]
+
+
+def test_idle_ingresses_agree_whether_they_have_heard_of_the_replicas_or_not(balance: Balance, clock: Clock) -> None:
+    other = Balance(clock)
+    for number, prefix in enumerate(PREFIXES[:50]):
+        chosen = balance.choose(number, completion(prefix), "abcd")
+        balance.ended(number)
+        assert chosen == rank(prefix, "abcd") == other.choose(number, completion(prefix), "dcba")
+        other.ended(number)
+
+
+# Balance.
+
+
+def test_a_busier_replica_is_chosen_after_an_idle_one(balance: Balance) -> None:
+    for number in range(40):
+        balance.choose(number, completion(b"same"), "abcd")
+    chosen = Counter(balance.choose(100 + n, completion(b"same"), "abcd")[0] for n in range(8))
+    assert set(chosen) == set("abcd")
+
+
+def test_a_slower_replica_gets_less(balance: Balance) -> None:
+    slow = Rates(2e-4, {"blt": 8e-3}, {"blt": 1.0})
+    chosen = Counter[str]()
+    for number, prefix in enumerate(PREFIXES[:300]):
+        for name, rates, factor in (("a", RATES, 1), ("b", slow, 2)):
+            step = factor * (0.004 + 0.002 * chosen[name])
+            load = Load(chosen[name], places=1000, step_seconds=step, sequence_seconds=0.002 * factor, rates=rates)
+            balance.heard(name, load)
+        chosen[balance.choose(number, completion(prefix), "ab")[0]] += 1
+    assert 1.5 < chosen["a"] / chosen["b"] < 2.4
+
+
+def test_a_replica_that_has_measured_nothing_is_taken_for_one_like_the_others(balance: Balance) -> None:
+    for step_seconds in (0.001, 0.1):
+        rates = Rates(step_seconds / 10, {"blt": step_seconds / 2}, {"blt": 1.0})
+        balance.heard("a", Load(step_seconds=step_seconds, places=32, rates=rates))
+        balance.heard("b", Load(places=32))
+        chosen = Counter(balance.choose(number, completion(b"same"), "abc")[0] for number in range(12))
+        assert min(chosen[name] for name in "abc") >= 3
+        for number in range(12):
+            balance.ended(number)
+
+
+def test_a_decoder_counts_as_what_it_costs_there(balance: Balance) -> None:
+    dear = Rates(1e-4, {"blt": 4e-3, "blt-dv": 2e-2}, {"blt": 1.0, "blt-dv": 1.0})
+    for number, prefix in enumerate(PREFIXES[:20]):
+        balance.heard("a", Load(running=4, step_seconds=0.01, rates=RATES))
+        balance.heard("b", Load(running=3, step_seconds=0.01, rates=dear))
+        assert balance.choose(2 * number, completion(prefix, 400, "blt-dv"), "ab")[0] == "a"
+        assert balance.choose(2 * number + 1, completion(prefix, 400, "blt"), "ab")[0] == "b"
+        balance.ended(2 * number)
+        balance.ended(2 * number + 1)
+
+
+def test_a_long_prompt_goes_where_its_beginning_was_sent_unless_that_is_far_busier(balance: Balance) -> None:
+    system = bytes(range(256)) * 20
+    for replica in "abcd":
+        balance.heard(replica, Load(rates=RATES, step_seconds=0.004))
+    order = rank(system[:256], "abcd")
+    last = order[-1]
+    balance.sent(1, completion(system + b"one"), last)
+    balance.ended(1)
+    assert balance.choose(2, completion(system + b"two", 20), "abcd") == [last, *order[:-1]]
+    balance.ended(2)
+    balance.heard(last, Load(running=30, waiting=9, step_seconds=0.1, rates=RATES))
+    assert balance.choose(3, completion(system + b"three", 20), "abcd")[-1] == last
+
+
+def test_full_and_avoided_replicas_come_last(balance: Balance, clock: Clock) -> None:
+    work = completion(b"p")
+    first, second, third = rank(b"p", "abc")
+    assert balance.choose(1, work, "abc", frozenset(first)) == [second, third, first]
+    assert balance.full() is None
+    balance.heard(second, Load(free=0, retry_after=5.0))
+    assert balance.choose(1, work, "abc", frozenset(first)) == [third, second, first]
+    balance.heard(first, Load(free=0, retry_after=3.0))
+    balance.heard(third, Load(free=0, retry_after=7.0))
+    clock.now += 1
+    assert balance.full() == 2.0
+    balance.heard(third, Load(free=1))
+    assert balance.full() is None
+    balance.heard(third, Load(free=0))
+    clock.now += FRESH_SECONDS
+    assert balance.full() is None, "that is old news"
+
+
+def test_a_request_that_has_ended_no_longer_counts(balance: Balance, clock: Clock) -> None:
+    first = balance.choose(1, completion(b"p", 500, n=8), "ab")[0]
+    clock.now += 0.1
+    balance.heard(first, Load(running=8, step_seconds=0.01, rates=RATES))
+    balance.heard("b" if first == "a" else "a", Load(running=1, step_seconds=0.01, rates=RATES))
+    assert balance.choose(2, completion(b"p"), "ab")[0] != first
+    balance.ended(2)
+    balance.heard(first, Load(running=8, free=0, step_seconds=0.01, rates=RATES))
+    balance.heard("b" if first == "a" else "a", Load(running=1, free=0, step_seconds=0.01, rates=RATES))
+    assert balance.full()
+    balance.ended(1)
+    assert balance.full() is None
+    assert balance.choose(3, completion(b"p"), "ab")[0] == first
+
+
+def test_what_is_remembered_is_bounded(balance: Balance, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_balance, "MOST_PREFIXES", 50)
+    for number in range(200):
+        work = completion(number.to_bytes(2) * 200)
+        balance.choose(number, work, [f"replica {number // 10}", "b"])
+        balance.sent(number, work, "b")
+        balance.ended(number)
+    assert len(balance._prefixes) == 50 and len(balance._replicas) == 2
+
+
+# Work.
+
+
+@pytest.mark.parametrize(
+    ("fields", "work"),
+    [
+        ({"prompt": "abc"}, Work(b"abc", 1, 1, 16)),
+        ({"prompt": "é", "max_tokens": 7, "n": 3, "decoder": "blt-s"}, Work("é".encode(), 1, 3, 7, "blt-s")),
+        ({"prompt": ["ab", "c"], "best_of": 2, "model": "nano:blt-dv"}, Work(b"ab", 2, 4, 16, "blt-dv")),
+        ({"prompt": [1, 101, 102], "model": "nano"}, Work(b"ab", 1, 1, 16)),
+        ({"prompt": [[101], [1]]}, Work(b"a", 2, 2, 16)),
+        ({"prompt": "x", "n": True, "max_tokens": "9"}, Work(b"x", 1, 1, 16)),
+        ({"prompt": [3000000000, -7, 1.5], "max_tokens": 1 << 70}, Work(b"", 1, 1, 16)),
+        ({"prompt": None}, Work(b"", 1, 1, 16)),
+        ({}, Work()),
+    ],
+)
+def test_the_work_is_read_from_the_body(fields: dict[str, Any], work: Work) -> None:
+    assert work_of(json.dumps(fields).encode()) == work
+
+
+def test_a_body_that_is_no_request_is_no_work() -> None:
+    assert [work_of(body) for body in (b"", b"[]", b"\xff", b"nonsense", b"3")] == [Work()] * 5
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3)))
+def test_any_values_are_some_work(value: Any) -> None:
+    for field in ("prompt", "n", "best_of", "max_tokens", "decoder", "model"):
+        work = work_of(json.dumps({"prompt": "x", field: value}).encode())
+        assert work.num_sequences >= 0 and 0 <= work.num_output <= MOST
+
+
+def test_beginnings_double() -> None:
+    assert [len(b) for b in Work(b"x" * 2000).beginnings()] == [256, 512, 1024]
+    assert [len(b) for b in Work(b"x" * 256).beginnings()] == [256]
+    assert Work(b"x" * 255).beginnings() == []
+
+
+def test_the_work_is_not_sent_to_the_replica() -> None:
+    call = Call({"path": "/"}, b"body", 7, Work(b"x" * 1000))
+    sent = pickle.loads(pickle.dumps(call))
+    assert sent == Call({"path": "/"}, b"body", 7) and len(pickle.dumps(call)) < 500
+
+
+# Load.
+
+
+def test_rates_are_what_the_engine_has_measured() -> None:
+    counts = DecoderCounts(committed=100, rounds=40, seconds={"encoder": 1.0, "decoder": 2.0})
+    snapshot = Snapshot(prompt_rows=1000, stage_seconds={"encoder": 3.0, "decoder": 2.0}, decoders={"blt-s": counts})
+    rates = rates_of(snapshot)
+    assert rates == Rates(2e-3, {"blt-s": 0.03}, {"blt-s": 2.5})
+    assert rates.steps(10, "blt-s") == rates.steps(10, "blt") == 4.0
+    assert rates.weight("blt-s") == rates.weight("blt") == Rates().weight("blt") == 1.0
+    assert rates_of(Snapshot()).steps(7, "blt") == 7.0
+    assert RATES.weight("blt") == RATES.weight("blt-dv") == 1.0
+    assert Rates(0.0, {"a": 1.0, "b": 3.0}, {"a": 1.0, "b": 1.0}).weight("b") == 1.5
+
+
+def test_the_gate_tells_how_long_its_queue_will_be_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [50.0]
+    monkeypatch.setattr("server.admission.time.monotonic", lambda: now[0])
+    gate = Gate(ServerSettings(max_queue=4, max_choices=4))
+    assert gate.retry_seconds(1) == 1
+    for _ in range(100):
+        ticket = gate.enter(1)
+        now[0] += 3.0
+        ticket.begun()
+        ticket.close()
+    for _ in range(4):
+        gate.enter(1)
+    assert gate.retry_seconds(1) == 3 and gate.retry_seconds(3) == 9 and gate.retry_seconds(100) == 60
