@@ -27,6 +27,7 @@ PROGRAMS = {
     "prefix": "Prefix cache",
     "prefill_budget": "Prefill budget",
     "constraints": "Structured output",
+    "fleet": "Routing among replicas",
 }
 """The programs' titles, in the order of the page."""
 INTRODUCTION = """\

@@ -82,8 +82,8 @@ class Meter:
         snapshot = service.client.snapshot
         # The machine may have been busy with something else when that was measured.
         self._shortest = min(self._shortest, service.client.info.shortest_step or Load.step_seconds)
-        self._look(snapshot)
         rates = rates_of(snapshot)
+        self._look(snapshot, rates)
         generations = service.generations.values()
         num_open = sum(not stream.finish_reason for one in generations for stream in one.streams)
         prompts = sum(one.plan.prompt_bytes for one in generations if one.first_byte is None)
@@ -99,17 +99,19 @@ class Meter:
             rates,
         )
 
-    def _look(self, now: Snapshot) -> None:
+    def _look(self, now: Snapshot, rates: Rates) -> None:
         """Takes the time of the steps since the last snapshot."""
         then, self._snapshot = self._snapshot, now
         if now.steps < then.steps:
             # The engine has restarted.
             then = Snapshot()
-        if now.steps > then.steps:
-            self._step_seconds = (now.step_seconds - then.step_seconds) / (now.steps - then.steps)
-            self._shortest = min(self._shortest, self._step_seconds)
+        if (steps := now.steps - then.steps) > 0:
+            seconds = now.step_seconds - then.step_seconds
+            self._step_seconds = seconds / steps
+            without_prompts = max(seconds - (now.prompt_rows - then.prompt_rows) * rates.prompt, 0.0) / steps
+            self._shortest = min(self._shortest, without_prompts or self._shortest)
             if now.running > 1:
-                each = (self._step_seconds - self._shortest) / (now.running - 1)
+                each = (without_prompts - self._shortest) / (now.running - 1)
                 self._sequence_seconds += (each - self._sequence_seconds) * (NEW_SHARE if self._sequence_seconds else 1)
 
 

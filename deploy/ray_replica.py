@@ -20,6 +20,7 @@ from server.settings import ServerSettings
 from .ray_answer import answer
 from .ray_call import Call, Reply
 from .ray_load import Meter
+from .ray_scaling import QUEUED_BYTES, queued_bytes
 
 
 class Replica:
@@ -59,6 +60,10 @@ class Replica:
             "engine_pid": self._client.pid or 0,
             "engine": self._client.state,
         }
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `ByQueuedBytes`."""
+        return {QUEUED_BYTES: queued_bytes(list(self._app.state.service.generations.values()))}
 
     async def check_health(self) -> None:
         """As `/health/live`: an engine that restarts is healthy; one that does not come back needs a new replica."""

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 import typer
 from ray import serve
-from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from engine import logs
@@ -31,6 +31,7 @@ from .ray_ingress import Ingress
 from .ray_join import JoinError, join
 from .ray_replica import Replica
 from .ray_router import CostRouter
+from .ray_scaling import ByQueuedBytes
 from .ray_settings import RaySettings
 
 log = logging.getLogger("fastblt.ray")
@@ -69,6 +70,7 @@ def application(
     if settings.api_key_file:
         settings = settings.model_copy(update={"api_key_file": settings.api_key_file.absolute()})
     gpus = options.replica_gpus if options.replica_gpus is not None else float(config.device == "cuda")
+    target_requests = options.target_requests or config.max_sequences
     patience = settings.drain_seconds + STOP_SECONDS
     # The replicas log every request.
     ray_logs = LoggingConfig(
@@ -82,7 +84,14 @@ def application(
         autoscaling_config=AutoscalingConfig(
             min_replicas=options.replicas,
             max_replicas=options.max_replicas or options.replicas,
-            target_ongoing_requests=options.target_requests or config.max_sequences,
+            target_ongoing_requests=target_requests,
+            policy=AutoscalingPolicy(
+                policy_function=f"{ByQueuedBytes.__module__}:{ByQueuedBytes.__name__}",
+                policy_kwargs={
+                    "target_requests": target_requests,
+                    "target_queued_bytes": options.target_queued_bytes,
+                },
+            ),
             upscale_delay_s=options.upscale_delay,
             downscale_delay_s=options.downscale_delay,
             look_back_period_s=max(options.upscale_delay, LEAST_LOOK_BACK_SECONDS),

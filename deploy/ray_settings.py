@@ -17,8 +17,13 @@ class RaySettings(BaseSettings):
         description="Requests per replica, running or waiting, above which a replica is added; "
         "by default --max-sequences.",
     )
-    upscale_delay: float = Field(30.0, ge=0, description="Seconds above --target-requests before a replica is added.")
-    downscale_delay: float = Field(600.0, ge=0, description="Seconds below it before a replica is removed.")
+    target_queued_bytes: int = Field(
+        1 << 17,
+        gt=0,
+        description="Bytes of prompts and outputs per replica, without a first byte yet, above which one is added.",
+    )
+    upscale_delay: float = Field(30.0, ge=0, description="Seconds above either target before a replica is added.")
+    downscale_delay: float = Field(600.0, ge=0, description="Seconds below both before a replica is removed.")
     replica_cpus: float = Field(1.0, ge=0, description="CPU cores that a replica reserves in the cluster.")
     replica_gpus: float | None = Field(
         None, ge=0, description="GPUs that a replica reserves; by default 1 with --device cuda, else none."

@@ -35,6 +35,7 @@ TOYS = {
     "prefix": "--requests 3 --prefix-bytes 200 --bytes 4 --turns 1",
     "prefill_budget": "--budgets 32 128 --prompt-bytes 200 --streams 2 --steps 4 --turns 1",
     "constraints": "--prompts 1 --bytes 24",
+    "fleet": "--replicas 4 --seconds 4 --rates 2 3",
 }
 HEADERS = {
     "against_hf": "| new bytes | as fast as transformers |",
@@ -50,8 +51,10 @@ HEADERS = {
     "startup": "| to the first byte, s |",
     "prefix": "| 3 | 200 bytes |",
     "prefill_budget": "| max_step_rows | first byte of the prompt, steps |",
+    "fleet": "| replicas | requests a second for each | rule |",
     "constraints": "| grammar | texts | cut | bytes | blt | blt-s k=8 | blt-dv B=8 |",
 }
+NO_MODEL = {"fleet"}
 PROMPT = b"        num_patches = ca"
 PICTURES = set(TOYS) - {"decoders", "startup", "constraints"}
 
@@ -60,9 +63,10 @@ Content = dict[str, Any]
 
 
 def run(name: str, arguments: str, work: Path, out: Path) -> Content:
-    given = ["--shape", "tiny", *shlex.split(arguments), "--work", str(work), "--out", str(out)]
-    import_module(f"benchmarks.{name}").main(given)
-    content: Content = json.loads((out / f"{name}-tiny-shape.json").read_text())
+    model = [] if name in NO_MODEL else ["--shape", "tiny", "--work", str(work)]
+    import_module(f"benchmarks.{name}").main([*model, *shlex.split(arguments), "--out", str(out)])
+    (path,) = out.glob(f"{name}-*.json")
+    content: Content = json.loads(path.read_text())
     return content
 
 
@@ -87,16 +91,19 @@ def test_a_benchmark_writes_figures_a_table_and_a_plot(name: str, toys: Callable
     if lacks := program.lacking(name):
         pytest.skip(lacks)
     content, out = toys(name)
-    assert content["program"] == name and content["subject"]["model"] == "tiny shape"
-    assert content["command"] == f"python -m benchmarks.{name} --shape tiny {TOYS[name]}"
+    label, said, model = (
+        ("4", "4 simulated replicas", "") if name in NO_MODEL else ("tiny-shape", "tiny shape", "--shape tiny ")
+    )
+    assert content["program"] == name and content["subject"]["model"] == said
+    assert content["command"] == f"python -m benchmarks.{name} {model}{TOYS[name]}"
     assert content["taken"]["cores"] and content["taken"]["torch"]
-    assert "random weights" in content["subject"]["notes"]
-    picture = out / f"{name}-tiny-shape.png"
+    assert ("random weights" in content["subject"]["notes"]) == bool(model)
+    picture = out / f"{name}-{label}.png"
     assert picture.exists() == (name in PICTURES)
     assert not picture.exists() or picture.read_bytes().startswith(b"\x89PNG")
     page = summary.write(out).read_text()
     verdicts = summary.verdicts(content)
-    assert verdicts and all(f"| {verdict.figure} | tiny shape |" in page for verdict in verdicts)
+    assert verdicts and all(f"| {verdict.figure} | {said} |" in page for verdict in verdicts)
     assert HEADERS[name] in page and f"`{content['command']}`" in page
     assert (f"({picture.name})" in page) == (name in PICTURES)
 

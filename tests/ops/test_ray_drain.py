@@ -65,6 +65,17 @@ def test_downscaling_and_shutdown_let_replicas_finish_their_requests(cluster: Cl
     assert not alive(left.pid) and not alive(left.engine_pid)
 
 
+def test_few_requests_whose_bytes_wait_start_a_second_replica(cluster: Cluster, tmp_path: Path) -> None:
+    flags = "--max-replicas 2 --target-requests 100 --target-queued-bytes 3000 --upscale-delay 0 --max-sequences 1"
+    with running_application(cluster, NANO, tmp_path / "log", *flags.split()) as application:
+        long = {"max_tokens": 8000, "ignore_eos": True}
+        streams = [Stream(application, prompt=prompt, **long) for prompt in PROMPTS[:4]]
+        application.ready(2)
+        assert not all(stream.done for stream in streams), "there was time"
+        for stream in streams:
+            assert stream.join().finish_reason == "length"
+
+
 def test_closing_the_terminal_drains_the_commands_own_cluster(tmp_path: Path) -> None:
     """The terminal sends SIGHUP to the cluster's processes, too, and twice to the command."""
     log = tmp_path / "application.log"
