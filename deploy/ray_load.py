@@ -62,7 +62,6 @@ class Meter:
     def __init__(self, service: Service, places: int) -> None:
         self._service = service
         self._places = places
-        self._last = Load()
         self._made = float("-inf")
         self._snapshot = Snapshot()
         self._step_seconds = 0.0
@@ -109,9 +108,10 @@ class Meter:
             seconds = now.step_seconds - then.step_seconds
             self._step_seconds = seconds / steps
             without_prompts = max(seconds - (now.prompt_rows - then.prompt_rows) * rates.prompt, 0.0) / steps
-            self._shortest = min(self._shortest, without_prompts or self._shortest)
+            if now.prompt_rows == then.prompt_rows:
+                self._shortest = min(self._shortest, self._step_seconds)
             if now.running > 1:
-                each = (without_prompts - self._shortest) / (now.running - 1)
+                each = max(without_prompts - self._shortest, 0.0) / (now.running - 1)
                 self._sequence_seconds += (each - self._sequence_seconds) * (NEW_SHARE if self._sequence_seconds else 1)
 
 

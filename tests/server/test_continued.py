@@ -325,6 +325,9 @@ def test_if_all_queues_are_full_the_shortest_wait_is_told(
     assert json.loads(body["body"])["error"]["code"] == "queue_full" and not body["more_body"]
     # Each was asked, and one of them again before it was clear that there is no other.
     assert len(fleet.calls) == 3
+    fleet = Fleet(*(Replica(str(number), pair[number % 2].app) for number in range(50)))
+    (refused, _) = loop.run(relayed(fleet, **STREAM))
+    assert refused["status"] == 429 and len(fleet.calls) == ray_relay.MOST_ASKED
 
 
 def test_what_another_replica_admitted_is_not_refused(pair: tuple[Replica, Replica], loop: asyncio.Runner) -> None:
