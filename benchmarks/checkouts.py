@@ -12,6 +12,7 @@ import os
 import random
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .generate import prompts
 from .paired import in_turn, shown, spread
 from .program import Content, Verdict, finish, parser, subject
 from .report import ROOT
-from .servers import commit_of, server, streams
+from .servers import commit_of, ray_server, server, streams
 
 LEAST = 0.95
 CONFIDENCE = 0.95
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     program.add_argument("--against", type=Path, required=True, help="folder of the other checkout")
     program.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="streams at a time")
     program.add_argument("--decoders", nargs="+", default=["blt"], help="decoder of all streams (%(default)s)")
+    program.add_argument("--ray", action="store_true", help="through Ray, with a replica of each")
     program.add_argument("--bytes", type=int, default=64, help="per stream (%(default)s)")
     options = program.parse_args(arguments)
     options.num_threads = options.num_threads or max(1, (os.cpu_count() or 1) - 1)
@@ -53,13 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pairs: dict[tuple[str, int], list[Pair]] = {
             (decoder, count): [] for decoder in options.decoders for count in options.concurrency
         }
+        if options.ray:
+            model = replace(model, label=f"{model.label}-ray", notes=[*model.notes, "through Ray"])
+        start = ray_server if options.ray else server
         roots = (ROOT, options.against.resolve())
         for number in range(options.starts):
             # A server may be some per cent faster for as long as it lives because it started second: they alternate.
             first = number % 2
             with (
-                server(model.path, *flags, root=roots[first]) as one,
-                server(model.path, *flags, root=roots[1 - first]) as two,
+                start(model.path, *flags, root=roots[first]) as one,
+                start(model.path, *flags, root=roots[1 - first]) as two,
             ):
                 this, other = (two, one) if first else (one, two)
                 for how, found in pairs.items():

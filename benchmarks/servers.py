@@ -26,12 +26,32 @@ USAGE_BYTES = 4096
 def server(model: Path, *flags: str, root: Path = ROOT) -> Iterator[str]:
     """The address of `fastblt serve`, of the checkout in `root`, on a free port; it is stopped afterwards."""
     command = [sys.executable, "-m", "server", "serve", "--model", str(model.resolve()), "--port", "0"]
-    command += ["--served-model-name", NAME, *flags]
+    with _running([*command, "--served-model-name", NAME, *flags], root) as address:
+        yield address
+
+
+@contextmanager
+def ray_server(model: Path, *flags: str, root: Path = ROOT) -> Iterator[str]:
+    """The same through Ray, on a cluster of its own."""
+    from tests.ops.ray_cluster import clean_environment, free_ports, running_cluster
+
+    with TemporaryDirectory(prefix="benchmarks-") as home:
+        environment = clean_environment(Path(home)) | {"PYTHONPATH": str(root)}
+        with running_cluster(environment) as cluster:
+            command = [sys.executable, "-m", "deploy.ray_serve", "--model", str(model.resolve())]
+            command += ["--ray-address", cluster.address, "--port", str(free_ports(1)[0])]
+            with _running([*command, "--served-model-name", NAME, *flags], root, environment) as address:
+                yield address
+
+
+@contextmanager
+def _running(command: list[str], root: Path, environment: dict[str, str] | None = None) -> Iterator[str]:
+    """The address that a server's log tells; the server is stopped afterwards."""
     with TemporaryDirectory(prefix="benchmarks-") as folder:
         log = Path(folder) / "log"
         with (
             log.open("w") as out,
-            subprocess.Popen(command, cwd=root, stdout=out, stderr=subprocess.STDOUT) as process,
+            subprocess.Popen(command, cwd=root, stdout=out, stderr=subprocess.STDOUT, env=environment) as process,
         ):
             try:
                 yield _address(process, log)

@@ -71,7 +71,7 @@ def running_cluster(environment: dict[str, str] | None = None) -> Iterator[Clust
     # Sockets lie in it, and their paths must be short.
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     environment = environment or clean_environment(folder)
-    port, *others = _free_ports(4)
+    port, *others = free_ports(4)
     flags = [f"--port={port}", "--num-cpus=2", "--object-store-memory=100000000", f"--temp-dir={folder}"]
     flags += ["--include-dashboard=false", f"--ray-client-server-port={others[0]}"]
     flags += [f"--dashboard-agent-listen-port={others[1]}", f"--metrics-export-port={others[2]}"]
@@ -98,7 +98,7 @@ def running_cluster(environment: dict[str, str] | None = None) -> Iterator[Clust
     shutil.rmtree(folder)
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
     sockets = [socket.socket() for _ in range(number)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -172,7 +172,7 @@ def running_application(
 
     Its process group is its own, as that of a command in a terminal is; `through` is what it is started by, as `nohup`.
     """
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     command = [*through, sys.executable, "-m", "deploy.ray_serve", "--model", str(model)]
     command += ["--ray-address", cluster.address, "--port", str(port), "--num-threads", "1"]
     command += ["--replica-cpus", "0.5", "--cache-bytes", str(1 << 26)]
