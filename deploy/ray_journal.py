@@ -27,8 +27,11 @@ class Journal:
         """The client got what was made of all events so far."""
         for index, sequence in self._held.items():
             self.has_shown_bytes |= sequence.has_ids
-            for event in sequence.events():
-                self._shown.setdefault(index, _Sequence()).add(event)
+            if index in self._shown:
+                for event in sequence.events():
+                    self._shown[index].add(event)
+            else:
+                self._shown[index] = sequence
         self._held = {}
 
     def shown(self) -> Told:
