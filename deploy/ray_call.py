@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from starlette.types import Message
+import msgspec
 
 from server.origin import Origin
 
@@ -37,13 +37,16 @@ class Call:
         return {name: value for name, value in vars(self).items() if name != "work"}
 
 
-@dataclass(frozen=True)
-class Reply:
-    """Part of an answer."""
+class Reply(msgspec.Struct, frozen=True, array_like=True):
+    """Part of an answer. It travels as bytes: to pickle an object of a class takes Ray longer than all else."""
 
     replica: str | None = None
     """Its id, in the first part, which comes as soon as it has the call."""
-    messages: list[Message] | None = None
+    messages: list[Any] | None = None
     """The application's."""
     load: Load | None = None
     """News of the replica."""
+
+
+encode_reply = msgspec.msgpack.Encoder().encode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode

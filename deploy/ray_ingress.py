@@ -30,7 +30,7 @@ from server.responses import JsonResponse
 from server.settings import ServerSettings
 
 from .ray_balance import BALANCE
-from .ray_call import Call
+from .ray_call import Call, decode_reply
 from .ray_relay import NoRoom, Relay, ReplicaLost
 from .ray_settings import RaySettings
 from .ray_work import work_of
@@ -181,7 +181,8 @@ class Ingress:
             raise self._gate.unavailable("the server is shutting down", "draining")
         answer, name = self._answer.remote(call), ""
         try:
-            async for reply in answer:
+            async for encoded in answer:
+                reply = decode_reply(encoded)
                 if reply.replica:
                     name = reply.replica
                     BALANCE.sent(call.number, call.work, name)

@@ -18,7 +18,7 @@ from server.lifecycle import make_traces
 from server.settings import ServerSettings
 
 from .ray_answer import answer
-from .ray_call import Call, Reply
+from .ray_call import Call, Reply, encode_reply
 from .ray_load import Meter
 from .ray_scaling import QUEUED_BYTES, queued_bytes
 
@@ -43,13 +43,14 @@ class Replica:
         self._app = create_app(settings, self._client, settings.load_api_keys(), self._traces)
         self._meter = Meter(self._app.state.service, config.max_sequences)
 
-    async def answer(self, call: Call) -> AsyncGenerator[Reply, None]:
-        yield Reply(replica=self._id, load=self._meter.report())
+    async def answer(self, call: Call) -> AsyncGenerator[bytes, None]:
+        """Replies, encoded."""
+        yield encode_reply(Reply(replica=self._id, load=self._meter.report()))
         # It may have taken the place of the one that was meant.
         if call.replica in (None, self._id):
             async with aclosing(answer(self._app, call)) as batches:
                 async for batch in batches:
-                    yield Reply(messages=batch, load=self._meter.report())
+                    yield encode_reply(Reply(messages=batch, load=self._meter.report()))
 
     async def state(self) -> dict[str, Any]:
         """Its name and address, and its engine's state."""

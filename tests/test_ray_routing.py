@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from benchmarks import fleet
 from deploy import ray_balance
 from deploy.ray_balance import FRESH_SECONDS, Balance, rank
-from deploy.ray_call import Call
+from deploy.ray_call import Call, Reply, decode_reply, encode_reply
 from deploy.ray_load import Load, Rates, rates_of
 from deploy.ray_scaling import ByQueuedBytes, queued_bytes
 from deploy.ray_work import MOST, Work, work_of
@@ -213,6 +213,17 @@ def test_the_work_is_not_sent_to_the_replica() -> None:
     call = Call({"path": "/"}, b"body", 7, Work(b"x" * 1000))
     sent = pickle.loads(pickle.dumps(call))
     assert sent == Call({"path": "/"}, b"body", 7) and len(pickle.dumps(call)) < 500
+
+
+def test_a_reply_survives_its_journey() -> None:
+    start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+    body = {"type": "http.response.body", "body": b"data: \xff", "more_body": True, "told": [(0, b"event")]}
+    load = Load(3, 4, rates=RATES, retry_after=2)
+    reply = decode_reply(encode_reply(Reply("name", [start, body], load)))
+    assert (reply.replica, reply.load) == ("name", load) and reply.messages
+    assert reply.messages[0]["headers"] == [[b"content-type", b"text/event-stream"]]
+    assert reply.messages[1] | {"told": [(0, b"event")]} == body
+    assert decode_reply(encode_reply(Reply(messages=[]))) == Reply(messages=[])
 
 
 # Load.
