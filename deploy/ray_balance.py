@@ -115,7 +115,8 @@ class Balance:
             self._send(number, work, replica)
             for beginning in work.beginnings():
                 key = _digest(beginning)
-                self._prefixes.setdefault(key, set()).add(replica)
+                # Without those that are gone: a beginning may outlive many replicas.
+                self._prefixes[key] = (self._prefixes.get(key, set()) & self._replicas.keys()) | {replica}
                 self._prefixes.move_to_end(key)
             while len(self._prefixes) > MOST_PREFIXES:
                 self._prefixes.popitem(last=False)

@@ -169,6 +169,13 @@ def test_what_is_remembered_is_bounded(balance: Balance, monkeypatch: pytest.Mon
         balance.sent(number, work, "b")
         balance.ended(number)
     assert len(balance._prefixes) == 50 and len(balance._replicas) == 2
+    work = completion(b"a beginning that all share" * 20)
+    for number in range(100):
+        name = f"replica {number}"
+        balance.choose(number, work, [name])
+        balance.sent(number, work, name)
+        balance.ended(number)
+    assert balance._prefixes[ray_balance._digest(work.beginnings()[0])] == {"replica 99"}
 
 
 # Work.
