@@ -68,7 +68,10 @@ class _Replica:
             ahead += max(load.prompt_seconds - (now - self.heard), 0.0)
         steps = rates.steps(work.num_output, work.decoder)
         each = measured.sequence_seconds or measured.step_seconds * SEQUENCE_SHARE
-        step = measured.step_seconds + each * sum(sent.sequences for sent in since)
+        # An idle replica sends no report: its last one is of when it was busy.
+        is_idle = not (self.is_fresh(now) and load.running) and measured.shortest_seconds > 0
+        base = measured.shortest_seconds if is_idle else measured.step_seconds
+        step = base + each * sum(sent.sequences for sent in (self.sent.values() if is_idle else since))
         added = steps * each * rates.weight(work.decoder) * work.num_sequences
         prompt = work.num_prompts * max(len(work.prompt) - num_cached, 1) * rates.prompt
         own = prompt + steps * step + added

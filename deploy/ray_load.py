@@ -54,6 +54,8 @@ class Load:
     retry_after: float = 1.0
     """Seconds until it has room for one more, if it has none."""
     rates: Rates = field(default_factory=Rates)
+    shortest_seconds: float = 0.0
+    """Of the shortest step; 0 if it is not known."""
 
 
 class Meter:
@@ -96,6 +98,7 @@ class Meter:
             gate.capacity - gate.waiting,
             gate.retry_seconds(1),
             rates,
+            self._shortest,
         )
 
     def _look(self, now: Snapshot, rates: Rates) -> None:

@@ -103,6 +103,14 @@ def test_a_replica_that_has_measured_nothing_is_taken_for_one_like_the_others(ba
             balance.ended(number)
 
 
+def test_a_replica_that_was_busy_when_it_last_told_is_idle_now(balance: Balance, clock: Clock) -> None:
+    load = Load(running=9, places=32, step_seconds=0.1, rates=RATES, shortest_seconds=0.002)
+    balance.heard("b", load)
+    clock.now += FRESH_SECONDS
+    balance.heard("a", Load(running=9, places=32, step_seconds=0.01, rates=RATES, shortest_seconds=0.002))
+    assert balance.choose(1, completion(b"same"), "ab")[0] == "b"
+
+
 def test_a_decoder_counts_as_what_it_costs_there(balance: Balance) -> None:
     dear = Rates(1e-4, {"blt": 4e-3, "blt-dv": 2e-2}, {"blt": 1.0, "blt-dv": 1.0})
     for number, prefix in enumerate(PREFIXES[:20]):
