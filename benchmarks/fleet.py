@@ -124,8 +124,9 @@ class Engine:
             waiting=len(self.waiting) + len(self.reading),
             places=PLACES,
             prompt_seconds=rows * self.costs.row,
-            step_seconds=self._step_seconds if self.num_requests else self.costs.step,
+            step_seconds=self._step_seconds if self.num_requests else self.costs.step + self.costs.sequence,
             sequence_seconds=self._sequence_seconds,
+            shortest_seconds=self.costs.step + self.costs.sequence,
             rates=Rates(self.costs.row, output, {name: BYTES_PER_STEP[name] for name in output}),
         )
 

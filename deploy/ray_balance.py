@@ -67,10 +67,13 @@ class _Replica:
             others = max(others, load.running + load.waiting + sum(sent.sequences for sent in since))
             ahead += max(load.prompt_seconds - (now - self.heard), 0.0)
         steps = rates.steps(work.num_output, work.decoder)
-        each = measured.sequence_seconds or measured.step_seconds * SEQUENCE_SHARE
+        # Side by side a sequence costs at most what it costs alone. A measurement on a busy machine may say otherwise.
+        alone = measured.shortest_seconds or measured.step_seconds
+        each = min(measured.sequence_seconds or alone * SEQUENCE_SHARE, alone)
         # An idle replica sends no report: its last one is of when it was busy.
         is_idle = not (self.is_fresh(now) and load.running) and measured.shortest_seconds > 0
-        base = measured.shortest_seconds if is_idle else measured.step_seconds
+        # The shortest step is that of one sequence.
+        base = measured.shortest_seconds - each if is_idle else measured.step_seconds
         step = base + each * sum(sent.sequences for sent in (self.sent.values() if is_idle else since))
         added = steps * each * rates.weight(work.decoder) * work.num_sequences
         prompt = work.num_prompts * max(len(work.prompt) - num_cached, 1) * rates.prompt

@@ -111,6 +111,22 @@ def test_a_replica_that_was_busy_when_it_last_told_is_idle_now(balance: Balance,
     assert balance.choose(1, completion(b"same"), "ab")[0] == "b"
 
 
+def test_idle_replicas_share_the_work_whatever_a_busy_machine_made_them_measure(balance: Balance) -> None:
+    """Both were measured as slow in one way: a alone, b with several sequences."""
+    balance.heard("a", Load(places=64, step_seconds=0.0064, shortest_seconds=0.0064, rates=RATES))
+    balance.heard("b", Load(places=64, step_seconds=0.0013, shortest_seconds=0.0013, sequence_seconds=0.0138, rates=RATES))
+    chosen = Counter(balance.choose(number, completion(b"same", 600), "ab")[0] for number in range(9))
+    assert min(chosen["a"], chosen["b"]) >= 2
+
+
+def test_a_sequence_alone_takes_the_shortest_steps(balance: Balance) -> None:
+    """Only the next one makes the steps of b longer than those of a."""
+    for name, shortest, each in (("a", 0.008, 0.0001), ("b", 0.006, 0.006)):
+        load = Load(places=64, step_seconds=shortest, shortest_seconds=shortest, sequence_seconds=each, rates=RATES)
+        balance.heard(name, load)
+    assert [balance.choose(number, completion(b"same", 600), "ab")[0] for number in range(2)] == ["b", "a"]
+
+
 def test_a_decoder_counts_as_what_it_costs_there(balance: Balance) -> None:
     dear = Rates(1e-4, {"blt": 4e-3, "blt-dv": 2e-2}, {"blt": 1.0, "blt-dv": 1.0})
     for number, prefix in enumerate(PREFIXES[:20]):
