@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from deploy.ray_balance import Balance, rank
+from deploy.ray_balance import KNOWN_LOOKS, Balance, rank
 from deploy.ray_load import REPORT_SECONDS, Load, Rates
 from deploy.ray_work import SHORTEST_PREFIX, Work
 
@@ -127,6 +127,7 @@ class Engine:
             step_seconds=self._step_seconds if self.num_requests else self.costs.step + self.costs.sequence,
             sequence_seconds=self._sequence_seconds,
             shortest_seconds=self.costs.step + self.costs.sequence,
+            looks=KNOWN_LOOKS,
             rates=Rates(self.costs.row, output, {name: BYTES_PER_STEP[name] for name in output}),
         )
 

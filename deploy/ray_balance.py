@@ -29,6 +29,11 @@ SEQUENCE_SHARE = 0.1
 OVERLAP = 0.3
 """Of a request's time: how long one of the others still runs beside it, on average. Outputs also end before max_tokens.
 In simulation 0.15 does as well; 1 is worse."""
+KNOWN_LOOKS = 8
+"""At steps of a replica, after which its shortest one is believed."""
+MOST_TIMES = 2.0
+"""Before that it is taken for at most so many times as slow as the fastest replica, or no work would ever correct it: the
+machine may have been busy with something else."""
 EQUAL = 1.2
 """Times the least that a replica would add: what others add up to that is taken for the same, as rates are measured."""
 
@@ -56,8 +61,8 @@ class _Replica:
     def is_full(self, now: float) -> bool:
         return self.is_fresh(now) and self.load.free <= 0
 
-    def added_seconds(self, work: Work, num_cached: int, other: Load, now: float) -> float:
-        """other: of a replica that has measured what this one has not yet."""
+    def added_seconds(self, work: Work, num_cached: int, other: Load, fastest: float, now: float) -> float:
+        """other: of a replica that has measured what this one has not yet. fastest: the shortest step of all."""
         load, measured = self.load, self.load if self.load.rates.output else other
         rates = measured.rates
         since = [sent for sent in self.sent.values() if sent.when >= self.heard]
@@ -67,13 +72,14 @@ class _Replica:
             others = max(others, load.running + load.waiting + sum(sent.sequences for sent in since))
             ahead += max(load.prompt_seconds - (now - self.heard), 0.0)
         steps = rates.steps(work.num_output, work.decoder)
-        # Side by side a sequence costs at most what it costs alone. A measurement on a busy machine may say otherwise.
         alone = measured.shortest_seconds or measured.step_seconds
-        each = min(measured.sequence_seconds or alone * SEQUENCE_SHARE, alone)
+        if measured.looks < KNOWN_LOOKS and fastest:
+            alone = min(alone, fastest * MOST_TIMES)
+        each = alone * (measured.sequence_share or other.sequence_share or SEQUENCE_SHARE)
         # An idle replica sends no report: its last one is of when it was busy.
         is_idle = not (self.is_fresh(now) and load.running) and measured.shortest_seconds > 0
         # The shortest step is that of one sequence.
-        base = measured.shortest_seconds - each if is_idle else measured.step_seconds
+        base = alone - each if is_idle else measured.step_seconds
         step = base + each * sum(sent.sequences for sent in (self.sent.values() if is_idle else since))
         added = steps * each * rates.weight(work.decoder) * work.num_sequences
         prompt = work.num_prompts * max(len(work.prompt) - num_cached, 1) * rates.prompt
@@ -105,8 +111,9 @@ class Balance:
             cached = self._cached(work)
             all_known = [self._replicas.setdefault(name, _Replica()) for name in ranked]
             newest = max(all_known, key=lambda r: r.heard if r.load.rates.output else -1.0, default=_Replica())
+            fastest = min((r.load.shortest_seconds for r in all_known if r.load.shortest_seconds), default=0.0)
             added = {
-                name: known.added_seconds(work, cached.get(name, 0), newest.load, now)
+                name: known.added_seconds(work, cached.get(name, 0), newest.load, fastest, now)
                 for name, known in zip(ranked, all_known, strict=True)
             }
             equal = min(added.values(), default=0.0) * EQUAL

@@ -56,6 +56,15 @@ class Load:
     rates: Rates = field(default_factory=Rates)
     shortest_seconds: float = 0.0
     """Of the shortest step; 0 if it is not known."""
+    looks: int = 0
+    """At steps without prompts: how often the shortest was sought among them."""
+
+    @property
+    def sequence_share(self) -> float:
+        """What a sequence beside others adds, of what it takes alone; 0 while it is not known. Never more than all of it,
+        though a measurement on a busy machine may say so."""
+        alone = self.shortest_seconds or self.step_seconds
+        return min(self.sequence_seconds / alone, 1.0) if alone else 0.0
 
 
 class Meter:
@@ -69,6 +78,7 @@ class Meter:
         self._step_seconds = 0.0
         self._shortest = float("inf")
         self._sequence_seconds = 0.0
+        self._looks = 0
 
     def report(self) -> Load | None:
         """None if the last one is too fresh for another."""
@@ -99,6 +109,7 @@ class Meter:
             gate.retry_seconds(1),
             rates,
             self._shortest,
+            self._looks,
         )
 
     def _look(self, now: Snapshot, rates: Rates) -> None:
@@ -112,6 +123,7 @@ class Meter:
             self._step_seconds = seconds / steps
             without_prompts = max(seconds - (now.prompt_rows - then.prompt_rows) * rates.prompt, 0.0) / steps
             if now.prompt_rows == then.prompt_rows:
+                self._looks += 1
                 self._shortest = min(self._shortest, self._step_seconds)
             if now.running > 1:
                 each = max(without_prompts - self._shortest, 0.0) / (now.running - 1)

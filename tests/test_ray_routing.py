@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks import fleet
 from deploy import ray_balance
-from deploy.ray_balance import FRESH_SECONDS, Balance, rank
+from deploy.ray_balance import KNOWN_LOOKS, FRESH_SECONDS, Balance, rank
 from deploy.ray_call import Call, Reply, decode_reply, encode_reply
 from deploy.ray_load import Load, Rates, rates_of
 from deploy.ray_scaling import ByQueuedBytes, queued_bytes
@@ -114,9 +114,33 @@ def test_a_replica_that_was_busy_when_it_last_told_is_idle_now(balance: Balance,
 def test_idle_replicas_share_the_work_whatever_a_busy_machine_made_them_measure(balance: Balance) -> None:
     """Both were measured as slow in one way: a alone, b with several sequences."""
     balance.heard("a", Load(places=64, step_seconds=0.0064, shortest_seconds=0.0064, rates=RATES))
-    balance.heard("b", Load(places=64, step_seconds=0.0013, shortest_seconds=0.0013, sequence_seconds=0.0138, rates=RATES))
+    balance.heard(
+        "b", Load(places=64, step_seconds=0.0013, shortest_seconds=0.0013, sequence_seconds=0.0138, rates=RATES)
+    )
     chosen = Counter(balance.choose(number, completion(b"same", 600), "ab")[0] for number in range(9))
     assert min(chosen["a"], chosen["b"]) >= 2
+
+
+def test_a_replica_that_has_hardly_run_is_taken_for_at_most_twice_as_slow(balance: Balance) -> None:
+    """Or it would never run, and never be known for what it is."""
+    for looks, slow_ones in ((KNOWN_LOOKS - 1, {"b"}), (KNOWN_LOOKS, set())):
+        for name, shortest, count in (("a", 0.002, 100), ("b", 0.05, looks)):
+            load = Load(
+                places=64, step_seconds=shortest, shortest_seconds=shortest, sequence_seconds=0.002, rates=RATES,
+                looks=count,
+            )  # fmt: skip
+            balance.heard(name, load)
+        chosen = {balance.choose(number, completion(b"same", 600), "ab")[0] for number in range(6)}
+        assert chosen == {"a"} | slow_ones
+        for number in range(6):
+            balance.ended(number)
+
+
+def test_what_a_sequence_adds_is_taken_from_a_replica_that_knows(balance: Balance) -> None:
+    for name, each in (("a", 0.0), ("b", 0.002)):
+        balance.heard(name, Load(places=64, shortest_seconds=0.002, sequence_seconds=each, rates=RATES))
+    chosen = Counter(balance.choose(number, completion(b"same", 600), "ab")[0] for number in range(8))
+    assert chosen["a"] == chosen["b"] == 4
 
 
 def test_a_sequence_alone_takes_the_shortest_steps(balance: Balance) -> None:
