@@ -32,8 +32,8 @@ In simulation 0.15 does as well; 1 is worse."""
 KNOWN_LOOKS = 8
 """At steps of a replica, after which its shortest one is believed."""
 MOST_TIMES = 2.0
-"""Before that it is taken for at most so many times as slow as the fastest replica, or no work would ever correct it: the
-machine may have been busy with something else."""
+"""Before that it is taken for at most so many times as slow as the fastest replica: its machine may have been busy with
+something else, and without work that would never be corrected."""
 EQUAL = 1.2
 """Times the least that a replica would add: what others add up to that is taken for the same, as rates are measured."""
 

@@ -61,8 +61,8 @@ class Load:
 
     @property
     def sequence_share(self) -> float:
-        """What a sequence beside others adds, of what it takes alone; 0 while it is not known. Never more than all of it,
-        though a measurement on a busy machine may say so."""
+        """What a sequence beside others adds, of what it takes alone; 0 while it is not known. Never more than all of
+        it, though a measurement on a busy machine may say so."""
         alone = self.shortest_seconds or self.step_seconds
         return min(self.sequence_seconds / alone, 1.0) if alone else 0.0
 

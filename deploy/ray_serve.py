@@ -132,11 +132,12 @@ def run(
         raise SystemExit(1)
     try:
         # Report wrong keys before anything is started. Each replica loads its own.
-        log_access(settings, load_keys(settings))
+        keys = load_keys(settings)
         # All replicas get the same commit of a model from the hub. Each machine downloads its own copy.
         config = pinned(config)
         with _hangups_held_back():
             join(options.ray_address)
+        log_access(settings, keys)
     except (HubError, JoinError, ServeError) as error:
         log.critical("%s", explain(str(error)))
         raise SystemExit(1) from None
