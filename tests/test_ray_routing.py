@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks import fleet
 from deploy import ray_balance
-from deploy.ray_balance import KNOWN_LOOKS, FRESH_SECONDS, Balance, rank
+from deploy.ray_balance import FRESH_SECONDS, KNOWN_LOOKS, Balance, rank
 from deploy.ray_call import Call, Reply, decode_reply, encode_reply
 from deploy.ray_load import Load, Rates, rates_of
 from deploy.ray_scaling import ByQueuedBytes, queued_bytes
