@@ -41,10 +41,12 @@ def test_downscaling_and_shutdown_let_replicas_finish_their_requests(cluster: Cl
     log = tmp_path / "application.log"
     flags = "--max-replicas 2 --target-requests 2 --upscale-delay 0 --downscale-delay 1 --drain-seconds 60"
     with running_application(cluster, NANO, log, *flags.split()) as application:
-        slow = {"n": 3, "ignore_eos": True, "max_tokens": 20000, "timeout": 50}
+        slow = {"n": 3, "ignore_eos": True, "max_tokens": 20000}
         with load(application, 6):
             both = application.ready(2)
-            streams = [Stream(application, prompt=prompt, **slow) for prompt in PROMPTS[:4]]
+            # Once two of them have ended, one replica is enough for the others.
+            timeouts = zip(PROMPTS, (20, 20, 50, 50), strict=False)
+            streams = [Stream(application, prompt=prompt, timeout=timeout, **slow) for prompt, timeout in timeouts]
             for stream in streams:
                 stream.begun()
         (left,) = application.ready(1)
