@@ -33,9 +33,10 @@ log = logging.getLogger("fastblt.engine")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """All parts of an engine except its requests."""
+    """All parts of an engine except its requests. model: None where stages are simulated."""
 
-    model: Model
+    config: ModelConfig
+    model: Model | None
     limits: ModelLimits
     kernels: Kernels
     memory: Memory
@@ -89,6 +90,7 @@ def _build(config: EngineConfig) -> Parts:
         else OneCall.of(model, memory, ledger, stages.launcher, isolates=isolate, max_rows=config.max_step_rows)
     )
     return Parts(
+        config=loaded.config,
         model=model,
         limits=_limits(loaded.config, caches, model.parameters),
         kernels=kernels,

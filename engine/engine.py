@@ -6,7 +6,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import count
 
 from . import admission
-from .build import build
+from .build import Parts, build
 from .calibrate import calibrate
 from .config import EngineConfig
 from .decoders import Committed, Constrained, Decoder, Result, SharedPrior, Verify, make_decoder
@@ -34,12 +34,12 @@ class Engine:
     cannot work.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, parts: Parts | None = None) -> None:
+        """parts: instead of those that `config` asks for."""
         self.config = config
-        self.parts = parts = build(config)
-        self.model_config, self.limits = parts.model.config, parts.limits
+        self.parts = parts = parts or build(config)
+        self.model_config, self.limits = parts.config, parts.limits
         self.memory, self.ledger, self.stepper = parts.memory, parts.ledger, parts.stepper
-        self._formula = parts.formula
         self._prior = SharedPrior()
         self._grammars = Grammars()
         self.prompt_rows = config.max_step_rows
@@ -248,7 +248,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.memory.remember(sequence)
         self._remove(sequence)
-        self._events.append(sequence.output.finished(reason, usage_of(sequence, self._formula)))
+        self._events.append(sequence.output.finished(reason, usage_of(sequence, self.parts.formula)))
 
     def _fail(self, sequence: Sequence, why: str, error: Exception | None = None) -> None:
         """Ends a request that cannot go on, and no other."""

@@ -24,6 +24,7 @@ def info_of(config: EngineConfig, parts: Parts, prompt_rows: int, shortest_step:
         peak_bandwidth=bandwidth.probe(parts.kernels, getattr(torch, config.dtype), device),
         prompt_rows=prompt_rows,
         shortest_step=shortest_step,
+        max_sequences=config.max_sequences,
     )
 
 

@@ -327,6 +327,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Most rows of prompts in a step."""
     shortest_step: float = 0.0
     """Seconds, as calibrated; 0 if it was not."""
+    max_sequences: int = 0
+    """Most that run at once."""
 
 
 Event = Delta | Finished | Failed

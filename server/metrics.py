@@ -203,6 +203,7 @@ class EngineCollector(Collector):
         self.look()
         client, snapshot, info = self._client, self._client.snapshot, self._client.info
         yield _gauge("fastblt_running_sequences", "Sequences in the running batch.", snapshot.running)
+        yield _gauge("fastblt_running_capacity_sequences", "Most of these: --max-sequences.", info.max_sequences)
         waiting = snapshot.waiting + self._gate.in_line
         yield _gauge("fastblt_waiting_sequences", "Sequences that wait for the engine or in it.", waiting)
         yield _gauge("fastblt_queued_sequences", "Admitted sequences without a first byte.", self._gate.waiting)

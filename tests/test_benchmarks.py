@@ -36,6 +36,7 @@ TOYS = {
     "prefill_budget": "--budgets 32 128 --prompt-bytes 200 --streams 2 --steps 4 --turns 1",
     "constraints": "--prompts 1 --bytes 24",
     "fleet": "--replicas 4 --seconds 4 --rates 2 3",
+    "capacity": "--shares 0.3 --seconds 2 --prompt-bytes 40 --output-bytes 20 --num-threads 1",
 }
 HEADERS = {
     "against_hf": "| new bytes | as fast as transformers |",
@@ -52,6 +53,7 @@ HEADERS = {
     "prefix": "| 3 | 200 bytes |",
     "prefill_budget": "| max_step_rows | first byte of the prompt, steps |",
     "fleet": "| replicas | requests a second for each | rule |",
+    "capacity": "| decoder | load | requests/s | to the | mean, s | simulated |",
     "constraints": "| grammar | texts | cut | bytes | blt | blt-s k=8 | blt-dv B=8 |",
 }
 NO_MODEL = {"fleet"}
@@ -82,7 +84,7 @@ def test_every_benchmark_has_toy_arguments() -> None:
     assert {run.split()[0] for run in short.RUNS} <= set(TOYS)
 
 
-SLOW = ("checkouts", "startup")
+SLOW = ("checkouts", "startup", "capacity")
 """Benchmarks that start several servers."""
 
 

@@ -74,6 +74,7 @@ def test_sized_weights_equal_the_tensors_of_an_engine(model: Path, choices: dict
     itemsize, fp8 = (4 if not choices else 2), "weights" in choices
     expected = WeightBytes.of(engine.model_config, itemsize, hash_itemsize(model), fp8=fp8)
     held = engine.parts.model
+    assert held
     assert num_bytes(held) == expected.total
     assert num_bytes(held.encoder.hashes) == expected.hash_tables
     stacks = [part.stack for part in (held.patcher, held.encoder, held.global_transformer, held.decoder)]

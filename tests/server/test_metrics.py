@@ -77,6 +77,7 @@ def test_metrics_count_sequences_and_their_sizes(values: Values) -> None:
     assert values["fastblt_requests_total", "ok", "/v1/completions"] == len(DECODERS)
     assert values["fastblt_http_requests_in_progress",] == 1, "the scrape itself"
     assert values["fastblt_queue_capacity_sequences",] == 256
+    assert values["fastblt_running_capacity_sequences",] == 64
     assert LEAST_PROMPT_ROWS <= values["fastblt_step_prompt_rows",] <= EngineConfig("").max_step_rows
 
 

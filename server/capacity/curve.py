@@ -1,0 +1,169 @@
+"""How latency grows with the load of one replica, and how many replicas a load therefore needs.
+
+Each replica is taken to get its share of the requests at random, as from a load balancer that knows nothing of them. A
+router that knows how busy the replicas are does better.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+from engine.config import ModelConfig
+from engine.simulation.costs import ReplicaCosts
+from engine.simulation.load import Traffic, arrivals
+from engine.simulation.replica import Served, serve
+
+SHARES = (0.05, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97)
+"""Of the most that a replica can serve for long: the loads that are always simulated."""
+BISECTIONS = 5
+"""Loads tried between the two of these that enclose what is wanted."""
+SIMULATED_BYTES = 150_000
+"""Of output, for each load."""
+LEAST_REQUESTS, MOST_REQUESTS = 400, 4000
+BEGINNING, END = 0.15, 0.1
+"""Shares of the requests that are not counted: the replica is not as busy then as it will be, or was."""
+CANNOT = "even a replica that is hardly busy"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Seconds that this percentile of all requests may take at most, to the first byte and to the last; None for any
+    time."""
+
+    percentile: float
+    first_byte: float | None
+    last_byte: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Seconds, from a request's arrival: the mean, the median and the percentile that was asked for."""
+
+    mean: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A replica under load. rate: requests a second; share: of the most that it can serve for long. running: mean
+    sequences in its batch when a first byte came."""
+
+    rate: float
+    share: float
+    first_byte: Latency
+    last_byte: Latency
+    running: float
+
+    def meets(self, wanted: Wanted) -> bool:
+        most = ((self.first_byte, wanted.first_byte), (self.last_byte, wanted.last_byte))
+        return all(limit is None or found.high <= limit for found, limit in most)
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """points: ascending by rate. best: the highest load that gives what is wanted; replicas: needed for `rate` requests
+    a second."""
+
+    points: list[Point]
+    best: Point
+    replicas: int
+    rate: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """A replica and what it is asked. patch: mean bytes. num_requests: simulated for each load."""
+
+    config: ModelConfig
+    costs: ReplicaCosts
+    patch: float
+    traffic: Traffic
+    percentile: float
+    num_requests: int
+
+    @property
+    def most(self) -> float:
+        """Requests a second."""
+        return self.costs.most_requests_per_second(self.traffic.prompt_bytes, self.traffic.output_bytes)
+
+    def at(self, share: float) -> Point:
+        """Raises ValueError for lengths that the replica cannot hold."""
+        rate, count = share * self.most, self.num_requests
+        served = serve(self.config, self.costs, self.patch, arrivals(self.traffic, rate, count))
+        counted = served[round(BEGINNING * count) : round((1 - END) * count)]
+        first, last = (latency(times, self.percentile) for times in _columns(counted))
+        return Point(rate, share, first, last, sum(one.running for one in counted) / len(counted))
+
+
+def capacity(simulated: Simulated, wanted: Wanted, rate: float, tell: Callable[[int], None]) -> Capacity:
+    """tell: gets how many loads have been simulated, of `num_loads()`. Raises ValueError if no load gives what is
+    wanted."""
+    points = []
+    for point in _all_at(simulated, SHARES):
+        points.append(point)
+        tell(len(points))
+    good = [point for point in points if point.meets(wanted)]
+    if not good or not points[0].meets(wanted):
+        raise ValueError(f"{CANNOT} takes longer than is wanted: {_explained(points[0], wanted)}")
+    best = next((low for low, high in zip(points, points[1:], strict=False) if not high.meets(wanted)), points[-1])
+    high = next((point.share for point in points if point.share > best.share), best.share)
+    while high > best.share and len(points) < num_loads():
+        tried = simulated.at((best.share + high) / 2)
+        points.append(tried)
+        tell(len(points))
+        best, high = (tried, high) if tried.meets(wanted) else (best, tried.share)
+    points.sort(key=lambda point: point.rate)
+    return Capacity(points, best, math.ceil(rate / best.rate - 1e-9), rate)
+
+
+def enough_requests(traffic: Traffic) -> int:
+    """To tell a percentile, and no more than take some seconds."""
+    return min(max(round(SIMULATED_BYTES / traffic.output_bytes), LEAST_REQUESTS), MOST_REQUESTS)
+
+
+def num_loads() -> int:
+    """Most that are simulated."""
+    return len(SHARES) + BISECTIONS
+
+
+def _all_at(simulated: Simulated, shares: Sequence[float]) -> Iterator[Point]:
+    """In processes of their own, as many at a time as there are cores."""
+    cores = min(os.cpu_count() or 1, len(shares))
+    if cores == 1:
+        yield from map(simulated.at, shares)
+        return
+    with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
+        yield from pool.map(partial(Simulated.at, simulated), shares)
+
+
+def latency(seconds: Iterable[float], percentile: float) -> Latency:
+    ascending = sorted(seconds)
+    return Latency(sum(ascending) / len(ascending), _at(ascending, 50), _at(ascending, percentile))
+
+
+def _at(ascending: Sequence[float], percentile: float) -> float:
+    """The least value that this share of all does not exceed."""
+    return ascending[max(math.ceil(percentile / 100 * len(ascending)) - 1, 0)]
+
+
+def _columns(served: Sequence[Served]) -> tuple[list[float], list[float]]:
+    return [one.first_byte for one in served], [one.last_byte for one in served]
+
+
+def _explained(point: Point, wanted: Wanted) -> str:
+    found = {"first byte": (point.first_byte, wanted.first_byte), "last byte": (point.last_byte, wanted.last_byte)}
+    parts = [
+        f"its {name} takes {one.high:.3g} s (p{wanted.percentile:g}), {limit:g} s are wanted"
+        for name, (one, limit) in found.items()
+        if limit is not None and one.high > limit
+    ]
+    return " and ".join(parts)

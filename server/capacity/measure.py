@@ -1,0 +1,270 @@
+"""Measures what a running server's steps cost, from outside: as its clients see it, with all that HTTP takes.
+
+The server should be idle otherwise, have the flags it will be used with, and run on a machine like those to be.
+"""
+
+import asyncio
+import random
+import re
+import statistics
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from urllib.parse import urlsplit
+
+import httpx
+import orjson
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.costs.calibration import TEXT
+from engine.simulation.costs import PromptCost, ReplicaCosts, RoundCost
+from engine.simulation.load import Traffic
+
+MOST_SEQUENCES = 256
+"""More side by side are not measured."""
+SECONDS = 1.0
+"""Least of generation side by side that counts, for each number of sequences."""
+LEAST_OUTPUT = 64
+"""Bytes that a measured stream has at least."""
+TIMED_PROMPTS = 9
+"""Of each length."""
+SHORT_PROMPT = 16
+PROMPT_TIMES = (0.5, 1, 2, 4)
+"""Of the mean length: later rows cost more."""
+CONNECT_SECONDS, WHOLE_SECONDS = 10.0, 600.0
+EVENT = re.compile(rb"^data: (\{.*\})\r?$", re.MULTILINE)
+
+
+class MeasureError(ValueError):
+    """The server cannot be reached, or does not answer as it should."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A completion. times: when text came, in seconds after `began`, and how many characters there were by then.
+    ended: when all was there."""
+
+    times: list[tuple[float, int]]
+    ended: float
+    num_bytes: int
+
+    @property
+    def first(self) -> float:
+        return self.times[0][0]
+
+    def bytes_at(self, when: float) -> float:
+        """That had come by then, if all characters have as many bytes."""
+        index = bisect_right([at for at, _ in self.times], when)
+        return self.times[index - 1][1] / self.times[-1][1] * self.num_bytes if index else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server. url: without a path. headers: of every request."""
+
+    url: str
+    model: str
+    decoder: str
+    headers: Mapping[str, str]
+
+    @classmethod
+    def of(cls, url: str, decoder: str, key: str | None) -> "Target":
+        """Asks the server for its model. Raises MeasureError."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        where = urlsplit(url)
+        if where.scheme not in ("http", "https") or not where.hostname:
+            raise MeasureError(f"--url: must be as http://127.0.0.1:8000, not {url!r}")
+        base = f"{where.scheme}://{where.netloc}"
+        cards = orjson.loads(_get(base, "/v1/models", headers))["data"]
+        if decoder not in cards[0]["decoders"]:
+            raise MeasureError(f"--decoder: {base} has {', '.join(cards[0]['decoders'])}, not {decoder!r}")
+        return cls(base, cards[0]["id"], decoder, headers)
+
+
+def measure(target: Target, traffic: Traffic, tell: Callable[[str], None]) -> ReplicaCosts:
+    """Takes half a minute or so. tell: what is measured now. Raises MeasureError."""
+    limits = _limits(target)
+    version = orjson.loads(_get(target.url, "/version", target.headers))
+    if busy := limits["fastblt_running_sequences"] + limits["fastblt_waiting_sequences"]:
+        raise MeasureError(f"{target.url} runs {busy:.0f} other sequences: it must be idle to be measured")
+    max_sequences = int(limits["fastblt_running_capacity_sequences"])
+    texts = Texts()
+    tell("warming up")
+    asyncio.run(_together(target, texts.prompts(2, traffic), LEAST_OUTPUT))
+    rounds, prompts_read = [], list[str]()
+    for count in _counts(min(max_sequences, MOST_SEQUENCES)):
+        tell(f"{count} side by side")
+        new = texts.prompts(count - len(prompts_read), traffic)
+        asyncio.run(_together(target, new, 1))
+        prompts_read += new
+        rounds.append(_side_by_side(target, prompts_read, max(round(traffic.output_bytes), LEAST_OUTPUT)))
+    tell("prompts")
+    prompts, request_seconds = _prompts(target, texts, traffic, rounds[0].seconds / rounds[0].num_bytes)
+    return ReplicaCosts(
+        of={name: version[name] for name in ("version", "commit", "model", "kernels")} | {"url": target.url},
+        decoder=target.decoder,
+        rounds=rounds,
+        prompts=prompts,
+        request_seconds=request_seconds,
+        prompt_rows=int(limits["fastblt_step_prompt_rows"]),
+        max_sequences=max_sequences,
+        cache_bytes=int(limits["cache_bytes"]),
+        page_size=int(limits["page_size"]),
+    )
+
+
+def _counts(most: int) -> list[int]:
+    """1, 2, 4 and so on, and the most."""
+    return sorted({*(1 << power for power in range(most.bit_length())), most})
+
+
+def _side_by_side(target: Target, prompts: Sequence[str], output_bytes: int) -> RoundCost:
+    """From the moment when all have begun to the moment when the first ends. The bytes of a step are the engine's own
+    figure: an event of a stream may have those of several. prompts: that it has read, so that all begin soon after each
+    other."""
+    count, seconds, num_bytes, committed, steps = len(prompts), 0.0, 0.0, 0.0, 0.0
+    while seconds < SECONDS:
+        before = _generated(target)
+        streams = asyncio.run(_together(target, prompts, output_bytes))
+        begin, end = max(one.first for one in streams), min(one.times[-1][0] for one in streams)
+        if end <= begin:
+            # The first ended before the last began: with longer outputs more of them overlap.
+            begin, end = min(one.first for one in streams), max(one.times[-1][0] for one in streams)
+        seconds += end - begin
+        num_bytes += statistics.mean(one.bytes_at(end) - one.bytes_at(begin) for one in streams)
+        after = _generated(target)
+        committed, steps = committed + after[0] - before[0], steps + after[1] - before[1]
+    each = max(committed / max(steps, 1.0) / count, 1.0)
+    return RoundCost(count, seconds * each / max(num_bytes, 1.0), each)
+
+
+def _prompts(target: Target, texts: "Texts", traffic: Traffic, byte: float) -> tuple[list[PromptCost], float]:
+    """Those of several lengths up to some times the mean, and the seconds of a request outside of the engine. byte:
+    seconds of a step that generates one."""
+    mean = max(traffic.prompt_bytes, 4 * SHORT_PROMPT)
+    lengths = [SHORT_PROMPT, *(round(times * mean) for times in PROMPT_TIMES)]
+    most = _longest(target) - 1
+    lengths = sorted({min(length, most) for length in lengths})
+
+    def median(length: int) -> float:
+        alone = [asyncio.run(_together(target, [texts.prompt(length)], 1)) for _ in range(TIMED_PROMPTS)]
+        return statistics.median(streams[0].first for streams in alone)
+
+    # Longer ones never cost less.
+    took = list(accumulate((median(length) for length in lengths), max))
+    row = (took[1] - took[0]) / (lengths[1] - lengths[0])
+    first = max(row * lengths[0], 1e-9)
+    request = max(took[0] - first - byte, 0.0)
+    return [PromptCost(n, first + at - took[0]) for n, at in zip(lengths, took, strict=True)], request
+
+
+def _longest(target: Target) -> int:
+    """Most bytes of a text."""
+    return int(orjson.loads(_get(target.url, "/version", target.headers))["max_length"])
+
+
+class Texts:
+    """Prompts of which none begins as another, so that no prefix is cached."""
+
+    def __init__(self) -> None:
+        self._draw = random.Random(0)
+        self._words = TEXT.split()
+
+    def prompt(self, length: int) -> str:
+        words, size = list[str](), 0
+        while size < length:
+            words.append(self._draw.choice(self._words))
+            size += len(words[-1]) + 1
+        return f"{self._draw.randrange(10**8):08} {' '.join(words)}"[:length]
+
+    def prompts(self, count: int, traffic: Traffic) -> list[str]:
+        return [self.prompt(max(round(traffic.prompt_bytes), 1)) for _ in range(count)]
+
+
+async def _together(target: Target, prompts: Sequence[str], max_tokens: int) -> list[Stream]:
+    """All at the same time; the times are those of one clock."""
+    began = time.perf_counter()
+    try:
+        return list(await asyncio.gather(*(stream(target, text, max_tokens, began) for text in prompts)))
+    except (OSError, asyncio.IncompleteReadError) as error:
+        raise MeasureError(f"{target.url}: {error}") from error
+
+
+async def stream(target: Target, prompt: str, max_tokens: int, began: float) -> Stream:
+    """began: on `time.perf_counter`. Nothing is parsed before the end, as the client must not limit the figures.
+    Raises MeasureError, OSError."""
+    where = urlsplit(target.url)
+    fields = {"model": target.model, "prompt": prompt, "max_tokens": max_tokens, "decoder": target.decoder}
+    asked = {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    content = orjson.dumps(fields | asked)
+    headers = {"Host": where.netloc, "Content-Type": "application/json", "Content-Length": str(len(content))}
+    head = "".join(f"{name}: {value}\r\n" for name, value in (headers | dict(target.headers)).items())
+    port = where.port or (443 if where.scheme == "https" else 80)
+    async with asyncio.timeout(CONNECT_SECONDS):
+        reader, writer = await asyncio.open_connection(where.hostname, port, ssl=where.scheme == "https" or None)
+    chunks = list[tuple[float, bytes]]()
+    try:
+        async with asyncio.timeout(WHOLE_SECONDS):
+            writer.write(f"POST /v1/completions HTTP/1.1\r\n{head}Connection: close\r\n\r\n".encode() + content)
+            while chunk := await reader.read(1 << 16):
+                chunks.append((time.perf_counter() - began, chunk))
+    finally:
+        writer.close()
+    return _parsed(chunks)
+
+
+def _parsed(chunks: Sequence[tuple[float, bytes]]) -> Stream:
+    """chunks: of an answer, each with the time when it came."""
+    times, size, usage = list[tuple[float, int]](), 0, 0
+    answer = b"".join(chunk for _, chunk in chunks)
+    came = [(at, end) for (at, _), end in zip(chunks, accumulate(len(chunk) for _, chunk in chunks), strict=True)]
+    ends = [end for _, end in came]
+    for event in EVENT.finditer(answer):
+        found = orjson.loads(event[1])
+        text = "".join(choice["text"] for choice in found.get("choices", []))
+        usage = (found.get("usage") or {}).get("completion_tokens", usage)
+        if text:
+            size += len(text)
+            times.append((came[bisect_left(ends, event.end())][0], size))
+    if not usage or not times or b"[DONE]" not in answer[-64:]:
+        told = answer.rpartition(b"\r\n\r\n")[2][-300:].decode(errors="replace")
+        raise MeasureError(f"not a whole stream of text: {told}")
+    return Stream(times, chunks[-1][0], usage)
+
+
+def _generated(target: Target) -> tuple[float, float]:
+    """Bytes that this decoder has generated so far, and the engine's steps."""
+    found = {}
+    for family in text_string_to_metric_families(_get(target.url, "/metrics", target.headers).decode()):
+        for sample in family.samples:
+            if sample.labels.get("decoder", target.decoder) == target.decoder:
+                found[sample.name] = sample.value
+    return found["fastblt_committed_bytes_total"], found["fastblt_steps_total"]
+
+
+def _limits(target: Target) -> dict[str, float]:
+    """Of the metrics: those without labels, and what the caches hold."""
+    found = {"cache_bytes": 0.0, "page_size": 0.0}
+    for family in text_string_to_metric_families(_get(target.url, "/metrics", target.headers).decode()):
+        for sample in family.samples:
+            if not sample.labels:
+                found[sample.name] = sample.value
+            elif sample.name == "fastblt_cache_info":
+                found["cache_bytes"] += int(sample.labels["pages"]) * int(sample.labels["page_bytes"])
+                if sample.labels["pool"] == "global":
+                    found["page_size"] = int(sample.labels["page_rows"])
+    if "fastblt_running_capacity_sequences" not in found:
+        raise MeasureError(f"{target.url}/metrics is not of a fastblt server of this version")
+    return found
+
+
+def _get(url: str, path: str, headers: Mapping[str, str]) -> bytes:
+    try:
+        response = httpx.get(url + path, headers=dict(headers), timeout=CONNECT_SECONDS)
+    except httpx.HTTPError as error:
+        raise MeasureError(f"--url: {url}{path}: {error}") from error
+    if response.status_code != 200:
+        raise MeasureError(f"--url: {url}{path} answered {response.status_code}: {response.text[:200]}")
+    return response.content

@@ -1,0 +1,62 @@
+"""What a server's steps cost, measured from outside."""
+
+import re
+import time
+
+import pytest
+
+from engine.simulation.load import Traffic
+from server.capacity import measure as measuring
+from server.capacity.measure import MeasureError, Target, measure
+from tests.serving import API_KEYS, RunningServer, StartServer
+
+TRAFFIC = Traffic(40, 24, 0.5)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "SECONDS", 0.05)
+    monkeypatch.setattr(measuring, "TIMED_PROMPTS", 3)
+
+
+def test_a_server_is_measured_with_its_limits(start_server: StartServer) -> None:
+    server = start_server("--max-sequences", "6", "--page-size", "32", "--max-step-rows", "48")
+    told: list[str] = []
+    found = measure(Target.of(server.url, "blt-s", None), TRAFFIC, told.append)
+    assert told == ["warming up", *(f"{n} side by side" for n in (1, 2, 4, 6)), "prompts"]
+    assert (found.max_sequences, found.page_size, found.decoder) == (6, 32, "blt-s")
+    assert found.prompt_rows <= 48 and found.cache_bytes > 1 << 20
+    assert [one.sequences for one in found.rounds] == [1, 2, 4, 6]
+    assert all(one.seconds > 0 and one.num_bytes >= 1 for one in found.rounds)
+    # Rounds of drafts give more than a byte.
+    assert found.rounds[0].num_bytes > 1
+    rows = [one.rows for one in found.prompts]
+    assert rows == sorted(set(rows)) and rows[0] == 16 and all(one.seconds > 0 for one in found.prompts)
+    assert 0 <= found.request_seconds < 1
+
+
+def test_a_busy_server_is_not_measured(start_server: StartServer) -> None:
+    server = start_server()
+    target = Target.of(server.url, "blt", None)
+    endless = {"prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with server.client() as http, http.stream("POST", "/v1/completions", json=endless):
+        while not measuring._limits(target)["fastblt_running_sequences"]:
+            time.sleep(0.01)
+        with pytest.raises(MeasureError, match="runs 1 other sequences: it must be idle"):
+            measure(target, TRAFFIC, print)
+
+
+def test_a_target_is_a_server_that_has_the_decoder_and_takes_the_key(
+    server: RunningServer, keyed: RunningServer
+) -> None:
+    with pytest.raises(MeasureError, match=re.escape(f"--decoder: {server.url} has blt, blt-s, ")):
+        Target.of(server.url, "fast", None)
+    with pytest.raises(MeasureError, match="/v1/models answered 401: "):
+        Target.of(keyed.url, "blt", None)
+    assert Target.of(keyed.url + "/v1", "blt", API_KEYS[0]).url == keyed.url
+
+
+async def test_an_answer_that_is_no_whole_stream_is_an_error(server: RunningServer) -> None:
+    target = Target.of(server.url, "blt", None)
+    with pytest.raises(MeasureError, match="not a whole stream of text: .*max_tokens"):
+        await measuring.stream(target, "x", -1, 0.0)
