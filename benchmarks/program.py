@@ -30,8 +30,11 @@ Content = Mapping[str, Any]
 SHAPES = ("tiny", "nano", "1b", "3b", "7b")
 PRIVATE = ("--work", "--out")
 """Arguments that do not affect the figures."""
-EXTRAS = {"against_tokens": ("tokens", ("gguf", "llama_cpp"))}
-"""Programs that need more than `make bench` installs: an extra, and the modules that it brings."""
+EXTRAS = {
+    "against_tokens": ("tokens", ("gguf", "llama_cpp"), " (it compiles, for ten minutes)"),
+    "routing": ("ray", ("ray",), ""),
+}
+"""Programs that need more than `make bench` installs: an extra, the modules that it brings, and a warning."""
 
 
 class Verdict(NamedTuple):
@@ -78,11 +81,11 @@ class Subject:
 
 def lacking(name: str) -> str | None:
     """A line on what must be installed for that program; None if nothing is missing."""
-    extra, modules = EXTRAS.get(name, ("", ()))
+    extra, modules, warning = EXTRAS.get(name, ("", (), ""))
     missing = [module for module in modules if find_spec(module) is None]
     if not missing:
         return None
-    return f"{name} needs {' and '.join(missing)}: .venv/bin/pip install -e '.[{extra}]' (it compiles, for ten minutes)"
+    return f"{name} needs {' and '.join(missing)}: .venv/bin/pip install -e '.[{extra}]'{warning}"
 
 
 def parser(

@@ -31,14 +31,14 @@ def server(model: Path, *flags: str, root: Path = ROOT) -> Iterator[str]:
 
 
 @contextmanager
-def ray_server(model: Path, *flags: str, root: Path = ROOT) -> Iterator[str]:
-    """The same through Ray, on a cluster of its own."""
+def ray_server(model: Path, *flags: str, root: Path = ROOT, module: str = "deploy.ray_serve") -> Iterator[str]:
+    """The same through Ray, on a cluster of its own. module: what is run."""
     from tests.ops.ray_cluster import clean_environment, free_ports, running_cluster
 
     with TemporaryDirectory(prefix="benchmarks-") as home:
         environment = clean_environment(Path(home)) | {"PYTHONPATH": str(root)}
         with running_cluster(environment) as cluster:
-            command = [sys.executable, "-m", "deploy.ray_serve", "--model", str(model.resolve())]
+            command = [sys.executable, "-m", module, "--model", str(model.resolve())]
             command += ["--ray-address", cluster.address, "--port", str(free_ports(1)[0])]
             with _running([*command, "--served-model-name", NAME, *flags], root, environment) as address:
                 yield address

@@ -28,6 +28,7 @@ PROGRAMS = {
     "prefill_budget": "Prefill budget",
     "constraints": "Structured output",
     "fleet": "Routing among replicas",
+    "routing": "Routing among real replicas",
     "capacity": "Simulated capacity",
 }
 """The programs' titles, in the order of the page."""

@@ -1013,7 +1013,7 @@ def size(
         str | None,
         typer.Option(
             help="An idle server with the flags and the machine that replicas will have. Its steps are measured, which "
-            "takes about half a minute.",
+            "takes about a minute.",
             rich_help_panel=SIMULATION,
         ),
     ] = None,

@@ -36,6 +36,7 @@ TOYS = {
     "prefill_budget": "--budgets 32 128 --prompt-bytes 200 --streams 2 --steps 4 --turns 1",
     "constraints": "--prompts 1 --bytes 24",
     "fleet": "--replicas 4 --seconds 4 --rates 2 3",
+    "routing": "--replicas 2 --rate 2 --seconds 3 --turns 1",
     "capacity": "--shares 0.3 --seconds 2 --prompt-bytes 40 --output-bytes 20 --num-threads 1",
 }
 HEADERS = {
@@ -53,6 +54,7 @@ HEADERS = {
     "prefix": "| 3 | 200 bytes |",
     "prefill_budget": "| max_step_rows | first byte of the prompt, steps |",
     "fleet": "| replicas | requests a second for each | rule |",
+    "routing": "| rule | mean, s | p90, s | first byte, s | cached |",
     "capacity": "| decoder | load | requests/s | to the | mean, s | simulated |",
     "constraints": "| grammar | texts | cut | bytes | blt | blt-s k=8 | blt-dv B=8 |",
 }
@@ -84,7 +86,7 @@ def test_every_benchmark_has_toy_arguments() -> None:
     assert {run.split()[0] for run in short.RUNS} <= set(TOYS)
 
 
-SLOW = ("checkouts", "startup", "capacity")
+SLOW = ("checkouts", "startup", "routing", "capacity")
 """Benchmarks that start several servers."""
 
 

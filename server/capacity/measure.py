@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -26,6 +27,8 @@ MOST_SEQUENCES = 256
 """More side by side are not measured."""
 SECONDS = 1.0
 """Least of generation side by side that counts, for each number of sequences."""
+SWEEPS = 3
+"""Over all numbers of sequences: a machine may be slower for some seconds."""
 LEAST_OUTPUT = 64
 """Bytes that a measured stream has at least."""
 TIMED_PROMPTS = 9
@@ -44,11 +47,12 @@ class MeasureError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Stream:
     """A completion. times: when text came, in seconds after `began`, and how many characters there were by then.
-    ended: when all was there."""
+    ended: when all was there. num_cached: bytes of its prompt that were found in the prefix cache."""
 
     times: list[tuple[float, int]]
     ended: float
     num_bytes: int
+    num_cached: int
 
     @property
     def first(self) -> float:
@@ -84,7 +88,7 @@ class Target:
 
 
 def measure(target: Target, traffic: Traffic, tell: Callable[[str], None]) -> ReplicaCosts:
-    """Takes half a minute or so. tell: what is measured now. Raises MeasureError."""
+    """Takes a minute or so. tell: what is measured now. Raises MeasureError."""
     limits = _limits(target)
     version = orjson.loads(_get(target.url, "/version", target.headers))
     if busy := limits["fastblt_running_sequences"] + limits["fastblt_waiting_sequences"]:
@@ -93,13 +97,16 @@ def measure(target: Target, traffic: Traffic, tell: Callable[[str], None]) -> Re
     texts = Texts()
     tell("warming up")
     asyncio.run(_together(target, texts.prompts(2, traffic), LEAST_OUTPUT))
-    rounds, prompts_read = [], list[str]()
-    for count in _counts(min(max_sequences, MOST_SEQUENCES)):
+    counts = _counts(min(max_sequences, MOST_SEQUENCES))
+    prompts_read, found = list[str](), dict[int, list[RoundCost]]()
+    for count in counts * SWEEPS:
         tell(f"{count} side by side")
         new = texts.prompts(count - len(prompts_read), traffic)
         asyncio.run(_together(target, new, 1))
         prompts_read += new
-        rounds.append(_side_by_side(target, prompts_read, max(round(traffic.output_bytes), LEAST_OUTPUT)))
+        cost = _side_by_side(target, prompts_read[:count], max(round(traffic.output_bytes), LEAST_OUTPUT))
+        found.setdefault(count, []).append(cost)
+    rounds = [_mean(costs) for costs in found.values()]
     tell("prompts")
     prompts, request_seconds = _prompts(target, texts, traffic, rounds[0].seconds / rounds[0].num_bytes)
     return ReplicaCosts(
@@ -113,6 +120,12 @@ def measure(target: Target, traffic: Traffic, tell: Callable[[str], None]) -> Re
         cache_bytes=int(limits["cache_bytes"]),
         page_size=int(limits["page_size"]),
     )
+
+
+def _mean(costs: Sequence[RoundCost]) -> RoundCost:
+    num_bytes = statistics.mean(one.num_bytes for one in costs)
+    byte = statistics.mean(one.seconds / one.num_bytes for one in costs)
+    return RoundCost(costs[0].sequences, byte * num_bytes, num_bytes)
 
 
 def _counts(most: int) -> list[int]:
@@ -217,21 +230,22 @@ async def stream(target: Target, prompt: str, max_tokens: int, began: float) -> 
 
 def _parsed(chunks: Sequence[tuple[float, bytes]]) -> Stream:
     """chunks: of an answer, each with the time when it came."""
-    times, size, usage = list[tuple[float, int]](), 0, 0
+    times, size, usage = list[tuple[float, int]](), 0, dict[str, Any]()
     answer = b"".join(chunk for _, chunk in chunks)
     came = [(at, end) for (at, _), end in zip(chunks, accumulate(len(chunk) for _, chunk in chunks), strict=True)]
     ends = [end for _, end in came]
     for event in EVENT.finditer(answer):
         found = orjson.loads(event[1])
         text = "".join(choice["text"] for choice in found.get("choices", []))
-        usage = (found.get("usage") or {}).get("completion_tokens", usage)
+        usage = found.get("usage") or usage
         if text:
             size += len(text)
             times.append((came[bisect_left(ends, event.end())][0], size))
     if not usage or not times or b"[DONE]" not in answer[-64:]:
         told = answer.rpartition(b"\r\n\r\n")[2][-300:].decode(errors="replace")
         raise MeasureError(f"not a whole stream of text: {told}")
-    return Stream(times, chunks[-1][0], usage)
+    cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    return Stream(times, chunks[-1][0], usage["completion_tokens"], cached)
 
 
 def _generated(target: Target) -> tuple[float, float]:

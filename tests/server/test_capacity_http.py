@@ -16,6 +16,7 @@ TRAFFIC = Traffic(40, 24, 0.5)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "SECONDS", 0.05)
+    monkeypatch.setattr(measuring, "SWEEPS", 1)
     monkeypatch.setattr(measuring, "TIMED_PROMPTS", 3)
 
 
