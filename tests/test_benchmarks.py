@@ -201,6 +201,7 @@ def test_a_benchmark_that_fails_does_not_stop_the_others(tmp_path: Path, capfd: 
     assert "| 3 | 200 bytes |" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_takes_too_long_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
