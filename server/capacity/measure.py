@@ -179,10 +179,10 @@ def _longest(target: Target) -> int:
 
 
 class Texts:
-    """Prompts of which none begins as another, so that no prefix is cached."""
+    """Prompts of which none begins as another, so that no prefix is cached: not by an earlier measurement, either."""
 
     def __init__(self) -> None:
-        self._draw = random.Random(0)
+        self._draw = random.Random()
         self._words = TEXT.split()
 
     def prompt(self, length: int) -> str:
@@ -201,8 +201,8 @@ async def _together(target: Target, prompts: Sequence[str], max_tokens: int) -> 
     began = time.perf_counter()
     try:
         return list(await asyncio.gather(*(stream(target, text, max_tokens, began) for text in prompts)))
-    except (OSError, asyncio.IncompleteReadError) as error:
-        raise MeasureError(f"{target.url}: {error}") from error
+    except OSError as error:
+        raise MeasureError(f"{target.url}: {str(error) or type(error).__name__}") from error
 
 
 async def stream(target: Target, prompt: str, max_tokens: int, began: float) -> Stream:

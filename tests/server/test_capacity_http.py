@@ -57,6 +57,13 @@ def test_a_target_is_a_server_that_has_the_decoder_and_takes_the_key(
     assert Target.of(keyed.url + "/v1", "blt", API_KEYS[0]).url == keyed.url
 
 
+def test_no_prompt_begins_as_one_of_an_earlier_measurement() -> None:
+    lengths = (16, 40, 400)
+    prompts = [texts.prompt(length) for texts in (measuring.Texts(), measuring.Texts()) for length in lengths]
+    assert [len(prompt) for prompt in prompts] == [*lengths, *lengths]
+    assert len({prompt[:8] for prompt in prompts}) == 6
+
+
 async def test_an_answer_that_is_no_whole_stream_is_an_error(server: RunningServer) -> None:
     target = Target.of(server.url, "blt", None)
     with pytest.raises(MeasureError, match="not a whole stream of text: .*max_tokens"):
