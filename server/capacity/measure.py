@@ -46,7 +46,7 @@ class MeasureError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A completion. times: when text came, in seconds after `began`, and how many characters there were by then.
+    """A completion. times: when events came, in seconds after `began`, and how many characters there were by then.
     ended: when all was there. num_cached: bytes of its prompt that were found in the prefix cache."""
 
     times: list[tuple[float, int]]
@@ -61,7 +61,7 @@ class Stream:
     def bytes_at(self, when: float) -> float:
         """That had come by then, if all characters have as many bytes."""
         index = bisect_right([at for at, _ in self.times], when)
-        return self.times[index - 1][1] / self.times[-1][1] * self.num_bytes if index else 0.0
+        return self.times[index - 1][1] / max(self.times[-1][1], 1) * self.num_bytes if index else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,10 +236,10 @@ def _parsed(chunks: Sequence[tuple[float, bytes]]) -> Stream:
     ends = [end for _, end in came]
     for event in EVENT.finditer(answer):
         found = orjson.loads(event[1])
-        text = "".join(choice["text"] for choice in found.get("choices", []))
         usage = found.get("usage") or usage
-        if text:
-            size += len(text)
+        # An id that is no byte has no text.
+        if choices := found.get("choices"):
+            size += sum(len(choice["text"]) for choice in choices)
             times.append((came[bisect_left(ends, event.end())][0], size))
     if not usage or not times or b"[DONE]" not in answer[-64:]:
         told = answer.rpartition(b"\r\n\r\n")[2][-300:].decode(errors="replace")

@@ -64,6 +64,13 @@ def test_no_prompt_begins_as_one_of_an_earlier_measurement() -> None:
     assert len({prompt[:8] for prompt in prompts}) == 6
 
 
+def test_a_stream_whose_only_id_has_no_text_is_whole() -> None:
+    event = b'data: {"choices":[{"index":0,"text":"","finish_reason":"length"}]}\n\n'
+    usage = b'data: {"choices":[],"usage":{"completion_tokens":1}}\n\ndata: [DONE]\n\n'
+    found = measuring._parsed([(0.5, event), (0.75, usage)])
+    assert (found.first, found.ended, found.num_bytes, found.bytes_at(1.0)) == (0.5, 0.75, 1, 0.0)
+
+
 async def test_an_answer_that_is_no_whole_stream_is_an_error(server: RunningServer) -> None:
     target = Target.of(server.url, "blt", None)
     with pytest.raises(MeasureError, match="not a whole stream of text: .*max_tokens"):
