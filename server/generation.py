@@ -171,17 +171,28 @@ class Generation:
         for index, events in self._origin.held.items():
             for event in events:
                 yield index, self._take(index, event)
+        for index in range(len(self.streams)):
+            # What was told elsewhere is no event here: the others wait for their turn as if they came anew.
+            if (told := self._origin.told(index)) and not isinstance(told[-1], Delta):
+                self._begin(index)
         try:
             async for item in self._events:
                 if item is None:
                     yield None
                     continue
                 index, event = item
+                self._begin(index)
                 if self._origin.note:
                     self._origin.note(index, event)
                 yield index, self._take(index, event)
         except EngineDead as error:
             raise self._service.gate.unavailable(f"the engine is gone: {error}", "engine_dead") from error
+
+    def _begin(self, index: int) -> None:
+        """The sequence no longer waits."""
+        if index not in self._begun:
+            self._begun.add(index)
+            self._ticket.begun()
 
     def _take(self, index: int, event: Event) -> Piece:
         """Counts an event and makes a piece of it."""
@@ -196,9 +207,6 @@ class Generation:
         return self._feed(index, event)
 
     def _feed(self, index: int, event: Event) -> Piece:
-        if index not in self._begun:
-            self._begun.add(index)
-            self._ticket.begun()
         if scores := self._scores.get(index):
             scores.learn(event)
         if isinstance(event, Failed):
