@@ -149,12 +149,14 @@ class Balance:
             known.load, known.heard = load, self._clock()
 
     def full(self) -> float | None:
-        """The least seconds until one of the replicas has room, if none of them has."""
+        """The least seconds until one of the replicas has room, if none of them has. None if keys share a queue: only
+        its replica can tell whose turn it is."""
         with self._lock:
             now = self._clock()
-            if not self._replicas or not all(known.is_full(now) for known in self._replicas.values()):
+            known = list(self._replicas.values())
+            if not known or not all(one.is_full(now) and not one.load.is_shared for one in known):
                 return None
-            return min(known.load.retry_after - (now - known.heard) for known in self._replicas.values())
+            return min(one.load.retry_after - (now - one.heard) for one in known)
 
     def _send(self, number: int, work: Work, replica: str) -> None:
         for known in self._replicas.values():

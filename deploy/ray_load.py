@@ -56,6 +56,8 @@ class Load:
     rates: Rates = field(default_factory=Rates)
     shortest_seconds: float = 0.0
     """Of the shortest step; 0 if it is not known."""
+    is_shared: bool = False
+    """Whether several API keys share the queue: if it is full, a request may still displace one of another key."""
     looks: int = 0
     """At steps without prompts: how often the shortest was sought among them."""
 
@@ -109,6 +111,7 @@ class Meter:
             gate.retry_seconds(1),
             rates,
             self._shortest,
+            gate.is_shared,
             self._looks,
         )
 

@@ -147,6 +147,11 @@ class Gate:
         return ticket
 
     @property
+    def is_shared(self) -> bool:
+        """Whether there are several tenants."""
+        return self._is_shared()
+
+    @property
     def in_line(self) -> int:
         """Sequences that wait for the turn of their key."""
         return self.waiting - self._ahead

@@ -194,6 +194,15 @@ def test_full_and_avoided_replicas_come_last(balance: Balance, clock: Clock) -> 
     assert balance.full() is None, "that is old news"
 
 
+def test_a_queue_that_keys_share_is_never_full_for_the_ingress(balance: Balance, clock: Clock) -> None:
+    balance.choose(1, completion(b"p"), "ab")
+    balance.heard("a", Load(free=0, retry_after=5.0))
+    balance.heard("b", Load(free=0, retry_after=3.0))
+    assert balance.full() == 3.0
+    balance.heard("b", Load(free=0, retry_after=3.0, is_shared=True))
+    assert balance.full() is None, "a request may displace one of another key there"
+
+
 def test_a_request_that_has_ended_no_longer_counts(balance: Balance, clock: Clock) -> None:
     first = balance.choose(1, completion(b"p", 500, n=8), "ab")[0]
     clock.now += 0.1
