@@ -37,7 +37,8 @@ RETRY_SECONDS = 0.25
 DONE = format_sse_event(data_str="[DONE]")
 
 Ask = Callable[[Call], AsyncGenerator[str | list[Message], None]]
-"""Sends a call to a replica: gives its id, then the messages of its answer. Raises ReplicaLost, NoRoom."""
+"""Sends a call to a replica: gives its id, then the messages of its answer. Raises ReplicaLost, ReplicaFailed,
+NoRoom."""
 Unavailable = Callable[[str, Code], ApiError]
 
 
@@ -47,6 +48,10 @@ class ReplicaLost(Exception):
 
 class NoRoom(Exception):
     """No replica takes the request now."""
+
+
+class ReplicaFailed(Exception):
+    """The replica's application raised an exception, its cause."""
 
 
 class BrokenOff(Exception):
@@ -129,10 +134,16 @@ class Relay:
             try:
                 return await self._from_a_replica(call, deadline)
             except ReplicaLost as error:
-                log.warning("the replica %s was lost: %s", self._replica or "", error)
-                losses = 1 if self._has_told else losses + 1
-                deadline = self._clock() + self._wait
-                why = "the replica that ran this request is gone"
+                if self._is_whole:
+                    return
+                if self._replica:
+                    log.warning("the replica %s was lost: %s", self._replica, error)
+                    losses = 1 if self._has_told else losses + 1
+                    deadline = self._clock() + self._wait
+                    why = "the replica that ran this request is gone"
+                else:
+                    # It was gone before, which says nothing of the request.
+                    await asyncio.sleep(RETRY_SECONDS)
             except NoRoom:
                 if not losses and (not self._replica or self._clock() >= deadline):
                     if self._refusal:
