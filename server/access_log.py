@@ -36,7 +36,7 @@ class Access:
     method: str
     path: str
     client: str
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=lambda: time.perf_counter())
     """By `time.perf_counter`."""
     seconds: float = 0.0
     route: str | None = None

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from engine import build
 from engine.config import EngineConfig
+from engine.costs.ledger import Ledger
 from engine.decoders import Draft, Next, Result, Unmask, Verify
 from engine.engine import Engine
 from engine.logs import LogSettings
@@ -37,6 +38,15 @@ LONGEST_PATCH = 8
 CHECKED_EVERY = 64
 """Steps after which all pages are counted."""
 _pids = itertools.count(1)
+
+
+class StepClock:
+    """seconds: what has passed for the engine whose step runs: the loop's clock stands still meanwhile."""
+
+    seconds = 0.0
+
+
+step_clock = StepClock()
 
 
 @dataclass
@@ -66,8 +76,22 @@ class Faults:
 class ScriptedStepper(Stepper):
     """Gives the text of `.text` instead of running stages."""
 
+    ledger: Ledger
+
     def run(self, batch: Seq[Rows]) -> Seq[Result | None]:
+        self._charge(batch)
         return [self._result(rows) for rows in batch]
+
+    def _charge(self, batch: Seq[Rows]) -> None:
+        """The step's time, to the sequences that generate by their rows."""
+        num_rows = sum(rows.num_rows for rows in batch)
+        seconds = STEP_SECONDS + ROW_SECONDS * num_rows
+        step_clock.seconds += seconds
+        self.ledger.total.seconds["decoder"] += seconds
+        for rows in batch:
+            if rows.ask is not None:
+                share = seconds * rows.num_rows / num_rows
+                self.ledger.decoders[rows.sequence.request.decoder].seconds["decoder"] += share
 
     def _result(self, rows: Rows) -> Result | None:
         sequence, request, place = rows.sequence, rows.sequence.request, rows.sequence.num_output
@@ -107,6 +131,7 @@ def _parts(cache_bytes: int, max_sequences: int) -> tuple[EngineConfig, build.Pa
         )  # fmt: skip
         parts = build.build(chosen)
     stepper = ScriptedStepper(parts.stepper.stages, parts.memory, parts.ledger, parts.kernels, "never")
+    stepper.ledger = parts.ledger
     return chosen, replace(parts, stepper=stepper)
 
 
@@ -295,6 +320,7 @@ class SimulatedProcess:
                 self._faults.stuck, self._faults.stuck_since = False, self._step_began
                 await asyncio.sleep(STUCK_SECONDS)
             events = engine.step()
+            step_clock.seconds = 0.0
             rows = sum(rows.num_rows for rows in engine._batch)
             await asyncio.sleep(STEP_SECONDS + ROW_SECONDS * rows)
             if self._faults.poison and any(r.sequence.request.id in self._faults.poison for r in engine._batch):

@@ -23,7 +23,7 @@ def _text(key: bytes, count: int) -> tuple[int, ...]:
 def output_of(request: Request) -> tuple[int, ...]:
     """The ids that the model generates, and some more."""
     prompt = zlib.crc32(struct.pack(f"{len(request.prompt_ids)}H", *request.prompt_ids))
-    key = struct.pack("IqI", prompt, request.sampling.seed, request.sample_index)
+    key = struct.pack("IQI", prompt, request.sampling.seed, request.sample_index)
     return _text(key, request.max_tokens + MAX_DRAFT + 1)
 
 

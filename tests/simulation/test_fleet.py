@@ -1,0 +1,36 @@
+"""A fleet in simulation: its invariants hold whatever is drawn, a seed replays, and each repair undone is found."""
+
+import pytest
+
+from .fleet import FleetStory, play
+from .fleet_plants import PLANTS
+
+FEW = 40
+"""Requests of a story, besides those of the quiet key."""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_invariant_of_a_fleet_holds(seed: int) -> None:
+    play(FleetStory(seed, FEW))
+
+
+def test_a_fleets_seed_replays_to_the_same_trace() -> None:
+    assert play(FleetStory(3, FEW)) == play(FleetStory(3, FEW))
+    assert play(FleetStory(4, FEW)) != play(FleetStory(3, FEW))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repair", PLANTS)
+def test_a_repair_undone_is_found_in_a_fleet(repair: str) -> None:
+    for seed in range(150):
+        try:
+            play(FleetStory(seed, FEW), PLANTS[repair])
+        except AssertionError:
+            return
+    pytest.fail("no seed shows it")
+
+
+@pytest.mark.slow
+def test_many_fleets() -> None:
+    for seed in range(1000, 1200):
+        play(FleetStory(seed, 60))
