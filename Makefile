@@ -63,8 +63,11 @@ constraints: .venv/.ops  ## resolve deploy/constraints.txt, the versions in the 
 
 install: .venv/.runtime  ## make .venv with what serving needs
 
-train: .venv/.dev  ## train models/nano anew; ARGS="--minutes 60", ARGS=--resume
-	$(PY) -m training.train --out models/nano $(ARGS)
+train: .venv/.dev corpus.tar.xz  ## train models/nano anew; ARGS="--minutes 60", ARGS=--resume
+	$(PY) -m training.train --out models/nano --corpus corpus.tar.xz $(ARGS)
+
+corpus.tar.xz: .venv/.dev training/packages.txt  ## download the text that models/nano learns from
+	$(PY) -m training.corpus --packages --out $@
 
 bench: .venv/.dev  ## measure the short set, ten minutes, into benchmarks/results/README.md; ARGS="--only batching"
 	$(PY) -m benchmarks.short $(ARGS)

@@ -82,7 +82,7 @@ def test_a_training_stage_reserves_twice_the_time_to_save(tmp_path: Path, monkey
 def test_resuming_with_another_corpus_is_refused(tmp_path: Path) -> None:
     train(State.new(replace(SETTINGS, steps=1), CONFIG), CORPUS, tmp_path)
     other = replace(CORPUS, texts=(*CORPUS.texts[:-1], b"another\n"))
-    assert replace(CORPUS, python="3.99.0").digest == CORPUS.digest != other.digest
+    assert replace(CORPUS, sources=("cpython-3.99.0",)).digest == CORPUS.digest != other.digest
     with pytest.raises(ValueError, match="began with another text .*: give the --corpus that it began with"):
         train(State.load(tmp_path, CONFIG), other, tmp_path)
     with pytest.raises(ValueError, match="learns from another text"):

@@ -1,9 +1,10 @@
-"""The corpus: the standard library of the running Python.
+"""The corpus: the standard library of the running Python, or an archive of it that may hold public packages, too.
 
-A document is one `.py` file: BOS, its bytes, EOS. One file in twenty, chosen by a hash of its name, is held out.
+A document is one file: BOS, its bytes, EOS. One file in twenty, chosen by a hash of its name, is held out. Of files
+with the same contents only the first is a document, so that none is both learnt and held out.
 
-`python -m training.corpus --out corpus.tar.xz` writes it to an archive of about 5 MB, for a run that continues under
-another Python: a run keeps its text.
+`python -m training.corpus --packages --out corpus.tar.xz` writes an archive. A run keeps its text, and another Python
+has another library.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from subprocess import CalledProcessError
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -26,21 +29,25 @@ from torch import Tensor
 
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
 
+from .packages import documents as package_documents
+from .packages import download
+
 HELD_OUT_ONE_IN = 20
+PYTHON = "cpython-"
 START_WEIGHT = 64
 """The start of a document is drawn as often as this many places inside it."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as byte strings, with their names relative to the library's root, sorted by name.
+    """Documents as byte strings, sorted by name. Names are relative to the library's root, or begin with a release.
 
-    python: the version of CPython whose library they are.
+    sources: the releases that they come from, "cpython-VERSION" among them.
     """
 
     names: tuple[str, ...]
     texts: tuple[bytes, ...]
-    python: str = field(default_factory=platform.python_version)
+    sources: tuple[str, ...] = field(default_factory=lambda: (_this_python(),))
 
     @property
     def num_bytes(self) -> int:
@@ -91,20 +98,23 @@ class Corpus:
 
 def standard_library(root: Path | None = None) -> tuple[Corpus, Corpus]:
     """(training, held-out) documents: every `.py` file below `root` that is UTF-8, installed packages left out."""
-    root = root or Path(sysconfig.get_path("stdlib"))
-    found = _split(_files(root), platform.python_version())
+    root = root or _library()
+    found = _split(_files(root), {_this_python()})
     if not found[0].names:
         raise FileNotFoundError(f"no Python files below {root}")
     return found
 
 
-def write_archive(path: Path, root: Path | None = None) -> int:
-    """Writes the files of `standard_library(root)` into a .tar.xz, the same bytes each time; returns their number."""
-    found = standard_library(root)
-    documents = sorted(pair for corpus in found for pair in zip(corpus.names, corpus.texts, strict=True))
+def write_archive(path: Path, root: Path | None = None, packages: Iterable[Path] = ()) -> int:
+    """Writes the files of `standard_library(root)` and of the packages' source archives into a .tar.xz, the same bytes
+    each time; returns their number."""
+    this = _this_python()
+    documents = [(f"{this}/{name}", text) for name, text in _files(root or _library())]
+    documents += [pair for package in packages for pair in package_documents(package)]
+    documents = sorted(_different(pair for pair in documents if _is_text(pair[1])))
     with tarfile.open(path, "w:xz", format=tarfile.PAX_FORMAT) as archive:
         for name, text in documents:
-            member = tarfile.TarInfo(f"cpython-{found[0].python}/{name}")
+            member = tarfile.TarInfo(name)
             member.size = len(text)
             archive.addfile(member, io.BytesIO(text))
     return len(documents)
@@ -112,25 +122,25 @@ def write_archive(path: Path, root: Path | None = None) -> int:
 
 def read_archive(path: Path) -> tuple[Corpus, Corpus]:
     """(training, held-out) documents of an archive by `write_archive`. Raises ValueError for any other file."""
-    versions: set[str] = set()
+    sources: set[str] = set()
 
     def documents() -> Iterator[tuple[str, bytes]]:
         with tarfile.open(path, "r:xz") as archive:
             for member in archive:
                 folder, _, name = member.name.partition("/")
                 file = archive.extractfile(member)
-                if file is None or not name or not folder.startswith("cpython-"):
-                    raise ValueError(f"{path}: {member.name} is not in a folder cpython-VERSION")
-                versions.add(folder.removeprefix("cpython-"))
-                yield name, file.read()
+                if file is None or not name or "-" not in folder:
+                    raise ValueError(f"{path}: {member.name} is not in a folder NAME-VERSION")
+                sources.add(folder)
+                yield (name if folder.startswith(PYTHON) else member.name), file.read()
 
     try:
         found = list(documents())
     except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{path} is not an archive of `python -m training.corpus`: {error}") from None
-    if len(versions) != 1:
-        raise ValueError(f"{path} holds {len(versions)} folders cpython-VERSION instead of one")
-    return _split(found, versions.pop())
+    if (count := sum(source.startswith(PYTHON) for source in sources)) != 1:
+        raise ValueError(f"{path} holds {count} folders {PYTHON}VERSION instead of one")
+    return _split(found, sources)
 
 
 def corpora(path: Path | None) -> tuple[Corpus, Corpus]:
@@ -138,38 +148,62 @@ def corpora(path: Path | None) -> tuple[Corpus, Corpus]:
     return read_archive(path) if path else standard_library()
 
 
+def _this_python() -> str:
+    return PYTHON + platform.python_version()
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
 def _files(root: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if "site-packages" in name or "dist-packages" in name:
-            continue
-        text = path.read_bytes()
-        try:
-            text.decode()
-        except UnicodeDecodeError:
-            continue
-        yield name, text
+        if "site-packages" not in name and "dist-packages" not in name:
+            yield name, path.read_bytes()
 
 
-def _split(documents: Iterable[tuple[str, bytes]], python: str) -> tuple[Corpus, Corpus]:
-    training: dict[str, bytes] = {}
-    held_out: dict[str, bytes] = {}
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _different(documents: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+    """The first document of each content, by name."""
+    seen: set[bytes] = set()
     for name, text in sorted(documents):
-        (held_out if zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0 else training)[name] = text
-    return (
-        Corpus(tuple(training), tuple(training.values()), python),
-        Corpus(tuple(held_out), tuple(held_out.values()), python),
-    )
+        if text not in seen:
+            seen.add(text)
+            yield name, text
+
+
+def _split(documents: Iterable[tuple[str, bytes]], sources: set[str]) -> tuple[Corpus, Corpus]:
+    parts: tuple[dict[str, bytes], dict[str, bytes]] = {}, {}
+    for name, text in _different(pair for pair in documents if _is_text(pair[1])):
+        parts[zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0][name] = text
+    training, held_out = (Corpus(tuple(p), tuple(p.values()), tuple(sorted(sources))) for p in parts)
+    return training, held_out
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.corpus", description="Writes Python's standard library as an archive to train on."
     )
+    more = "add the sources and documentation of the releases in training/packages.txt, which pip downloads (60 MB)"
+    parser.add_argument("--packages", action="store_true", help=more)
     parser.add_argument("--out", type=Path, required=True, help="the archive, a .tar.xz")
     options = parser.parse_args(arguments)
-    count = write_archive(options.out)
-    print(f"{options.out}: {count} files of CPython {platform.python_version()}, {options.out.stat().st_size} bytes")
+    with TemporaryDirectory() as folder:
+        try:
+            packages = download(Path(folder)) if options.packages else []
+        except CalledProcessError as error:
+            print(f"pip could not download the packages: exit code {error.returncode}", file=sys.stderr)
+            return 1
+        count = write_archive(options.out, packages=packages)
+    print(f"{options.out}: {count} files, {options.out.stat().st_size} bytes")
     return 0
 
 
