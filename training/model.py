@@ -14,7 +14,7 @@ EOS but padding.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -61,6 +61,11 @@ class Blocks:
         return (self.starts[..., None] + torch.arange(self.ids.shape[-1], device=self.ids.device)).flatten(1)
 
 
+def joined(first: Blocks, second: Blocks) -> Blocks:
+    """The blocks of both, for the same texts."""
+    return Blocks(*(torch.cat([getattr(b, f.name) for b in (first, second)], 1) for f in fields(Blocks)))
+
+
 def initial_weights(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     """Initial float32 weights: unit-gain matrices, and zero outputs of every residual branch."""
     draw = torch.Generator().manual_seed(seed)
@@ -82,7 +87,7 @@ def patcher_logits(config: ModelConfig, weights: Weights, ids: Tensor, dtype: to
     x = F.embedding(ids, weights["model.patcher.embed_tokens.weight"]).float()
     x = _stack(x, weights, "model.patcher", config.patcher, positions, dtype)
     return _project(
-        _norm(x, weights, "model.patcher.norm", config.patcher, dtype), weights, "model.patcher.lm_head"
+        norm(x, weights, "model.patcher.norm", config.patcher, dtype), weights, "model.patcher.lm_head"
     ).float()
 
 
@@ -133,7 +138,7 @@ def encode(
         table = weights[f"model.encoder_hash_tok_embedding.{t}.weight"]
         x = x + F.embedding(rows[:, t].view_as(ids), table)
 
-    turns, slots = _turns(torch.arange(ids.shape[1], device=ids.device), enc), None
+    turns, slots = rotary(torch.arange(ids.shape[1], device=ids.device), enc), None
     for i in range(enc.num_layers):
         x = _run(_layer, x, weights, f"model.local_encoder.layers.{i}", enc, turns, dtype, recompute=recompute)
         if not (config.encoder_refine or i == enc.num_layers - 1):
@@ -156,7 +161,7 @@ def latents(
     x = slots.flatten(2)
     if config.projects_latent:
         x = _project(x.to(dtype), weights, "model.global_transformer.token_embedding_projection").float()
-    turns = _turns(torch.arange(x.shape[1], device=x.device), config.global_)
+    turns = rotary(torch.arange(x.shape[1], device=x.device), config.global_)
     for i in range(config.global_.num_layers):
         name = f"model.global_transformer.layers.{i}"
         x = _run(_layer, x, weights, name, config.global_, turns, dtype, recompute=recompute)
@@ -191,7 +196,7 @@ def decode(
         reads = torch.cat([reads, _repeated(blocks.patches, blocks.ids.shape[2])], 1)
         positions = torch.cat([positions.expand(len(ids), -1), cells], 1)
         blind = _block_mask(blocks, length, dec.window).to(dtype)
-    turns = _turns(positions, dec)
+    turns = rotary(positions, dec)
     if config.decoder_input == "encoder":
         assert states is not None and blocks is None
         y = states
@@ -200,10 +205,10 @@ def decode(
     for i in range(dec.num_layers):
         if i == 0 or config.decoder_cross_all_layers:
             name = f"model.local_decoder.cross_attn_layers.{i}"
-            y = 2 * y + _run(_read_latent, y, slots, reads, weights, name, dec, dtype, recompute=recompute)
+            y = 2 * y + _run(read_latent, y, slots, reads, weights, name, dec, dtype, recompute=recompute)
         name = f"model.local_decoder.layers.{i}"
         y = _run(_layer, y, weights, name, dec, turns, dtype, length, blind, recompute=recompute)
-    y = _norm(y, weights, "model.local_decoder.norm", dec, dtype)
+    y = norm(y, weights, "model.local_decoder.norm", dec, dtype)
     cell_states = y[:, length:]
     return y[:, :length], cell_states if blocks is None else cell_states.unflatten(1, blocks.ids.shape[1:])
 
@@ -261,31 +266,31 @@ def _read_bytes(
     Each byte is scored by the slots of its patch, and the softmax is a sum over the patch, however long it is.
     """
     count, heads = slots.shape[1], (stack.num_kv_heads, stack.num_heads // stack.num_kv_heads)
-    key_value = _project(_norm(x, weights, f"{name}.k_norm", stack, dtype), weights, f"{name}.k_proj", f"{name}.v_proj")
+    key_value = _project(norm(x, weights, f"{name}.k_norm", stack, dtype), weights, f"{name}.k_proj", f"{name}.v_proj")
     key, value = key_value.unflatten(-1, (2, 1, stack.num_kv_heads, 1, stack.head_dim)).unbind(2)
-    query = _project(_norm(slots, weights, f"{name}.q_norm", stack, dtype), weights, f"{name}.q_proj")
-    asked = _gather(query.flatten(2), own).unflatten(-1, (slots.shape[2], *heads, stack.head_dim))
+    query = _project(norm(slots, weights, f"{name}.q_norm", stack, dtype), weights, f"{name}.q_proj")
+    asked = gather(query.flatten(2), own).unflatten(-1, (slots.shape[2], *heads, stack.head_dim))
     scores = ((asked * key).sum(-1).float() * stack.head_dim**-0.5).flatten(2)
-    share = (scores - _gather(_greatest(scores.detach(), own, count), own)).exp()
+    share = (scores - gather(_greatest(scores.detach(), own, count), own)).exp()
     total = torch.zeros_like(share[:, :1]).expand(-1, count, -1).scatter_add(1, own[..., None].expand_as(share), share)
-    share = (share / _gather(total, own)).to(dtype).unflatten(-1, (slots.shape[2], *heads, 1))
+    share = (share / gather(total, own)).to(dtype).unflatten(-1, (slots.shape[2], *heads, 1))
     weighed = (share * value).flatten(2)
     read = weighed.new_zeros(len(weighed), count, weighed.shape[2])
     read = read.scatter_add(1, own[..., None].expand_as(weighed), weighed)
     return _project(read.unflatten(-1, (slots.shape[2], -1)), weights, f"{name}.o_proj")
 
 
-def _read_latent(
+def read_latent(
     y: Tensor, slots: Tensor, reads: Tensor, weights: Weights, name: str, stack: StackConfig, dtype: torch.dtype
 ) -> Tensor:
     """Cross-attention of each row over the k slots of its latent: (B, R, d)."""
     key_value = _project(
-        _norm(slots, weights, f"{name}.k_norm", stack, dtype), weights, f"{name}.k_proj", f"{name}.v_proj"
+        norm(slots, weights, f"{name}.k_norm", stack, dtype), weights, f"{name}.k_proj", f"{name}.v_proj"
     )
-    read = _gather(key_value.flatten(2), reads)
+    read = gather(key_value.flatten(2), reads)
     read = read.unflatten(-1, (slots.shape[2], 2, stack.num_kv_heads, 1, stack.head_dim))
     key, value = read.unbind(3)
-    query = _project(_norm(y, weights, f"{name}.q_norm", stack, dtype), weights, f"{name}.q_proj")
+    query = _project(norm(y, weights, f"{name}.q_norm", stack, dtype), weights, f"{name}.q_proj")
     query = query.unflatten(-1, (1, stack.num_kv_heads, -1, stack.head_dim))
     attend = ((query * key).sum(-1).float() * stack.head_dim**-0.5).softmax(2).to(dtype)
     return _project((attend[..., None] * value).sum(2).flatten(2), weights, f"{name}.o_proj")
@@ -294,7 +299,7 @@ def _read_latent(
 def _stack(
     x: Tensor, weights: Weights, prefix: str, stack: StackConfig, positions: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    turns = _turns(positions, stack)
+    turns = rotary(positions, stack)
     for i in range(stack.num_layers):
         x = _layer(x, weights, f"{prefix}.layers.{i}", stack, turns, dtype)
     return x
@@ -316,27 +321,40 @@ def _layer(
     blind: Tensor | None = None,
 ) -> Tensor:
     """One transformer layer over x (B, R, dim); rows from `clean` on are block cells, masked by `blind`."""
-    attn = f"{prefix}.self_attn"
-    n = _norm(x, weights, f"{prefix}.input_layernorm", stack, dtype)
-    qkv = _project(n, weights, f"{attn}.q_proj", f"{attn}.k_proj", f"{attn}.v_proj").unflatten(-1, (-1, stack.head_dim))
-    heads, kv_heads = stack.num_heads, stack.num_kv_heads
-    turned = _turned(qkv[:, :, : heads + kv_heads].float(), turns).to(dtype).transpose(1, 2)
-    q, k, v = turned[:, :heads], turned[:, heads:], qkv[:, :, heads + kv_heads :].transpose(1, 2)
-    attended = _causal(q[:, :, :clean], k[:, :, :clean], v[:, :, :clean], stack.window)
+    q, k, v = queries_keys_values(x, weights, prefix, stack, turns, dtype)
+    attended = causal(q[:, :, :clean], k[:, :, :clean], v[:, :, :clean], stack.window)
     if blind is not None:
-        cells = F.scaled_dot_product_attention(q[:, :, clean:], k, v, blind, enable_gqa=heads != kv_heads)
+        cells = _attend(q[:, :, clean:], k, v, blind)
         attended = torch.cat([attended, cells], 2)
-    x = x + _project(attended.transpose(1, 2).flatten(2), weights, f"{attn}.o_proj")
-    m = _norm(x, weights, f"{prefix}.post_attention_layernorm", stack, dtype)
+    return after_attention(x, attended, weights, prefix, stack, dtype)
+
+
+def queries_keys_values(
+    x: Tensor, weights: Weights, prefix: str, stack: StackConfig, turns: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The heads of a layer over x (B, R, dim): queries (B, H, R, hd), keys and values (B, KH, R, hd)."""
+    attn, heads, kv_heads = f"{prefix}.self_attn", stack.num_heads, stack.num_kv_heads
+    n = norm(x, weights, f"{prefix}.input_layernorm", stack, dtype)
+    qkv = _project(n, weights, f"{attn}.q_proj", f"{attn}.k_proj", f"{attn}.v_proj").unflatten(-1, (-1, stack.head_dim))
+    turned = _turned(qkv[:, :, : heads + kv_heads].float(), turns).to(dtype).transpose(1, 2)
+    return turned[:, :heads], turned[:, heads:], qkv[:, :, heads + kv_heads :].transpose(1, 2)
+
+
+def after_attention(
+    x: Tensor, attended: Tensor, weights: Weights, prefix: str, stack: StackConfig, dtype: torch.dtype
+) -> Tensor:
+    """The rest of a layer: x (B, R, dim) and what its heads attended to (B, H, R, hd) -> (B, R, dim)."""
+    x = x + _project(attended.transpose(1, 2).flatten(2), weights, f"{prefix}.self_attn.o_proj")
+    m = norm(x, weights, f"{prefix}.post_attention_layernorm", stack, dtype)
     gate, up = _project(m, weights, f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj").chunk(2, -1)
     return x + _project(F.silu(gate) * up, weights, f"{prefix}.mlp.down_proj")
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Causal attention, (B, H, T, hd); a window is walked in chunks of its own length, each seeing one chunk back."""
-    gqa, length = q.shape[1] != k.shape[1], q.shape[2]
+    length = q.shape[2]
     if window is None or length <= window:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return _attend(q, k, v)
     spare = -length % window
     q, k, v = F.pad(q, (0, 0, 0, spare)), F.pad(k, (0, 0, window, spare)), F.pad(v, (0, 0, window, spare))
     chunks = q.shape[2] // window
@@ -346,12 +364,27 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     ahead = index - index[:window, None]
     seen = ((ahead > 0) & (ahead <= window)).expand(chunks, -1, -1).clone()
     seen[0, :, :window] = False
-    seen = seen.repeat(len(q) // chunks, 1, 1)[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=gqa)
+    seen = torch.where(seen, 0.0, float("-inf")).to(q.dtype).repeat(len(q) // chunks, 1, 1)[:, None]
+    out = _attend(q, k, v, seen)
     return out.unflatten(0, (-1, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
-def _turns(positions: Tensor, stack: StackConfig) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention with an additive `bias` on its scores, or causal without one.
+
+    Two plain products for bfloat16 heads on a CPU, which has instructions for them: torch's fused attention computes in
+    float32 there, and took 2.5 times as long with heads of 64.
+    """
+    gqa = q.shape[1] != k.shape[1]
+    if q.device.type != "cpu" or q.dtype == torch.float32 or gqa:
+        return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, enable_gqa=gqa)
+    if bias is None:
+        bias = torch.full((q.shape[2], k.shape[2]), float("-inf"), dtype=q.dtype).triu(1)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    return scores.add_(bias).softmax(-1) @ v
+
+
+def rotary(positions: Tensor, stack: StackConfig) -> Tensor:
     """Cosines and sines of the rotary angles: (2, ..., R, 1, head_dim / 2)."""
     frequencies = stack.rope_theta ** (-torch.arange(0, stack.head_dim, 2, device=positions.device) / stack.head_dim)
     angles = positions[..., None, None] * frequencies
@@ -365,7 +398,7 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
-def _norm(x: Tensor, weights: Weights, name: str, stack: StackConfig, dtype: torch.dtype) -> Tensor:
+def norm(x: Tensor, weights: Weights, name: str, stack: StackConfig, dtype: torch.dtype) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weights[f"{name}.weight"], stack.norm_eps).to(dtype)
 
 
@@ -375,7 +408,7 @@ def _project(x: Tensor, weights: Weights, *names: str) -> Tensor:
     return F.linear(x, (matrices[0] if len(matrices) == 1 else torch.cat(matrices)).to(x.dtype))
 
 
-def _gather(x: Tensor, index: Tensor) -> Tensor:
+def gather(x: Tensor, index: Tensor) -> Tensor:
     """x (B, N, C) at index (B, ...) -> (B, ..., C)."""
     offset = torch.arange(len(x), device=x.device).view(-1, *[1] * (index.dim() - 1)) * x.shape[1]
     return F.embedding(index + offset, x.flatten(0, 1))
