@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from engine.config import ModelConfig
 
-from .corpus import HELD_OUT_ONE_IN, Corpus
+from .corpus import HELD_OUT_ONE_IN, PYTHON, Corpus
 from .decoding import BEGIN, END
 from .evaluate import PROMPTS, Evaluation
+from .packages import licences
 from .state import PATCHER, State, fraction
 
 
@@ -14,13 +15,15 @@ def card(state: State, training: Corpus, result: Evaluation, texts: Sequence[str
     """The card as Markdown; `texts` continue `PROMPTS`."""
     sizes = {name: weight.numel() for name, weight in state.weights.items()}
     patcher_size = sum(size for name, size in sizes.items() if name.startswith(PATCHER))
+    size = state.config.block_size or 0
+    kept = ", ".join(f"{share:.1%}" for share in result.kept)
     places = ", ".join(f"{share:.2f}" for share in result.masked_accuracy_by_place)
     return f"""\
 # {state.config.name}
 
 A Fast-BLT model (byte-latent, with block diffusion) of {sum(sizes.values()) / 1e6:.2f} million parameters, its entropy
-patcher ({patcher_size / 1e6:.2f} million) included. It continues Python source. It is here so that the server runs, and
-its tests mean something, without a download; it is no useful assistant.
+patcher ({patcher_size / 1e6:.2f} million) included. It continues {_text(training)}. It is here so that the server runs,
+and its tests mean something, without a download; it is no useful assistant.
 
 | measured on held-out files | |
 |---|---|
@@ -28,6 +31,7 @@ its tests mean something, without a download; it is no useful assistant.
 | `xz -9` of the same files, as one | {result.xz_bits_per_byte:.3f} bits per byte |
 | masked cells, whole block masked, block at a patch start | {result.masked_accuracy:.1%} right |
 | the same by place in the block | {places} |
+| drafts in one step, from anywhere, that the model would have written: of {size // 2} bytes, of {size} | {kept} |
 | mean patch | {result.mean_patch:.2f} bytes |
 
 {result.bytes / 1e6:.2f} MB held out, read in slices of {result.context} bytes that each begin anew, EOS of every file
@@ -35,10 +39,11 @@ counted; the bfloat16 weights of this folder, float32 arithmetic. `python -m tra
 
 ## Data and licence
 
-The `.py` files of the standard library of CPython {training.python} (PSF License Agreement, version 2), as
-they lie next to the interpreter, without installed packages: {training.num_bytes / 1e6:.1f} MB to learn from. One file
-in {HELD_OUT_ONE_IN}, by a hash of its name, is held out. A document is BOS, the file's bytes, EOS. The weights are
-under this project's licence, Apache-2.0; text that the model repeats from its data stays under the PSF's.
+{card_data(training)}
+
+{training.num_bytes / 1e6:.1f} MB to learn from. One file in {HELD_OUT_ONE_IN}, by a hash of its name, is held out; of files
+with the same contents only one is used. A document is BOS, the file's bytes, EOS. The weights are under this project's
+licence, Apache-2.0; text that the model repeats from its data stays under its own.
 
 ## Shape
 
@@ -65,7 +70,7 @@ Not measured yet: `fastblt compare --model models/nano --write`.
 
 * It has seen the equivalent of {state.phases["model"].bytes / training.num_bytes:.0%} of its
   training data. Names and calls look right more often than they are; greedy text soon repeats itself.
-* Python only. Prose, other languages and other bytes are continued badly.
+* {_text(training).capitalize()} only. Anything else is continued badly.
 * Rows were at most {state.settings.lengths[-1][1]} bytes long. More context than that works but is not what it learnt.
 * Drafts of whole blocks are far weaker than next bytes (see the table): expect modest gains from block diffusion.
 
@@ -74,6 +79,25 @@ Not measured yet: `fastblt compare --model models/nano --write`.
 Temperature 0.6, seed 0; the mark \u2038 is where the prompt ends.
 
 {_samples(texts)}"""
+
+
+def _text(training: Corpus) -> str:
+    return "Python source" if len(training.sources) == 1 else "Python source and its English documentation"
+
+
+def card_data(training: Corpus) -> str:
+    """What the corpus is made of, with licences."""
+    python = next(source for source in training.sources if source.startswith(PYTHON)).removeprefix(PYTHON)
+    library = f"""\
+The `.py` files of the standard library of CPython {python} (PSF License Agreement, version 2), as they lie next to the
+interpreter, without installed packages"""
+    packages = [source for source in training.sources if not source.startswith(PYTHON)]
+    if not packages:
+        return f"{library}."
+    known = licences()
+    listed = ", ".join(f"{source} ({known.get(source, 'licence unknown')})" for source in packages)
+    return f"""\
+{library}; and the sources and documentation, without tests, of {listed}."""
 
 
 def _shape(config: ModelConfig) -> str:
@@ -109,7 +133,8 @@ def _training(state: State) -> str:
   cells that start at patch starts, weighted 1/t, t from 0.05 to 1. Departures: the block term has weight
   {settings.mask_weight}; blocks are a sample ({settings.blocks_per_kib} per 1024 bytes) and weighted for it; every
   block has its own t, spread evenly over the batch, but {settings.full_share:.0%} of them, which are masked whole. The
-  block term joins after {settings.blocks_from:.0%} of the model's phase.
+  block term joins after {settings.blocks_from:.0%} of the model's phase. The blocks of {settings.own_share:.0%} of the rows
+  start anywhere and hold the model's own greedy continuations instead of the text.
 * The patcher first: {patcher.bytes / 1e6:.1f} MB seen, {patcher.seconds / 60:.0f} minutes. Then the threshold that
   gives a mean patch of {settings.mean_patch}: {state.config.patching.threshold} nats. Then the model: {main.step} steps,
   {main.bytes / 1e6:.1f} MB seen, {main.seconds / 60:.0f} minutes.

@@ -21,6 +21,7 @@ from engine.types import Delta, Failed, Finished, Request, SamplingParams
 from kernels.linear import quantize
 
 from . import model, objective
+from .continuing import greedy
 from .corpus import Corpus, corpora
 from .device import chosen_device
 from .state import PATCHER
@@ -34,7 +35,9 @@ class Evaluation:
     """bits_per_byte: of next bytes, an EOS per file included. xz_bits_per_byte: `xz -9` of the same files as one.
 
     byte_accuracy: share of next bytes predicted. masked_accuracy: share of cells predicted in fully masked blocks, by
-    place in the block. mean_patch: bytes per patch.
+    place in the block. kept: of blocks drafted in one step from anywhere, the share of bytes up to the first that the
+    model's own greedy continuation does not have, for blocks of half the size and of the whole; what `blt-dv` keeps,
+    except that no patch ends inside. mean_patch: bytes per patch.
     """
 
     bytes: int
@@ -43,6 +46,7 @@ class Evaluation:
     byte_accuracy: float
     masked_accuracy: float
     masked_accuracy_by_place: tuple[float, ...]
+    kept: tuple[float, float]
     mean_patch: float
     context: int
 
@@ -58,14 +62,22 @@ def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, contex
     rows, device = corpus.slices(context), next(iter(weights.values())).device
     draw = torch.Generator().manual_seed(0)
     nats = asked = right = patches_seen = bytes_seen = 0.0
-    hits, cells = torch.zeros(2, block_size, device=device)
+    hits, cells, kept, drafted = torch.zeros(4, block_size, device=device)
     for row in tqdm(rows.split(ROWS_AT_ONCE), desc="evaluating", disable=not sys.stderr.isatty()):
         row = row.to(device)
         ids, wanted = row[:, :-1], row[:, 1:]
         text = wanted != PAD_ID
         patches = model.patch(config.patching, model.entropies(config, weights, ids))
         corruption = objective.corrupt(config, row, patches, context // 32, draw, rate=1.0)
-        clean, blocks = model.next_states(config, weights, ids, patches, torch.float32, corruption.blocks)
+
+        def continued(starts: Tensor, ids: Tensor = ids, patches: model.Patches = patches) -> Tensor:
+            return greedy(config, weights, ids, patches, starts, block_size, torch.float32)
+
+        own = objective.corrupt(config, row, patches, context // 32, draw, rate=1.0, own_share=1.0, continued=continued)
+        clean, blocks = model.next_states(
+            config, weights, ids, patches, torch.float32, model.joined(corruption.blocks, own.blocks)
+        )
+        blocks, drafts = blocks.split([corruption.targets.shape[1], own.targets.shape[1]], 1)
         found = model.logits(weights, clean)
         nats += float(F.cross_entropy(found[text], wanted[text], reduction="sum"))
         right += float((found.argmax(-1) == wanted)[text].sum())
@@ -73,6 +85,9 @@ def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, contex
         hit = (model.logits(weights, blocks).argmax(-1) == corruption.targets) & corruption.scores
         hits += hit.sum((0, 1))
         cells += corruption.scores.sum((0, 1))
+        same = (model.logits(weights, drafts).argmax(-1) == own.targets) & own.scores
+        kept += same.long().cumprod(-1).sum((0, 1))
+        drafted += own.scores.sum((0, 1))
         inside = text.sum(1, keepdim=True)
         patches_seen += float((patches.starts < inside).sum())
         bytes_seen += float(inside.sum())
@@ -84,9 +99,14 @@ def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, contex
         byte_accuracy=right / asked,
         masked_accuracy=float(hits.sum() / cells.sum()),
         masked_accuracy_by_place=tuple(round(float(share), 4) for share in hits / cells),
+        kept=(_share(kept, drafted, block_size // 2), _share(kept, drafted, block_size)),
         mean_patch=bytes_seen / patches_seen,
         context=context,
     )
+
+
+def _share(kept: Tensor, drafted: Tensor, size: int) -> float:
+    return round(float(kept[:size].sum() / drafted[:size].sum()), 4)
 
 
 def _block_size(config: ModelConfig) -> int:

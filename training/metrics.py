@@ -6,6 +6,7 @@ later file counts.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +72,13 @@ def read_metrics(run: Path) -> list[Line]:
         found = path.read_text().splitlines()
         lines += found[: _first(after) - _first(path)] if after else found
     return [json.loads(line) for line in lines]
+
+
+def copy_metrics(run: Path, branch: Path) -> None:
+    """Copies a run's metrics into the folder of a run that begins from its state."""
+    branch.mkdir(parents=True, exist_ok=True)
+    for path in _files(run):
+        shutil.copy(path, branch)
 
 
 def _files(run: Path) -> list[Path]:

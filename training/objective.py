@@ -7,6 +7,7 @@ the rates are spread evenly over a batch. Rates below `MIN_RATE` are not drawn, 
 All runs on the device of its tensors, except that the host draws the random numbers, the same for every device.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ from . import model
 from .model import Blocks, Patches, Weights
 
 MIN_RATE = 0.05
+
+Continued = Callable[[Tensor], Tensor]
+"""Continuations of the first B' texts from each of their places (B', S): ids (B', S, K)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +60,17 @@ def corrupt(
     draw: torch.Generator,
     rate: float | None = None,
     full_share: float = 0.0,
+    own_share: float = 0.0,
+    continued: Continued | None = None,
 ) -> Corruption:
     """Draws up to `per_text` blocks of every text in `row` (B, T + 1) and masks each at its rate, or all at `rate`.
     `full_share` of them are masked whole.
 
     A block starts with a patch, the first patch (BOS alone) excepted, and runs for `block_size` bytes whatever the
     patches are; past the row's end it is padded with PAD, which is not scored.
+
+    `own_share` of the texts, the first ones, have blocks that start anywhere but at BOS, as those of `blt-dv` do, and
+    hold what `continued` gives.
     """
     assert config.block_size is not None and config.mask_id is not None
     count, size, width = len(row), config.block_size, row.shape[1]
@@ -74,13 +83,22 @@ def corrupt(
     eligible[:, 0] = False
     eligible &= row.gather(1, patches.starts.clamp(max=width - 1)) != PAD_ID
     # As many as there can be patches: a near-tie may change their number from device to device.
-    lottery = uniform(count, width)[:, :most].masked_fill(~eligible, 2.0)
-    drawn = lottery.topk(min(per_text, most), largest=False)
+    tickets = uniform(count, width)
+    drawn = tickets[:, :most].masked_fill(~eligible, 2.0).topk(min(per_text, most), largest=False)
     chosen, real = drawn.indices, drawn.values < 2.0
-    starts = patches.starts.gather(1, chosen)
+    starts, before = patches.starts.gather(1, chosen), (chosen - 1).clamp(min=0)
+    own = round(own_share * count)
+    if own:
+        anywhere = tickets[:own].masked_fill(row[:own] == PAD_ID, 2.0)
+        anywhere[:, 0] = 2.0
+        drawn = anywhere.topk(chosen.shape[1], largest=False)
+        starts[:own], real[:own] = drawn.indices.clamp(min=1), drawn.values < 2.0
+        before[:own] = patches.reads[:own].gather(1, starts[:own] - 1)
     cells = starts[..., None] + torch.arange(size, device=device)
     targets = row.gather(1, cells.clamp(max=width - 1).flatten(1)).view_as(cells)
     targets = targets.masked_fill(cells >= width, PAD_ID)
+    if own and continued is not None:
+        targets[:own] = continued(starts[:own])
 
     if rate is None:
         places = to_device(torch.randperm(chosen.numel(), generator=draw).numpy(), device).view_as(chosen)
@@ -91,7 +109,7 @@ def corrupt(
         rates = torch.full(chosen.shape, rate, device=device)
     masked = uniform(*cells.shape) < rates[..., None]
     masked &= targets != PAD_ID
-    blocks = Blocks(targets.masked_fill(masked, config.mask_id), starts, (chosen - 1).clamp(min=0))
+    blocks = Blocks(targets.masked_fill(masked, config.mask_id), starts, before)
     stands_for = eligible.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1) * real
     return Corruption(blocks, targets, masked & real[..., None], rates, stands_for)
 

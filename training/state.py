@@ -42,11 +42,13 @@ class Settings:
     blocks_per_kib: int = 32
     """Corrupted blocks drawn per 1024 bytes of a row."""
     mask_weight: float = 0.5
-    blocks_from: float = 0.0
+    blocks_from: float = 0.6
     """Share of the model's phase before the block term joins the next byte's."""
-    full_share: float = 0.0
+    full_share: float = 0.5
     """Share of the blocks that are masked whole, as a draft in one step finds them; the others draw their rate."""
-    hold: float = 0.0
+    own_share: float = 0.5
+    """Share of the texts whose blocks start anywhere and hold what the model itself would write there."""
+    hold: float = 0.6
     """Share of a phase before the learning rates begin to fall."""
     matrix_rate: float = 0.02
     table_rate: float = 0.004
@@ -57,7 +59,7 @@ class Settings:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("give either minutes or steps")
-        for name in ("blocks_from", "full_share", "hold"):
+        for name in ("blocks_from", "full_share", "own_share", "hold"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} is a share from 0 to 1, not {share}")
 

@@ -20,10 +20,12 @@ from engine.checkpoint import PRESETS
 from engine.config import flag_help
 
 from . import STARTED, model, objective
+from .continuing import greedy
 from .corpus import Corpus, corpora
 from .device import chosen_device
 from .loop import Loop, Plan, StageOver, Step, Stopped, run_phase, stop_requests
-from .metrics import Metrics
+from .metrics import Metrics, copy_metrics
+from .model import Patches
 from .passes import Pass, Passes
 from .state import MANIFEST, PATCHER, Settings, State, fraction
 
@@ -111,9 +113,17 @@ def _model_step(state: State, passes: Passes) -> Step:
         if state.config.mask_id is not None and fraction(state, state.phases["model"]) >= settings.blocks_from:
             # Without weight a single block, so that its loss is still logged.
             wanted = settings.blocks_per_kib if settings.mask_weight else 0
-            per_text, share = max(1, wanted * (row.shape[1] - 1) // 1024), settings.full_share
+            per_text, size = max(1, wanted * (row.shape[1] - 1) // 1024), state.config.block_size
+            assert size is not None
             function = objective.losses
-            given.append(objective.corrupt(state.config, row, patches, per_text, draw, full_share=share))
+
+            def continued(starts: Tensor) -> Tensor:
+                few = Patches(*(getattr(patches, f.name)[: len(starts)] for f in fields(Patches)))
+                ids = row[: len(starts), :-1]
+                return greedy(state.config, state.weights, ids, few, starts, size, settings.dtype)
+
+            shares = {"full_share": settings.full_share, "own_share": settings.own_share}
+            given.append(objective.corrupt(state.config, row, patches, per_text, draw, **shares, continued=continued))
 
         def losses(function: Pass) -> objective.Losses:
             found: objective.Losses = function(state.config, state.weights, *given, settings.dtype)
@@ -193,14 +203,18 @@ def main(arguments: list[str] | None = None) -> int:
     choices.add_argument("--batch-bytes", type=_positive, help="bytes of text per step (default 6144)")
     choices.add_argument("--seed", type=int, help="seed of weights and draws (default 0)")
     choices.add_argument("--mask-weight", type=float, help="weight of the block term; 0 trains a plain BLT (ablation)")
-    later = "share of the model's phase that learns next bytes only, before the block term joins (default 0)"
+    later = "share of the model's phase that learns next bytes only, before the block term joins (default 0.6)"
     choices.add_argument("--blocks-from", type=float, help=later)
-    whole = "share of the blocks that are masked whole, as a draft in one step finds them (default 0)"
+    whole = "share of the blocks that are masked whole, as a draft in one step finds them (default 0.5)"
     choices.add_argument("--full-share", type=float, help=whole)
-    choices.add_argument("--hold", type=float, help="share of a phase before the learning rates fall (default 0)")
+    own = "share of the texts whose blocks hold the model's own continuations, from anywhere (default 0.5)"
+    choices.add_argument("--own-share", type=float, help=own)
+    choices.add_argument("--hold", type=float, help="share of a phase before the learning rates fall (default 0.6)")
     choices.add_argument(
         "--patcher-of", type=Path, help="use the patcher of the run in this folder instead of training one"
     )
+    branch = "begin from the state of the run in this folder, with its settings but for those given here"
+    choices.add_argument("--branch-of", type=Path, help=branch)
     here = parser.add_argument_group("this process")
     here.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device to train on (default cpu)")
     more = f"most minutes for this process; exit code {MORE_TO_DO} means that the run is not finished"
@@ -259,6 +273,14 @@ def _state(options: argparse.Namespace, device: torch.device) -> State:
         return state
     if (options.run / MANIFEST).exists():
         raise ValueError(f"{options.run} holds a run already: --resume goes on with it; to begin anew, delete it")
+    if options.branch_of:
+        state = State.load(options.branch_of, device=device)
+        if options.preset or options.patcher_of:
+            raise ValueError("--branch-of keeps the shape and patcher of its run: leave out --preset and --patcher-of")
+        bound = {"minutes": None, "steps": None} if {"minutes", "steps"} & given.keys() else {}
+        state.settings = replace(state.settings, **bound | given)
+        copy_metrics(options.branch_of, options.run)
+        return state
     if "steps" not in given:
         given.setdefault("minutes", 60.0)
     state = State.new(Settings(**given), device=device)
