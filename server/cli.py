@@ -820,6 +820,15 @@ def finetune(
     mask_weight: Annotated[
         float | None, typer.Option(min=0, help="Weight of the block loss beside the next byte's.", show_default="0.25")
     ] = None,
+    own_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the rows whose blocks hold what the model itself would write, from anywhere.",
+            show_default="0",
+        ),
+    ] = None,
     dtype: Annotated[
         DtypeName | None, typer.Option(help="Dtype of products; trained weights are float32.", show_default="bfloat16")
     ] = None,
@@ -870,6 +879,7 @@ def finetune(
         "accumulate": accumulate,
         "learning_rate": learning_rate,
         "mask_weight": mask_weight,
+        "own_share": own_share,
         "dtype": dtype,
         "recompute": recompute or None,
         "seed": seed,

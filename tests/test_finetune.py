@@ -25,6 +25,7 @@ from tests.other_device import DEVICE, other_device
 from tests.test_checkpoint_formats import META_CONFIG, write_meta
 from tests.test_cli import fails, runner
 from training import convert, model
+from training.continuing import continuing
 from training.documents import Documents, open_documents, slices
 from training.finetune import Job, begin, resumed, save, train
 from training.loop import Stopped
@@ -114,6 +115,30 @@ def test_each_phase_trains_what_it_says(folder: Path) -> None:
     lines = read_metrics(job.run)
     assert [line["phase"] for line in lines] == ["table"] * 2 + ["mask"] + ["blocks"] * 8
     assert ["mask" in line for line in lines] == [False] * 2 + [True] * 9
+
+
+def test_own_blocks_are_learnt_in_the_last_phase(folder: Path, tmp_path: Path) -> None:
+    job = begin(settings(folder, own_share=0.5, steps=10), "tuned", tmp_path / "run", CPU)
+    asked: list[tuple[int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def noting(*of: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+            made = continuing(*of)
+
+            def continued(starts: torch.Tensor) -> torch.Tensor:
+                found = made(starts)
+                asked.append((job.tuning.steps, len(found)))
+                assert found.shape == (*starts.shape, 4)
+                return found
+
+            return continued
+
+        patch.setattr("training.finetune.continuing", noting)
+        train(job)
+    first_of_blocks = sum(phase.step for name, phase in job.tuning.phases.items() if name != "blocks")
+    assert asked == [(step, 1) for step in range(first_of_blocks, job.tuning.steps)], "one of two rows"
+    with pytest.raises(ValueError, match=r"--own-share 1\.5: must be a share from 0 to 1"):
+        settings(folder, own_share=1.5)
 
 
 def test_the_first_table_is_the_mean_state_of_each_byte() -> None:

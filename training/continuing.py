@@ -7,6 +7,9 @@ of them, but the rows follow one. This is the departure from Fast BLT 3.2 in `ob
 Only the decoder runs for each byte: no patch ends inside a continuation, as in a draft of `blt-s` (Fast BLT 3.3).
 """
 
+from collections.abc import Callable
+from dataclasses import fields
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +18,22 @@ from engine.config import EOS_ID, PAD_ID, ModelConfig
 
 from . import model
 from .model import Patches, Weights
+
+
+def continuing(
+    config: ModelConfig, weights: Weights, row: Tensor, patches: Patches, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """What `objective.corrupt` asks for own blocks of texts `row` (B, T + 1): from places (B', S) in the first B' of
+    them to `greedy`, for a block each."""
+    size = config.block_size
+    assert size is not None
+
+    def continued(starts: Tensor) -> Tensor:
+        count = len(starts)
+        few = Patches(*(getattr(patches, f.name)[:count] for f in fields(Patches)))
+        return greedy(config, weights, row[:count, :-1], few, starts, size, dtype)
+
+    return continued
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from engine.types import Delta, Failed, Finished, Request, SamplingParams
 from kernels.linear import quantize
 
 from . import model, objective
-from .continuing import greedy
+from .continuing import continuing
 from .corpus import Corpus, corpora
 from .device import chosen_device
 from .state import PATCHER
@@ -69,11 +69,8 @@ def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, contex
         text = wanted != PAD_ID
         patches = model.patch(config.patching, model.entropies(config, weights, ids))
         corruption = objective.corrupt(config, row, patches, context // 32, draw, rate=1.0)
-
-        def continued(starts: Tensor, ids: Tensor = ids, patches: model.Patches = patches) -> Tensor:
-            return greedy(config, weights, ids, patches, starts, block_size, torch.float32)
-
-        own = objective.corrupt(config, row, patches, context // 32, draw, rate=1.0, own_share=1.0, continued=continued)
+        continued = continuing(config, weights, row, patches, torch.float32)
+        own = objective.corrupt(config, row, patches, context // 32, draw, 1.0, own_share=1.0, continued=continued)
         clean, blocks = model.next_states(
             config, weights, ids, patches, torch.float32, model.joined(corruption.blocks, own.blocks)
         )

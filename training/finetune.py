@@ -24,6 +24,7 @@ from engine.layout import CONFIG, DECODERS, WEIGHTS, WEIGHTS_INDEX
 from engine.step.transfer import to_device
 
 from . import model, objective
+from .continuing import continuing
 from .convert import TABLE, first_table, with_blocks
 from .device import chosen_device
 from .documents import Documents, open_documents, slices
@@ -176,7 +177,13 @@ def _step(tuning: Tuning, name: str, taught: list[Tensor]) -> Step:
         for row in parts:
             with torch.no_grad():
                 patches = model.patch(config.patching, model.entropies(config, weights, row[:, :-1]))
-            corruption = objective.corrupt(config, row, patches, per_text, draw) if of_blocks else None
+            corruption = None
+            if of_blocks:
+                share = settings.own_share if name == "blocks" else 0.0
+                continued = continuing(config, weights, row, patches, settings.products)
+                corruption = objective.corrupt(
+                    config, row, patches, per_text, draw, own_share=share, continued=continued
+                )
             found = objective.losses(
                 config, weights, row, patches, corruption, settings.products, recompute=settings.recompute
             )

@@ -20,12 +20,11 @@ from engine.checkpoint import PRESETS
 from engine.config import flag_help
 
 from . import STARTED, model, objective
-from .continuing import greedy
+from .continuing import continuing
 from .corpus import Corpus, corpora
 from .device import chosen_device
 from .loop import Loop, Plan, StageOver, Step, Stopped, run_phase, stop_requests
 from .metrics import Metrics, copy_metrics
-from .model import Patches
 from .passes import Pass, Passes
 from .state import MANIFEST, PATCHER, Settings, State, fraction
 
@@ -113,15 +112,9 @@ def _model_step(state: State, passes: Passes) -> Step:
         if state.config.mask_id is not None and fraction(state, state.phases["model"]) >= settings.blocks_from:
             # Without weight a single block, so that its loss is still logged.
             wanted = settings.blocks_per_kib if settings.mask_weight else 0
-            per_text, size = max(1, wanted * (row.shape[1] - 1) // 1024), state.config.block_size
-            assert size is not None
+            per_text = max(1, wanted * (row.shape[1] - 1) // 1024)
             function = objective.losses
-
-            def continued(starts: Tensor) -> Tensor:
-                few = Patches(*(getattr(patches, f.name)[: len(starts)] for f in fields(Patches)))
-                ids = row[: len(starts), :-1]
-                return greedy(state.config, state.weights, ids, few, starts, size, settings.dtype)
-
+            continued = continuing(state.config, state.weights, row, patches, settings.dtype)
             shares = {"full_share": settings.full_share, "own_share": settings.own_share}
             given.append(objective.corrupt(state.config, row, patches, per_text, draw, **shares, continued=continued))
 

@@ -44,7 +44,8 @@ class Settings:
 
     train: "decoder" trains the decoder and the head; "all" trains all but the patcher. rows: of a micro-batch, of
     `row_bytes` bytes each; a step adds the gradients of `accumulate` of them. mask_weight: of the block loss beside the
-    next byte's. recompute: whether layers compute their activations again for the gradients.
+    next byte's. own_share: of the rows, whose blocks start anywhere and hold what the model itself would write there.
+    recompute: whether layers compute their activations again for the gradients.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Settings:
     accumulate: int = 1
     learning_rate: float = 0.005
     mask_weight: float = 0.25
+    own_share: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: bool = False
     held_out_bytes: int = 256 << 10
@@ -79,6 +81,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and (value > 0 or name == "mask_weight")):
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+        if not 0 <= self.own_share <= 1:
+            raise ValueError(f"--own-share {self.own_share}: must be a share from 0 to 1")
         if self.steps is not None and self.steps < len(SHARES):
             raise ValueError(f"--steps {self.steps}: must be at least {len(SHARES)}, one for each phase")
 
