@@ -81,16 +81,17 @@ def test_streams_survive_a_drain_that_is_cut_short(cluster: Cluster, tmp_path: P
     """Ray ends a replica that it removes after --drain-seconds and ten more, whatever runs there."""
     flags = "--max-replicas 2 --target-requests 4 --upscale-delay 0 --downscale-delay 15 --drain-seconds 0 "
     flags += f"--cache-bytes {1 << 29}"
-    long = {"n": 4, "max_tokens": 10000, "temperature": 0.9, "ignore_eos": True}
+    long = {"n": 4, "max_tokens": 8000, "temperature": 0.9, "ignore_eos": True}
     with running_application(cluster, NANO, tmp_path / "log", *flags.split()) as application:
         with load(application, 10):
             pair = application.ready(2)
         moved = []
-        # One after the other, so that the second goes to the replica that has nothing to do.
-        for prompt in PROMPTS[:2]:
+        # One after the other, until each replica has one: on a busy machine one may be taken for twice as slow.
+        for prompt in PROMPTS:
             moved.append(Stream(application, prompt=prompt, seed=1, **long))
             moved[-1].begun()
-        assert all(application.in_progress(replica) for replica in pair)
+            if all(application.in_progress(replica) for replica in pair):
+                break
         (left,) = application.ready(1)
         (gone,) = {*pair} - {left}
         until(lambda: f"{gone.id} was lost" in application.log.read_text(), "the end of its patience")
