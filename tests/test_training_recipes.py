@@ -86,6 +86,14 @@ def test_runs_of_other_texts_are_not_compared(
     assert "the run in first learnt from another text" in capsys.readouterr().err
 
 
+def test_a_sample_of_held_out_files_has_whole_documents_within_a_bound(archive: Path) -> None:
+    everything = corpus.corpora(archive)[0]
+    part = recipes.sample(everything, 2000)
+    assert 1000 < part.num_bytes <= 2000 and set(part.names) < set(everything.names)
+    assert recipes.sample(everything, 1 << 30).num_bytes == everything.num_bytes
+    assert len(recipes.sample(everything, 1).texts) == 1
+
+
 @torch.no_grad()
 def test_all_of_a_draft_is_kept_if_every_row_writes_the_same(archive: Path) -> None:
     config = PRESETS["tiny"]

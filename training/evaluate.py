@@ -70,7 +70,7 @@ def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, contex
         patches = model.patch(config.patching, model.entropies(config, weights, ids))
         corruption = objective.corrupt(config, row, patches, context // 32, draw, rate=1.0)
         continued = continuing(config, weights, row, patches, torch.float32)
-        own = objective.corrupt(config, row, patches, context // 32, draw, 1.0, own_share=1.0, continued=continued)
+        own = objective.corrupt(config, row, patches, context // 128, draw, 1.0, own_share=1.0, continued=continued)
         clean, blocks = model.next_states(
             config, weights, ids, patches, torch.float32, model.joined(corruption.blocks, own.blocks)
         )

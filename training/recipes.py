@@ -1,14 +1,15 @@
 """Compares runs of different recipes on the same held-out files: `python -m training.recipes RUN...`.
 
-Prints a table, and draws the held-out figures of each run's last state and its losses over minutes of steps.
+Prints a table, and draws the held-out figures of each run's last state and its losses over the run.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import matplotlib
 import numpy as np
@@ -51,6 +52,14 @@ def load(folder: Path, held_out: Corpus) -> Run:
     return Run(folder.name, state, read_metrics(folder), evaluate(state.config, weights, held_out))
 
 
+def sample(corpus: Corpus, most: int) -> Corpus:
+    """Documents of at most `most` bytes together, but at least one, by a hash of their names."""
+    pairs = sorted(zip(corpus.names, corpus.texts, strict=True), key=lambda pair: crc32(pair[0][::-1].encode()))
+    total = 0
+    taken = [pair for pair in pairs if (total := total + len(pair[1])) <= most] or pairs[:1]
+    return replace(corpus, names=tuple(name for name, _ in taken), texts=tuple(text for _, text in taken))
+
+
 def table(runs: Sequence[Run]) -> str:
     """A Markdown table, a row for each run."""
     rows = ["| run | recipe | minutes | steps | MB | bits per byte | drafts kept, of 4 | of 8 |", "|---" * 8 + "|"]
@@ -63,19 +72,20 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def draw(runs: Sequence[Run], picture: Path) -> None:
-    """Training losses over minutes of the model's phase, a curve for each run."""
+    """Training losses over the share of the model's phase that is done, a curve for each run."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), dpi=110, layout="constrained")
     for (key, label), axes in zip(PANELS, panels, strict=True):
         for run in runs:
+            last = run.state.phases["model"].step
             points = [
-                (line["seconds"] / 60, line[key]) for line in run.lines if line["phase"] == "model" and key in line
+                (line["step"] / last, line[key]) for line in run.lines if line["phase"] == "model" and key in line
             ]
             if not points:
                 continue
-            minutes, loss = np.array(points).T
+            shares, loss = np.array(points).T
             span = min(SMOOTHING, 1 + len(points) // 4)
-            axes.plot(minutes[span - 1 :], np.convolve(loss, np.full(span, 1 / span), "valid"), label=run.name)
-        axes.set(xlabel="minutes of steps", ylabel=label, yscale="log")
+            axes.plot(shares[span - 1 :], np.convolve(loss, np.full(span, 1 / span), "valid"), label=run.name)
+        axes.set(xlabel="share of the run", ylabel=label, yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(which="both", alpha=0.3)
@@ -89,9 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     parser.add_argument("--picture", type=Path, help="draw the curves here, as a PNG")
     parser.add_argument("--corpus", type=Path, help="the runs' archive, if they were started with one")
+    most = "most bytes of held-out files to read (default %(default)s)"
+    parser.add_argument("--held-out-bytes", type=int, default=256 << 10, help=most)
     options = parser.parse_args(arguments)
     try:
         training, held_out = corpora(options.corpus)
+        held_out = sample(held_out, options.held_out_bytes)
         runs = [load(folder, held_out) for folder in options.runs]
         for run in runs:
             if run.state.corpus != training.digest:
