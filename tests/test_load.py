@@ -15,7 +15,7 @@ from xml.dom import minidom
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
@@ -309,6 +309,7 @@ PLACES = st.just(0.0) | st.floats(1e-9, 1e6)
 
 
 @given(st.lists(st.tuples(PLACES, PLACES), max_size=20), st.booleans())
+@example(points=[(999999.9999999999, 0.0)], log_x=True)
 def test_every_chart_is_xml_whose_points_lie_inside(points: list[tuple[float, float]], log_x: bool) -> None:
     drawing = chart("<a>", "x & y", '"', [Series("<&>", points, 1)], log_x=log_x)
     assert bool(drawing) == any(x > 0 or not log_x for x, _ in points)

@@ -97,7 +97,7 @@ def _ticks(most: float) -> list[float]:
 
 def _log_ticks(least: float, most: float) -> list[float]:
     """1, 2 and 5 times powers of ten, or over many powers these alone: from at most `least` to above `most`."""
-    low, high = math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1
+    low, high = math.floor(math.log10(least) - 1e-9), math.ceil(math.log10(most)) + 1
     steps = STEPS[:-1] if high - low < 5 else STEPS[:1]
     ticks = [step * 10.0**power for power in range(low, high + 1) for step in steps]
     first = max(i for i, tick in enumerate(ticks) if tick <= least or i == 0)
