@@ -111,7 +111,7 @@ class Meter:
             gate.retry_seconds(1),
             rates,
             self._shortest,
-            gate.is_shared,
+            gate.is_shared(),
             self._looks,
         )
 

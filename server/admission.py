@@ -12,6 +12,7 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from itertools import count
+from operator import attrgetter
 
 from .body_room import BodyRoom
 from .errors import ApiError, Code
@@ -82,7 +83,7 @@ class Gate:
         self.capacity = settings.max_queue
         self.bodies = BodyRoom(settings.max_body_bytes, settings.retry_after)
         self._settings = settings
-        self._is_shared = is_shared
+        self.is_shared = is_shared
         self._headers = {"retry-after": str(settings.retry_after)}
         self._closing = False
         """Whether the drain is for good."""
@@ -142,14 +143,9 @@ class Gate:
         if tenant not in self._lines:
             self._lines[tenant] = []
             tenant.served = max(tenant.served, self._served)
-        insort(self._lines[tenant], ticket, key=_order)
+        insort(self._lines[tenant], ticket, key=attrgetter("order"))
         self._give_turns()
         return ticket
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether there are several tenants."""
-        return self._is_shared()
 
     @property
     def in_line(self) -> int:
@@ -216,7 +212,7 @@ class Gate:
         return ApiError(429, message, code="queue_full", headers=headers)
 
     def _give_turns(self) -> None:
-        while self._lines and (self._ahead < LOOKAHEAD or not self._is_shared()):
+        while self._lines and (self._ahead < LOOKAHEAD or not self.is_shared()):
             tenant = min(self._lines, key=lambda waiting: waiting.served)
             ticket = self._lines[tenant][0]
             self._step_out(ticket)
@@ -258,7 +254,3 @@ class Gate:
         self.num_requests -= 1
         if not self.num_requests:
             self._idle.set()
-
-
-def _order(ticket: Ticket) -> tuple[int, int]:
-    return ticket.order

@@ -105,6 +105,7 @@ class Generation:
         wait for it, so that they find the prompt in the prefix cache."""
         told = self._origin.told(index)
         if told and not isinstance(told[-1], Delta):
+            self._ticket.begun()
             return _nothing()
         deltas = [event for event in told if isinstance(event, Delta)]
         request = _with_less_time(request, self._origin.age)
@@ -171,28 +172,21 @@ class Generation:
         for index, events in self._origin.held.items():
             for event in events:
                 yield index, self._take(index, event)
-        for index in range(len(self.streams)):
-            # What was told elsewhere is no event here: the others wait for their turn as if they came anew.
-            if (told := self._origin.told(index)) and not isinstance(told[-1], Delta):
-                self._begin(index)
         try:
             async for item in self._events:
                 if item is None:
                     yield None
                     continue
                 index, event = item
-                self._begin(index)
+                # What was told elsewhere is no event here: a sequence that goes on waits for its turn.
+                if index not in self._begun:
+                    self._begun.add(index)
+                    self._ticket.begun()
                 if self._origin.note:
                     self._origin.note(index, event)
                 yield index, self._take(index, event)
         except EngineDead as error:
             raise self._service.gate.unavailable(f"the engine is gone: {error}", "engine_dead") from error
-
-    def _begin(self, index: int) -> None:
-        """The sequence no longer waits."""
-        if index not in self._begun:
-            self._begun.add(index)
-            self._ticket.begun()
 
     def _take(self, index: int, event: Event) -> Piece:
         """Counts an event and makes a piece of it."""

@@ -45,7 +45,9 @@ def _is_full(self: Balance) -> float | None:
 
 def _begins_with_what_was_told(self: Generation, index: int, event: Event) -> Piece:
     """A continued request leaves its line before it had its turn."""
-    self._begin(index)
+    if index not in self._begun:
+        self._begun.add(index)
+        self._ticket.begun()
     return _feed(self, index, event)
 
 
