@@ -264,7 +264,7 @@ def test_size_json_has_the_sizes_and_the_sources_of_their_numbers() -> None:
     assert found["drafting"]["acceptance"] == 0.5
     card = {row["name"]: row for row in json.loads((NANO / "decoders.json").read_text())["rows"]}
     assert found["drafting"]["block_acceptance"] == card["BLT-DV-8 one step"]["real_acceptance"]
-    assert found["weights"]["total"] == WeightBytes.of(PRESETS["nano"], 4, 2).total
+    assert found["weights"]["total"] == WeightBytes.of(load(NANO).config, 4, 2).total
     assert {reading["decoder"] for reading in found["decoders"]} == {"blt", "blt-s", "blt-d", "blt-dv"}
 
 

@@ -13,6 +13,9 @@ from training.metrics import read_metrics
 from training.model import initial_weights
 from training.state import State
 
+STAGE = ("--stage-minutes", "100000")
+"""Which ends without a model; its minutes count from the start of the process, here of all tests."""
+
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -24,9 +27,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(run: Path, archive: Path, *more: str) -> int:
-    return train.main(
-        ["--run", str(run), "--corpus", str(archive), "--batch-bytes", "256", "--stage-minutes", "5", *more]
-    )
+    return train.main(["--run", str(run), "--corpus", str(archive), "--batch-bytes", "256", *STAGE, *more])
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def runs(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     first, branch = folder / "first", folder / "branch"
     assert trained(first, archive, "--preset", "tiny", "--steps", "4", "--blocks-from", "1", "--own-share", "0") == 0
     again = ["--branch-of", str(first), "--steps", "7", "--blocks-from", "0", "--own-share", "1"]
-    assert train.main(["--run", str(branch), "--corpus", str(archive), "--stage-minutes", "5", *again]) == 0
+    assert train.main(["--run", str(branch), "--corpus", str(archive), *STAGE, *again]) == 0
     return [first, branch]
 
 

@@ -224,7 +224,7 @@ def test_finish_reasons_name_why_the_text_ended(server: RunningServer) -> None:
     assert through["usage"]["completion_tokens"] == 9
     forced = ask(server, max_tokens=9, logit_bias={byte_a: 100})
     assert texts(forced) == ["aaaaaaaaa"]
-    late = ask(server, max_tokens=4000, ignore_eos=True, timeout=0.2)
+    late = ask(server, max_tokens=4000, ignore_eos=True, timeout=0.05)
     assert late["choices"][0]["finish_reason"] == "timeout"
     assert 0 < late["usage"]["completion_tokens"] < 4000
 
