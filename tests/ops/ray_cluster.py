@@ -20,7 +20,7 @@ from tests.serving import ROOT
 
 NANO = ROOT / "models" / "nano"
 PROMPTS = [f"{number:03} = " for number in range(100)]
-LONG = {"max_tokens": 600, "temperature": 0, "ignore_eos": True}
+LONG = {"max_tokens": 6000, "temperature": 0, "ignore_eos": True}
 """Takes long enough to be in the middle of it."""
 KEY = "a-secret-of-these-tests"
 SECONDS = 120

@@ -70,7 +70,7 @@ def test_downscaling_and_shutdown_let_replicas_finish_their_requests(cluster: Cl
 def test_few_requests_whose_bytes_wait_start_a_second_replica(cluster: Cluster, tmp_path: Path) -> None:
     flags = "--max-replicas 2 --target-requests 100 --target-queued-bytes 3000 --upscale-delay 0 --max-sequences 1"
     with running_application(cluster, NANO, tmp_path / "log", *flags.split()) as application:
-        long = {"max_tokens": 8000, "ignore_eos": True}
+        long = {"max_tokens": 20000, "ignore_eos": True}
         streams = [Stream(application, prompt=prompt, **long) for prompt in PROMPTS[:4]]
         application.ready(2)
         assert not all(stream.done for stream in streams), "there was time"
