@@ -129,7 +129,7 @@ class Relay:
 
     async def _run(self, call: Call) -> None:
         """Until a replica's answer is complete."""
-        deadline, losses, why = self._arrived + self._wait, 0, ""
+        deadline, losses, why = self._arrived + self._wait, 0, "the replica is gone"
         while True:
             try:
                 return await self._from_a_replica(call, deadline)

@@ -1,6 +1,6 @@
 """Compares runs of different recipes on the same held-out files: `python -m training.recipes RUN...`.
 
-Prints a table, and draws the held-out figures of each run's last state and its losses over the run.
+Prints a table of what each run's last state reaches, and draws the losses of all over the run.
 """
 
 import argparse

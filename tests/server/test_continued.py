@@ -273,6 +273,66 @@ def test_a_request_that_loses_one_replica_after_the_other_is_given_up(
     assert events_of(loop.run(relayed(fleet, **STREAM)))[-1]["choices"][0]["finish_reason"] == "length"
 
 
+class Gone(Fleet):
+    """Its first calls reach no replica any more."""
+
+    num_gone = 0
+
+    async def ask(self, call: Call) -> AsyncGenerator[str | list[Message], None]:
+        if len(self.calls) < self.num_gone:
+            self.calls.append(call)
+            raise ReplicaLost("it was gone before")
+        async with aclosing(super().ask(call)) as items:
+            async for item in items:
+                yield item
+
+
+def test_a_replica_that_was_gone_before_says_nothing_of_the_request(
+    pair: tuple[Replica, Replica], loop: asyncio.Runner
+) -> None:
+    fleet = Gone(*pair)
+    fleet.num_gone = 3 * ray_relay.MOST_LOSSES
+    assert events_of(loop.run(relayed(fleet, **STREAM)))[-1]["choices"][0]["finish_reason"] == "length"
+    assert len(fleet.calls) == fleet.num_gone + 1
+    fleet = Gone(*pair)
+    fleet.num_gone = 1 << 30
+    with pytest.raises(ApiError, match="no replica has room") as refused:
+        loop.run(relayed(fleet, wait=0.1, **STREAM))
+    assert (refused.value.status, refused.value.body["error"]["code"]) == (503, "no_replica")
+
+
+def test_what_only_one_replica_can_answer_is_not_asked_of_another(
+    pair: tuple[Replica, Replica], loop: asyncio.Runner
+) -> None:
+    async def ask() -> None:
+        fleet = Gone(*pair)
+        fleet.num_gone = 1 << 30
+
+        async def send(message: Message) -> None: ...
+
+        relay = Relay(fleet.ask, send, wait=5.0, keepalive=1.0, unavailable=Gate(SETTINGS).unavailable)
+        await relay.run(Call(call_of(None).scope, b"", replica="one"))
+
+    with pytest.raises(ApiError, match="^the replica is gone; send it again"):
+        loop.run(ask())
+
+
+def test_an_answer_that_is_whole_is_not_asked_for_again(pair: tuple[Replica, Replica], loop: asyncio.Runner) -> None:
+    fields = {**STREAM, "stream": False, "max_tokens": 20}
+    whole = loop.run(relayed(Fleet(pair[0]), **fields))
+
+    class AfterItsLastWord(Fleet):
+        async def ask(self, call: Call) -> AsyncGenerator[str | list[Message], None]:
+            async with aclosing(super().ask(call)) as items:
+                async for item in items:
+                    yield item
+            raise ReplicaLost("after its last word")
+
+    fleet = AfterItsLastWord(*pair)
+    got = loop.run(relayed(fleet, **fields))
+    assert len(fleet.calls) == 1 and said(got)["choices"] == said(whole)["choices"]
+
+
 def test_a_stream_waits_for_another_replica_and_says_so_in_vain(
     pair: tuple[Replica, Replica], loop: asyncio.Runner
 ) -> None:

@@ -118,6 +118,7 @@ class Replica:
         self.num_calls = 0
         self._out: dict[asyncio.Task[None], asyncio.Queue[bytes | None]] = {}
         self._client: EngineClient | None = None
+        self.app: Any = None
 
     async def start(self) -> None:
         context = copy_context()
@@ -184,8 +185,6 @@ class Replica:
             task.cancel()
         if client and self.app:
             self._fleet.background(client.stop())
-
-    app: Any = None
 
     async def drain(self) -> None:
         """As Ray takes a replica away: no new calls, and those under way end first."""
