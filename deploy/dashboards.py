@@ -307,13 +307,15 @@ def engine() -> Panels:
         ),
         lines(
             35,
-            "Preemptions and restarts",
+            "Preemptions, restarts, continued requests",
             "Per minute. Preemptions: sequences evicted and recomputed for lack of pages; a steady rate calls for "
-            "a larger cache. Restarts: the engine's process died; each is worth its log.",
+            "a larger cache. Restarts: the engine's process died; each is worth its log. Continued: requests taken "
+            "over from a replica on Ray that was lost; their clients saw a pause.",
             query(f"60 * {rate('fastblt_preemptions_total')}", "preemptions"),
             query(f"60 * {rate('fastblt_engine_restarts_total')}", "restarts"),
+            query(f"60 * {rate('fastblt_requests_continued_total')}", "continued"),
             unit=units.CountsPerMinute,
-            colours={"preemptions": "orange", "restarts": "red"},
+            colours={"preemptions": "orange", "restarts": "red", "continued": "purple"},
         ),
         lines(
             36,

@@ -48,6 +48,8 @@ async def complete(request: Request, service: Service) -> Response:
     await _check_grammars(request, service, plan)
     service.check_engine()
     access: Access = request.state.access
+    if origin.is_continued:
+        service.metrics.continued.inc()
     ticket = service.gate.enter(
         len(plan.requests), api_key, plan.prompt_bytes, wanted.priority, is_admitted=origin.is_continued
     )

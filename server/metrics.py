@@ -60,6 +60,9 @@ class Metrics:
         self._rejections = Counter(
             "fastblt_rejections", "HTTP requests that were refused, by error code.", ["reason"], registry=registry
         )
+        self.continued = Counter(
+            "fastblt_requests_continued", "Completions continued here after another server was lost.", registry=registry
+        )
         self.in_progress = Gauge("fastblt_http_requests_in_progress", "HTTP requests under way.", registry=registry)
         self._sequences = Counter(
             "fastblt_sequences", "Ended sequences by reason.", ["decoder", "finish_reason"], registry=registry

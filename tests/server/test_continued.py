@@ -253,6 +253,23 @@ def test_a_stream_that_is_lost_after_its_last_event_is_not_repeated(
     assert len(fleet.calls) == 1 and said(got)["choices"] == said(whole)["choices"]
 
 
+def test_the_server_that_continues_a_request_counts_it(pair: tuple[Replica, Replica], loop: asyncio.Runner) -> None:
+    def counts() -> list[float]:
+        registries = (replica.app.state.service.metrics for replica in pair)
+        return [
+            family.samples[0].value
+            for metrics in registries
+            for family in metrics.collect()
+            if family.name == "fastblt_requests_continued"
+        ]
+
+    before = counts()
+    fleet = Fleet(*pair)
+    fleet.losses = [EARLY, EARLY]
+    loop.run(relayed(fleet, **STREAM))
+    assert [after - was for after, was in zip(counts(), before, strict=True)] == [1, 1], "two, one, whole on one"
+
+
 def test_a_request_that_loses_one_replica_after_the_other_is_given_up(
     pair: tuple[Replica, Replica], loop: asyncio.Runner
 ) -> None:
