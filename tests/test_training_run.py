@@ -18,7 +18,7 @@ from training.loop import Stopped, falling
 from training.metrics import read_metrics
 from training.plot import plot
 from training.state import Settings, State, fraction
-from training.train import row_length, train
+from training.train import block_weight, row_length, train
 
 TEXTS = tuple(f"def f{i}(x):\n    return x + {i}\n".encode() * (1 + i % 7) for i in range(20))
 CORPUS = Corpus(tuple(f"{i}.py" for i in range(20)), TEXTS)
@@ -118,6 +118,14 @@ def test_a_training_run_exports_a_model_folder_with_card_and_curve(tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{result.bits_per_byte:.3f} bits per byte" in card and "PSF" in card
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_weight_of_the_block_term_rises_in_a_straight_line() -> None:
+    settings = replace(SETTINGS, mask_weight=0.5, blocks_from=0.6, block_warm_up=0.1)
+    weights = [block_weight(settings, done) for done in (0.0, 0.59, 0.6, 0.65, 0.7, 1.0)]
+    assert weights == pytest.approx([0, 0, 0, 0.25, 0.5, 0.5])
+    at_once = replace(settings, block_warm_up=0.0)
+    assert [block_weight(at_once, done) for done in (0.59, 0.6, 1.0)] == [0, 0.5, 0.5]
 
 
 def test_blocks_join_later_and_rates_are_held(tmp_path: Path) -> None:

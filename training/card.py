@@ -133,7 +133,8 @@ def _training(state: State) -> str:
   cells that start at patch starts, weighted 1/t, t from 0.05 to 1. Departures: the block term has weight
   {settings.mask_weight}; blocks are a sample ({settings.blocks_per_kib} per 1024 bytes) and weighted for it; every
   block has its own t, spread evenly over the batch, but {settings.full_share:.0%} of them, which are masked whole. The
-  block term joins after {settings.blocks_from:.0%} of the model's phase. The blocks of {settings.own_share:.0%} of the rows
+  block term joins after {settings.blocks_from:.0%} of the model's phase, and rises to its weight in
+  {settings.block_warm_up:.0%} of it. The blocks of {settings.own_share:.0%} of the rows
   start anywhere and hold the model's own greedy continuations instead of the text.
 * The patcher first: {patcher.bytes / 1e6:.1f} MB seen, {patcher.seconds / 60:.0f} minutes. Then the threshold that
   gives a mean patch of {settings.mean_patch}: {state.config.patching.threshold} nats. Then the model: {main.step} steps,

@@ -44,6 +44,9 @@ class Settings:
     mask_weight: float = 0.5
     blocks_from: float = 0.6
     """Share of the model's phase before the block term joins the next byte's."""
+    block_warm_up: float = 0.1
+    """Share of the model's phase in which the block term then rises to its weight, in a straight line: at once, it
+    costs the next byte more than it gives the blocks."""
     full_share: float = 0.5
     """Share of the blocks that are masked whole, as a draft in one step finds them; the others draw their rate."""
     own_share: float = 0.5
@@ -59,7 +62,7 @@ class Settings:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("give either minutes or steps")
-        for name in ("blocks_from", "full_share", "own_share", "hold"):
+        for name in ("blocks_from", "block_warm_up", "full_share", "own_share", "hold"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} is a share from 0 to 1, not {share}")
 

@@ -66,6 +66,13 @@ def row_length(settings: Settings, done: float) -> int:
     return next(length for start, length in reversed(settings.lengths) if done >= start)
 
 
+def block_weight(settings: Settings, done: float) -> float:
+    """Weight of the block term after the part `done` of the model's phase."""
+    after = done - settings.blocks_from
+    rise = settings.block_warm_up
+    return settings.mask_weight * (min(1.0, max(0.0, after) / rise) if rise else float(after >= 0))
+
+
 def _phase(loop: Loop, state: State, corpus: Corpus, name: str, step: Step) -> None:
     settings, phase, is_model = state.settings, state.phases[name], name == "model"
 
@@ -108,8 +115,10 @@ def _model_step(state: State, passes: Passes) -> Step:
             patches = model.patch(state.config.patching, model.entropies(state.config, state.weights, row[:, :-1]))
         passes.vary(patches.starts)
         function: Pass = objective.next_byte_losses
+        done = fraction(state, state.phases["model"])
+        weight = block_weight(settings, done)
         given: list[Any] = [row, patches]
-        if state.config.mask_id is not None and fraction(state, state.phases["model"]) >= settings.blocks_from:
+        if state.config.mask_id is not None and done >= settings.blocks_from:
             # Without weight a single block, so that its loss is still logged.
             wanted = settings.blocks_per_kib if settings.mask_weight else 0
             per_text = max(1, wanted * (row.shape[1] - 1) // 1024)
@@ -120,7 +129,7 @@ def _model_step(state: State, passes: Passes) -> Step:
 
         def losses(function: Pass) -> objective.Losses:
             found: objective.Losses = function(state.config, state.weights, *given, settings.dtype)
-            (found.clean + settings.mask_weight * found.mask).backward()
+            (found.clean + weight * found.mask).backward()
             return found
 
         found = losses(passes.choose(function, row.shape, _without_trace(losses, state)))
@@ -198,6 +207,10 @@ def main(arguments: list[str] | None = None) -> int:
     choices.add_argument("--mask-weight", type=float, help="weight of the block term; 0 trains a plain BLT (ablation)")
     later = "share of the model's phase that learns next bytes only, before the block term joins (default 0.6)"
     choices.add_argument("--blocks-from", type=float, help=later)
+    rise = "share of the model's phase in which the block term then rises to its weight (default 0.1)"
+    choices.add_argument("--block-warm-up", type=float, help=rise)
+    blocks = "blocks drawn per 1024 bytes of text (default 32)"
+    choices.add_argument("--blocks-per-kib", type=_positive, help=blocks)
     whole = "share of the blocks that are masked whole, as a draft in one step finds them (default 0.5)"
     choices.add_argument("--full-share", type=float, help=whole)
     own = "share of the texts whose blocks hold the model's own continuations, from anywhere (default 0.5)"
