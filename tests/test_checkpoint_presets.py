@@ -77,8 +77,8 @@ def test_bytes_per_row_of_each_cache_follow_from_the_shapes(name: str, kib: dict
     assert {cache for cache, cost in costs.items() if cost.row == "patch"} == {"global", "latent"}
 
 
-def test_the_embedded_model_fits_into_16_megabytes() -> None:
-    assert 2 * count_parameters(PRESETS["nano"])["total"] < 16_000_000
+def test_the_embedded_model_fits_into_24_megabytes() -> None:
+    assert 2 * count_parameters(PRESETS["nano"])["total"] < 24_000_000
 
 
 def test_random_tensors_depend_on_seed_and_name_alone() -> None:

@@ -51,7 +51,7 @@ PRESETS: dict[str, ModelConfig] = {
             global_=StackConfig(256, 5, 4, 4, 768, 500000.0, 8192),
             decoder=StackConfig(128, 4, 2, 2, 384, 500000.0, 24576, 512),
             patcher=StackConfig(128, 2, 2, 2, 384, 10000.0, 24576, 128),
-            hashes=HashConfig((3, 4, 5), 1, 4096),
+            hashes=HashConfig((3, 4, 5, 6), 1, 8192),
             patching=PatchingRule(max_patch_length=8),
             decoder_input="embedding",
             isolate_documents=True,
