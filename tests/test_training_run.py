@@ -1,6 +1,7 @@
 """A training run: its corpus, that stopping it changes nothing, and the model folder it ends in."""
 
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,7 @@ def test_a_training_run_exports_a_model_folder_with_card_and_curve(tmp_path: Pat
     assert 1 < result.mean_patch <= 8
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{result.bits_per_byte:.3f} bits per byte" in card and "PSF" in card
+    assert re.search(r"that end in a loop \| \d+% \|", card)
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -6,13 +6,17 @@ from engine.config import ModelConfig
 
 from .corpus import HELD_OUT_ONE_IN, PYTHON, Corpus
 from .decoding import BEGIN, END
-from .evaluate import PROMPTS, Evaluation
+from .evaluate import Evaluation
+from .loops import TEXT_BYTES
 from .packages import licences
 from .state import PATCHER, State, fraction
 
+PROMPTS = ("def read_lines(path):\n", "import os\nimport sys\n\n\nclass ", "    def __init__(self, ")
 
-def card(state: State, training: Corpus, result: Evaluation, texts: Sequence[str]) -> str:
-    """The card as Markdown; `texts` continue `PROMPTS`."""
+
+def card(state: State, training: Corpus, result: Evaluation, looping: float, samples: Sequence[bytes]) -> str:
+    """The card as Markdown. looping: share of greedy texts that end in a loop. samples: texts that continue
+    `PROMPTS`."""
     sizes = {name: weight.numel() for name, weight in state.weights.items()}
     patcher_size = sum(size for name, size in sizes.items() if name.startswith(PATCHER))
     size = state.config.block_size or 0
@@ -32,6 +36,7 @@ and its tests mean something, without a download; it is no useful assistant.
 | masked cells, whole block masked, block at a patch start | {result.masked_accuracy:.1%} right |
 | the same by place in the block | {places} |
 | drafts in one step, from anywhere, that the model would have written: of {size // 2} bytes, of {size} | {kept} |
+| greedy texts of {TEXT_BYTES} bytes, after held-out prompts, that end in a loop | {looping:.0%} |
 | mean patch | {result.mean_patch:.2f} bytes |
 
 {result.bytes / 1e6:.2f} MB held out, read in slices of {result.context} bytes that each begin anew, EOS of every file
@@ -69,16 +74,16 @@ Not measured yet: `fastblt compare --model models/nano --write`.
 ## Limits
 
 * It has seen the equivalent of {state.phases["model"].bytes / training.num_bytes:.0%} of its
-  training data. Names and calls look right more often than they are; greedy text soon repeats itself.
+  training data. Names and calls look right more often than they are; greedy text may repeat itself for ever (see the table).
 * {_text(training).capitalize()} only. Anything else is continued badly.
 * Rows were at most {state.settings.lengths[-1][1]} bytes long. More context than that works but is not what it learnt.
-* Drafts of whole blocks are far weaker than next bytes (see the table): expect modest gains from block diffusion.
+* Drafts of whole blocks are weaker than next bytes (see the tables), and get weaker with every cell.
 
 ## Samples
 
 Temperature 0.6, seed 0; the mark \u2038 is where the prompt ends.
 
-{_samples(texts)}"""
+{_samples(samples)}"""
 
 
 def _text(training: Corpus) -> str:
@@ -145,6 +150,6 @@ def _training(state: State) -> str:
 * Trained on: {machines}.{unfinished}"""
 
 
-def _samples(texts: Sequence[str]) -> str:
-    pairs = zip(PROMPTS, texts, strict=True)
+def _samples(texts: Sequence[bytes]) -> str:
+    pairs = zip(PROMPTS, (text.decode(errors="replace") for text in texts), strict=True)
     return "\n".join(f"```python\n{prompt}\u2038{text.rstrip()}\n```\n" for prompt, text in pairs)

@@ -15,18 +15,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import checkpoint
-from engine.config import BOS_ID, BYTE_OFFSET, PAD_ID, EngineConfig, ModelConfig, flag_help
-from engine.engine import Engine
-from engine.types import Delta, Failed, Finished, Request, SamplingParams
+from engine.config import PAD_ID, ModelConfig, flag_help
 from kernels.linear import quantize
 
 from . import model, objective
 from .continuing import continuing
 from .corpus import Corpus, corpora
 from .device import chosen_device
+from .loops import looping
 from .state import PATCHER
 
-PROMPTS = ("def read_lines(path):\n", "import os\nimport sys\n\n\nclass ", "    def __init__(self, ")
 ROWS_AT_ONCE = 8
 
 
@@ -126,23 +124,6 @@ def as_float8(weights: model.Weights) -> dict[str, Tensor]:
     return {name: rounded(name, weight) for name, weight in weights.items()}
 
 
-def continuations(path: Path, prompts: tuple[str, ...] = PROMPTS, count: int = 200) -> list[str]:
-    """The engine's continuations of each prompt at temperature 0.6 with seed 0, `count` bytes or up to EOS."""
-    engine = Engine(EngineConfig(model=str(path), cache_bytes=256 << 20))
-    texts = {str(i): b"" for i in range(len(prompts))}
-    for i, prompt in enumerate(prompts):
-        ids = [BOS_ID, *(byte + BYTE_OFFSET for byte in prompt.encode())]
-        sampling = SamplingParams(temperature=0.6)
-        engine.add(Request(id=str(i), prompt_ids=ids, max_tokens=count, sampling=sampling))
-    while engine.has_work:
-        for event in engine.step():
-            if isinstance(event, Failed):
-                raise RuntimeError(event)
-            if isinstance(event, Delta | Finished):
-                texts[event.id] += event.text
-    return [text.decode(errors="replace") for text in texts.values()]
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("model", type=Path, help="a model folder")
@@ -161,11 +142,13 @@ def main(arguments: list[str] | None = None) -> int:
         weights = {name: tensor.float().to(device) for name, tensor in loaded.tensors.items()}
         if options.float8:
             weights = as_float8(weights)
-        result = evaluate(loaded.config, weights, corpora(options.corpus)[1], options.context)
+        held_out = corpora(options.corpus)[1]
+        result = evaluate(loaded.config, weights, held_out, options.context)
+        loops = looping(options.model, held_out)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(json.dumps(asdict(result), indent=2))
+    print(json.dumps(asdict(result) | {"looping": loops}, indent=2))
     return 0
 
 

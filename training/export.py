@@ -11,13 +11,15 @@ import torch
 
 from engine import checkpoint
 
-from .card import card
+from .card import PROMPTS, card
 from .corpus import Corpus, corpora
-from .evaluate import Evaluation, continuations, evaluate
+from .evaluate import Evaluation, evaluate
+from .loops import generate, looping
 from .metrics import read_metrics
 from .plot import plot
 from .state import State
 
+SAMPLE_BYTES, SAMPLE_TEMPERATURE = 200, 0.6
 CURVES = (("patcher", "bits", "patcher: next byte"), ("model", "bits", "model: next byte"),
           ("model", "mask", "model: masked cells, 1/t-weighted"))  # fmt: skip
 
@@ -38,7 +40,8 @@ def export(state: State, training: Corpus, held_out: Corpus, run: Path, out: Pat
     plot(lines, out / "loss.png", CURVES)
     loaded = checkpoint.load(out)
     result = evaluate(loaded.config, {n: t.float() for n, t in loaded.tensors.items()}, held_out)
-    (out / "README.md").write_text(card(state, training, result, continuations(out)))
+    samples = generate(out, [prompt.encode() for prompt in PROMPTS], SAMPLE_BYTES, SAMPLE_TEMPERATURE)
+    (out / "README.md").write_text(card(state, training, result, looping(out, held_out), samples))
     return result
 
 
