@@ -33,6 +33,18 @@ export function showCosts(table, runs) {
   table.replaceChildren(group("thead", [head]), group("tbody", body));
 }
 
+/** What a run cost, in a line. */
+export function summary({ ids, seconds: time, usage }) {
+  const parts = [`${count(ids.length, "byte")} in ${seconds(time)}`];
+  if (usage && ids.length) {
+    parts.push(`${digits(ids.length / usage.rounds)} a round`);
+    parts.push(count(usage.decoder_calls, "decoder pass", "decoder passes"));
+    parts.push(count(usage.global_calls, "global pass", "global passes"));
+    parts.push(`${size(usage.bytes_read)} read`);
+  }
+  return parts.join(" · ");
+}
+
 /** Tells in a sentence whether two runs gave the same bytes; empty if unknown. */
 export function verdict(runs) {
   if (runs.length < 2 || !runs.every((run) => run.complete)) return "";

@@ -1,6 +1,7 @@
 /** One decoder's column: its knobs, its text, and its last run's figures. */
 
 import { complete } from "./api.js";
+import { summary } from "./costs.js";
 import { NAMES, aboutOf, checks, fieldsOf, knobsOf, nameOf, ruleOf } from "./decoders.js";
 import { Text } from "./text.js";
 import { count, seconds } from "./units.js";
@@ -63,6 +64,7 @@ export class Pane {
         progress.textContent = `${count(result.ids.length, "byte")}, ${seconds(result.seconds)}`;
       }
       result.complete = true;
+      progress.textContent = summary(result);
     } catch (error) {
       if (error.name !== "AbortError") {
         progress.textContent = "Failed";

@@ -28,8 +28,8 @@ function scaled(value) {
   return [value, PREFIXES[step]];
 }
 
-export function count(value, noun) {
-  return `${value.toLocaleString("en")} ${noun}${value === 1 ? "" : "s"}`;
+export function count(value, noun, nouns = `${noun}s`) {
+  return `${value.toLocaleString("en")} ${value === 1 ? noun : nouns}`;
 }
 
 export function seconds(value) {

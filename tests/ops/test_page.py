@@ -1,5 +1,6 @@
 """The live page in a real browser, against a real server."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,9 @@ def test_the_page_compares_two_decoders(page: Page) -> None:
     assert {"Bytes read", "Bytes read, as the paper estimates", "Decoder passes", "Time"} <= rows
     figures = [cell.text for cell in page.all("#costs tbody td")]
     assert len(figures) == 3 * len(rows) and sum("×" in figure for figure in figures) == len(rows) - 1
+    lines = [line.text for line in page.all("[data-part=progress]")]
+    parts = rf"{BYTES} bytes in .* s · .* a round · .* decoder pass(es)? · .* global pass(es)? · .*B read"
+    assert len(lines) == 2 and all(re.fullmatch(parts, line) for line in lines), lines
     page.set(".pane:nth-child(2) [name=decoder]", "blt-d")
     page.run()
     assert "The texts" in page["verdict"].text
