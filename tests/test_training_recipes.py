@@ -1,17 +1,19 @@
 """Recipes: a run that branches off another one, its own blocks, and the comparison of both."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine import checkpoint
 from engine.checkpoint import PRESETS, expected_shapes
-from training import corpus, recipes, train
+from training import corpus, export, recipes, train
 from training.evaluate import evaluate
 from training.metrics import read_metrics
 from training.model import initial_weights
-from training.state import State
+from training.state import Settings, State
 
 STAGE = ("--stage-minutes", "100000")
 """Which ends without a model; its minutes count from the start of the process, here of all tests."""
@@ -54,13 +56,45 @@ def test_a_branch_begins_where_its_run_stood_and_leaves_it_alone(runs: list[Path
 def test_a_branch_keeps_the_shape_of_its_run(
     runs: list[Path], archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for more in (["--preset", "tiny"], ["--patcher-of", str(runs[0])]):
+    for more in (["--preset", "tiny"], ["--patcher-of", str(runs[0])], ["--model-of", str(runs[0])]):
         with pytest.raises(SystemExit):
             trained(tmp_path / "run", archive, "--branch-of", str(runs[0]), *more)
-        assert "--branch-of keeps the shape and patcher of its run" in capsys.readouterr().err
+        assert "--branch-of keeps the shape, patcher and weights of its run" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         trained(tmp_path / "run", archive, "--branch-of", str(tmp_path))
     assert "there is no run in" in capsys.readouterr().err
+
+
+def test_a_run_begins_from_a_finished_model_and_its_card_tells(
+    runs: list[Path], archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    command = ["--corpus", str(archive), "--run"]
+    assert export.main([*command, str(runs[0]), "--out", str(before)]) == 0
+    finished = checkpoint.load(before)
+    state = State.new(Settings(steps=2, preset="tiny"))
+    state.adopt_model(before)
+    assert all(torch.equal(weight, finished.tensors[name].float()) for name, weight in state.weights.items())
+
+    assert trained(tmp_path / "run", archive, "--preset", "tiny", "--steps", "2", "--model-of", str(before)) == 0
+    state = State.load(tmp_path / "run")
+    assert (state.phases["patcher"].step, state.phases["model"].step) == (0, 2)
+    assert state.config.patching == finished.config.patching
+    for name, weight in state.weights.items():
+        assert torch.equal(weight, finished.tensors[name].float()) == name.startswith("model.patcher."), name
+    assert export.main([*command, str(tmp_path / "run"), "--out", str(after)]) == 0
+    digest = hashlib.sha256((before / "model.safetensors").read_bytes()).hexdigest()[:12]
+    card = (after / "README.md").read_text()
+    assert f"earlier model (before, SHA-256 {digest}), and kept its patcher" in card and "in this run" in card
+    assert "earlier model" not in (before / "README.md").read_text()
+
+    for more, why in {
+        ("--preset", "nano"): "has not the shape of the preset nano",
+        ("--preset", "tiny", "--patcher-of", str(runs[0])): "--model-of brings its own patcher",
+    }.items():
+        with pytest.raises(SystemExit):
+            trained(tmp_path / "other", archive, "--steps", "2", "--model-of", str(before), *more)
+        assert why in capsys.readouterr().err
 
 
 def test_runs_are_compared_on_the_same_files(

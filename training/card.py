@@ -73,8 +73,7 @@ Not measured yet: `fastblt compare --model models/nano --write`.
 
 ## Limits
 
-* It has seen the equivalent of {state.phases["model"].bytes / training.num_bytes:.0%} of its
-  training data. Names and calls look right more often than they are; greedy text may repeat itself for ever (see the table).
+* {_seen(state, training)} Names and calls look right more often than they are; greedy text may repeat itself for ever (see the table).
 * {_text(training).capitalize()} only. Anything else is continued badly.
 * Rows were at most {state.settings.lengths[-1][1]} bytes long. More context than that works but is not what it learnt.
 * Drafts of whole blocks are weaker than next bytes (see the tables), and get weaker with every cell.
@@ -84,6 +83,11 @@ Not measured yet: `fastblt compare --model models/nano --write`.
 Temperature 0.6, seed 0; the mark \u2038 is where the prompt ends.
 
 {_samples(samples)}"""
+
+
+def _seen(state: State, training: Corpus) -> str:
+    share = state.phases["model"].bytes / training.num_bytes
+    return f"It has seen the equivalent of {share:.0%} of its training data{' in this run' * bool(state.settings.model_of)}."
 
 
 def _text(training: Corpus) -> str:
@@ -132,6 +136,15 @@ def _training(state: State) -> str:
     lengths = ", ".join(f"{length} bytes from {start:.0%} on" for start, length in settings.lengths)
     machines = ", ".join(f"{machine} ({seconds / 60:.0f} minutes)" for machine, seconds in state.machines.items())
     done = fraction(state, main)
+    threshold = state.config.patching.threshold
+    if settings.model_of:
+        began = f"""\
+The run began from the finished weights of an earlier model ({settings.model_of}), and kept its patcher and
+  threshold, {threshold} nats. What its training saw is not counted here."""
+    else:
+        began = f"""\
+The patcher first: {patcher.bytes / 1e6:.1f} MB seen, {patcher.seconds / 60:.0f} minutes. Then the threshold that
+  gives a mean patch of {settings.mean_patch}: {threshold} nats."""
     unfinished = f"\n* The run is not finished: {done:.0%} of it is done." if done < 1 else ""
     return f"""\
 * Objective: Fast BLT (arXiv 2605.08044), section 3.2: next-byte loss plus masked blocks of {state.config.block_size}
@@ -141,8 +154,7 @@ def _training(state: State) -> str:
   block term joins after {settings.blocks_from:.0%} of the model's phase, and rises to its weight in
   {settings.block_warm_up:.0%} of it. The blocks of {settings.own_share:.0%} of the rows
   start anywhere and hold the model's own greedy continuations instead of the text.
-* The patcher first: {patcher.bytes / 1e6:.1f} MB seen, {patcher.seconds / 60:.0f} minutes. Then the threshold that
-  gives a mean patch of {settings.mean_patch}: {state.config.patching.threshold} nats. Then the model: {main.step} steps,
+* {began} Then the model: {main.step} steps,
   {main.bytes / 1e6:.1f} MB seen, {main.seconds / 60:.0f} minutes.
 * Rows: {lengths}; {settings.batch_bytes} bytes per step. Muon {settings.matrix_rate} for matrices, AdamW
   {settings.table_rate} for tables, head and norms; {settings.warm_up} steps of warm-up, full

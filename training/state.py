@@ -6,6 +6,7 @@ A run's folder holds `state.json` (settings, progress, lists of tensors and part
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from engine.checkpoint import PRESETS, expected_shapes
+from engine.checkpoint import PRESETS, expected_shapes, load
 from engine.config import ModelConfig
 
 from .model import initial_weights
@@ -23,6 +24,7 @@ from .parts import PART_BYTES, Part, read_parts, remove_others, write_parts, wri
 
 PATCHER = "model.patcher."
 MANIFEST = "state.json"
+WEIGHTS = "model.safetensors"
 CPU = torch.device("cpu")
 
 
@@ -58,6 +60,8 @@ class Settings:
     warm_up: int = 40
     mean_patch: float = 4.5
     bf16: bool = True
+    model_of: str | None = None
+    """The finished model that the run began from, with the digest of its weights; else it began from random ones."""
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
@@ -267,6 +271,20 @@ class State:
         theirs, ours = other.phases["patcher"], self.phases["patcher"]
         ours.step, ours.seconds, ours.bytes = theirs.step, theirs.seconds, theirs.bytes
         self.set_threshold(other.config.patching.threshold)
+        self.settled = True
+
+    def adopt_model(self, folder: Path) -> None:
+        """Takes the weights, patcher and threshold of a finished model, which was stored in bfloat16; the optimizers
+        begin anew. Raises ValueError for another shape, or what `checkpoint.load` raises."""
+        loaded = load(folder)
+        if replace(loaded.config, name=self.config.name, patching=self.config.patching) != self.config:
+            raise ValueError(f"the model in {folder} has not the shape of the preset {self.config.name}")
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(loaded.tensors[name])
+        self.set_threshold(loaded.config.patching.threshold)
+        digest = sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        self.settings = replace(self.settings, model_of=f"{folder.name}, SHA-256 {digest:.12}", patcher_share=0.0)
         self.settled = True
 
     def set_threshold(self, threshold: float) -> None:

@@ -219,6 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
     choices.add_argument(
         "--patcher-of", type=Path, help="use the patcher of the run in this folder instead of training one"
     )
+    finished = "begin from the weights and the patcher of the finished model in this folder, of the same shape"
+    choices.add_argument("--model-of", dest="finished", metavar="FOLDER", type=Path, help=finished)
     branch = "begin from the state of the run in this folder, with its settings but for those given here"
     choices.add_argument("--branch-of", type=Path, help=branch)
     here = parser.add_argument_group("this process")
@@ -281,8 +283,9 @@ def _state(options: argparse.Namespace, device: torch.device) -> State:
         raise ValueError(f"{options.run} holds a run already: --resume goes on with it; to begin anew, delete it")
     if options.branch_of:
         state = State.load(options.branch_of, device=device)
-        if options.preset or options.patcher_of:
-            raise ValueError("--branch-of keeps the shape and patcher of its run: leave out --preset and --patcher-of")
+        if options.preset or options.patcher_of or options.finished:
+            others = "--preset, --patcher-of and --model-of"
+            raise ValueError(f"--branch-of keeps the shape, patcher and weights of its run: leave out {others}")
         bound = {"minutes": None, "steps": None} if {"minutes", "steps"} & given.keys() else {}
         state.settings = replace(state.settings, **bound | given)
         copy_metrics(options.branch_of, options.run)
@@ -290,7 +293,11 @@ def _state(options: argparse.Namespace, device: torch.device) -> State:
     if "steps" not in given:
         given.setdefault("minutes", 60.0)
     state = State.new(Settings(**given), device=device)
-    if options.patcher_of:
+    if options.finished:
+        if options.patcher_of:
+            raise ValueError("--model-of brings its own patcher: leave out --patcher-of")
+        state.adopt_model(options.finished)
+    elif options.patcher_of:
         state.adopt_patcher(State.load(options.patcher_of))
     return state
 
