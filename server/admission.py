@@ -11,6 +11,7 @@ import math
 import time
 from bisect import insort
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import count
 from operator import attrgetter
 
@@ -28,24 +29,24 @@ LONGEST_RETRY = 60
 """Seconds: the most that Retry-After asks for."""
 
 
+@dataclass(eq=False)
 class Ticket:
     """The place of one request, held from admission until its response is complete."""
 
-    def __init__(
-        self, gate: "Gate", tenant: Tenant | None, num_sequences: int, prompt_bytes: int, order: tuple[int, int]
-    ) -> None:
-        self._gate = gate
-        self.tenant = tenant
-        self.waiting = num_sequences
-        """Sequences without a first event."""
-        self.prompt_bytes = prompt_bytes
-        self.order = order
-        """Among the requests of its tenant: the lowest first."""
-        self.has_turn = False
-        """Whether it may run, or has to end."""
-        self._refusal: ApiError | None = None
-        self._news = asyncio.Event()
-        self._open = True
+    gate: "Gate"
+    tenant: Tenant | None
+    waiting: int
+    """Sequences without a first event."""
+    prompt_bytes: int
+    order: tuple[int, int]
+    """Among the requests of its tenant: the lowest first."""
+    is_admitted: bool
+    """By another server, which is gone: its client may have bytes already, so it never gives way."""
+    has_turn: bool = field(default=False, init=False)
+    """Whether it may run, or has to end."""
+    _refusal: ApiError | None = field(default=None, init=False)
+    _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _open: bool = field(default=True, init=False)
 
     async def turn(self) -> None:
         """Waits until the request may go to the engine. Raises ApiError 429 if it had to give way."""
@@ -61,7 +62,7 @@ class Ticket:
     def begun(self) -> None:
         """One of its sequences has its first event and no longer waits."""
         if self.waiting:
-            self._gate._stop_waiting(self, 1)
+            self.gate._stop_waiting(self, 1)
 
     def generated(self, num_bytes: int) -> None:
         """So many bytes were generated for it."""
@@ -72,7 +73,7 @@ class Ticket:
         """May be called again."""
         if self._open:
             self._open = False
-            self._gate._leave(self)
+            self.gate._leave(self)
 
 
 class Gate:
@@ -96,7 +97,7 @@ class Gate:
         """Sequences without a first event that had their turn."""
         self._served = 0
         """What the tenant of the last turn had been served before it."""
-        self._arrivals = count()
+        self._arrivals = count(1)
         self._idle = asyncio.Event()
         self._idle.set()
         self.waiting = 0
@@ -117,7 +118,7 @@ class Gate:
         is_admitted: bool = False,
     ) -> Ticket:
         """name: of the request's tenant; without one it has no limits, and its turn at once. is_admitted: by another
-        server, so that it is not refused here.
+        server, so that it is neither refused here nor gives way.
 
         Raises ApiError 429 if the queue is full or the tenant is above a limit, 503 while draining. In a full queue the
         last request of the tenant that waits for most gives way to one that waits for less.
@@ -127,7 +128,9 @@ class Gate:
         tenant = None if name is None else self._tenant(name)
         if not is_admitted:
             self._make_room(num_sequences, tenant)
-        ticket = Ticket(self, tenant, num_sequences, prompt_bytes, (priority, next(self._arrivals)))
+        # What came to another server was here before all that wait.
+        order = priority, 0 if is_admitted else next(self._arrivals)
+        ticket = Ticket(self, tenant, num_sequences, prompt_bytes, order, is_admitted)
         if not self.waiting:
             self._moved = time.monotonic()
         self.waiting += num_sequences
@@ -198,11 +201,12 @@ class Gate:
         """Raises ApiError 429 if the queue has no room for so many sequences of the tenant."""
         share = num_sequences + (tenant.waiting if tenant else 0)
         while self.waiting + num_sequences > self.capacity:
-            longest = max(self._lines, key=lambda other: other.waiting, default=None)
+            lasts = {of: last for of, line in self._lines.items() if (last := _last_to_give_way(line))}
+            longest = max(lasts, key=lambda other: other.waiting, default=None)
             full = f"the queue is full: {self.waiting} sequences wait of at most {self.capacity}"
             if longest is None or longest.waiting <= share:
                 raise self._queue_full(f"{full}; try again later", num_sequences)
-            last = self._lines[longest][-1]
+            last = lasts[longest]
             self._stop_waiting(last, last.waiting)
             why = f"{full}, and this request gave way to one of another key; try again later"
             last.give_turn(self._queue_full(why, num_sequences))
@@ -254,3 +258,7 @@ class Gate:
         self.num_requests -= 1
         if not self.num_requests:
             self._idle.set()
+
+
+def _last_to_give_way(line: list[Ticket]) -> Ticket | None:
+    return next((ticket for ticket in reversed(line) if not ticket.is_admitted), None)

@@ -45,7 +45,9 @@ async def complete(request: Request, service: Service) -> Response:
     api_key: bytes = request.scope["state"].get("api_key", b"")
     plan = await _understood(request, service, origin, api_key)
     wanted = plan.request
-    await _check_grammars(request, service, plan)
+    # An engine that has begun it has compiled them. Here it may take too long, on a busy machine.
+    if not (origin.shown or origin.held):
+        await _check_grammars(request, service, plan)
     service.check_engine()
     access: Access = request.state.access
     if origin.is_continued:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -24,6 +25,11 @@ from .requests import Plan
 from .schemas import Choice, Completion, CompletionUsage, FastBltUsage, PromptTokensDetails
 from .settings import ServerSettings
 
+COUNTS = "decoder_calls", "global_calls", "rounds", "drafted", "accepted", "preemptions"
+BYTES = "estimated_bytes", "bytes_read"
+"""Of a request's sequences, their sums are told."""
+SECONDS = "queue_seconds", "prefill_seconds", "decode_seconds"
+"""And of these the longest."""
 LOGGED_CHARACTERS = 1000
 """Most characters of a text with `--log-content`."""
 
@@ -270,13 +276,12 @@ class Generation:
         """After all sequences have ended: includes the cost."""
         usages = [choice.usage for choice in self.streams]
         so_far = self.usage_so_far()
+        cached = sum(usage.cached_tokens for usage in usages[:: self.plan.samples])
         return CompletionUsage(
             prompt_tokens=so_far.prompt_tokens,
             completion_tokens=so_far.completion_tokens,
             total_tokens=so_far.total_tokens,
-            prompt_tokens_details=PromptTokensDetails(
-                cached_tokens=sum(usage.cached_tokens for usage in usages[:: self.plan.samples])
-            ),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
             fastblt=fastblt_usage(self.plan.decoder, usages, self.first_byte_seconds),
         )
 
@@ -323,31 +328,16 @@ def _with_less_time(request: Request, seconds: float) -> Request:
 
 def fastblt_usage(decoder: DecoderName, usages: list[Usage], first_byte_seconds: float | None = None) -> FastBltUsage:
     """The summed cost of several sequences, and the longest of their times."""
-
-    def total(field: str) -> int:
-        return sum(getattr(usage, field) for usage in usages)
-
-    def longest(field: str) -> float:
-        return round(max(float(getattr(usage, field)) for usage in usages), 6)
-
-    calls = total("global_calls")
+    figures: dict[str, Any] = {name: sum(getattr(usage, name) for usage in usages) for name in (*COUNTS, *BYTES)}
+    figures |= {name: round(max(float(getattr(usage, name)) for usage in usages), 6) for name in SECONDS}
+    calls, tokens = figures["global_calls"], sum(usage.completion_tokens for usage in usages)
     rows = Counter[str]()
     for usage in usages:
         rows.update(usage.rows)
     return FastBltUsage(
         decoder=decoder,
-        decoder_calls=total("decoder_calls"),
-        global_calls=calls,
-        rounds=total("rounds"),
-        drafted=total("drafted"),
-        accepted=total("accepted"),
         rows=dict(rows),
-        bytes_per_global_call=round(total("completion_tokens") / calls, 3) if calls else None,
-        estimated_bytes=total("estimated_bytes"),
-        bytes_read=total("bytes_read"),
-        preemptions=total("preemptions"),
-        queue_seconds=longest("queue_seconds"),
-        prefill_seconds=longest("prefill_seconds"),
-        decode_seconds=longest("decode_seconds"),
+        bytes_per_global_call=round(tokens / calls, 3) if calls else None,
         first_byte_seconds=first_byte_seconds,
+        **figures,
     )

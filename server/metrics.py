@@ -61,7 +61,7 @@ class Metrics:
             "fastblt_rejections", "HTTP requests that were refused, by error code.", ["reason"], registry=registry
         )
         self.continued = Counter(
-            "fastblt_requests_continued", "Completions continued here after another server was lost.", registry=registry
+            "fastblt_requests_continued", "Completions that a lost server began.", registry=registry
         )
         self.in_progress = Gauge("fastblt_http_requests_in_progress", "HTTP requests under way.", registry=registry)
         self._sequences = Counter(
@@ -75,8 +75,7 @@ class Metrics:
                 made.labels(decoder)
             return made
 
-        queued = "From the admission of a sequence to its first step."
-        self._queue = histogram("queue_seconds", queued, QUEUE_SECONDS)
+        self._queue = histogram("queue_seconds", "From the admission of a sequence to its first step.", QUEUE_SECONDS)
         self._prefill = histogram(
             "prefill_seconds", "From the first step of a sequence to its first byte.", QUEUE_SECONDS
         )

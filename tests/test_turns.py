@@ -38,16 +38,17 @@ class Turns(RuleBasedStateMachine):
         size=st.integers(1, MOST_BYTES),
         priority=st.integers(-1, 1),
         times=st.sampled_from([1, 1, 30]),
+        is_admitted=st.sampled_from([False, False, False, True]),
     )
-    def enter(self, name: bytes, count: int, size: int, priority: int, times: int) -> None:
+    def enter(self, name: bytes, count: int, size: int, priority: int, times: int, is_admitted: bool) -> None:
         for _ in range(times):
             waiting = self.waiting()
             try:
-                self.held.append(self.gate.enter(count, name, size, priority))
+                self.held.append(self.gate.enter(count, name, size, priority, is_admitted=is_admitted))
             except ApiError as error:
-                assert error.body["error"]["code"] == "queue_full"
+                assert error.body["error"]["code"] == "queue_full" and not is_admitted
                 # No other could have made room for it without waiting for less than this one does afterwards.
-                in_line = {t.tenant for t in self.held if not t.has_turn}
+                in_line = {t.tenant for t in self.held if not t.has_turn and not t.is_admitted}
                 shares = [t.waiting for t in in_line if t]
                 assert max(shares, default=0) <= waiting[name] + count
 
@@ -115,7 +116,10 @@ class Turns(RuleBasedStateMachine):
 
     @invariant()
     def all_is_counted(self) -> None:
-        assert self.gate.waiting == sum(t.waiting for t in self.held) <= CAPACITY
+        assert self.gate.waiting == sum(t.waiting for t in self.held)
+        admitted = [t for t in self.held if t.is_admitted]
+        assert self.gate.waiting <= CAPACITY + sum(t.waiting for t in admitted)
+        assert not any(t._refusal for t in admitted)
         for tenant in self.gate._tenants.values():
             own = [t for t in self.held if t.tenant is tenant]
             assert tenant.requests == len(own)
@@ -189,6 +193,29 @@ async def test_in_a_full_queue_the_longest_line_gives_way_to_a_shorter_one() -> 
     for ticket in (*many, few):
         ticket.close()
     assert shared.waiting == 0
+
+
+async def test_what_another_server_admitted_never_gives_way_and_is_the_first_of_its_key() -> None:
+    shared = gate(40)
+    many = [shared.enter(1, b"many", 9) for _ in range(39)]
+    continued = [shared.enter(1, b"many", 9, is_admitted=True) for _ in range(2)]
+    few = shared.enter(2, b"few", 9)
+    assert not any(t.has_turn for t in continued) and [t.waiting for t in continued] == [1, 1]
+    assert [t.waiting for t in many] == [1] * 36 + [0] * 3
+    ticket = next(t for t in many if t.has_turn)
+    ticket.begun()
+    # The keys take turns; the first of them is the one that has been served less.
+    assert few.has_turn
+    for _ in range(2):
+        next(t for t in many if t.has_turn and t.waiting).begun()
+    assert any(t.has_turn for t in continued) and not many[LOOKAHEAD].has_turn
+
+    only = gate(MOST_CHOICES)
+    first = [only.enter(1, b"a", 1) for _ in range(MOST_CHOICES)]
+    waits = [only.enter(1, b"a", 1, is_admitted=True) for _ in range(LOOKAHEAD)]
+    with pytest.raises(ApiError, match="queue is full"):
+        only.enter(1, b"b", 1)
+    assert all(t.waiting for t in (*first, *waits))
 
 
 async def test_one_key_alone_waits_for_no_turn() -> None:

@@ -428,6 +428,25 @@ def test_what_another_replica_admitted_is_not_refused(pair: tuple[Replica, Repli
     assert two.app.state.gate.num_requests == two.app.state.gate.waiting == 0
 
 
+def test_a_grammar_that_an_engine_has_begun_is_not_refused_by_a_busy_replica(
+    pair: tuple[Replica, Replica], loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = pair
+
+    async def slow(grammar: str) -> str:
+        return "it takes longer than 0.5 s to compile"
+
+    monkeypatch.setattr(two.app.state.grammars, "fault", slow)
+    fields = {**ASKED["grammar"], "stream": True}
+    whole = loop.run(relayed(Fleet(one), **fields))
+    fleet = Fleet(*pair)
+    fleet.losses = [EARLY]
+    assert said(loop.run(relayed(fleet, **fields)))["choices"] == said(whole)["choices"]
+    assert len(fleet.calls) == 2
+    (refused, _) = loop.run(relayed(Fleet(two), **fields))
+    assert refused["status"] == 400
+
+
 def test_what_another_replica_refuses_for_good_is_an_error_that_says_why(
     pair: tuple[Replica, Replica], client: EngineClient, loop: asyncio.Runner
 ) -> None:
