@@ -101,6 +101,8 @@ class Relay:
         self._first_byte: float | None = None
         self._began: Message | None = None
         """The message that started the client's response."""
+        self._has_body = False
+        """Whether some of it was sent."""
         self._is_done = False
         """Whether the last event of a stream was sent."""
         self._is_whole = False
@@ -153,7 +155,7 @@ class Relay:
                     await asyncio.sleep(RETRY_SECONDS)
             if self._is_done:
                 return await self._send_body(b"", more=False)
-            if call.replica or (self._began and not call.origin):
+            if call.replica or (self._began and not (call.origin and self._can_go_on)):
                 raise self._lost(why)
             if losses > MOST_LOSSES:
                 raise self._lost(f"{losses} replicas in a row were lost while they ran this request")
@@ -179,6 +181,12 @@ class Relay:
     def _is_stream(self) -> bool:
         headers = map(tuple, self._began["headers"]) if self._began else ()
         return (b"content-type", b"text/event-stream; charset=utf-8") in headers
+
+    @property
+    def _can_go_on(self) -> bool:
+        """Whether another replica's answer fits to what was sent. A JSON answer counts the work of its replica, so a
+        part of one does not fit to a part of another."""
+        return self._is_stream or not self._has_body
 
     async def _from_a_replica(self, call: Call, deadline: float) -> None:
         """The whole answer, or what is left of it. Raises ReplicaLost, NoRoom, ApiError."""
@@ -262,5 +270,6 @@ class Relay:
 
     async def _send_body(self, body: bytes, *, more: bool = True) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        self._has_body |= bool(body)
         self._is_done |= body.endswith(DONE)
         self._is_whole |= not more

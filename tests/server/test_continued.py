@@ -447,6 +447,44 @@ def test_a_grammar_that_an_engine_has_begun_is_not_refused_by_a_busy_replica(
     assert refused["status"] == 400
 
 
+class LostInTheBody(Fleet):
+    """Its first call is lost after so many messages of the answer itself."""
+
+    num_messages = 0
+
+    async def ask(self, call: Call) -> AsyncGenerator[str | list[Message], None]:
+        left = self.num_messages if not self.calls else 1 << 30
+        async with aclosing(super().ask(call)) as items:
+            async for item in items:
+                for message in item if isinstance(item, list) else ():
+                    yield [message]
+                    left -= message["type"].startswith("http.")
+                    if not left:
+                        raise ReplicaLost("of the test")
+                if isinstance(item, str):
+                    yield item
+
+
+@pytest.mark.parametrize("num_messages", [1, 2, 3])
+def test_a_large_answer_of_which_a_part_was_sent_breaks_off(
+    num_messages: int, pair: tuple[Replica, Replica], loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is sent in pieces. What another replica would say does not fit to them: it counts its own work."""
+    monkeypatch.setattr("server.completions.WHOLE_BYTES", 10)
+    fields = {**STREAM, "stream": False, "n": 3}
+    expected = loop.run(relayed(Fleet(pair[0]), **fields))
+    assert len(expected) > 4
+    fleet = LostInTheBody(*pair)
+    fleet.num_messages = num_messages
+    if num_messages == 1:
+        # Only the status was sent.
+        assert said(loop.run(relayed(fleet, **fields)))["choices"] == said(expected)["choices"]
+        return
+    with pytest.raises(BrokenOff, match="the replica that ran this request is gone"):
+        loop.run(relayed(fleet, **fields))
+    assert len(fleet.calls) == 1
+
+
 def test_what_another_replica_refuses_for_good_is_an_error_that_says_why(
     pair: tuple[Replica, Replica], client: EngineClient, loop: asyncio.Runner
 ) -> None:
