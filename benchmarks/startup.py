@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     program.add_argument(
         "--tables",
         choices=("BF16", "F32"),
-        help="with --shape: the released model's own files, its hash tables in that dtype",
+        help="with --shape: files laid out as the released model's, with random weights, and hash tables in that dtype",
     )
     program.add_argument("--against", type=Path, help="folder of another checkout")
     options = program.parse_args(arguments)

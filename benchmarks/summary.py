@@ -119,8 +119,9 @@ def speed(folder: Path) -> str:
             + [f"{row['bytes_per_second']:,.0f}", f"{row['over_blt']:.2f} ({row['predicted']:.2f})"]
             + [f"{row['bandwidth_use']:.2f}"]
         )
-    header = ["", "2 cores: times blt (predicted)", "times llama.cpp, f16", "q8_0", "H200: bytes/s"]
-    return report.table([*header, "times blt (predicted)", "of the bandwidth"], rows)
+    cpu_columns = [f"2 cores: times {other}" for other in ("blt (predicted)", "llama.cpp f16", "llama.cpp q8_0")]
+    gpu_columns = [f"H200: {figure}" for figure in ("bytes/s", "times blt (predicted)", "share of the bandwidth")]
+    return report.table(["", *cpu_columns, *gpu_columns], rows)
 
 
 def verdicts(content: Content) -> list[Verdict]:

@@ -227,7 +227,7 @@ def make_traces(settings: ServerSettings) -> "Traces | None":
 
         return Traces(settings.otlp_endpoint, installed().version)
     except ImportError as error:
-        raise ServeError(f'{asked[0]} asks for traces, which need: pip install "fastblt[traces]" ({error})') from error
+        raise ServeError(f'{asked[0]} asks for traces, which need fastblt\'s extra "traces" ({error})') from error
     except ValueError as error:
         raise ServeError(f"traces: {error}") from error
 

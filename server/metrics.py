@@ -205,11 +205,11 @@ class EngineCollector(Collector):
         self.look()
         client, snapshot, info = self._client, self._client.snapshot, self._client.info
         yield _gauge("fastblt_running_sequences", "Sequences in the running batch.", snapshot.running)
-        yield _gauge("fastblt_running_capacity_sequences", "Most of these: --max-sequences.", info.max_sequences)
+        yield _gauge("fastblt_running_capacity_sequences", "Most in a batch: --max-sequences.", info.max_sequences)
         waiting = snapshot.waiting + self._gate.in_line
         yield _gauge("fastblt_waiting_sequences", "Sequences that wait for the engine or in it.", waiting)
         yield _gauge("fastblt_queued_sequences", "Admitted sequences without a first byte.", self._gate.waiting)
-        yield _gauge("fastblt_queue_capacity_sequences", "Most of these, as set by --max-queue.", self._gate.capacity)
+        yield _gauge("fastblt_queue_capacity_sequences", "Most without a first byte: --max-queue.", self._gate.capacity)
         yield _gauge("fastblt_step_prompt_rows", "Most rows of prompts in a step.", info.prompt_rows)
         yield _gauge("fastblt_engine_up", "1 if the engine is ready.", client.responds)
         yield _gauge("fastblt_draining", "1 while the server takes no new requests.", self._gate.draining)

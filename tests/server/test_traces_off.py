@@ -40,7 +40,7 @@ def test_tracing_without_the_extra_names_the_package_to_install(asked: str, monk
     else:
         monkeypatch.setenv(asked, ENDPOINT)
         message = refused()
-    assert message.startswith(f'fastblt: {asked} asks for traces, which need: pip install "fastblt[traces]"')
+    assert message.startswith(f'fastblt: {asked} asks for traces, which need fastblt\'s extra "traces"')
 
 
 def refused(*flags: str) -> str:
