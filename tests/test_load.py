@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from clients.load.arrivals import poisson
-from clients.load.http import Pool
+from clients.load.http import Lost, Pool
 from clients.load.percentiles import PERCENTILES, Gaps, spread
 from clients.load.record import Limits, Plan, Record, Run
 from clients.load.run import measure
@@ -231,8 +231,9 @@ async def test_a_silent_server_times_out() -> None:
             await pool.post(b"{}", lambda *_: None)
 
 
-async def test_a_request_moves_to_a_new_connection_where_the_idle_one_was_lost() -> None:
-    """The first connection stays open after its answer, and is then closed on the next request."""
+@pytest.mark.parametrize("after", [0.0, 0.7])
+async def test_a_request_moves_to_a_new_connection_only_where_the_idle_one_was_lost(after: float) -> None:
+    """The first connection stays open after its answer, and is closed on the next request, or while that waits."""
     kept = WHOLE.replace(b"connection: close\r\n", b"")
     seen: list[bytes] = []
 
@@ -241,14 +242,19 @@ async def test_a_request_moves_to_a_new_connection_where_the_idle_one_was_lost()
         writer.write(kept)
         if len(seen) == 1:
             seen.append(await reader.readuntil(b"{}"))
+            await asyncio.sleep(after)
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         pool = Pool(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "/x", None, 5)
-        for _ in range(2):
+        assert (await pool.post(b"{}", lambda *_: None)).status == 200
+        if after:
+            with pytest.raises(Lost):
+                await pool.post(b"{}", lambda *_: None)
+        else:
             assert (await pool.post(b"{}", lambda *_: None)).status == 200
         pool.close()
-    assert len(seen) == 3 and all(request.startswith(b"POST /x HTTP/1.1\r\n") for request in seen)
+    assert len(seen) == (2 if after else 3) and all(request.startswith(b"POST /x HTTP/1.1\r\n") for request in seen)
 
 
 def test_ctrl_c_ends_a_run_with_what_there_is(tiny_server: str, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import httptools
 from ..fastblt_client import trusting
 
 CONNECT_SECONDS = 10.0
+RACE_SECONDS = 0.5
+"""How soon after a request an idle connection is found to be closed."""
 MOST_ERROR_BYTES = 1 << 16
 """Bytes that are kept of a body that is no stream."""
 clock = time.perf_counter
@@ -139,8 +141,8 @@ class Pool:
             try:
                 return await self._exchange(connection, request, on_data)
             except Lost:
-                # The server may have closed it just when the request was sent.
-                if not connection.silent:
+                # The server may have closed it just when the request was sent. Later it has lost the request.
+                if not connection.silent or clock() - connection.heard > RACE_SECONDS:
                     raise
         return await self._exchange(await self._connect(), request, on_data)
 
