@@ -121,7 +121,9 @@ class _Base:
             "base_url": url.rstrip("/").removesuffix("/v1"),
             "headers": {"authorization": f"Bearer {api_key}"} if api_key else {},
             # Bytes may take long to arrive; connecting may not.
-            "timeout": httpx.Timeout(timeout, connect=10.0),
+            "timeout": httpx.Timeout(timeout, connect=10.0, pool=None),
+            # The server has the queue.
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=100),
             "verify": trusting(ca_file) if ca_file else True,
         }
 
@@ -203,8 +205,8 @@ class Client(_Base):
                     response.read()
                 finally:
                     response.close()
-                failure: Exception = _api_error(response)
-            except httpx.ConnectError as error:
+                failure: Exception = api_error(response)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 if is_untrusted(error):
                     raise
                 failure = error
@@ -287,8 +289,8 @@ class AsyncClient(_Base):
                     await response.aread()
                 finally:
                     await response.aclose()
-                failure: Exception = _api_error(response)
-            except httpx.ConnectError as error:
+                failure: Exception = api_error(response)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 if is_untrusted(error):
                     raise
                 failure = error
@@ -373,10 +375,13 @@ def _completion(data: dict[str, Any]) -> Completion:
     return Completion(data["id"], data["model"], choices, data.get("usage"))
 
 
-def _api_error(response: httpx.Response) -> ApiError:
+def api_error(response: httpx.Response) -> ApiError:
+    """What a refusal says, also one that a proxy gives."""
     try:
         error = response.json()["error"]
     except (ValueError, KeyError, TypeError):
+        error = None
+    if not isinstance(error, dict):
         error = {"message": f"HTTP status {response.status_code}: {response.text[:200]}"}
     return ApiError(response.status_code, error)
 

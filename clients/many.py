@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import httpx
 
 from .address import base_url
-from .fastblt_client import RETRIED, ApiError, ConnectionFailed, is_untrusted, retry_delay, trusting
+from .fastblt_client import RETRIED, ConnectionFailed, api_error, is_untrusted, retry_delay, trusting
 
 Key = TypeVar("Key")
 
@@ -82,10 +82,9 @@ class Many:
                 if is_untrusted(error) if isinstance(error, httpx.TransportError) else True:
                     raise failure from None
             else:
-                content = _parsed(response)
                 if response.is_success:
-                    return content
-                failure = ApiError(response.status_code, content.get("error", {}))
+                    return _parsed(response)
+                failure = api_error(response)
                 if response.status_code not in RETRIED:
                     raise failure
                 retry_after = response.headers.get("retry-after", "")
