@@ -84,6 +84,8 @@ MISBEHAVING = [
     ("import os\nos.write(1, b'x')\nos.read(0, 1)[0]", "IndexError"),
     (LIAR, "status 1"),
     ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+    ("import os\nos._exit(-1)", "status 255"),
+    ("import os\nos.kill(os.getpid(), 40)", ""),
 ]
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from clients.fastblt_client import ApiError, ConnectionFailed
 from clients.many import Many
+from engine.checkpoint import random_tensors
 from engine.config import EngineConfig
 from engine.costs.accounting import PaperFormula
 from engine.decoders.table import DECODERS
@@ -22,12 +23,13 @@ from server.evaluation import flores, humaneval, mbpp, plot
 from server.evaluation.command import measure
 from server.evaluation.paper import PAPER_MODELS, paper_rows
 from server.evaluation.report import Row, markdown, render, to_json
-from server.evaluation.results import Answer, Results, ResultsError
+from server.evaluation.results import COSTS, Answer, Results, ResultsError
 from server.evaluation.sandbox import Limits, Sandbox, SandboxError, Verdict
 from server.evaluation.settings import paper_settings
 from server.evaluation.sources import Asked, InProcess, OverHttp, SourceError, fingerprint
 from server.evaluation.tasks import TASKS, Problem, Task, TaskError
 from tests.conftest import ROOT
+from tests.test_checkpoint_formats import META_CONFIG, write_meta
 from tests.test_cli import fails
 from tests.test_clients import answer, scripted
 
@@ -277,12 +279,53 @@ def test_a_text_ends_at_an_end_of_sequence_and_its_costs_do_not() -> None:
     assert one is asked and found.text == "ab" and found.decoder_calls == 4
 
 
+def test_an_answer_whose_engine_was_lost_is_asked_for_again() -> None:
+    """Its text is whole, but its costs are those of the last engine."""
+    version = {"model": "m", "decoders": ["blt"], "block_size": None, "parameters": 1}
+    (setting,) = paper_settings(["blt"], None)
+    asked = [Asked(number, Problem(str(number), "x"), setting, 4) for number in range(3)]
+    sent: list[int] = []
+
+    def usage(rounds: int) -> dict[str, Any]:
+        costs = {**dict.fromkeys(COSTS, rounds), "accepted": 0}
+        return {"completion_tokens": 4, "fastblt": costs | {"rounds": rounds}}
+
+    def send(losses: int) -> Any:
+        def send(bodies: Iterable[Any]) -> Iterator[Any]:
+            for one, _ in bodies:
+                sent.append(one.key)
+                lost = one.key == 1 and sent.count(1) <= losses
+                yield one, {"choices": [{"token_ids": [101] * 4}], "usage": usage(1 if lost else 4)}
+
+        return send
+
+    found = {one.key: answer for one, answer in OverHttp(version, None, send(2)).answers(asked)}
+    assert sent == [0, 1, 2, 1, 1] and {answer.decoder_calls for answer in found.values()} == {4}
+    with pytest.raises(SourceError, match="lost its engine 5 times"):
+        list(OverHttp(version, None, send(99)).answers(asked))
+
+
+def test_another_patcher_is_another_model(tmp_path: Path) -> None:
+    for number in range(2):
+        tensors = random_tensors(META_CONFIG, number)
+        write_meta(tmp_path / str(number), tensors, hub=True, beside=False)
+    model, patchers = tmp_path / "0", [tmp_path / str(number) / "entropy_model" for number in range(2)]
+    configs = [EngineConfig(str(model), patcher=str(patcher), cache_bytes=1 << 26) for patcher in patchers]
+    first, second = (InProcess(config).about for config in configs)
+    assert first["files"] == second["files"] and first["patcher"] != second["patcher"]
+
+
 def test_many_waits_for_a_busy_server_and_tells_of_a_wrong_one() -> None:
     busy = answer(503, b'{"error": {"message": "busy"}}', "retry-after: 0")
     wrong = answer(400, b'{"error": {"message": "n: must be 1", "code": "invalid_value"}}')
     with scripted(busy, answer(200, b'{"x": 1}')) as (url, seen):
         assert [*Many(url).complete([("key", {"prompt": "p"})])] == [("key", {"x": 1})]
         assert len(seen) == 2
+    page = answer(503, b"<html>busy</html>", "retry-after: 0")
+    with scripted(page, answer(429, b'{"error": "busy"}', "retry-after: 0"), answer(200, b'{"x": 1}')) as (url, seen):
+        assert [*Many(url).complete([("key", {})])] == [("key", {"x": 1})] and len(seen) == 3
+    with scripted(answer(502, b"<html>")) as (url, _), pytest.raises(ApiError, match="HTTP status 502: <html>"):
+        list(Many(url).complete([("key", {})]))
     with scripted(wrong) as (url, _), pytest.raises(ApiError, match="n: must be 1"):
         list(Many(url).complete([("key", {})]))
     with scripted(answer(200, b"<html>")) as (url, _), pytest.raises(ConnectionFailed, match="no JSON object"):

@@ -120,7 +120,7 @@ class Sandbox:
 def _verdict(told: bytes, code: int | None, secret: str, limits: Limits) -> Verdict:
     try:
         answer = json.loads(told)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = {}
     if not isinstance(answer, dict):
         answer = {}
@@ -132,6 +132,6 @@ def _verdict(told: bytes, code: int | None, secret: str, limits: Limits) -> Verd
     if code is None or code == TIMED:
         return Verdict(False, f"took longer than {limits.seconds:g} s")
     number = code - 128 if code > 128 else -code
-    if number > 0:
+    with suppress(ValueError):
         return Verdict(False, f"killed by {signal.Signals(number).name}")
     return Verdict(False, f"ended its process with status {code}")

@@ -16,8 +16,9 @@ from .tasks import Problem
 
 IN_FLIGHT = 2
 """Requests that the engine holds at once, in multiples of the running batch: so a next one waits when one ends."""
-
-
+TRIES = 5
+"""How often a server is asked for an answer whose costs it has not counted: `usage` has the work of the last engine
+alone if one was lost."""
 CHECKPOINT = (".safetensors", ".pth", ".pt", ".bin", ".json")
 SAMPLE = 1 << 20
 """Bytes that are looked at in three places of a file, as all of a large model would take minutes."""
@@ -64,6 +65,7 @@ class InProcess:
         self.about: dict[str, Any] = {
             "model": self.model,
             "files": fingerprint(Path(config.model)),
+            "patcher": fingerprint(Path(config.patcher)) if config.patcher else None,
             "parameters": limits.parameters,
             "dtype": config.dtype,
             "weights": config.weights or config.dtype,
@@ -121,11 +123,21 @@ class OverHttp:
         self.about: dict[str, Any] = {"model": model or self.model, "parameters": version["parameters"]}
 
     def answers(self, asked: Iterable[Asked]) -> Iterator[tuple[Asked, Answer]]:
-        for one, response in self._send((one, self._body(one)) for one in asked):
-            (choice,), usage = response["choices"], response["usage"]
-            if (generated := usage["completion_tokens"]) != one.num_bytes:
-                raise _failed(one, f"ended after {generated} bytes: {choice['finish_reason']}")
-            yield one, Answer(_text(choice["token_ids"]), **{name: usage["fastblt"][name] for name in COSTS})
+        for _ in range(TRIES):
+            again = []
+            for one, response in self._send((one, self._body(one)) for one in asked):
+                (choice,), usage = response["choices"], response["usage"]
+                if (generated := usage["completion_tokens"]) != one.num_bytes:
+                    raise _failed(one, f"ended after {generated} bytes: {choice['finish_reason']}")
+                # A round gives one byte beyond what it accepts, at most.
+                if (cost := usage["fastblt"])["rounds"] + cost["accepted"] < generated:
+                    again.append(one)
+                    continue
+                yield one, Answer(_text(choice["token_ids"]), **{name: cost[name] for name in COSTS})
+            if not again:
+                return
+            asked = again
+        raise _failed(again[0], f"the server lost its engine {TRIES} times, and did not count all of the work")
 
     def _body(self, one: Asked) -> dict[str, Any]:
         named = {"model": self._model} if self._model else {}
