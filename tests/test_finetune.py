@@ -4,7 +4,7 @@ had never stopped."""
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -268,11 +268,30 @@ def test_the_report_measures_what_was_saved(folder: Path, finished: Job) -> None
 
 
 def test_a_run_that_was_stopped_in_its_report_makes_it_again(folder: Path, finished: Job) -> None:
+    killed = folder / "tuned" / ".unfinished-by-a-signal"
+    killed.mkdir()
+    (killed / "model.safetensors").write_bytes(b"x")
     arguments = ["--resume", "--run", str(finished.run), "--out", str(folder / "tuned"), "--prompts", "0"]
     result = runner.invoke(app, ["finetune", *arguments])
     assert result.exit_code == 0, result.output
     assert f"next byte: {finished.tuning.bits_before:.4f} bits before" in result.stdout
     assert "not measured (`--prompts 0`)" in result.stdout
+    assert not killed.exists()
+
+
+def test_gradients_are_clipped_in_an_order_that_every_process_has(folder: Path, tmp_path: Path) -> None:
+    """Their common norm is a sum in that order; the order of a set differs from process to process."""
+    job = begin(settings(folder, steps=10), "tuned", tmp_path / "run", CPU)
+    clip, orders = torch.nn.utils.clip_grad_norm_, []
+
+    def watched(weights: Sequence[torch.Tensor], most: float) -> torch.Tensor:
+        orders.append([next(n for n, w in job.tuning.weights.items() if w is weight) for weight in weights])
+        return clip(weights, most)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.utils.clip_grad_norm_", watched)
+        train(job)
+    assert orders[0] == [convert.TABLE] and orders[-1] == list(job.tuning.trained) and len(orders[-1]) > 10
 
 
 def test_rows_are_slices_of_single_documents_and_what_is_held_out_is_never_drawn(folder: Path) -> None:

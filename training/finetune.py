@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.checkpoint.base import require_finite
+from engine.checkpoint.hf import UNFINISHED
 from engine.checkpoint.hf_config import render
 from engine.config import PAD_ID, ModelConfig
 from engine.layout import CONFIG, DECODERS, WEIGHTS, WEIGHTS_INDEX
@@ -59,7 +60,7 @@ def finetune(
     # A run that was stopped in its report has written some of these.
     others = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if resume:
-        others = {name for name in others if name not in OUTPUTS and not name.startswith("model-")}
+        others = {name for name in others if name not in OUTPUTS and not name.startswith(("model-", UNFINISHED))}
     if others or (out.exists() and not out.is_dir()):
         raise ValueError(f"{out} exists and is not an empty folder")
     if threads:
@@ -143,7 +144,7 @@ def train(job: Job) -> None:
         # At once, to notice a folder that cannot be written before there is work to lose.
         loop.save()
         for number, (name, phase) in enumerate(tuning.phases.items()):
-            taught = {TABLE} if name in ONLY_THE_TABLE else {*tuning.trained}
+            taught = (TABLE,) if name in ONLY_THE_TABLE else tuning.trained
             for weight_name in tuning.trained:
                 tuning.weights[weight_name].requires_grad_(weight_name in taught)
             plan = Plan(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,6 +20,8 @@ from .files import Stored, check, open_safetensors
 from .names import ENCODER, FUSED_HASHES, Shape, cross_attention, expected_shapes, hash_table
 
 SHARD_BYTES = 2 << 30
+UNFINISHED = ".unfinished-"
+"""How the name of a folder begins in which files are made; a process that is killed leaves it."""
 
 
 def read(path: Path, data: dict[str, Any]) -> Checkpoint:
@@ -76,7 +79,9 @@ def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype:
     shards = list(_shards(sizes))
 
     path.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path, prefix=".") as beside:
+    for killed in path.glob(f"{UNFINISHED}*"):
+        rmtree(killed)
+    with TemporaryDirectory(dir=path, prefix=UNFINISHED) as beside:
         unfinished = Path(beside)
         files = [WEIGHTS]
         if len(shards) > 1:
