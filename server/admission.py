@@ -200,16 +200,25 @@ class Gate:
     def _make_room(self, num_sequences: int, tenant: Tenant | None) -> None:
         """Raises ApiError 429 if the queue has no room for so many sequences of the tenant."""
         share = num_sequences + (tenant.waiting if tenant else 0)
-        while self.waiting + num_sequences > self.capacity:
-            lasts = {of: last for of, line in self._lines.items() if (last := _last_to_give_way(line))}
-            longest = max(lasts, key=lambda other: other.waiting, default=None)
-            full = f"the queue is full: {self.waiting} sequences wait of at most {self.capacity}"
-            if longest is None or longest.waiting <= share:
+        full = f"the queue is full: {self.waiting} sequences wait of at most {self.capacity}"
+        missing = self.waiting + num_sequences - self.capacity
+        lines = {of: [t for t in line if not t.is_admitted] for of, line in self._lines.items()} if missing > 0 else {}
+        left, going = {of: of.waiting for of, line in lines.items() if line}, list[Ticket]()
+        while missing > 0:
+            longest = max(left, key=left.__getitem__, default=None)
+            if longest is None or left[longest] <= share:
+                # And nothing gives way for what is refused all the same.
                 raise self._queue_full(f"{full}; try again later", num_sequences)
-            last = lasts[longest]
-            self._stop_waiting(last, last.waiting)
-            why = f"{full}, and this request gave way to one of another key; try again later"
-            last.give_turn(self._queue_full(why, num_sequences))
+            going.append(last := lines[longest].pop())
+            missing -= last.waiting
+            left[longest] -= last.waiting
+            if not lines[longest]:
+                del left[longest]
+        why = f"{full}, and this request gave way to one of another key; try again later"
+        for ticket in going:
+            refusal = self._queue_full(why, ticket.waiting)
+            self._stop_waiting(ticket, ticket.waiting)
+            ticket.give_turn(refusal)
 
     def _queue_full(self, message: str, num_sequences: int) -> ApiError:
         headers = {"retry-after": str(self.retry_seconds(num_sequences))}
@@ -258,7 +267,3 @@ class Gate:
         self.num_requests -= 1
         if not self.num_requests:
             self._idle.set()
-
-
-def _last_to_give_way(line: list[Ticket]) -> Ticket | None:
-    return next((ticket for ticket in reversed(line) if not ticket.is_admitted), None)

@@ -42,15 +42,21 @@ class Turns(RuleBasedStateMachine):
     )
     def enter(self, name: bytes, count: int, size: int, priority: int, times: int, is_admitted: bool) -> None:
         for _ in range(times):
-            waiting = self.waiting()
+            waiting, refused = self.waiting(), self.refused()
             try:
                 self.held.append(self.gate.enter(count, name, size, priority, is_admitted=is_admitted))
             except ApiError as error:
                 assert error.body["error"]["code"] == "queue_full" and not is_admitted
-                # No other could have made room for it without waiting for less than this one does afterwards.
-                in_line = {t.tenant for t in self.held if not t.has_turn and not t.is_admitted}
-                shares = [t.waiting for t in in_line if t]
-                assert max(shares, default=0) <= waiting[name] + count
+                assert self.refused() == refused, "nothing gives way for what is refused"
+                # Others could not make room for it without waiting for less than this one would afterwards.
+                share, freed = waiting[name] + count, 0
+                for tenant, line in self.gate._lines.items():
+                    left = tenant.waiting
+                    for ticket in reversed([t for t in line if not t.is_admitted]):
+                        if left > share:
+                            left -= ticket.waiting
+                            freed += ticket.waiting
+                assert self.gate.waiting + count - freed > CAPACITY
 
     @precondition(lambda self: any(t.waiting for t in self.running()))
     @rule(data=st.data(), num_bytes=st.integers(0, MOST_GENERATED))
@@ -101,6 +107,9 @@ class Turns(RuleBasedStateMachine):
         assert all(count == 1 for count in names.values())
         new.begun()
         new.close()
+
+    def refused(self) -> int:
+        return sum(t._refusal is not None for t in self.held)
 
     def running(self) -> list[Ticket]:
         return [t for t in self.held if t.has_turn]
@@ -216,6 +225,17 @@ async def test_what_another_server_admitted_never_gives_way_and_is_the_first_of_
     with pytest.raises(ApiError, match="queue is full"):
         only.enter(1, b"b", 1)
     assert all(t.waiting for t in (*first, *waits))
+
+
+async def test_a_request_that_is_refused_all_the_same_costs_others_nothing() -> None:
+    shared = gate(60)
+    waiting = [shared.enter(1, name, 9) for name in [b"a"] * 59 + [b"b"]]
+    for _ in range(3):
+        with pytest.raises(ApiError, match="the queue is full: 60 sequences wait of at most 60; try again later"):
+            shared.enter(40, b"b", 9)
+    assert shared.waiting == 60 and not any(t._refusal for t in waiting)
+    shared.enter(4, b"b", 9)
+    assert shared.waiting == 60 and sum(t._refusal is not None for t in waiting) == 4
 
 
 async def test_one_key_alone_waits_for_no_turn() -> None:
