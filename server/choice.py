@@ -3,6 +3,7 @@
 A response without streaming is the sum of the same pieces, so both agree.
 """
 
+import math
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
@@ -128,7 +129,8 @@ class ChoiceStream:
 
     @property
     def mean_logprob(self) -> float:
-        return self.cumulative_logprob / max(self.num_generated, 1)
+        """Of no id: less than any."""
+        return self.cumulative_logprob / self.num_generated if self.num_generated else -math.inf
 
     def empty_piece(self) -> Piece:
         return Piece(

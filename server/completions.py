@@ -32,7 +32,7 @@ one for the start of the next event, SGLang's for broken JSON."""
 WHOLE_BYTES = 256 << 10
 """Largest answer that is made and written in one piece."""
 ENTRY_BYTES = 64
-"""Approximate bytes of one log-probability in it."""
+"""Approximate bytes of one log-probability in it, or of a round without its ids."""
 ENTROPY_BYTES = 11
 ID_BYTES = 4
 
@@ -101,7 +101,9 @@ def _answer(completion: Completion) -> Response:
             size += ENTRY_BYTES * (
                 len(choice.logprobs.tokens) + sum(map(len, filter(None, choice.logprobs.top_logprobs)))
             )
-        size += ENTRY_BYTES * sum(len(entry.top) for entry in choice.prompt_logprobs or [])
+        size += ENTRY_BYTES * sum(len(entry.top) + 1 for entry in choice.prompt_logprobs or [])
+        for round in choice.trace.rounds if choice.trace else []:
+            size += ENTRY_BYTES + ID_BYTES * (len(round.ids) + len(round.drafts) + len(round.passes))
         size += ENTROPY_BYTES * len(choice.patches.entropies if choice.patches else [])
         size += ID_BYTES * len([*(choice.prompt_token_ids or []), *(choice.token_ids or [])])
     if size <= WHOLE_BYTES:

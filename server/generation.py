@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from engine.process.client import EngineClient, EngineDead
+from engine.process.streams import Stream
 from engine.types import DecoderName, Delta, Event, Failed, Finished, Request, TokenLogprob, Usage
 
 from .admission import Gate, Ticket
@@ -85,7 +86,7 @@ class Generation:
         """By the index of the sequence that computes them; empty unless prompts are scored."""
         events = [self._submit(index, r) for index, r in enumerate(plan.requests)]
         self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
-        self._events = merge(events, service.settings.keepalive_seconds, self._ended)
+        self._events = merge(events, service.settings.keepalive_seconds, self._ended, self._came)
         self._begun: set[int] = set()
         self.said = [""] * len(plan.requests) if service.settings.log_content else None
         """The beginning of each sequence's text, if it may be logged."""
@@ -131,8 +132,9 @@ class Generation:
             async with asyncio.timeout(request.timeout):
                 await self._ticket.turn()
         except TimeoutError:
-            usage = Usage(prompt_tokens=len(request.prompt_ids), queue_seconds=time.monotonic() - began)
-            yield Finished(id=request.id, reason="timeout", usage=usage)
+            overdue = Stream(request, told).overdue()
+            usage = msgspec.structs.replace(overdue.usage, queue_seconds=time.monotonic() - began)
+            yield msgspec.structs.replace(overdue, usage=usage)
             return
         waited = time.monotonic() - began
         async with aclosing(self._service.client.submit(_with_less_time(request, waited), told)) as events:
@@ -184,15 +186,20 @@ class Generation:
                     yield None
                     continue
                 index, event = item
-                # What was told elsewhere is no event here: a sequence that goes on waits for its turn.
-                if index not in self._begun:
-                    self._begun.add(index)
-                    self._ticket.begun()
                 if self._origin.note:
                     self._origin.note(index, event)
                 yield index, self._take(index, event)
         except EngineDead as error:
             raise self._service.gate.unavailable(f"the engine is gone: {error}", "engine_dead") from error
+
+    def _came(self, index: int, event: Event) -> None:
+        """Counts a sequence as begun, however long its client takes to read. What was told elsewhere is no event here:
+        a sequence that goes on waits for its turn."""
+        if index not in self._begun:
+            self._begun.add(index)
+            self._ticket.begun()
+        if scores := self._scores.get(index):
+            scores.learn(event)
 
     def _take(self, index: int, event: Event) -> Piece:
         """Counts an event and makes a piece of it."""

@@ -1,18 +1,22 @@
 """Several event streams as one."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from engine.types import Event
 
 
 async def merge(
-    streams: Sequence[AsyncGenerator[Event, None]], tick: float, end: "asyncio.Future[Exception]"
+    streams: Sequence[AsyncGenerator[Event, None]],
+    tick: float,
+    end: "asyncio.Future[Exception]",
+    came: Callable[[int, Event], None],
 ) -> AsyncGenerator[tuple[int, Event] | None, None]:
     """Yields (index, event) as events come, and None after each `tick` seconds without one; ends with the last stream.
 
-    Holds at most one event per stream, so a slow reader slows the producers down. An exception in any stream is raised
+    Holds at most one event per stream, so a slow reader slows the producers down. `came` gets each when it comes, which
+    may be long before it is taken. An exception in any stream is raised
     here. Closing this closes them all. So does the result of `end`, an exception that is then raised here.
     """
     queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=1)
@@ -21,6 +25,7 @@ async def merge(
         try:
             async with aclosing(stream):
                 async for event in stream:
+                    came(index, event)
                     await queue.put((index, event))
             await queue.put((index, None))
         except Exception as error:

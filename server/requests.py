@@ -66,7 +66,8 @@ def make_plan(
             f"{len(texts)} prompts with {samples} samples each make {len(texts) * samples} sequences; "
             f"at most {settings.max_choices} are allowed"
         )
-        raise ApiError(400, message, param="prompt" if len(texts) > settings.max_choices else "n")
+        asked = "n" if request.best_of is None else "best_of"
+        raise ApiError(400, message, param="prompt" if len(texts) > settings.max_choices else asked)
     limit = settings.max_tokens_limit
     if limit is not None and request.max_tokens > limit:
         raise ApiError(400, f"max_tokens: must be at most {limit}, not {request.max_tokens}", param="max_tokens")
@@ -192,18 +193,17 @@ def _sum_of_scores(field: str, alternatives: int, counts: dict[str, int]) -> tup
 
 
 def _bound_lists(request: CompletionRequest, prompts: list[list[int]], samples: int, most: int) -> None:
-    """A prompt's entropies and ids come with each of its samples, and in a stream at once."""
-    if not (request.patches or request.return_token_ids):
-        return
-    field, entries = ("patches", "entropies") if request.patches else ("return_token_ids", "ids")
-    generated = 0 if request.stream else request.max_tokens * len(prompts)
-    length = sum(map(len, prompts)) + generated
-    if length * samples > most:
-        message = (
-            f"{field}: prompt{' and max_tokens' if generated else ''} ({length} bytes) times {samples} samples make "
-            f"{length * samples} {entries}; at most {most} are allowed"
-        )
-        raise ApiError(400, message, param=field, code="too_many_scores")
+    """A prompt's entropies and ids come with each of its samples, and in a stream at once. Traces have more beside each
+    id, and pile up where the client of a stream does not read."""
+    length, generated = sum(map(len, prompts)), request.max_tokens * len(prompts)
+    told = 0 if request.stream else generated
+    lists = {"patches": ("entropies", length, told), "return_token_ids": ("ids", length, told)}
+    for field, (entries, *counts) in (lists | {"trace": ("ids", 0, generated)}).items():
+        if getattr(request, field) and (count := sum(counts)) * samples > most:
+            of = " and ".join(name for name, part in zip(("prompt", "max_tokens"), counts, strict=True) if part)
+            made = f"{of} ({count} bytes) times {samples} samples make {count * samples} {entries}"
+            message = f"{field}: {made}; at most {most} are allowed"
+            raise ApiError(400, message, param=field, code="too_many_scores")
 
 
 def _kept_ids(

@@ -90,7 +90,7 @@ class Stream:
                 ):
                     await self._news.wait()
             except TimeoutError:
-                self.end(self._overdue())
+                self.end(self.overdue())
         if not self._unread.empty:
             delta, self._unread = self._unread.delta(self.request.id), Merged()
             if not self.ended:
@@ -108,7 +108,7 @@ class Stream:
         self._prompt_scored |= bool(delta.prompt_logprobs)
         self._num_entropies += len(delta.entropies)
 
-    def _overdue(self) -> Finished:
+    def overdue(self) -> Finished:
         """With the text that the engine held back, as it would have released it itself."""
         usage = Usage(prompt_tokens=len(self.request.prompt_ids), completion_tokens=len(self._output_ids))
         held = text_of(self._output_ids[len(self.request.output_ids) :])[self._num_text :]
