@@ -2,7 +2,7 @@
 
 import logging
 from bisect import insort
-from collections.abc import Container
+from collections.abc import Iterator
 from typing import Protocol
 
 from .rows import Rows
@@ -32,10 +32,15 @@ MOST_PRIORITY = 64
 """Priorities are clipped to plus or minus this, so that waiting makes up for any difference."""
 
 
+PROMPT_SHARE = 4
+"""One row of a step in so many is kept for prompts, while there are any."""
+
+
 class Scheduler:
     """Queues, row budgets, admission, order and preemption.
 
-    A step first runs the asks of sequences that generate, beginning with those that did not fit into the last step.
+    A step first runs the asks of sequences that generate, beginning with those that have not run for longest, in all of
+    its rows or, while prompts can progress, in three of four.
     Then it runs chunks of prompts, and of texts that must be computed again: those of running sequences, or of waiting
     ones that it admits. It is full at `max_step_rows` rows, or at `max_prompt_rows` of prompts. An ask is not cut once
     the ids before it are computed, so the last one may exceed either limit.
@@ -62,8 +67,8 @@ class Scheduler:
         self.preemptions = 0
         self._steps = 0
         self._prefers_short = False
-        self._passed_over: set[int] = set()
-        """Sequences that generate and did not fit into the last step."""
+        self._lacks_pages = False
+        """Whether those that wait do so for pages, as far as is known."""
 
     def add(self, sequence: Sequence) -> None:
         priority = min(max(sequence.request.priority, -MOST_PRIORITY), MOST_PRIORITY)
@@ -74,6 +79,7 @@ class Scheduler:
         """Takes a sequence out, wherever it is, and gives its pages back."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._memory.release(sequence)
+        self._lacks_pages = False
 
     def schedule(self) -> list[Rows]:
         """The rows of the next step; their pages are reserved."""
@@ -81,12 +87,20 @@ class Scheduler:
         step = _Step(self.max_step_rows, self.max_prompt_rows)
         preempted = self.preemptions
         rounds = [s for s in self.running if not _reads(s)]
-        for sequence in sorted(rounds, key=lambda s: s.arrival not in self._passed_over):
-            if step.rows_left > 0 and sequence in self.running:
-                self._run(sequence, step, step.rows_left, is_prompt=False)
-        self._passed_over = {s.arrival for s in rounds if s.arrival not in step.ran}
+        kept = self._kept_for_prompts(len(rounds))
+        for sequence in sorted(rounds, key=lambda s: s.last_round):
+            if step.rows_left > kept and sequence in self.running:
+                self._run(sequence, step, step.rows_left - kept, is_prompt=False)
+        for sequence in step.ran:
+            sequence.last_round = self._steps
         self._add_prompts(step, may_admit=self.preemptions == preempted)
         return step.batch
+
+    def _kept_for_prompts(self, num_rounds: int) -> int:
+        """Rows of the step that are not for rounds: those of many drafts or blocks would fill every step."""
+        may_admit = self.waiting and len(self.running) < self._max_sequences and not self._lacks_pages
+        wanted = may_admit or num_rounds < len(self.running)
+        return min(self.max_prompt_rows, self.max_step_rows // PROMPT_SHARE) if wanted else 0
 
     def _add_prompts(self, step: "_Step", may_admit: bool) -> None:
         """may_admit: False if memory was short in this step."""
@@ -100,6 +114,8 @@ class Scheduler:
                 may_admit = may_admit and self._admit(sequence, step)
             elif sequence in self.running and not self._run(sequence, step, step.prompt_rows_left, is_prompt=True):
                 may_admit = False
+        else:
+            self._lacks_pages = not may_admit
         self._prefers_short = step.has_prompts and may_admit and not self._prefers_short
 
     def _admit(self, sequence: Sequence, step: "_Step") -> bool:
@@ -176,9 +192,9 @@ class _Step:
         return [*self._rounds.values(), *self._prompts.values()]
 
     @property
-    def ran(self) -> Container[int]:
-        """Arrivals of the generating sequences whose rows it has."""
-        return self._rounds
+    def ran(self) -> Iterator[Sequence]:
+        """The generating sequences whose rows it has."""
+        return (rows.sequence for rows in self._rounds.values())
 
     @property
     def has_prompts(self) -> bool:

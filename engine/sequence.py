@@ -84,6 +84,8 @@ class Sequence:
         self._decoder: Decoder = decoder or Autoregressive()
         self._round: Round | None = None
         self._ask: Ask | None = None
+        self.last_round = 0
+        """The last step of the scheduler in which it generated."""
         self.due = 0
         """Place in the order of all, given by the scheduler."""
         self.preemptions = 0
@@ -231,9 +233,13 @@ class Sequence:
 
     def note_patch_documents(self, end: int) -> None:
         """A patch that holds an EOS, of those before `end`, ends a document for the global stage."""
-        for document in self.documents[1:]:
+        # Those before were noted: a text may have thousands, and every step asks.
+        first = self.patching.starts[self.patch_documents[-1]]
+        for document in self.documents[bisect_right(self.documents, first) :]:
             after = self.patch_of(document - 1) + 1
-            if self.patch_documents[-1] < after <= end:
+            if after > end:
+                break
+            if after > self.patch_documents[-1]:
                 self.patch_documents.append(after)
 
     def patch_of(self, byte: int) -> int:

@@ -1,6 +1,7 @@
 """The scheduler alone: integers, a pretended memory, no model; where time matters, it is what rows are said to cost."""
 
 import logging
+from copy import copy
 from itertools import count
 from math import ceil
 from random import Random
@@ -15,7 +16,7 @@ from engine.decoders.blt_d import BlockDiffusion
 from engine.decoders.blt_dv import VerifiedDiffusion
 from engine.decoders.blt_s import SelfSpeculation
 from engine.rows import Rows
-from engine.scheduler import MOST_PRIORITY, STEPS_PER_PRIORITY, Scheduler
+from engine.scheduler import MOST_PRIORITY, PROMPT_SHARE, STEPS_PER_PRIORITY, Scheduler
 from engine.sequence import Sequence
 from engine.types import MAX_DRAFT, Request, UnmaskRule
 
@@ -344,9 +345,50 @@ def test_rounds_that_do_not_fit_into_a_step_run_first_in_the_next(count: int, dr
     for arrival in range(count):
         scheduler.add(sequence(arrival, 1, 60, decoder=SelfSpeculation(draft)))
     last = dict.fromkeys(range(count), 0)
-    longest = -(-count * (draft + 1) // rows) + 1
+    # A part is kept for prompts while there are any.
+    longest = -(-count * (draft + 1) // (rows - rows // PROMPT_SHARE)) + 1
     for step in range(1, 200):
         for part in run_step(scheduler):
             last[part.sequence.arrival] = step
         generating = [s.arrival for s in scheduler.running if s.num_output]
         assert all(step - last[arrival] <= longest for arrival in generating)
+
+
+@pytest.mark.parametrize("is_preempted", [False, True])
+@pytest.mark.parametrize("decoder", [BlockDiffusion(8, UnmaskRule(rule="confidence"), finish_patch=False),
+                                     VerifiedDiffusion(8, UnmaskRule(rule="one_step"))])  # fmt: skip
+def test_prompts_go_on_while_rounds_fill_every_step(decoder: Decoder, is_preempted: bool) -> None:
+    scheduler = Scheduler(Memory(1 << 20), max_sequences=64, max_step_rows=256)
+    crowd = [sequence(arrival, 1, 2000, decoder=copy(decoder)) for arrival in range(60)]
+    for s in crowd:
+        scheduler.add(s)
+    for _ in range(20):
+        run_step(scheduler)
+    late = sequence(99, 300, 5)
+    if is_preempted:
+        scheduler.preempt(crowd[-1])
+        late = crowd[-1]
+    else:
+        scheduler.add(late)
+    outputs = [s.num_output for s in crowd]
+    for _ in range(-(-late.remaining // 64) + 8):
+        run_step(scheduler)
+    assert late.num_output and late.num_computed > 0 and late in scheduler.running or late.num_output == 5
+    assert all(s.num_output > before for s, before in zip(crowd[:-1], outputs, strict=False))
+
+
+def test_rounds_have_all_rows_while_no_prompt_can_go_on() -> None:
+    class NotFor9(Memory):
+        def fits(self, rows: Rows) -> bool:
+            return rows.sequence.arrival != 9 and super().fits(rows)
+
+    scheduler = Scheduler(NotFor9(1 << 20), max_sequences=16, max_step_rows=8)
+    for arrival in range(8):
+        scheduler.add(sequence(arrival, 1, 500))
+    for _ in range(30):
+        run_step(scheduler)
+    assert [part.num_rows for part in run_step(scheduler)] == [1] * 8
+    scheduler.add(sequence(9, 20, 1))
+    # The first step keeps rows for it, and finds that it lacks pages.
+    sizes = [len(run_step(scheduler)) for _ in range(4)]
+    assert sizes == [6, 8, 8, 8]

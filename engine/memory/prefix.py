@@ -15,7 +15,7 @@ Texts share prefixes only if their requests have the same salt (`Request.cache_s
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..sequence import Sequence
@@ -64,7 +64,7 @@ class PrefixCache:
         sequence.prefix = node = self.root if from_root else self._find(sequence)
         if node is self.root:
             return
-        path = list(_path(node))
+        path = _path(node)
         for name, table in sequence.tables.items():
             if name in self._lasting:
                 # Where two nodes share a page index, the later node's page has the earlier one's rows too.
@@ -162,8 +162,10 @@ def _key(sequence: Sequence, start: int) -> Key:
     return sequence.request.cache_salt, tuple(sequence.ids[start : start + BLOCK])
 
 
-def _path(node: Node) -> Iterator[Node]:
+def _path(node: Node) -> list[Node]:
     """From the first block to the node; without the root."""
-    if node.parent:
-        yield from _path(node.parent)
-        yield node
+    nodes = []
+    while node.parent:
+        nodes.append(node)
+        node = node.parent
+    return nodes[::-1]
