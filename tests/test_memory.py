@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from engine.checkpoint import PRESETS, expected_shapes, load, random_tensors, save
+from engine.checkpoint import PRESETS, calibrated, expected_shapes, load, random_tensors, save
 from engine.checkpoint.base import CheckpointError
 from engine.checkpoint.hf_config import render
 from engine.config import EngineConfig, HashConfig
@@ -31,7 +31,7 @@ from engine.model import progress
 from engine.model.layers import Weights
 from kernels.dispatch import choose_kernels
 from server.cli import app
-from tests.engines import engine_logits, make_engine
+from tests.engines import engine_logits, make_engine, request, run
 from tests.models import text
 
 CPU = torch.device("cpu")
@@ -183,6 +183,21 @@ def test_as_many_typical_sequences_as_fit_have_pages(cache_bytes: int, most: int
     }
     assert plan.pages["global"] >= pages["global"]
     assert plan.num_bytes <= cache_bytes
+
+
+def test_a_window_that_the_pools_do_not_hold_bounds_the_length(tmp_path: Path) -> None:
+    """Else a long text would find no room beside itself, and end the engine."""
+    config = PRESETS["tiny"]
+    stages = {name: replace(getattr(config, name), window=4096, max_positions=8192) for name in ("encoder", "decoder")}
+    tensors = random_tensors(replace(config, **stages), 3)
+    save(tmp_path, calibrated(replace(config, **stages), tensors), tensors)
+    engine = make_engine(tmp_path, max_sequences=1, page_size=16, max_step_rows=64, cache_bytes=1 << 27)
+    longest = engine.limits.max_length
+    assert 2048 <= longest < 4096
+    out = run(engine, [request("a", text(longest - 5, 1), 5)])["a"]
+    assert len(out.ids) == 5 and getattr(out.end, "reason", "") == "length"
+    more = make_engine(tmp_path, max_sequences=4, page_size=16, max_step_rows=64, cache_bytes=1 << 28)
+    assert more.limits.max_length > 4096
 
 
 def test_more_texts_than_all_memory_holds_are_refused_before_anything_is_made(tmp_path: Path) -> None:

@@ -156,8 +156,10 @@ def plan_caches(config: ModelConfig, engine: EngineConfig) -> CachePlan:
     def rows(name: str) -> int:
         return (pages[name] - 2) * specs[name].page_size
 
-    unbounded = [s.name for s in specs.values() if s.rows_from == "byte" and s.window is None]
-    max_length = min([longest, *(rows(name) for name in unbounded)])
+    # Those without a window, or with one that a typical sequence does not fill.
+    byte_rows = [spec for spec in specs.values() if spec.rows_from == "byte"]
+    growing = [spec.name for spec in byte_rows if spec.window is None or spec.window > TYPICAL_BYTES]
+    max_length = min([longest, *(rows(name) for name in growing)])
     return CachePlan(specs, page_bytes, pages, max_length, min(config.global_.max_positions, rows("global")))
 
 
