@@ -248,7 +248,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.memory.remember(sequence)
         self._remove(sequence)
-        self._events.append(sequence.output.finished(reason, usage_of(sequence, self.parts.formula)))
+        self._events.append(sequence.output.finished(reason, usage_of(sequence, self.parts.formula, reason)))
 
     def _fail(self, sequence: Sequence, why: str, error: Exception | None = None) -> None:
         """Ends a request that cannot go on, and no other."""

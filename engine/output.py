@@ -120,15 +120,16 @@ class Output:
         starts, before = sequence.patching.starts, self._num_counted
         if before is None:
             before = bisect_left(starts, len(sequence.ids) - num_ids)
-        self._num_counted = len(starts)
-        return [after - start for start, after in pairwise(starts[before - 1 :])]
+        # A round that was cut has decided more.
+        self._num_counted = end = bisect_left(starts, len(sequence.ids))
+        return [after - start for start, after in pairwise(starts[before - 1 : end])]
 
     def _traces(self, sequence: "Sequence", outcome: Committed, num_ids: int) -> list[Trace]:
         starts, before = sequence.patching.starts, self._num_traced
         if before is None:
             before = bisect_left(starts, sequence.num_prompt)
-        self._num_traced = len(starts)
-        patch_starts = [start - sequence.num_prompt for start in starts[before:]]
+        self._num_traced = end = bisect_left(starts, len(sequence.ids))
+        patch_starts = [start - sequence.num_prompt for start in starts[before:end]]
         if outcome.rounds > 1:
             # Rounds of blt, which drafts nothing and commits a byte at a time.
             return [Trace(num_ids=1, patch_starts=patch_starts), *[Trace(num_ids=1)] * (num_ids - 1)]
@@ -152,10 +153,11 @@ class Output:
         return patching.decisions(begin, end)
 
 
-def usage_of(sequence: "Sequence", formula: PaperFormula) -> Usage:
-    """What a request has cost so far."""
+def usage_of(sequence: "Sequence", formula: PaperFormula, reason: FinishReason) -> Usage:
+    """What a request that ends for this reason has cost."""
     ids, counts = sequence.ids, sequence.counts
-    closing_eos = sequence.num_output > 0 and ids[-1] == EOS_ID and not sequence.request.ignore_eos
+    may_close = reason == "dead_end" or not sequence.request.ignore_eos
+    closing_eos = sequence.num_output > 0 and ids[-1] == EOS_ID and may_close
     return Usage(
         prompt_tokens=sequence.num_prompt,
         completion_tokens=sequence.num_output - closing_eos,

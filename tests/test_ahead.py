@@ -96,7 +96,23 @@ def test_bytes_launched_together_are_those_of_single_steps(
     assert {name: out.ids for name, out in found.items()} == {name: out.ids for name, out in wanted.items()}
     if "stop" not in how:  # Passes after a stop string did run.
         assert bills(found) == bills(wanted)
+    assert [usage(out).rounds for out in found.values()] == [usage(out).rounds for out in wanted.values()]
     assert engine.snapshot().steps < steps
+
+
+@pytest.mark.parametrize("decoder", ["blt", "blt-s"])
+def test_patches_beyond_the_end_of_a_text_are_neither_told_nor_counted(model: Path, decoder: str) -> None:
+    """A stop string ends it among bytes that were launched together, or within accepted drafts."""
+    counted = []
+    for policy in ("always", "never"):
+        engine = make_engine(model, run_ahead=policy)
+        found = run(engine, asked(stop=[b"e", b"th"], trace=True, decoder=decoder, sampling=HOW[4]["sampling"]))
+        for out in found.values():
+            starts = out.patch_starts
+            assert starts == sorted(set(starts)) and all(start < len(out.ids) for start in starts)
+            assert decoder != "blt" or usage(out).rounds == len(out.ids)
+        counted.append((engine.ledger.patch_sizes, engine.ledger.patch_bytes))
+    assert counted[0] == counted[1] and sum(counted[0][0])
 
 
 def test_a_step_runs_as_many_bytes_as_all_sequences_have_left(model: Path) -> None:

@@ -302,6 +302,8 @@ def test_a_dead_end_says_so(model: Path) -> None:
     out = run(make_engine(model), [request("a", text(5, 1), 4000, grammar=grammar)])["a"]
     assert ending(out) == "dead_end"
     assert set(out.text) <= set(b"ab")
+    # Also where an EOS of the model would be one more id: this one only ends the text.
+    assert usage(out).completion_tokens == len(out.text)
 
 
 def test_a_special_id_that_a_grammar_names_is_a_dead_end(model: Path) -> None:
