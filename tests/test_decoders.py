@@ -17,7 +17,7 @@ from engine.decoders import Decoder, Round, SequenceView
 from engine.decoders.phrases import verify
 from engine.engine import Engine
 from engine.sequence import Sequence
-from engine.types import Finished, Request, SamplingParams, UnmaskRule
+from engine.types import MAX_DRAFT, Finished, Request, SamplingParams, UnmaskRule
 from tests import reference
 from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours, usage
 from tests.models import HF_MODELS, our_config, our_model, text
@@ -538,9 +538,22 @@ def test_blocks_longer_than_any_draft_fit_into_the_smallest_caches(tmp_path: Pat
     fast = {"decoder_input": "embedding", "mask_id": 260, "block_size": 96}
     folder = save_ours(tmp_path / "model", our_model(our_config(**fast), 54))
     engine = crowded_engine(folder, max_sequences=2, max_step_rows=16, max_length=400)
+    wanted = run(engine, [request("a", text(30, 72), 150)])["a"].ids
     for decoder in ("blt-d", "blt-dv"):
-        assert len(run(engine, [request("a", text(30, 72), 150, decoder=decoder)])["a"].ids) == 150
+        found = run(engine, [request("a", text(30, 72), 150, decoder=decoder)])["a"].ids
+        assert len(found) == 150 and (decoder == "blt-d" or found == wanted)
     assert engine.snapshot().preemptions == 0
+
+
+def test_the_longest_drafts_write_the_text_of_blt(model: Path) -> None:
+    engine = make_engine(model, prefix_cache=False)
+    for i, prompt in enumerate(prompts(4, model)):
+        law = SamplingParams(temperature=(0, 0.8)[i % 2], seed=i)
+        one, other = (
+            run(engine, [request("a", prompt, 100, sampling=law, **how)])["a"]
+            for how in ({}, {"decoder": "blt-s", "draft_length": MAX_DRAFT})
+        )
+        assert other.ids == one.ids and usage(other).drafted >= MAX_DRAFT
 
 
 @pytest.mark.parametrize("model", DIFFUSION_MODELS, indirect=True)

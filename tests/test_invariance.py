@@ -9,7 +9,7 @@ import pytest
 
 from engine.config import PatchingRule
 from engine.types import Request, SamplingParams
-from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours, threads
+from tests.engines import Output, crowded_engine, make_engine, request, run, save_ours, threads, usage
 from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
 
 NANO = Path(__file__).parents[1] / "models" / "nano"
@@ -40,7 +40,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def the_request() -> Request:
     sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=5)
-    return request("it", text(90, 3), OUTPUT, sampling=sampling, logprobs=2)
+    return request("it", text(90, 3), OUTPUT, sampling=sampling, logprobs=2, prompt_logprobs=True)
 
 
 def others() -> list[Request]:
@@ -65,6 +65,7 @@ def assert_same(found: Output, wanted: Output) -> None:
     assert found.ids == wanted.ids
     assert found.text == wanted.text
     assert found.logprobs == wanted.logprobs
+    assert found.prompt_logprobs == wanted.prompt_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +107,23 @@ def test_chunked_prefill_beside_other_requests_changes_no_bit(model: Path, wante
 
 def test_preemption_changes_no_bit(model: Path, wanted: Output) -> None:
     engine = crowded_engine(model, max_sequences=6, max_step_rows=32, max_length=200)
-    # Company that is served first, until the pages run out.
+    # Company that comes once a part of the prompt is scored, and takes its pages.
     early = [request(f"e{i}", text(120, 40 + i), 60, priority=-1) for i in range(5)]
-    outputs = run(engine, [*early, the_request()])
-    assert outputs["it"].end is not None
-    assert engine.snapshot().preemptions > 0
-    assert any(output.end.usage.preemptions for output in outputs.values())
+    outputs = {r.id: Output() for r in (the_request(), *early)}
+    engine.add(the_request())
+    assert not [*engine.step(), *engine.step()]
+    for r in early:
+        engine.add(r)
+    while engine.has_work:
+        for event in engine.step():
+            outputs[event.id].take(event)
+    assert usage(outputs["it"]).preemptions
     assert_same(outputs["it"], wanted)
     undisturbed = run(make_engine(model), early) | run(engine, early[-1:])
     for r in early:
         assert_same(outputs[r.id], undisturbed[r.id])
 
 
-@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("page_size", [4, 64])
 def test_the_page_size_changes_no_byte(model: Path, wanted: Output, page_size: int) -> None:
     assert alone(model, page_size=page_size).ids == wanted.ids

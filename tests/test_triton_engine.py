@@ -116,6 +116,10 @@ def test_float8_weights_change_logits_little_and_patches_not_at_all(model: Path)
     expected, found = engine_logits(whole, ids, 16), engine_logits(rounded, ids, 16)
     difference = (found - expected).square().mean().sqrt() / expected.std()
     assert 0 < difference < 0.15
+    asked = [request("a", ids, 4, patches_from=0)]
+    first, second = run(whole, asked)["a"], run(rounded, asked)["a"]
+    assert len(first.starts) > 5 and first.starts[: len(ids) // 2] == second.starts[: len(ids) // 2]
+    assert first.entropies[: len(ids) - 1] == second.entropies[: len(ids) - 1]
 
 
 def test_float8_weights_equal_the_rounding_used_to_measure_quality(model: Path, tmp_path: Path) -> None:

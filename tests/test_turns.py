@@ -227,6 +227,19 @@ async def test_what_another_server_admitted_never_gives_way_and_is_the_first_of_
     assert all(t.waiting for t in (*first, *waits))
 
 
+async def test_a_generated_byte_counts_as_two_of_a_prompt() -> None:
+    shared = gate(1_000)
+    lines = {name: [shared.enter(1, name, 20) for _ in range(300)] for name in (b"long", b"short")}
+    for _ in range(200):
+        ticket = next(t for line in lines.values() for t in line if t.has_turn and t.waiting)
+        ticket.begun()
+        ticket.generated(30 if ticket in lines[b"long"] else 0)
+        ticket.close()
+    long, short = (sum(t.has_turn for t in line) for line in lines.values())
+    # 20 + 2 * 30 bytes against 20.
+    assert abs(4 * long - short) <= 4 * LOOKAHEAD
+
+
 async def test_a_request_that_is_refused_all_the_same_costs_others_nothing() -> None:
     shared = gate(60)
     waiting = [shared.enter(1, name, 9) for name in [b"a"] * 59 + [b"b"]]

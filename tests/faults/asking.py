@@ -101,6 +101,10 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: object = None
     scores: Scores = field(default_factory=Scores)
+    prompt_scores: Scores = field(default_factory=Scores)
+    entropies: Scores = field(default_factory=Scores)
+    starts: list[int] = field(default_factory=list)
+    """Of patches."""
 
     def add(self, part: dict[str, Any]) -> None:
         self.text += part["text"]
@@ -109,6 +113,11 @@ class Choice:
             self.tokens += scores["tokens"]
             # The first of an echoed prompt has no score.
             self.scores += [score for score in scores["token_logprobs"] if score is not None]
+        for entry in part.get("prompt_logprobs") or []:
+            self.prompt_scores += [entry[token]["logprob"] for token in sorted(entry or {})]
+        if patches := part.get("patches"):
+            self.starts += patches["starts"]
+            self.entropies += patches["entropies"]
         self.finish_reason = part["finish_reason"] or self.finish_reason
         self.stop_reason = part.get("stop_reason") or self.stop_reason
 

@@ -52,6 +52,7 @@ async def test_all_complete_with_the_same_bytes_in_a_tenth_of_the_pools(
         async with talking(server) as http:
             check(requests, await ask_all(http, requests), expected)
             preempted = sum(server.metrics("fastblt_preemptions_total").values())
+            assert preempted
             began = time.monotonic()
             too_long = await ask(http, plain(1, 8, prompt="x" * 30_000))
             assert time.monotonic() - began < LATE

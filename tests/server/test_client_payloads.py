@@ -42,6 +42,8 @@ def stream(server: RunningServer, body: Body) -> None:
     with server.client() as http, http.stream("POST", "/v1/completions", json=body) as response:
         assert response.status_code == 200, response.read()
         assert response.headers["content-type"].startswith("text/event-stream")
+        # Else nginx keeps a stream until it is whole.
+        assert response.headers["x-accel-buffering"] == "no" and response.headers["cache-control"] == "no-cache"
         lines = [line for line in response.iter_lines() if line]
     assert all(line.startswith("data: ") for line in lines)
     *events, end = [line.removeprefix("data: ") for line in lines]

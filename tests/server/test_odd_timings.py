@@ -171,6 +171,8 @@ async def test_pages_of_allowed_cors_origins_may_call_the_api() -> None:
         preflight = await http.options("/v1/completions", headers=asked)
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        other = await http.get("/v1/models", headers={"origin": "https://b.example"} | {"authorization": "Bearer k"})
+        assert other.status_code == 200 and "access-control-allow-origin" not in other.headers
         broken = body("break") | {"decoder": "blt"}
         with_key = {"authorization": "Bearer k"}
         for given, answer in (

@@ -178,3 +178,16 @@ async def test_time_in_line_is_taken_from_the_requests_own() -> None:
         assert given is not None and 0 < 30 - given < 20
         assert usage["queue_seconds"] == pytest.approx(30 - given, abs=1e-5)
         await asyncio.gather(*tasks)
+
+
+async def test_the_priority_of_a_body_orders_the_line_of_its_key() -> None:
+    client = ScriptedClient()
+    async with serving(client, KEYS) as http:
+        tasks = crowd(http, 1, n=LOOKAHEAD)
+        await settled(client, LOOKAHEAD)
+        for number, priority in enumerate((5, -3), 1):
+            tasks.append(asyncio.create_task(ask(http, ONE, "x", priority=priority)))
+            await until_metric(http, "fastblt_queued_sequences", LOOKAHEAD + number)
+        client.release.set()
+        await asyncio.gather(*tasks)
+    assert [request.priority for request in client.requests[LOOKAHEAD:]] == [-3, 5]

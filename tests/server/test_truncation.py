@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import BOS_ID, BYTE_OFFSET, ModelLimits
+from engine.types import Request, SamplingParams
+from server.errors import ApiError
 from server.origin import Origin
 from server.requests import make_plan
 from server.schemas import CompletionRequest
@@ -30,6 +32,22 @@ def ask(server: RunningServer, **fields: Any) -> dict[str, Any]:
         answer = http.post("/v1/completions", json={"max_tokens": 4, "seed": 3, **fields})
     body: dict[str, Any] = answer.json()
     return body
+
+
+def test_fields_and_limits_reach_the_engines_request() -> None:
+    fields: dict[str, Any] = {"temperature": 0.7, "top_p": 0.8, "top_k": 5, "min_p": 0.1, "presence_penalty": 0.2}
+    fields |= {"frequency_penalty": 0.3, "repetition_penalty": 1.1, "seed": 7}
+    chosen = ServerSettings(default_timeout=9.0, max_tokens_limit=9)
+
+    def made(**more: Any) -> Request:
+        (request,) = make_plan(CompletionRequest(prompt="a", **more), Origin(), chosen, LIMITS).requests
+        return request
+
+    request = made(max_tokens=9, priority=3, **fields)
+    assert request.sampling == SamplingParams(**fields) and (request.priority, request.timeout) == (3, 9.0)
+    assert made(max_tokens=1, timeout=2.0).timeout == 2.0
+    with pytest.raises(ApiError, match="max_tokens: must be at most 9, not 10"):
+        made(max_tokens=10)
 
 
 @given(st.text(max_size=60), st.integers(1, 30), st.booleans())

@@ -39,7 +39,7 @@ from server.settings import ServerSettings
 from .loop import run, virtual_time
 from .machine import Faults, Machine, config_of, parts_of, step_clock
 from .text import expected
-from .world import LATE_SECONDS, Plant, Violation
+from .world import EARLY_SECONDS, LATE_SECONDS, Plant, Violation
 
 KEYS = (b"key-of-the-quiet-one", b"key-of-the-first-crowd", b"key-of-the-second-crowd")
 QUIET = KEYS[0]
@@ -329,6 +329,8 @@ class Client:
             elif choice["reason"] != "timeout":
                 raise Violation(f"{self.number}: no engine has seen choice {index}, which ended by {choice['reason']}")
         limit = self.body.get("timeout")
+        if seconds < (limit or 0.0) - EARLY_SECONDS and "timeout" in [choice["reason"] for choice in choices.values()]:
+            raise Violation(f"{self.number} ended before its deadline")
         late = 0.0 if limit is None else seconds - limit - GRACE_SECONDS
         if late > LATE_SECONDS + CARRY_SECONDS and not self._is_slow:
             raise Violation(f"{self.number} ended {late:.2f} s after its deadline")

@@ -27,6 +27,8 @@ SETTLE_SECONDS = 240.0
 """How long after the last arrival and the last fault all requests must have ended, poisoned ones too."""
 LATE_SECONDS = 0.02
 """What a deadline may be missed by, besides the grace of the engine."""
+EARLY_SECONDS = 1e-6
+"""What rounding may make a deadline come too early by."""
 SHORT = 200
 """Ids of a text that is read again within a step."""
 RESUMED_SECONDS = 0.3
@@ -98,8 +100,8 @@ class Heard:
                 raise Violation(f"{name} got ids {self.ids} instead of {want.ids}")
             return
         if event.reason == "timeout":
-            if self.request.timeout is None:
-                raise Violation(f"{name} ended at a deadline that it does not have")
+            if self.request.timeout is None or now - self.began < self.request.timeout - EARLY_SECONDS:
+                raise Violation(f"{name} ended at a deadline that it does not have, or has later")
         elif (event.reason, self.text, tuple(self.ids)) != (want.reason, want.text, want.ids):
             raise Violation(f"{name} ended by {event.reason} with {self.text!r}, not {want}")
         if self.request.timeout is not None and not self.is_slow:
