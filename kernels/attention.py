@@ -158,12 +158,14 @@ class _TileGroup:
     """Tiles of equal size: S tiles of T rows over n pages each.
 
     rows (S, T) int64: rows of the batch (padding repeats a row). pages (S, n) int64: cache pages, 0 for none. hidden
-    (S, n, 1, 1, T, page_size) bool: whether a row must not see a cache row.
+    (S, n, 1, 1, T, page_size) bool: whether a row must not see a cache row. unseen (S, n, 1, page_size, 1): whether no
+    row sees it: it may hold anything, and 0 times NaN is NaN.
     """
 
     rows: Tensor
     pages: Tensor
     hidden: Tensor
+    unseen: Tensor
 
 
 def _group(plan: AttentionPlan) -> tuple[tuple[_TileGroup, ...], Tensor]:
@@ -195,6 +197,7 @@ def _group(plan: AttentionPlan) -> tuple[tuple[_TileGroup, ...], Tensor]:
                 torch.from_numpy(rows).to(device),
                 torch.from_numpy(pages_of).to(device),
                 torch.from_numpy(hidden[:, :, None, None]).to(device),
+                torch.from_numpy(hidden.all(2)[:, :, None, :, None]).to(device),
             )
         )
     return tuple(groups), torch.from_numpy(take).to(device)
@@ -212,7 +215,7 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: _TileGroup) -> T
     tiled = tiled.reshape(num_tiles, 1, kv_heads, shared * tile, head_dim)
 
     k = k_cache.index_select(0, pages).unflatten(0, group.pages.shape)
-    v = v_cache.index_select(0, pages).unflatten(0, group.pages.shape)
+    v = v_cache.index_select(0, pages).unflatten(0, group.pages.shape).masked_fill_(group.unseen, 0)
     scores = products(tiled, k.transpose(-1, -2))
     scores = scores.float().unflatten(3, (shared, tile)).masked_fill(group.hidden, float("-inf")).flatten(3, 4)
     weights = (scores - scores.amax(dim=(1, 4), keepdim=True)).exp()
@@ -264,6 +267,8 @@ def _attend_page(
     scores = tl.where(seen, dot(b_q, tl.trans(b_k), tl.zeros((BLOCK, BLOCK_KEYS), tl.float32)), float("-inf"))
     highest = tl.max(scores, 1)
     weights = tl.exp(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
+    # What no row sees may hold anything, and 0 times NaN is NaN.
+    b_v = tl.where(tl.max(seen.to(tl.int32), 0)[:, None] > 0, b_v, tl.zeros_like(b_v))
     out = dot(weights.to(b_v.dtype), b_v, tl.zeros((BLOCK, BLOCK_DIM), tl.float32))
     return highest, tl.sum(weights, 1), out
 

@@ -139,9 +139,13 @@ def test_attention_equals_torch(
     caches = [draw.randn(laid.num_pages, kv_heads, laid.page_size, head_dim, dtype=dtype) for _ in range(2)]
     plan = laid.on_device()
     q = draw.randn(len(plan.first), heads, head_dim, dtype=dtype)
+    unseen = unseen_rows(plan, laid.num_pages)
+    for cache in caches:
+        cache.transpose(1, 2)[unseen] = torch.nan
     with mock.patch.object(attention_file, "SCRATCH", 0):
         found = TRITON.attention(q, *caches, plan)
     rows = slice(0, laid.num_rows)
+    assert found.isfinite().all()
     close(found[rows], TORCH.attention(q, *caches, plan)[rows])
     assert not found[laid.num_rows :].any(), "padding is zeros"
 
@@ -161,6 +165,17 @@ def test_attention_split_in_any_order_of_programs_is_the_same_bits(
         assert not any(made.any() for made in attention_file._counters[q.device]), "reset by the last to arrive"
         if order is not None and plan.shape.most_pages > 1:
             assert len(ran) == plan.shape.tiles * plan.shape.most_pages and (len(ran) < 4 or ran != sorted(ran))
+
+
+def unseen_rows(plan: AttentionPlan, num_pages: int) -> Tensor:
+    """Which rows of a cache no row of its tiles sees, (pages, page size) bool: what others left there."""
+    unseen = torch.ones(num_pages, plan.page_size, dtype=torch.bool, device=plan.tiles.device)
+    for begin, count, at, first_page, pages in plan.tiles.tolist():
+        if pages:
+            low, high = int(plan.first[begin : begin + count].min()), int(plan.last[begin : begin + count].max())
+            for key in range(low, high + 1):
+                unseen[plan.pages[at + key // plan.page_size - first_page], key % plan.page_size] = False
+    return unseen
 
 
 def attended(seed: int, dtype: torch.dtype, layout: Layout) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:
