@@ -31,30 +31,51 @@ FLAGS = (
 
 
 def compiler() -> list[str] | None:
-    """The machine's own, as CC names it or under its usual names."""
+    """The machine's own, as CC names it or under its usual names, if it is new enough."""
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        if name and shutil.which(shlex.split(name)[0]):
+        if name and shutil.which(shlex.split(name)[0]) and is_new_enough(shlex.split(name)):
             return shlex.split(name)
     return None
 
 
+def is_new_enough(found: list[str]) -> bool:
+    """Whether a compiler knows the levels of x86-64, as GCC does since 11."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    try:
+        command = [*found, f"-march={LEVELS[-1]}", "-E", "-x", "c", os.devnull]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
 def compile_all() -> list[Path]:
-    """A library per level, beside the sources. Raises OSError or CalledProcessError."""
+    """A library per level, beside the sources; a level that cannot be compiled is left out. Raises OSError, or
+    CalledProcessError if none can be."""
     machine = platform.machine().lower()
     own = compiler()
     found = own or [sys.executable, "-m", "ziglang", "cc"]
-    libraries = []
+    sources = runpy.run_path(str(ROOT / "kernels" / "available.py"))["sources"]()
+    for old in FOLDER.glob("*.so"):
+        old.unlink()
+    libraries, failure = [], None
     for name in LEVELS if machine in ("x86_64", "amd64") else (machine,):
         level = []
         if name in LEVELS:
             level = [f"-march={name}"] if own else [f"-mcpu={name.replace('-', '_')}"]
         library = FOLDER / f"{name}.so"
         unfinished = library.with_suffix(".new")
-        command = [*found, *FLAGS, *level, "-o", str(unfinished), str(FOLDER / "native.c"), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        # A process that has loaded the old one keeps it.
+        of = f'-DFASTBLT_SOURCES="{sources}"'
+        command = [*found, *FLAGS, *level, of, "-o", str(unfinished), str(FOLDER / "native.c"), "-lm"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except subprocess.CalledProcessError as error:
+            failure = error
+            continue
         unfinished.replace(library)
         libraries.append(library)
+    if failure and not libraries:
+        raise failure
     return libraries
 
 

@@ -1,5 +1,6 @@
 """Kernel backends available on this machine, found without loading torch: a server logs them in its first line."""
 
+import hashlib
 import platform
 from collections.abc import Set
 from functools import cache
@@ -22,6 +23,12 @@ def library() -> Path | None:
     machine = platform.machine().lower()
     names = levels(cpu_flags()) if machine in ("x86_64", "amd64") else [machine]
     return next((path for name in names if (path := FOLDER / f"{name}.so").exists()), None)
+
+
+def sources() -> str | None:
+    """A digest of the C that is here; None in an installation without it."""
+    files = sorted(FOLDER.glob("*.[ch]"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16] if files else None
 
 
 def levels(flags: Set[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What is installed, as the command, the server and its log tell it."""
 
+import platform
 import runpy
 import shutil
 import subprocess
@@ -87,6 +88,34 @@ def test_a_build_records_the_commit(repository: Path, monkeypatch: pytest.Monkey
     assert write_commit() is None
     monkeypatch.setenv("FASTBLT_COMMIT", "0123456789abcdef")
     assert write_commit().read_text() == "0123456789ab\n"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="levels are those of x86-64")
+@pytest.mark.parametrize("refused", ["x86-64-v4", "x86-64"], ids=["one level", "all"])
+def test_levels_that_the_compiler_does_not_know_are_left_out(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("hatch_build.py", "kernels/available.py", "kernels/native/native.c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("int x;" if name.endswith(".c") else (ROOT / name).read_text())
+    (tmp_path / "kernels" / "native" / "old.so").write_text("of other sources")
+    cc = tmp_path / "cc"
+    # Only what is compiled: the probe passes.
+    cc.write_text(f'#!/bin/sh\ncase "$*" in *-march={refused}*-o*) exit 1;; esac\nexec cc "$@"\n')
+    cc.chmod(0o755)
+    monkeypatch.setenv("CC", str(cc))
+    build = runpy.run_path(str(tmp_path / "hatch_build.py"))
+    assert build["compiler"]() == [str(cc)]
+    if refused == "x86-64":
+        with pytest.raises(subprocess.CalledProcessError):
+            build["compile_all"]()
+        # One that is too old for the levels is none.
+        cc.write_text('#!/bin/sh\ncase "$*" in *-march=*) exit 1;; esac\nexec cc "$@"\n')
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert build["compiler"]() is None
+        return
+    assert [path.stem for path in build["compile_all"]()] == ["x86-64-v2", "x86-64-v3"]
+    assert {path.stem for path in (tmp_path / "kernels" / "native").glob("*.so")} == {"x86-64-v2", "x86-64-v3"}
 
 
 def test_the_native_library_is_the_best_for_this_processor() -> None:

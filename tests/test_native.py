@@ -1,5 +1,6 @@
 """Our own CPU kernels against their torch twins, and their promise: a row's bits depend on nothing but the row."""
 
+import _ctypes
 import math
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from kernels import native
+from kernels import available, native
 from kernels.attention import AttentionPlan
 from kernels.boundary import Rule
 from kernels.dispatch import Kernels, NativeKernels, choose_kernels
@@ -180,6 +181,43 @@ else:
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120, cwd=NANO.parents[1])
 
 
+def test_a_product_of_no_rows_writes_nothing() -> None:
+    """A step of prompt chunks alone wants no logits. In a thread of its own, which has little scratch memory."""
+    weight = NATIVE.matrix(Matrix(torch.randn(260, 8)))
+
+    def work() -> Tensor:
+        before = NATIVE.linear(torch.ones(4, 8), weight)
+        assert NATIVE.linear(torch.zeros(0, 8), weight).shape == (0, 260)
+        return NATIVE.linear(torch.ones(4, 8), weight) - before
+
+    with threads(1), ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(work).result().any()
+    code = """
+import torch
+from kernels import native
+from kernels.linear import Matrix
+weight = native.pack(Matrix(torch.randn(260, 8)))
+native.linear(torch.zeros(0, 8), weight)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120, cwd=NANO.parents[1])
+
+
+@pytest.mark.parametrize("wrong", ["no library", "other sources", "an older one"])
+def test_a_library_that_does_not_fit_is_not_used(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.so"
+    path.write_text("no library")
+    if wrong == "other sources":
+        path = available.library() or path
+        monkeypatch.setattr(available, "sources", lambda: "0123")
+    elif wrong == "an older one":
+        path = Path(_ctypes.__file__)
+    monkeypatch.setattr(available, "library", lambda: path)
+    assert native._library() is None
+    assert str(path) in caplog.text and "is not used" in caplog.text
+
+
 @few
 @given(SEEDS, FLOATS, layouts(), SHAPES)
 def test_attention_equals_torch(seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[int, int, int]) -> None:
@@ -204,7 +242,10 @@ def test_attention_equals_torch(seed: int, dtype: torch.dtype, layout: Layout, s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("page_size", "head_dim"), [(64, 32), (40, 48), (16, 116)])
-def test_attention_is_softmax_over_the_rows_that_are_seen(dtype: torch.dtype, page_size: int, head_dim: int) -> None:
+@pytest.mark.parametrize("kernels", [NATIVE, TORCH], ids=["native", "torch"])
+def test_attention_is_softmax_over_the_rows_that_are_seen(
+    kernels: Kernels, dtype: torch.dtype, page_size: int, head_dim: int
+) -> None:
     """Memory of other rows holds NaN: vectors of keys are computed whole, and only lanes that are seen count."""
     draw, firsts, lasts = Draw(3), [0, 5, 13, 63, 101], [0, 90, 93, 64, 127]
     plan = AttentionPlan.of(
@@ -218,7 +259,7 @@ def test_attention_is_softmax_over_the_rows_that_are_seen(dtype: torch.dtype, pa
         for at in range(first, last + 1):
             place = plan.pages[at // page_size], slice(None), at % page_size
             caches[0][place], caches[1][place] = keys[at], values[at]
-        found = NATIVE.attention(q, caches[0], caches[1], plan)[row]
+        found = kernels.attention(q, caches[0], caches[1], plan)[row]
         k, v = (x[first : last + 1].double().transpose(0, 1) for x in (keys, values))
         scores = k @ q[row].double()[:, :, None] * head_dim**-0.5
         close(found, (scores.softmax(1) * v).sum(1).to(dtype))

@@ -7,6 +7,7 @@ when the package is installed; otherwise torch computes.
 """
 
 import ctypes
+import logging
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -35,12 +36,24 @@ from ..stack import (
 )
 from ..text import Text
 
+log = logging.getLogger("fastblt.kernels")
+
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
 def _library() -> ctypes.CDLL | None:
-    path = available.library()
-    return _declared(ctypes.CDLL(str(path))) if path else None
+    """None where there is none that fits to this code."""
+    if not (path := available.library()):
+        return None
+    try:
+        library = _declared(ctypes.CDLL(str(path)))
+        if library.fastblt_sources().decode() == (available.sources() or library.fastblt_sources().decode()):
+            return library
+        why = "it was compiled from other sources: `python hatch_build.py` compiles it anew"
+    except (OSError, AttributeError) as error:
+        why = str(error)
+    log.warning("%s is not used: %s", path, why)
+    return None
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -68,6 +81,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes = [kinds[letter] for letter in types.replace(" ", "")]
         function.restype = None
+    library.fastblt_sources.restype = ctypes.c_char_p
     for function in (library.fastblt_panel, library.fastblt_plan, library.fastblt_multiply):
         function.restype = _INT
     return library

@@ -13,6 +13,9 @@
 #include "planning.h"
 #include "product.h"
 
+/* Which sources this was compiled from: structs must be those that the other side lays out. */
+const char *fastblt_sources(void) { return FASTBLT_SOURCES; }
+
 /* The weights of kernels/stack.py. */
 typedef struct {
     const float *attention_norm, *ffn_norm, *rope;

@@ -301,6 +301,8 @@ static void product_panels(void *of, int64_t begin, int64_t end) {
 static void product(
     const Matrix *weight, const float *x, float *turned, const float *residual, int twice, float *y, int64_t rows, int bf16
 ) {
+    /* Below, one or two rows are the fewest. */
+    if (!rows) return;
     int64_t turns = (rows + MOST_ROWS - 1) / MOST_ROWS, in = weight->in;
     /* Interleaves the rows of a group: read separately they would evict each other from the nearest cache. */
     for (int64_t turn = 0; turn < turns; turn++) {
