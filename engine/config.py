@@ -18,6 +18,8 @@ BYTE_OFFSET = 4
 """The id of byte value b is b + 4; ids 0..3 are the specials above. A model may have ids after those of bytes (Meta's
 `pm_size`): they are drawn and fed like any other, but are not text."""
 BYTES_END = BYTE_OFFSET + 256
+MOST_SLOTS = 16
+"""Of a patch: the queries of a tile of attention."""
 
 
 def is_byte(token: int) -> bool:
@@ -143,6 +145,8 @@ class ModelConfig:
             raise ValueError(f"vocab_size {self.vocab_size} must be at least {BYTES_END}: 4 special ids and 256 bytes")
         if self.encoder.dim != self.decoder.dim:
             raise ValueError(f"encoder.dim {self.encoder.dim} and decoder.dim {self.decoder.dim} must be equal")
+        if self.slots > MOST_SLOTS:
+            raise ValueError(f"slots {self.slots} must be at most {MOST_SLOTS}, the queries of a tile of attention")
         if (self.mask_id is None) != (self.block_size is None):
             raise ValueError(f"mask_id {self.mask_id}, block_size {self.block_size}: both must be set, or neither")
         if self.mask_id is not None and self.decoder_input != "embedding":

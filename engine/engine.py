@@ -212,7 +212,7 @@ class Engine:
             self._events.append(scored)
         if result is None:
             self.memory.settle(sequence)
-            if sequence.remaining and not self.memory.room(sequence):
+            if sequence.remaining and self.memory.room(sequence) <= 0:
                 self._outgrown(sequence)
             return
         if not sequence.request.max_tokens:
@@ -238,7 +238,7 @@ class Engine:
             self._finish(sequence, reason)
             return
         self.memory.settle(sequence)
-        if not self.memory.room(sequence):
+        if self.memory.room(sequence) <= 0:
             self._finish(sequence, "length")
             return
         sequence.choose()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.checkpoint import load
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig, ModelConfig, PatchingRule
 from engine.engine import Engine
 from engine.entropies import Entropies
 from engine.model import layers
@@ -198,3 +198,19 @@ def test_entropies_equal_hugging_faces_to_the_last_byte_of_the_released_lengths(
         torch.testing.assert_close(
             torch.from_numpy(ours[place + seen : place + 200].copy()), entropies[0, seen:], atol=1e-4, rtol=0
         )
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_a_cached_prefix_with_all_patches_that_fit_is_not_continued(
+    kernels: str, tmp_path: Path, tables_guarded: None
+) -> None:
+    """The next row would close one more, and read past the table of their positions."""
+    config, tensors = our_model(our_config(decoder_input="embedding", mask_id=260, block_size=5), 31)
+    global_ = replace(config.global_, max_positions=64)
+    config = replace(config, global_=global_, patching=PatchingRule(mode="bytes"))
+    engine = make_engine(save_ours(tmp_path / "model", (config, tensors)), kernels=kernels)
+    prompt = text(70, 3, specials=False)
+    for ids in (prompt, prompt[:65], prompt):
+        end = run(engine, [request("a", ids, 5)])["a"].end
+        assert isinstance(end, Failed) and end.code == "too_long", len(ids)
+    assert isinstance(run(engine, [request("a", prompt[:40], 5)])["a"].end, Finished)

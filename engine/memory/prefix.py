@@ -122,7 +122,8 @@ class PrefixCache:
         node = found = self.root
         while node.end + BLOCK < len(sequence.ids):
             child = node.children.get(_key(sequence, node.end))
-            if child is None:
+            # With all patches that there is room for, no row could come after it.
+            if child is None or child.num_closed >= self._caches.max_patches:
                 break
             node = child
             if node in self._by_use:
