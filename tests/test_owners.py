@@ -12,7 +12,7 @@ import pytest
 ENGINE = Path(__file__).parent.parent / "engine"
 OWNERS = {
     "sequence.py": ("ids", "id_counts", "num_computed", "num_cached", "patching", "documents", "patch_documents"),
-    "scheduler.py": ("due", "preemptions"),
+    "scheduler.py": ("due", "last_round", "preemptions"),
     "memory": ("tables", "prefix", "slot"),
     "output.py": ("output", "constraint"),
     "costs/ledger.py": ("counts",),

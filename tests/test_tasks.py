@@ -232,7 +232,8 @@ def test_costs_of_nano_are_those_of_the_papers_formula(nano_rows: dict[str, Row]
         match row.decoder:
             case "blt-d":
                 size = int(name.split()[0].removeprefix("BLT-D-"))
-                assert row.global_calls == 48 / size and row.acceptance is None
+                # An end of sequence, which the answers go beyond, ends a block.
+                assert 48 / size <= row.global_calls <= 48 / size + 1 and row.acceptance is None
             case "blt-s" | "blt-dv":
                 assert row.acceptance is not None and 0 < row.acceptance <= 100 and row.global_calls < 48
 

@@ -8,7 +8,7 @@ import { PASSES } from "./text.js";
 import { seconds, count } from "./units.js";
 
 const MOST_BYTES = 4096;
-const PROMPT = 'def read_lines(path):\n    """Return the lines of a file."""\n    ';
+const PROMPT = "class Stack:\n    def __init__(self, ";
 
 const $ = (id) => document.getElementById(id);
 const panes = [new Pane(1, "blt"), new Pane(2, "blt-s")];
