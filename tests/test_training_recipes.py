@@ -123,10 +123,10 @@ def test_runs_of_other_texts_are_not_compared(
 
 def test_a_sample_of_held_out_files_has_whole_documents_within_a_bound(archive: Path) -> None:
     everything = corpus.corpora(archive)[0]
-    part = recipes.sample(everything, 2000)
+    part = everything.sample(2000)
     assert 1000 < part.num_bytes <= 2000 and set(part.names) < set(everything.names)
-    assert recipes.sample(everything, 1 << 30).num_bytes == everything.num_bytes
-    assert len(recipes.sample(everything, 1).texts) == 1
+    assert everything.sample(1 << 30).num_bytes == everything.num_bytes
+    assert len(everything.sample(1).texts) == 1
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ and its tests mean something, without a download; it is no useful assistant.
 | greedy texts of {TEXT_BYTES} bytes, after held-out prompts, that end in a loop | {looping:.0%} |
 | mean patch | {result.mean_patch:.2f} bytes |
 
-{result.bytes / 1e6:.2f} MB held out, read in slices of {result.context} bytes that each begin anew, EOS of every file
+{result.bytes / 1e6:.2f} MB of the held-out files, read in slices of {result.context} bytes that each begin anew, EOS of every file
 counted; the bfloat16 weights of this folder, float32 arithmetic. `python -m training.evaluate` measures it again.
 
 ## Data and licence

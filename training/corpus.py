@@ -16,7 +16,7 @@ import sysconfig
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -60,6 +60,13 @@ class Corpus:
         for name, text in zip(self.names, self.texts, strict=True):
             found.update(f"{name}\0{len(text)}\0".encode() + text)
         return found.hexdigest()
+
+    def sample(self, most: int) -> "Corpus":
+        """Documents of at most `most` bytes together, but at least one, by a hash of their names."""
+        pairs = sorted(zip(self.names, self.texts, strict=True), key=lambda pair: zlib.crc32(pair[0][::-1].encode()))
+        total = 0
+        taken = [pair for pair in pairs if (total := total + len(pair[1])) <= most] or pairs[:1]
+        return replace(self, names=tuple(name for name, _ in taken), texts=tuple(text for _, text in taken))
 
     @cached_property
     def _encoded(self) -> list[np.ndarray]:

@@ -26,6 +26,8 @@ from .loops import looping
 from .state import PATCHER
 
 ROWS_AT_ONCE = 8
+EVALUATED_BYTES = 1 << 20
+"""Of held-out files, which take a few minutes: a sample by a hash of their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("model", type=Path, help="a model folder")
     parser.add_argument("--context", type=int, default=1024, help="bytes per slice of a file")
+    most = "bytes of held-out files, a sample of them (default 1 MiB)"
+    parser.add_argument("--held-out-bytes", type=int, default=EVALUATED_BYTES, help=most)
     parser.add_argument("--float8", action="store_true", help="round the matrices that `--weights float8` rounds")
     parser.add_argument(
         "--corpus", type=Path, help="archive of python -m training.corpus (default: this Python's library)"
@@ -143,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.float8:
             weights = as_float8(weights)
         held_out = corpora(options.corpus)[1]
-        result = evaluate(loaded.config, weights, held_out, options.context)
+        result = evaluate(loaded.config, weights, held_out.sample(options.held_out_bytes), options.context)
         loops = looping(options.model, held_out)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)

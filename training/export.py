@@ -13,7 +13,7 @@ from engine import checkpoint
 
 from .card import PROMPTS, card
 from .corpus import Corpus, corpora
-from .evaluate import Evaluation, evaluate
+from .evaluate import EVALUATED_BYTES, Evaluation, evaluate
 from .loops import generate, looping
 from .metrics import read_metrics
 from .plot import plot
@@ -39,7 +39,8 @@ def export(state: State, training: Corpus, held_out: Corpus, run: Path, out: Pat
     checkpoint.save(out, state.config, weights, torch.bfloat16)
     plot(lines, out / "loss.png", CURVES)
     loaded = checkpoint.load(out)
-    result = evaluate(loaded.config, {n: t.float() for n, t in loaded.tensors.items()}, held_out)
+    sample = held_out.sample(EVALUATED_BYTES)
+    result = evaluate(loaded.config, {n: t.float() for n, t in loaded.tensors.items()}, sample)
     samples = generate(out, [prompt.encode() for prompt in PROMPTS], SAMPLE_BYTES, SAMPLE_TEMPERATURE)
     (out / "README.md").write_text(card(state, training, result, looping(out, held_out), samples))
     return result

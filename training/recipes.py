@@ -6,10 +6,9 @@ Prints a table of what each run's last state reaches, and draws the losses of al
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import matplotlib
 import numpy as np
@@ -50,14 +49,6 @@ def load(folder: Path, held_out: Corpus) -> Run:
     state = State.load(folder)
     weights = {name: weight.detach() for name, weight in state.weights.items()}
     return Run(folder.name, state, read_metrics(folder), evaluate(state.config, weights, held_out))
-
-
-def sample(corpus: Corpus, most: int) -> Corpus:
-    """Documents of at most `most` bytes together, but at least one, by a hash of their names."""
-    pairs = sorted(zip(corpus.names, corpus.texts, strict=True), key=lambda pair: crc32(pair[0][::-1].encode()))
-    total = 0
-    taken = [pair for pair in pairs if (total := total + len(pair[1])) <= most] or pairs[:1]
-    return replace(corpus, names=tuple(name for name, _ in taken), texts=tuple(text for _, text in taken))
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -104,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         training, held_out = corpora(options.corpus)
-        held_out = sample(held_out, options.held_out_bytes)
+        held_out = held_out.sample(options.held_out_bytes)
         runs = [load(folder, held_out) for folder in options.runs]
         for run in runs:
             if run.state.corpus != training.digest:
