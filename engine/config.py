@@ -146,7 +146,7 @@ class ModelConfig:
         if self.encoder.dim != self.decoder.dim:
             raise ValueError(f"encoder.dim {self.encoder.dim} and decoder.dim {self.decoder.dim} must be equal")
         if self.slots > MOST_SLOTS:
-            raise ValueError(f"slots {self.slots} must be at most {MOST_SLOTS}, the queries of a tile of attention")
+            raise ValueError(f"slots (cross_attn_k) {self.slots} must be at most {MOST_SLOTS}")
         if (self.mask_id is None) != (self.block_size is None):
             raise ValueError(f"mask_id {self.mask_id}, block_size {self.block_size}: both must be set, or neither")
         if self.mask_id is not None and self.decoder_input != "embedding":

@@ -268,7 +268,8 @@ def _attend_page(
     highest = tl.max(scores, 1)
     weights = tl.exp(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
     # What no row sees may hold anything, and 0 times NaN is NaN.
-    b_v = tl.where(tl.max(seen.to(tl.int32), 0)[:, None] > 0, b_v, tl.zeros_like(b_v))
+    some = (key >= tl.min(first, 0)) & (key <= tl.max(last, 0))
+    b_v = tl.where(some[:, None], b_v, tl.zeros_like(b_v))
     out = dot(weights.to(b_v.dtype), b_v, tl.zeros((BLOCK, BLOCK_DIM), tl.float32))
     return highest, tl.sum(weights, 1), out
 
@@ -331,8 +332,8 @@ def attention_kernel(
             return
         cache_page = tl.load(pages_ptr + pages_at + page)
         b_q = tl.load(q_ptr + at, mask=m_q, other=0.0)
-        first = tl.load(first_ptr + row, mask=m_row, other=1)
-        last = tl.load(last_ptr + row, mask=m_row, other=0)
+        first = tl.load(first_ptr + row, mask=m_row, other=1 << 30)
+        last = tl.load(last_ptr + row, mask=m_row, other=-1)
         b_k = tl.load(k_ptr + cache_page * page_stride + at_kv, mask=m_kv, other=0.0)
         b_v = tl.load(v_ptr + cache_page * page_stride + at_kv, mask=m_kv, other=0.0)
         b_q = (b_q.to(tl.float32) * scale).to(b_q.dtype)
@@ -362,8 +363,8 @@ def attention_kernel(
                 highest, total, out = _merge(highest, total, out, highest_next, total_next, out_next)
     else:
         b_q = tl.load(q_ptr + at, mask=m_q, other=0.0)
-        first = tl.load(first_ptr + row, mask=m_row, other=1)
-        last = tl.load(last_ptr + row, mask=m_row, other=0)
+        first = tl.load(first_ptr + row, mask=m_row, other=1 << 30)
+        last = tl.load(last_ptr + row, mask=m_row, other=-1)
         b_q = (b_q.to(tl.float32) * scale).to(b_q.dtype)
         for page in range(0, num_pages):
             cache_page = tl.load(pages_ptr + pages_at + page)

@@ -39,7 +39,8 @@ def test_a_server_is_measured_with_its_limits(start_server: StartServer) -> None
 def test_a_busy_server_is_not_measured(start_server: StartServer) -> None:
     server = start_server()
     target = Target.of(server.url, "blt", None)
-    endless = {"prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    # With a penalty a step makes one byte.
+    endless = {"prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": True, "presence_penalty": 0.1}
     with server.client() as http, http.stream("POST", "/v1/completions", json=endless):
         while not measuring._limits(target)["fastblt_running_sequences"]:
             time.sleep(0.01)
