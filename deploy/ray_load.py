@@ -107,7 +107,7 @@ class Meter:
             prompts * rates.prompt,
             self._step_seconds if num_open and self._step_seconds else self._shortest,
             self._sequence_seconds,
-            gate.capacity - gate.waiting,
+            gate.capacity - gate.queued,
             gate.retry_seconds(1),
             rates,
             self._shortest,

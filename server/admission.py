@@ -102,6 +102,8 @@ class Gate:
         self._idle.set()
         self.waiting = 0
         """Sequences without a first event."""
+        self._taken_over = 0
+        """Of these, in requests that another server had admitted."""
         self._pace = 0.0
         """Mean seconds between two sequences that stop waiting."""
         self._moved = 0.0
@@ -118,7 +120,7 @@ class Gate:
         is_admitted: bool = False,
     ) -> Ticket:
         """name: of the request's tenant; without one it has no limits, and its turn at once. is_admitted: by another
-        server, so that it is neither refused here nor gives way.
+        server, so that it is neither refused here nor gives way, nor takes room from what comes here.
 
         Raises ApiError 429 if the queue is full or the tenant is above a limit, 503 while draining. In a full queue the
         last request of the tenant that waits for most gives way to one that waits for less.
@@ -134,6 +136,7 @@ class Gate:
         if not self.waiting:
             self._moved = time.monotonic()
         self.waiting += num_sequences
+        self._taken_over += num_sequences if is_admitted else 0
         self.num_requests += 1
         self._idle.clear()
         if tenant is None:
@@ -149,6 +152,11 @@ class Gate:
         insort(self._lines[tenant], ticket, key=attrgetter("order"))
         self._give_turns()
         return ticket
+
+    @property
+    def queued(self) -> int:
+        """Sequences of `waiting` that count against the capacity."""
+        return self.waiting - self._taken_over
 
     @property
     def in_line(self) -> int:
@@ -176,7 +184,7 @@ class Gate:
 
     def retry_seconds(self, num_sequences: int) -> int:
         """Until the queue should have room for so many, if it moves as it has of late."""
-        beyond = max(self.waiting + num_sequences - self.capacity, 0)
+        beyond = max(self.queued + num_sequences - self.capacity, 0)
         return max(min(math.ceil(beyond * self._pace), LONGEST_RETRY), self._settings.retry_after)
 
     def resume(self) -> None:
@@ -200,8 +208,8 @@ class Gate:
     def _make_room(self, num_sequences: int, tenant: Tenant | None) -> None:
         """Raises ApiError 429 if the queue has no room for so many sequences of the tenant."""
         share = num_sequences + (tenant.waiting if tenant else 0)
-        full = f"the queue is full: {self.waiting} sequences wait of at most {self.capacity}"
-        missing = self.waiting + num_sequences - self.capacity
+        full = f"the queue is full: {self.queued} sequences wait of at most {self.capacity}"
+        missing = self.queued + num_sequences - self.capacity
         lines = {of: [t for t in line if not t.is_admitted] for of, line in self._lines.items()} if missing > 0 else {}
         left, going = {of: of.waiting for of, line in lines.items() if line}, list[Ticket]()
         while missing > 0:
@@ -249,6 +257,7 @@ class Gate:
         self._moved = now
         ticket.waiting -= num_sequences
         self.waiting -= num_sequences
+        self._taken_over -= num_sequences if ticket.is_admitted else 0
         if ticket.tenant:
             ticket.tenant.waiting -= num_sequences
             if not ticket.waiting:

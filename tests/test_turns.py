@@ -56,7 +56,7 @@ class Turns(RuleBasedStateMachine):
                         if left > share:
                             left -= ticket.waiting
                             freed += ticket.waiting
-                assert self.gate.waiting + count - freed > CAPACITY
+                assert self.gate.queued + count - freed > CAPACITY
 
     @precondition(lambda self: any(t.waiting for t in self.running()))
     @rule(data=st.data(), num_bytes=st.integers(0, MOST_GENERATED))
@@ -127,7 +127,7 @@ class Turns(RuleBasedStateMachine):
     def all_is_counted(self) -> None:
         assert self.gate.waiting == sum(t.waiting for t in self.held)
         admitted = [t for t in self.held if t.is_admitted]
-        assert self.gate.waiting <= CAPACITY + sum(t.waiting for t in admitted)
+        assert self.gate.queued == self.gate.waiting - sum(t.waiting for t in admitted) <= CAPACITY
         assert not any(t._refusal for t in admitted)
         for tenant in self.gate._tenants.values():
             own = [t for t in self.held if t.tenant is tenant]
@@ -210,7 +210,7 @@ async def test_what_another_server_admitted_never_gives_way_and_is_the_first_of_
     continued = [shared.enter(1, b"many", 9, is_admitted=True) for _ in range(2)]
     few = shared.enter(2, b"few", 9)
     assert not any(t.has_turn for t in continued) and [t.waiting for t in continued] == [1, 1]
-    assert [t.waiting for t in many] == [1] * 36 + [0] * 3
+    assert [t.waiting for t in many] == [1] * 38 + [0]
     ticket = next(t for t in many if t.has_turn)
     ticket.begun()
     # The keys take turns; the first of them is the one that has been served less.
@@ -225,6 +225,17 @@ async def test_what_another_server_admitted_never_gives_way_and_is_the_first_of_
     with pytest.raises(ApiError, match="queue is full"):
         only.enter(1, b"b", 1)
     assert all(t.waiting for t in (*first, *waits))
+
+
+async def test_what_another_server_admitted_takes_no_room_from_what_comes_here() -> None:
+    shared = gate(4)
+    continued = [shared.enter(2, b"many", 9, is_admitted=True) for _ in range(50)]
+    held = [shared.enter(1, b"few", 1) for _ in range(4)]
+    with pytest.raises(ApiError, match="the queue is full: 4 sequences wait of at most 4"):
+        shared.enter(1, b"few", 1)
+    for ticket in (*continued, *held):
+        ticket.close()
+    assert shared.waiting == shared.queued == 0
 
 
 async def test_a_generated_byte_counts_as_two_of_a_prompt() -> None:
