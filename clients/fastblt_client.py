@@ -6,6 +6,9 @@
             print(chunk.text, end="", flush=True)
 
 `AsyncClient` has the same methods, awaited. Every field of `POST /v1/completions` may be given by name.
+
+An answer outlives its server: if the connection breaks off, the client asks again with the same seed, which gives the
+same bytes, and a stream continues after the last piece that it has given.
 """
 
 import asyncio
@@ -15,9 +18,10 @@ import os
 import random
 import ssl
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import httpx
@@ -38,15 +42,29 @@ class ConnectionFailed(FastBltError):
     """No answer, or it broke off."""
 
 
-class ApiError(FastBltError):
-    """The server refused or failed. `status` is None if that happened after the first event of a stream."""
+class _BrokenOff(ConnectionFailed):
+    """A stream without its end."""
 
-    def __init__(self, status: int | None, error: dict[str, Any]) -> None:
+
+class ApiError(FastBltError):
+    """The server refused or failed. `status` is None if that happened after the first event of a stream. `retry_after`
+    is that header, or empty."""
+
+    def __init__(self, status: int | None, error: dict[str, Any], retry_after: str = "") -> None:
         super().__init__(str(error.get("message") or f"HTTP status {status}"))
         self.status = status
+        self.retry_after = retry_after
         self.type: str | None = error.get("type")
         self.param: str | None = error.get("param")
         self.code: str | None = error.get("code")
+
+    @property
+    def passes(self) -> bool:
+        """Whether the same request may succeed later."""
+        if self.status is None:
+            return self.type == "service_unavailable"
+        # A proxy without its server says so in words of its own.
+        return self.status in RETRIED or (self.status in (500, 502) and self.type is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +130,10 @@ def is_untrusted(error: httpx.TransportError) -> bool:
     return "CERTIFICATE_VERIFY_FAILED" in str(error)
 
 
+PASSING = (httpx.ConnectTimeout, httpx.NetworkError, httpx.RemoteProtocolError, _BrokenOff, ApiError)
+"""Failures after which another try may help: the server, or the way to it, may be gone, and another take its place."""
+
+
 class _Base:
     def __init__(
         self, url: str, api_key: str | None, timeout: float | None, retries: int, ca_file: str | os.PathLike[str] | None
@@ -127,17 +149,21 @@ class _Base:
             "verify": trusting(ca_file) if ca_file else True,
         }
 
-    def _wait(self, attempt: int, response: httpx.Response | None) -> float | None:
-        """Seconds until the next try; None to give up."""
-        if attempt >= self._retries or (response is not None and response.status_code not in RETRIED):
-            return None
-        return retry_delay(attempt, response.headers.get("retry-after", "") if response is not None else "")
+    def _wait(self, attempt: int, failure: Exception) -> float:
+        """Seconds until the next try. attempt: how many retries there were. Raises `failure` to give up."""
+        if isinstance(failure, ApiError):
+            passes, retry_after = failure.passes, failure.retry_after
+        else:
+            passes, retry_after = not (isinstance(failure, httpx.TransportError) and is_untrusted(failure)), ""
+        if not passes or attempt >= self._retries:
+            raise failure
+        return retry_delay(attempt, retry_after)
 
 
 class Client(_Base):
     """Blocking. `timeout`: seconds without any byte from the server, None waits for ever. `retries`: further tries
-    after 429, 503 or a failed connection; nothing is retried once an answer has begun. `ca_file`: certificates (PEM) to
-    trust instead of the system's, for HTTPS; ValueError if it cannot be used."""
+    in a row after 429, 503, or a connection that failed or broke off. `ca_file`: certificates (PEM) to trust instead of
+    the system's, for HTTPS; ValueError if it cannot be used."""
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", *, api_key: str | None = None, timeout: float | None = 120.0,
@@ -158,63 +184,58 @@ class Client(_Base):
     def models(self) -> list[str]:
         """Names that the server offers. Raises FastBltError."""
         with _translated():
-            response = self._send("GET", "/v1/models", None)
-            try:
-                response.read()
-            finally:
-                response.close()
-        return [model["id"] for model in _parse_json(response.content)["data"]]
+            return _names(self._whole("GET", "/v1/models", None))
 
     def complete(self, prompt: Prompt, *, model: str | None = None, **fields: Any) -> Completion:
         """The whole completion. Raises FastBltError."""
-        body = _body(prompt, model or self._first_model(), fields)
+        body = _body(prompt, model or _only(self.models()), fields)
         with _translated():
-            response = self._send("POST", "/v1/completions", body)
-            try:
-                response.read()
-            finally:
-                response.close()
-        return _completion(_parse_json(response.content))
+            return _completion(self._whole("POST", "/v1/completions", body))
 
     def stream(self, prompt: Prompt, *, model: str | None = None, **fields: Any) -> Generator[Completion, None, None]:
         """Events as they come, the last one with the usage. Closing the iterator ends the request. Raises
         FastBltError."""
-        body = _stream_body(prompt, model or self._first_model(), fields)
+        answer = Answer(_stream_body(prompt, model or _only(self.models()), fields))
+        attempt = 0
         with _translated():
-            response = self._send("POST", "/v1/completions", body)
-            try:
-                events = Events()
-                for data in response.iter_bytes():
-                    yield from events.feed(data)
-                events.check_done()
-            finally:
-                response.close()
+            while True:
+                try:
+                    response = self._open("POST", "/v1/completions", answer.request())
+                    try:
+                        for data in response.iter_bytes():
+                            yield from answer.feed(data)
+                        answer.check_done()
+                        return
+                    finally:
+                        response.close()
+                except PASSING as error:
+                    attempt = 0 if answer.has_grown else attempt
+                    time.sleep(self._wait(attempt, error))
+                    attempt += 1
 
-    def _first_model(self) -> str:
-        return _only(self.models())
-
-    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+    def _whole(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         attempt = 0
         while True:
-            response = None
             try:
-                response = self._http.send(self._http.build_request(method, path, json=body), stream=True)
-                if response.is_success:
-                    return response
+                response = self._open(method, path, body)
                 try:
-                    response.read()
+                    return _parse_json(response.read())
                 finally:
                     response.close()
-                failure: Exception = api_error(response)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                if is_untrusted(error):
-                    raise
-                failure = error
-            wait = self._wait(attempt, response)
-            if wait is None:
-                raise failure
-            time.sleep(wait)
-            attempt += 1
+            except PASSING as error:
+                time.sleep(self._wait(attempt, error))
+                attempt += 1
+
+    def _open(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        """Tries once. Raises ApiError for a refusal."""
+        response = self._http.send(self._http.build_request(method, path, json=body), stream=True)
+        if response.is_success:
+            return response
+        try:
+            response.read()
+        finally:
+            response.close()
+        raise api_error(response)
 
 
 class AsyncClient(_Base):
@@ -239,66 +260,61 @@ class AsyncClient(_Base):
     async def models(self) -> list[str]:
         """Names that the server offers. Raises FastBltError."""
         with _translated():
-            response = await self._send("GET", "/v1/models", None)
-            try:
-                await response.aread()
-            finally:
-                await response.aclose()
-        return [model["id"] for model in _parse_json(response.content)["data"]]
+            return _names(await self._whole("GET", "/v1/models", None))
 
     async def complete(self, prompt: Prompt, *, model: str | None = None, **fields: Any) -> Completion:
         """The whole completion. Raises FastBltError."""
-        body = _body(prompt, model or await self._first_model(), fields)
+        body = _body(prompt, model or _only(await self.models()), fields)
         with _translated():
-            response = await self._send("POST", "/v1/completions", body)
-            try:
-                await response.aread()
-            finally:
-                await response.aclose()
-        return _completion(_parse_json(response.content))
+            return _completion(await self._whole("POST", "/v1/completions", body))
 
     async def stream(
         self, prompt: Prompt, *, model: str | None = None, **fields: Any
     ) -> AsyncGenerator[Completion, None]:
         """Events as they come, the last one with the usage. Closing the iterator ends the request. Raises
         FastBltError."""
-        body = _stream_body(prompt, model or await self._first_model(), fields)
+        answer = Answer(_stream_body(prompt, model or _only(await self.models()), fields))
+        attempt = 0
         with _translated():
-            response = await self._send("POST", "/v1/completions", body)
-            try:
-                events = Events()
-                async for data in response.aiter_bytes():
-                    for event in events.feed(data):
-                        yield event
-                events.check_done()
-            finally:
-                await response.aclose()
+            while True:
+                try:
+                    response = await self._open("POST", "/v1/completions", answer.request())
+                    try:
+                        async for data in response.aiter_bytes():
+                            for event in answer.feed(data):
+                                yield event
+                        answer.check_done()
+                        return
+                    finally:
+                        await response.aclose()
+                except PASSING as error:
+                    attempt = 0 if answer.has_grown else attempt
+                    await asyncio.sleep(self._wait(attempt, error))
+                    attempt += 1
 
-    async def _first_model(self) -> str:
-        return _only(await self.models())
-
-    async def _send(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+    async def _whole(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         attempt = 0
         while True:
-            response = None
             try:
-                response = await self._http.send(self._http.build_request(method, path, json=body), stream=True)
-                if response.is_success:
-                    return response
+                response = await self._open(method, path, body)
                 try:
-                    await response.aread()
+                    return _parse_json(await response.aread())
                 finally:
                     await response.aclose()
-                failure: Exception = api_error(response)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                if is_untrusted(error):
-                    raise
-                failure = error
-            wait = self._wait(attempt, response)
-            if wait is None:
-                raise failure
-            await asyncio.sleep(wait)
-            attempt += 1
+            except PASSING as error:
+                await asyncio.sleep(self._wait(attempt, error))
+                attempt += 1
+
+    async def _open(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        """Tries once. Raises ApiError for a refusal."""
+        response = await self._http.send(self._http.build_request(method, path, json=body), stream=True)
+        if response.is_success:
+            return response
+        try:
+            await response.aread()
+        finally:
+            await response.aclose()
+        raise api_error(response)
 
 
 class Events:
@@ -327,7 +343,95 @@ class Events:
     def check_done(self) -> None:
         """Raises ConnectionFailed unless the stream is complete."""
         if not self._done:
-            raise ConnectionFailed("the stream broke off")
+            raise _BrokenOff("the stream broke off")
+
+
+class _Once:
+    """A text that comes from its beginning on every connection, and is given once."""
+
+    def __init__(self) -> None:
+        self.given = bytearray()
+        self.passed = 0
+        """Bytes of it that this connection has brought."""
+
+    def beyond(self, piece: bytes) -> bytes:
+        """What is new of the next piece. Raises ConnectionFailed if it should have been another."""
+        known = self.given[self.passed : self.passed + len(piece)]
+        if not piece.startswith(known):
+            raise ConnectionFailed("the stream broke off, and the server now gives another text")
+        self.passed += len(piece)
+        self.given += piece[len(known) :]
+        return piece[len(known) :]
+
+
+class Parts:
+    """Of a choice."""
+
+    def __init__(self) -> None:
+        self.text, self.data, self.scored = _Once(), _Once(), _Once()
+        self.is_ended = False
+
+    def begin_again(self) -> None:
+        for part in (self.text, self.data, self.scored):
+            part.passed = 0
+
+    def beyond(self, choice: Choice) -> Choice | None:
+        """What is new of the next piece, if anything. Raises ConnectionFailed if it should have been another."""
+        if self.is_ended:
+            return None
+        text = self.text.beyond(choice.text.encode()).decode()
+        data = self.data.beyond(base64.b64decode(choice.encoded or ""))
+        scores = choice.logprobs or {"bytes": []}
+        num_new = len(self.scored.beyond(bytes(byte or 0 for byte in scores["bytes"])))
+        if choice.finish_reason not in (None, "timeout") and self.text.passed < len(self.text.given):
+            raise ConnectionFailed("the stream broke off, and the server now gives a shorter text")
+        self.is_ended = choice.finish_reason is not None
+        if not (text or data or num_new or self.is_ended):
+            return None
+        return replace(
+            choice,
+            text=text,
+            encoded=None if choice.encoded is None else base64.b64encode(data).decode(),
+            logprobs=choice.logprobs
+            and {name: part[max(0, len(part) - num_new) :] for name, part in choice.logprobs.items()},
+        )
+
+
+class Answer:
+    """A stream over as many connections as it takes."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self._body = {"seed": random.getrandbits(31), **body}
+        self._choices: defaultdict[int, Parts] = defaultdict(Parts)
+        self._id = ""
+        self._began = 0.0
+        """When what has been given was asked for."""
+
+    def request(self) -> dict[str, Any]:
+        """The body for the next connection."""
+        self._events = Events()
+        self.has_grown = False
+        """Whether this connection has brought anything new."""
+        for parts in self._choices.values():
+            parts.begin_again()
+        now = time.monotonic()
+        limit = self._body.get("timeout")
+        if not self._id:
+            self._began = now
+        return self._body if limit is None else self._body | {"timeout": max(0.001, limit - (now - self._began))}
+
+    def feed(self, data: bytes) -> Iterator[Completion]:
+        """The events that are now complete, without what was given before. Raises ApiError, ConnectionFailed."""
+        for event in self._events.feed(data):
+            choices = [new for choice in event.choices if (new := self._choices[choice.index].beyond(choice))]
+            self._id = self._id or event.id
+            self.has_grown |= bool(choices)
+            if choices or not event.choices:
+                yield replace(event, id=self._id, choices=choices)
+
+    def check_done(self) -> None:
+        """Raises ConnectionFailed unless the stream is complete."""
+        self._events.check_done()
 
 
 @contextmanager
@@ -375,6 +479,10 @@ def _completion(data: dict[str, Any]) -> Completion:
     return Completion(data["id"], data["model"], choices, data.get("usage"))
 
 
+def _names(models: dict[str, Any]) -> list[str]:
+    return [model["id"] for model in models["data"]]
+
+
 def api_error(response: httpx.Response) -> ApiError:
     """What a refusal says, also one that a proxy gives."""
     try:
@@ -383,7 +491,7 @@ def api_error(response: httpx.Response) -> ApiError:
         error = None
     if not isinstance(error, dict):
         error = {"message": f"HTTP status {response.status_code}: {response.text[:200]}"}
-    return ApiError(response.status_code, error)
+    return ApiError(response.status_code, error, response.headers.get("retry-after", ""))
 
 
 def _only(models: list[str]) -> str:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,6 +45,11 @@ class RunningServer(NamedTuple):
     def aborted(self) -> float:
         """Sequences that ended because their client left."""
         return sum(n for key, n in self.metrics("fastblt_sequences_total").items() if 'finish_reason="abort"' in key)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 StartServer = Callable[..., RunningServer]

@@ -1,23 +1,39 @@
 """The client and the terminal, against a real server over a socket."""
 
+import base64
 import json
+import re
 import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.fastblt_client import ApiError, AsyncClient, Client, ConnectionFailed, Events
+from clients.fastblt_client import Answer, ApiError, AsyncClient, Client, Completion, ConnectionFailed, Events
 from tests.conftest import COMMAND, ROOT
-from tests.serving import TINY_NAMES
+from tests.serving import TINY_NAMES, free_port, running_server
 
 CHUNK = {"id": "c", "model": "m", "choices": [{"index": 0, "text": "ä\u2028\n", "finish_reason": None}]}
+
+
+def received(connection: socket.socket) -> bytes:
+    """A whole request."""
+    data = b""
+    while True:
+        data += connection.recv(65536)
+        head, ended, body = data.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        if ended and len(body) >= int(length[1] if length else 0):
+            return data
 
 
 @contextmanager
@@ -29,7 +45,7 @@ def scripted(*answers: bytes) -> Iterator[tuple[str, list[bytes]]]:
         for answer in answers:
             connection, _ = listener.accept()
             with connection:
-                seen.append(connection.recv(65536))
+                seen.append(received(connection))
                 connection.sendall(answer)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -124,22 +140,163 @@ async def test_the_client_gives_up_after_its_retries() -> None:
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize("status", [400, 500])
-def test_the_client_does_not_retry_permanent_errors(status: int) -> None:
-    with (
-        scripted(answer(status, b"<html>no</html>")) as (url, _),
-        Client(url) as client,
-        pytest.raises(ApiError, match=f"HTTP status {status}: <html>no"),
-    ):
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (400, b"<html>no</html>", "HTTP status 400: <html>no"),
+        (504, b"<html>no</html>", "HTTP status 504: <html>no"),
+        (500, b'{"error": {"message": "a NaN", "type": "server_error"}}', "a NaN"),
+    ],
+)
+def test_the_client_does_not_retry_permanent_errors(status: int, body: bytes, message: str) -> None:
+    with scripted(answer(status, body)) as (url, _), Client(url) as client, pytest.raises(ApiError, match=message):
+        client.models()
+
+
+@pytest.mark.parametrize("status", [500, 502])
+def test_the_client_retries_when_a_proxy_has_lost_its_server(status: int) -> None:
+    lost = answer(status, b"Internal Server Error")
+    with scripted(lost, answer(200, b'{"data": [{"id": "m"}]}')) as (url, _), Client(url) as client:
+        assert client.models() == ["m"]
+    with scripted(lost) as (url, _), Client(url, retries=0) as client, pytest.raises(ApiError, match="Internal"):
         client.models()
 
 
 def test_a_stream_that_breaks_off_raises_connection_failed() -> None:
-    with scripted(answer(200, f"data: {json.dumps(CHUNK)}\n\n".encode())) as (url, _), Client(url) as client:
+    broken = answer(200, f"data: {json.dumps(CHUNK)}\n\n".encode())
+    with scripted(broken) as (url, _), Client(url, retries=0) as client:
         stream = client.stream("x", model="m")
         assert next(stream).text == "ä\u2028\n"
         with pytest.raises(ConnectionFailed, match="broke off"):
             next(stream)
+
+
+def chunks(texts: Sequence[str], sizes: Sequence[int], name: str) -> list[dict[str, Any]]:
+    """The events of an answer with a choice for each text, cut into pieces of these sizes."""
+    found: list[dict[str, Any]] = []
+    at = [0] * len(texts)
+    number = 0
+    while any(place < len(text) for place, text in zip(at, texts, strict=True)):
+        size = sizes[number % len(sizes)]
+        index = number % len(texts)
+        number += 1
+        piece = texts[index][at[index] : at[index] + size]
+        if not piece:
+            continue
+        at[index] += size
+        data = piece.encode()
+        names = [chr(byte) for byte in data]
+        choice = {"index": index, "text": piece, "bytes": base64.b64encode(data).decode()}
+        choice["logprobs"] = {"tokens": names, "token_logprobs": [-1.0] * len(data), "bytes": list(data)}
+        choice["finish_reason"] = "length" if at[index] >= len(texts[index]) else None
+        found.append({"id": name, "model": "m", "choices": [choice]})
+    return [*found, {"id": name, "model": "m", "choices": [], "usage": {"completion_tokens": 1}}]
+
+
+def sent(events: list[dict[str, Any]], *, done: bool = True) -> bytes:
+    return b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in events) + b"data: [DONE]\n\n" * done
+
+
+def together(events: Sequence[Completion]) -> dict[int, tuple[str, bytes, list[str], list[str]]]:
+    """Text, bytes, tokens and finish reasons of each choice."""
+    found: dict[int, tuple[str, bytes, list[str], list[str]]] = defaultdict(lambda: ("", b"", [], []))
+    for event in events:
+        for choice in event.choices:
+            assert choice.logprobs
+            text, data, tokens, reasons = found[choice.index]
+            reasons = reasons + [choice.finish_reason] if choice.finish_reason else reasons
+            found[choice.index] = (text + choice.text, data + choice.data, tokens + choice.logprobs["tokens"], reasons)
+    return found
+
+
+TEXTS = st.lists(st.text("aä€\U0001f600\n", min_size=1, max_size=12), min_size=1, max_size=3)
+SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@given(TEXTS, st.lists(st.tuples(SIZES, st.floats(0, 1)), max_size=3), SIZES)
+def test_an_answer_over_many_connections_gives_each_piece_once(
+    texts: list[str], broken: list[tuple[list[int], float]], sizes: list[int]
+) -> None:
+    """Each connection cuts the text into other pieces, and breaks at any byte."""
+    whole = Answer({"prompt": "x"})
+    events: list[Completion] = []
+    for number, (other, share) in enumerate(broken):
+        whole.request()
+        data = sent(chunks(texts, other, f"c{number}"), done=False)
+        events += whole.feed(data[: int(share * (len(data) - 1))])
+        with pytest.raises(ConnectionFailed, match="broke off"):
+            whole.check_done()
+    whole.request()
+    events += whole.feed(sent(chunks(texts, sizes, "last")))
+    whole.check_done()
+    want = {i: (text, text.encode(), [chr(b) for b in text.encode()], ["length"]) for i, text in enumerate(texts)}
+    assert together(events) == want
+    assert len({event.id for event in events}) == 1 and events[-1].usage
+
+
+async def test_a_broken_stream_is_asked_for_again_with_the_same_seed() -> None:
+    """What was given is not repeated, also if the server is not back at once."""
+    first, again = chunks(["abcdef"], [2], "c"), chunks(["abcdef"], [3], "d")
+    shutting = {"error": {"message": "draining", "type": "service_unavailable", "code": "draining"}}
+    answers = [
+        answer(200, sent([*first[:2], shutting])),
+        answer(503, b'{"error": {"message": "draining"}}', "retry-after: 0"),
+        answer(200, sent(again)),
+    ]
+    cut = answers[2][: answers[2].index(b"[DONE]")]
+    for script in (answers, [cut, *answers[1:]]):
+        with scripted(*script) as (url, seen), Client(url) as client:
+            events = list(client.stream("x", model="m"))
+        assert events[0].id == "c" or script is not answers
+        assert together(events)[0][::3] == ("abcdef", ["length"])
+        seeds = [json.loads(request.partition(b"\r\n\r\n")[2])["seed"] for request in seen]
+        assert len(seeds) == 3 and len({*seeds}) == 1
+        with scripted(*script) as (url, _):
+            async with AsyncClient(url) as client:
+                events = [event async for event in client.stream("x", model="m", seed=3)]
+        assert together(events)[0][::3] == ("abcdef", ["length"])
+
+
+def test_deadlines_of_a_broken_stream_count_from_its_beginning() -> None:
+    first = chunks(["abcdef"], [2], "c")
+    with (
+        scripted(answer(200, sent(first[:1], done=False)), answer(200, sent(first))) as (url, seen),
+        Client(url) as client,
+    ):
+        list(client.stream("x", model="m", timeout=100, seed=5))
+    bodies = [json.loads(request.partition(b"\r\n\r\n")[2]) for request in seen]
+    assert bodies[0]["timeout"] == 100 and 90 < bodies[1]["timeout"] <= 99.5 and bodies[1]["seed"] == 5
+
+
+@pytest.mark.parametrize(("text", "what"), [("abXdef", "another text"), ("abc", "a shorter text")])
+def test_a_server_that_gives_another_text_cannot_continue_a_stream(text: str, what: str) -> None:
+    broken = answer(200, sent(chunks(["abcdef"], [4], "c")[:1], done=False))
+    with scripted(broken, answer(200, sent(chunks([text], [1], "d")))) as (url, _), Client(url) as client:
+        stream = client.stream("x", model="m")
+        assert next(stream).text == "abcd"
+        with pytest.raises(ConnectionFailed, match=what):
+            _ = list(stream)
+
+
+def test_an_answer_outlives_its_server(tiny: Path, tmp_path: Path) -> None:
+    """The HTTP process is killed in the middle of it, and another takes its port."""
+    fields = {"max_tokens": 1500, "temperature": 1.0, "seed": 7, "n": 2, "return_bytes": True, "ignore_eos": True}
+    flags = ["--port", str(free_port())]
+    with (
+        running_server(tiny, tmp_path / "first", *flags) as server,
+        Client(server.url, retries=30) as client,
+        ThreadPoolExecutor() as threads,
+    ):
+        whole = threads.submit(client.complete, "def f(", **fields)
+        stream = client.stream("def f(", **fields)
+        events = [next(stream) for _ in range(20)]
+        server.process.kill()
+        server.process.wait()
+        with running_server(tiny, tmp_path / "second", *flags):
+            events += stream
+            for choice in whole.result().choices:
+                pieces = [piece.data for event in events for piece in event.choices if piece.index == choice.index]
+                assert b"".join(pieces) == choice.data and len(choice.data) > 1000
 
 
 def test_an_error_event_in_a_stream_raises_an_error() -> None:

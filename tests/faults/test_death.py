@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-import socket
 import time
 from pathlib import Path
 from random import Random
@@ -29,6 +28,7 @@ from tests.faults.asking import (
     undisturbed,
     until,
 )
+from tests.serving import free_port
 
 KILLS = 20
 
@@ -128,8 +128,3 @@ async def test_the_engine_ends_with_the_server_and_the_port_is_free(tmp_path: Pa
         async with talking(server) as http:
             (answer,) = await ask_all(http, [plain(1, 20)])
             assert answer.status == 200
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

@@ -4,12 +4,14 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clients.fastblt_client import Client
 from tests.ops.ray_cluster import (
     NANO,
     PROMPTS,
@@ -108,6 +110,36 @@ def test_requests_of_one_ingress_are_untouched_by_the_end_of_another(cluster: Cl
         kept = [stream for stream in begun if stream.done]
         assert 0 < len(kept) < len(begun)
         assert_undisturbed(application, kept)
+
+
+def test_our_own_client_continues_when_one_of_two_ingresses_ends(cluster: Cluster, tmp_path: Path) -> None:
+    """Its connections break, and the other gives the same streams."""
+    flags = ["--replicas", "1", "--ingresses", "2"]
+    fields = [{**one, "prompt": prompt} for one, prompt in zip(MIXED * 2, PROMPTS[: 2 * len(MIXED)], strict=True)]
+    with (
+        running_application(cluster, NANO, tmp_path / "log", *flags) as application,
+        Client(application.url, api_key=application.key, retries=20) as client,
+        ThreadPoolExecutor(len(fields)) as threads,
+    ):
+        (replica,) = application.ready(1)
+        asked = [threads.submit(texts, client, one) for one in fields]
+        until(lambda: application.in_progress(replica) == len(fields), "all requests")
+        os.kill(ingresses(cluster)[0], signal.SIGKILL)
+        found = [one.result() for one in asked]
+        # Some were asked for again.
+        assert application.metric(replica.id, "fastblt_sequences_total") > sum(one.get("n", 1) for one in fields)
+        assert found == [texts(client, one) for one in fields]
+
+
+def texts(client: Client, fields: dict[str, Any]) -> dict[int, tuple[str, str | None]]:
+    """What a stream gives of each choice, and the reason of its end."""
+    found: dict[int, tuple[str, str | None]] = {}
+    for event in client.stream(model="nano", **fields):
+        for choice in event.choices:
+            text, reason = found.get(choice.index, ("", None))
+            assert reason is None
+            found[choice.index] = (text + choice.text, choice.finish_reason)
+    return found
 
 
 def ingresses(cluster: Cluster) -> list[int]:

@@ -2,10 +2,12 @@
 
 All is real but Ray, which here carries calls from a forwarder to an application, and the processes of engines. After
 every story: each answer has the bytes that an undisturbed engine would have given; what was refused was refused for a
-limit, and never a key that has one request at a time; deadlines are kept across replicas; nothing is left behind.
+limit, and never a key that has one request at a time; deadlines are kept across replicas; nothing is left behind. An
+ingress that is killed takes its connections with it, and those of our own client ask the other.
 """
 
 import asyncio
+import dataclasses
 import json
 import logging
 import random
@@ -18,8 +20,9 @@ from hashlib import sha256
 from typing import Any
 from unittest import mock
 
-from starlette.types import Message
+from starlette.types import Message, Receive, Send
 
+from clients.fastblt_client import Answer, Completion, FastBltError
 from deploy.ray_answer import answer
 from deploy.ray_balance import Balance
 from deploy.ray_call import Call, Reply, encode_reply
@@ -80,7 +83,7 @@ class FleetStory:
             max_queued_bytes_per_key=draw.choice([None, None, 3000]),
             keepalive_seconds=5.0,
         )
-        kinds = ["kill", "kill", "drain", "crash", "freeze"]
+        kinds = ["kill", "kill", "drain", "crash", "freeze", "kill an ingress"]
         count = draw.choice([0, 0, 1, 2, 4])
         self.faults = sorted((draw.uniform(0, self.span + 2.0), draw.choice(kinds)) for _ in range(count))
 
@@ -205,6 +208,10 @@ class Replica:
             raise Violation(f"{self.name} still counts requests of a key")
 
 
+class Lost(Exception):
+    """The connection to an ingress."""
+
+
 class Ingress:
     """One that clients reach. A request goes on with the ingress that it came to."""
 
@@ -212,6 +219,23 @@ class Ingress:
         self._fleet = fleet
         self.balance = Balance(asyncio.get_running_loop().time)
         self.forwarder = Forwarder(settings, RaySettings(replica_wait=WAIT), self.balance, self._carry)
+        self._answering: set[asyncio.Task[None]] = set()
+
+    async def forward(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Raises Lost if it is killed meanwhile."""
+        self._answering.add(task := asyncio.create_task(self.forwarder.forward(scope, receive, send)))
+        try:
+            await asyncio.wait({task})
+        finally:
+            self._answering.discard(task)
+            task.cancel()
+        if task.cancelled():
+            raise Lost
+        task.result()
+
+    def kill(self) -> None:
+        for task in self._answering:
+            task.cancel()
 
     async def _carry(self, call: Call) -> AsyncGenerator[bytes, None]:
         """As `deploy.ray_ingress` and `deploy.ray_router`."""
@@ -245,12 +269,53 @@ class Client:
         draw = fleet.story.draw
         self._is_slow = key != QUIET and draw.random() < 0.1
         self.leaves_after = draw.uniform(0, 3.0) if key != QUIET and draw.random() < 0.1 else None
+        self._asks_again = draw.random() < 0.5
+        self._answer: Answer | None = None
+        self._events: list[Completion] = []
+        if self._asks_again and body["stream"]:
+            self._answer = Answer({"seed": draw.getrandbits(31)} | body)
 
-    async def ask(self, ingress: Ingress) -> None:
+    async def ask(self, slot: int) -> None:
+        """slot: of the ingress."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        bodies = [{"type": "http.request", "body": json.dumps(self.body).encode(), "more_body": False}]
+        try:
+            async with asyncio.timeout(self.leaves_after):
+                while True:
+                    try:
+                        await self._ask_once(self._fleet.ingresses[slot])
+                        break
+                    except Lost:
+                        if not self._asks_again:
+                            return
+                        self._fleet.note(f"{self.number} asks again")
+                    slot = 1 - slot
+                    began = began if self._answer else loop.time()
+        except TimeoutError:
+            return
+        except BrokenOff:
+            if self.body["stream"] or not self._fleet.num_killed:
+                raise Violation(f"{self.number} broke off") from None
+            return
+        except ApiError as error:
+            self.start = {"status": error.status, "headers": [(b"retry-after", b"1")]}
+            self.data, self.is_whole = json.dumps(error.body).encode(), True
+        except (Violation, FastBltError) as error:
+            raise Violation(f"{self.number}: {error}") from error
+        except Exception as error:
+            raise Violation(f"{self.number}: the ingress failed: {error!r}") from error
+        try:
+            self.check(loop.time() - began)
+        except ValueError as error:
+            raise Violation(f"{self.number}: its answer cannot be read: {error}") from error
+
+    async def _ask_once(self, ingress: Ingress) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        body = self._answer.request() if self._answer else self.body
+        bodies = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
         never = asyncio.Event()
+        self.start, self.data, self.is_whole = None, b"", False
 
         async def receive() -> Message:
             if not bodies:
@@ -263,32 +328,15 @@ class Client:
                 self.start = message
                 return
             self.data += message["body"]
+            if self._answer and self.start and self.start["status"] == 200:
+                self._events += self._answer.feed(message["body"])
             self.is_whole |= not message["more_body"]
             if message["body"].strip() and self.first_byte is None:
                 self.first_byte = loop.time() - began
             if self._is_slow:
                 await asyncio.sleep(self._fleet.story.draw.uniform(0, 0.3))
 
-        try:
-            async with asyncio.timeout(self.leaves_after):
-                await ingress.forwarder.forward(self._scope(), receive, send)
-        except TimeoutError:
-            return
-        except BrokenOff:
-            if self.body["stream"] or not self._fleet.num_killed:
-                raise Violation(f"{self.number} broke off") from None
-            return
-        except ApiError as error:
-            self.start = {"status": error.status, "headers": [(b"retry-after", b"1")]}
-            self.data, self.is_whole = json.dumps(error.body).encode(), True
-        except Violation:
-            raise
-        except Exception as error:
-            raise Violation(f"{self.number}: the ingress failed: {error!r}") from error
-        try:
-            self.check(loop.time() - began)
-        except ValueError as error:
-            raise Violation(f"{self.number}: its answer cannot be read: {error}") from error
+        await ingress.forward(self._scope(), receive, send)
 
     def _scope(self) -> dict[str, Any]:
         headers = [(b"content-type", b"application/json"), (b"authorization", b"Bearer " + self.key)]
@@ -309,6 +357,10 @@ class Client:
             if lines.pop() != "data: [DONE]":
                 raise Violation(f"{self.number}: its stream has no end")
             chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+            if self._answer:
+                # Also of connections before the last.
+                self._answer.check_done()
+                chunks = [dataclasses.asdict(event) for event in self._events]
         else:
             chunks = [json.loads(self.data)]
         for chunk in chunks:
@@ -316,8 +368,8 @@ class Client:
                 raise Violation(f"{self.number} failed: {chunk['error']['message']}")
             for choice in chunk["choices"]:
                 whole = choices.setdefault(choice["index"], {"data": b"", "reason": None})
-                part = choice.get("bytes") or b""
-                whole["data"] += b64decode(part) if isinstance(part, str) else bytes(part)
+                part = choice.get("bytes") or choice.get("encoded") or ""
+                whole["data"] += b64decode(part)
                 whole["reason"] = choice["finish_reason"] or whole["reason"]
         ids = {chunk["id"] for chunk in chunks}
         if len(ids) != 1 or len(choices) != self.body["n"]:
@@ -423,10 +475,10 @@ class Fleet:
                 replica.check_empty()
 
     async def _one(self, at: float, key: bytes) -> None:
-        body, ingress, number = self.story.body(), self.draw.choice(self.ingresses), next(self._numbers)
+        body, slot, number = self.story.body(), self.draw.randrange(2), next(self._numbers)
         one = Client(self, number, key, body)
         await asyncio.sleep(max(at - asyncio.get_running_loop().time(), 0))
-        await one.ask(ingress)
+        await one.ask(slot)
 
     async def _quiet(self, start: float) -> None:
         for _ in range(8):
@@ -444,6 +496,12 @@ class Fleet:
         loop, draw = asyncio.get_running_loop(), self.draw
         for at, kind in self.story.faults:
             await asyncio.sleep(max(start + at - loop.time(), 0))
+            if kind == "kill an ingress":
+                slot = draw.randrange(2)
+                self.note(f"{kind} {slot}")
+                self.ingresses[slot].kill()
+                self.ingresses[slot] = Ingress(self, self.story.settings)
+                continue
             ready = [replica for replica in self.replicas if replica.takes_calls]
             if not ready:
                 continue
