@@ -58,14 +58,15 @@ WRONG = [
     (line("a", url=...), "invalid_url", "a", "url must be '/v1/completions', not None"),
     (line("a", body=[1] * 100), "invalid_value", "a", "body must be an object, not [1, 1"),
     (line("a", body={"stream": True}), "invalid_value", "a", "body.stream must be false or missing"),
-    (line("a", extra=1), "invalid_value", "a", "'extra' is no field of a request"),
+    (line("a", body={"temperature": float("nan")}), "invalid_value", "a", "body has NaN or an infinite number"),
+    (line("a", extra=1), "invalid_value", "a", "'extra' is not a field of a request"),
 ]
 
 
 @pytest.mark.parametrize(("text", "code", "custom_id", "message"), WRONG)
 def test_a_wrong_line_is_named_with_its_number(text: bytes, code: str, custom_id: str | None, message: str) -> None:
     first, third, fourth = pending(BytesIO(line("x") + b"  \n" + text + line("z").rstrip()), Index())
-    assert first == Request(1, "x", json.loads(line("x"))["body"])
+    assert first == Request(1, "x", json.dumps(json.loads(line("x"))["body"]).encode())
     assert isinstance(fourth, Request) and (fourth.line, fourth.custom_id) == (4, "z")
     assert isinstance(third, Refused) and third.line == 3
     assert (third.error.code, third.error.custom_id) == (code, custom_id)
@@ -233,10 +234,10 @@ def test_an_answer_that_never_comes_is_an_error_of_its_line(tmp_path: Path) -> N
 
 def test_an_answer_that_is_no_json_is_kept_as_an_error(tmp_path: Path) -> None:
     source, target = one_line(tmp_path)
-    with scripted(answer(502, b"<html>bad gateway")) as (url, _):
+    with scripted(answer(504, b"<html>bad gateway")) as (url, _):
         assert batch(source, target, url).exit_code == 1
     response = answers(target)[0]["response"]
-    assert response["status_code"] == 502 and "<html>bad gateway" in response["body"]["error"]["message"]
+    assert response["status_code"] == 504 and "<html>bad gateway" in response["body"]["error"]["message"]
 
 
 def test_standard_input_and_output_take_the_place_of_files(tiny_server: str) -> None:
@@ -247,11 +248,32 @@ def test_standard_input_and_output_take_the_place_of_files(tiny_server: str) -> 
     assert done.stderr == b"batch: 2 lines\n"
 
 
+def test_a_batch_may_end_before_its_input(tmp_path: Path) -> None:
+    """Its reader waits for a terminal or a pipe, which nothing can interrupt."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [*COMMAND, "batch", "-", str(tmp_path / "out"), "--url", f"http://127.0.0.1:{port}", "--retries", "0"]
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert process.stdin and process.stderr
+        process.stdin.write(line("a"))
+        process.stdin.flush()
+        assert process.wait(60) == 1
+        assert b"no connection to" in process.stderr.read()
+
+
+def test_a_text_that_is_no_unicode_spoils_only_its_line(tiny_server: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.write_bytes(line("a", body={"prompt": "\ud800"}) + line("b"))
+    assert batch(source, target, tiny_server).exit_code == 1
+    assert {entry["custom_id"]: entry["response"]["status_code"] for entry in answers(target)} == {"a": 400, "b": 200}
+
+
 @pytest.mark.parametrize("text", [b"a shopping list", b"{}\n", b'{"id": 1, "error": null}\n', b"x\n" + START, b"1\n"])
 def test_a_file_that_is_no_output_is_refused_and_left_alone(text: bytes, tmp_path: Path) -> None:
     source, target = one_line(tmp_path)
     target.write_bytes(text)
-    with pytest.raises(BatchError, match="not a batch's answer"):
+    with pytest.raises(BatchError, match="not an answer of a batch"):
         run(source, target, Settings("http://127.0.0.1:1"), Counts())
     assert target.read_bytes().startswith(text.removesuffix(START))
     with pytest.raises(BatchError, match="must not be the input"):

@@ -21,11 +21,11 @@ class LineError(Exception):
 
 
 class Request(NamedTuple):
-    """line: its number in the input, from 1."""
+    """line: its number in the input, from 1. body: of the request, as JSON."""
 
     line: int
     custom_id: str
-    body: dict[str, Any]
+    body: bytes
 
 
 class Refused(NamedTuple):
@@ -48,14 +48,14 @@ def pending(file: BinaryIO, index: Index) -> Iterator[Request | Refused | Answer
             continue
         try:
             request = _parse(line, number)
-            _check(request, index)
+            body = _checked(request, index)
         except LineError as error:
             yield Answered(number) if index.is_refused(number) else Refused(number, error)
             continue
         if index.is_answered(request.custom_id):
             yield Answered(number)
         else:
-            yield Request(number, request.custom_id, request.body)
+            yield Request(number, request.custom_id, body)
 
 
 def count_lines(file: BinaryIO) -> int:
@@ -67,11 +67,6 @@ class _Parsed(NamedTuple):
     line: int
     custom_id: str
     fields: dict[str, Any]
-
-    @property
-    def body(self) -> dict[str, Any]:
-        body: dict[str, Any] = self.fields["body"]
-        return body
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
@@ -107,8 +102,8 @@ def _parse(line: bytes | None, number: int) -> _Parsed:
     return _Parsed(number, custom_id, fields)
 
 
-def _check(parsed: _Parsed, index: Index) -> None:
-    """Raises LineError. A custom_id belongs to the first line that has it, even if that line is wrong."""
+def _checked(parsed: _Parsed, index: Index) -> bytes:
+    """The body. Raises LineError. A custom_id belongs to the first line that has it, even if that line is wrong."""
     line, custom_id, fields = parsed
 
     def refuse(param: str, message: str, code: str = "invalid_value") -> LineError:
@@ -118,7 +113,7 @@ def _check(parsed: _Parsed, index: Index) -> None:
         raise refuse("custom_id", f"custom_id {_shown(custom_id)} is already on line {first}", "duplicate_custom_id")
     if unknown := fields.keys() - set(FIELDS):
         name = min(unknown)
-        raise refuse(name[:80], f"{_shown(name)} is no field of a request: {', '.join(FIELDS)}")
+        raise refuse(name[:80], f"{_shown(name)} is not a field of a request: {', '.join(FIELDS)}")
     for name, right in (("method", METHOD), ("url", PATH)):
         if fields.get(name) != right:
             raise refuse(name, f"{name} must be {right!r}, not {_shown(fields.get(name))}", f"invalid_{name}")
@@ -127,6 +122,10 @@ def _check(parsed: _Parsed, index: Index) -> None:
         raise refuse("body", f"body must be an object, not {_shown(body)}")
     if body.get("stream"):
         raise refuse("body.stream", "body.stream must be false or missing: a batch does not stream")
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except ValueError:
+        raise refuse("body", "body has NaN or an infinite number, which JSON does not have") from None
 
 
 def _shown(value: object) -> str:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import stat
 import uuid
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,12 +92,12 @@ class Results:
     def close(self) -> None:
         """Also waits for the disk, where the output is a file."""
         with self._file as file:
-            if file.seekable():
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 os.fsync(file.fileno())
 
 
 def _foreign(path: Path, line: int) -> BatchError:
-    return BatchError(f"{path}: line {line} is not a batch's answer; name a new file, or the output of an earlier run")
+    return BatchError(f"{path}: line {line} is not an answer of a batch; name a new file or an earlier run's output")
 
 
 def _repair(file: BinaryIO, path: Path) -> None:
@@ -112,7 +113,7 @@ def _repair(file: BinaryIO, path: Path) -> None:
     if not last:
         return
     if last[: len(START)] != START[: len(last)]:
-        raise BatchError(f"{path}: the last line is not a batch's answer; name a new file, or an earlier run's output")
+        raise BatchError(f"{path}: the last line is not an answer of a batch; name a new file or an earlier output")
     try:
         json.loads(last)
     except ValueError:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import httpx
 
 from ..address import base_url
-from ..fastblt_client import RETRIED, is_untrusted, retry_delay, trusting
+from ..fastblt_client import api_error, is_untrusted, retry_delay, trusting
 from ..progress import Progress
 from .index import Index
 from .requests import PATH, Answered, Refused, Request, count_lines, pending
@@ -24,6 +24,7 @@ from .results import BatchError, Results, answer, failure, is_good
 
 STANDARD = Path("-")
 UNAUTHORISED = (401, 403)
+JSON = {"content-type": "application/json"}
 
 
 class Settings(NamedTuple):
@@ -86,7 +87,8 @@ def run(source: Path, target: Path, settings: Settings, counts: Counts) -> None:
 @contextmanager
 def _opened(source: Path) -> Iterator[BinaryIO]:
     if source == STANDARD:
-        yield sys.stdin.buffer
+        # Not Python's own reader, and never closed: both would wait for the thread that reads.
+        yield open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
     else:
         with source.open("rb") as file:
             yield file
@@ -142,7 +144,7 @@ class _Batch:
         while True:
             retry_after = ""
             try:
-                response = await http.post(PATH, json=request.body)
+                response = await http.post(PATH, content=request.body, headers=JSON)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 unreachable = BatchError(f"no connection to {self._settings.url}: {error}")
                 if is_untrusted(error):
@@ -159,9 +161,10 @@ class _Batch:
                               _body(response))  # fmt: skip
                 if response.status_code in UNAUTHORISED:
                     raise BatchError(f"the server refuses the API key: {_message(last)}")
-                if response.status_code not in RETRIED:
+                refusal = api_error(response)
+                if response.is_success or not refusal.passes:
                     return last
-                retry_after = response.headers.get("retry-after", "")
+                retry_after = refusal.retry_after
             if attempt >= self._settings.retries:
                 if isinstance(last, BatchError):
                     raise last
