@@ -228,6 +228,7 @@ class Fleet:
             return min(ranked, key=lambda name: max(queues[name] - least - IMBALANCE, 0))
         balance = self._draw.choice(self._balances)
         work = Work(one.prompt, 1, 1, one.max_tokens, one.decoder)
+        balance.begun(number)
         name = balance.choose(number, work, names)[0]
         balance.sent(number, work, name)
         self._sent[id(one)] = balance, number

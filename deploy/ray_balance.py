@@ -96,7 +96,14 @@ class Balance:
         self._clock = clock
         self._replicas: dict[str, _Replica] = {}
         self._prefixes: OrderedDict[bytes, set[str]] = OrderedDict()
+        self._under_way: set[int] = set()
         self._lock = threading.Lock()
+
+    def begun(self, number: int) -> None:
+        """A call of this number is about to be sent, and counts from when a replica is chosen until it has ended. Ray
+        may still choose one for a call that its client has left."""
+        with self._lock:
+            self._under_way.add(number)
 
     def choose(
         self, number: int, work: Work, replicas: Iterable[str], avoided: frozenset[str] = frozenset()
@@ -137,6 +144,7 @@ class Balance:
     def ended(self, number: int) -> None:
         """The call has its answer. An idle replica sends no report that says so."""
         with self._lock:
+            self._under_way.discard(number)
             for known in self._replicas.values():
                 if (sent := known.sent.pop(number, None)) and sent.when < known.heard:
                     load = known.load
@@ -159,6 +167,8 @@ class Balance:
             return min(one.load.retry_after - (now - one.heard) for one in known)
 
     def _send(self, number: int, work: Work, replica: str) -> None:
+        if number not in self._under_way:
+            return
         for known in self._replicas.values():
             known.sent.pop(number, None)
         known = self._replicas.setdefault(replica, _Replica())

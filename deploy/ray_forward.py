@@ -99,6 +99,7 @@ class Forwarder:
     async def _ask(self, call: Call) -> AsyncGenerator[str | list[Message], None]:
         """As `Relay` wants it."""
         name = ""
+        self._balance.begun(call.number)
         try:
             async with aclosing(self._carry(call)) as replies:
                 async for encoded in replies:

@@ -1,6 +1,7 @@
 """What a completion asks of a replica, as its body says before anything is checked."""
 
 import math
+from base64 import b64decode
 from dataclasses import dataclass
 
 import orjson
@@ -43,7 +44,7 @@ def work_of(body: bytes) -> Work:
         prompts = asked["prompt"]
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return Work()
-    many = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], str | list)
+    many = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], str | list | dict)
     num_prompts = len(prompts) if many else 1
     samples = max(_number(asked.get("best_of"), 1), _number(asked.get("n"), 1))
     model, decoder = asked.get("model"), asked.get("decoder")
@@ -66,6 +67,11 @@ def _bytes_of(prompt: object) -> bytes:
     """Ids of bytes are the same as the text."""
     if isinstance(prompt, str):
         return prompt[:MOST].encode(errors="replace")
+    if isinstance(prompt, dict) and isinstance(data := prompt.get("base64"), str):
+        try:
+            return b64decode(data[: MOST // 3 * 4])
+        except ValueError:
+            return b""
     if not isinstance(prompt, list):
         return b""
     ids = [item - BYTE_OFFSET for item in prompt[:MOST] if isinstance(item, int)]

@@ -42,6 +42,12 @@ def balance(clock: Clock) -> Balance:
     return Balance(clock)
 
 
+def choose(balance: Balance, number: int, *of: Any) -> list[str]:
+    """As a call of this number does."""
+    balance.begun(number)
+    return balance.choose(number, *of)
+
+
 def completion(prompt: bytes = b"x", num_output: int = 100, decoder: str = "blt", n: int = 1) -> Work:
     return Work(prompt, 1, n, num_output, decoder)
 
@@ -64,9 +70,9 @@ def test_removing_a_replica_moves_only_its_own_prefixes() -> None:
 def test_idle_ingresses_agree_whether_they_have_heard_of_the_replicas_or_not(balance: Balance, clock: Clock) -> None:
     other = Balance(clock)
     for number, prefix in enumerate(PREFIXES[:50]):
-        chosen = balance.choose(number, completion(prefix), "abcd")
+        chosen = choose(balance, number, completion(prefix), "abcd")
         balance.ended(number)
-        assert chosen == rank(prefix, "abcd") == other.choose(number, completion(prefix), "dcba")
+        assert chosen == rank(prefix, "abcd") == choose(other, number, completion(prefix), "dcba")
         other.ended(number)
 
 
@@ -75,8 +81,8 @@ def test_idle_ingresses_agree_whether_they_have_heard_of_the_replicas_or_not(bal
 
 def test_a_busier_replica_is_chosen_after_an_idle_one(balance: Balance) -> None:
     for number in range(40):
-        balance.choose(number, completion(b"same"), "abcd")
-    chosen = Counter(balance.choose(100 + n, completion(b"same"), "abcd")[0] for n in range(8))
+        choose(balance, number, completion(b"same"), "abcd")
+    chosen = Counter(choose(balance, 100 + n, completion(b"same"), "abcd")[0] for n in range(8))
     assert set(chosen) == set("abcd")
 
 
@@ -88,7 +94,7 @@ def test_a_slower_replica_gets_less(balance: Balance) -> None:
             step = factor * (0.004 + 0.002 * chosen[name])
             load = Load(chosen[name], places=1000, step_seconds=step, sequence_seconds=0.002 * factor, rates=rates)
             balance.heard(name, load)
-        chosen[balance.choose(number, completion(prefix), "ab")[0]] += 1
+        chosen[choose(balance, number, completion(prefix), "ab")[0]] += 1
     assert 1.5 < chosen["a"] / chosen["b"] < 2.4
 
 
@@ -97,7 +103,7 @@ def test_a_replica_that_has_measured_nothing_is_taken_for_one_like_the_others(ba
         rates = Rates(step_seconds / 10, {"blt": step_seconds / 2}, {"blt": 1.0})
         balance.heard("a", Load(step_seconds=step_seconds, places=32, rates=rates))
         balance.heard("b", Load(places=32))
-        chosen = Counter(balance.choose(number, completion(b"same"), "abc")[0] for number in range(12))
+        chosen = Counter(choose(balance, number, completion(b"same"), "abc")[0] for number in range(12))
         assert min(chosen[name] for name in "abc") >= 2
         for number in range(12):
             balance.ended(number)
@@ -108,7 +114,7 @@ def test_a_replica_that_was_busy_when_it_last_told_is_idle_now(balance: Balance,
     balance.heard("b", load)
     clock.now += FRESH_SECONDS
     balance.heard("a", Load(running=9, places=32, step_seconds=0.01, rates=RATES, shortest_seconds=0.002))
-    assert balance.choose(1, completion(b"same"), "ab")[0] == "b"
+    assert choose(balance, 1, completion(b"same"), "ab")[0] == "b"
 
 
 def test_idle_replicas_share_the_work_whatever_a_busy_machine_made_them_measure(balance: Balance) -> None:
@@ -117,7 +123,7 @@ def test_idle_replicas_share_the_work_whatever_a_busy_machine_made_them_measure(
     balance.heard(
         "b", Load(places=64, step_seconds=0.0013, shortest_seconds=0.0013, sequence_seconds=0.0138, rates=RATES)
     )
-    chosen = Counter(balance.choose(number, completion(b"same", 600), "ab")[0] for number in range(9))
+    chosen = Counter(choose(balance, number, completion(b"same", 600), "ab")[0] for number in range(9))
     assert min(chosen["a"], chosen["b"]) >= 2
 
 
@@ -130,7 +136,7 @@ def test_a_replica_that_has_hardly_run_is_taken_for_at_most_twice_as_slow(balanc
                 looks=count,
             )  # fmt: skip
             balance.heard(name, load)
-        chosen = {balance.choose(number, completion(b"same", 600), "ab")[0] for number in range(6)}
+        chosen = {choose(balance, number, completion(b"same", 600), "ab")[0] for number in range(6)}
         assert chosen == {"a"} | slow_ones
         for number in range(6):
             balance.ended(number)
@@ -139,7 +145,7 @@ def test_a_replica_that_has_hardly_run_is_taken_for_at_most_twice_as_slow(balanc
 def test_what_a_sequence_adds_is_taken_from_a_replica_that_knows(balance: Balance) -> None:
     for name, each in (("a", 0.0), ("b", 0.002)):
         balance.heard(name, Load(places=64, shortest_seconds=0.002, sequence_seconds=each, rates=RATES))
-    chosen = Counter(balance.choose(number, completion(b"same", 600), "ab")[0] for number in range(8))
+    chosen = Counter(choose(balance, number, completion(b"same", 600), "ab")[0] for number in range(8))
     assert chosen["a"] == chosen["b"] == 4
 
 
@@ -148,7 +154,7 @@ def test_a_sequence_alone_takes_the_shortest_steps(balance: Balance) -> None:
     for name, shortest, each in (("a", 0.008, 0.0001), ("b", 0.006, 0.006)):
         load = Load(places=64, step_seconds=shortest, shortest_seconds=shortest, sequence_seconds=each, rates=RATES)
         balance.heard(name, load)
-    assert [balance.choose(number, completion(b"same", 600), "ab")[0] for number in range(2)] == ["b", "a"]
+    assert [choose(balance, number, completion(b"same", 600), "ab")[0] for number in range(2)] == ["b", "a"]
 
 
 def test_a_decoder_counts_as_what_it_costs_there(balance: Balance) -> None:
@@ -156,8 +162,8 @@ def test_a_decoder_counts_as_what_it_costs_there(balance: Balance) -> None:
     for number, prefix in enumerate(PREFIXES[:20]):
         balance.heard("a", Load(running=4, step_seconds=0.01, rates=RATES))
         balance.heard("b", Load(running=3, step_seconds=0.01, rates=dear))
-        assert balance.choose(2 * number, completion(prefix, 400, "blt-dv"), "ab")[0] == "a"
-        assert balance.choose(2 * number + 1, completion(prefix, 400, "blt"), "ab")[0] == "b"
+        assert choose(balance, 2 * number, completion(prefix, 400, "blt-dv"), "ab")[0] == "a"
+        assert choose(balance, 2 * number + 1, completion(prefix, 400, "blt"), "ab")[0] == "b"
         balance.ended(2 * number)
         balance.ended(2 * number + 1)
 
@@ -168,21 +174,22 @@ def test_a_long_prompt_goes_where_its_beginning_was_sent_unless_that_is_far_busi
         balance.heard(replica, Load(rates=RATES, step_seconds=0.004))
     order = rank(system[:256], "abcd")
     last = order[-1]
+    balance.begun(1)
     balance.sent(1, completion(system + b"one"), last)
     balance.ended(1)
-    assert balance.choose(2, completion(system + b"two", 20), "abcd") == [last, *order[:-1]]
+    assert choose(balance, 2, completion(system + b"two", 20), "abcd") == [last, *order[:-1]]
     balance.ended(2)
     balance.heard(last, Load(running=30, waiting=9, step_seconds=0.1, rates=RATES))
-    assert balance.choose(3, completion(system + b"three", 20), "abcd")[-1] == last
+    assert choose(balance, 3, completion(system + b"three", 20), "abcd")[-1] == last
 
 
 def test_full_and_avoided_replicas_come_last(balance: Balance, clock: Clock) -> None:
     work = completion(b"p")
     first, second, third = rank(b"p", "abc")
-    assert balance.choose(1, work, "abc", frozenset(first)) == [second, third, first]
+    assert choose(balance, 1, work, "abc", frozenset(first)) == [second, third, first]
     assert balance.full() is None
     balance.heard(second, Load(free=0, retry_after=5.0))
-    assert balance.choose(1, work, "abc", frozenset(first)) == [third, second, first]
+    assert choose(balance, 1, work, "abc", frozenset(first)) == [third, second, first]
     balance.heard(first, Load(free=0, retry_after=3.0))
     balance.heard(third, Load(free=0, retry_after=7.0))
     clock.now += 1
@@ -195,7 +202,7 @@ def test_full_and_avoided_replicas_come_last(balance: Balance, clock: Clock) -> 
 
 
 def test_a_queue_that_keys_share_is_never_full_for_the_ingress(balance: Balance, clock: Clock) -> None:
-    balance.choose(1, completion(b"p"), "ab")
+    choose(balance, 1, completion(b"p"), "ab")
     balance.heard("a", Load(free=0, retry_after=5.0))
     balance.heard("b", Load(free=0, retry_after=3.0))
     assert balance.full() == 3.0
@@ -204,32 +211,40 @@ def test_a_queue_that_keys_share_is_never_full_for_the_ingress(balance: Balance,
 
 
 def test_a_request_that_has_ended_no_longer_counts(balance: Balance, clock: Clock) -> None:
-    first = balance.choose(1, completion(b"p", 500, n=8), "ab")[0]
+    first = choose(balance, 1, completion(b"p", 500, n=8), "ab")[0]
     clock.now += 0.1
     balance.heard(first, Load(running=8, step_seconds=0.01, rates=RATES))
     balance.heard("b" if first == "a" else "a", Load(running=1, step_seconds=0.01, rates=RATES))
-    assert balance.choose(2, completion(b"p"), "ab")[0] != first
+    assert choose(balance, 2, completion(b"p"), "ab")[0] != first
     balance.ended(2)
     balance.heard(first, Load(running=8, free=0, step_seconds=0.01, rates=RATES))
     balance.heard("b" if first == "a" else "a", Load(running=1, free=0, step_seconds=0.01, rates=RATES))
     assert balance.full()
     balance.ended(1)
     assert balance.full() is None
-    assert balance.choose(3, completion(b"p"), "ab")[0] == first
+    assert choose(balance, 3, completion(b"p"), "ab")[0] == first
+
+
+def test_a_call_that_has_ended_is_not_counted_when_ray_still_chooses_for_it(balance: Balance) -> None:
+    first = choose(balance, 1, completion(b"p", 500, n=8), "ab")[0]
+    balance.ended(1)
+    balance.choose(1, completion(b"p", 500, n=8), "ab")
+    balance.sent(1, completion(b"p", 500, n=8), first)
+    assert not any(known.sent for known in balance._replicas.values())
 
 
 def test_what_is_remembered_is_bounded(balance: Balance, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_balance, "MOST_PREFIXES", 50)
     for number in range(200):
         work = completion(number.to_bytes(2) * 200)
-        balance.choose(number, work, [f"replica {number // 10}", "b"])
+        choose(balance, number, work, [f"replica {number // 10}", "b"])
         balance.sent(number, work, "b")
         balance.ended(number)
     assert len(balance._prefixes) == 50 and len(balance._replicas) == 2
     work = completion(b"a beginning that all share" * 20)
     for number in range(100):
         name = f"replica {number}"
-        balance.choose(number, work, [name])
+        choose(balance, number, work, [name])
         balance.sent(number, work, name)
         balance.ended(number)
     assert balance._prefixes[ray_balance._digest(work.beginnings()[0])] == {"replica 99"}
@@ -246,6 +261,9 @@ def test_what_is_remembered_is_bounded(balance: Balance, monkeypatch: pytest.Mon
         ({"prompt": ["ab", "c"], "best_of": 2, "model": "nano:blt-dv"}, Work(b"ab", 2, 4, 16, "blt-dv")),
         ({"prompt": [1, 101, 102], "model": "nano"}, Work(b"ab", 1, 1, 16)),
         ({"prompt": [[101], [1]]}, Work(b"a", 2, 2, 16)),
+        ({"prompt": {"base64": "YWL/"}}, Work(b"ab\xff", 1, 1, 16)),
+        ({"prompt": [{"base64": "YWI="}, {"base64": "YQ=="}], "n": 2}, Work(b"ab", 2, 4, 16)),
+        ({"prompt": [{"base64": "a"}, {"base64": 3}]}, Work(b"", 2, 2, 16)),
         ({"prompt": "x", "n": True, "max_tokens": "9"}, Work(b"x", 1, 1, 16)),
         ({"prompt": [3000000000, -7, 1.5], "max_tokens": 1 << 70}, Work(b"", 1, 1, 16)),
         ({"prompt": None}, Work(b"", 1, 1, 16)),
