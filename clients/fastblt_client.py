@@ -28,7 +28,7 @@ import httpx
 
 RETRIED = (429, 503)
 LONGEST_WAIT = 30.0
-"""Most seconds between two tries, even if the server asks for more."""
+"""Most seconds between two tries, even if the server asks for more, and a quarter more by chance."""
 
 Prompt = str | bytes | list[str] | list[bytes] | list[int] | list[list[int]]
 """Bytes need not be UTF-8."""
@@ -62,7 +62,8 @@ class ApiError(FastBltError):
     def passes(self) -> bool:
         """Whether the same request may succeed later."""
         if self.status is None:
-            return self.type == "service_unavailable"
+            # A request may have waited for its turn in a stream that had begun, and then given way.
+            return self.type in ("service_unavailable", "rate_limit_error")
         # A proxy without its server says so in words of its own.
         return self.status in RETRIED or (self.status in (500, 502) and self.type is None)
 
@@ -130,8 +131,11 @@ def is_untrusted(error: httpx.TransportError) -> bool:
     return "CERTIFICATE_VERIFY_FAILED" in str(error)
 
 
-PASSING = (httpx.ConnectTimeout, httpx.NetworkError, httpx.RemoteProtocolError, _BrokenOff, ApiError)
+UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout)
+PASSING = (*UNREACHED, httpx.NetworkError, httpx.RemoteProtocolError, ApiError)
 """Failures after which another try may help: the server, or the way to it, may be gone, and another take its place."""
+BROKEN = (*PASSING, _BrokenOff, httpx.ReadTimeout)
+"""The same for a stream, which a server that lives sends something every few seconds."""
 
 
 class _Base:
@@ -162,8 +166,8 @@ class _Base:
 
 class Client(_Base):
     """Blocking. `timeout`: seconds without any byte from the server, None waits for ever. `retries`: further tries
-    in a row after 429, 503, or a connection that failed or broke off. `ca_file`: certificates (PEM) to trust instead of
-    the system's, for HTTPS; ValueError if it cannot be used."""
+    in a row after 429, 503, a proxy's 500 or 502, or a connection that failed or broke off. `ca_file`: certificates
+    (PEM) to trust instead of the system's, for HTTPS; ValueError if it cannot be used."""
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", *, api_key: str | None = None, timeout: float | None = 120.0,
@@ -198,19 +202,18 @@ class Client(_Base):
         answer = Answer(_stream_body(prompt, model or _only(self.models()), fields))
         attempt = 0
         with _translated():
-            while True:
+            while not answer.is_whole:
                 try:
                     response = self._open("POST", "/v1/completions", answer.request())
                     try:
                         for data in response.iter_bytes():
                             yield from answer.feed(data)
                         answer.check_done()
-                        return
                     finally:
                         response.close()
-                except PASSING as error:
+                except BROKEN as error:
                     attempt = 0 if answer.has_grown else attempt
-                    time.sleep(self._wait(attempt, error))
+                    time.sleep(answer.left_of(self._wait(attempt, error), error))
                     attempt += 1
 
     def _whole(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
@@ -276,7 +279,7 @@ class AsyncClient(_Base):
         answer = Answer(_stream_body(prompt, model or _only(await self.models()), fields))
         attempt = 0
         with _translated():
-            while True:
+            while not answer.is_whole:
                 try:
                     response = await self._open("POST", "/v1/completions", answer.request())
                     try:
@@ -284,12 +287,11 @@ class AsyncClient(_Base):
                             for event in answer.feed(data):
                                 yield event
                         answer.check_done()
-                        return
                     finally:
                         await response.aclose()
-                except PASSING as error:
+                except BROKEN as error:
                     attempt = 0 if answer.has_grown else attempt
-                    await asyncio.sleep(self._wait(attempt, error))
+                    await asyncio.sleep(answer.left_of(self._wait(attempt, error), error))
                     attempt += 1
 
     async def _whole(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
@@ -379,7 +381,12 @@ class Parts:
         """What is new of the next piece, if anything. Raises ConnectionFailed if it should have been another."""
         if self.is_ended:
             return None
-        text = self.text.beyond(choice.text.encode()).decode()
+        piece = choice.text
+        if choice.finish_reason == "timeout":
+            # The other answer ends earlier, perhaps within a character.
+            whole = piece.rstrip("\ufffd")
+            piece = whole if self.text.passed + len(whole.encode()) < len(self.text.given) else piece
+        text = self.text.beyond(piece.encode()).decode()
         data = self.data.beyond(base64.b64decode(choice.encoded or ""))
         scores = choice.logprobs or {"bytes": []}
         num_new = len(self.scored.beyond(bytes(byte or 0 for byte in scores["bytes"])))
@@ -401,24 +408,28 @@ class Answer:
     """A stream over as many connections as it takes."""
 
     def __init__(self, body: dict[str, Any]) -> None:
-        self._body = {"seed": random.getrandbits(31), **body}
+        # From one seed equal prompts would get equal texts.
+        drawn = {"seed": random.getrandbits(31)} if _is_single(body["prompt"]) else {}
+        self._body = drawn | body
         self._choices: defaultdict[int, Parts] = defaultdict(Parts)
         self._id = ""
-        self._began = 0.0
-        """When what has been given was asked for."""
+        self._began: float | None = None
+        """When it was first asked for, but for refusals."""
+        self._was_taken = False
+        self.is_whole = False
 
     def request(self) -> dict[str, Any]:
-        """The body for the next connection."""
+        """The body for the next connection, with what is left of its timeout."""
         self._events = Events()
         self.has_grown = False
         """Whether this connection has brought anything new."""
         for parts in self._choices.values():
             parts.begin_again()
-        now = time.monotonic()
-        limit = self._body.get("timeout")
-        if not self._id:
-            self._began = now
-        return self._body if limit is None else self._body | {"timeout": max(0.001, limit - (now - self._began))}
+        if self._began is None:
+            self._began = time.monotonic()
+            return self._body
+        left = self._left()
+        return self._body if left is None else self._body | {"timeout": max(left, 0.001)}
 
     def feed(self, data: bytes) -> Iterator[Completion]:
         """The events that are now complete, without what was given before. Raises ApiError, ConnectionFailed."""
@@ -426,12 +437,35 @@ class Answer:
             choices = [new for choice in event.choices if (new := self._choices[choice.index].beyond(choice))]
             self._id = self._id or event.id
             self.has_grown |= bool(choices)
+            # What may follow the usage is not worth another connection.
+            self.is_whole |= not event.choices
             if choices or not event.choices:
                 yield replace(event, id=self._id, choices=choices)
 
     def check_done(self) -> None:
         """Raises ConnectionFailed unless the stream is complete."""
-        self._events.check_done()
+        if not self.is_whole:
+            self._events.check_done()
+            self.is_whole = True
+
+    def left_of(self, seconds: float, failure: Exception) -> float:
+        """Of the seconds until the next try, those that the timeout leaves. failure: why there is another."""
+        was_refused = isinstance(failure, UNREACHED) or (isinstance(failure, ApiError) and failure.status is not None)
+        self._was_taken |= not was_refused
+        if not self._was_taken:
+            self._began = None
+            return seconds
+        left = self._left()
+        return seconds if left is None else min(seconds, max(left, 0.0))
+
+    def _left(self) -> float | None:
+        limit = self._body.get("timeout")
+        return None if limit is None or self._began is None else limit - (time.monotonic() - self._began)
+
+
+def _is_single(prompt: Any) -> bool:
+    """Whether it is one prompt, as JSON has it."""
+    return not isinstance(prompt, list) or len(prompt) == 1 or all(isinstance(part, int) for part in prompt)
 
 
 @contextmanager

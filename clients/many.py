@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import httpx
 
 from .address import base_url
-from .fastblt_client import RETRIED, ConnectionFailed, api_error, is_untrusted, retry_delay, trusting
+from .fastblt_client import ConnectionFailed, api_error, is_untrusted, retry_delay, trusting
 
 Key = TypeVar("Key")
 
@@ -84,10 +84,10 @@ class Many:
             else:
                 if response.is_success:
                     return _parsed(response)
-                failure = api_error(response)
-                if response.status_code not in RETRIED:
-                    raise failure
-                retry_after = response.headers.get("retry-after", "")
+                failure = refusal = api_error(response)
+                if not refusal.passes:
+                    raise refusal
+                retry_after = refusal.retry_after
             if attempt < retries:
                 await asyncio.sleep(retry_delay(attempt, retry_after))
         raise failure
@@ -103,5 +103,5 @@ def _parsed(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise ConnectionFailed(f"{response.url}: the answer is no JSON object: {response.text[:80]!r}")
+        raise ConnectionFailed(f"{response.url}: the answer is not a JSON object: {response.text[:80]!r}")
     return found

@@ -29,7 +29,9 @@ def received(connection: socket.socket) -> bytes:
     """A whole request."""
     data = b""
     while True:
-        data += connection.recv(65536)
+        if not (more := connection.recv(65536)):
+            return data
+        data += more
         head, ended, body = data.partition(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head.lower())
         if ended and len(body) >= int(length[1] if length else 0):
@@ -49,7 +51,7 @@ def scripted(*answers: bytes) -> Iterator[tuple[str, list[bytes]]]:
                 connection.sendall(answer)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve)
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", seen
         thread.join(timeout=10)
@@ -219,10 +221,11 @@ def test_an_answer_over_many_connections_gives_each_piece_once(
 ) -> None:
     """Each connection cuts the text into other pieces, and breaks at any byte."""
     whole = Answer({"prompt": "x"})
+    assert not whole.is_whole
     events: list[Completion] = []
     for number, (other, share) in enumerate(broken):
         whole.request()
-        data = sent(chunks(texts, other, f"c{number}"), done=False)
+        data = sent(chunks(texts, other, f"c{number}")[:-1], done=False)
         events += whole.feed(data[: int(share * (len(data) - 1))])
         with pytest.raises(ConnectionFailed, match="broke off"):
             whole.check_done()
@@ -243,13 +246,14 @@ async def test_a_broken_stream_is_asked_for_again_with_the_same_seed() -> None:
         answer(503, b'{"error": {"message": "draining"}}', "retry-after: 0"),
         answer(200, sent(again)),
     ]
-    cut = answers[2][: answers[2].index(b"[DONE]")]
-    for script in (answers, [cut, *answers[1:]]):
+    gave_way = {"error": {"message": "the queue is full", "type": "rate_limit_error", "code": "queue_full"}}
+    for script in (answers, [answer(200, sent([gave_way])), *answers[1:]]):
         with scripted(*script) as (url, seen), Client(url) as client:
             events = list(client.stream("x", model="m"))
-        assert events[0].id == "c" or script is not answers
         assert together(events)[0][::3] == ("abcdef", ["length"])
-        seeds = [json.loads(request.partition(b"\r\n\r\n")[2])["seed"] for request in seen]
+        assert [bool(event.usage) for event in events] == [False] * (len(events) - 1) + [True]
+        assert {event.id for event in events} == {"c" if script is answers else "d"}
+        seeds = [body_of(request)["seed"] for request in seen]
         assert len(seeds) == 3 and len({*seeds}) == 1
         with scripted(*script) as (url, _):
             async with AsyncClient(url) as client:
@@ -257,15 +261,81 @@ async def test_a_broken_stream_is_asked_for_again_with_the_same_seed() -> None:
         assert together(events)[0][::3] == ("abcdef", ["length"])
 
 
-def test_deadlines_of_a_broken_stream_count_from_its_beginning() -> None:
-    first = chunks(["abcdef"], [2], "c")
+def body_of(request: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(request.partition(b"\r\n\r\n")[2])
+    return found
+
+
+def test_a_stream_that_has_told_its_usage_is_not_asked_for_again() -> None:
+    broken = answer(200, sent(chunks(["abcdef"], [2], "c"), done=False))
+    with scripted(broken) as (url, _), Client(url) as client:
+        events = list(client.stream("x", model="m"))
+    assert together(events)[0][::3] == ("abcdef", ["length"]) and sum(bool(event.usage) for event in events) == 1
+
+
+def test_equal_prompts_of_a_request_get_no_seed_that_the_user_did_not_give() -> None:
+    """From one seed they would get equal texts."""
+    bodies = [Answer({"prompt": prompt}).request() for prompt in ("x", [5, 6], ["x"], ["x", "x"], [[5], [5]])]
+    assert ["seed" in body for body in bodies] == [True, True, True, False, False]
+    assert Answer({"prompt": ["x", "x"], "seed": 3}).request()["seed"] == 3
+
+
+@pytest.mark.parametrize("first", [b"", sent(chunks(["abcdef"], [2], "c")[:1], done=False)], ids=["waiting", "begun"])
+def test_deadlines_of_a_broken_stream_count_from_its_beginning(first: bytes) -> None:
+    """But for refusals, which begin nothing."""
+    busy = answer(429, b'{"error": {"message": "busy"}}', "retry-after: 0")
+    whole = answer(200, sent(chunks(["abcdef"], [2], "c")))
+    with scripted(busy, answer(200, first), whole) as (url, seen), Client(url) as client:
+        list(client.stream("x", model="m", timeout=100, seed=5))
+    bodies = [body_of(request) for request in seen]
+    assert [body["timeout"] for body in bodies[:2]] == [100, 100]
+    assert 90 < bodies[2]["timeout"] <= 99.5 and bodies[2]["seed"] == 5
+
+
+def test_a_stream_does_not_wait_for_longer_than_its_deadline() -> None:
+    broken = Answer({"prompt": "x", "timeout": 0.2})
+    broken.request()
+    assert broken.left_of(30.0, ApiError(503, {}, "30")) == 30.0, "refused, so nothing has begun"
+    broken.request()
+    assert broken.left_of(30.0, ConnectionFailed("gone")) <= 0.2
+    assert broken.left_of(30.0, ApiError(503, {}, "30")) <= 0.2
+    assert Answer({"prompt": "x"}).left_of(30.0, ConnectionFailed("gone")) == 30.0
+
+
+def test_a_deadline_within_a_character_does_not_make_it_another_text() -> None:
+    """The second answer ends earlier than the first had come."""
+    events = chunks(["ab\ufffd"], [3], "d")
+    last = events[0]["choices"][0]
+    last |= {"finish_reason": "timeout", "bytes": base64.b64encode(b"ab\xc3").decode()}
+    last["logprobs"] = {"tokens": ["a", "b", "c"], "bytes": [*b"ab\xc3"]}
     with (
-        scripted(answer(200, sent(first[:1], done=False)), answer(200, sent(first))) as (url, seen),
+        scripted(answer(200, sent(chunks(["abäöü"], [4], "c")[:1], done=False)), answer(200, sent(events))) as (url, _),
         Client(url) as client,
     ):
-        list(client.stream("x", model="m", timeout=100, seed=5))
-    bodies = [json.loads(request.partition(b"\r\n\r\n")[2]) for request in seen]
-    assert bodies[0]["timeout"] == 100 and 90 < bodies[1]["timeout"] <= 99.5 and bodies[1]["seed"] == 5
+        found = list(client.stream("x", model="m"))
+    assert [event.text for event in found] == ["abäö", "", ""] and found[1].finish_reason == "timeout"
+
+
+def test_a_server_that_falls_silent_is_asked_again() -> None:
+    """As one whose machine has lost its power."""
+    silent, whole = threading.Event(), answer(200, sent(chunks(["abcdef"], [2], "c")))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            first, _ = listener.accept()
+            received(first)
+            first.sendall(whole[:-20])
+            second, _ = listener.accept()
+            with first, second:
+                received(second)
+                second.sendall(whole)
+                silent.wait(10)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3) as client:
+            events = list(client.stream("x", model="m"))
+        silent.set()
+    assert together(events)[0][::3] == ("abcdef", ["length"])
 
 
 @pytest.mark.parametrize(("text", "what"), [("abXdef", "another text"), ("abc", "a shorter text")])

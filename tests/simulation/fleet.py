@@ -292,13 +292,16 @@ class Client:
                     slot = 1 - slot
                     began = began if self._answer else loop.time()
         except TimeoutError:
+            if self.leaves_after is None:
+                raise
             return
         except BrokenOff:
             if self.body["stream"] or not self._fleet.num_killed:
                 raise Violation(f"{self.number} broke off") from None
             return
         except ApiError as error:
-            self.start = {"status": error.status, "headers": [(b"retry-after", b"1")]}
+            headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
+            self.start = {"status": error.status, "headers": headers}
             self.data, self.is_whole = json.dumps(error.body).encode(), True
         except (Violation, FastBltError) as error:
             raise Violation(f"{self.number}: {error}") from error
