@@ -124,6 +124,23 @@ def test_old_and_new_config_keys_give_the_same_config(tmp_path: Path) -> None:
     assert (new.patcher.norm_eps, new.patcher.rope_theta) == (1e-4, 7.0)
 
 
+@pytest.mark.parametrize("beside", [{}, {"rope_theta": 5.0}])
+@pytest.mark.parametrize("parameters", [None, {"rope_type": "default", "rope_theta": 7.0}])
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "default"}, {"rope_type": "default", "rope_theta": 9.0}])
+def test_the_base_of_rotary_positions_is_found_where_transformers_finds_it(
+    scaling: dict[str, Any] | None, parameters: dict[str, Any] | None, beside: dict[str, Any], tmp_path: Path
+) -> None:
+    HF_MODELS["k2"]().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("rope_parameters", "rope_theta", "rope_scaling"):
+        config["patcher_config"].pop(key, None)
+    given = {"rope_scaling": scaling, "rope_parameters": parameters} | beside
+    config["patcher_config"] |= {key: value for key, value in given.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = BltConfig.from_pretrained(tmp_path).patcher_config.rope_parameters["rope_theta"]
+    assert read_config(tmp_path).patcher.rope_theta == theirs
+
+
 def test_a_fused_hash_table_may_have_another_dtype(tmp_path: Path) -> None:
     HF_MODELS["k2"]().save_pretrained(tmp_path)
     tensors = {n: t if n == FUSED else t.bfloat16() for n, t in load_file(tmp_path / WEIGHTS).items()}

@@ -83,15 +83,14 @@ class _Stack(_Section):
     }
 
     def stack(self, window: int | None) -> StackConfig:
+        rope = self.rope_scaling or self.rope_parameters
         stack = StackConfig(
             dim=self.hidden_size,
             num_layers=self.num_hidden_layers,
             num_heads=self.num_attention_heads,
             num_kv_heads=self.num_key_value_heads or self.num_attention_heads,
             ffn_dim=self.intermediate_size or int(8 * self.hidden_size / 3),
-            rope_theta=(self.rope_parameters and self.rope_parameters.rope_theta)
-            or self.rope_theta
-            or self.default_theta,
+            rope_theta=(rope and rope.rope_theta) or self.rope_theta or self.default_theta,
             max_positions=self.max_position_embeddings,
             window=window,
             norm_eps=self.rms_norm_eps,
