@@ -61,7 +61,9 @@ def patch_max_kernel(
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for position in range(begin, after):
         at = (tl.load(p_pages + position // page_size) * page_size + position % page_size) * DIM
-        highest = tl.maximum(highest, tl.load(cache_ptr + at + i, mask=i < DIM, other=0.0).to(tl.float32))
+        x = tl.load(cache_ptr + at + i, mask=i < DIM, other=0.0).to(tl.float32)
+        # A NaN in a state must not get lost: the request fails for it.
+        highest = tl.maximum(highest, x, propagate_nan=tl.PropagateNan.ALL)
     highest = tl.where(after > begin, highest, 0.0)
     tl.store(out_ptr + patch * DIM + i, highest.to(out_ptr.dtype.element_ty), mask=i < DIM)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.attention import product_dtype, products
 from kernels.cross_attention import slot_attention
+from kernels.dispatch import choose_kernels
 from kernels.entropy import entropy
 from kernels.hash_embed import HashTables, hash_embed
 from kernels.linear import Matrix, batched_row_floor, linear, row_floor
@@ -69,6 +70,15 @@ def test_entropy_is_in_nats() -> None:
 def test_swiglu_equals_the_formula() -> None:
     gate, up = randn(3, 5), randn(3, 5, seed=1)
     torch.testing.assert_close(swiglu(gate, up), gate / (1 + (-gate).exp()) * up)
+
+
+def test_patch_max_keeps_nan() -> None:
+    cache = randn(1, 4, 8)
+    cache[0, 1, 3] = float("nan")
+    page = torch.zeros(1, dtype=torch.int64)
+    for kernels in (choose_kernels(name, CPU) for name in ("torch", "native")):
+        found = kernels.patch_max(cache, PageTable(page[:, None], page), page, page, page + 3)
+        assert found.isnan().tolist() == [[place == 3 for place in range(8)]], kernels.name
 
 
 def test_patch_max_is_elementwise_also_for_single_bytes_and_negative_states() -> None:
@@ -142,8 +152,9 @@ def _hashed(x: Tensor) -> Tensor:
     """Texts of three bytes each."""
     ids = ((x[:, :3].float().abs() * 100).long() % 260).flatten()
     at = torch.arange(len(x)) * 3 + 2
-    tables = HashTables([randn(50, 36, seed=s) for s in range(4)], (2, 3), 2, 50, CPU)
-    return hash_embed(ids, at, torch.full_like(at, 2), randn(260, 36), tables)
+    width = x.shape[1]
+    tables = HashTables([randn(50, width, seed=s, dtype=x.dtype) for s in range(4)], (2, 3), 2, 50, CPU)
+    return hash_embed(ids, at, torch.full_like(at, 2), randn(260, width, dtype=x.dtype), tables)
 
 
 def _pooled(x: Tensor) -> Tensor:

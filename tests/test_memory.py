@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from engine.checkpoint import PRESETS, calibrated, expected_shapes, load, random_tensors, save
 from engine.checkpoint.base import CheckpointError
 from engine.checkpoint.hf_config import render
+from engine.checkpoint.names import HASHES
 from engine.config import EngineConfig, HashConfig
 from engine.layout import WEIGHTS
 from engine.memory import room
@@ -60,6 +61,29 @@ def test_a_device_holds_hash_tables_no_wider_than_the_model(mixed: Path) -> None
         assert Weights(tensors, dtype, CPU, kernels).stored(TABLE) is tensors[TABLE]
     narrow = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     assert Weights(narrow, torch.float32, meta, kernels).stored(TABLE).dtype == torch.bfloat16
+
+
+def test_a_device_holds_all_hash_tables_in_one_dtype(mixed: Path) -> None:
+    """Its kernel reads them by one type."""
+    tensors, meta, kernels = dict(load(mixed).tensors), torch.device("meta"), choose_kernels("torch", CPU)
+    tensors[TABLE] = tensors[TABLE].bfloat16()
+    names = [name for name in tensors if name.startswith(HASHES)]
+    for dtype in (torch.bfloat16, torch.float32):
+        weights = Weights(tensors, dtype, meta, kernels)
+        assert {weights.stored(name).dtype for name in names} == {dtype}
+
+
+def test_the_texts_of_many_sequences_count_on_a_device(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, gpu = load(mixed), EngineConfig(str(mixed), device="cuda", cache_bytes=6 << 20, max_sequences=4000)
+    monkeypatch.setattr(room, "available", lambda device: 20 << 20)
+    with pytest.raises(ValueError, match="315 MiB for the texts of --max-sequences and 5.16 MiB for its"):
+        room.check_room(
+            found.config, found.tensors, plan_caches(found.config, gpu), gpu, torch.float32, fp8=False, mapped=False
+        )
+    few = replace(gpu, max_sequences=4)
+    room.check_room(
+        found.config, found.tensors, plan_caches(found.config, few), few, torch.float32, fp8=False, mapped=False
+    )
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])

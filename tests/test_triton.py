@@ -343,8 +343,12 @@ def test_hash_embed_equals_torch(
 def test_patch_max_equals_torch(seed: int, dtype: torch.dtype, lengths: list[int], dim: int) -> None:
     draw = Draw(seed, DEVICE)
     num_pages, *patches = draw.pooled(lengths, 5)
-    how = draw.randn(num_pages, 5, dim, dtype=dtype), *patches
-    assert torch.equal(TRITON.patch_max(*how), TORCH.patch_max(*how))
+    states = draw.randn(num_pages, 5, dim, dtype=dtype)
+    if seed % 2:
+        states[0, seed % 5, seed % dim] = float("nan")
+    torch.testing.assert_close(
+        TRITON.patch_max(states, *patches), TORCH.patch_max(states, *patches), rtol=0, atol=0, equal_nan=True
+    )
 
 
 @few

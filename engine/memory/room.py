@@ -44,11 +44,12 @@ def check_room(
     """
     device, dtype = torch.device(engine.device), getattr(torch, engine.dtype)
     on_cpu = device.type == "cpu"
-    tables = next(tensor.dtype for name, tensor in tensors.items() if name.startswith(HASHES))
-    hash_itemsize = tables.itemsize if on_cpu else min(tables.itemsize, dtype.itemsize)
+    tables = max(tensor.itemsize for name, tensor in tensors.items() if name.startswith(HASHES))
+    hash_itemsize = tables if on_cpu else min(tables, dtype.itemsize)
     sizes = WeightBytes.of(config, dtype.itemsize, hash_itemsize, matrix_itemsize=matrix_dtype.itemsize, fp8=fp8)
     weights = sizes.total - (sizes.hash_tables if on_cpu else 0)
     there = available(device)
+    texts = 0 if on_cpu else engine.max_sequences * _text_bytes(config, plan)
     log.info(
         "%s takes %s for its weights%s and up to %s for its caches; %s",
         config.name,
@@ -58,11 +59,12 @@ def check_room(
         "free memory is unknown" if there is None else f"{format_size(there)} are free on {device.type}",
     )
     _check_reserved(sizes.rotary_tables if mapped else weights, _parts(config, plan, engine))
-    if there is None or weights + plan.num_bytes <= there:
+    if there is None or weights + plan.num_bytes + texts <= there:
         return
+    also = f", {format_size(texts)} for the texts of --max-sequences" if texts else ""
     short = (
-        f"{config.name} takes {format_size(weights)} for its weights and {format_size(plan.num_bytes)} for its caches, "
-        f"and {format_size(there)} are free on {device.type}"
+        f"{config.name} takes {format_size(weights)} for its weights{also} and {format_size(plan.num_bytes)} for its "
+        f"caches, and {format_size(there)} are free on {device.type}"
     )
     if not on_cpu or (weights > there and not mapped):
         raise ValueError(f"{short}: --cache-bytes makes the caches smaller; `fastblt size --memory` shows what fits")
@@ -79,9 +81,13 @@ class _Part(NamedTuple):
     value: int
 
 
+def _text_bytes(config: ModelConfig, plan: CachePlan) -> int:
+    """Of a running sequence: its ids, entropies and boundaries."""
+    return (plan.max_length + longest_draft(config) + 2) * SLOT_ITEMSIZE
+
+
 def _parts(config: ModelConfig, plan: CachePlan, engine: EngineConfig) -> list[_Part]:
-    ids = plan.max_length + longest_draft(config) + 2
-    text, threads = ids * SLOT_ITEMSIZE, engine.num_threads or torch.get_num_threads()
+    text, threads = _text_bytes(config, plan), engine.num_threads or torch.get_num_threads()
     texts = f"texts of {plan.max_length} ids, which --max-length shortens"
     parts = [_Part(engine.max_sequences * text, text, texts, "max-sequences", engine.max_sequences)]
     if engine.device == "cpu":

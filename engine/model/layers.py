@@ -45,6 +45,7 @@ class Weights:
         self.matrix_dtype = matrix_dtype(tensors, dtype, kernels)
         self.linear_shapes: set[tuple[int, int]] = set()
         """(out, in) of every matrix returned so far."""
+        self._hash_dtypes = {tensor.dtype for name, tensor in tensors.items() if name.startswith(HASHES)}
         read = sum(t.nbytes for name, t in tensors.items() if device.type != "cpu" or not name.startswith(HASHES))
         self._progress = Progress(read)
         self.positions: dict[str, int] = {}
@@ -66,11 +67,13 @@ class Weights:
 
     def stored(self, name: str) -> Tensor:
         """A hash table, of which a byte reads one row. On a CPU it stays in its file, in the stored dtype. A GPU has it
-        in its own memory, no wider than the model's dtype, to which its rows would be rounded anyway."""
+        in its own memory, no wider than the model's dtype, to which its rows would be rounded anyway, and all tables in
+        one dtype."""
         if self.device.type == "cpu":
             return self._tensors[name]
         tensor = self._read(name)
-        return tensor.to(self.device, self._dtype if tensor.itemsize > self._dtype.itemsize else tensor.dtype)
+        as_it_is = len(self._hash_dtypes) == 1 and tensor.itemsize <= self._dtype.itemsize
+        return tensor.to(self.device, tensor.dtype if as_it_is else self._dtype)
 
     def matrix(self, *names: str, exact: bool = False) -> Matrix:
         """The matrices (out, in) of these names, concatenated along `out`. exact: never as float8."""
