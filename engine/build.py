@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.attention import most_page_size
 from kernels.dispatch import Kernels, choose_kernels
 
 from . import checkpoint
@@ -67,6 +68,8 @@ def _build(config: EngineConfig) -> Parts:
     kernels = choose_kernels(config.kernels, device)
     if device.type == "cpu" and config.kernels is None and kernels.name == "torch":
         log.warning("fastblt's own CPU kernels are not compiled: falling back to torch, several times slower")
+    if kernels.name == "triton":
+        _check_pages(config, loaded.config, dtype)
     fp8 = config.weights == "float8"
     model, caches = _load(config, loaded, kernels, device, dtype, fp8=fp8)
     floors = find_row_floors(model, caches.specs, dtype, device)
@@ -103,6 +106,15 @@ def _build(config: EngineConfig) -> Parts:
     )
 
 
+def _check_pages(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> None:
+    """Raises ValueError for pages that are too large for the attention kernel."""
+    widest = max(stack.head_dim for stack in (model.patcher, model.encoder, model.global_, model.decoder))
+    if config.page_size > (most := most_page_size(widest, dtype.itemsize)):
+        raise ValueError(
+            f"--page-size {config.page_size}: must be at most {most} for heads of {widest} in {config.dtype} on a GPU"
+        )
+
+
 def _load(
     config: EngineConfig, loaded: Checkpoint, kernels: Kernels, device: torch.device, dtype: torch.dtype, *, fp8: bool
 ) -> tuple[Model, Caches]:
@@ -135,12 +147,19 @@ def _stages(
     *,
     isolate: bool,
 ) -> Stages:
-    records = device.type == "cuda" if config.graphs is None else config.graphs
+    records = records_graphs(config, model.kernels, device)
     executor = (Graphs if records else Eager)(device, floors.rows)
     launcher = Launcher(
         memory.caches, floors, executor, clock_of(device), device, large_tile=model.kernels.tile, isolate=isolate
     )
     return Stages(model, memory.caches, launcher, memory, ledger, isolate=isolate)
+
+
+def records_graphs(config: EngineConfig, kernels: Kernels, device: torch.device) -> bool:
+    """Whether stages run as recorded graphs. Raises ValueError for kernels of which a device can record none."""
+    if config.graphs and device.type == "cuda" and not kernels.records:
+        raise ValueError(f"graphs: a CUDA device cannot record {kernels.name}'s kernels; leave it out")
+    return device.type == "cuda" and kernels.records if config.graphs is None else config.graphs
 
 
 def _limits(config: ModelConfig, caches: Caches, parameters: int) -> ModelLimits:

@@ -180,7 +180,7 @@ class EngineConfig:
     """See `kernels.dispatch.choose_kernels`."""
     graphs: bool | None = field(
         default=None,
-        metadata=_flag("Whether kernels are launched as recorded graphs; by default on a CUDA device."),
+        metadata=_flag("Whether kernels are launched as recorded graphs; by default Triton's on a CUDA device."),
     )
     weights: WeightsName | None = field(
         default=None,

@@ -419,6 +419,15 @@ def key_block(page_size: int) -> int:
     return power_of_two(page_size, 16)
 
 
+MOST_KEY_BYTES = 64 << 10
+"""Of a page's keys of one head. Twice as many still compile, and spill; from four times on no GPU has the memory."""
+
+
+def most_page_size(head_dim: int, itemsize: int) -> int:
+    """The largest page for which the kernel is meant to be compiled."""
+    return MOST_KEY_BYTES // (head_dim * itemsize)
+
+
 def attention_blocks(shared: int, head_dim: int) -> dict[str, int]:
     return {
         "SHARED": shared,

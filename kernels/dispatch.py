@@ -44,6 +44,8 @@ class Kernels:
     """Whether `linear` takes bfloat16 matrices for float32 rows."""
     gates = False
     """Whether kernels ask their gate; otherwise the host must (`kernels.gate`)."""
+    records = False
+    """Whether a CUDA graph may record them: the host never waits for the device in between."""
 
     linear = staticmethod(linear.linear)
     attention = staticmethod(attention.attention)
@@ -92,6 +94,7 @@ class TritonKernels(Kernels):
     name: KernelName = "triton"
     tile: int | None = attention.TILE
     gates = True
+    records = True
 
     linear = staticmethod(linear.linear_triton)
     attention = staticmethod(attention.attention_triton)

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from engine import checkpoint
-from engine.config import PatchingRule
+from engine.build import records_graphs
+from engine.config import EngineConfig, PatchingRule
 from engine.step.graphs import Eager, Graphs, pack, padded, unpack
 from engine.types import Request, SamplingParams, UnmaskRule
+from kernels.dispatch import choose_kernels
 from tests.engines import engine_logits, make_engine, request, run, save_ours
 from tests.models import our_config, our_model, text
 from training.evaluate import as_float8
@@ -55,6 +57,24 @@ def test_triton_kernels_launched_ahead_write_the_bytes_of_torch_kernels(model: P
     found = {key: output.ids for key, output in run(engine, asked).items()}
     assert found == texts(model, asked, kernels="torch")
     assert engine.snapshot().steps < engine.ledger.total.calls["decoder"]
+
+
+def test_pages_that_no_kernel_is_compiled_for_are_refused(model: Path) -> None:
+    with pytest.raises(ValueError, match=r"--page-size 4096: must be at most \d+ for heads of 16 in float32 on a GPU"):
+        make_engine(model, kernels="triton", page_size=4096)
+    make_engine(model, kernels="torch", page_size=4096, cache_bytes=1 << 28)
+
+
+def test_only_tritons_kernels_are_recorded_on_a_cuda_device() -> None:
+    """Torch's twins wait for the device, which a recording does not allow."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    config = EngineConfig("", device="cuda")
+    triton, plain = (choose_kernels(name, cpu) for name in ("triton", "torch"))
+    assert records_graphs(config, triton, cuda) and not records_graphs(config, plain, cuda)
+    assert not records_graphs(config, plain, cpu) and records_graphs(replace(config, graphs=True), plain, cpu)
+    assert not records_graphs(replace(config, graphs=False), triton, cuda)
+    with pytest.raises(ValueError, match="graphs: a CUDA device cannot record torch's kernels"):
+        records_graphs(replace(config, graphs=True), plain, cuda)
 
 
 def test_native_kernels_write_the_bytes_of_torch_kernels(model: Path) -> None:

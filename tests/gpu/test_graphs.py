@@ -38,6 +38,15 @@ def test_cuda_graphs_write_the_bytes_of_single_launches_in_a_mixed_batch(
             assert texts == recorded["blt"], way
 
 
+def test_torch_kernels_run_on_a_device_with_default_flags(tmp_path: Path) -> None:
+    """As operators are told to try them, and as `fastblt check` compares with them. Their host waits for the device."""
+    setting = Setting("cuda", quick=False, work=tmp_path)
+    folder = random_model(tmp_path, "tiny", "fast", dtype=torch.float32)
+    engine = setting.engine(folder, kernels="torch", graphs=None)
+    assert not isinstance(engine.stepper.executor, Graphs)
+    assert all(exactness.texts_of(engine, 4, 32).values())
+
+
 def test_cuda_graphs_with_float8_weights_write_the_bytes_of_single_launches(tmp_path: Path) -> None:
     setting = Setting("cuda", quick=False, work=tmp_path)
     if not setting.has_float8():
