@@ -92,6 +92,7 @@ def _build(config: EngineConfig) -> Parts:
         if config.graphs
         else OneCall.of(model, memory, ledger, stages.launcher, isolates=isolate, max_rows=config.max_step_rows)
     )
+    latency.runs_ahead = config.run_ahead != "never" and (one_call is not None or device.type != "cpu")
     return Parts(
         config=loaded.config,
         model=model,

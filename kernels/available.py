@@ -4,7 +4,6 @@ import hashlib
 import platform
 from collections.abc import Set
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -44,11 +43,6 @@ def cpu_flags() -> set[str]:
     except OSError:
         return set()
     return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
-
-
-def has_triton() -> bool:
-    """Whether the package is installed."""
-    return find_spec("triton") is not None
 
 
 def preferred(device: str, native: bool, triton: bool) -> KernelName:

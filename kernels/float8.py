@@ -32,11 +32,6 @@ the sign of zero."""
 _ASSEMBLER = tl.constexpr(ASSEMBLER)
 
 
-def widened(codes: Tensor) -> Tensor:
-    """The bfloat16 numbers, of any shape, that uint8 codes of e4m3 numbers stand for."""
-    return codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
-
-
 def codes_of(weight: Tensor) -> Tensor:
     """A matrix as kernels take it: its codes if it is float8, else itself."""
     return weight.view(torch.uint8) if weight.dtype == torch.float8_e4m3fn else weight
@@ -44,8 +39,7 @@ def codes_of(weight: Tensor) -> Tensor:
 
 @jit
 def widen(codes):
-    """As `widened`: a block of uint8 codes in bfloat16, five instructions for two. `widen(w).to(tl.float32)` is exact,
-    too."""
+    """A block of uint8 codes of e4m3 numbers in bfloat16, five instructions for two; also exact in float32."""
     if INTERPRETED:
         return widen_by_integers(codes)
     else:

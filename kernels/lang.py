@@ -60,13 +60,6 @@ def let_next_begin(OVERLAP: tl.constexpr):
         gdc_launch_dependents()
 
 
-@jit
-def prefetch(addresses):
-    """Prefetches the lines at these addresses (N,) int64 of global memory into the second-level cache."""
-    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-    tl.inline_asm_elementwise(asm, "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
-
-
 def overlap(tensor: Tensor) -> dict[str, bool]:
     """Launch options of a kernel on the tensor's device: overlaps the kernel before (programmatic dependent launch) if
     the device can. Otherwise a chain of small kernels is bound by their starts and ends."""

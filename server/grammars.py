@@ -138,11 +138,6 @@ class Grammars:
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         self._checks: dict[bytes, asyncio.Future[Verdict]] = {}
 
-    @property
-    def pids(self) -> list[int]:
-        """The processes that have been started."""
-        return [worker.pid for worker in self._workers if worker.pid]
-
     async def fault(self, grammar: str) -> str | None:
         """Why it cannot be used; None if it can. Equal grammars are compiled once. Raises ApiError 429."""
         key = sha256(grammar.encode()).digest()

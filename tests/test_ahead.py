@@ -14,10 +14,9 @@ import pytest
 
 from engine.checkpoint import load
 from engine.config import EOS_ID, Policy
-from engine.costs.latency import LatencyModel
+from engine.costs.latency import LAUNCH_SECONDS, MOST_BYTES, LatencyModel
 from engine.counts import STAGES
 from engine.rows import Rows
-from engine.step.ahead import LAUNCH_SECONDS, MOST_BYTES
 from engine.step.stages import FirstHalf, Stages
 from engine.types import Request, SamplingParams, UnmaskRule
 from tests import engines

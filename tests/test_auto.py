@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from engine.costs.latency import LatencyModel, Line
+from engine.costs.latency import HOST, LatencyModel, Line
 from engine.decoders import SharedPrior
-from engine.decoders.auto import PROBE_INTERVAL, AcceptanceRate, Auto
+from engine.decoders.auto import KEPT_ROUNDS, PROBE_INTERVAL, AcceptanceRate, Auto
 from engine.decoders.blt import Autoregressive
 from engine.decoders.blt_d import BlockDiffusion
 from engine.decoders.blt_dv import VerifiedDiffusion
@@ -72,6 +72,47 @@ def test_auto_drafts_longer_the_more_drafts_are_accepted_when_reading_weights_do
 
 def test_auto_does_not_draft_when_rows_dominate_the_cost() -> None:
     assert isinstance(choice(auto(costs(**COMPUTE_BOUND), 0.6, 0.4)), Autoregressive)
+
+
+def test_auto_counts_the_hosts_part_once_for_a_step_of_several_bytes() -> None:
+    found = costs(
+        **{
+            "patcher": (0.0, 2e-5),
+            "encoder": (0.0, 2e-5),
+            "decoder": (0.0, 5e-5),
+            "global": (0.0, 5e-5),
+            HOST: (1e-3, 0.0),
+        }
+    )
+    assert isinstance(choice(auto(found, 0.6, 0.7)), VerifiedDiffusion)
+    found.runs_ahead = True
+    assert isinstance(choice(auto(found, 0.6, 0.7)), Autoregressive)
+    assert found.next_byte(4.0) == pytest.approx(1.025e-4 + 1e-3 / found.launch_bytes(1), rel=0.01)
+    assert found.draft(3, 1) == pytest.approx(1.5e-4, rel=0.01), "its passes are in the step that verifies"
+
+
+def test_auto_works_out_times_now_and_then_and_when_others_come() -> None:
+    asked = []
+
+    class Counted(LatencyModel):
+        def next_byte(self, patch: float) -> float:
+            asked.append(patch)
+            return super().next_byte(patch)
+
+    found = Counted(drafts_encode=False)
+    made = auto(found, 0.9, 0.9)
+    for _ in range(3 * KEPT_ROUNDS):
+        made.choose(SEQUENCE)
+    assert len(asked) == 3
+    found.num_running = 7
+    made.choose(SEQUENCE)
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.97, 1.0])
+def test_a_round_commits_its_accepted_drafts_and_a_byte_of_the_model(rate: float) -> None:
+    always = AcceptanceRate(rate)
+    assert always.committed(8) == pytest.approx(sum(rate**n for n in range(9)))
 
 
 def test_auto_does_not_draft_for_a_crowd_that_shares_the_weights() -> None:

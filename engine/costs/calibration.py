@@ -64,7 +64,7 @@ class RecordingModel(LatencyModel):
         self._launches.clear()
         # A GPU runs stages while the host works: that time counts as theirs.
         host = max(seconds - sum(took for _, took in stages.values()), 0.0)
-        return MeasuredStep(rows, stages | {HOST: (rows, host)})
+        return MeasuredStep(rows, stages | {HOST: (1, host)})
 
 
 class _File(msgspec.Struct, frozen=True):

@@ -5,9 +5,14 @@ from dataclasses import dataclass
 FORGET = 0.98
 """Weight of an observation one launch later: the machine's load changes."""
 HOST = "step"
-"""Seconds of a step outside its stages."""
+"""Seconds of a step outside its stages. Its rows are the passes of all sequences."""
 READBACK = "readback"
 """Seconds outside the stages between two decisions on how many passes to run."""
+
+MOST_BYTES = 16
+"""Most bytes of blt in one step."""
+LAUNCH_SECONDS = 0.016
+"""How long a step of several bytes may take: a new request waits for it."""
 
 Sums = tuple[float, float, float, float, float]
 """Of 1, rows, seconds, rows², rows × seconds."""
@@ -48,7 +53,8 @@ class LatencyModel:
     """Implements `engine.decoders.auto.Latency`. All running sequences share the part of a launch's time that does not
     depend on its rows. So drafts pay most while a sequence runs alone and the weights are read for it only.
 
-    num_running: sequences that run now, set by the engine.
+    num_running: sequences that run now, set by the engine. runs_ahead: whether a round is one step, however many passes
+    it makes, and a step may have several bytes of blt.
     """
 
     MOST_ROWS = 512
@@ -59,6 +65,7 @@ class LatencyModel:
     def __init__(self, drafts_encode: bool) -> None:
         """drafts_encode: whether a drafted row goes through the encoder too."""
         self.num_running = 1
+        self.runs_ahead = False
         self._drafts_encode = drafts_encode
         self._lines: dict[str, Line] = {}
 
@@ -76,17 +83,21 @@ class LatencyModel:
     # Seconds of rounds.
 
     def next_byte(self, patch: float) -> float:
-        return self.verify(1, 1, patch)
+        count = self.launch_bytes(self.num_running) if self.runs_ahead else 1
+        return self._stages(1, 1, patch) + self._share(HOST, count) / count
 
     def draft(self, passes: int, rows: int) -> float:
         encoding = self._share("encoder", rows) if self._drafts_encode else 0.0
-        return passes * (self._share("decoder", rows) + encoding + self._share(HOST, rows))
+        own = self._share(HOST, 1 + passes) - self._share(HOST, 1) if self.runs_ahead else passes * self._share(HOST, 1)
+        return passes * (self._share("decoder", rows) + encoding) + own
 
     def verify(self, rows: int, decoded: int, patch: float) -> float:
+        return self._stages(rows, decoded, patch) + self._share(HOST, 1)
+
+    def _stages(self, rows: int, decoded: int, patch: float) -> float:
         closing = rows / patch
-        stages = self._share("patcher", rows) + self._share("encoder", rows) + self._share("decoder", decoded)
-        closes = min(closing, 1.0) * self._share("global", max(closing, 1.0))
-        return stages + closes + self._share(HOST, rows) + 1e-9
+        local = self._share("patcher", rows) + self._share("encoder", rows) + self._share("decoder", decoded)
+        return local + min(closing, 1.0) * self._share("global", max(closing, 1.0)) + 1e-9
 
     # The cost of running ahead.
 
@@ -94,6 +105,12 @@ class LatencyModel:
         """A pass of all stages over a row of each sequence, as if a patch closed; 0 before any was observed."""
         local = sum(self.seconds(stage, sequences) for stage in ("patcher", "encoder", "decoder"))
         return local + self.seconds("global", 1) if local else 0.0
+
+    def launch_bytes(self, sequences: int) -> int:
+        """How many bytes of each sequence a step may have, so that others do not wait for long; 1 before any pass was
+        observed."""
+        seconds = self.byte(sequences)
+        return max(min(MOST_BYTES, int(LAUNCH_SECONDS / seconds)), 1) if seconds else 1
 
     def whole_step(self, rows: int, passes: int) -> float:
         """At most, if each pass runs all rows through all stages."""

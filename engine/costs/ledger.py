@@ -146,9 +146,9 @@ class Ledger:
         stages, calls = self._stage_seconds(), self.total.calls["decoder"]
         yield
         seconds = time.perf_counter() - began - (self._stage_seconds() - stages)
-        if num_recorded() == recorded:
+        if num_recorded() == recorded and all(rows.ask for rows in batch):
             passes = max(self.total.calls["decoder"] - calls, 1)
-            self.latency.observe(HOST, sum(rows.num_rows for rows in batch), max(seconds, 0.0) / passes)
+            self.latency.observe(HOST, passes * len(batch), max(seconds, 0.0))
 
     def _stage_seconds(self) -> float:
         self.poll()

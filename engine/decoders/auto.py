@@ -16,10 +16,14 @@ MEMORY = 0.9
 PRIOR_ROUNDS = 4.0
 PROBE_INTERVAL = 64
 """Rounds after which a kind of draft that did not promise enough is tried again."""
+KEPT_ROUNDS = 16
+"""For which the times of all kinds of rounds are kept: they change slowly, and to work them out takes time."""
 
 
 class Latency(Protocol):
     """Seconds that rounds take, as measured so far; see `engine.costs.latency`."""
+
+    num_running: int
 
     def next_byte(self, patch: float) -> float:
         """One byte by blt, a global pass every `patch` bytes."""
@@ -54,7 +58,8 @@ class AcceptanceRate:
 
     def committed(self, drafts: int) -> float:
         """Bytes that a round with `drafts` drafts is expected to commit, the model's own byte included."""
-        return sum(self.rate**i for i in range(drafts + 1))
+        rate = self.rate
+        return (1 - rate ** (drafts + 1)) / (1 - rate) if rate < 1 else drafts + 1.0
 
 
 @dataclass(slots=True)
@@ -74,6 +79,20 @@ class Option:
     decoder: Decoder
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of round, and the seconds that it takes. num_bytes: its drafts, or what it commits without any."""
+
+    decoder: Decoder
+    seconds: float
+    num_bytes: int
+    rate: AcceptanceRate | None = None
+
+    def option(self) -> Option:
+        expected = self.rate.committed(self.num_bytes) if self.rate else self.num_bytes
+        return Option(expected / self.seconds, self.rate, self.decoder)
+
+
 class Auto(Decoder):
     """Switching costs nothing, because every byte is the same whichever decoder finds it."""
 
@@ -90,9 +109,15 @@ class Auto(Decoder):
         self._free = BlockDiffusion(block_size, DEFAULT_RULE, finish_patch=False) if inexact else None
         self._free_size, self._free_passes = block_size, block_size / 2
         self.chosen = Option(0.0, None, self._blt)
+        self._kinds: list[Kind] = []
+        self._age = self._num_running = 0
 
     def choose(self, sequence: SequenceView) -> None:
-        options = self._options(sequence.mean_patch)
+        self._age += 1
+        if not self._kinds or self._age > KEPT_ROUNDS or self._latency.num_running != self._num_running:
+            self._kinds, self._age = self._times(sequence.mean_patch), 0
+            self._num_running = self._latency.num_running
+        options = [kind.option() for kind in self._kinds]
         self.chosen = max(options, key=lambda option: option.bytes_per_second)
         for rate in (self.drafts, self.blocks):
             if rate.idle >= PROBE_INTERVAL and self.chosen.rate is not rate:
@@ -116,19 +141,18 @@ class Auto(Decoder):
             shared.observe(outcome.drafted, outcome.accepted)
         return outcome
 
-    def _options(self, patch: float) -> list[Option]:
+    def _times(self, patch: float) -> list[Kind]:
         latency = self._latency
-        options = [Option(1 / latency.next_byte(patch), None, self._blt)]
+        kinds = [Kind(self._blt, latency.next_byte(patch), 1)]
         for k, decoder in self._by_length.items():
             # About half of the rows come after the first patch that closes.
             seconds = latency.draft(k, 1) + latency.verify(k + 1, max(1, k + 1 - int(patch / 2)), patch)
-            options.append(Option(self.drafts.committed(k) / seconds, self.drafts, decoder))
+            kinds.append(Kind(decoder, seconds, k, self.drafts))
         for size, block in self._by_size.items():
             seconds = latency.draft(1, size + 1) + latency.verify(size + 1, size + 1, patch)
-            options.append(Option(self.blocks.committed(size) / seconds, self.blocks, block))
+            kinds.append(Kind(block, seconds, size, self.blocks))
         if self._free:
             size = self._free_size
             seconds = latency.draft(max(1, round(self._free_passes)) - 1, size)
-            seconds += latency.verify(size, 2 * size, patch)
-            options.append(Option(size / seconds, None, self._free))
-        return options
+            kinds.append(Kind(self._free, seconds + latency.verify(size, 2 * size, patch), size))
+        return kinds

@@ -3,7 +3,7 @@
 Every pass finds in the text what the one before has written there (`engine.memory.text`): the next byte of blt, the
 next byte of a draft, the cells of a block. So how often stages repeat is only a number:
 
-    Next      patcher, encoder, global, decoder    as many bytes as take `LAUNCH_SECONDS`
+    Next      patcher, encoder, global, decoder    as many bytes as take `engine.costs.latency.LAUNCH_SECONDS`
     Draft     decoder                              the whole draft, then patcher and encoder of its verification
     Unmask    decoder                              as many passes as blocks have needed lately
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels.dispatch import Kernels
 
 from ..config import EOS_ID, Policy
-from ..costs.latency import READBACK
+from ..costs.latency import MOST_BYTES, READBACK
 from ..costs.ledger import Launch, Ledger, Share
 from ..decoders import Draft, Next, Result, Unmask
 from ..memory.memory import Memory, Reach
@@ -37,10 +37,6 @@ from .sampling import are_distributions, draw_ids, padded_params, uniforms_for
 from .stages import Stages
 from .transfer import read, read_async, to_device
 
-MOST_BYTES = 16
-"""Most bytes of blt in one launch."""
-LAUNCH_SECONDS = 0.016
-"""How long a launch of several bytes may take: a new request waits for it."""
 REMEMBERED = 32
 """How many recent blocks predict the passes that the next ones need."""
 
@@ -108,8 +104,7 @@ class Ahead:
         """How many bytes all sequences have room and pages for, and one at least."""
         most = min(MOST_BYTES, *map(_at_most, batch))
         if self.policy == "measured":
-            seconds = self._ledger.latency.byte(len(batch))
-            most = min(most, int(LAUNCH_SECONDS / seconds)) if seconds else 1
+            most = min(most, self._ledger.latency.launch_bytes(len(batch)))
         if most <= 1 or not all(map(self._stages.global_.in_one_document, batch)):
             return 1
         reaches = [Reach(rows.sequence, rows.end + most - 1, rows.end + most - 1) for rows in batch]

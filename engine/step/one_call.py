@@ -8,6 +8,7 @@ import torch
 from kernels.native.step import CACHES, Answer, Ask, Limits, Request, Step, StepCaches, addresses_of, processor_cache
 
 from ..config import EOS_ID, Policy
+from ..costs.latency import MOST_BYTES
 from ..costs.ledger import Ledger
 from ..decoders import Draft, Next, Result, Unmask, Verify
 from ..memory.memory import Memory, Reach
@@ -16,7 +17,7 @@ from ..patching import boundary_rule
 from ..rows import Rows
 from ..sequence import start_of
 from ..types import SamplingParams
-from .ahead import LAUNCH_SECONDS, MOST_BYTES, is_plain
+from .ahead import is_plain
 from .blocks import BLOCK_SPECIALS, rule_and_bound
 from .launch import Launcher
 from .results import cell_params, results_of, score_prompts
@@ -137,9 +138,8 @@ class OneCall:
         """How many bytes of so many sequences fit into a launch; looked up now and then, since it changes slowly."""
         self._age += 1
         if size not in self._counts or self._age > LOOKED_UP_EVERY:
-            seconds = self._ledger.latency.byte(size)
-            self._age, self._counts = 0, {size: min(MOST_BYTES, int(LAUNCH_SECONDS / seconds)) if seconds else 1}
-        return max(self._counts[size], 1)
+            self._age, self._counts = 0, {size: self._ledger.latency.launch_bytes(size)}
+        return self._counts[size]
 
     def _request(
         self, rows: Rows, passes: int, verifies: bool, settled: "array[int]", kept: list["array[float] | array[int]"]
