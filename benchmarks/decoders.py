@@ -81,9 +81,9 @@ def _compare(
     ratios, rates, same = [], [], True
     for _ in range(options.turns):
         blt, wanted = _run(engine, prompts, {"decoder": "blt"}, options)
-        seconds, found = _run(engine, prompts, WAYS[way], options)
-        ratios.append(blt / seconds)
-        rates.append(sum(map(len, found)) / seconds)
+        rate, found = _run(engine, prompts, WAYS[way], options)
+        ratios.append(rate / blt)
+        rates.append(rate)
         same &= found == wanted
         bar.update()
     return {
@@ -99,27 +99,37 @@ def _compare(
 def _run(
     engine: Engine, prompts: list[list[int]], how: dict[str, Any], options: argparse.Namespace
 ) -> tuple[float, list[list[int]]]:
-    """Seconds for all prompts, `concurrency` at a time, from their first byte on, and the texts."""
-    total = 0.0
+    """Bytes per second over all prompts, `concurrency` at a time, and the texts.
+
+    Each group counts from the end of the step in which its last text has begun. Bytes up to then do not count, as the
+    prompts are read in that time, and how many come first depends on the decoder. Raises RuntimeError if a request
+    fails, or if no bytes count.
+    """
+    seconds, counted = 0.0, 0
     texts: list[list[int]] = [[] for _ in prompts]
     numbered = list(enumerate(prompts))
     for first in range(0, len(prompts), options.concurrency):
-        for seed, prompt in numbered[first : first + options.concurrency]:
+        group = numbered[first : first + options.concurrency]
+        for seed, prompt in group:
             sampling = SamplingParams(temperature=options.temperature, seed=seed)
             request = Request(
                 id=str(seed), prompt_ids=prompt, max_tokens=options.bytes, sampling=sampling, ignore_eos=True, **how
             )
             engine.add(request)
-        began = 0.0
+        began = None
         while engine.has_work:
             for event in engine.step():
                 if isinstance(event, Failed):
                     raise RuntimeError(event.message)
                 if isinstance(event, Delta):
-                    began = began or time.perf_counter()
                     texts[int(event.id)] += event.ids
-        total += time.perf_counter() - began
-    return total, texts
+                    counted += len(event.ids) if began is not None else 0
+            if began is None and all(texts[seed] for seed, _ in group):
+                began = time.perf_counter()
+        seconds += 0.0 if began is None else time.perf_counter() - began
+    if not counted:
+        raise RuntimeError("no text goes on after its first step: --bytes must be larger")
+    return counted / seconds, texts
 
 
 def _texts(count: int) -> dict[str, list[list[int]]]:

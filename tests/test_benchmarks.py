@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
 from importlib import import_module
@@ -11,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 
-from benchmarks import constraints, generate, program, realisation, short, summary
+from benchmarks import constraints, decoders, generate, program, realisation, short, summary
 from benchmarks.grammars import GRAMMARS
 from benchmarks.models import Form, described, shaped
 from benchmarks.paired import in_turn, shown, spread
@@ -19,6 +20,7 @@ from benchmarks.program import Verdict
 from engine.checkpoint import PRESETS
 from engine.config import BYTE_OFFSET
 from engine.grammars import Constraint, compiled
+from engine.types import Delta, Request
 
 TOYS = {
     "against_hf": "--lengths 4 8 --turns 1",
@@ -146,6 +148,42 @@ def test_verdicts_state_whether_benchmark_aims_are_met(toys: Callable[[str], tup
     assert [verdict.met for verdict in summary.verdicts(content)] == [True]
     content["rows"][0]["ratio"]["median"] = 22.0
     assert [verdict.met for verdict in summary.verdicts(content)] == [False], "the ratio must grow"
+
+
+class Paced:
+    """An engine whose steps take a second each and give so many bytes, one request after the other."""
+
+    def __init__(self, steps: dict[str, Sequence[int]]) -> None:
+        """steps: of each decoder."""
+        self.now = 0.0
+        self._steps = steps
+        self._left: list[Delta] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._left)
+
+    def add(self, request: Request) -> None:
+        self._left += [Delta(id=request.id, ids=[5] * count) for count in self._steps[request.decoder]]
+
+    def step(self) -> list[Delta]:
+        self.now += 1.0
+        return [self._left.pop(0)]
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_the_bytes_of_a_first_step_are_no_speed_of_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come with the prompt, before the clock starts, and a decoder of blocks has more of them."""
+    engine: Any = Paced({"blt": [1, 4, 4], "blt-d": [8, 4, 4]})
+    monkeypatch.setattr(decoders, "time", engine)
+    options = Namespace(concurrency=1, temperature=0.0, bytes=99)
+    rates = [decoders._run(engine, [[1]], {"decoder": name}, options)[0] for name in ("blt", "blt-d")]
+    assert rates == [4.0, 4.0]
+    engine = Paced({"blt": [16]})
+    with pytest.raises(RuntimeError, match="--bytes must be larger"):
+        decoders._run(engine, [[1]], {"decoder": "blt"}, options)
 
 
 def test_wrong_constrained_texts_are_named(toys: Callable[[str], tuple[Content, Path]]) -> None:
