@@ -2,11 +2,12 @@
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.config import BOS_ID, BYTE_OFFSET
+from engine.config import BOS_ID, BYTE_OFFSET, Policy
 from engine.decoders import Decoder
 from engine.engine import Engine
 from engine.types import Delta, Failed, Request, SamplingParams, Snapshot
@@ -81,6 +82,17 @@ def abandon(engine: Engine, requests: Sequence[Request]) -> None:
         engine.abort(request.id)
     while engine.has_work:
         engine.step()
+
+
+@contextmanager
+def running_ahead(engine: Engine, policy: Policy) -> Iterator[None]:
+    """The engine runs ahead by that policy meanwhile."""
+    ahead = engine.stepper.ahead
+    before, ahead.policy = ahead.policy, policy
+    try:
+        yield
+    finally:
+        ahead.policy = before
 
 
 def generate(

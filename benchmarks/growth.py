@@ -1,7 +1,8 @@
 """Time per byte against the length of the context: ours and Hugging Face's, same weights, in turns at every length.
 
 Random weights in the released form of BLT, whose decoder reads the encoder's states, as Hugging Face can run it.
-Hugging Face runs without its cache, its only correct mode, and is left out where it would take too long.
+Hugging Face runs without its cache, its only correct mode, and is left out where it would take too long. What a byte
+costs that closes a patch, or none, comes from a second run, without running ahead: each of its steps makes one byte.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from engine.engine import Engine
 from engine.types import Delta, Failed, Request, Snapshot
 
 from . import plot, report
-from .generate import GREEDY
+from .generate import GREEDY, running_ahead
 from .program import Content, Verdict, finish, parser, subject
 
 if TYPE_CHECKING:
@@ -75,11 +76,14 @@ def _measure(
     for _ in range(options.turns):
         steps, ids, before, after = _ours(engine, prompt, options.bytes)
         ours.append(1000 * sum(step.seconds for step in steps) / sum(step.num_bytes for step in steps))
-        opened += [1000 * step.seconds / step.num_bytes for step in steps if not step.closes]
-        closing += [1000 * step.seconds / step.num_bytes for step in steps if step.closes]
         for stage, found in stages.items():
             seconds = after.stage_seconds[stage] - before.stage_seconds[stage]
             found.append(1000 * seconds / max(after.calls[stage] - before.calls[stage], 1))
+        texts.append(ids[: options.hf_bytes])
+        with running_ahead(engine, "never"):
+            steps, ids, *_ = _ours(engine, prompt, options.bytes)
+        opened += [1000 * step.seconds for step in steps if not step.closes]
+        closing += [1000 * step.seconds for step in steps if step.closes]
         texts.append(ids[: options.hf_bytes])
         if length <= options.hf_most:
             seconds, hf_ids = _theirs(theirs, prompt, options.hf_bytes)
@@ -101,20 +105,21 @@ def _measure(
 
 
 class Step(NamedTuple):
+    """closes: whether any of its bytes closes a patch."""
+
     seconds: float
     closes: bool
     num_bytes: int
 
 
 def _ours(engine: Engine, prompt: list[int], count: int) -> tuple[list[Step], list[int], Snapshot, Snapshot]:
-    """The generating steps; the ids generated; counts before and after."""
+    """The steps after the one that ends the prompt and gives the first id; all ids; counts before these steps and after
+    them. Raises RuntimeError if the request fails."""
     engine.add(Request(id="growth", prompt_ids=prompt, max_tokens=count + 1, sampling=GREEDY, ignore_eos=True))
     steps: list[Step] = []
     ids: list[int] = []
     before = engine.snapshot()
     while engine.has_work:
-        if not ids:
-            before = engine.snapshot()
         known, closed, began = len(ids), engine.ledger.total.calls["global"], time.perf_counter()
         for event in engine.step():
             if isinstance(event, Failed):
@@ -123,6 +128,8 @@ def _ours(engine: Engine, prompt: list[int], count: int) -> tuple[list[Step], li
         if known:
             closes = engine.ledger.total.calls["global"] > closed
             steps.append(Step(time.perf_counter() - began, closes, len(ids) - known))
+        else:
+            before = engine.snapshot()
     return steps, ids, before, engine.snapshot()
 
 

@@ -2,8 +2,8 @@
 stall?
 
 `max_step_rows` bounds the rows of a step, and so both times; the last row of the table is the engine's own choice
-(`--max-stall-ms`), for prompts alone. Times are in units of an undisturbed step of the same streams in the same turn.
-The stall is the longest time between two bytes of any of them while the prompt is computed.
+(`--max-stall-ms`), for prompts alone. Times are in units of an undisturbed step of the same streams in the same turn,
+which makes a byte of each. The stall is the longest time between two bytes of any of them while the prompt is computed.
 """
 
 import statistics
@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.types import Delta, Request
 
 from . import plot, report
-from .generate import GREEDY, abandon, begin, prompts
+from .generate import GREEDY, abandon, begin, prompts, running_ahead
 from .paired import shown, spread
 from .program import Content, Verdict, finish, parser, subject
 
@@ -60,8 +60,7 @@ def _turn(engine: Engine, options: Any) -> dict[str, float]:
         for i, text in enumerate(prompts(options.streams, STREAM_BYTES))
     ]
     begin(engine, running)
-    steps = [_timed(engine) for _ in range(options.steps)]
-    unit = statistics.median(steps)
+    unit = _unit(engine, options.steps)
     comes = Request(id="long", prompt_ids=prompts(1, options.prompt_bytes)[0], max_tokens=1, **asked)
     began = time.perf_counter()
     engine.add(comes)
@@ -82,6 +81,12 @@ def _turn(engine: Engine, options: Any) -> dict[str, float]:
     alone = time.perf_counter() - alone
     abandon(engine, [comes])
     return {"first_byte": first / unit, "alone": alone / unit, "stall": stall / unit, "step_seconds": unit}
+
+
+def _unit(engine: Engine, steps: int) -> float:
+    """Seconds of a step of one byte. A step that runs ahead has up to sixteen, but none does while a prompt is read."""
+    with running_ahead(engine, "never"):
+        return statistics.median(_timed(engine) for _ in range(steps))
 
 
 def _timed(engine: Engine) -> float:

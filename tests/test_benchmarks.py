@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 
-from benchmarks import constraints, decoders, generate, program, realisation, short, summary
+from benchmarks import constraints, decoders, generate, growth, prefill_budget, program, realisation, short, summary
 from benchmarks.grammars import GRAMMARS
 from benchmarks.models import Form, described, shaped
 from benchmarks.paired import in_turn, shown, spread
@@ -20,7 +20,8 @@ from benchmarks.program import Verdict
 from engine.checkpoint import PRESETS
 from engine.config import BYTE_OFFSET
 from engine.grammars import Constraint, compiled
-from engine.types import Delta, Request
+from engine.types import Delta, Event, Request
+from tests.engines import make_engine
 
 TOYS = {
     "against_hf": "--lengths 4 8 --turns 1",
@@ -184,6 +185,30 @@ def test_the_bytes_of_a_first_step_are_no_speed_of_a_decoder(monkeypatch: pytest
     engine = Paced({"blt": [16]})
     with pytest.raises(RuntimeError, match="--bytes must be larger"):
         decoders._run(engine, [[1]], {"decoder": "blt"}, options)
+
+
+def test_growth_counts_nothing_of_the_prompt_and_sees_every_byte(tiny: Path) -> None:
+    engine = make_engine(tiny, run_ahead="always")
+    (prompt,) = generate.prompts(1, 40)
+    with generate.running_ahead(engine, "never"):
+        steps, ids, before, after = growth._ours(engine, prompt, 20)
+    assert [step.num_bytes for step in steps] == [1] * 20 and len(ids) == 21
+    assert after.calls["encoder"] - before.calls["encoder"] == 20 and after.prompt_rows == before.prompt_rows
+    ahead, same, *_ = growth._ours(engine, prompt, 20)
+    assert same == ids and len(ahead) < 20, "the policy is the engine's own again"
+
+
+def test_an_undisturbed_step_has_one_byte_of_each_stream(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tiny, run_ahead="always")
+    asked: dict[str, Any] = {"max_tokens": 200, "ignore_eos": True}
+    running = [Request(id=str(i), prompt_ids=text, **asked) for i, text in enumerate(generate.prompts(2, 20))]
+    generate.begin(engine, running)
+    events: list[Event] = []
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: events.extend(step()))
+    assert prefill_budget._unit(engine, 5) > 0
+    assert [len(event.ids) for event in events if isinstance(event, Delta)] == [1] * 10
+    assert engine.stepper.ahead.policy == "always"
 
 
 def test_wrong_constrained_texts_are_named(toys: Callable[[str], tuple[Content, Path]]) -> None:
