@@ -23,6 +23,7 @@ def info_of(config: EngineConfig, parts: Parts, prompt_rows: int, shortest_step:
         page_rows={name: spec.page_size for name, spec in parts.memory.caches.specs.items()},
         peak_bandwidth=bandwidth.probe(parts.kernels, getattr(torch, config.dtype), device),
         prompt_rows=prompt_rows,
+        step_rows=config.max_step_rows,
         shortest_step=shortest_step,
         max_sequences=config.max_sequences,
     )

@@ -325,6 +325,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes per second of this machine's memory, as measured; see `engine.costs.bandwidth.probe`."""
     prompt_rows: int = 0
     """Most rows of prompts in a step."""
+    step_rows: int = 0
+    """Most rows of a step, prompts included."""
     shortest_step: float = 0.0
     """Seconds, as calibrated; 0 if it was not."""
     max_sequences: int = 0

@@ -211,6 +211,7 @@ class EngineCollector(Collector):
         yield _gauge("fastblt_queued_sequences", "Admitted sequences without a first byte.", self._gate.waiting)
         yield _gauge("fastblt_queue_capacity_sequences", "Most without a first byte: --max-queue.", self._gate.capacity)
         yield _gauge("fastblt_step_prompt_rows", "Most rows of prompts in a step.", info.prompt_rows)
+        yield _gauge("fastblt_step_capacity_rows", "Most rows in a step: --max-step-rows.", info.step_rows)
         yield _gauge("fastblt_engine_up", "1 if the engine is ready.", client.responds)
         yield _gauge("fastblt_draining", "1 while the server takes no new requests.", self._gate.draining)
         pools = snapshot.pools

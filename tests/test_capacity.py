@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from engine.config import EngineConfig
+from engine.memory.caches import plan_caches
 from engine.simulation import costs as files
 from engine.simulation.costs import PromptCost, ReplicaCosts, RoundCost
 from engine.simulation.load import Arrival, Traffic, arrivals
-from engine.simulation.replica import serve
+from engine.simulation.replica import serve, simulated_engine
 from server.capacity import curve
 from server.capacity.curve import Capacity, Point, Simulated, Wanted, capacity, latency
 from server.cli import app
@@ -23,8 +25,8 @@ from tests.models import our_config
 CONFIG = our_config()
 COSTS = ReplicaCosts(
     of={"model": "tiny"}, decoder="blt", rounds=[RoundCost(1, 0.01, 1.0), RoundCost(8, 0.024, 1.0)],
-    prompts=[PromptCost(16, 0.016), PromptCost(64, 0.08)], request_seconds=0.005, prompt_rows=32, max_sequences=8,
-    cache_bytes=1 << 23, page_size=16,
+    prompts=[PromptCost(16, 0.016), PromptCost(64, 0.08)], request_seconds=0.005, dtype="float32", prompt_rows=32,
+    max_step_rows=64, max_sequences=8, cache_bytes=1 << 23, page_size=16,
 )  # fmt: skip
 TRAFFIC = Traffic(24, 20, 0.5)
 ANY = Wanted(90.0, None, None)
@@ -124,6 +126,15 @@ def test_steps_that_give_several_bytes_do_so_only_while_no_prompt_is_read() -> N
     assert served(Arrival(0.0, 16, 8), costs=costs) == [pytest.approx((alone + 0.04, alone + 0.08))]
     # The last step gives two bytes, and takes half as long.
     assert served(Arrival(0.0, 16, 6), costs=costs) == [pytest.approx((alone + 0.04, alone + 0.06))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_simulated_replica_has_the_pages_of_the_real_one(dtype: Literal["float32", "bfloat16"]) -> None:
+    chosen = EngineConfig("", dtype=dtype, max_sequences=8, max_step_rows=96, cache_bytes=1 << 21, page_size=16)
+    plan = plan_caches(CONFIG, chosen)
+    costs = msgspec.structs.replace(COSTS, dtype=dtype, max_step_rows=96, cache_bytes=plan.num_bytes)
+    engine, _ = simulated_engine(CONFIG, costs, 4.0)
+    assert engine.limits.pages == {name: count - 1 for name, count in plan.pages.items()}, "all but the scratch page"
 
 
 def test_requests_that_come_together_share_steps_and_wait_for_places() -> None:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -25,14 +26,16 @@ class PromptCost(msgspec.Struct, frozen=True):
 class ReplicaCosts(msgspec.Struct, frozen=True, kw_only=True):
     """of: what was measured, for people. rounds: ascending by sequences, at least one. prompts: ascending by rows, at
     least one; later rows cost more, as they look back at more. request_seconds: of a request outside of the engine. The
-    others are the limits of that engine."""
+    others are of that engine: its dtype, which sets how many rows `cache_bytes` hold, and its limits."""
 
     of: dict[str, str | int]
     decoder: str
     rounds: list[RoundCost]
     prompts: list[PromptCost]
     request_seconds: float
+    dtype: Literal["float32", "bfloat16"]
     prompt_rows: int
+    max_step_rows: int
     max_sequences: int
     cache_bytes: int
     page_size: int

@@ -101,10 +101,11 @@ def simulated_engine(config: ModelConfig, costs: ReplicaCosts, patch: float) -> 
     """Raises ValueError if the caches cannot hold a sequence."""
     chosen = EngineConfig(
         model="",
+        dtype=costs.dtype,
         cache_bytes=costs.cache_bytes,
         page_size=costs.page_size,
         max_sequences=costs.max_sequences,
-        max_step_rows=max(costs.prompt_rows, costs.max_sequences),
+        max_step_rows=costs.max_step_rows,
     )
     # Pages are counted, and hold nothing.
     caches = Caches(config, replace(chosen, device=cast(Any, "meta")))

@@ -9,7 +9,7 @@ import re
 import statistics
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import orjson
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from engine.costs.calibration import TEXT
 from engine.simulation.costs import PromptCost, ReplicaCosts, RoundCost
@@ -115,7 +116,9 @@ def measure(target: Target, traffic: Traffic, tell: Callable[[str], None]) -> Re
         rounds=rounds,
         prompts=prompts,
         request_seconds=request_seconds,
+        dtype=_dtype(target),
         prompt_rows=int(limits["fastblt_step_prompt_rows"]),
+        max_step_rows=int(limits["fastblt_step_capacity_rows"]),
         max_sequences=max_sequences,
         cache_bytes=int(limits["cache_bytes"]),
         page_size=int(limits["page_size"]),
@@ -251,27 +254,36 @@ def _parsed(chunks: Sequence[tuple[float, bytes]]) -> Stream:
 def _generated(target: Target) -> tuple[float, float]:
     """Bytes that this decoder has generated so far, and the engine's steps."""
     found = {}
-    for family in text_string_to_metric_families(_get(target.url, "/metrics", target.headers).decode()):
-        for sample in family.samples:
-            if sample.labels.get("decoder", target.decoder) == target.decoder:
-                found[sample.name] = sample.value
+    for sample in _samples(target):
+        if sample.labels.get("decoder", target.decoder) == target.decoder:
+            found[sample.name] = sample.value
     return found["fastblt_committed_bytes_total"], found["fastblt_steps_total"]
 
 
 def _limits(target: Target) -> dict[str, float]:
-    """Of the metrics: those without labels, and what the caches hold."""
+    """Of the metrics: those without labels, and what the caches hold. Raises MeasureError."""
     found = {"cache_bytes": 0.0, "page_size": 0.0}
-    for family in text_string_to_metric_families(_get(target.url, "/metrics", target.headers).decode()):
-        for sample in family.samples:
-            if not sample.labels:
-                found[sample.name] = sample.value
-            elif sample.name == "fastblt_cache_info":
-                found["cache_bytes"] += int(sample.labels["pages"]) * int(sample.labels["page_bytes"])
-                if sample.labels["pool"] == "global":
-                    found["page_size"] = int(sample.labels["page_rows"])
-    if "fastblt_running_capacity_sequences" not in found:
+    for sample in _samples(target):
+        if not sample.labels:
+            found[sample.name] = sample.value
+        elif sample.name == "fastblt_cache_info":
+            # With the scratch page, which is planned with the others but belongs to no sequence.
+            found["cache_bytes"] += (int(sample.labels["pages"]) + 1) * int(sample.labels["page_bytes"])
+            if sample.labels["pool"] == "global":
+                found["page_size"] = int(sample.labels["page_rows"])
+    if "fastblt_step_capacity_rows" not in found:
         raise MeasureError(f"{target.url}/metrics is not of a fastblt server of this version")
     return found
+
+
+def _dtype(target: Target) -> Any:
+    return next(sample.labels["dtype"] for sample in _samples(target) if sample.name == "fastblt_build_info")
+
+
+def _samples(target: Target) -> Iterator[Sample]:
+    """All values of `/metrics`. Raises MeasureError."""
+    for family in text_string_to_metric_families(_get(target.url, "/metrics", target.headers).decode()):
+        yield from family.samples
 
 
 def _get(url: str, path: str, headers: Mapping[str, str]) -> bytes:

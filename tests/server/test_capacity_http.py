@@ -2,10 +2,13 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 
+from engine.checkpoint import load
 from engine.simulation.load import Traffic
+from engine.simulation.replica import simulated_engine
 from server.capacity import measure as measuring
 from server.capacity.measure import MeasureError, Target, measure
 from tests.serving import API_KEYS, RunningServer, StartServer
@@ -20,12 +23,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "TIMED_PROMPTS", 3)
 
 
-def test_a_server_is_measured_with_its_limits(start_server: StartServer) -> None:
-    server = start_server("--max-sequences", "6", "--page-size", "32", "--max-step-rows", "48")
+def test_a_server_is_measured_with_its_limits(start_server: StartServer, tiny_model: Path) -> None:
+    server = start_server("--max-sequences", "6", "--page-size", "32", "--max-step-rows", "48", "--dtype", "bfloat16")
     told: list[str] = []
     found = measure(Target.of(server.url, "blt-s", None), TRAFFIC, told.append)
     assert told == ["warming up", *(f"{n} side by side" for n in (1, 2, 4, 6)), "prompts"]
     assert (found.max_sequences, found.page_size, found.decoder) == (6, 32, "blt-s")
+    assert (found.dtype, found.max_step_rows) == ("bfloat16", 48)
     assert found.prompt_rows <= 48 and found.cache_bytes > 1 << 20
     assert [one.sequences for one in found.rounds] == [1, 2, 4, 6]
     assert all(one.seconds > 0 and one.num_bytes >= 1 for one in found.rounds)
@@ -34,6 +38,9 @@ def test_a_server_is_measured_with_its_limits(start_server: StartServer) -> None
     rows = [one.rows for one in found.prompts]
     assert rows == sorted(set(rows)) and rows[0] == 16 and all(one.seconds > 0 for one in found.prompts)
     assert 0 <= found.request_seconds < 1
+    simulated, _ = simulated_engine(load(tiny_model).config, found, 4.0)
+    pages = {f'fastblt_pages_capacity{{pool="{name}"}}': count for name, count in simulated.limits.pages.items()}
+    assert server.metrics("fastblt_pages_capacity") == pages
 
 
 def test_a_busy_server_is_not_measured(start_server: StartServer) -> None:

@@ -78,7 +78,8 @@ def test_metrics_count_sequences_and_their_sizes(values: Values) -> None:
     assert values["fastblt_http_requests_in_progress",] == 1, "the scrape itself"
     assert values["fastblt_queue_capacity_sequences",] == 256
     assert values["fastblt_running_capacity_sequences",] == 64
-    assert LEAST_PROMPT_ROWS <= values["fastblt_step_prompt_rows",] <= EngineConfig("").max_step_rows
+    assert values["fastblt_step_capacity_rows",] == EngineConfig("").max_step_rows
+    assert LEAST_PROMPT_ROWS <= values["fastblt_step_prompt_rows",] <= values["fastblt_step_capacity_rows",]
 
 
 def test_stage_costs_of_decoders_add_up_to_at_most_the_stage_totals(values: Values) -> None:
