@@ -54,12 +54,32 @@ def test_costs_are_on_straight_lines_between_what_was_measured_and_beyond() -> N
     assert COSTS.rows_seconds(8, 40) == pytest.approx(0.04)
 
 
-@given(st.integers(1, 300), st.lists(st.integers(0, 5000), min_size=2, max_size=6, unique=True))
-def test_rows_cost_the_same_however_a_prompt_is_cut(sequences: int, cuts: list[int]) -> None:
+@given(st.lists(st.integers(0, 5000), min_size=2, max_size=6, unique=True))
+def test_rows_cost_the_same_however_a_prompt_is_cut(cuts: list[int]) -> None:
     cuts.sort()
     parts = sum(COSTS.rows_seconds(begin, end) for begin, end in zip(cuts, cuts[1:], strict=False))
     assert parts == pytest.approx(COSTS.rows_seconds(cuts[0], cuts[-1]))
-    assert COSTS.round(sequences).seconds > 0
+
+
+@given(st.integers(1, 300), st.floats(1.0, 16.0), st.floats(0.001, 0.1), st.floats(0.001, 0.1))
+def test_a_byte_of_more_sequences_never_costs_less_than_measured(
+    sequences: int, num_bytes: float, one: float, many: float
+) -> None:
+    """However few bytes a step has with many sequences."""
+    costs = msgspec.structs.replace(COSTS, rounds=[RoundCost(1, one, num_bytes), RoundCost(8, many, 1.0)])
+    found = costs.round(sequences)
+    least = min(one / num_bytes, many) if sequences < 8 else many
+    assert found.byte_seconds >= least * (1 - 1e-9) and 1 - 1e-9 <= found.num_bytes <= num_bytes
+
+
+def test_more_sequences_than_were_measured_take_longer_for_a_byte() -> None:
+    # From 2 to 10 ms a byte, although a step takes less time with 8.
+    costs = msgspec.structs.replace(COSTS, rounds=[RoundCost(4, 0.032, 16.0), RoundCost(8, 0.01, 1.0)])
+    assert costs.round(16) == RoundCost(16, pytest.approx(0.026), 1.0)
+    assert costs.round(1) == RoundCost(1, 0.032, 16.0)
+    # They took less by chance.
+    costs = msgspec.structs.replace(COSTS, rounds=[RoundCost(4, 0.012, 1.0), RoundCost(8, 0.01, 1.0)])
+    assert costs.round(16) == RoundCost(16, pytest.approx(0.01), 1.0)
 
 
 def test_costs_survive_their_file(tmp_path: Path) -> None:
@@ -72,6 +92,7 @@ def test_costs_survive_their_file(tmp_path: Path) -> None:
     [
         ({"rounds": []}, "`rounds` must have entries with ascending"),
         ({"rounds": [[8, 1.0, 1.0], [1, 1.0, 1.0]]}, "`rounds` must have entries with ascending"),
+        ({"rounds": [[1, 1.0, 0.0]]}, "`rounds` must .* `num_bytes` of at least 1"),
         ({"prompts": []}, "`prompts` must have entries"),
         ({"prompts": [[4, 2.0], [8, 1.0]]}, "`prompts` must have entries"),
         ({"page_size": "large"}, "holds no costs"),

@@ -15,6 +15,11 @@ class RoundCost(msgspec.Struct, frozen=True):
     seconds: float
     num_bytes: float
 
+    @property
+    def byte_seconds(self) -> float:
+        """Until each has one more byte."""
+        return self.seconds / self.num_bytes
+
 
 class PromptCost(msgspec.Struct, frozen=True):
     """Of a prompt of so many rows: what they add to the steps that run them."""
@@ -41,16 +46,21 @@ class ReplicaCosts(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int
 
     def round(self, sequences: int) -> RoundCost:
-        """On straight lines between what was measured, and beyond the last two."""
+        """On straight lines between what was measured; fewer than measured cost what the fewest do. Beyond the last, a
+        step gives as many bytes as there, and the seconds of a byte grow as between the last two, if they do."""
         rounds = self.rounds
         if len(rounds) == 1:
             return rounds[0]
         after = min(max(bisect_left([one.sequences for one in rounds], sequences), 1), len(rounds) - 1)
         low, high = rounds[after - 1], rounds[after]
-        share = (sequences - low.sequences) / (high.sequences - low.sequences)
+        share = max((sequences - low.sequences) / (high.sequences - low.sequences), 0.0)
+        if share > 1:
+            # Not the seconds of a step: with more sequences it has fewer bytes, and may so take less time.
+            growth = max(high.byte_seconds - low.byte_seconds, 0.0)
+            byte_seconds = high.byte_seconds + (share - 1) * growth
+            return RoundCost(sequences, byte_seconds * high.num_bytes, high.num_bytes)
         seconds = low.seconds + share * (high.seconds - low.seconds)
-        num_bytes = low.num_bytes + min(share, 1.0) * (high.num_bytes - low.num_bytes)
-        return RoundCost(sequences, max(seconds, 1e-9), max(num_bytes, 1.0))
+        return RoundCost(sequences, seconds, low.num_bytes + share * (high.num_bytes - low.num_bytes))
 
     def rows_seconds(self, start: int, end: int) -> float:
         """Of the rows start..end-1 of a prompt."""
@@ -66,7 +76,7 @@ class ReplicaCosts(msgspec.Struct, frozen=True, kw_only=True):
         """That a replica can serve for long: with as many sequences as it has places for, and their prompts between
         their steps."""
         full = self.round(self.max_sequences)
-        each = output_bytes / full.num_bytes * full.seconds / self.max_sequences + self._prompt(prompt_bytes)
+        each = output_bytes * full.byte_seconds / self.max_sequences + self._prompt(prompt_bytes)
         return 1 / each
 
 
@@ -77,8 +87,12 @@ def read(path: Path) -> ReplicaCosts:
     except msgspec.DecodeError as error:
         raise ValueError(f"{path} holds no costs as `fastblt size --simulate` writes them: {error}") from error
     counts = [one.sequences for one in costs.rounds]
-    if not counts or counts != sorted(set(counts)) or counts[0] < 1 or min(one.seconds for one in costs.rounds) <= 0:
-        raise ValueError(f"{path}: `rounds` must have entries with ascending `sequences` and `seconds` above 0")
+    wrong = any(one.seconds <= 0 or one.num_bytes < 1 for one in costs.rounds)
+    if not counts or counts != sorted(set(counts)) or counts[0] < 1 or wrong:
+        raise ValueError(
+            f"{path}: `rounds` must have entries with ascending `sequences`, `seconds` above 0 and `num_bytes` of at "
+            "least 1"
+        )
     rows, seconds = [one.rows for one in costs.prompts], [one.seconds for one in costs.prompts]
     if not rows or rows != sorted(set(rows)) or rows[0] < 1 or seconds != sorted(seconds) or seconds[0] <= 0:
         raise ValueError(f"{path}: `prompts` must have entries with ascending `rows` and `seconds` above 0")

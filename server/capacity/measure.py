@@ -109,7 +109,7 @@ def measure(target: Target, traffic: Traffic, tell: Callable[[str], None]) -> Re
         found.setdefault(count, []).append(cost)
     rounds = [_mean(costs) for costs in found.values()]
     tell("prompts")
-    prompts, request_seconds = _prompts(target, texts, traffic, rounds[0].seconds / rounds[0].num_bytes)
+    prompts, request_seconds = _prompts(target, texts, traffic, rounds[0].byte_seconds)
     return ReplicaCosts(
         of={name: version[name] for name in ("version", "commit", "model", "kernels")} | {"url": target.url},
         decoder=target.decoder,
@@ -127,7 +127,7 @@ def measure(target: Target, traffic: Traffic, tell: Callable[[str], None]) -> Re
 
 def _mean(costs: Sequence[RoundCost]) -> RoundCost:
     num_bytes = statistics.mean(one.num_bytes for one in costs)
-    byte = statistics.mean(one.seconds / one.num_bytes for one in costs)
+    byte = statistics.mean(one.byte_seconds for one in costs)
     return RoundCost(costs[0].sequences, byte * num_bytes, num_bytes)
 
 

@@ -70,7 +70,7 @@ def _notes(costs: ReplicaCosts) -> str:
 
 
 def _ms_per_byte(cost: RoundCost) -> str:
-    return f"{1000 * cost.seconds / cost.num_bytes:.3g}"
+    return f"{1000 * cost.byte_seconds:.3g}"
 
 
 def draw(found: Capacity, wanted: Wanted, title: str, picture: Path) -> None:
