@@ -149,6 +149,16 @@ def test_steps_that_give_several_bytes_do_so_only_while_no_prompt_is_read() -> N
     assert served(Arrival(0.0, 16, 6), costs=costs) == [pytest.approx((alone + 0.04, alone + 0.06))]
 
 
+@pytest.mark.parametrize(("decoder", "each"), [("blt", 1), ("blt-s", 2), ("blt-dv", 2), ("auto", 2), ("blt-d", 4)])
+def test_steps_that_read_a_prompt_give_what_the_decoder_does_beside_one(decoder: str, each: int) -> None:
+    costs = msgspec.structs.replace(COSTS, decoder=decoder, rounds=[RoundCost(1, 0.04, 4.0)])
+    # The first writes while the second's prompt is read, in three steps; the last of them has a byte of both, or more.
+    _, (first, _) = served(Arrival(0.0, 16, 40), Arrival(0.03, 80, 40), costs=costs)
+    reading = costs.rows_seconds(0, 80) + 2 * 0.01 * each
+    began = 0.005 + costs.rows_seconds(0, 16) + 0.04
+    assert first == pytest.approx(began - 0.03 + reading + 0.04)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_simulated_replica_has_the_pages_of_the_real_one(dtype: Literal["float32", "bfloat16"]) -> None:
     chosen = EngineConfig("", dtype=dtype, max_sequences=8, max_step_rows=96, cache_bytes=1 << 21, page_size=16)
