@@ -16,7 +16,7 @@ from engine.memory.caches import plan_caches
 from engine.simulation import costs as files
 from engine.simulation.costs import PromptCost, ReplicaCosts, RoundCost
 from engine.simulation.load import Arrival, Traffic, arrivals
-from engine.simulation.replica import serve, simulated_engine
+from engine.simulation.replica import most_for_long, serve, simulated_engine
 from server.capacity import curve
 from server.capacity.curve import Capacity, Point, Simulated, Wanted, capacity, latency
 from server.cli import app
@@ -30,12 +30,13 @@ COSTS = ReplicaCosts(
 )  # fmt: skip
 TRAFFIC = Traffic(24, 20, 0.5)
 ANY = Wanted(90.0, None, None)
+MOST = COSTS.most_requests_per_second(24, 20)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few requests, in this process."""
-    monkeypatch.setattr(curve, "SIMULATED_BYTES", 1)
+    monkeypatch.setattr(curve, "BEYOND", 0.6)
     monkeypatch.setattr(curve, "LEAST_REQUESTS", 80)
     monkeypatch.setattr(curve.os, "cpu_count", lambda: 1)
 
@@ -184,6 +185,15 @@ def test_a_replica_that_is_full_serves_what_it_can_for_long() -> None:
 def test_a_text_that_the_caches_cannot_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="a request cannot be served"):
         served(Arrival(0.0, 1 << 20, 1))
+    with pytest.raises(ValueError, match="a request cannot be served"):
+        most_for_long(CONFIG, COSTS, 4.0, [Arrival(0.0, 1 << 20, 1)] * 50)
+
+
+def test_what_a_replica_serves_for_long_is_what_its_costs_allow() -> None:
+    asked = arrivals(TRAFFIC, 1.0, 200)
+    assert most_for_long(CONFIG, COSTS, 4.0, asked) == pytest.approx(MOST, rel=0.1)
+    with pytest.raises(ValueError, match="26 requests do not tell what 8 places serve: 27 are needed"):
+        most_for_long(CONFIG, COSTS, 4.0, asked[:26])
 
 
 # The replicas that a load needs.
@@ -194,7 +204,7 @@ def simulated(traffic: Traffic = TRAFFIC) -> Simulated:
 
 
 def test_latency_grows_with_the_load() -> None:
-    points = [simulated().at(share) for share in (0.1, 0.5, 0.95)]
+    points = [simulated().at(share, MOST) for share in (0.1, 0.5, 0.95)]
     for part in ("first_byte", "last_byte"):
         for figure in ("mean", "median", "high"):
             found = [getattr(getattr(point, part), figure) for point in points]
@@ -203,7 +213,7 @@ def test_latency_grows_with_the_load() -> None:
 
 
 def test_the_load_found_is_the_most_that_gives_what_is_wanted() -> None:
-    alone = simulated().at(curve.SHARES[0]).last_byte.high
+    alone = simulated().at(curve.SHARES[0], MOST).last_byte.high
     wanted = Wanted(90.0, None, 1.5 * alone)
     ticks: list[int] = []
     found = capacity(simulated(), wanted, rate=100.0, tell=ticks.append)
@@ -211,9 +221,31 @@ def test_the_load_found_is_the_most_that_gives_what_is_wanted() -> None:
     assert [point.rate for point in found.points] == sorted(point.rate for point in found.points)
     assert found.best.meets(wanted)
     above = found.points[found.points.index(found.best) + 1]
-    assert not above.meets(wanted) and above.rate - found.best.rate < 0.02 * simulated().most
+    assert not above.meets(wanted) and above.rate - found.best.rate < 0.02 * simulated().most()
     assert found.replicas == math.ceil(100.0 / found.best.rate)
     assert capacity(simulated(), ANY, 100.0, ticks.append).best.share == curve.SHARES[-1]
+
+
+def test_no_load_is_found_that_a_replica_falls_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asked for a latency, and rows of prompts are cheap, but only so many of them run in a step."""
+    monkeypatch.setattr(curve, "SHARES", curve.SHARES[-1:])
+    costs = msgspec.structs.replace(COSTS, prompts=[PromptCost(64, 0.0064)])
+    traffic = Traffic(320, 10, 0.2)
+    found = capacity(Simulated(CONFIG, costs, 4.0, traffic, 90.0, 120), ANY, 1.0, lambda _: None)
+    assert found.best.rate < 0.7 * costs.most_requests_per_second(320, 10)
+    asked = arrivals(traffic, found.best.rate, 200)
+    ends = [one.at + took.last_byte for one, took in zip(asked, serve(CONFIG, costs, 4.0, asked), strict=True)]
+    middle, end = asked[100].at, asked[-1].at
+    assert sum(middle < at <= end for at in ends) > 0.8 * 100, "about as many end as come"
+
+
+def test_a_percentile_has_requests_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    counted = 1 - curve.BEGINNING - curve.END
+    for percentile in (90.0, 99.0, 99.9):
+        count = curve.enough_requests(percentile, 64)
+        assert count * counted * (1 - percentile / 100) >= 9.99 and count >= 8 * 64
+    assert curve.enough_requests(50.0, 8) == 400 and curve.enough_requests(50.0, 256) == 2048
 
 
 def test_what_no_load_gives_is_said() -> None:
@@ -222,9 +254,9 @@ def test_what_no_load_gives_is_said() -> None:
 
 
 def test_loads_are_simulated_in_processes_as_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = [simulated().at(share) for share in (0.1, 0.5)]
+    here = [simulated().at(share, MOST) for share in (0.1, 0.5)]
     monkeypatch.setattr(curve.os, "cpu_count", lambda: 2)
-    assert list(curve._all_at(simulated(), (0.1, 0.5))) == here
+    assert list(curve._all_at(simulated(), (0.1, 0.5), MOST)) == here
 
 
 def test_percentiles_are_of_the_requests_themselves() -> None:

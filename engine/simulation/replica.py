@@ -170,6 +170,33 @@ def serve(config: ModelConfig, costs: ReplicaCosts, patch: float, arriving: Seq[
     return [served[number] for number in range(len(arriving))]
 
 
+def most_for_long(config: ModelConfig, costs: ReplicaCosts, patch: float, asked: Seq[Arrival]) -> float:
+    """Requests a second that a replica serves for as long as you like: these requests, of which one is always waiting,
+    whenever they would arrive. A higher rate makes the queue grow without end.
+
+    Raises ValueError for lengths that it cannot hold, and for too few requests.
+    """
+    engine, stepper = simulated_engine(config, costs, patch)
+    places = costs.max_sequences
+    if len(asked) < (least := 3 * (places + 1)):
+        raise ValueError(f"{len(asked)} requests do not tell what {places} places serve: {least} are needed")
+    coming, now, ends = deque(enumerate(asked)), 0.0, list[float]()
+    while coming:
+        # No more: of a long queue the engine prefers short prompts, and would leave the long ones for the end.
+        while coming and len(asked) - len(coming) - len(ends) <= places:
+            engine.add(_request(*coming.popleft()), Rounds())
+        events = engine.step()
+        now += stepper.seconds
+        for event in events:
+            match event:
+                case Finished():
+                    ends.append(now)
+                case Failed(message=message):
+                    raise ValueError(f"a request cannot be served: {message}")
+    # By then the first ones, which all began together, have made room for others.
+    return (len(ends) - places) / (ends[-1] - ends[places - 1])
+
+
 def _request(number: int, arrival: Arrival) -> Request:
     """Its prompt begins like no other."""
     begin = [BOS_ID, *(BYTE_OFFSET + byte for byte in number.to_bytes(4, "big"))]

@@ -38,8 +38,9 @@ class Asked:
 def run(config: ModelConfig, patch: float, asked: Asked, picture: Path | None, *, as_json: bool) -> str:
     """What is printed. patch: mean bytes. Raises ValueError, OSError."""
     costs = _costs(asked)
-    enough = enough_requests(asked.traffic)
-    simulated = Simulated(config, costs, patch, asked.traffic, asked.wanted.percentile, enough)
+    percentile = asked.wanted.percentile
+    enough = enough_requests(percentile, costs.max_sequences)
+    simulated = Simulated(config, costs, patch, asked.traffic, percentile, enough)
     with Progress("simulating", num_loads(), "loads") as progress:
         found = capacity(simulated, asked.wanted, asked.rate, lambda done: progress.reach(done, num_loads()))
     if picture:

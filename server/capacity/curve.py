@@ -16,15 +16,18 @@ from typing import Any
 from engine.config import ModelConfig
 from engine.simulation.costs import ReplicaCosts
 from engine.simulation.load import Traffic, arrivals
-from engine.simulation.replica import Served, serve
+from engine.simulation.replica import Served, most_for_long, serve
 
 SHARES = (0.05, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97)
 """Of the most that a replica can serve for long: the loads that are always simulated."""
 BISECTIONS = 5
 """Loads tried between the two of these that enclose what is wanted."""
-SIMULATED_BYTES = 150_000
-"""Of output, for each load."""
-LEAST_REQUESTS, MOST_REQUESTS = 400, 4000
+LEAST_REQUESTS = 400
+"""Simulated for each load."""
+BEYOND = 10
+"""Least requests that are counted beyond the percentile: a figure of fewer is one of chance."""
+TIMES_THE_PLACES = 8
+"""Least requests, in sequences that run at once: fewer may end before the replica is as busy as it will be."""
 BEGINNING, END = 0.15, 0.1
 """Shares of the requests that are not counted: the replica is not as busy then as it will be, or was."""
 
@@ -50,7 +53,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A replica under load. rate: requests a second; share: of the most that it can serve for long. running: mean
+    """A replica under load. rate: requests a second; share: of the most that it serves for long. running: mean
     sequences in its batch when a first byte came."""
 
     rate: float
@@ -89,14 +92,14 @@ class Simulated:
     percentile: float
     num_requests: int
 
-    @property
     def most(self) -> float:
-        """Requests a second."""
-        return self.costs.most_requests_per_second(self.traffic.prompt_bytes, self.traffic.output_bytes)
+        """Requests a second that the replica serves for long. Takes as long as a load. Raises ValueError for lengths
+        that it cannot hold."""
+        return most_for_long(self.config, self.costs, self.patch, arrivals(self.traffic, 1.0, self.num_requests))
 
-    def at(self, share: float) -> Point:
-        """Raises ValueError for lengths that the replica cannot hold."""
-        rate, count = share * self.most, self.num_requests
+    def at(self, share: float, most: float) -> Point:
+        """Under that share of `most`. Raises ValueError for lengths that the replica cannot hold."""
+        rate, count = share * most, self.num_requests
         served = serve(self.config, self.costs, self.patch, arrivals(self.traffic, rate, count))
         counted = served[round(BEGINNING * count) : round((1 - END) * count)]
         first, last = (latency(times, self.percentile) for times in _columns(counted))
@@ -105,9 +108,14 @@ class Simulated:
 
 def capacity(simulated: Simulated, wanted: Wanted, rate: float, tell: Callable[[int], None]) -> Capacity:
     """tell: gets how many loads have been simulated, of `num_loads()`. Raises ValueError if no load gives what is
-    wanted."""
+    wanted.
+
+    Only loads below the most that a replica serves for long are tried: the latencies of a higher one grow for as long
+    as it lasts, and say nothing.
+    """
+    most = simulated.most()
     points = []
-    for point in _all_at(simulated, SHARES):
+    for point in _all_at(simulated, SHARES, most):
         points.append(point)
         tell(len(points))
     if not points[0].meets(wanted):
@@ -115,7 +123,7 @@ def capacity(simulated: Simulated, wanted: Wanted, rate: float, tell: Callable[[
     best = next((low for low, high in zip(points, points[1:], strict=False) if not high.meets(wanted)), points[-1])
     high = next((point.share for point in points if point.share > best.share), best.share)
     while high > best.share and len(points) < num_loads():
-        tried = simulated.at((best.share + high) / 2)
+        tried = simulated.at((best.share + high) / 2, most)
         points.append(tried)
         tell(len(points))
         best, high = (tried, high) if tried.meets(wanted) else (best, tried.share)
@@ -123,9 +131,10 @@ def capacity(simulated: Simulated, wanted: Wanted, rate: float, tell: Callable[[
     return Capacity(points, best, math.ceil(rate / best.rate - 1e-9), rate)
 
 
-def enough_requests(traffic: Traffic) -> int:
-    """To tell a percentile, and no more than take some seconds."""
-    return min(max(round(SIMULATED_BYTES / traffic.output_bytes), LEAST_REQUESTS), MOST_REQUESTS)
+def enough_requests(percentile: float, max_sequences: int) -> int:
+    """To tell a percentile of a replica with so many places."""
+    counted = BEYOND / (1 - percentile / 100) / (1 - BEGINNING - END)
+    return max(LEAST_REQUESTS, math.ceil(counted - 1e-9), TIMES_THE_PLACES * max_sequences)
 
 
 def num_loads() -> int:
@@ -133,14 +142,14 @@ def num_loads() -> int:
     return len(SHARES) + BISECTIONS
 
 
-def _all_at(simulated: Simulated, shares: Sequence[float]) -> Iterator[Point]:
+def _all_at(simulated: Simulated, shares: Sequence[float], most: float) -> Iterator[Point]:
     """In processes of their own, as many at a time as there are cores."""
     cores = min(os.cpu_count() or 1, len(shares))
     if cores == 1:
-        yield from map(simulated.at, shares)
+        yield from (simulated.at(share, most) for share in shares)
         return
     with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
-        yield from pool.map(partial(Simulated.at, simulated), shares)
+        yield from pool.map(partial(Simulated.at, simulated, most=most), shares)
 
 
 def latency(seconds: Iterable[float], percentile: float) -> Latency:

@@ -63,8 +63,9 @@ def _notes(costs: ReplicaCosts) -> str:
             f"{_ms_per_byte(full)} ms with {full.sequences:,} side by side;",
             f"a prompt of {longest.rows:,} bytes adds {1000 * longest.seconds:.3g} ms to its steps, a request takes "
             f"{1000 * costs.request_seconds:.3g} ms outside of the engine.",
-            "Loads are shares of the most that a replica can serve for long. Requests are taken to come at random, and",
-            "each replica to get its share of them at random; no prompt is cached. Spare replicas are not counted.",
+            "Loads are shares of the most that a replica serves for long; none above that is tried. Requests are taken",
+            "to come at random, and each replica to get its share of them at random; no prompt is cached.",
+            "Spare replicas are not counted.",
         )
     )
 
