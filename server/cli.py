@@ -629,7 +629,7 @@ def tasks(
     paper: Annotated[
         Literal["1b", "3b", "none"], typer.Option(help="Model of the paper whose figures stand beside: 1b, 3b or none.")
     ] = "1b",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a program may take.")] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a program may run on a processor.")] = 3.0,
     memory: Annotated[
         int, typer.Option(parser=_bytes, metavar="BYTES", help="Memory that a program may take.")
     ] = 1_073_741_824,

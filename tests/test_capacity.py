@@ -38,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few requests, in this process."""
     monkeypatch.setattr(curve, "BEYOND", 0.6)
     monkeypatch.setattr(curve, "LEAST_REQUESTS", 80)
-    monkeypatch.setattr(curve.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(curve, "usable_processors", lambda: 1)
 
 
 def served(*arriving: Arrival, costs: ReplicaCosts = COSTS) -> list[tuple[float, float]]:
@@ -255,7 +255,7 @@ def test_what_no_load_gives_is_said() -> None:
 
 def test_loads_are_simulated_in_processes_as_here(monkeypatch: pytest.MonkeyPatch) -> None:
     here = [simulated().at(share, MOST) for share in (0.1, 0.5)]
-    monkeypatch.setattr(curve.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(curve, "usable_processors", lambda: 2)
     assert list(curve._all_at(simulated(), (0.1, 0.5), MOST)) == here
 
 

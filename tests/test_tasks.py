@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from engine.checkpoint import random_tensors
 from engine.config import EngineConfig
 from engine.costs.accounting import PaperFormula
 from engine.decoders.table import DECODERS
+from server import processors
 from server.cli import app
 from server.evaluation import flores, humaneval, mbpp, plot
 from server.evaluation.command import measure
@@ -111,6 +113,36 @@ def test_a_source_that_solves_77_of_humaneval_scores_77_of_164(tmp_path: Path, s
     found = measure(Scripted(said), [task], None, tmp_path, sandbox=sandbox, decoders=["blt"])
     (row,) = found.tables[0].rows
     assert (row.passed, row.problems, row.score) == (77, 164, 100 * 77 / 164)
+
+
+class Crowd:
+    """A sandbox that notes how many programs run at once."""
+
+    def __init__(self) -> None:
+        self.about: dict[str, Any] = {}
+        self.most = self._now = 0
+
+    def run(self, program: str) -> Verdict:
+        self._now += 1
+        self.most = max(self.most, self._now)
+        time.sleep(0.1)
+        self._now -= 1
+        return Verdict(True)
+
+
+@pytest.mark.parametrize(("quota", "most"), [("100000 100000", 1), ("150000 100000", 2), ("max 100000", 3), ("?", 3)])
+def test_as_many_programs_run_at_once_as_there_are_processors_for(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, most: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    monkeypatch.setattr(processors, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(processors.os, "sched_getaffinity", lambda _: {1, 5, 7})
+    monkeypatch.setattr(processors.os, "cpu_count", lambda: 64)
+    task, crowd = humaneval.load(small), Crowd()
+    said = {problem.id: f"    return {problem.id!r}\n" for problem in task.problems}
+    sandbox: Any = crowd
+    measure(Scripted(said), [task], None, tmp_path / "out", sandbox=sandbox, decoders=["blt"])
+    assert crowd.most == most
 
 
 def test_without_a_sandbox_programs_have_no_score(small: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ router that knows how busy the replicas are does better.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,6 +16,8 @@ from engine.config import ModelConfig
 from engine.simulation.costs import ReplicaCosts
 from engine.simulation.load import Traffic, arrivals
 from engine.simulation.replica import Served, most_for_long, serve
+
+from ..processors import usable_processors
 
 SHARES = (0.05, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97)
 """Of the most that a replica can serve for long: the loads that are always simulated."""
@@ -143,8 +144,8 @@ def num_loads() -> int:
 
 
 def _all_at(simulated: Simulated, shares: Sequence[float], most: float) -> Iterator[Point]:
-    """In processes of their own, as many at a time as there are cores."""
-    cores = min(os.cpu_count() or 1, len(shares))
+    """In processes of their own, as many at a time as there are processors for."""
+    cores = min(usable_processors(), len(shares))
     if cores == 1:
         yield from (simulated.at(share, most) for share in shares)
         return

@@ -74,9 +74,12 @@ def _work(job: dict[str, Any], answer: int) -> NoReturn:
     except (OSError, ValueError) as error:
         _say(answer, {"secret": job["secret"], "setup": str(error)})
         os._exit(1)
-    signal.setitimer(signal.ITIMER_REAL, job["limits"]["seconds"])
+    timers = ((signal.ITIMER_PROF, "seconds"), (signal.ITIMER_REAL, "wall_seconds"))
+    for timer, limit in timers:
+        signal.setitimer(timer, job["limits"][limit])
     outcome = _outcome(job["program"])
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    for timer, _ in timers:
+        signal.setitimer(timer, 0)
     _say(answer, {"secret": job["secret"], "error": outcome})
     os._exit(0)
 
@@ -180,7 +183,7 @@ def _give_up_rights(limits: dict[str, int]) -> None:
     _die_with_parent()
     for name, most in (
         (resource.RLIMIT_AS, limits["memory_bytes"]),
-        (resource.RLIMIT_CPU, limits["cpu_seconds"]),
+        (resource.RLIMIT_CPU, limits["kernel_seconds"]),
         (resource.RLIMIT_FSIZE, limits["file_bytes"]),
         (resource.RLIMIT_NOFILE, limits["open_files"]),
         (resource.RLIMIT_NPROC, 0),

@@ -1,11 +1,11 @@
 """Asks a source for what is not answered yet, has programs executed, and keeps both in files."""
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..processors import usable_processors
 from ..progress import Progress
 from .results import Results
 from .sandbox import Sandbox, Verdict
@@ -73,8 +73,8 @@ def _asked(runs: Sequence[Run]) -> Iterator[Asked]:
 
 
 def execute(sandbox: Sandbox, runs: Sequence[Run]) -> None:
-    """The programs that have no verdict, one on every processor. Equal programs, as all exact decoders give, run once.
-    Raises SandboxError, OSError."""
+    """The programs that have no verdict, one on every processor that this process may use. Equal programs, as all exact
+    decoders give, run once. Raises SandboxError, OSError."""
     waiting: dict[str, list[tuple[Results, str]]] = {}
     for run in runs:
         for problem in run.problems if run.task.runs_programs else ():
@@ -82,7 +82,7 @@ def execute(sandbox: Sandbox, runs: Sequence[Run]) -> None:
                 waiting.setdefault(run.program(problem), []).append((run.results, problem.id))
     if not waiting:
         return
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(usable_processors())
     try:
         futures = {pool.submit(sandbox.run, program): whose for program, whose in waiting.items()}
         with Progress("executing", len(futures), "programs") as progress:

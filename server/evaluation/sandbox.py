@@ -17,7 +17,9 @@ MOST_ANSWER = 4096
 """Bytes that are read of what a jail tells."""
 SPARE_SECONDS = 2.0
 """The jail's own alarm comes first, unless the program switches it off; then so much later the jail is killed."""
-TIMED = 128 + signal.SIGALRM
+CROWDED = 10
+"""Times as long as on a processor of its own a program may take: others may want the processor, too."""
+OUT_OF_TIME, OUT_OF_PROCESSOR_TIME = 128 + signal.SIGALRM, 128 + signal.SIGPROF
 
 Execution = Literal["isolated", "limited"]
 """isolated: in namespaces of its own, without network, other processes, or files outside its folder. limited: limits on
@@ -30,8 +32,8 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """seconds: of wall time; cpu_seconds: of a processor, as a second line. file_bytes: of a file, and of all files
-    together where they are in memory."""
+    """seconds: on a processor, so that no verdict depends on what else the machine does. file_bytes: of a file, and of
+    all files together where they are in memory."""
 
     seconds: float = 3.0
     memory_bytes: int = 1 << 30
@@ -39,7 +41,13 @@ class Limits:
     open_files: int = 32
 
     @property
-    def cpu_seconds(self) -> int:
+    def wall_seconds(self) -> float:
+        """By the clock: for programs that wait, whatever for."""
+        return CROWDED * self.seconds
+
+    @property
+    def kernel_seconds(self) -> int:
+        """On a processor, as a second line for programs that ignore the first: the kernel only counts whole ones."""
         return int(self.seconds) + 2
 
 
@@ -76,12 +84,13 @@ class Sandbox:
     @property
     def about(self) -> dict[str, Any]:
         """What verdicts depend on."""
-        return {"isolated": self._isolated, **asdict(self.limits)}
+        return {"isolated": self._isolated, **asdict(self.limits), "wall_seconds": self.limits.wall_seconds}
 
     def run(self, program: str) -> Verdict:
         """Whether it runs to its last line, within the limits. Raises SandboxError if it could not be started."""
         secret = secrets.token_hex(16)
-        limits = asdict(self.limits) | {"cpu_seconds": self.limits.cpu_seconds}
+        more = {"wall_seconds": self.limits.wall_seconds, "kernel_seconds": self.limits.kernel_seconds}
+        limits = asdict(self.limits) | more
         job = {"program": program, "secret": secret, "isolated": self._isolated, "limits": limits}
         with tempfile.TemporaryDirectory(prefix="fastblt-", ignore_cleanup_errors=True) as folder:
             # For nobody, which root becomes.
@@ -105,7 +114,7 @@ class Sandbox:
                 start_new_session=True,
             )
             try:
-                code: int | None = jail.wait(self.limits.seconds + SPARE_SECONDS)
+                code: int | None = jail.wait(self.limits.wall_seconds + SPARE_SECONDS)
             except subprocess.TimeoutExpired:
                 code = None
             finally:
@@ -129,8 +138,10 @@ def _verdict(told: bytes, code: int | None, secret: str, limits: Limits) -> Verd
         if "setup" in answer:
             raise SandboxError(answer["setup"])
         return Verdict(answer["error"] is None, answer["error"] or "")
-    if code is None or code == TIMED:
-        return Verdict(False, f"took longer than {limits.seconds:g} s")
+    if code == OUT_OF_PROCESSOR_TIME:
+        return Verdict(False, f"took more than {limits.seconds:g} s of a processor")
+    if code is None or code == OUT_OF_TIME:
+        return Verdict(False, f"took longer than {limits.wall_seconds:g} s")
     number = code - 128 if code > 128 else -code
     with suppress(ValueError):
         return Verdict(False, f"killed by {signal.Signals(number).name}")
