@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with subject(options) as model:
         flags = [f"--max-sequences={max(options.concurrency)}", "--no-prefix-cache", f"--dtype={model.dtype}"]
         flags += [f"--device={model.device}", f"--num-threads={options.num_threads}"]
-        pairs: dict[tuple[str, int], list[Pair]] = {
+        pairs: dict[tuple[str, int], list[list[Pair]]] = {
             (decoder, count): [] for decoder in options.decoders for count in options.concurrency
         }
         if options.ray:
@@ -67,14 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 start(model.path, *flags, root=roots[1 - first]) as two,
             ):
                 this, other = (two, one) if first else (one, two)
-                for how, found in pairs.items():
-                    found += measure(this, other, *how, options)
+                for how, starts in pairs.items():
+                    starts.append(measure(this, other, *how, options))
     figures: dict[str, Any] = {
         "against": commit_of(options.against),
         "bytes": options.bytes,
         "turns": options.turns * options.starts,
     }
-    figures["rows"] = [row(*how, found) for how, found in pairs.items()]
+    figures["rows"] = [row(*how, starts) for how, starts in pairs.items()]
     finish("checkouts", model, figures, options, arguments)
 
 
@@ -86,24 +87,35 @@ def measure(this: str, other: str, decoder: str, count: int, options: Any) -> li
     return in_turn(before, now, options.turns)
 
 
-def row(decoder: str, count: int, pairs: Sequence[Pair]) -> dict[str, Any]:
-    speed = [new["bytes_per_second"] / old["bytes_per_second"] for old, new in pairs]
+def row(decoder: str, count: int, starts: Sequence[Sequence[Pair]]) -> dict[str, Any]:
+    """starts: of both servers, with the turns of each. ratios: of the speeds, by start."""
+    ratios = [[new["bytes_per_second"] / old["bytes_per_second"] for old, new in start] for start in starts]
+    pairs = [*chain.from_iterable(starts)]
     first = [new["first"] / old["first"] for old, new in pairs]
     return {
         "decoder": decoder,
         "concurrency": count,
-        "speed": spread(speed) | {"lower": lower_bound(speed)},
+        "speed": spread(chain.from_iterable(ratios)) | {"lower": lower_bound(ratios)},
+        "ratios": ratios,
         "first_byte": spread(first),
         "bytes_per_second": statistics.median(new["bytes_per_second"] for _, new in pairs),
         "before": statistics.median(old["bytes_per_second"] for old, _ in pairs),
     }
 
 
-def lower_bound(ratios: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """One-sided lower bound of the median, by the bootstrap."""
+def lower_bound(starts: Sequence[Sequence[float]], confidence: float = CONFIDENCE) -> float:
+    """One-sided lower bound of the median of all turns, by the bootstrap. starts: the turns of each.
+
+    Turns of one start are alike, as a process may be slower for as long as it lives: starts are drawn first, and then
+    turns of each of them. Drawn from all turns alike the bound would be too high.
+    """
     draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
-    return medians[int((1 - confidence) * RESAMPLES)]
+
+    def median() -> float:
+        drawn = draw.choices(starts, k=len(starts))
+        return statistics.median(chain.from_iterable(draw.choices(turns, k=len(turns)) for turns in drawn))
+
+    return sorted(median() for _ in range(RESAMPLES))[int((1 - confidence) * RESAMPLES)]
 
 
 def _streamed(address: str, decoder: str, texts: Sequence[list[int]], count: int) -> dict[str, float]:

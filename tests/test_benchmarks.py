@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 
-from benchmarks import constraints, decoders, generate, growth, prefill_budget, program, realisation, short, summary
+from benchmarks import checkouts, constraints, decoders, generate, growth, prefill_budget, program, realisation, short, summary
 from benchmarks.grammars import GRAMMARS
 from benchmarks.models import Form, described, shaped
 from benchmarks.paired import in_turn, shown, spread
@@ -173,6 +173,26 @@ class Paced:
 
     def perf_counter(self) -> float:
         return self.now
+
+
+def test_the_lower_bound_of_a_median_counts_starts_and_not_their_turns() -> None:
+    assert checkouts.lower_bound([[1.0] * 3] * 2) == 1.0
+    # Of five starts three or more are the slow one in 5.8 % of all draws, however many turns they have.
+    assert checkouts.lower_bound([[0.8] * 10, *[[1.0] * 10] * 4]) == 0.8
+    # Of six starts four or more in 0.9 %, three in 5.4 %: then the median is between both.
+    assert checkouts.lower_bound([[0.8] * 10, *[[1.0] * 10] * 5]) == 0.9
+    # Of one start: of the five turns three or more are the slow one in 5.8 %.
+    assert checkouts.lower_bound([[0.8, 1.0, 1.0, 1.0, 1.0]]) == 0.8
+
+
+def test_a_row_of_checkouts_keeps_the_ratios_of_each_start() -> None:
+    def pair(old: float, new: float) -> checkouts.Pair:
+        return {"bytes_per_second": old, "first": 1.0}, {"bytes_per_second": new, "first": 2.0}
+
+    found = checkouts.row("blt", 8, [[pair(10, 9), pair(10, 11)], [pair(10, 10), pair(10, 12)]])
+    assert found["ratios"] == [[0.9, 1.1], [1.0, 1.2]]
+    assert found["speed"]["median"] == pytest.approx(1.05) and found["first_byte"]["median"] == 2.0
+    assert 0.9 <= found["speed"]["lower"] < 1.05
 
 
 def test_the_bytes_of_a_first_step_are_no_speed_of_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
