@@ -1,5 +1,6 @@
 """Runs prompts through an engine and measures the generation, without the prompts."""
 
+import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,20 @@ def abandon(engine: Engine, requests: Sequence[Request]) -> None:
         engine.abort(request.id)
     while engine.has_work:
         engine.step()
+
+
+@contextmanager
+def as_served(engine: Engine) -> Iterator[None]:
+    """The engine meanwhile runs as in a server's process (`engine.process.child`): calibrated, so that it knows what
+    may run ahead, and without garbage collections that scan all that was loaded. It must not have had a request
+    yet."""
+    engine.calibrate()
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

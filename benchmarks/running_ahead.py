@@ -6,6 +6,7 @@ must be the same.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from engine.config import Policy
 
 from . import plot, report
-from .generate import Reading, generate, prompts
+from .generate import Reading, as_served, generate, prompts, running_ahead
 from .paired import in_turn, shown, spread
 from .program import Content, Subject, Verdict, finish, parser, subject
 from .variants import ways_of
@@ -48,19 +49,19 @@ def measure(
     engine = model.engine(max_sequences=max(concurrency))
     wrap, ways = model.wrap(engine), ways_of(engine, drawn=model.drawn)
     rows = []
-    for number in tqdm(concurrency, disable=None):
-        texts = prompts(number, PROMPT_BYTES)
 
-        def run(how: dict[str, Any], policy: Policy, texts: list[list[int]] = texts) -> Reading:
-            engine.stepper.ahead.policy = policy
+    def run(texts: list[list[int]], how: dict[str, Any], policy: Policy) -> Reading:
+        with running_ahead(engine, policy):
             return generate(engine, texts, count, how, wrap)
 
-        for kind in kinds:
+    with as_served(engine):
+        for number, kind in tqdm([*product(concurrency, kinds)], disable=None):
             way, policy = KINDS[kind]
             if way not in ways:
                 continue
-            run(ways[way], policy)
-            pairs = in_turn(partial(run, ways[way], "never"), partial(run, ways[way], policy), turns)
+            once = partial(run, prompts(number, PROMPT_BYTES), ways[way])
+            once(policy)
+            pairs = in_turn(partial(once, "never"), partial(once, policy), turns)
             rows.append(
                 {
                     "kind": kind,

@@ -1,7 +1,7 @@
 """The cost of HTTP: the same requests to the engine alone, in this process, and to a streaming server, in turns.
 
-From the first request to the end of the last one, prompts included. Both engines have the same settings; by default a
-core is left to the server's HTTP process and the client.
+From the first request to the end of the last one, prompts included. Both engines have the same settings and are made
+ready in the same way; by default a core is left to the server's HTTP process and the client.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from engine.engine import Engine
 from engine.types import Delta, Failed, Request
 
 from . import plot, report
-from .generate import GREEDY, prompts
+from .generate import GREEDY, as_served, prompts
 from .paired import in_turn, shown, spread
 from .program import Content, Verdict, finish, parser, subject
 from .servers import server, streams
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         engine = model.engine(**settings)
         flags = [f"--max-sequences={most}", f"--cache-bytes={1 << 30}", "--no-prefix-cache", f"--dtype={model.dtype}"]
         flags += [f"--device={model.device}", f"--num-threads={options.num_threads}"]
-        with server(model.path, *flags) as address:
+        with as_served(engine), server(model.path, *flags) as address:
             rows = [measure(engine, address, count, options) for count in options.concurrency]
     figures = {"decoder": options.decoder, "bytes": options.bytes, "threads": torch.get_num_threads(), "rows": rows}
     finish("serving", model, figures, options, arguments)

@@ -1,9 +1,11 @@
 """The benchmark programs at toy size: they run, leave what they should, and the page shows it."""
 
+import gc
 import json
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
 from importlib import import_module
@@ -19,6 +21,7 @@ from benchmarks.paired import in_turn, shown, spread
 from benchmarks.program import Verdict
 from engine.checkpoint import PRESETS
 from engine.config import BYTE_OFFSET
+from engine.engine import Engine
 from engine.grammars import Constraint, compiled
 from engine.types import Delta, Event, Request
 from tests.engines import make_engine
@@ -216,6 +219,28 @@ def test_growth_counts_nothing_of_the_prompt_and_sees_every_byte(tiny: Path) -> 
     assert after.calls["encoder"] - before.calls["encoder"] == 20 and after.prompt_rows == before.prompt_rows
     ahead, same, *_ = growth._ours(engine, prompt, 20)
     assert same == ids and len(ahead) < 20, "the policy is the engine's own again"
+
+
+@pytest.mark.parametrize("name", ["serving", "running_ahead"])
+def test_an_engine_is_measured_as_it_is_served(
+    name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Calibrated, and with its garbage frozen: a server's engine is, and would else look as fast as one that is not."""
+    module, calibrated = import_module(f"benchmarks.{name}"), list[Engine]()
+    monkeypatch.setattr(Engine, "calibrate", lambda engine: calibrated.append(engine))
+
+    class Measured(Exception):
+        pass
+
+    def measure(engine: Engine, *_: object) -> None:
+        assert calibrated == [engine] and gc.get_freeze_count()
+        raise Measured
+
+    monkeypatch.setattr(module, "server", lambda *_: nullcontext(""), raising=False)
+    monkeypatch.setattr(module, {"serving": "measure", "running_ahead": "generate"}[name], measure)
+    with pytest.raises(Measured):
+        module.main(["--model", str(tiny), "--out", str(tmp_path)])
+    assert not gc.get_freeze_count()
 
 
 def test_an_undisturbed_step_has_one_byte_of_each_stream(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
