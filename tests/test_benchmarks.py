@@ -14,7 +14,18 @@ from typing import Any, get_args
 
 import pytest
 
-from benchmarks import checkouts, constraints, decoders, generate, growth, prefill_budget, program, realisation, short, summary
+from benchmarks import (
+    checkouts,
+    constraints,
+    decoders,
+    generate,
+    growth,
+    prefill_budget,
+    program,
+    realisation,
+    short,
+    summary,
+)
 from benchmarks.grammars import GRAMMARS
 from benchmarks.models import Form, described, shaped
 from benchmarks.paired import in_turn, shown, spread
@@ -133,6 +144,12 @@ def test_verdicts_state_whether_benchmark_aims_are_met(toys: Callable[[str], tup
     for median, met in ((0.96, True), (0.94, False)):
         content["rows"][0]["of_engine"] = {"median": median, "least": median, "most": median}
         assert [verdict.met for verdict in summary.verdicts(content)] == [met]
+    content = deepcopy(toys("running_ahead")[0])
+    for median, met in ((0.971, True), (0.969, False)):
+        for row in content["rows"]:
+            row["over_never"] = {"median": median, "least": median, "most": median}
+        verdict = summary.verdicts(content)[-1]
+        assert (verdict.aim, verdict.met) == ("at least 0.97 of never's bytes/s", met)
     content = deepcopy(toys("realisation")[0])
     assert {verdict.met for verdict in summary.verdicts(content)} == {None}, "the aims are the 1B shape's"
     content["subject"]["model"] = "1b shape"
