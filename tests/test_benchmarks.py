@@ -23,6 +23,7 @@ from benchmarks import (
     prefill_budget,
     program,
     realisation,
+    routing,
     short,
     summary,
 )
@@ -271,6 +272,13 @@ def test_an_undisturbed_step_has_one_byte_of_each_stream(tiny: Path, monkeypatch
     assert prefill_budget._unit(engine, 5) > 0
     assert [len(event.ids) for event in events if isinstance(event, Delta)] == [1] * 10
     assert engine.stepper.ahead.policy == "always"
+
+
+def test_the_figure_of_routing_says_that_lengths_were_known() -> None:
+    figures = {"mean": 1.0, "p90": 2.0, "first_byte": 0.5, "cached": 0.1}
+    content: Content = {"replicas": 2, "rate": 3.0, "rows": [dict.fromkeys(routing.RULES, figures)]}
+    assert "knew the length of every output" in routing.render(content)
+    assert "lengths known" in routing.judge(content)[0].found
 
 
 def test_wrong_constrained_texts_are_named(toys: Callable[[str], tuple[Content, Path]]) -> None:
