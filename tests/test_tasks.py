@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -345,7 +346,7 @@ def test_another_patcher_is_another_model(tmp_path: Path) -> None:
     model, patchers = tmp_path / "0", [tmp_path / str(number) / "entropy_model" for number in range(2)]
     configs = [EngineConfig(str(model), patcher=str(patcher), cache_bytes=1 << 26) for patcher in patchers]
     first, second = (InProcess(config).about for config in configs)
-    assert first["files"] == second["files"] and first["patcher"] != second["patcher"]
+    assert first["files"] != second["files"]
 
 
 def test_many_waits_for_a_busy_server_and_tells_of_a_wrong_one() -> None:
@@ -371,14 +372,42 @@ def test_many_waits_for_a_busy_server_and_tells_of_a_wrong_one() -> None:
 
 def test_checkpoints_of_one_name_are_told_apart(tiny: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-        (tmp_path / name / "model.safetensors").write_bytes(b"x" * 3_000_000)
+        shutil.copytree(tiny, tmp_path / name)
     same = [fingerprint(tmp_path / name) for name in ("a", "b")]
-    content = bytearray(b"x" * 3_000_000)
-    content[2_000_000] = 0
-    (tmp_path / "b" / "model.safetensors").write_bytes(content)
+    weights = tmp_path / "b" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
     assert same[0] == same[1] != fingerprint(tmp_path / "b")
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_files_that_no_loading_reads_make_no_other_model(meta: bool, tiny: Path, tmp_path: Path) -> None:
+    """Results written into the model's folder, and what `fastblt compare --write` leaves."""
+    model = tmp_path / "model"
+    if meta:
+        write_meta(model, random_tensors(META_CONFIG, 0), hub=True, beside=True)
+    else:
+        shutil.copytree(tiny, model)
+    before = fingerprint(model)
+    (model / "out" / "humaneval").mkdir(parents=True)
+    for name in ("decoders.json", "results.json", "old.safetensors", "optimizer.pt", "out/humaneval/config.json"):
+        (model / name).write_text("{}")
+    assert fingerprint(model) == before
+    config = model / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert fingerprint(model) != before
+
+
+def test_a_patcher_beside_a_model_is_part_of_it(tmp_path: Path) -> None:
+    found = []
+    for number in range(2):
+        folder = tmp_path / str(number) / "model"
+        write_meta(folder, random_tensors(META_CONFIG, 0), hub=True, beside=True)
+        patcher = folder.parent / "entropy_model" / "params.json"
+        patcher.write_text(patcher.read_text() + " " * number)
+        found.append(fingerprint(folder))
+    assert found[0] != found[1]
 
 
 MBPP = [

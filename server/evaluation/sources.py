@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.config import BYTE_OFFSET, EOS_ID, EngineConfig, is_byte
+from engine.layout import CONFIG, PARAMS, TRAIN_ARGS, WEIGHTS_INDEX
 from engine.types import DecoderName, Delta, Failed, Finished, Request, SamplingParams, Usage
 
 from ..offline import prompt_ids
@@ -19,7 +20,7 @@ IN_FLIGHT = 2
 TRIES = 5
 """How often a server is asked for an answer whose costs it has not counted: `usage` has the work of the last engine
 alone if one was lost."""
-CHECKPOINT = (".safetensors", ".pth", ".pt", ".bin", ".json")
+DESCRIPTIONS = (CONFIG, PARAMS, TRAIN_ARGS, WEIGHTS_INDEX)
 SAMPLE = 1 << 20
 """Bytes that are looked at in three places of a file, as all of a large model would take minutes."""
 
@@ -64,8 +65,7 @@ class InProcess:
         self.model, self.decoders, self.block_size = limits.name, limits.decoders, limits.block_size
         self.about: dict[str, Any] = {
             "model": self.model,
-            "files": fingerprint(Path(config.model)),
-            "patcher": fingerprint(Path(config.patcher)) if config.patcher else None,
+            "files": fingerprint(Path(config.model), Path(config.patcher) if config.patcher else None),
             "parameters": limits.parameters,
             "dtype": config.dtype,
             "weights": config.weights or config.dtype,
@@ -96,12 +96,23 @@ class InProcess:
                         raise _failed(live[name], message)
 
 
-def fingerprint(folder: Path) -> str:
-    """Tells checkpoints of the same name apart: a digest of the sizes and some of the content of their files."""
+def fingerprint(model: Path, patcher: Path | None = None) -> str:
+    """Tells checkpoints of the same name apart: a digest of the sizes and some of the content of the files that loading
+    reads, the patcher's among them. Others in their folders do not count, as results may be written there.
+
+    Raises CheckpointError, OSError.
+    """
+    from engine.checkpoint import load  # torch, as above
+
+    weights = load(model, patcher=patcher).files
+    # Wherever both lie, the patcher's folder comes second.
+    folders = sorted({path.parent for path in weights}, key=lambda folder: folder != model)
+    described = [folder / name for folder in folders for name in DESCRIPTIONS]
+    read = [(folders.index(path.parent), path) for path in {*weights, *filter(Path.exists, described)}]
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in CHECKPOINT):
+    for number, path in sorted(read):
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}".encode())
+        digest.update(f"{number} {path.name} {size}".encode())
         with path.open("rb") as file:
             for start in (0, size // 2, max(0, size - SAMPLE)):
                 file.seek(start)
