@@ -283,7 +283,11 @@ def test_the_command_prints_the_replicas_and_draws(measured: str, tmp_path: Path
     asked = ["--costs", measured, "--prompt-bytes", "24", "--output-bytes", "20", "--requests-per-second", "50"]
     code, said = command(*asked, "--last-byte", "2", "--plot", str(tmp_path / "curve.png"))
     assert code == 0, said
-    assert "50 requests/s need " in said and "99 % the last within 2 s" in said and "most" in said
+    assert (
+        "50 requests/s need " in said
+        and "each, 99 % of requests get the last byte within 2 s." in said
+        and "most" in said
+    )
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     code, said = command(*asked, "--json")
     found = json.loads(said)

@@ -486,6 +486,7 @@ def test_a_report_has_every_setting_beside_the_papers_row(
     for setting in paper_settings(Scripted.decoders, 4):
         (line,) = [line for line in lines if line.startswith(f"| {setting.name} |")]
         assert f"| {paper_rows('3b', 'humaneval')[setting.name].gigabytes:.2f} |" in line and setting.name in shown
+    assert "BLT-D and BLT-DV are different models from BLT" in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 120
 
 

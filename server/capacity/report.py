@@ -38,7 +38,7 @@ def _cells(one: Latency) -> tuple[str, str, str]:
 
 
 def _verdict(found: Capacity, wanted: Wanted) -> str:
-    limits = {"the first byte": wanted.first_byte, "the last": wanted.last_byte}
+    limits = {"the first byte": wanted.first_byte, "the last byte": wanted.last_byte}
     said = " and ".join(f"{name} within {limit:g} s" for name, limit in limits.items() if limit is not None)
     if not said:
         return (
@@ -46,8 +46,8 @@ def _verdict(found: Capacity, wanted: Wanted) -> str:
             "No latency was asked for: --first-byte and --last-byte tell what must hold."
         )
     return (
-        f"{found.rate:g} requests/s need {_replicas(found)}: up to {found.best.rate:.3g} requests/s each give "
-        f"{wanted.percentile:g} % {said}."
+        f"{found.rate:g} requests/s need {_replicas(found)}: at up to {found.best.rate:.3g} requests/s each, "
+        f"{wanted.percentile:g} % of requests get {said}."
     )
 
 

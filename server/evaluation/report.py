@@ -151,8 +151,10 @@ def notes(r: Report) -> list[str]:
     """What a reader must know about the figures."""
     found = ["Calls and GB are means per problem, GB by the paper's formula; score, accepted and saved are percent."]
     if r.paper:
-        found.append(f"The paper's columns are its {r.paper.upper()} models, of which BLT-D and BLT-DV are others than "
-                     "BLT; here all rows are one model.")  # fmt: skip
+        found.append(
+            f"The paper's columns are its {r.paper.upper()} models: BLT-D and BLT-DV are different models from BLT; "
+            "here all rows are one."
+        )
     if any(row.score is None for table in r.tables for row in table.rows if table.task.runs_programs):
         found.append("No program was executed: pass --execute to score them.")
     return found
