@@ -21,6 +21,7 @@ from engine.types import Delta, Failed, Request, SamplingParams
 from training.corpus import standard_library
 
 from . import report
+from .paired import shown
 from .program import Content, Verdict, finish, parser, subject
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -64,7 +65,8 @@ def render(content: Content) -> str:
         cells = [way]
         for kind in KINDS:
             row = next(row for row in rows if (row["decoder"], row["kind"]) == (way, kind))
-            cells.append(f"{row['ratio']:.2f} ({row['range'][0]:.2f} to {row['range'][1]:.2f})")
+            least, most = row["range"]
+            cells.append(shown({"median": row["ratio"], "least": least, "most": most}))
         lines.append(cells)
     return report.table(["speed-up over BLT", *KINDS], lines)
 

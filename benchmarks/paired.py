@@ -23,7 +23,9 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def shown(of: dict[str, float], form: str = ".2f") -> str:
-    """A spread as text, for tables."""
+    """A spread as text, for tables; that of a single turn has no range."""
+    if of["least"] == of["most"]:
+        return f"{of['median']:{form}}"
     return f"{of['median']:{form}} ({of['least']:{form}} to {of['most']:{form}})"
 
 

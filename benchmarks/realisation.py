@@ -21,7 +21,7 @@ from kernels.dispatch import choose_kernels
 
 from . import arithmetic, plot, report
 from .generate import Reading, generate, prompts
-from .paired import figures
+from .paired import figures, shown
 from .program import Content, Subject, Verdict, finish, parser, subject
 from .variants import TRAINED, acceptance, ways_of
 
@@ -150,7 +150,7 @@ def _uses(row: Content) -> list[str]:
 
 
 def _spread(median: float, limits: Sequence[float]) -> str:
-    return f"{median:.2f} ({limits[0]:.2f} to {limits[1]:.2f})"
+    return shown({"median": median, "least": limits[0], "most": limits[1]})
 
 
 if __name__ == "__main__":

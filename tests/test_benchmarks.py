@@ -374,5 +374,5 @@ def test_benchmarks_in_turn_alternate() -> None:
     seen: list[str] = []
     pairs = in_turn(lambda: seen.append("A"), lambda: seen.append("B"), 3)
     assert seen == ["A", "B"] * 3 and len(pairs) == 3
-    assert shown(spread([3.0, 1.0, 2.0])) == "2.00 (1.00 to 3.00)"
+    assert shown(spread([3.0, 1.0, 2.0])) == "2.00 (1.00 to 3.00)" and shown(spread([18.04]), ".1f") == "18.0"
     assert Verdict("f", "", "x", None).met is None
