@@ -94,6 +94,8 @@ class StageReads:
 
 @dataclass(slots=True)
 class Evaluation:
+    """Of all files together. seconds: of scoring alone, reading the files included."""
+
     model: str
     context: int
     stride: int
@@ -160,7 +162,7 @@ def evaluate(config: EngineConfig, texts: Texts) -> Evaluation:
                 progress.advance(text.num_new)
     except Refused as error:
         raise ValueError(f"{error}: make --context smaller than {texts.context}") from error
-    result.seconds = time.perf_counter() - began
+    result.seconds = time.perf_counter() - began - packed.seconds
     after, weights = engine.snapshot(), engine.parts.stage_bytes.weights
     result.stages = {stage: _reads(stage, before, after, weights) for stage in after.calls}
     result.files = [file for file in result.files if file.bytes]
@@ -169,13 +171,17 @@ def evaluate(config: EngineConfig, texts: Texts) -> Evaluation:
 
 
 class _Packed:
-    """Size of everything that passes, compressed with `xz -9` as one file."""
+    """Size of everything that passes, compressed with `xz -9` as one file. seconds: what that took so far, between the
+    steps of the engine."""
 
     def __init__(self) -> None:
         self._xz, self._size = lzma.LZMACompressor(preset=9), 0
+        self.seconds = 0.0
 
     def take(self, text: Slice) -> Slice:
+        began = time.perf_counter()
         self._size += len(self._xz.compress(text.new))
+        self.seconds += time.perf_counter() - began
         return text
 
     def finish(self) -> int:

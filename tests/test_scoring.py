@@ -5,9 +5,11 @@ import json
 import math
 import random
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -63,6 +65,28 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "text.bin"
     path.write_bytes(some_bytes(150))
     return path
+
+
+def test_the_time_of_xz_is_none_of_scoring(tiny: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        """Takes a thousand seconds for each slice."""
+
+        late = 0.0
+
+        def __init__(self, preset: int) -> None:
+            pass
+
+        def compress(self, data: bytes) -> bytes:
+            Slow.late += 1000.0
+            return b""
+
+        def flush(self) -> bytes:
+            return b""
+
+    real = time.perf_counter
+    monkeypatch.setattr(scoring.lzma, "LZMACompressor", Slow)
+    monkeypatch.setattr(scoring, "time", SimpleNamespace(perf_counter=lambda: real() + Slow.late))
+    assert 0 < evaluate(tiny, file).seconds < 500 and Slow.late == 3000.0
 
 
 @pytest.mark.parametrize("name", ["plain", "monotonic", "threshold-add", "fast-blt", "meta"])
