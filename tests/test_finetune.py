@@ -338,8 +338,11 @@ def short_file(folder: Path) -> dict[str, Any]:
     return {"files": (str(folder / "short.txt"),)}
 
 
-def broken_line(folder: Path) -> dict[str, Any]:
-    (folder / "broken.jsonl").write_text('{"text": "one"}\n' * 9000 + "{text: two}\n")
+def lines(folder: Path, odd: str, at: int) -> dict[str, Any]:
+    """A file of 9,001 lines, of which that number `at` is `odd`; the last 450 are held out."""
+    found = ['{"text": "one"}\n'] * 9000
+    found.insert(at, f"{odd}\n")
+    (folder / "broken.jsonl").write_text("".join(found))
     return {"files": (str(folder / "broken.jsonl"),)}
 
 
@@ -353,7 +356,9 @@ def held_out_twice(folder: Path) -> dict[str, Any]:
         (has_mask, "has a \\[MASK\\] already"),
         (empty_file, "empty.txt: the file is empty"),
         (short_file, "too little text: 108 bytes to learn from and 0 held out"),
-        (broken_line, "broken.jsonl: the line at byte 144000 is not JSON"),
+        (lambda folder: lines(folder, "{text: two}", 9000), "broken.jsonl: the line at byte 144000 is not JSON"),
+        (lambda folder: lines(folder, '{"text": "tw', 5000), "broken.jsonl: the line at byte 80000 is not JSON"),
+        (lambda folder: lines(folder, '{"text": null}', 5000), "line at byte 80000 has no text in a field 'text'"),
         (held_out_twice, "cannot be both learnt from and held out"),
         (lambda folder: {"field": "body"}, "has no text in a field 'body': name the field with --field"),
         (lambda folder: {"files": (str(folder),)}, "this is a directory; name its files"),

@@ -9,8 +9,9 @@ them.
 
 import json
 import mmap
+import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
 
@@ -72,6 +74,17 @@ class Part:
             text, place = self._line(place)
             if text:
                 yield text
+
+    def check(self, read: Callable[[int], object]) -> None:
+        """Reads every line, and tells `read` how many bytes that were. Raises ValueError for a line that is no object
+        with the field."""
+        if self.field is None:
+            return
+        place = self.begin
+        while place < self.end:
+            before = place
+            _, place = self._line(place)
+            read(place - before)
 
     def _line(self, place: int) -> tuple[bytes, int]:
         """The text of the line at byte `place`, and where the next one begins. Raises ValueError for a line that is no
@@ -147,6 +160,16 @@ class Documents:
                 found.append(text[:most])
                 most -= len(text)
         return found
+
+
+def check_lines(*given: Documents) -> None:
+    """Reads all lines of line files once, with a progress bar on a terminal, so that a run does not come upon a broken
+    one after hours. Raises ValueError for a line that is no object with the field."""
+    parts = [part for documents in given for part in documents.parts if part.field is not None]
+    size = sum(part.size for part in parts)
+    with tqdm(total=size, desc="checking", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        for part in parts:
+            part.check(bar.update)
 
 
 def slices(texts: Sequence[bytes], length: int) -> Tensor:

@@ -28,7 +28,7 @@ from . import model, objective
 from .continuing import continuing
 from .convert import TABLE, first_table, with_blocks
 from .device import chosen_device
-from .documents import Documents, open_documents, slices
+from .documents import Documents, check_lines, open_documents, slices
 from .loop import Loop, Plan, Step, run_phase, stop_requests
 from .metrics import Metrics
 from .passes import Passes
@@ -99,6 +99,7 @@ def begin(settings: Settings, name: str, run: Path, device: torch.device) -> Job
     render(config, "float32")  # what cannot be saved is said before the training
     if settings.row_bytes >= config.max_length:
         raise ValueError(f"--row-bytes {settings.row_bytes}: the model has {config.max_length} positions, one for BOS")
+    check_lines(training, held_out)
     with source.reading():
         for tensor_name, tensor in source.tensors.items():
             require_finite(tensor_name, tensor)
