@@ -26,7 +26,7 @@ from tests.test_checkpoint_formats import META_CONFIG, write_meta
 from tests.test_cli import fails, runner
 from training import convert, model
 from training.continuing import continuing
-from training.documents import Documents, open_documents, slices
+from training.documents import LEAST_TEXT, Documents, open_documents, slices
 from training.finetune import Job, begin, resumed, save, train
 from training.loop import Stopped
 from training.metrics import read_metrics
@@ -311,6 +311,45 @@ def test_rows_are_slices_of_single_documents_and_what_is_held_out_is_never_drawn
         if name == "text.jsonl":
             assert any(EOS_ID in row for row in rows)
             assert any(row[1] != documents[0][0] for row in rows), "not only starts"
+
+
+def test_every_held_out_file_is_measured_in_proportion_to_its_size(tmp_path: Path) -> None:
+    sizes = {"a.txt": 60_000, "b.jsonl": 20_000, "c.txt": 40_000}
+    for name, size in sizes.items():
+        lines = [json.dumps({"text": name[0] * 80}) + "\n"] * (size // 93)
+        (tmp_path / name).write_text("".join(lines) if name == "b.jsonl" else name[0] * size)
+    held_out = open_documents([Path(__file__)], [tmp_path / name for name in sizes], "text")[1]
+    joined = b"".join(held_out.texts(12_000))
+    assert [joined.count(letter) for letter in (b"a", b"b", b"c")] == pytest.approx([6000, 2000, 4000], rel=0.02)
+    assert len(joined) == 12_000
+    everything = b"".join(held_out.texts(1 << 30))
+    assert [everything.count(letter) for letter in (b"a", b"b", b"c")] == [60_000, 20_000 // 93 * 80, 40_000]
+
+
+def test_of_many_small_files_some_are_measured_in_pieces_that_are_long_enough(tmp_path: Path) -> None:
+    for i in range(100):
+        (tmp_path / f"{i:03}.txt").write_bytes(bytes([i]) * 2000)
+    held_out = open_documents([Path(__file__)], sorted(tmp_path.iterdir()), "text")[1]
+    pieces = held_out.texts(20_000)
+    assert sum(map(len, pieces)) == 20_000 and all(len(piece) >= LEAST_TEXT for piece in pieces[:-1])
+    assert pieces[0][0] < 10 and pieces[-1][0] == 99, "from the first files to the last"
+    (tmp_path / "one").write_bytes(b"x" * 5000)
+    held_out = open_documents([Path(__file__)], [tmp_path / "one"], "text")[1]
+    assert held_out.texts(700) == [b"x" * 700]
+
+
+def test_no_more_is_read_than_is_measured(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    class Watched(bytes):
+        def __getitem__(self, key: Any) -> Any:
+            read.append(key.stop - key.start)
+            return super().__getitem__(key)
+
+    (tmp_path / "large.txt").write_bytes(bytes(50_000))
+    held_out = open_documents([Path(__file__)], [tmp_path / "large.txt"], "text")[1]
+    vars(held_out.parts[0])["_data"] = Watched(50_000)
+    assert held_out.texts(5000) == [bytes(5000)] and read == [5000], "a copy of a whole file may not fit"
 
 
 def test_slices_hold_every_byte_once() -> None:

@@ -30,6 +30,8 @@ LARGE = 64 << 10
 MOST_HELD_OUT = 1 << 20
 LEAST_HELD_OUT = 4 << 10
 """Fewer bytes give no figure worth printing."""
+LEAST_TEXT = 1 << 10
+"""A shorter piece of a file is too little context to measure on."""
 LINES = (".jsonl", ".ndjson")
 EMPTY_DRAWS = 1000
 """So many lines in a row without text mean that there is none."""
@@ -64,16 +66,18 @@ class Part:
         start = max(0, int(draw.integers(-START_WEIGHT, max(1, len(ids) - length + 1))))
         return ids[start : start + length] if len(ids) > 1 else ids[:0]
 
-    def documents(self) -> Iterator[bytes]:
-        """The texts, one after another; a file's part is one text."""
+    def texts(self, most: int) -> Iterator[bytes]:
+        """The first texts, of `most` bytes in all, one after another; a file's part is one text. Reads no more."""
         if self.field is None:
-            yield self._data[self.begin : self.end]
+            if size := min(most, self.size):
+                yield self._data[self.begin : self.begin + size]
             return
         place = self.begin
-        while place < self.end:
+        while place < self.end and most > 0:
             text, place = self._line(place)
             if text:
-                yield text
+                yield text[:most]
+                most -= len(text)
 
     def check(self, read: Callable[[int], object]) -> None:
         """Reads every line, and tells `read` how many bytes that were. Raises ValueError for a line that is no object
@@ -151,14 +155,17 @@ class Documents:
         return torch.from_numpy(rows)
 
     def texts(self, most: int) -> list[bytes]:
-        """The first texts, of `most` bytes in all."""
-        found: list[bytes] = []
-        for part in self.parts:
-            for text in part.documents():
-                if most <= 0:
-                    return found
-                found.append(text[:most])
-                most -= len(text)
+        """The first texts of every part, of at most `most` bytes in all: each part's share is in proportion to its
+        size. A share of fewer than `LEAST_TEXT` bytes is left to the next part, unless it is all of its part or there
+        is none."""
+        most, found = min(most, self.num_bytes), list[bytes]()
+        given = 0
+        for part, end in zip(self.parts, self._ends.tolist(), strict=True):
+            due = most * end // self.num_bytes - given
+            if due >= min(LEAST_TEXT, part.size) or part is self.parts[-1]:
+                texts = list(part.texts(due))
+                given += sum(map(len, texts))
+                found += texts
         return found
 
 
