@@ -4,6 +4,7 @@ had never stopped."""
 import json
 import os
 import signal
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from training.finetune import Job, begin, resumed, save, train
 from training.loop import Stopped
 from training.metrics import read_metrics
 from training.state import PATCHER
-from training.tuning import Settings
+from training.tuning import Settings, on_device
 from training.tuning_report import report, summary
 
 CPU = torch.device("cpu")
@@ -265,6 +266,42 @@ def test_the_report_measures_what_was_saved(folder: Path, finished: Job) -> None
     assert f"{found.before:.4f} | {found.after:.4f}" in card and "| BLT-DV-4 one step |" in card
     assert {"loss.png", "decoders.json", "decoders.png"} <= {path.name for path in (folder / "tuned").iterdir()}
     assert summary(found).startswith(f"next byte: {found.before:.4f} bits before, {found.after:.4f} after")
+
+
+def test_the_report_leaves_the_device_to_the_engine(folder: Path, tmp_path: Path) -> None:
+    job = begin(settings(folder, steps=3, dtype="bfloat16"), "tuned", tmp_path / "run", CPU)
+    train(job)
+    save(job, tmp_path / "out")
+    held = [weakref.ref(job.tuning.weights[name]) for name in job.tuning.trained]
+    card = tmp_path / "out" / "README.md"
+    asked: list[tuple[Any, ...]] = []
+
+    def copied(*arguments: Any) -> dict[str, torch.Tensor]:
+        found = on_device(*arguments)
+        held.extend(map(weakref.ref, found.values()))
+        return found
+
+    def measured(*arguments: Any) -> None:
+        asked.append(arguments)
+        assert len(held) > len(job.tuning.trained) and not [one for one in held if one() is not None]
+        assert "| next byte, bits |" in card.read_text() and "Not measured (the report was stopped" in card.read_text()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it.")
+
+    job.tuning.release()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.tuning_report.on_device", copied)
+        patch.setattr("training.decoding.measure", measured)
+        found = report(job, tmp_path / "out", prompts=1, prefixes=4)
+        assert found.why == "CUDA out of memory. Tried to allocate 2.00 GiB."
+        assert f"Not measured ({found.why})" in card.read_text() and f"not measured ({found.why})" in summary(found)
+        assert asked[0][-2:] == ("float32", "cpu")
+        job.tuning.device = torch.device("cuda")
+        patch.setattr("training.tuning_report._next_byte", lambda *of: (1.0, 0.5))
+        report(job, tmp_path / "out", prompts=1, prefixes=4)
+        assert asked[1][-2:] == ("bfloat16", "cuda")
+        patch.setattr("training.decoding.measure", lambda *of: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            report(job, tmp_path / "out", prompts=1, prefixes=4)
 
 
 def test_a_run_that_was_stopped_in_its_report_makes_it_again(folder: Path, finished: Job) -> None:

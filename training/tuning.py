@@ -119,6 +119,7 @@ class Tuning:
     bits_before: float
     table_size: float
     phases: dict[str, Phase]
+    device: torch.device
     machines: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -150,11 +151,7 @@ class Tuning:
             "mask": Phase.of(of_table, *of_rows),
             "blocks": Phase.of({n: weights[n] for n in trained}, *rates),
         }
-        return cls(settings, config, source, weights, trained, text, bits_before, size, phases)
-
-    @property
-    def device(self) -> torch.device:
-        return self.weights[TABLE].device
+        return cls(settings, config, source, weights, trained, text, bits_before, size, phases, table.device)
 
     @property
     def steps(self) -> int:
@@ -209,11 +206,11 @@ class Tuning:
         self.machines = dict(header.machines)
 
     def release(self) -> None:
-        """Gives back the memory that only training needs: gradients and what optimizers keep."""
+        """Gives back the memory of the weights, their gradients and what optimizers keep. Only the figures of the run
+        remain, for the report."""
+        self.weights = {}
         for phase in self.phases.values():
             phase.optimizers = ()
-        for weight in self.weights.values():
-            weight.grad = None
 
     def finished(self) -> dict[str, Tensor]:
         """All weights, in the dtypes of the model that the run began with; the patcher has the same bits."""

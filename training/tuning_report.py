@@ -3,12 +3,15 @@
 `README.md` is the report, `loss.png` has the curves, `decoders.json` and `decoders.png` are those of `fastblt compare`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from engine import checkpoint
 from engine.config import PAD_ID
+from engine.shortage import is_out_of_memory
 
 from . import decoding
 from .finetune import Job, held_out_rows, next_byte_bits
@@ -22,6 +25,7 @@ CURVES = (
     ("blocks", "bits", "blocks: next byte"),
     ("blocks", "mask", "blocks: masked cells, 1/t-weighted"),
 )
+STOPPED = "the report was stopped before"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +45,43 @@ def report(job: Job, out: Path, prompts: int, prefixes: int) -> Report:
     """Measures the model in `out`, which `finetune.save` wrote, and writes the folder's other files. prompts: to
     continue with every decoder; 0 measures none."""
     tuning, settings = job.tuning, job.tuning.settings
-    saved = checkpoint.load(out)
     rows = held_out_rows(job.held_out, settings)
-    after, right = next_byte_bits(saved.config, on_device(saved, tuning.device), rows, settings)
+    after, right = _next_byte(out, rows, tuning)
     plot(_end_to_end(read_metrics(job.run)), out / "loss.png", CURVES)
-    decoders, why = None, "`--prompts 0`"
-    if prompts:
-        texts = job.held_out.texts(settings.held_out_bytes)
-        device: Literal["cpu", "cuda"] = "cuda" if tuning.device.type == "cuda" else "cpu"
-        try:
-            decoders = decoding.measure(out, texts, prompts, 64, prefixes, device=device)
-        except ValueError as error:
-            why = str(error)
     count = int((rows[:, 1:] != PAD_ID).sum())
-    found = Report(tuning.bits_before, after, right, count, decoders, why)
+    found = Report(tuning.bits_before, after, right, count, None, STOPPED if prompts else "`--prompts 0`")
+    # Before the decoders are measured, too, which takes longest: whatever happens there, the other figures are kept.
     (out / "README.md").write_text(card(tuning, found))
-    if decoders is not None:
-        decoding.write(decoders, out)
+    if prompts:
+        found = _with_decoders(found, job, out, prompts, prefixes)
+        (out / "README.md").write_text(card(tuning, found))
+        if found.decoders is not None:
+            decoding.write(found.decoders, out)
     return found
+
+
+def _next_byte(out: Path, rows: Tensor, tuning: Tuning) -> tuple[float, float]:
+    """`next_byte_bits` of the saved model, whose weights are gone from the device afterwards: the engine loads them
+    again."""
+    saved = checkpoint.load(out)
+    return next_byte_bits(saved.config, on_device(saved, tuning.device), rows, tuning.settings)
+
+
+def _with_decoders(found: Report, job: Job, out: Path, prompts: int, prefixes: int) -> Report:
+    settings = job.tuning.settings
+    texts = job.held_out.texts(settings.held_out_bytes)
+    device: Literal["cpu", "cuda"] = "cuda" if job.tuning.device.type == "cuda" else "cpu"
+    # A device that held the weights in the run's dtype may have no room for twice as much.
+    dtype = settings.dtype if device == "cuda" else "float32"
+    try:
+        decoders = decoding.measure(out, texts, prompts, 64, prefixes, dtype, device)
+    except ValueError as error:
+        return replace(found, why=str(error))
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return replace(found, why=(str(error).splitlines() or ["out of memory"])[0])
+    return replace(found, decoders=decoders, why="")
 
 
 def summary(found: Report) -> str:
