@@ -780,6 +780,7 @@ def compare(
 
 @app.command()
 def finetune(
+    context: typer.Context,
     files: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -903,8 +904,13 @@ def finetune(
                 given, out, folder, resume=resume, device=device, threads=threads, prompts=prompts, prefixes=prefixes
             )
         except Stopped:
-            again = shlex.join(["fastblt", "finetune", "--resume", "--run", str(folder), "--out", str(out)])
-            typer.echo(f"stopped; go on with {again}", err=True)
+            again = ["fastblt", "finetune", "--resume", "--run", str(folder), "--out", str(out)]
+            # What the run does not keep: it is of this process or of the report.
+            for name in ("device", "threads", "prompts", "prefixes"):
+                option = next(one for one in context.command.params if one.name == name)
+                if context.params[name] != option.default:
+                    again += [option.opts[0], str(context.params[name])]
+            typer.echo(f"stopped; go on with {shlex.join(again)}", err=True)
             raise typer.Exit(130) from None
         typer.echo(result)
 

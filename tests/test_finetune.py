@@ -3,6 +3,7 @@ had never stopped."""
 
 import json
 import os
+import shlex
 import signal
 import weakref
 from collections.abc import Callable, Sequence
@@ -476,6 +477,23 @@ def test_a_run_keeps_its_settings_its_text_and_its_model(folder: Path, tmp_path:
     (tmp_path / "text.txt").write_text("".join(LINES).replace("sum", "som"))
     with pytest.raises(ValueError, match="not the text that the run"):
         resumed(tmp_path / "run", CPU, {})
+
+
+def test_the_command_to_go_on_with_has_the_flags_that_no_run_keeps(folder: Path, tmp_path: Path) -> None:
+    def stopped(*arguments: Any, **more: Any) -> None:
+        raise Stopped
+
+    begun = ["finetune", "--model", str(folder / "hf"), "--out", str(tmp_path / "a model"), str(folder / "text.txt")]
+    given = ["--device", "cuda", "--threads", "3", "--prompts", "0", "--prefixes", "7"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.finetune.finetune", stopped)
+        found = [runner.invoke(app, [*begun, "--seed", "3", *more]) for more in (given, ["--prompts", "20"])]
+    again = [
+        *["fastblt", "finetune", "--resume", "--run", str(tmp_path / "a model.run")],
+        *["--out", str(tmp_path / "a model")],
+    ]
+    told = [shlex.split(result.stderr.removeprefix("stopped; go on with ")) for result in found]
+    assert told == [[*again, *given], again]
 
 
 def test_the_command_says_what_is_wrong_with_its_arguments(folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run in stages, on whatever machine: nothing is lost, nothing waits for the device, and little need be installed."""
 
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from tests.test_layering import ROOT
 from tests.test_training_run import CONFIG, CORPUS, SETTINGS
 from training import corpus, export, loop
 from training import train as training
-from training.loop import StageOver
+from training.loop import StageOver, Stopped
 from training.metrics import read_metrics
 from training.passes import COMPILE_SECONDS, Passes
 from training.state import State
@@ -235,6 +236,25 @@ def test_a_resumed_run_keeps_its_settings_and_a_new_run_does_not_overwrite_it(
             training.main(command(tmp_path, archive, *more))
         assert message in " ".join(capsys.readouterr().err.split())
     assert (tmp_path / "state.json").read_text() == before
+
+
+def test_a_stopped_run_names_the_flags_to_give_again(
+    tmp_path: Path, archive: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(training, "train", stopped)
+    monkeypatch.setattr(training, "chosen_device", lambda name: torch.device("cpu"))
+    run = tmp_path / "a run"
+    arguments = ["--run", str(run), "--preset", "tiny", "--steps", "1", "--corpus", str(archive), "--device", "cuda"]
+    assert training.main([*arguments, "--stage-minutes", "9", "--compile", "auto", "--threads", "1"]) == 130
+    assert training.main([*arguments, "--out", str(tmp_path / "out"), "--compile", "off"]) == 130
+    again = shlex.join(["--resume", "--run", str(run)])
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("stopped")] == [
+        f"stopped; go on with {again} --device cuda --stage-minutes 9.0 --corpus {archive} --threads 1",
+        f"stopped; go on with {again} --out {tmp_path / 'out'} --device cuda --corpus {archive} --compile off",
+    ]
 
 
 def double(row: torch.Tensor) -> torch.Tensor:

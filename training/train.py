@@ -6,6 +6,7 @@ folder with its state (saved every two minutes and when it is stopped) and its m
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -246,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     print(f"{training.num_bytes / 1e6:.1f} MB to learn from, {held_out.num_bytes / 1e6:.1f} MB held out", flush=True)
     deadline = STARTED + 60 * options.stage_minutes if options.stage_minutes else None
-    again = f"--resume --run {options.run}"
+    again = shlex.join(["--resume", "--run", str(options.run), *_given_again(parser, options)])
     try:
         train(state, training, options.run, Passes(options.compile, device, deadline), deadline)
     except Stopped:
@@ -266,6 +267,16 @@ def main(arguments: list[str] | None = None) -> int:
     result = export(state, training, held_out, options.run, out)
     print(f"{out}: {result.bits_per_byte:.3f} bits per byte held out", flush=True)
     return 0
+
+
+def _given_again(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    """The flags of this process that a resumed run needs again: those that differ from the defaults and that no run
+    keeps."""
+    found = []
+    for name in ("out", "device", "stage_minutes", "corpus", "compile", "threads"):
+        if (value := getattr(options, name)) != parser.get_default(name):
+            found += ["--" + name.replace("_", "-"), str(value)]
+    return found
 
 
 def _state(options: argparse.Namespace, device: torch.device) -> State:
