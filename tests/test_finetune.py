@@ -477,6 +477,21 @@ def test_a_run_keeps_its_settings_its_text_and_its_model(folder: Path, tmp_path:
     (tmp_path / "text.txt").write_text("".join(LINES).replace("sum", "som"))
     with pytest.raises(ValueError, match="not the text that the run"):
         resumed(tmp_path / "run", CPU, {})
+    # The same but for one digit in the last twentieth, which is held out.
+    (tmp_path / "text.txt").write_text("".join(LINES).replace("line 3850:", "line 3851:"))
+    with pytest.raises(ValueError, match=r"text\.txt: not the held-out text that the run"):
+        resumed(tmp_path / "run", CPU, {})
+
+
+def test_held_out_files_must_be_those_that_the_run_began_with(folder: Path, tmp_path: Path) -> None:
+    apart = tmp_path / "apart.txt"
+    apart.write_text("".join(LINES[:400]))
+    job = begin(settings(folder, held_out=(str(apart),)), "tuned", tmp_path / "run", CPU)
+    job.tuning.save(tmp_path / "run")
+    assert resumed(tmp_path / "run", CPU, {}).tuning.held_out == job.tuning.held_out
+    apart.write_text("".join(LINES[:400]).replace("line 9:", "line 8:"))
+    with pytest.raises(ValueError, match=r"apart\.txt: not the held-out text that the run in .* began with"):
+        resumed(tmp_path / "run", CPU, {})
 
 
 def test_the_command_to_go_on_with_has_the_flags_that_no_run_keeps(folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ but the patcher. Patcher and threshold keep their bits, so patches stay where th
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def begin(settings: Settings, name: str, run: Path, device: torch.device) -> Job
     draw = np.random.default_rng([settings.seed, len(settings.files)])
     first = training.rows(draw, FIRST_ROWS, settings.row_bytes).to(device)
     table = first_table(source.config, weights, first.split(settings.rows), settings.products)
-    return Job(Tuning.new(settings, source, name, training.digest, table, weights, before), training, held_out, run)
+    digests = training.digest, _digest(rows)
+    return Job(Tuning.new(settings, source, name, *digests, table, weights, before), training, held_out, run)
 
 
 def resumed(run: Path, device: torch.device, given: Mapping[str, Any]) -> Job:
@@ -126,11 +128,22 @@ def resumed(run: Path, device: torch.device, given: Mapping[str, Any]) -> Job:
         raise ValueError(f"{settings.model} is not the model that the run in {run} began with")
     if training.digest != header.text:
         raise ValueError(f"{', '.join(settings.files)}: not the text that the run in {run} began with")
+    if _digest(held_out_rows(held_out, settings)) != header.held_out:
+        names = ", ".join(settings.held_out or settings.files)
+        raise ValueError(f"{names}: not the held-out text that the run in {run} began with")
     weights = on_device(source, device)
     shape = source.config.vocab_size + 1, source.config.decoder.dim
     table = torch.zeros(shape, device=device)
     tuning = Tuning.new(
-        settings, source, header.name, header.text, table, weights, header.bits_before, header.table_size
+        settings,
+        source,
+        header.name,
+        header.text,
+        header.held_out,
+        table,
+        weights,
+        header.bits_before,
+        header.table_size,
     )
     tuning.restore(header, run)
     return Job(tuning, training, held_out, run)
@@ -234,6 +247,11 @@ def _opened(settings: Settings) -> tuple[checkpoint.Checkpoint, Documents, Docum
     source = checkpoint.load(settings.model, patcher=settings.patcher)
     files, held_out = (tuple(map(Path, names)) for names in (settings.files, settings.held_out))
     return source, *open_documents(files, held_out, settings.field)
+
+
+def _digest(rows: Tensor) -> str:
+    """Tells other held-out text, of which every byte is measured."""
+    return sha256(rows.numpy().tobytes()).hexdigest()
 
 
 def _size(rows: Tensor) -> int:

@@ -97,6 +97,7 @@ class Header(msgspec.Struct, frozen=True):
     settings: Settings
     source: str
     text: str
+    held_out: str
     name: str
     bits_before: float
     table_size: float
@@ -107,8 +108,8 @@ class Header(msgspec.Struct, frozen=True):
 @dataclass(slots=True)
 class Tuning:
     """A run. weights: all of the model's, by canonical names; the trained ones are float32. source: the model that it
-    began with. text: the digest of the text. bits_before: of a held-out next byte, by that model. table_size: the root
-    mean square of the decoder's first table."""
+    began with. text, held_out: the digests of the text and of the held-out rows. bits_before: of a held-out next byte,
+    by that model. table_size: the root mean square of the decoder's first table."""
 
     settings: Settings
     config: ModelConfig
@@ -116,6 +117,7 @@ class Tuning:
     weights: dict[str, Tensor]
     trained: tuple[str, ...]
     text: str
+    held_out: str
     bits_before: float
     table_size: float
     phases: dict[str, Phase]
@@ -129,6 +131,7 @@ class Tuning:
         source: Checkpoint,
         name: str,
         text: str,
+        held_out: str,
         table: Tensor,
         frozen: dict[str, Tensor],
         bits_before: float,
@@ -151,7 +154,8 @@ class Tuning:
             "mask": Phase.of(of_table, *of_rows),
             "blocks": Phase.of({n: weights[n] for n in trained}, *rates),
         }
-        return cls(settings, config, source, weights, trained, text, bits_before, size, phases, table.device)
+        digests = text, held_out
+        return cls(settings, config, source, weights, trained, *digests, bits_before, size, phases, table.device)
 
     @property
     def steps(self) -> int:
@@ -180,6 +184,7 @@ class Tuning:
             self.settings,
             source_digest(self.source),
             self.text,
+            self.held_out,
             self.config.name,
             self.bits_before,
             self.table_size,
