@@ -121,3 +121,34 @@ def test_own_blocks_start_anywhere_and_hold_what_continues(
     for name in ("ids", "starts", "patches"):
         assert getattr(found.blocks, name)[1].equal(getattr(plain.blocks, name)[1])
     assert found.targets[1].equal(plain.targets[1]), "the other texts' blocks are as before"
+
+
+def test_a_share_of_few_texts_is_kept_on_average(
+    random_model: tuple[ModelConfig, dict[str, Tensor]], rows: Tensor
+) -> None:
+    config, weights = random_model
+    patches = model.patch(config.patching, model.entropies(config, weights, rows[:, :-1]))
+    asked: list[int] = []
+
+    def continued(starts: Tensor) -> Tensor:
+        asked.append(len(starts))
+        return starts[..., None].expand(*starts.shape, config.block_size or 0) + 4
+
+    def drawn(own_share: float, draw: torch.Generator) -> None:
+        objective.corrupt(config, rows, patches, 1, draw, own_share=own_share, continued=continued)
+
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        drawn(0.1, draw)
+    assert 60 < len(asked) < 100 and {*asked} == {1}, "a fifth of a text in each step, on average"
+    asked.clear()
+    for _ in range(50):
+        drawn(0.75, draw)
+    assert {*asked} == {1, 2}
+    # Whole numbers of texts take no draw: the numbers after it are those of a run without a share.
+    left = []
+    for share in (0.0, 0.5, 1.0):
+        draw = torch.Generator().manual_seed(1)
+        drawn(share, draw)
+        left.append(float(torch.rand((), generator=draw)))
+    assert left[0] == left[1] == left[2]

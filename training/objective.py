@@ -70,7 +70,7 @@ def corrupt(
     patches are; past the row's end it is padded with PAD, which is not scored.
 
     `own_share` of the texts, the first ones, have blocks that start anywhere but at BOS, as those of `blt-dv` do, and
-    hold what `continued` gives.
+    hold what `continued` gives. If that is no whole number of texts, it is so on average.
     """
     assert config.block_size is not None and config.mask_id is not None
     count, size, width = len(row), config.block_size, row.shape[1]
@@ -87,7 +87,11 @@ def corrupt(
     drawn = tickets[:, :most].masked_fill(~eligible, 2.0).topk(min(per_text, most), largest=False)
     chosen, real = drawn.indices, drawn.values < 2.0
     starts, before = patches.starts.gather(1, chosen), (chosen - 1).clamp(min=0)
-    own = round(own_share * count)
+    share = round(own_share * count, 6)  # a product such as 0.29 * 100 is a little less than 29
+    own = int(share)
+    # Drawn only where needed, so that all other runs have the numbers that they would have without it.
+    if fraction := share - own:
+        own += float(torch.rand((), generator=draw)) < fraction
     if own:
         anywhere = tickets[:own].masked_fill(row[:own] == PAD_ID, 2.0)
         anywhere[:, 0] = 2.0
