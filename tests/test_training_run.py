@@ -119,6 +119,7 @@ def test_a_training_run_exports_a_model_folder_with_card_and_curve(tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{result.bits_per_byte:.3f} bits per byte" in card and "PSF" in card
     assert re.search(r"that end in a loop \| \d+% \|", card)
+    assert "of the first 2 bytes, of all 4 |" in card
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

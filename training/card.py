@@ -35,7 +35,7 @@ and its tests mean something, without a download; it is no useful assistant.
 | `xz -9` of the same files, as one | {result.xz_bits_per_byte:.3f} bits per byte |
 | masked cells, whole block masked, block at a patch start | {result.masked_accuracy:.1%} right |
 | the same by place in the block | {places} |
-| drafts in one step, from anywhere, that the model would have written: of {size // 2} bytes, of {size} | {kept} |
+| drafts in one step, from anywhere, that the model would have written: of the first {size // 2} bytes, of all {size} | {kept} |
 | greedy texts of {TEXT_BYTES} bytes, after held-out prompts, that end in a loop | {looping:.0%} |
 | mean patch | {result.mean_patch:.2f} bytes |
 

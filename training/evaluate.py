@@ -36,8 +36,8 @@ class Evaluation:
 
     byte_accuracy: share of next bytes predicted. masked_accuracy: share of cells predicted in fully masked blocks, by
     place in the block. kept: of blocks drafted in one step from anywhere, the share of bytes up to the first that the
-    model's own greedy continuation does not have, for blocks of half the size and of the whole; what `blt-dv` keeps,
-    except that no patch ends inside. mean_patch: bytes per patch.
+    model's own greedy continuation does not have: of the bytes in the first half of each block, and of all its bytes.
+    That is what `blt-dv` keeps, except that no patch ends inside. mean_patch: bytes per patch.
     """
 
     bytes: int

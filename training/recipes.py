@@ -53,7 +53,8 @@ def load(folder: Path, held_out: Corpus) -> Run:
 
 def table(runs: Sequence[Run]) -> str:
     """A Markdown table, a row for each run."""
-    rows = ["| run | recipe | minutes | steps | MB | bits per byte | drafts kept, of 4 | of 8 |", "|---" * 8 + "|"]
+    head = "| run | recipe | minutes | steps | MB | bits per byte | drafts kept, of the first 4 bytes | of all 8 |"
+    rows = [head, "|---" * 8 + "|"]
     for run in runs:
         phase = run.state.phases["model"]
         cells: list[Any] = [run.name, run.recipe, f"{phase.seconds / 60:.1f}", phase.step, f"{phase.bytes / 1e6:.1f}"]
