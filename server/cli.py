@@ -774,7 +774,8 @@ def compare(
         texts = [path.read_bytes() for path in files] if files else corpus.standard_library()[1].texts
         result = decoding.measure(folder, texts, prompts, max_tokens, prefixes, dtype)
         if write:
-            decoding.write(result, folder)
+            named = f"`{shlex.join(['fastblt', 'compare', *map(str, files)])}` measures it again." if files else None
+            decoding.write(result, folder, named or decoding.AGAIN)
         typer.echo(decoding.table(result))
 
 

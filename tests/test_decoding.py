@@ -14,10 +14,11 @@ from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.types import Delta, Request, SamplingParams, Trace
 from server import offline
+from server.cli import app
 from server.terminal_view import PATCHES, Show
 from tests.engines import make_engine, request, run
 from tests.models import text
-from tests.test_cli import fails
+from tests.test_cli import fails, runner
 from training import decoding
 
 NANO = Path(__file__).parents[1] / "models" / "nano"
@@ -96,6 +97,21 @@ def test_compare_writes_its_table_into_the_card_and_keeps_the_rest(tmp_path: Pat
     assert card.count(decoding.table(result)) == 1 and "old" not in card
     assert json.loads((tmp_path / "decoders.json").read_text()) == result
     assert (tmp_path / "decoders.png").stat().st_size > 10_000
+    assert "\n`fastblt compare` measures it again.\n" in card
+    decoding.write(result, tmp_path, "Other text was used.")
+    card = (tmp_path / "README.md").read_text()
+    assert "\nOther text was used.\n" in card and "measures it again" not in card
+
+
+def test_the_card_names_the_files_that_compare_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = json.loads((NANO / "decoders.json").read_text())
+    monkeypatch.setattr(decoding, "measure", lambda *arguments: result)
+    (tmp_path / "README.md").write_text(f"{decoding.BEGIN}{decoding.END}")
+    (tmp_path / "a text").write_text("words")
+    given = ["compare", "--model", str(tmp_path), "--write"]
+    for files, told in (([], "fastblt compare"), ([str(tmp_path / "a text")], f"fastblt compare '{tmp_path}/a text'")):
+        assert runner.invoke(app, [*given, *files]).exit_code == 0
+        assert f"\n`{told}` measures it again.\n" in (tmp_path / "README.md").read_text()
 
 
 def test_the_embedded_models_card_shows_the_measured_table() -> None:

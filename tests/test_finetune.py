@@ -33,7 +33,7 @@ from training.finetune import Job, begin, resumed, save, train
 from training.loop import Stopped
 from training.metrics import read_metrics
 from training.state import PATCHER
-from training.tuning import Settings, on_device
+from training.tuning import TABLE_RATE, Settings, on_device
 from training.tuning_report import report, summary
 
 CPU = torch.device("cpu")
@@ -233,12 +233,18 @@ def test_a_model_whose_decoder_has_a_table_keeps_it(tmp_path: Path, folder: Path
     rule = PatchingRule(max_patch_length=8)
     config, weights = our_model(our_config(decoder_input="embedding", patching=rule), 31)
     ours = save_ours(tmp_path / "ours", (config, weights))
-    job = begin(settings(folder, model=str(ours)), "tuned", tmp_path / "run", CPU)
+    job = begin(settings(folder, model=str(ours), own_share=0.5), "tuned", tmp_path / "run", CPU)
     assert list(job.tuning.phases) == ["mask", "blocks"]
     torch.testing.assert_close(job.tuning.weights[convert.TABLE][:-1], weights[convert.TABLE])
     train(job)
     save(job, tmp_path / "out")
     assert checkpoint.load(tmp_path / "out").config.mask_id == 260
+    report(job, tmp_path / "out", prompts=0, prefixes=1)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The decoder had a table, and\nkept it. First the row of [MASK] alone" in card
+    assert "the mean of the encoder's states" not in card
+    assert "There the blocks of\n50% of the rows start anywhere and hold the model's own greedy continuations" in card
+    assert "Not measured (`--prompts 0`). `fastblt compare --model FOLDER --write FILE...`" in card
 
 
 def test_a_bfloat16_model_in_metas_layout_is_trained_and_keeps_its_rules(folder: Path, tmp_path: Path) -> None:
@@ -265,6 +271,11 @@ def test_the_report_measures_what_was_saved(folder: Path, finished: Job) -> None
     assert names["BLT-DV-4 one step"]["real_acceptance"] is not None
     card = (folder / "tuned" / "README.md").read_text()
     assert f"{found.before:.4f} | {found.after:.4f}" in card and "| BLT-DV-4 one step |" in card
+    assert "First the decoder's table alone" in card and "own greedy continuations" not in card
+    rate = f"{TABLE_RATE * finished.tuning.table_size:.2g}"
+    assert f"AdamW {rate} for the decoder's table where it is trained alone" in card
+    assert "then Muon 0.005 for matrices, AdamW\n0.001 for the rest" in card
+    assert "Measured by `fastblt finetune` on the held-out text." in card and "measures it again" not in card
     assert {"loss.png", "decoders.json", "decoders.png"} <= {path.name for path in (folder / "tuned").iterdir()}
     assert summary(found).startswith(f"next byte: {found.before:.4f} bits before, {found.after:.4f} after")
 

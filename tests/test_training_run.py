@@ -13,6 +13,7 @@ import torch
 from engine import checkpoint
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
 from tests.models import our_config
+from training import card as model_card
 from training.corpus import Corpus, standard_library
 from training.export import CURVES, export
 from training.loop import Stopped, falling
@@ -120,6 +121,11 @@ def test_a_training_run_exports_a_model_folder_with_card_and_curve(tmp_path: Pat
     assert f"{result.bits_per_byte:.3f} bits per byte" in card and "PSF" in card
     assert re.search(r"that end in a loop \| \d+% \|", card)
     assert "of the first 2 bytes, of all 4 |" in card
+    assert "`python -m training.evaluate FOLDER` measures it again" in card
+    assert "gradient norm clipped at 1 in the model's phase;" in card
+    with_packages = replace(CORPUS, sources=("cpython-3.11.7", "flask-3.1.3"))
+    told = model_card.card(state, with_packages, result, 0.5, [b""] * len(model_card.PROMPTS))
+    assert "`python -m training.evaluate FOLDER --corpus ARCHIVE` measures it again" in told
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

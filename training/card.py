@@ -40,7 +40,7 @@ and its tests mean something, without a download; it is no useful assistant.
 | mean patch | {result.mean_patch:.2f} bytes |
 
 {result.bytes / 1e6:.2f} MB of the held-out files, read in slices of {result.context} bytes that each begin anew, EOS of every file
-counted; the bfloat16 weights of this folder, float32 arithmetic. `python -m training.evaluate` measures it again.
+counted; the bfloat16 weights of this folder, float32 arithmetic. `python -m training.evaluate FOLDER{_archive(training)}` measures it again.
 
 ## Data and licence
 
@@ -88,6 +88,11 @@ Temperature 0.6, seed 0; the mark \u2038 is where the prompt ends.
 def _seen(state: State, training: Corpus) -> str:
     share = state.phases["model"].bytes / training.num_bytes
     return f"It has seen the equivalent of {share:.0%} of its training data{' in this run' * bool(state.settings.model_of)}."
+
+
+def _archive(training: Corpus) -> str:
+    """The flag for the text, unless it is the library of the running Python alone, which needs none."""
+    return " --corpus ARCHIVE" if len(training.sources) > 1 else ""
 
 
 def _text(training: Corpus) -> str:
@@ -158,7 +163,8 @@ The patcher first: {patcher.bytes / 1e6:.1f} MB seen, {patcher.seconds / 60:.0f}
   {main.bytes / 1e6:.1f} MB seen, {main.seconds / 60:.0f} minutes.
 * Rows: {lengths}; {settings.batch_bytes} bytes per step. Muon {settings.matrix_rate} for matrices, AdamW
   {settings.table_rate} for tables, head and norms; {settings.warm_up} steps of warm-up, full
-  rates for {settings.hold:.0%} of a phase, then cosine to 0; gradient norm clipped at 1, bfloat16 products.
+  rates for {settings.hold:.0%} of a phase, then cosine to 0; gradient norm clipped at 1 in the model's phase;
+  {"bfloat16" if settings.bf16 else "float32"} products.
 * Trained on: {machines}.{unfinished}"""
 
 

@@ -34,6 +34,7 @@ GREEDY = SamplingParams(temperature=0)
 PROMPT_BYTES = 200
 WALK_BYTES = 512
 STRIDE = 16
+AGAIN = "`fastblt compare` measures it again."
 BEGIN, END = "<!-- decoders: written by fastblt compare -->", "<!-- end of decoders -->"
 
 
@@ -206,17 +207,18 @@ def draw(result: dict[str, Any], picture: Path) -> None:
     plt.close(figure)
 
 
-def write(result: dict[str, Any], folder: Path) -> None:
-    """decoders.json and decoders.png, and the table in the folder's model card, if it has the marker."""
+def write(result: dict[str, Any], folder: Path, again: str = AGAIN) -> None:
+    """decoders.json and decoders.png, and the table in the folder's model card, if it has the marker. again: a sentence
+    for the card on how this is measured again."""
     (folder / DECODERS).write_text(json.dumps(result, indent=1) + "\n")
     draw(result, folder / "decoders.png")
     card = folder / "README.md"
     if card.exists() and BEGIN in (text := card.read_text()):
         before, rest = text.split(BEGIN)
-        card.write_text(f"{before}{BEGIN}\n\n{section(result)}\n\n{END}{rest.split(END)[1]}")
+        card.write_text(f"{before}{BEGIN}\n\n{section(result, again)}\n\n{END}{rest.split(END)[1]}")
 
 
-def section(result: dict[str, Any]) -> str:
+def section(result: dict[str, Any], again: str) -> str:
     """The model card's section on the decoders."""
     rounds = next((row["real_rounds"] for row in result["rows"] if row["real_rounds"]), 0)
     return f"""\
@@ -226,7 +228,7 @@ gigabytes per 1,000 bytes of text, by the paper's formula and as counted, patche
 that equal BLT's at the same place, and prompts of which all do. Real prefixes: the share of drafted bytes that BLT
 would have written, and the bytes that a round commits (BLT-D: the bytes of a block up to the first that BLT would not
 have written).
-`fastblt compare` measures it again.
+{again}
 
 {table(result)}
 

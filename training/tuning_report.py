@@ -17,7 +17,7 @@ from . import decoding
 from .finetune import Job, held_out_rows, next_byte_bits
 from .metrics import Line, read_metrics
 from .plot import plot
-from .tuning import Tuning, on_device
+from .tuning import TABLE_RATE, Tuning, on_device
 
 CURVES = (
     ("table", "bits", "table: next byte"),
@@ -26,6 +26,8 @@ CURVES = (
     ("blocks", "mask", "blocks: masked cells, 1/t-weighted"),
 )
 STOPPED = "the report was stopped before"
+AGAIN = """\
+Measured by `fastblt finetune` on the held-out text. `fastblt compare --model FOLDER FILE...` measures other text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ def report(job: Job, out: Path, prompts: int, prefixes: int) -> Report:
         found = _with_decoders(found, job, out, prompts, prefixes)
         (out / "README.md").write_text(card(tuning, found))
         if found.decoders is not None:
-            decoding.write(found.decoders, out)
+            decoding.write(found.decoders, out, AGAIN)
     return found
 
 
@@ -123,7 +125,8 @@ def card(tuning: Tuning, found: Report) -> str:
         rows += f", {settings.accumulate} times a step"
     recomputed = ", activations computed again" if settings.recompute else ""
     change = 100 * (found.after / found.before - 1)
-    why = f"Not measured ({found.why}): `fastblt compare --model FOLDER --write`." if found.decoders is None else ""
+    compare = "`fastblt compare --model FOLDER --write FILE...` measures them on other text."
+    why = f"Not measured ({found.why}). {compare}" if found.decoders is None else ""
     return f"""\
 # {config.name}
 
@@ -140,17 +143,16 @@ Held out: {held_out}, in rows of {settings.row_bytes:,} bytes that each begin an
 
 ## Training
 
-Fast BLT (arXiv 2605.08044), section 3.2, from {names}. Trained: {what}. First the decoder's table alone, by the loss of
-the next byte, from the mean of the encoder's states for each byte; then the row of [MASK] alone, by the block loss;
-then everything trained, by the next byte's loss plus {settings.mask_weight} times the block loss.
+Fast BLT (arXiv 2605.08044), section 3.2, from {names}. Trained: {what}. {_order(tuning)}
 
 | phase | steps | MB seen | minutes |
 |---|---|---|---|
 {phases}
 
-{rows}; Muon {settings.learning_rate} for matrices, AdamW {settings.table_share * settings.learning_rate:g} for the
-rest, in every phase {settings.warm_up} steps of warm-up and then a cosine to 0; seed {settings.seed}; products in
-{settings.dtype}{recomputed}. On {machines}.
+{rows}; AdamW {TABLE_RATE * tuning.table_size:.2g} for the decoder's table where it is trained alone,
+{TABLE_RATE:g} of the root mean square of its numbers; then Muon {settings.learning_rate:g} for matrices, AdamW
+{settings.table_share * settings.learning_rate:g} for the rest; in every phase {settings.warm_up} steps of warm-up and
+then a cosine to 0; seed {settings.seed}; products in {settings.dtype}{recomputed}. On {machines}.
 
 ![training losses over bytes seen](loss.png)
 
@@ -162,3 +164,25 @@ rest, in every phase {settings.warm_up} steps of warm-up and then a cosine to 0;
 
 {decoding.END}
 """
+
+
+def _order(tuning: Tuning) -> str:
+    """What the phases trained, one after another, in sentences."""
+    settings = tuning.settings
+    if "table" in tuning.phases:
+        first = """\
+First the decoder's table alone, by the loss of
+the next byte, from the mean of the encoder's states for each byte; then the row of [MASK] alone, by the block loss"""
+    else:
+        first = """\
+The decoder had a table, and
+kept it. First the row of [MASK] alone, by the block loss"""
+    found = f"""\
+{first};
+then everything trained, by the next byte's loss plus {settings.mask_weight:g} times the block loss."""
+    if settings.own_share:
+        found += f"""\
+ There the blocks of
+{settings.own_share:.0%} of the rows start anywhere and hold the model's own greedy continuations instead of
+the text."""
+    return found
