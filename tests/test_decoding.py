@@ -38,12 +38,15 @@ def test_figures_of_compare_show_exact_decoders_agreeing_with_blt(result: dict[s
     for row in rows.values():
         if row["decoder"] != "blt-d":
             assert row["agreement"] == row["same_prompts"] == 1
-        if row["real_rounds"] and "finished" not in row["name"]:
-            assert row["real_rounds"] >= 60
+        if row["decoder"] not in ("blt", "auto"):
+            assert row["real_rounds"] == rows["BLT-S k=4"]["real_rounds"] >= 60
             assert 0 < row["real_acceptance"] <= 1
     assert rows["BLT"]["decoder_calls"] == 1
     for k in (4, 8, 16):
         assert 1 <= rows[f"BLT-S k={k}"]["real_bytes_per_round"] <= k + 1
+    # Most rounds only commit the next byte of an open patch.
+    finished = rows["BLT-D-8 conf 0.7, patch finished first"]
+    assert 1 < finished["real_bytes_per_round"] < 1 + 8 * finished["real_acceptance"] / 2
     assert 1 <= rows["BLT-DV-8 one step"]["real_bytes_per_round"] <= 9
     assert rows["BLT-D-8 conf 0.7"]["global_calls"] <= 1 / 8
     stored = json.loads((NANO / "decoders.json").read_text())
@@ -73,6 +76,17 @@ def test_block_acceptance_counts_from_the_first_byte_of_a_block() -> None:
         text_of_blt = run(engine, [request("b", source[:end], len(block))])["b"].ids
         right = next((i for i, (a, b) in enumerate(zip(block, text_of_blt, strict=True)) if a != b), len(block))
         assert count == right
+
+
+def test_walks_that_draft_nothing_have_no_acceptance() -> None:
+    engine = make_engine(NANO)
+    source = [1, *(byte + BYTE_OFFSET for byte in OWN_SOURCE.read_bytes()[: 4 * decoding.STRIDE - 1])]
+    setting = decoding.Setting("BLT", {"decoder": "blt"})
+    figures, short = (decoding.Figures("BLT", "blt", None, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0) for _ in range(2))
+    decoding._walk(engine, [source], setting, figures)
+    decoding._walk(engine, [source[: 2 * decoding.STRIDE]], setting, short)
+    assert (figures.real_acceptance, figures.real_bytes_per_round, figures.real_rounds) == (None, 1.0, 2)
+    assert (short.real_acceptance, short.real_bytes_per_round, short.real_rounds) == (None, None, 0)
 
 
 def test_compare_refuses_files_that_are_too_short(tiny: Path, tmp_path: Path) -> None:
