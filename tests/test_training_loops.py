@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import BOS_ID, BYTE_OFFSET
+from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
+from engine.engine import Engine
 from tests.engines import make_engine, request, run
+from training import evaluate
 from training.corpus import Corpus
 from training.loops import LEAST_BYTES, PROMPT_BYTES, ends_in_a_loop, generate, looping, prompts
 
@@ -53,5 +56,28 @@ def test_texts_are_the_engines_and_the_share_counts_those_that_loop(monkeypatch:
         ids = [BOS_ID, *(byte + BYTE_OFFSET for byte in prompt)]
         assert run(engine, [request("a", ids, 24)])["a"].text == text
     found = [b"x" * 200, bytes(range(200)), b"ab" * 100, b"#"]
-    monkeypatch.setattr("training.loops.generate", lambda path, prompts, count, temperature: found)
+    monkeypatch.setattr("training.loops.generate", lambda *arguments: found)
     assert looping(NANO, Corpus(("a",), (b"a" * 300,))) == 0.5
+
+
+def test_loops_are_counted_with_the_weights_that_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[EngineConfig] = []
+
+    class Watched(Engine):
+        def __init__(self, config: EngineConfig) -> None:
+            configs.append(config)
+            super().__init__(config)
+
+    monkeypatch.setattr("training.loops.Engine", Watched)
+    monkeypatch.setattr("training.loops.prompts", lambda corpus: [b"import "] * 2)
+    monkeypatch.setattr("training.loops.TEXT_BYTES", 3)
+    text = Corpus(("a",), (bytes(range(32, 127)) * 9,))
+    monkeypatch.setattr(evaluate, "corpora", lambda path: (text, text))
+    for more in ([], ["--float8"]):
+        assert evaluate.main([str(NANO), "--context", "128", *more]) == 0
+    assert [config.weights for config in configs] == [None, "float8"]
+    found: list[object] = []
+    monkeypatch.setattr(evaluate, "chosen_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(evaluate, "looping", lambda *arguments: found.append(arguments[2:]))
+    assert evaluate.main([str(NANO), "--context", "128", "--device", "cuda"]) == 0
+    assert found == [(None, "cuda")]

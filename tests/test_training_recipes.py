@@ -1,6 +1,7 @@
 """Recipes: a run that branches off another one, its own blocks, and the comparison of both."""
 
 import hashlib
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,3 +142,15 @@ def test_all_of_a_draft_is_kept_if_every_row_writes_the_same(archive: Path) -> N
     weights["lm_head.weight"] = torch.randn(weights["lm_head.weight"].shape, generator=torch.Generator().manual_seed(1))
     half, whole = evaluate(config, weights, held_out, context=128).kept
     assert whole <= half < 0.5
+
+
+def test_slices_of_few_bytes_have_blocks_too(archive: Path) -> None:
+    config = PRESETS["tiny"]
+    weights = initial_weights(config, expected_shapes(config), 0)
+    held_out = corpus.corpora(archive)[1].sample(500)
+    for context in (8, 127):
+        found = evaluate(config, weights, held_out, context=context)
+        assert all(map(math.isfinite, (*found.masked_accuracy_by_place, *found.kept))), context
+    for context in (0, 7):
+        with pytest.raises(ValueError, match=f"--context {context}: must be at least 8, the bytes of a block"):
+            evaluate(config, weights, held_out, context=context)

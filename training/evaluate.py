@@ -56,9 +56,11 @@ def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, contex
     """Reads all of `corpus` in slices of `context` bytes, each a separate text that begins with BOS, on the device of
     `weights`.
 
-    Raises ValueError for a model without block diffusion.
+    Raises ValueError for a model without block diffusion, and for a context that is shorter than a block.
     """
     block_size = _block_size(config)
+    if context < block_size:
+        raise ValueError(f"--context {context}: must be at least {block_size}, the bytes of a block")
     rows, device = corpus.slices(context), next(iter(weights.values())).device
     draw = torch.Generator().manual_seed(0)
     nats = asked = right = patches_seen = bytes_seen = 0.0
@@ -68,9 +70,10 @@ def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, contex
         ids, wanted = row[:, :-1], row[:, 1:]
         text = wanted != PAD_ID
         patches = model.patch(config.patching, model.entropies(config, weights, ids))
-        corruption = objective.corrupt(config, row, patches, context // 32, draw, rate=1.0)
+        corruption = objective.corrupt(config, row, patches, max(1, context // 32), draw, rate=1.0)
         continued = continuing(config, weights, row, patches, torch.float32)
-        own = objective.corrupt(config, row, patches, context // 128, draw, 1.0, own_share=1.0, continued=continued)
+        few = max(1, context // 128)
+        own = objective.corrupt(config, row, patches, few, draw, 1.0, own_share=1.0, continued=continued)
         clean, blocks = model.next_states(
             config, weights, ids, patches, torch.float32, model.joined(corruption.blocks, own.blocks)
         )
@@ -148,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
             weights = as_float8(weights)
         held_out = corpora(options.corpus)[1]
         result = evaluate(loaded.config, weights, held_out.sample(options.held_out_bytes), options.context)
-        loops = looping(options.model, held_out)
+        loops = looping(options.model, held_out, "float8" if options.float8 else None, options.device)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

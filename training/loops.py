@@ -2,8 +2,9 @@
 
 import random
 from pathlib import Path
+from typing import Literal
 
-from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
+from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig, WeightsName
 from engine.engine import Engine
 from engine.types import Delta, Failed, Finished, Request, SamplingParams
 
@@ -38,9 +39,16 @@ def prompts(corpus: Corpus, count: int = PROMPTS) -> list[bytes]:
     return found
 
 
-def generate(path: Path, prompts: list[bytes], count: int, temperature: float) -> list[bytes]:
+def generate(
+    path: Path,
+    prompts: list[bytes],
+    count: int,
+    temperature: float,
+    weights: WeightsName | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> list[bytes]:
     """The engine's continuation of each prompt, all in one batch, with seed 0: `count` bytes or up to EOS."""
-    engine = Engine(EngineConfig(model=str(path), cache_bytes=512 << 20))
+    engine = Engine(EngineConfig(model=str(path), cache_bytes=512 << 20, weights=weights, device=device))
     texts = {str(i): b"" for i in range(len(prompts))}
     for i, prompt in enumerate(prompts):
         ids = [BOS_ID, *(byte + BYTE_OFFSET for byte in prompt)]
@@ -56,7 +64,10 @@ def generate(path: Path, prompts: list[bytes], count: int, temperature: float) -
     return list(texts.values())
 
 
-def looping(path: Path, corpus: Corpus) -> float:
-    """Share of the greedy texts of `TEXT_BYTES` bytes after `prompts` that end in a loop."""
-    texts = generate(path, prompts(corpus), TEXT_BYTES, temperature=0)
+def looping(
+    path: Path, corpus: Corpus, weights: WeightsName | None = None, device: Literal["cpu", "cuda"] = "cpu"
+) -> float:
+    """Share of the greedy texts of `TEXT_BYTES` bytes after `prompts` that end in a loop. weights, device: the
+    engine's."""
+    texts = generate(path, prompts(corpus), TEXT_BYTES, 0, weights, device)
     return sum(map(ends_in_a_loop, texts)) / len(texts)
