@@ -1167,10 +1167,10 @@ def check(
 @contextmanager
 def failing_on(*errors: type[Exception]) -> Iterator[None]:
     """Prints the message of these errors, which are about the user's input, and exits with 1. A closed pipe is no
-    error."""
+    error, nor is an exit with another code."""
     try:
         yield
-    except BrokenPipeError:
+    except (BrokenPipeError, typer.Exit):  # Exit is a RuntimeError
         raise
     except errors as error:
         _fail(_explained(error))

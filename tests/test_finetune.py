@@ -514,6 +514,7 @@ def test_the_command_to_go_on_with_has_the_flags_that_no_run_keeps(folder: Path,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.finetune.finetune", stopped)
         found = [runner.invoke(app, [*begun, "--seed", "3", *more]) for more in (given, ["--prompts", "20"])]
+    assert [result.exit_code for result in found] == [130, 130]
     again = [
         *["fastblt", "finetune", "--resume", "--run", str(tmp_path / "a model.run")],
         *["--out", str(tmp_path / "a model")],
