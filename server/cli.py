@@ -871,6 +871,8 @@ def finetune(
 
     if out is None:
         raise typer.BadParameter("name the folder for the model", param_hint="--out")
+    if out.name in ("", ".."):
+        raise typer.BadParameter(f"{out} has no name for the model: name a new folder", param_hint="--out")
     given = {
         "train": train,
         "minutes": minutes,

@@ -528,6 +528,9 @@ def test_the_command_says_what_is_wrong_with_its_arguments(folder: Path, tmp_pat
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
     assert "name the folder for the model" in fails("finetune", "--model", model, words, code=2)
+    for unnamed in (".", "..", "/", "models/.."):
+        said = fails("finetune", "--model", model, "--out", unnamed, words, code=2)
+        assert f"{unnamed} has no name for the model: name a new folder" in said
     assert "name the model and the files" in fails("finetune", "--model", model, "--out", str(tmp_path / "new"), code=2)
     assert "--minutes or --steps" in fails(
         "finetune", "--model", model, "--out", str(tmp_path / "new"), "--steps", "9", "--minutes", "1", words, code=2
