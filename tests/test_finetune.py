@@ -453,6 +453,8 @@ def held_out_twice(folder: Path) -> dict[str, Any]:
         (lambda folder: {"files": (str(folder / "none.txt"),)}, "No such file"),
         (lambda folder: {"model": str(folder / "none")}, "no such directory"),
         (lambda folder: {"row_bytes": 5000}, "--row-bytes 5000: the model has 4096 positions"),
+        (lambda folder: {"row_bytes": 0}, "--row-bytes 0: must be at least 1"),
+        (lambda folder: {"held_out_bytes": 0}, "--held-out-bytes 0: must be at least 1"),
         (lambda folder: {"steps": None}, "give either --minutes or --steps"),
         (lambda folder: {"block_size": 1}, "at least 2 bytes"),
         (lambda folder: {"steps": None, "minutes": 0.0}, "--minutes 0.0: must be a number above 0"),

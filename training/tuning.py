@@ -81,6 +81,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and (value > 0 or name == "mask_weight")):
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+        for name in ("rows", "row_bytes", "accumulate", "held_out_bytes"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if not 0 <= self.own_share <= 1:
             raise ValueError(f"--own-share {self.own_share}: must be a share from 0 to 1")
         if self.steps is not None and self.steps < len(SHARES):
