@@ -401,6 +401,15 @@ def test_no_more_is_read_than_is_measured(tmp_path: Path) -> None:
     assert held_out.texts(5000) == [bytes(5000)] and read == [5000], "a copy of a whole file may not fit"
 
 
+def test_the_name_of_a_line_file_may_be_in_capitals(tmp_path: Path) -> None:
+    for name in ("a.JSONL", "b.NdJson", "c.json.txt"):
+        (tmp_path / name).write_text('{"text": "abc"}\n' * 400)
+    files = sorted(tmp_path.iterdir())
+    held_out = open_documents([Path(__file__)], files, "text")[1]
+    assert [part.field for part in held_out.parts] == ["text", "text", None]
+    assert held_out.texts(1 << 20)[:800] == [b"abc"] * 800
+
+
 def test_slices_hold_every_byte_once() -> None:
     rows = slices([b"abcdefg", b"hi"], 3)
     assert [bytes(i - BYTE_OFFSET for i in row[1:] if i != PAD_ID) for row in rows.tolist()] == [
@@ -451,6 +460,8 @@ def held_out_twice(folder: Path) -> dict[str, Any]:
         (lambda folder: {"field": "body"}, "has no text in a field 'body': name the field with --field"),
         (lambda folder: {"files": (str(folder),)}, "this is a directory; name its files"),
         (lambda folder: {"files": (str(folder / "none.txt"),)}, "No such file"),
+        (lambda folder: {"files": (str(folder / "a.jsonl.gz"),)}, "this is compressed; give the .jsonl file"),
+        (lambda folder: {"held_out": (str(folder / "b.NDJSON.zst"),)}, "this is compressed; give the .ndjson file"),
         (lambda folder: {"model": str(folder / "none")}, "no such directory"),
         (lambda folder: {"row_bytes": 5000}, "--row-bytes 5000: the model has 4096 positions"),
         (lambda folder: {"row_bytes": 0}, "--row-bytes 0: must be at least 1"),

@@ -1,6 +1,7 @@
 """Files of text to learn from, read a row at a time: whatever their size, only the rows asked for are in memory.
 
-A document is a whole file or, in a `.jsonl` file, the text in one field of a line. It is read as BOS, its bytes, EOS.
+A document is a whole file or, in a `.jsonl` or `.ndjson` file, the text in one field of a line. It is read as BOS, its
+bytes, EOS.
 
 What is held out is never drawn for training: of files of at least `LARGE` bytes the last twentieth, but no more than
 `MOST_HELD_OUT`; of smaller ones one in twenty, whole, by a hash of its name. Or files of their own, if the user names
@@ -33,6 +34,8 @@ LEAST_HELD_OUT = 4 << 10
 LEAST_TEXT = 1 << 10
 """A shorter piece of a file is too little context to measure on."""
 LINES = (".jsonl", ".ndjson")
+"""Ends of the names of line files, in small or capital letters."""
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
 EMPTY_DRAWS = 1000
 """So many lines in a row without text mean that there is none."""
 
@@ -191,7 +194,8 @@ def slices(texts: Sequence[bytes], length: int) -> Tensor:
 
 def open_documents(files: Sequence[Path], held_out: Sequence[Path], field: str) -> tuple[Documents, Documents]:
     """(training, held-out) documents of files. held_out: files that are all held out; without them it is a part of
-    `files`. Raises OSError for a file that cannot be read, and ValueError for one that is empty, or too little text."""
+    `files`. Raises OSError for a file that cannot be read, and ValueError for one that is empty or holds compressed
+    lines, or too little text."""
     wholes = [_whole(path, field) for path in files]
     if held_out:
         apart = [_whole(path, field) for path in held_out]
@@ -214,11 +218,14 @@ def open_documents(files: Sequence[Path], held_out: Sequence[Path], field: str) 
 def _whole(path: Path, field: str) -> Part:
     if path.is_dir():
         raise ValueError(f"{path}: this is a directory; name its files")
+    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    if before in LINES and last in COMPRESSED:
+        raise ValueError(f"{path}: this is compressed; give the {before} file that is in it")
     with path.open("rb"):
         size = path.stat().st_size
     if not size:
         raise ValueError(f"{path}: the file is empty")
-    return Part(path, 0, size, field if path.suffix in LINES else None)
+    return Part(path, 0, size, field if last in LINES else None)
 
 
 def _divided(part: Part) -> tuple[Part, Part]:
