@@ -115,8 +115,20 @@ def test_each_phase_trains_what_it_says(folder: Path) -> None:
     )
     assert not torch.equal(last_of_mask[-1], last_of_table[-1])
     lines = read_metrics(job.run)
-    assert [line["phase"] for line in lines] == ["table"] * 2 + ["mask"] + ["blocks"] * 8
-    assert ["mask" in line for line in lines] == [False] * 2 + [True] * 9
+    assert [line["phase"] for line in lines] == ["table"] * 2 + ["mask"] + ["blocks"] * 7
+    assert ["mask" in line for line in lines] == [False] * 2 + [True] * 8
+
+
+def test_the_phases_make_as_many_steps_as_were_asked_for(folder: Path, tmp_path: Path) -> None:
+    tuning = begin(settings(folder), "tuned", tmp_path / "run", CPU).tuning
+    three, two = dict(tuning.phases), {name: phase for name, phase in tuning.phases.items() if name != "table"}
+    for phases in (three, two):
+        tuning.phases = phases
+        for steps in [*range(3, 60), 1000, 1001]:
+            each = [tuning._steps_of(name, steps) for name in phases]
+            assert sum(each) == steps and min(each) >= 1, (steps, each)
+    tuning.phases = three
+    assert [tuning._steps_of(name, 1000) for name in three] == [150, 50, 800]
 
 
 def test_own_blocks_are_learnt_in_the_last_phase(folder: Path, tmp_path: Path) -> None:
@@ -224,7 +236,7 @@ def test_a_run_on_a_device_gives_the_weights_of_one_on_the_host(folder: Path, tm
             train(begin(chosen, "tuned", tmp_path / "there", DEVICE))
             there = resumed(tmp_path / "there", DEVICE, {}).tuning
             found = there.finished()
-        assert there.device == DEVICE and there.steps == here.tuning.steps == 4
+        assert there.device == DEVICE and there.steps == here.tuning.steps == 3
     for name, weight in here.tuning.finished().items():
         torch.testing.assert_close(found[name], weight, atol=1e-4, rtol=0)
 

@@ -166,12 +166,20 @@ class Tuning:
 
     def fraction(self, name: str) -> float:
         """The part of a phase that is done, 0..1."""
-        share = SHARES[name] / sum(SHARES[other] for other in self.phases)
         phase, settings = self.phases[name], self.settings
         if settings.steps is not None:
-            return min(1.0, phase.step / max(1, round(share * settings.steps)))
+            return min(1.0, phase.step / self._steps_of(name, settings.steps))
         assert settings.minutes is not None
-        return min(1.0, phase.seconds / (60 * settings.minutes * share))
+        return min(1.0, phase.seconds / (60 * settings.minutes * self._share(name)))
+
+    def _share(self, name: str) -> float:
+        return SHARES[name] / sum(SHARES[other] for other in self.phases)
+
+    def _steps_of(self, name: str, steps: int) -> int:
+        """A phase's part of all `steps`; the last phase has what the others, with a step or more each, leave."""
+        *others, last = self.phases
+        of = {other: max(1, round(self._share(other) * steps)) for other in others}
+        return of[name] if name != last else steps - sum(of.values())
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The trained weights, and what the optimizers of unfinished phases keep of them."""
