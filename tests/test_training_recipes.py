@@ -66,6 +66,16 @@ def test_a_branch_keeps_the_shape_of_its_run(
     assert "there is no run in" in capsys.readouterr().err
 
 
+def test_a_resumed_run_does_not_begin_from_another(
+    runs: list[Path], archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags in (["--branch-of"], ["--patcher-of"], ["--model-of"], ["--branch-of", "--model-of"]):
+        with pytest.raises(SystemExit):
+            trained(runs[1], archive, "--resume", *(word for flag in flags for word in (flag, str(runs[0]))))
+        said = f"--resume goes on with the run in {runs[1]} as it is: leave out {' and '.join(flags)}"
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_run_begins_from_a_finished_model_and_its_card_tells(
     runs: list[Path], archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -284,6 +284,9 @@ def _state(options: argparse.Namespace, device: torch.device) -> State:
     names = {field.name for field in fields(Settings)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     if options.resume:
+        begins = {"--branch-of": options.branch_of, "--patcher-of": options.patcher_of, "--model-of": options.finished}
+        if others := " and ".join(flag for flag, value in begins.items() if value):
+            raise ValueError(f"--resume goes on with the run in {options.run} as it is: leave out {others}")
         state = State.load(options.run, device=device)
         for name, value in given.items():
             if value != (theirs := getattr(state.settings, name)):
