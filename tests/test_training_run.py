@@ -126,6 +126,7 @@ def test_a_training_run_exports_a_model_folder_with_card_and_curve(tmp_path: Pat
     with_packages = replace(CORPUS, sources=("cpython-3.11.7", "flask-3.1.3"))
     told = model_card.card(state, with_packages, result, 0.5, [b""] * len(model_card.PROMPTS))
     assert "`python -m training.evaluate FOLDER --corpus ARCHIVE` measures it again" in told
+    assert "* Python source and its English documentation only." in told
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

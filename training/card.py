@@ -27,7 +27,7 @@ def card(state: State, training: Corpus, result: Evaluation, looping: float, sam
 
 A Fast-BLT model (byte-latent, with block diffusion) of {sum(sizes.values()) / 1e6:.2f} million parameters, its entropy
 patcher ({patcher_size / 1e6:.2f} million) included. It continues {_text(training)}. It is here so that the server runs,
-and its tests mean something, without a download; it is no useful assistant.
+and its tests mean something, without a download; it is not a useful assistant.
 
 | measured on held-out files | |
 |---|---|
@@ -74,7 +74,7 @@ Not measured yet: `fastblt compare --model models/nano --write`.
 ## Limits
 
 * {_seen(state, training)} Names and calls look right more often than they are; greedy text may repeat itself for ever (see the table).
-* {_text(training).capitalize()} only. Anything else is continued badly.
+* {_text(training)} only. Anything else is continued badly.
 * Rows were at most {state.settings.lengths[-1][1]} bytes long. More context than that works but is not what it learnt.
 * Drafts of whole blocks are weaker than next bytes (see the tables), and get weaker with every cell.
 
@@ -155,7 +155,7 @@ The patcher first: {patcher.bytes / 1e6:.1f} MB seen, {patcher.seconds / 60:.0f}
 * Objective: Fast BLT (arXiv 2605.08044), section 3.2: next-byte loss plus masked blocks of {state.config.block_size}
   cells that start at patch starts, weighted 1/t, t from 0.05 to 1. Departures: the block term has weight
   {settings.mask_weight}; blocks are a sample ({settings.blocks_per_kib} per 1024 bytes) and weighted for it; every
-  block has its own t, spread evenly over the batch, but {settings.full_share:.0%} of them, which are masked whole. The
+  block has its own t, spread evenly over the batch, except for the {settings.full_share:.0%} that are masked whole. The
   block term joins after {settings.blocks_from:.0%} of the model's phase, and rises to its weight in
   {settings.block_warm_up:.0%} of it. The blocks of {settings.own_share:.0%} of the rows
   start anywhere and hold the model's own greedy continuations instead of the text.

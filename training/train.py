@@ -1,7 +1,8 @@
 """Trains a Fast-BLT model on Python's standard library: `python -m training.train --out models/nano`.
 
 First the patcher, then the threshold that gives patches of the requested length, then the model. The run has its own
-folder with its state (saved every two minutes and when it is stopped) and its metrics, one JSON object per line.
+folder with its state (saved when it is stopped, and at least two minutes apart) and its metrics, one JSON object per
+line.
 """
 
 import argparse

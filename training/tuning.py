@@ -43,9 +43,9 @@ class Settings:
     """A run's choices. Either `minutes` or `steps` bounds it, all phases together.
 
     train: "decoder" trains the decoder and the head; "all" trains all but the patcher. rows: of a micro-batch, of
-    `row_bytes` bytes each; a step adds the gradients of `accumulate` of them. mask_weight: of the block loss beside the
-    next byte's. own_share: of the rows, whose blocks start anywhere and hold what the model itself would write there.
-    recompute: whether layers compute their activations again for the gradients.
+    `row_bytes` bytes each; a step averages the gradients of `accumulate` of them. mask_weight: of the block loss beside
+    the next byte's. own_share: of the rows, whose blocks start anywhere and hold what the model itself would write
+    there. recompute: whether layers compute their activations again for the gradients.
     """
 
     model: str
