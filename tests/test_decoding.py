@@ -90,8 +90,8 @@ def test_walks_that_draft_nothing_have_no_acceptance() -> None:
 
 
 def test_compare_refuses_files_that_are_too_short(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "short").write_bytes(b"x" * 500)
-    assert "at least one must have a kilobyte" in fails("compare", "--model", tiny, tmp_path / "short")
+    (tmp_path / "short").write_bytes(b"x" * 576)
+    assert "at least one must have 577 bytes" in fails("compare", "--model", tiny, tmp_path / "short")
 
 
 def make_decoder_of(engine: Engine, **fields: Any) -> Decoder:

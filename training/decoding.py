@@ -140,12 +140,14 @@ def measure(
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> dict[str, Any]:
-    """All figures of a model folder on `texts`; texts below a kilobyte are skipped."""
+    """All figures of a model folder on `texts`; those too short to cut a walk from are skipped. Raises ValueError if
+    all are."""
     engine = Engine(EngineConfig(model=str(path), dtype=dtype, device=device, cache_bytes=1 << 30))
     draw = random.Random(0)
-    long = [text for text in texts if len(text) > max(WALK_BYTES, PROMPT_BYTES) + 64]
+    least = max(WALK_BYTES, PROMPT_BYTES) + 65
+    long = [text for text in texts if len(text) >= least]
     if not long:
-        raise ValueError("the texts are too short: at least one must have a kilobyte")
+        raise ValueError(f"the texts are too short: at least one must have {least} bytes")
     prompts = [_slice(draw, long, PROMPT_BYTES) for _ in range(num_prompts)]
     per_walk = (WALK_BYTES - STRIDE) // STRIDE
     walks = [_slice(draw, long, WALK_BYTES) for _ in range(-(-num_prefixes // per_walk))]
