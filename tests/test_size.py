@@ -48,6 +48,7 @@ OUTSIDE = {
     "server/flags.py": "settings as flags of the command line",
     "server/grammar_worker.py": "compiles grammars, in a process of its own",
     "server/offline.py": "`fastblt generate`, which has no server",
+    "server/processors.py": "how many processors a command may use",
     "server/progress.py": "how far a command is",
     "server/scoring.py": "the command `fastblt eval`",
     "server/sources.py": "which flag, variable or line of a file sets what, for the command line",

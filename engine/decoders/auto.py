@@ -72,25 +72,17 @@ class SharedPrior:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A decoder for one round, and what it promises. rate: of the drafts that it makes."""
-
-    bytes_per_second: float
-    rate: AcceptanceRate | None
-    decoder: Decoder
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of round, and the seconds that it takes. num_bytes: its drafts, or what it commits without any."""
+    """A decoder for one round, and the seconds that it takes. num_bytes: its drafts, whose rate is given, or what it
+    commits without any."""
 
     decoder: Decoder
     seconds: float
     num_bytes: int
     rate: AcceptanceRate | None = None
 
-    def option(self) -> Option:
-        expected = self.rate.committed(self.num_bytes) if self.rate else self.num_bytes
-        return Option(expected / self.seconds, self.rate, self.decoder)
+    @property
+    def bytes_per_second(self) -> float:
+        return (self.rate.committed(self.num_bytes) if self.rate else self.num_bytes) / self.seconds
 
 
 class Auto(Decoder):
@@ -108,16 +100,16 @@ class Auto(Decoder):
         inexact = block_size and not exact
         self._free = BlockDiffusion(block_size, DEFAULT_RULE, finish_patch=False) if inexact else None
         self._free_size, self._free_passes = block_size, block_size / 2
-        self.chosen = Option(0.0, None, self._blt)
-        self._kinds: list[Kind] = []
+        self.chosen = Option(self._blt, 1.0, 1)
+        self._options: list[Option] = []
         self._age = self._num_running = 0
 
     def choose(self, sequence: SequenceView) -> None:
         self._age += 1
-        if not self._kinds or self._age > KEPT_ROUNDS or self._latency.num_running != self._num_running:
-            self._kinds, self._age = self._times(sequence.mean_patch), 0
+        if not self._options or self._age > KEPT_ROUNDS or self._latency.num_running != self._num_running:
+            self._options, self._age = self._timed(sequence.mean_patch), 0
             self._num_running = self._latency.num_running
-        options = [kind.option() for kind in self._kinds]
+        options = self._options
         self.chosen = max(options, key=lambda option: option.bytes_per_second)
         for rate in (self.drafts, self.blocks):
             if rate.idle >= PROBE_INTERVAL and self.chosen.rate is not rate:
@@ -141,18 +133,18 @@ class Auto(Decoder):
             shared.observe(outcome.drafted, outcome.accepted)
         return outcome
 
-    def _times(self, patch: float) -> list[Kind]:
+    def _timed(self, patch: float) -> list[Option]:
         latency = self._latency
-        kinds = [Kind(self._blt, latency.next_byte(patch), 1)]
+        options = [Option(self._blt, latency.next_byte(patch), 1)]
         for k, decoder in self._by_length.items():
             # About half of the rows come after the first patch that closes.
             seconds = latency.draft(k, 1) + latency.verify(k + 1, max(1, k + 1 - int(patch / 2)), patch)
-            kinds.append(Kind(decoder, seconds, k, self.drafts))
+            options.append(Option(decoder, seconds, k, self.drafts))
         for size, block in self._by_size.items():
             seconds = latency.draft(1, size + 1) + latency.verify(size + 1, size + 1, patch)
-            kinds.append(Kind(block, seconds, size, self.blocks))
+            options.append(Option(block, seconds, size, self.blocks))
         if self._free:
             size = self._free_size
             seconds = latency.draft(max(1, round(self._free_passes)) - 1, size)
-            kinds.append(Kind(self._free, seconds + latency.verify(size, 2 * size, patch), size))
-        return kinds
+            options.append(Option(self._free, seconds + latency.verify(size, 2 * size, patch), size))
+        return options
