@@ -387,6 +387,15 @@ def test_every_held_out_file_is_measured_in_proportion_to_its_size(tmp_path: Pat
     assert [everything.count(letter) for letter in (b"a", b"b", b"c")] == [60_000, 20_000 // 93 * 80, 40_000]
 
 
+def test_many_small_files_keep_no_file_open(tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_bytes(b"%d " % number * 3000)
+    training, held_out = open_documents(sorted(tmp_path.iterdir()), [], "text")
+    before = len(os.listdir("/proc/self/fd"))
+    training.rows(np.random.default_rng(0), 200, 64)
+    assert held_out.texts(1 << 20) and len(os.listdir("/proc/self/fd")) == before
+
+
 def test_of_many_small_files_some_are_measured_in_pieces_that_are_long_enough(tmp_path: Path) -> None:
     for i in range(100):
         (tmp_path / f"{i:03}.txt").write_bytes(bytes([i]) * 2000)

@@ -1,4 +1,4 @@
-"""Files of text to learn from, read a row at a time: whatever their size, only the rows asked for are in memory.
+"""Files of text to learn from, read a row at a time: of large files only the rows asked for are in memory.
 
 A document is a whole file or, in a `.jsonl` or `.ndjson` file, the text in one field of a line. It is read as BOS, its
 bytes, EOS.
@@ -10,6 +10,7 @@ them.
 
 import json
 import mmap
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -54,8 +55,11 @@ class Part:
         return self.end - self.begin
 
     @cached_property
-    def _data(self) -> mmap.mmap:
+    def _data(self) -> mmap.mmap | bytes:
         with self.path.open("rb") as file:
+            # A mapping keeps a file descriptor, of which thousands of small files would need too many.
+            if os.fstat(file.fileno()).st_size < LARGE:
+                return file.read()
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def piece(self, draw: np.random.Generator, place: int, length: int) -> np.ndarray:
