@@ -211,11 +211,13 @@ async def _stopped(pid: int, seconds: float) -> None:
 
 
 def _begins(part: Choice, whole: Choice) -> bool:
-    """Whether it is the beginning of what was expected. A piece may end within a character."""
+    """Whether it is the beginning of what was expected. A piece may end within a character, or within the string that
+    would have stopped it, whose first bytes are not known for that yet."""
     text = part.text.rstrip("\ufffd")
+    stop = whole.stop_reason if isinstance(whole.stop_reason, str) else ""
     ids, tokens, scores = len(part.ids), len(part.tokens), len(part.scores)
     return (
-        whole.text.startswith(text)
+        (whole.text + stop).startswith(text)
         and whole.ids[:ids] == part.ids
         and whole.tokens[:tokens] == part.tokens
         and type(whole.scores)(whole.scores[:scores]) == part.scores

@@ -260,13 +260,13 @@ class Stream:
         until(lambda: len(self.events) >= number or not self._thread.is_alive(), "a stream")
         assert len(self.events) >= number
 
-    def wait(self) -> None:
+    def wait(self, seconds: float = SECONDS) -> None:
         """For its end, or for the connection's."""
-        self._thread.join(SECONDS)
+        self._thread.join(seconds)
         assert not self._thread.is_alive()
 
-    def join(self) -> "Stream":
-        self.wait()
+    def join(self, seconds: float = SECONDS) -> "Stream":
+        self.wait(seconds)
         assert self.status == 200 and self.done
         return self
 

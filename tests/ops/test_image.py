@@ -138,7 +138,7 @@ def documented_runs() -> list[tuple[list[str], list[str]]]:
 
 def test_documented_options_are_accepted_by_podman_and_flags_by_the_server(podman: Podman) -> None:
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
-    assert len(documented_runs()) == 7
+    assert len(documented_runs()) >= 11
     for options, flags in documented_runs():
         detached = [option for option in options if option not in ("-d", "--rm")]
         podman("rm", podman("create", *detached, IMAGE))
