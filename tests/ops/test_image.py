@@ -125,7 +125,8 @@ def documented_runs() -> list[tuple[list[str], list[str]]]:
     lines = [line.strip() for line in DOCS.replace("\\\n", "").splitlines() if line.startswith("    docker run")]
     found = []
     for line in lines:
-        words = shlex.split(line.replace("--gpus all ", "").replace("/path/to/checkpoint", "$PWD"))[2:]
+        line = line.replace("--gpus all ", "").replace("/path/to/checkpoint", "$PWD")
+        words = shlex.split(line.replace("~/.cache/huggingface", "$PWD"))[2:]
         words = [word.replace("$PWD", str(ROOT)).replace("$(id -u)", str(os.getuid())) for word in words]
         (image,) = (
             index
