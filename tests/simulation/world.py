@@ -206,8 +206,8 @@ class World:
         """After one crash, a short text must not wait until long ones have been read again. last: when the event before
         came, and the crashes until then."""
         since, crashes = last
-        lengths = [stream.length for stream in self.client._streams.values()]
-        if len(lengths) > self.config.max_sequences:
+        streams = self.client._streams.values()
+        if len(streams) > self.config.max_sequences:
             self.crowded = now
         length = len(request.prompt_ids) + num_ids
         if len(self.faults.crashes) != crashes + 1 or length > SHORT or request.priority > 0:
@@ -221,8 +221,9 @@ class World:
         # While places or pages are short, streams wait for others to end.
         if self.crowded >= ready or engine.snapshot().preemptions:
             return
-        # Every second step prefers the short ones; the other may have a chunk of a long one.
-        rows = sum(count for count in lengths if count <= SHORT)
+        # Every second step prefers the short ones of a priority; the other may have a chunk of a long one.
+        ahead = (s for s in streams if s.length <= SHORT or s.request.priority < request.priority)
+        rows = sum(stream.length for stream in ahead)
         if now - ready > RESUMED_SECONDS + 4 * ROW_SECONDS * rows:
             raise Violation(f"{request.id}, of {length} ids, was silent for {now - ready:.2f} s after a restart")
 
