@@ -21,6 +21,7 @@ from engine.types import Delta, Failed, Request, SamplingParams
 from training.corpus import standard_library
 
 from . import report
+from .generate import as_served
 from .paired import shown
 from .program import Content, Verdict, finish, parser, subject
 
@@ -47,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     with subject(options) as model:
         engine = model.engine(prefix_cache=False)
-        _run(engine, texts["code"][:2], {"decoder": "blt"}, options)
-        with tqdm(total=len(KINDS) * len(options.ways) * options.turns, disable=None) as bar:
+        with as_served(engine), tqdm(total=len(KINDS) * len(options.ways) * options.turns, disable=None) as bar:
+            _run(engine, texts["code"][:2], {"decoder": "blt"}, options)
             for kind in KINDS:
                 for way in options.ways:
                     rows.append(_compare(engine, kind, way, texts[kind], options, bar))

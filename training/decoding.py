@@ -143,6 +143,8 @@ def measure(
     """All figures of a model folder on `texts`; those too short to cut a walk from are skipped. Raises ValueError if
     all are."""
     engine = Engine(EngineConfig(model=str(path), dtype=dtype, device=device, cache_bytes=1 << 30))
+    # So that `auto` chooses as in a server.
+    engine.calibrate()
     draw = random.Random(0)
     least = max(WALK_BYTES, PROMPT_BYTES) + 65
     long = [text for text in texts if len(text) >= least]
