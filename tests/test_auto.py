@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.costs.latency import HOST, LatencyModel, Line
-from engine.decoders import SharedPrior
+from engine.decoders import Result, SharedPrior
 from engine.decoders.auto import KEPT_ROUNDS, PROBE_INTERVAL, AcceptanceRate, Auto
 from engine.decoders.blt import Autoregressive
 from engine.decoders.blt_d import BlockDiffusion
@@ -89,6 +89,30 @@ def test_auto_counts_the_hosts_part_once_for_a_step_of_several_bytes() -> None:
     assert isinstance(choice(auto(found, 0.6, 0.7)), Autoregressive)
     assert found.next_byte(4.0) == pytest.approx(1.025e-4 + 1e-3 / found.launch_bytes(1), rel=0.01)
     assert found.draft(3, 1) == pytest.approx(1.5e-4, rel=0.01), "its passes are in the step that verifies"
+
+
+def test_auto_goes_by_the_measured_time_of_steps_of_blt_alone() -> None:
+    """Which are faster than their passes would be one by one."""
+    found = costs(**LARGE_GLOBAL)
+    assert not isinstance(choice(auto(found, 0.97, 0.1)), Autoregressive)
+    for sequences in (1, 4) * 20:
+        found.observe_bytes(sequences, 0.4 + 0.1 * sequences)
+    assert found.next_byte(4.0) == pytest.approx(0.5)
+    assert isinstance(choice(auto(found, 0.97, 0.1)), Autoregressive)
+    found.num_running = 4
+    assert found.next_byte(4.0) == pytest.approx(0.2)
+
+
+def test_auto_measures_blt_again_after_many_rounds_of_any_sequence() -> None:
+    made = auto(costs(**LARGE_GLOBAL), 0.97, 0.1)
+    assert isinstance(choice(made), SelfSpeculation)
+    made._prior.idle = PROBE_INTERVAL
+    assert isinstance(choice(made), Autoregressive)
+    rounds = made.round(SimpleNamespace(tokens_left=9, remaining=1, counts=SimpleNamespace(decoder_calls=0)), 64)
+    next(rounds)
+    with pytest.raises(StopIteration):
+        rounds.send(Result([5]))
+    assert made._prior.idle == 0 and isinstance(choice(made), SelfSpeculation)
 
 
 def test_auto_works_out_times_now_and_then_and_when_others_come() -> None:

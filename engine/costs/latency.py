@@ -68,6 +68,7 @@ class LatencyModel:
         self.runs_ahead = False
         self._drafts_encode = drafts_encode
         self._lines: dict[str, Line] = {}
+        self._bytes = Line()
 
     def calibrate(self, stage: str, rows: int, seconds: float) -> None:
         """Takes a measurement made at the start."""
@@ -80,9 +81,16 @@ class LatencyModel:
         if 0 < rows <= self.MOST_ROWS:
             self._lines.setdefault(stage, Line()).observe(rows, seconds)
 
+    def observe_bytes(self, sequences: int, seconds: float) -> None:
+        """Takes the time of a whole step in which nothing but blt ran, for each byte of a sequence. One of many bytes
+        takes less than its passes would alone: it finds in the processor's caches what the pass before has read."""
+        self._bytes.observe(sequences, seconds)
+
     # Seconds of rounds.
 
     def next_byte(self, patch: float) -> float:
+        if measured := self._bytes.share(1, self.num_running):
+            return measured
         count = self.launch_bytes(self.num_running) if self.runs_ahead else 1
         return self._stages(1, 1, patch) + self._share(HOST, count) / count
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from kernels.native.step import Answer, Totals
 
 from ..counts import PATCH_SIZES, STAGES, Counts
-from ..decoders import Committed
+from ..decoders import Committed, Next
 from ..rows import Rows
 from ..sequence import Sequence
 from ..types import MAX_DRAFT, DecoderName
@@ -145,10 +145,13 @@ class Ledger:
         began, recorded = time.perf_counter(), num_recorded()
         stages, calls = self._stage_seconds(), self.total.calls["decoder"]
         yield
-        seconds = time.perf_counter() - began - (self._stage_seconds() - stages)
+        whole = time.perf_counter() - began
+        seconds = whole - (self._stage_seconds() - stages)
         if num_recorded() == recorded and all(rows.ask for rows in batch):
             passes = max(self.total.calls["decoder"] - calls, 1)
             self.latency.observe(HOST, passes * len(batch), max(seconds, 0.0))
+            if all(isinstance(rows.ask, Next) and rows.ask.at_most > 1 and rows.num_rows == 1 for rows in batch):
+                self.latency.observe_bytes(len(batch), whole / passes)
 
     def _stage_seconds(self) -> float:
         self.poll()

@@ -15,7 +15,7 @@ MEMORY = 0.9
 """Weight of an observation one round later."""
 PRIOR_ROUNDS = 4.0
 PROBE_INTERVAL = 64
-"""Rounds after which a kind of draft that did not promise enough is tried again."""
+"""Rounds after which a kind of draft that did not promise enough is tried again; and blt, whose time is measured."""
 KEPT_ROUNDS = 16
 """For which the times of all kinds of rounds are kept: they change slowly, and to work them out takes time."""
 
@@ -64,10 +64,11 @@ class AcceptanceRate:
 
 @dataclass(slots=True)
 class SharedPrior:
-    """The rates over all sequences of an engine: where a new sequence begins."""
+    """The rates over all sequences of an engine: where a new sequence begins. idle: their rounds since one of blt."""
 
     drafts: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(0.9))
     blocks: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(0.7))
+    idle: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,8 @@ class Auto(Decoder):
                 if probes:
                     self.chosen = max(probes, key=lambda option: option.bytes_per_second)
                     rate.idle = 0
+        if self._prior.idle >= PROBE_INTERVAL:
+            self.chosen = options[0]
 
     def round(self, sequence: SequenceView, room: int) -> Round:
         decoder, rate = self.chosen.decoder, self.chosen.rate
@@ -124,6 +127,7 @@ class Auto(Decoder):
         outcome: Committed = yield from decoder.round(sequence, room)
         if decoder is self._free:
             self._free_passes = MEMORY * self._free_passes + (1 - MEMORY) * (sequence.counts.decoder_calls - passes)
+        self._prior.idle = 0 if decoder is self._blt else self._prior.idle + 1
         for each in (self.drafts, self.blocks):
             each.idle += 1
         if rate and outcome.drafted:
