@@ -263,7 +263,9 @@ def test_the_server_that_continues_a_request_counts_it(pair: tuple[Replica, Repl
     fleet = Fleet(*pair)
     fleet.losses = [EARLY, EARLY]
     loop.run(relayed(fleet, **STREAM))
-    assert [after - was for after, was in zip(counts(), before, strict=True)] == [1, 1], "two, one, whole on one"
+    # Two continues, then one, unless two had told all of it before it was lost.
+    assert len(fleet.calls) in (2, 3)
+    assert [after - was for after, was in zip(counts(), before, strict=True)] == [len(fleet.calls) - 2, 1]
 
 
 def test_a_request_that_loses_one_replica_after_the_other_is_given_up(

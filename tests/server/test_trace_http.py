@@ -139,8 +139,13 @@ def test_the_trace_streams_the_ids_of_an_almost_complete_stop_string(server: Run
     ascii_alone = {str(byte + BYTE_OFFSET): 60 for byte in range(ord("a"), ord("z") + 1)}
     (free,) = whole(server, logit_bias=ascii_alone)
     almost = free["text"][:39] + "\N{SNOWMAN}"
-    late = streamed(server, stop=almost, decoder="blt-s", draft_length=1, logit_bias=ascii_alone)
-    assert any(chunk["trace"]["rounds"] and not chunk["text"] for chunk in late)
+    for _ in range(10):
+        late = streamed(server, stop=almost, decoder="blt-s", draft_length=1, logit_bias=ascii_alone)
+        # On a busy machine all rounds until the text is free may come in one chunk.
+        if any(chunk["trace"]["rounds"] and not chunk["text"] for chunk in late):
+            break
+    else:
+        pytest.fail("no chunk has rounds and no text")
     held = [chunk for end, chunk in enumerate(late, 1) if len(ids_of(joined(late[:end]))) <= 39]
     assert held and not text_of(joined(held))
     assert ids_of(joined(late)) == ids_of(free) and text_of(joined(late)) == free["text"]
