@@ -3,10 +3,9 @@
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 from unittest import mock
 
-from clients.fastblt_client import Answer, Parts
+from clients.fastblt_client import Parts
 from deploy.ray_balance import Balance
 from deploy.ray_call import Call
 from deploy.ray_journal import Journal
@@ -22,7 +21,6 @@ from .world import Plant
 _so_far = Relay._so_far
 _from_a_replica = Relay._from_a_replica
 _feed = Generation._feed
-_request = Answer.request
 
 
 def _another_seed(self: Relay, origin: Origin, is_continued: bool) -> Origin:
@@ -67,11 +65,6 @@ def _never_ends(self: Balance, number: int) -> None:
     """Calls that have their answers go on counting."""
 
 
-def _with_the_whole_timeout(self: Answer) -> dict[str, Any]:
-    """Each connection of a client gets it."""
-    return _request(self) | self._body
-
-
 def _undo(owner: type, **instead: object) -> AbstractContextManager[object]:
     return mock.patch.multiple(owner, **instead)
 
@@ -85,6 +78,5 @@ PLANTS: dict[str, Plant] = {
     "the turn of a continued request": partial(_undo, Generation, _feed=_begins_with_what_was_told),
     "one answer": partial(_undo, Relay, _from_a_replica=_answers_twice),
     "what a client has of a broken stream": partial(_undo, Parts, begin_again=_forgets_shown),
-    "the rest of a client's timeout": partial(_undo, Answer, request=_with_the_whole_timeout),
     "calls that have ended": partial(_undo, Balance, ended=_never_ends),
 }
