@@ -48,8 +48,17 @@ def blocks_at(config: ModelConfig, row: Tensor, patches: Patches, chosen: list[i
 def run(
     config: ModelConfig, weights: dict[str, Tensor], ids: Tensor, patches: Patches, blocks: Blocks | None
 ) -> tuple[Tensor, Tensor]:
-    clean, cells = model.next_states(config, weights, ids, patches, FP32, blocks)
-    return model.logits(weights, clean), model.logits(weights, cells)
+    clean = model.clean_rows(config, weights, ids, patches, FP32)
+    cells = clean.rows[:, :0] if blocks is None else model.block_rows(config, weights, clean, blocks, FP32)
+    return model.logits(config, weights, clean.rows, FP32), model.logits(config, weights, cells, FP32)
+
+
+def losses(
+    config: ModelConfig, weights: dict[str, Tensor], row: Tensor, patches: Patches, corruption: objective.Corruption
+) -> tuple[Tensor, Tensor]:
+    """Of next bytes and of blocks."""
+    clean, found = objective.next_bytes(config, weights, row, patches, FP32)
+    return found.nats, objective.block_bytes(config, weights, row, clean, corruption, FP32).nats
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_patch_length": 3}])
@@ -152,10 +161,10 @@ def test_the_clean_loss_equals_the_oracles_over_every_byte(
     random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches
 ) -> None:
     config, weights = random_model
-    corruption = objective.corrupt(config, row, patches, 4, torch.Generator().manual_seed(0))
-    found = objective.losses(config, weights, row, patches, corruption, FP32)
+    _, found = objective.next_bytes(config, weights, row, patches, FP32)
     logits = reference.forward(config, weights, row[0, :-1].tolist())
-    torch.testing.assert_close(found.clean, F.cross_entropy(logits, row[0, 1:]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.nats, F.cross_entropy(logits, row[0, 1:]), atol=1e-4, rtol=0)
+    assert float(found.right) == pytest.approx(float((logits.argmax(-1) == row[0, 1:]).float().mean()))
 
 
 def test_the_mask_loss_equals_the_papers_sum_over_all_blocks(
@@ -163,7 +172,7 @@ def test_the_mask_loss_equals_the_papers_sum_over_all_blocks(
 ) -> None:
     config, weights = random_model
     corruption = objective.corrupt(config, row, patches, 1000, torch.Generator().manual_seed(0))
-    found = objective.losses(config, weights, row, patches, corruption, FP32)
+    _, found = losses(config, weights, row, patches, corruption)
     blocks, total = corruption.blocks, 0.0
     assert sorted(blocks.starts[corruption.stands_for > 0].tolist()) == patches.starts[0, 1:].tolist()
     _, cells = run(config, weights, row[:, :-1], patches, blocks)
@@ -174,7 +183,7 @@ def test_the_mask_loss_equals_the_papers_sum_over_all_blocks(
         for k in range(config.block_size or 0):
             if blocks.ids[0, s, k] == config.mask_id:
                 total -= float(cells[0, s, k].log_softmax(-1)[row[0, start + k]]) / rate
-    assert float(found.mask) == pytest.approx(total / LENGTH, rel=1e-4)
+    assert float(found) == pytest.approx(total / LENGTH, rel=1e-4)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
@@ -189,17 +198,6 @@ def test_a_share_of_the_blocks_is_masked_whole(
     assert (drawn.scores[0, whole] == (drawn.targets[0, whole] != PAD_ID)).all()
     rest = drawn.rates[0, ~whole].sort().values
     assert not len(rest) or (rest[0] < 0.2 and rest[-1] > 0.8 and rest.diff().max() < 2.5 / len(rest))
-
-
-def test_the_loss_without_blocks_is_the_clean_one(
-    random_model: tuple[ModelConfig, dict[str, Tensor]], row: Tensor, patches: Patches
-) -> None:
-    config, weights = random_model
-    corruption = objective.corrupt(config, row, patches, 4, torch.Generator().manual_seed(0))
-    wanted = objective.losses(config, weights, row, patches, corruption, FP32)
-    found = objective.next_byte_losses(config, weights, row, patches, FP32)
-    torch.testing.assert_close(found.clean, wanted.clean, atol=1e-5, rtol=0)
-    assert found.clean_right == wanted.clean_right and found.mask == 0
 
 
 def test_sampled_blocks_are_weighted_to_stand_for_all_and_skip_padding(
@@ -219,8 +217,7 @@ def test_sampled_blocks_are_weighted_to_stand_for_all_and_skip_padding(
     rates = drawn.rates.flatten().sort().values
     assert rates[0] >= objective.MIN_RATE and rates[-1] <= 1
     assert rates.diff().max() < 2 / len(rates), "rates are spread evenly"
-    loss = objective.losses(config, weights, rows, found, drawn, FP32)
-    assert math.isfinite(float(loss.clean)) and math.isfinite(float(loss.mask))
+    assert all(math.isfinite(float(loss)) for loss in losses(config, weights, rows, found, drawn))
 
 
 def test_every_weight_gets_a_gradient(
@@ -229,8 +226,8 @@ def test_every_weight_gets_a_gradient(
     config, weights = random_model
     weights = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     corruption = objective.corrupt(config, row, patches, 8, torch.Generator().manual_seed(0))
-    found = objective.losses(config, weights, row, patches, corruption, FP32)
-    (found.clean + found.mask + objective.patcher_loss(config, weights, row, FP32)).backward()
+    clean, mask = losses(config, weights, row, patches, corruption)
+    (clean + mask + objective.patcher_loss(config, weights, row, FP32)).backward()
     silent = [n for n, w in weights.items() if w.grad is None or not w.grad.any()]
     assert not silent
     assert weights["model.local_decoder.embed_tokens.weight"].grad[config.mask_id].any()

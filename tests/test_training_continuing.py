@@ -47,8 +47,8 @@ def step_by_step(
             torch.arange(count_before)[None],  # only their number matters
             torch.tensor([count_before]),
         )
-        states, _ = model.next_states(config, weights, torch.tensor([found]), same, FP32)
-        found.append(int(model.logits(weights, states)[0, -1].argmax()))
+        rows = model.clean_rows(config, weights, torch.tensor([found]), same, FP32).rows
+        found.append(int(model.logits(config, weights, rows, FP32)[0, -1].argmax()))
     return found[start:]
 
 
@@ -59,7 +59,7 @@ def test_a_continuation_equals_whole_passes(random_model: tuple[ModelConfig, dic
     ids = rows[:, :-1]
     patches = model.patch(config.patching, model.entropies(config, weights, ids))
     starts = torch.tensor([[1, 2, 30, 53, LENGTH - 1], [7, 44, 45, 46, 90]])
-    found = greedy(config, weights, ids, patches, starts, COUNT, FP32)
+    found = greedy(config, weights, model.clean_rows(config, weights, ids, patches, FP32), starts, COUNT, FP32)
     seen = set()
     for i in range(2):
         alone = Patches(*(getattr(patches, f.name)[i : i + 1] for f in fields(Patches)))
@@ -78,14 +78,15 @@ def test_nothing_follows_an_end(random_model: tuple[ModelConfig, dict[str, Tenso
     config, weights = random_model
     ids = rows[:1, :-1]
     patches = model.patch(config.patching, model.entropies(config, weights, ids))
-    first = greedy(config, weights, ids, patches, torch.tensor([[40]]), COUNT, FP32)[0, 0].tolist()
+    clean = model.clean_rows(config, weights, ids, patches, FP32)
+    first = greedy(config, weights, clean, torch.tensor([[40]]), COUNT, FP32)[0, 0].tolist()
     # Exchanges the rows of EOS and of the third byte in the head: the model then ends where it wrote that byte.
     third = first[2]
     assert EOS_ID not in first[:3]
     changed, order = dict(weights), torch.arange(config.vocab_size)
     order[[EOS_ID, third]] = order[[third, EOS_ID]]
     changed["lm_head.weight"] = weights["lm_head.weight"][order[: len(weights["lm_head.weight"])]]
-    found = greedy(config, changed, ids, patches, torch.tensor([[40]]), COUNT, FP32)[0, 0].tolist()
+    found = greedy(config, changed, clean, torch.tensor([[40]]), COUNT, FP32)[0, 0].tolist()
     place = first.index(third)
     assert found == [*first[:place], EOS_ID, *[PAD_ID] * (COUNT - place - 1)]
 

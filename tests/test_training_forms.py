@@ -9,6 +9,7 @@ from engine import checkpoint
 from tests.engines import engine_logits, make_engine, save_ours
 from tests.models import HF_MODELS, OUR_MODELS, text
 from training import model
+from training.model import Blocks
 
 LENGTH = 200  # more than any window of these models but the widest
 TOLERANCE = 1e-4
@@ -29,8 +30,8 @@ def test_training_logits_equal_the_engines(name: str, tmp_path: Path) -> None:
     row = torch.tensor([ids, [*ids[:1], *ids[:0:-1]]])
     with torch.no_grad():
         patches = model.patch(loaded.config.patching, model.entropies(loaded.config, loaded.tensors, row))
-        states, _ = model.next_states(loaded.config, loaded.tensors, row, patches, torch.float32)
-        found = model.logits(loaded.tensors, states)
+        clean = model.clean_rows(loaded.config, loaded.tensors, row, patches, torch.float32)
+        found = model.logits(loaded.config, loaded.tensors, clean.rows, torch.float32)
     engine = make_engine(folder)
     for line, logits in zip(row.tolist(), found, strict=True):
         torch.testing.assert_close(logits, engine_logits(engine, line, 64), atol=TOLERANCE, rtol=0)
@@ -40,11 +41,14 @@ def test_layers_that_are_recomputed_give_the_same_gradients() -> None:
     config, tensors = OUR_MODELS["fast-blt"]()
     row = torch.tensor([text(60, 5, specials=False)])
     patches = model.patch(config.patching, model.entropies(config, tensors, row))
+    blocks = Blocks(torch.full((1, 2, 4), 100), torch.tensor([[20, 33]]), torch.tensor([[2, 3]]))
     gradients = []
     for recompute in (False, True):
         weights = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-        states, _ = model.next_states(config, weights, row, patches, torch.float32, recompute=recompute)
-        model.logits(weights, states).logsumexp(-1).sum().backward()
+        clean = model.clean_rows(config, weights, row, patches, torch.float32, recompute=recompute)
+        cells = model.block_rows(config, weights, clean, blocks, torch.float32, recompute=recompute)
+        for rows in (clean.rows, cells):
+            model.logits(config, weights, rows, torch.float32).logsumexp(-1).sum().backward(retain_graph=True)
         gradients.append({name: weight.grad for name, weight in weights.items()})
     kept, again = gradients
     assert any(gradient is not None and bool(gradient.any()) for gradient in kept.values())

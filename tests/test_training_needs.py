@@ -67,8 +67,10 @@ def test_no_tensor_is_kept_that_is_not_counted() -> None:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        states, cells = model.next_states(config, weights, row[:, :-1], patches, torch.bfloat16, corruption.blocks)
-        (model.logits(weights, states).logsumexp(-1).sum() + model.logits(weights, cells).sum()).backward()
+        clean = model.clean_rows(config, weights, row[:, :-1], patches, torch.bfloat16)
+        cells = model.block_rows(config, weights, clean, corruption.blocks, torch.bfloat16)
+        of_rows, of_cells = (model.logits(config, weights, rows, torch.bfloat16) for rows in (clean.rows, cells))
+        (of_rows.logsumexp(-1).sum() + of_cells.sum()).backward()
     own = {weight.untyped_storage().data_ptr() for weight in weights.values()}
     assert sum(s.nbytes() for place, s in held.items() if place not in own) == pytest.approx(counted, rel=0.15)
 

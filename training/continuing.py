@@ -8,77 +8,47 @@ Only the decoder runs for each byte: no patch ends inside a continuation, as in 
 """
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import EOS_ID, PAD_ID, ModelConfig
 
 from . import model
-from .model import Patches, Weights
+from .model import Clean, Weights
 
 
-def continuing(
-    config: ModelConfig, weights: Weights, row: Tensor, patches: Patches, dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
-    """What `objective.corrupt` asks for own blocks of texts `row` (B, T + 1): from places (B', S) in the first B' of
-    them to `greedy`, for a block each."""
+def continuing(config: ModelConfig, weights: Weights, clean: Clean, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """What `objective.corrupt` asks for own blocks of the texts of `clean`: from places (B', S) in the first B' of them
+    to `greedy`, for a block each."""
     size = config.block_size
     assert size is not None
-
-    def continued(starts: Tensor) -> Tensor:
-        count = len(starts)
-        few = Patches(*(getattr(patches, f.name)[:count] for f in fields(Patches)))
-        return greedy(config, weights, row[:count, :-1], few, starts, size, dtype)
-
-    return continued
+    return lambda starts: greedy(config, weights, clean.of(len(starts)), starts, size, dtype)
 
 
 @torch.no_grad()
 def greedy(
-    config: ModelConfig,
-    weights: Weights,
-    ids: Tensor,
-    patches: Patches,
-    starts: Tensor,
-    count: int,
-    dtype: torch.dtype,
+    config: ModelConfig, weights: Weights, clean: Clean, starts: Tensor, count: int, dtype: torch.dtype
 ) -> Tensor:
-    """The likeliest `count` bytes from each of `starts` (B, S), at least 1, in texts `ids` (B, T): (B, S, count) ids.
+    """The likeliest `count` bytes from each of `starts` (B, S), at least 1, in the texts of `clean`: (B, S, count) ids.
 
     PAD follows an EOS. For a decoder with a byte table of its own.
     """
-    dec, length, device = config.decoder, ids.shape[1], ids.device
-    states, slots = model.encode(config, weights, ids, patches, dtype)
-    slots = model.latents(config, weights, slots, dtype)
-
-    y = _embedded(weights, ids)
-    turns = model.rotary(torch.arange(length, device=device), dec)
-    past: list[tuple[Tensor, Tensor]] = []
-    for i in range(dec.num_layers):
-        y = _with_latent(config, weights, i, y, slots, patches.reads, dtype)
-        prefix = f"model.local_decoder.layers.{i}"
-        q, k, v = model.queries_keys_values(y, weights, prefix, dec, turns, dtype)
-        past.append((k, v))
-        y = model.after_attention(y, model.causal(q, k, v, dec.window), weights, prefix, dec, dtype)
-
+    dec, length = config.decoder, clean.reads.shape[1]
     before = starts - 1
-    reads = patches.reads.gather(1, before)
-    y = model.gather(y, before)
-    own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in past]
+    reads = clean.reads.gather(1, before)
+    y = model.gather(clean.rows, before)
+    own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in clean.past]
     found: list[Tensor] = []
     while True:
-        logits = model.logits(weights, model.norm(y, weights, "model.local_decoder.norm", dec, dtype))
-        found.append(logits.argmax(-1))
+        found.append(model.logits(config, weights, y, dtype).argmax(-1))
         if len(found) == count:
             break
         positions = starts + len(found) - 1
-        y, turns = _embedded(weights, found[-1]), model.rotary(positions, dec)
+        y, turns = model.embedded(weights, found[-1]), model.rotary(positions, dec)
         bias = _unseen(starts, positions, length, dec.window).to(dtype)
-        for i, (keys, values) in enumerate(past):
-            y = _with_latent(config, weights, i, y, slots, reads, dtype)
+        for i, (keys, values) in enumerate(clean.past):
+            y = model.with_latent(config, weights, i, y, clean.slots, reads, dtype)
             prefix = f"model.local_decoder.layers.{i}"
             q, k, v = model.queries_keys_values(y, weights, prefix, dec, turns, dtype)
             own[i].append((k, v))
@@ -86,19 +56,6 @@ def greedy(
     ids = torch.stack(found, -1)
     ended = (ids == EOS_ID).cumsum(-1) - (ids == EOS_ID).long() > 0
     return ids.masked_fill(ended, PAD_ID)
-
-
-def _embedded(weights: Weights, ids: Tensor) -> Tensor:
-    return F.embedding(ids, weights["model.local_decoder.embed_tokens.weight"]).float()
-
-
-def _with_latent(
-    config: ModelConfig, weights: Weights, layer: int, y: Tensor, slots: Tensor, reads: Tensor, dtype: torch.dtype
-) -> Tensor:
-    if layer and not config.decoder_cross_all_layers:
-        return y
-    name = f"model.local_decoder.cross_attn_layers.{layer}"
-    return 2 * y + model.read_latent(y, slots, reads, weights, name, config.decoder, dtype)
 
 
 def _unseen(starts: Tensor, positions: Tensor, length: int, window: int | None) -> Tensor:

@@ -71,21 +71,23 @@ def evaluate(config: ModelConfig, weights: model.Weights, corpus: Corpus, contex
         text = wanted != PAD_ID
         patches = model.patch(config.patching, model.entropies(config, weights, ids))
         corruption = objective.corrupt(config, row, patches, max(1, context // 32), draw, rate=1.0)
-        continued = continuing(config, weights, row, patches, torch.float32)
+        clean = model.clean_rows(config, weights, ids, patches, torch.float32)
+        continued = continuing(config, weights, clean, torch.float32)
         few = max(1, context // 128)
         own = objective.corrupt(config, row, patches, few, draw, 1.0, own_share=1.0, continued=continued)
-        clean, blocks = model.next_states(
-            config, weights, ids, patches, torch.float32, model.joined(corruption.blocks, own.blocks)
+        rows_of_blocks = model.block_rows(
+            config, weights, clean, model.joined(corruption.blocks, own.blocks), torch.float32
         )
-        blocks, drafts = blocks.split([corruption.targets.shape[1], own.targets.shape[1]], 1)
-        found = model.logits(weights, clean)
+        of_cells = model.logits(config, weights, rows_of_blocks, torch.float32).argmax(-1)
+        blocks, drafts = of_cells.split([corruption.targets.shape[1], own.targets.shape[1]], 1)
+        found = model.logits(config, weights, clean.rows, torch.float32)
         nats += float(F.cross_entropy(found[text], wanted[text], reduction="sum"))
         right += float((found.argmax(-1) == wanted)[text].sum())
         asked += float(text.sum())
-        hit = (model.logits(weights, blocks).argmax(-1) == corruption.targets) & corruption.scores
+        hit = (blocks == corruption.targets) & corruption.scores
         hits += hit.sum((0, 1))
         cells += corruption.scores.sum((0, 1))
-        same = (model.logits(weights, drafts).argmax(-1) == own.targets) & own.scores
+        same = (drafts == own.targets) & own.scores
         kept += same.long().cumprod(-1).sum((0, 1))
         drafted += own.scores.sum((0, 1))
         inside = text.sum(1, keepdim=True)

@@ -192,20 +192,19 @@ def _step(tuning: Tuning, name: str, taught: list[Tensor]) -> Step:
         for row in parts:
             with torch.no_grad():
                 patches = model.patch(config.patching, model.entropies(config, weights, row[:, :-1]))
-            corruption = None
+            dtype, recompute = settings.products, settings.recompute
+            clean, found = objective.next_bytes(config, weights, row, patches, dtype, recompute=recompute)
+            total, told = of_clean * found.nats, {"bits": found.nats / math.log(2), "right": found.right}
             if of_blocks:
                 share = settings.own_share if name == "blocks" else 0.0
-                continued = continuing(config, weights, row, patches, settings.products)
+                continued = continuing(config, weights, clean, dtype)
                 corruption = objective.corrupt(
                     config, row, patches, per_text, draw, own_share=share, continued=continued
                 )
-            found = objective.losses(
-                config, weights, row, patches, corruption, settings.products, recompute=settings.recompute
-            )
-            ((of_clean * found.clean + of_blocks * found.mask) / len(parts)).backward()
-            told = {"bits": found.clean / math.log(2), "right": found.clean_right}
-            if of_blocks:
-                told |= {"mask": found.mask / math.log(2), "mask_right": found.mask_right}
+                found = objective.block_bytes(config, weights, row, clean, corruption, dtype, recompute=recompute)
+                total = total + of_blocks * found.nats
+                told |= {"mask": found.nats / math.log(2), "mask_right": found.right}
+            (total / len(parts)).backward()
             for key, value in told.items():
                 figures[key] = figures.get(key, torch.zeros_like(value)) + value.detach() / len(parts)
         if name == "mask" and (gradient := weights[TABLE].grad) is not None:
@@ -235,8 +234,8 @@ def next_byte_bits(
         row = to_device(host.numpy(), device)
         ids, wanted = row[:, :-1], row[:, 1:]
         patches = model.patch(config.patching, model.entropies(config, weights, ids))
-        states, _ = model.next_states(config, weights, ids, patches, settings.products)
-        found, text = model.logits(weights, states), wanted != PAD_ID
+        clean = model.clean_rows(config, weights, ids, patches, settings.products)
+        found, text = model.logits(config, weights, clean.rows, settings.products), wanted != PAD_ID
         nats += float(F.cross_entropy(found[text], wanted[text], reduction="sum"))
         right += float((found.argmax(-1) == wanted)[text].sum())
         asked += float(text.sum())

@@ -7,7 +7,9 @@ device of its tensors; only `patch` waits for it, once, for the number of patche
     patch       texts -> where patches start, by the patcher, as when served (BLT 2.3)
     encode      texts, patches -> byte states, and patches from them                  (BLT 3.2)
     latents     patches -> the global transformer's output after each patch           (BLT 3.1)
-    decode      clean rows and corrupted blocks -> states to predict bytes from        (Fast BLT 3.2)
+    clean_rows  texts, patches -> all of these, and the decoder's rows of the texts    (BLT 3.3)
+    block_rows  corrupted blocks after clean rows -> the decoder's rows of their cells (Fast BLT 3.2)
+    logits      rows -> the next byte
 
 Every form of a model that the engine serves is here too, with one limit: a text is one document, so nothing follows its
 EOS but padding.
@@ -59,6 +61,32 @@ class Blocks:
     def positions(self) -> Tensor:
         """The original index of each cell: (B, S * K)."""
         return (self.starts[..., None] + torch.arange(self.ids.shape[-1], device=self.ids.device)).flatten(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Clean:
+    """The decoder's rows of a batch of texts, and what the rows of blocks need of them.
+
+    reads (B, T): of `Patches`. slots (B, M, k, d): of `latents`. rows (B, T, d): after the last layer. past: keys and
+    values of each layer, (B, KH, T, hd) each.
+    """
+
+    reads: Tensor
+    slots: Tensor
+    rows: Tensor
+    past: tuple[tuple[Tensor, Tensor], ...]
+
+    def of(self, count: int) -> "Clean":
+        """The first `count` texts."""
+        return self._each(lambda tensor: tensor[:count])
+
+    def apart(self) -> "Clean":
+        """The same values, from which gradients go no further."""
+        return self._each(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Clean":
+        past = tuple((change(k), change(v)) for k, v in self.past)
+        return Clean(change(self.reads), change(self.slots), change(self.rows), past)
 
 
 def joined(first: Blocks, second: Blocks) -> Blocks:
@@ -140,7 +168,8 @@ def encode(
 
     turns, slots = rotary(torch.arange(ids.shape[1], device=ids.device), enc), None
     for i in range(enc.num_layers):
-        x = _run(_layer, x, weights, f"model.local_encoder.layers.{i}", enc, turns, dtype, recompute=recompute)
+        name = f"model.local_encoder.layers.{i}"
+        x, _, _ = _run(_layer, x, weights, name, enc, turns, dtype, recompute=recompute)
         if not (config.encoder_refine or i == enc.num_layers - 1):
             continue
         if slots is None:
@@ -164,74 +193,75 @@ def latents(
     turns = rotary(torch.arange(x.shape[1], device=x.device), config.global_)
     for i in range(config.global_.num_layers):
         name = f"model.global_transformer.layers.{i}"
-        x = _run(_layer, x, weights, name, config.global_, turns, dtype, recompute=recompute)
+        x, _, _ = _run(_layer, x, weights, name, config.global_, turns, dtype, recompute=recompute)
     out = _project(x.to(dtype), weights, "model.local_decoder.patch_embedding_projection")
     return out.unflatten(-1, (config.slots, config.decoder.dim)).float()
 
 
-def decode(
-    config: ModelConfig,
-    weights: Weights,
-    ids: Tensor,
-    reads: Tensor,
-    slots: Tensor,
-    dtype: torch.dtype,
-    blocks: Blocks | None = None,
-    states: Tensor | None = None,
-    *,
-    recompute: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Normed states of clean rows (B, T, d) and of the blocks' cells (B, S, K, d); `logits` turns them into logits.
+def clean_rows(
+    config: ModelConfig, weights: Weights, ids: Tensor, patches: Patches, dtype: torch.dtype, *, recompute: bool = False
+) -> Clean:
+    """The decoder's rows of texts ids (B, T), by way of `encode` and `latents`. They attend causally.
 
-    slots: of `latents`. states: of `encode`, which a decoder without a table of its own reads. recompute: layers keep
-    only their inputs, and run again for their gradients.
-    Clean rows attend causally and never to a block. A cell attends to the clean rows before its block and to its whole
-    block; its position is its original index.
+    recompute: layers keep only their inputs, and run again for their gradients.
     """
-    dec, length = config.decoder, ids.shape[1]
-    positions, blind = torch.arange(length, device=ids.device), None
-    if blocks is not None:
-        cells = blocks.positions
-        ids = torch.cat([ids, blocks.ids.flatten(1)], 1)
-        reads = torch.cat([reads, _repeated(blocks.patches, blocks.ids.shape[2])], 1)
-        positions = torch.cat([positions.expand(len(ids), -1), cells], 1)
-        blind = _block_mask(blocks, length, dec.window).to(dtype)
-    turns = rotary(positions, dec)
-    if config.decoder_input == "encoder":
-        assert states is not None and blocks is None
-        y = states
-    else:
-        y = F.embedding(ids, weights["model.local_decoder.embed_tokens.weight"]).float()
-    for i in range(dec.num_layers):
-        if i == 0 or config.decoder_cross_all_layers:
-            name = f"model.local_decoder.cross_attn_layers.{i}"
-            y = 2 * y + _run(read_latent, y, slots, reads, weights, name, dec, dtype, recompute=recompute)
-        name = f"model.local_decoder.layers.{i}"
-        y = _run(_layer, y, weights, name, dec, turns, dtype, length, blind, recompute=recompute)
-    y = norm(y, weights, "model.local_decoder.norm", dec, dtype)
-    cell_states = y[:, length:]
-    return y[:, :length], cell_states if blocks is None else cell_states.unflatten(1, blocks.ids.shape[1:])
-
-
-def next_states(
-    config: ModelConfig,
-    weights: Weights,
-    ids: Tensor,
-    patches: Patches,
-    dtype: torch.dtype,
-    blocks: Blocks | None = None,
-    *,
-    recompute: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`encode`, `latents` and `decode` of ids (B, T)."""
     states, slots = encode(config, weights, ids, patches, dtype, recompute=recompute)
     slots = latents(config, weights, slots, dtype, recompute=recompute)
-    return decode(config, weights, ids, patches.reads, slots, dtype, blocks, states, recompute=recompute)
+    y = states if config.decoder_input == "encoder" else embedded(weights, ids)
+    turns, past = rotary(torch.arange(ids.shape[1], device=ids.device), config.decoder), []
+    for i in range(config.decoder.num_layers):
+        y = with_latent(config, weights, i, y, slots, patches.reads, dtype, recompute=recompute)
+        name = f"model.local_decoder.layers.{i}"
+        y, k, v = _run(_layer, y, weights, name, config.decoder, turns, dtype, recompute=recompute)
+        past.append((k, v))
+    return Clean(patches.reads, slots, y, tuple(past))
 
 
-def logits(weights: Weights, states: Tensor) -> Tensor:
-    """(..., d) -> (..., vocab) float32."""
-    return _project(states, weights, "lm_head").float()
+def block_rows(
+    config: ModelConfig, weights: Weights, clean: Clean, blocks: Blocks, dtype: torch.dtype, *, recompute: bool = False
+) -> Tensor:
+    """The decoder's rows of the blocks' cells, (B, S, K, d).
+
+    A cell attends to the clean rows before its block and to its whole block; its position is its original index. For a
+    decoder with a byte table of its own.
+    """
+    dec, (_, length) = config.decoder, clean.reads.shape
+    y, reads = embedded(weights, blocks.ids.flatten(1)), _repeated(blocks.patches, blocks.ids.shape[2])
+    turns, unseen = rotary(blocks.positions, dec), _block_mask(blocks, length, dec.window).to(dtype)
+    for i, (keys, values) in enumerate(clean.past):
+        y = with_latent(config, weights, i, y, clean.slots, reads, dtype, recompute=recompute)
+        name = f"model.local_decoder.layers.{i}"
+        y = _run(_block_layer, y, keys, values, unseen, weights, name, dec, turns, dtype, recompute=recompute)
+    return y.unflatten(1, blocks.ids.shape[1:])
+
+
+def logits(config: ModelConfig, weights: Weights, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The decoder's rows (..., d) -> (..., vocab) float32."""
+    return _project(norm(rows, weights, "model.local_decoder.norm", config.decoder, dtype), weights, "lm_head").float()
+
+
+def embedded(weights: Weights, ids: Tensor) -> Tensor:
+    """The decoder's own rows for ids, float32."""
+    return F.embedding(ids, weights["model.local_decoder.embed_tokens.weight"]).float()
+
+
+def with_latent(
+    config: ModelConfig,
+    weights: Weights,
+    layer: int,
+    y: Tensor,
+    slots: Tensor,
+    reads: Tensor,
+    dtype: torch.dtype,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """Rows y (B, R, d) with what they read before a decoder's layer of the latents `reads` (B, R)."""
+    if layer and not config.decoder_cross_all_layers:
+        return y
+    name = f"model.local_decoder.cross_attn_layers.{layer}"
+    read: Tensor = _run(_read_latent, y, slots, reads, weights, name, config.decoder, dtype, recompute=recompute)
+    return 2 * y + read
 
 
 def _block_mask(blocks: Blocks, length: int, window: int | None) -> Tensor:
@@ -280,7 +310,7 @@ def _read_bytes(
     return _project(read.unflatten(-1, (slots.shape[2], -1)), weights, f"{name}.o_proj")
 
 
-def read_latent(
+def _read_latent(
     y: Tensor, slots: Tensor, reads: Tensor, weights: Weights, name: str, stack: StackConfig, dtype: torch.dtype
 ) -> Tensor:
     """Cross-attention of each row over the k slots of its latent: (B, R, d)."""
@@ -301,31 +331,37 @@ def _stack(
 ) -> Tensor:
     turns = rotary(positions, stack)
     for i in range(stack.num_layers):
-        x = _layer(x, weights, f"{prefix}.layers.{i}", stack, turns, dtype)
+        x, _, _ = _layer(x, weights, f"{prefix}.layers.{i}", stack, turns, dtype)
     return x
 
 
-def _run(function: Callable[..., Tensor], *of: Any, recompute: bool) -> Tensor:
+def _run(function: Callable[..., Any], *of: Any, recompute: bool) -> Any:
     """function(*of); recompute: without keeping what its gradients need, which is computed again for them."""
     return checkpoint(function, *of, use_reentrant=False) if recompute else function(*of)
 
 
 def _layer(
+    x: Tensor, weights: Weights, prefix: str, stack: StackConfig, turns: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One transformer layer over x (B, R, dim), and its keys and values (B, KH, R, hd)."""
+    q, k, v = queries_keys_values(x, weights, prefix, stack, turns, dtype)
+    return after_attention(x, _causal(q, k, v, stack.window), weights, prefix, stack, dtype), k, v
+
+
+def _block_layer(
     x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    unseen: Tensor,
     weights: Weights,
     prefix: str,
     stack: StackConfig,
     turns: Tensor,
     dtype: torch.dtype,
-    clean: int | None = None,
-    blind: Tensor | None = None,
 ) -> Tensor:
-    """One transformer layer over x (B, R, dim); rows from `clean` on are block cells, masked by `blind`."""
+    """One transformer layer over block cells x (B, S * K, dim), after clean rows with `keys` and `values`."""
     q, k, v = queries_keys_values(x, weights, prefix, stack, turns, dtype)
-    attended = causal(q[:, :, :clean], k[:, :, :clean], v[:, :, :clean], stack.window)
-    if blind is not None:
-        cells = _attend(q[:, :, clean:], k, v, blind)
-        attended = torch.cat([attended, cells], 2)
+    attended = _attend(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), unseen)
     return after_attention(x, attended, weights, prefix, stack, dtype)
 
 
@@ -350,7 +386,7 @@ def after_attention(
     return x + _project(F.silu(gate) * up, weights, f"{prefix}.mlp.down_proj")
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Causal attention, (B, H, T, hd); a window is walked in chunks of its own length, each seeing one chunk back."""
     length = q.shape[2]
     if window is None or length <= window:

@@ -116,7 +116,7 @@ def saved_bytes(
     weights: Mapping[str, Tensor],
     row: Tensor,
     patches: Patches,
-    corruption: Corruption | None,
+    corruption: Corruption,
     dtype: torch.dtype,
     *,
     recompute: bool,
@@ -130,8 +130,9 @@ def saved_bytes(
         return held
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        found = objective.losses(config, weights, row, patches, corruption, dtype, recompute=recompute)
-        total = found.clean + found.mask
+        clean, found = objective.next_bytes(config, weights, row, patches, dtype, recompute=recompute)
+        of_blocks = objective.block_bytes(config, weights, row, clean, corruption, dtype, recompute=recompute)
+        total = found.nats + of_blocks.nats
     kept = [tensor.untyped_storage() for ref in packed if (tensor := ref()) is not None]
     of_weights = {weight.untyped_storage()._cdata for weight in weights.values()}
     assert total.grad_fn is not None  # it holds what is kept
@@ -154,7 +155,9 @@ def _corruption(config: ModelConfig, row: Tensor, per_text: int) -> Corruption:
     ids = torch.zeros(shape, dtype=torch.int64)
     starts = torch.zeros(shape[:2], dtype=torch.int64)
     ones = torch.ones(shape[:2])
-    return Corruption(Blocks(ids, starts, starts), ids, torch.ones(shape, dtype=torch.bool), ones, ones)
+    return Corruption(
+        Blocks(ids, starts, starts.clone()), ids.clone(), torch.ones(shape, dtype=torch.bool), ones, ones.clone()
+    )
 
 
 def _dtype(name: str, shape: tuple[int, ...], train: Trained) -> torch.dtype:

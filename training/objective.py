@@ -18,7 +18,7 @@ from engine.config import PAD_ID, ModelConfig
 from engine.step.transfer import to_device
 
 from . import model
-from .model import Blocks, Patches, Weights
+from .model import Blocks, Clean, Patches, Weights
 
 MIN_RATE = 0.05
 
@@ -42,14 +42,11 @@ class Corruption:
 
 
 @dataclass(frozen=True, slots=True)
-class Losses:
-    """Numbers, still on their device. `clean` and `mask` in nats per byte of text, differentiable; `..._right`: shares
-    predicted."""
+class Loss:
+    """Numbers, still on their device. nats: per byte of text, differentiable. right: the share predicted."""
 
-    clean: Tensor
-    mask: Tensor
-    clean_right: Tensor
-    mask_right: Tensor
+    nats: Tensor
+    right: Tensor
 
 
 def corrupt(
@@ -118,41 +115,36 @@ def corrupt(
     return Corruption(blocks, targets, masked & real[..., None], rates, stands_for)
 
 
-def losses(
+def next_bytes(
+    config: ModelConfig, weights: Weights, row: Tensor, patches: Patches, dtype: torch.dtype, *, recompute: bool = False
+) -> tuple[Clean, Loss]:
+    """The clean rows of the texts in `row` (B, T + 1), and their loss: row j predicts byte j + 1, the last one too."""
+    ids, after = row[:, :-1], row[:, 1:]
+    clean = model.clean_rows(config, weights, ids, patches, dtype, recompute=recompute)
+    logits = model.logits(config, weights, clean.rows, dtype)
+    nats = F.cross_entropy(logits.flatten(0, 1), after.flatten(), ignore_index=PAD_ID)
+    return clean, Loss(nats, _share_right(logits, after, after != PAD_ID))
+
+
+def block_bytes(
     config: ModelConfig,
     weights: Weights,
     row: Tensor,
-    patches: Patches,
-    corruption: Corruption | None,
+    clean: Clean,
+    corruption: Corruption,
     dtype: torch.dtype,
     *,
     recompute: bool = False,
-) -> Losses:
-    """Both losses of the texts in `row` (B, T + 1): clean row j predicts byte j + 1, including the last. Unscored rows
-    are computed with weight 0: to select the others, the host would have to wait for the device.
-
-    Without corruption, for a model without [MASK] or before it is trained, all of the block loss is 0.
-    """
-    ids, after = row[:, :-1], row[:, 1:]
-    asked, blocks = after != PAD_ID, None if corruption is None else corruption.blocks
-    clean, cells = model.next_states(config, weights, ids, patches, dtype, blocks, recompute=recompute)
-    next_logits = model.logits(weights, clean)
-    clean_loss = F.cross_entropy(next_logits.flatten(0, 1), after.flatten(), ignore_index=PAD_ID)
-    clean_right = _share_right(next_logits, after, asked)
-    if corruption is None:
-        return Losses(clean_loss, torch.zeros_like(clean_loss), clean_right, torch.zeros_like(clean_right))
-    scores, targets, cell_logits = corruption.scores, corruption.targets, model.logits(weights, cells)
+) -> Loss:
+    """The loss of the blocks of the texts in `row` (B, T + 1). Unscored cells are computed with weight 0: to select the
+    others, the host would have to wait for the device."""
+    scores, targets = corruption.scores, corruption.targets
+    cells = model.block_rows(config, weights, clean, corruption.blocks, dtype, recompute=recompute)
+    logits = model.logits(config, weights, cells, dtype)
     weight = (corruption.stands_for / corruption.rates)[..., None] * scores
-    cell_loss = F.cross_entropy(cell_logits.flatten(0, 2), targets.flatten(), reduction="none")
-    mask_loss = (cell_loss * weight.flatten()).sum() / asked.sum()
-    return Losses(clean_loss, mask_loss, clean_right, _share_right(cell_logits, targets, scores))
-
-
-def next_byte_losses(
-    config: ModelConfig, weights: Weights, row: Tensor, patches: Patches, dtype: torch.dtype
-) -> Losses:
-    """`losses` without blocks, which is compiled by itself."""
-    return losses(config, weights, row, patches, None, dtype)
+    nats = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
+    of_text = (row[:, 1:] != PAD_ID).sum()
+    return Loss((nats * weight.flatten()).sum() / of_text, _share_right(logits, targets, scores))
 
 
 def patcher_loss(config: ModelConfig, weights: Weights, row: Tensor, dtype: torch.dtype) -> Tensor:

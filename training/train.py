@@ -27,6 +27,8 @@ from .corpus import Corpus, corpora
 from .device import chosen_device
 from .loop import Loop, Plan, StageOver, Step, Stopped, run_phase, stop_requests
 from .metrics import Metrics, copy_metrics
+from .model import Clean
+from .objective import Loss
 from .passes import Pass, Passes
 from .state import MANIFEST, PATCHER, Settings, State, fraction
 
@@ -116,30 +118,34 @@ def _model_step(state: State, passes: Passes) -> Step:
         with torch.no_grad():
             patches = model.patch(state.config.patching, model.entropies(state.config, state.weights, row[:, :-1]))
         passes.vary(patches.starts)
-        function: Pass = objective.next_byte_losses
+        config, weights, dtype = state.config, state.weights, settings.dtype
+
+        def of_text(function: Pass) -> tuple[Clean, Loss]:
+            found: tuple[Clean, Loss] = function(config, weights, row, patches, dtype)
+            return found
+
+        trial = _without_trace(lambda function: of_text(function)[1].nats.backward(), state)
+        clean, found = of_text(passes.choose(objective.next_bytes, row.shape, trial))
+        total, figures = found.nats, {"bits": found.nats / math.log(2), "right": found.right}
         done = fraction(state, state.phases["model"])
-        weight = block_weight(settings, done)
-        given: list[Any] = [row, patches]
-        if state.config.mask_id is not None and done >= settings.blocks_from:
+        if config.mask_id is not None and done >= settings.blocks_from:
             # Without weight a single block, so that its loss is still logged.
             wanted = settings.blocks_per_kib if settings.mask_weight else 0
             per_text = max(1, wanted * (row.shape[1] - 1) // 1024)
-            function = objective.losses
-            continued = continuing(state.config, state.weights, row, patches, settings.dtype)
+            continued = continuing(config, weights, clean, dtype)
             shares = {"full_share": settings.full_share, "own_share": settings.own_share}
-            given.append(objective.corrupt(state.config, row, patches, per_text, draw, **shares, continued=continued))
+            corruption = objective.corrupt(config, row, patches, per_text, draw, **shares, continued=continued)
 
-        def losses(function: Pass) -> objective.Losses:
-            found: objective.Losses = function(state.config, state.weights, *given, settings.dtype)
-            (found.clean + weight * found.mask).backward()
-            return found
+            def of_blocks(function: Pass, clean: Clean) -> Loss:
+                found: Loss = function(config, weights, row, clean, corruption, dtype)
+                return found
 
-        found = losses(passes.choose(function, row.shape, _without_trace(losses, state)))
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        figures = {"bits": found.clean / math.log(2), "right": found.clean_right, "norm": norm}
-        if len(given) > 2:
-            figures |= {"mask": found.mask / math.log(2), "mask_right": found.mask_right}
-        return figures
+            trial = _without_trace(lambda function: of_blocks(function, clean.apart()).nats.backward(), state)
+            found = of_blocks(passes.choose(objective.block_bytes, row.shape, trial), clean)
+            total = total + block_weight(settings, done) * found.nats
+            figures |= {"mask": found.nats / math.log(2), "mask_right": found.right}
+        total.backward()
+        return figures | {"norm": torch.nn.utils.clip_grad_norm_(trained, 1.0)}
 
     return step
 
