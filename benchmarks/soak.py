@@ -4,7 +4,7 @@ A ledger has the answers to seeded requests of all decoders and kinds, asked onc
 ask for them again and again. Some read slowly, some leave in the middle, some set a deadline, which may cut the text
 short and nothing else. Meanwhile the engine is killed, once or again as soon as another is ready, stopped for a moment,
 or for so long that it is replaced; the HTTP process is stopped for a moment; crowds connect and vanish. It ends at the
-first answer that is wrong, or with Ctrl-C, and writes what it has seen.
+first answer that is wrong, or with Ctrl-C. Each minute it writes what it has seen, and says so where no bar shows it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,8 +77,15 @@ class Seen:
 class Soak:
     """One server, its clients and its faults."""
 
-    def __init__(self, server: RunningServer, http: httpx.AsyncClient, seed: int) -> None:
+    def __init__(
+        self,
+        server: RunningServer,
+        http: httpx.AsyncClient,
+        seed: int,
+        each_minute: Callable[[Seen], None] = lambda seen: None,
+    ) -> None:
         self.seen = Seen(seed)
+        self._each_minute = each_minute
         self._server = server
         self._http = http
         self._draw = random.Random(seed)
@@ -97,10 +104,10 @@ class Soak:
                     done, _ = await asyncio.wait(tasks, timeout=1.0, return_when="FIRST_COMPLETED")
                     for task in done:
                         task.result()
+                    self.seen.hours = (time.monotonic() - began) / 3600
                     bar.update(round(time.monotonic() - began) - bar.n)
                     bar.set_postfix(answers=self.seen.right.total(), faults=self.seen.faults.total())
         finally:
-            self.seen.hours = (time.monotonic() - began) / 3600
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -193,6 +200,7 @@ class Soak:
             if engine := engine_of(self._server):
                 with suppress(OSError):
                     self.seen.memory.append((private_bytes(self._server.process.pid), private_bytes(engine)))
+            self._each_minute(self.seen)
             await asyncio.sleep(SAMPLE_SECONDS)
 
 
@@ -224,10 +232,10 @@ def _begins(part: Choice, whole: Choice) -> bool:
     )
 
 
-async def soak(seconds: float, seed: int) -> Seen:
+async def soak(seconds: float, seed: int, each_minute: Callable[[Seen], None] = lambda seen: None) -> Seen:
     with TemporaryDirectory(prefix="soak-") as folder, serving(Path(folder), *MEMORY_FLAGS) as server:
         async with talking(server) as http:
-            run = Soak(server, http, seed)
+            run = Soak(server, http, seed, each_minute)
             with suppress(asyncio.CancelledError):
                 await run.run(seconds)
             return run.seen
@@ -239,10 +247,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     program.add_argument("--seed", type=int, default=1, help="of requests, habits and faults (%(default)s)")
     program.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON file")
     options = program.parse_args(arguments)
-    seen = asyncio.run(soak(options.hours * 3600, options.seed))
-    content: dict[str, Any] = vars(seen) | {"right": dict(seen.right), "faults": dict(seen.faults)}
-    path = report.write("soak-nano", f"python -m benchmarks.soak --hours {options.hours:g}", content, options.out)
-    print(said(seen), path, sep="\n")
+    command = f"python -m benchmarks.soak --hours {options.hours:g}"
+
+    def write(seen: Seen) -> Path:
+        content: dict[str, Any] = vars(seen) | {"right": dict(seen.right), "faults": dict(seen.faults)}
+        return report.write("soak-nano", command, content, options.out)
+
+    def each_minute(seen: Seen) -> None:
+        write(seen)
+        if not sys.stderr.isatty():
+            print(said(seen), file=sys.stderr, flush=True)
+
+    seen = asyncio.run(soak(options.hours * 3600, options.seed, each_minute))
+    print(said(seen), write(seen), sep="\n")
     if seen.wrong:
         sys.exit(f"wrong: {seen.wrong[0]}")
 

@@ -14,7 +14,9 @@ WHOLE = Choice(text="abcdé", ids=[1, 2, 3], tokens=["a", "b"], finish_reason="l
 @pytest.mark.faults
 async def test_a_minute_of_random_faults_breaks_nothing(record_property: Record, monkeypatch: Any) -> None:
     monkeypatch.setattr(soak, "FAULT_SECONDS", 4.0)
-    seen = await soak.soak(60.0, seed=5)
+    noted: list[int] = []
+    seen = await soak.soak(60.0, seed=5, each_minute=lambda seen: noted.append(seen.right.total()))
+    assert noted, "what it has seen is told while it runs"
     assert not seen.wrong and seen.faults.total() >= 2 and seen.right["read"] > 20
     record_property("figure", soak.said(seen))
 
