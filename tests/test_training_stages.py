@@ -8,7 +8,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from engine import checkpoint
 from tests.other_device import DEVICE, other_device
 from tests.test_layering import ROOT
 from tests.test_training_run import CONFIG, CORPUS, SETTINGS
-from training import corpus, export, loop
+from training import corpus, export, loop, model
 from training import train as training
 from training.loop import StageOver, Stopped
 from training.metrics import read_metrics
@@ -288,6 +290,32 @@ def test_a_training_pass_is_compiled_when_time_and_compiler_allow(
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend=broken))
     assert Passes("on").choose(double, row.shape, attempt) is double
     assert "not compiled, the compiler failed" in capsys.readouterr().err
+
+
+def test_a_pass_is_compiled_once_for_any_number_of_patches(
+    no_compiler_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, compiled = torch.compile, 0
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend=counted))
+    state = State.new(replace(SETTINGS, blocks_from=0.0, block_warm_up=0.0, own_share=1.0), CONFIG)
+    rows = [CORPUS.rows(np.random.default_rng(seed), 2, 64) for seed in range(4)]
+    with torch.no_grad():
+        state.weights["model.patcher.lm_head.weight"].normal_(generator=torch.Generator().manual_seed(0))
+        entropies = [model.entropies(CONFIG, state.weights, row[:, :-1]) for row in rows]
+    state.set_threshold(float(torch.cat(entropies).median()))
+    numbers = {model.patch(state.config.patching, entropy).starts.shape[1] for entropy in entropies}
+    step = training._model_step(state, Passes("on"))
+    found = []
+    for seed, row in enumerate(rows):
+        step(row, torch.Generator().manual_seed(seed))
+        found.append(compiled)
+    assert len(numbers) > 1 and found == [2] * 4, "the text and its blocks, before the first step"
 
 
 def broken(graph: object, inputs: object) -> None:

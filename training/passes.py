@@ -1,4 +1,4 @@
-"""The two differentiable passes of training, eager or compiled, whichever is faster here."""
+"""The differentiable passes of training (patcher, texts, blocks), eager or compiled, whichever is faster here."""
 
 import sys
 import time

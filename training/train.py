@@ -137,6 +137,7 @@ def _model_step(state: State, passes: Passes) -> Step:
             corruption = objective.corrupt(config, row, patches, per_text, draw, **shares, continued=continued)
 
             def of_blocks(function: Pass, clean: Clean) -> Loss:
+                passes.vary(clean.slots)
                 found: Loss = function(config, weights, row, clean, corruption, dtype)
                 return found
 
