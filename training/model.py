@@ -213,7 +213,8 @@ def clean_rows(
         y = with_latent(config, weights, i, y, slots, patches.reads, dtype, recompute=recompute)
         name = f"model.local_decoder.layers.{i}"
         y, k, v = _run(_layer, y, weights, name, config.decoder, turns, dtype, recompute=recompute)
-        past.append((k, v))
+        # Views of wider arrays, which recomputing is not to keep.
+        past.append((k.contiguous(), v.contiguous()) if recompute else (k, v))
     return Clean(patches.reads, slots, y, tuple(past))
 
 
