@@ -26,9 +26,9 @@ from tests.models import HF_MODELS, OUR_MODELS, our_config, our_model, text
 from tests.other_device import DEVICE, other_device
 from tests.test_checkpoint_formats import META_CONFIG, write_meta
 from tests.test_cli import fails, runner
-from training import convert, model
+from training import convert, documents, model
 from training.continuing import continuing
-from training.documents import LEAST_TEXT, Documents, open_documents, slices
+from training.documents import LARGE, LEAST_TEXT, Documents, open_documents, slices
 from training.finetune import Job, begin, resumed, save, train
 from training.loop import Stopped
 from training.metrics import read_metrics
@@ -408,7 +408,27 @@ def test_of_many_small_files_some_are_measured_in_pieces_that_are_long_enough(tm
     assert held_out.texts(700) == [b"x" * 700]
 
 
-def test_no_more_is_read_than_is_measured(tmp_path: Path) -> None:
+def test_hundreds_of_large_files_keep_few_open(tmp_path: Path) -> None:
+    for number in range(300):
+        with (tmp_path / f"{number:03}.txt").open("wb") as file:
+            file.truncate(LARGE)
+    training, held_out = open_documents(sorted(tmp_path.iterdir()), [], "text")
+    before = len(os.listdir("/proc/self/fd"))
+    assert training.digest and held_out.texts(1 << 20)
+    assert len(os.listdir("/proc/self/fd")) <= before + 256
+
+
+def test_held_out_lines_of_little_text_are_refused(folder: Path, tmp_path: Path) -> None:
+    line = json.dumps({"text": "", "more": "x" * 50}) + "\n"
+    (tmp_path / "empty.jsonl").write_text(line * 200)
+    (tmp_path / "few.jsonl").write_text(line * 200 + json.dumps({"text": "few"}) + "\n")
+    for name, size in (("empty", 0), ("few", 3)):
+        held_out = str(tmp_path / f"{name}.jsonl")
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl: {size} bytes of held-out text are too few .* 4,000"):
+            begin(settings(folder, held_out=(held_out,)), "tuned", tmp_path / "run", CPU)
+
+
+def test_no_more_is_read_than_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
 
     class Watched(bytes):
@@ -418,7 +438,7 @@ def test_no_more_is_read_than_is_measured(tmp_path: Path) -> None:
 
     (tmp_path / "large.txt").write_bytes(bytes(50_000))
     held_out = open_documents([Path(__file__)], [tmp_path / "large.txt"], "text")[1]
-    vars(held_out.parts[0])["_data"] = Watched(50_000)
+    monkeypatch.setattr(documents, "_contents", lambda *file: Watched(50_000))
     assert held_out.texts(5000) == [bytes(5000)] and read == [5000], "a copy of a whole file may not fit"
 
 

@@ -14,8 +14,8 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -41,11 +41,23 @@ EMPTY_DRAWS = 1000
 """So many lines in a row without text mean that there is none."""
 
 
+@lru_cache(maxsize=256)
+def _contents(path: Path, modified: int) -> mmap.mmap | bytes:
+    """Of a file. A mapping keeps a file descriptor, of which a process may have too few for thousands of files: so
+    small files are read, and mappings that have not been used for long are closed. `modified` tells other contents."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size < LARGE:
+            return file.read()
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 @dataclass(frozen=True)
 class Part:
-    """The bytes from `begin` to `end` of a file. field: of the objects in its lines; None if the file is a document."""
+    """The bytes from `begin` to `end` of a file. modified: when, in nanoseconds. field: of the objects in its lines;
+    None if the file is a document."""
 
     path: Path
+    modified: int
     begin: int
     end: int
     field: str | None
@@ -54,13 +66,9 @@ class Part:
     def size(self) -> int:
         return self.end - self.begin
 
-    @cached_property
+    @property
     def _data(self) -> mmap.mmap | bytes:
-        with self.path.open("rb") as file:
-            # A mapping keeps a file descriptor, of which thousands of small files would need too many.
-            if os.fstat(file.fileno()).st_size < LARGE:
-                return file.read()
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return _contents(self.path, self.modified)
 
     def piece(self, draw: np.random.Generator, place: int, length: int) -> np.ndarray:
         """Up to `length` ids of the document at byte `place` of the part: a slice from a random start."""
@@ -226,10 +234,10 @@ def _whole(path: Path, field: str) -> Part:
     if before in LINES and last in COMPRESSED:
         raise ValueError(f"{path}: this is compressed; give the {before} file that is in it")
     with path.open("rb"):
-        size = path.stat().st_size
-    if not size:
+        stat = path.stat()
+    if not stat.st_size:
         raise ValueError(f"{path}: the file is empty")
-    return Part(path, 0, size, field if last in LINES else None)
+    return Part(path, stat.st_mtime_ns, 0, stat.st_size, field if last in LINES else None)
 
 
 def _divided(part: Part) -> tuple[Part, Part]:
@@ -240,7 +248,7 @@ def _divided(part: Part) -> tuple[Part, Part]:
         cut = part.size - min(part.size // HELD_OUT_ONE_IN, MOST_HELD_OUT)
         if part.field is not None:
             cut = part._data.rfind(b"\n", 0, cut) + 1
-    return Part(part.path, 0, cut, part.field), Part(part.path, cut, part.end, part.field)
+    return replace(part, end=cut), replace(part, begin=cut)
 
 
 def _ids(data: bytes, *, closed: bool = False) -> np.ndarray:

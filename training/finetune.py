@@ -29,7 +29,7 @@ from . import model, objective
 from .continuing import continuing
 from .convert import TABLE, first_table, with_blocks
 from .device import chosen_device
-from .documents import Documents, check_lines, open_documents, slices
+from .documents import LEAST_HELD_OUT, Documents, check_lines, open_documents, slices
 from .loop import Loop, Plan, Step, run_phase, stop_requests
 from .metrics import Metrics
 from .passes import Passes
@@ -106,6 +106,11 @@ def begin(settings: Settings, name: str, run: Path, device: torch.device) -> Job
             require_finite(tensor_name, tensor)
     weights = on_device(source, device)
     rows = held_out_rows(held_out, settings)
+    if _size(rows) < (least := min(LEAST_HELD_OUT, settings.held_out_bytes)):
+        names = ", ".join(settings.held_out or settings.files)
+        raise ValueError(
+            f"{names}: {_size(rows)} bytes of held-out text are too few to measure; give at least {least:,}"
+        )
     before, _ = next_byte_bits(source.config, weights, rows, settings)
     print(f"{source.config.name}: {before:.4f} bits per next byte on {_size(rows):,} held-out bytes", flush=True)
     draw = np.random.default_rng([settings.seed, len(settings.files)])
