@@ -93,6 +93,8 @@ def _build(config: EngineConfig) -> Parts:
         else OneCall.of(model, memory, ledger, stages.launcher, isolates=isolate, max_rows=config.max_step_rows)
     )
     latency.runs_ahead = config.run_ahead != "never" and (one_call is not None or device.type != "cpu")
+    if latency.runs_ahead and (one_call is not None or loaded.config.decoder_input == "embedding"):
+        latency.drafting = "before" if one_call is None else "within"
     return Parts(
         config=loaded.config,
         model=model,

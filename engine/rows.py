@@ -37,6 +37,13 @@ class Rows(msgspec.Struct):
     prompt_scores: list[TokenLogprob] = []
     """What the step gives for the prompt's ids, if the request asked."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the device may go on by itself. Penalties, grammars and `min_tokens` depend on the bytes before, and
+        scores are only kept of single passes."""
+        of = self.sequence
+        return of.is_free and of.num_output >= of.request.min_tokens and not of.scores_prompt
+
     @classmethod
     def prefill(cls, sequence: Sequence, end: int) -> "Rows":
         """Rows of the text up to `end`."""

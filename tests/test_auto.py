@@ -1,19 +1,24 @@
 """What auto chooses when costs and agreement are known."""
 
 import random
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from engine.costs.latency import HOST, LatencyModel, Line
-from engine.decoders import Result, SharedPrior
-from engine.decoders.auto import KEPT_ROUNDS, PROBE_INTERVAL, AcceptanceRate, Auto
+from engine.decoders import SharedPrior
+from engine.decoders.auto import KEPT_ROUNDS, PROBE_INTERVAL, PROBE_STEPS, AcceptanceRate, Auto
 from engine.decoders.blt import Autoregressive
 from engine.decoders.blt_d import BlockDiffusion
 from engine.decoders.blt_dv import VerifiedDiffusion
 from engine.decoders.blt_s import SelfSpeculation
 from engine.scheduler import Scheduler
+from engine.types import SamplingParams
+from tests.engines import make_engine, request, run, save_ours
+from tests.models import OUR_MODELS, text
 from tests.test_scheduler import Memory, sequence
 
 SEQUENCE: Any = SimpleNamespace(mean_patch=4.0)
@@ -85,7 +90,7 @@ def test_auto_counts_the_hosts_part_once_for_a_step_of_several_bytes() -> None:
         }
     )
     assert isinstance(choice(auto(found, 0.6, 0.7)), VerifiedDiffusion)
-    found.runs_ahead = True
+    found.runs_ahead, found.drafting = True, "within"
     assert isinstance(choice(auto(found, 0.6, 0.7)), Autoregressive)
     assert found.next_byte(4.0) == pytest.approx(1.025e-4 + 1e-3 / found.launch_bytes(1), rel=0.01)
     assert found.draft(3, 1) == pytest.approx(1.5e-4, rel=0.01), "its passes are in the step that verifies"
@@ -103,16 +108,45 @@ def test_auto_goes_by_the_measured_time_of_steps_of_blt_alone() -> None:
     assert found.next_byte(4.0) == pytest.approx(0.2)
 
 
-def test_auto_measures_blt_again_after_many_rounds_of_any_sequence() -> None:
-    made = auto(costs(**LARGE_GLOBAL), 0.97, 0.1)
-    assert isinstance(choice(made), SelfSpeculation)
-    made._prior.idle = PROBE_INTERVAL
-    assert isinstance(choice(made), Autoregressive)
-    rounds = made.round(SimpleNamespace(tokens_left=9, remaining=1, counts=SimpleNamespace(decoder_calls=0)), 64)
-    next(rounds)
-    with pytest.raises(StopIteration):
-        rounds.send(Result([5]))
-    assert made._prior.idle == 0 and isinstance(choice(made), SelfSpeculation)
+@pytest.mark.parametrize(("drafting", "steps"), [("within", 0), ("before", 1), ("each", 8)])
+def test_a_draft_costs_the_host_the_steps_that_it_takes(drafting: Any, steps: int) -> None:
+    found = costs(decoder=(1.0, 0.0), **{HOST: (5.0, 0.0)})
+    found.drafting = drafting
+    assert found.draft(8, 1) == pytest.approx(8.0 + 5.0 * steps)
+
+
+@pytest.mark.parametrize("sequences", [1, 8])
+def test_all_sequences_measure_blt_in_the_same_steps(sequences: int) -> None:
+    found = costs(**LARGE_GLOBAL)
+    made = [auto(found, 0.97, 0.1) for _ in range(sequences)]
+    measured = []
+    for step in range(4 * PROBE_INTERVAL):
+        kinds = {type(choice(each)) for each in made}
+        assert len(kinds) == 1, "a step of several decoders is slow, and measures nothing"
+        found.unmeasured += 1
+        if kinds == {Autoregressive}:
+            found.observe_bytes(sequences, 9.0)
+            measured.append(step)
+    assert measured == [PROBE_INTERVAL, 2 * PROBE_INTERVAL + 1, 3 * PROBE_INTERVAL + 2]
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"sampling": SamplingParams(temperature=0, presence_penalty=0.5)}, {"logprobs": 1}]
+)
+def test_the_time_of_blt_is_not_taken_from_steps_that_the_host_decides(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """They make one byte each, where others make several."""
+    engine = make_engine(save_ours(tmp_path / "model", OUR_MODELS["fast-blt"]()))
+    run(engine, [request("one", text(20, 3, specials=False), 40, decoder="blt", **fields)])
+    assert (engine.ledger.latency.unmeasured < 40) == (not fields)
+
+
+def test_auto_does_not_wait_for_a_measurement_that_others_prevent() -> None:
+    found = costs(**LARGE_GLOBAL)
+    made, kinds = auto(found, 0.97, 0.1), Counter[type]()
+    for _ in range(10 * (PROBE_INTERVAL + PROBE_STEPS)):
+        kinds[type(choice(made))] += 1
+        found.unmeasured += 1
+    assert kinds[Autoregressive] == 10 * PROBE_STEPS
 
 
 def test_auto_works_out_times_now_and_then_and_when_others_come() -> None:

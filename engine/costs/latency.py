@@ -1,6 +1,7 @@
 """How long the stages take: measured at the start (`engine.costs.calibration`), then learnt from every step."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 FORGET = 0.98
 """Weight of an observation one launch later: the machine's load changes."""
@@ -53,8 +54,9 @@ class LatencyModel:
     """Implements `engine.decoders.auto.Latency`. All running sequences share the part of a launch's time that does not
     depend on its rows. So drafts pay most while a sequence runs alone and the weights are read for it only.
 
-    num_running: sequences that run now, set by the engine. runs_ahead: whether a round is one step, however many passes
-    it makes, and a step may have several bytes of blt.
+    num_running: sequences that run now, set by the engine. unmeasured: steps since the last of `observe_bytes`.
+    runs_ahead: whether a step may have several bytes of blt. drafting: whether the passes of a draft are in the step
+    that verifies it, in one step before that, or in a step each.
     """
 
     MOST_ROWS = 512
@@ -65,7 +67,9 @@ class LatencyModel:
     def __init__(self, drafts_encode: bool) -> None:
         """drafts_encode: whether a drafted row goes through the encoder too."""
         self.num_running = 1
+        self.unmeasured = 0
         self.runs_ahead = False
+        self.drafting: Literal["within", "before", "each"] = "each"
         self._drafts_encode = drafts_encode
         self._lines: dict[str, Line] = {}
         self._bytes = Line()
@@ -85,6 +89,7 @@ class LatencyModel:
         """Takes the time of a whole step in which nothing but blt ran, for each byte of a sequence. One of many bytes
         takes less than its passes would alone: it finds in the processor's caches what the pass before has read."""
         self._bytes.observe(sequences, seconds)
+        self.unmeasured = 0
 
     # Seconds of rounds.
 
@@ -96,7 +101,9 @@ class LatencyModel:
 
     def draft(self, passes: int, rows: int) -> float:
         encoding = self._share("encoder", rows) if self._drafts_encode else 0.0
-        own = self._share(HOST, 1 + passes) - self._share(HOST, 1) if self.runs_ahead else passes * self._share(HOST, 1)
+        own = passes * self._share(HOST, 1) if self.drafting == "each" else self._share(HOST, passes)
+        if self.drafting == "within":
+            own = self._share(HOST, 1 + passes) - self._share(HOST, 1)
         return passes * (self._share("decoder", rows) + encoding) + own
 
     def verify(self, rows: int, decoded: int, patch: float) -> float:

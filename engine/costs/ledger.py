@@ -146,11 +146,12 @@ class Ledger:
         stages, calls = self._stage_seconds(), self.total.calls["decoder"]
         yield
         whole = time.perf_counter() - began
+        self.latency.unmeasured += 1
         seconds = whole - (self._stage_seconds() - stages)
         if num_recorded() == recorded and all(rows.ask for rows in batch):
             passes = max(self.total.calls["decoder"] - calls, 1)
             self.latency.observe(HOST, passes * len(batch), max(seconds, 0.0))
-            if all(isinstance(rows.ask, Next) and rows.ask.at_most > 1 and rows.num_rows == 1 for rows in batch):
+            if all(map(_is_of_bytes, batch)):
                 self.latency.observe_bytes(len(batch), whole / passes)
 
     def _stage_seconds(self) -> float:
@@ -176,3 +177,8 @@ class Ledger:
     def ended(self, decoder: str, counts: Counts) -> None:
         """A request has ended: its counts are added to its decoder's."""
         self.decoders[decoder].add(counts)
+
+
+def _is_of_bytes(rows: Rows) -> bool:
+    """Whether a step of such rows makes as many bytes of blt as it may."""
+    return isinstance(rows.ask, Next) and rows.ask.at_most > 1 and rows.num_rows == 1 and rows.is_plain

@@ -15,7 +15,10 @@ MEMORY = 0.9
 """Weight of an observation one round later."""
 PRIOR_ROUNDS = 4.0
 PROBE_INTERVAL = 64
-"""Rounds after which a kind of draft that did not promise enough is tried again; and blt, whose time is measured."""
+"""Rounds after which a kind of draft that did not promise enough is tried again; and steps after which blt is, whose
+time is measured."""
+PROBE_STEPS = 2
+"""In which all sequences that begin a round take blt: only a step of nothing else measures it."""
 KEPT_ROUNDS = 16
 """For which the times of all kinds of rounds are kept: they change slowly, and to work them out takes time."""
 
@@ -24,6 +27,8 @@ class Latency(Protocol):
     """Seconds that rounds take, as measured so far; see `engine.costs.latency`."""
 
     num_running: int
+    unmeasured: int
+    """Steps since one that measured blt."""
 
     def next_byte(self, patch: float) -> float:
         """One byte by blt, a global pass every `patch` bytes."""
@@ -64,11 +69,10 @@ class AcceptanceRate:
 
 @dataclass(slots=True)
 class SharedPrior:
-    """The rates over all sequences of an engine: where a new sequence begins. idle: their rounds since one of blt."""
+    """The rates over all sequences of an engine: where a new sequence begins."""
 
     drafts: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(0.9))
     blocks: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(0.7))
-    idle: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,9 @@ class Auto(Decoder):
             self._options, self._age = self._timed(sequence.mean_patch), 0
             self._num_running = self._latency.num_running
         options = self._options
+        if self._latency.unmeasured % (PROBE_INTERVAL + PROBE_STEPS) >= PROBE_INTERVAL:
+            self.chosen = options[0]
+            return
         self.chosen = max(options, key=lambda option: option.bytes_per_second)
         for rate in (self.drafts, self.blocks):
             if rate.idle >= PROBE_INTERVAL and self.chosen.rate is not rate:
@@ -118,8 +125,6 @@ class Auto(Decoder):
                 if probes:
                     self.chosen = max(probes, key=lambda option: option.bytes_per_second)
                     rate.idle = 0
-        if self._prior.idle >= PROBE_INTERVAL:
-            self.chosen = options[0]
 
     def round(self, sequence: SequenceView, room: int) -> Round:
         decoder, rate = self.chosen.decoder, self.chosen.rate
@@ -127,7 +132,6 @@ class Auto(Decoder):
         outcome: Committed = yield from decoder.round(sequence, room)
         if decoder is self._free:
             self._free_passes = MEMORY * self._free_passes + (1 - MEMORY) * (sequence.counts.decoder_calls - passes)
-        self._prior.idle = 0 if decoder is self._blt else self._prior.idle + 1
         for each in (self.drafts, self.blocks):
             each.idle += 1
         if rate and outcome.drafted:

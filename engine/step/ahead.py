@@ -56,7 +56,7 @@ class Ahead:
         done."""
         kinds = {type(rows.ask) for rows in batch}
         pays = self.policy == "always" or (self.policy == "measured" and self._device.type != "cpu")
-        if not pays or len(kinds) > 1 or not all(map(is_plain, batch)):
+        if not pays or len(kinds) > 1 or not all(rows.is_plain for rows in batch):
             return None
         (kind,) = kinds
         if kind is Next:
@@ -318,12 +318,6 @@ class _Cells(BlockPasses):
         allowed = self.allowed(logits)
         drawn, _ = draw_ids(allowed, self._tensors, self._tensors.get("uniforms"), self._kernels)
         self.settle(allowed, drawn)
-
-
-def is_plain(rows: Rows) -> bool:
-    """Penalties, grammars and `min_tokens` depend on the bytes before, and scores are only kept of single passes."""
-    sequence = rows.sequence
-    return sequence.is_free and sequence.num_output >= sequence.request.min_tokens and not sequence.scores_prompt
 
 
 def _at_most(rows: Rows) -> int:

@@ -17,7 +17,6 @@ from ..patching import boundary_rule
 from ..rows import Rows
 from ..sequence import start_of
 from ..types import SamplingParams
-from .ahead import is_plain
 from .blocks import BLOCK_SPECIALS, rule_and_bound
 from .launch import Launcher
 from .results import cell_params, results_of, score_prompts
@@ -82,7 +81,7 @@ class OneCall:
             self._request(rows, most, verifies and _drafts(rows) > 0, cells, kept)
             for rows, most, cells in zip(batch, passes, settled, strict=True)
         ]
-        by_host = [rows for rows in batch if not is_plain(rows)]
+        by_host = [rows for rows in batch if not rows.is_plain]
         wanted = None
         if by_host:
             wanted = torch.empty(sum(rows.num_logits for rows in batch), self._vocab_size)
@@ -91,9 +90,9 @@ class OneCall:
         results = [self._result(*of) for of in zip(batch, answers, settled, strict=True)]
         if wanted is not None:
             drawn = self._draw(
-                by_host, [a for a, rows in zip(answers, batch, strict=True) if not is_plain(rows)], wanted
+                by_host, [a for a, rows in zip(answers, batch, strict=True) if not rows.is_plain], wanted
             )
-            results = [result if is_plain(rows) else next(drawn) for rows, result in zip(batch, results, strict=True)]
+            results = [result if rows.is_plain else next(drawn) for rows, result in zip(batch, results, strict=True)]
         return results
 
     def _draw(self, batch: list[Rows], answers: list[Answer], logits: torch.Tensor) -> Iterator[Result | None]:
@@ -113,7 +112,7 @@ class OneCall:
         count = MOST_BYTES
         if policy == "measured":
             count = 1 if any(rows.ask is None for rows in batch) else self._affordable(len(batch))
-        passes = [_most(rows, count) if is_plain(rows) else 1 for rows in batch]
+        passes = [_most(rows, count) if rows.is_plain else 1 for rows in batch]
         ends = [rows.end + most - 1 for rows, most in zip(batch, passes, strict=True)]
         reaches = [
             Reach(rows.sequence, end, end)
@@ -144,7 +143,7 @@ class OneCall:
     def _request(
         self, rows: Rows, passes: int, verifies: bool, settled: "array[int]", kept: list["array[float] | array[int]"]
     ) -> Request:
-        sequence, ask, plain = rows.sequence, rows.ask, is_plain(rows)
+        sequence, ask, plain = rows.sequence, rows.ask, rows.is_plain
         request, start = sequence.request, rows.start
 
         def address(values: "array[float] | array[int]") -> int:
@@ -244,7 +243,7 @@ def _most(rows: Rows, num_bytes: int) -> int:
 
 def _drafts(rows: Rows) -> int:
     """Most drafts after the rows of the text, if their verification comes next."""
-    if isinstance(rows.ask, Draft | Unmask) and rows.ask.then_verify and is_plain(rows):
+    if isinstance(rows.ask, Draft | Unmask) and rows.ask.then_verify and rows.is_plain:
         return len(rows.given) + (rows.ask.at_most if isinstance(rows.ask, Draft) else 0)
     return 0
 
