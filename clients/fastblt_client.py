@@ -7,8 +7,9 @@
 
 `AsyncClient` has the same methods, awaited. Every field of `POST /v1/completions` may be given by name.
 
-An answer outlives its server: if the connection breaks off, the client asks again with the same seed, which gives the
-same bytes, and a stream continues after the last piece that it has given.
+An answer outlives its server: if the connection breaks off, the client asks again. A stream keeps its seed, which gives
+the same bytes, and continues after the last piece that it has given. What has given nothing yet is asked anew, and the
+field `timeout` of a whole completion counts from then.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ import base64
 import json
 import os
 import random
+import secrets
 import ssl
 import time
 from collections import defaultdict
@@ -212,6 +214,8 @@ class Client(_Base):
                     finally:
                         response.close()
                 except BROKEN as error:
+                    if answer.is_whole:
+                        return
                     attempt = 0 if answer.has_grown else attempt
                     time.sleep(answer.left_of(self._wait(attempt, error), error))
                     attempt += 1
@@ -290,6 +294,8 @@ class AsyncClient(_Base):
                     finally:
                         await response.aclose()
                 except BROKEN as error:
+                    if answer.is_whole:
+                        return
                     attempt = 0 if answer.has_grown else attempt
                     await asyncio.sleep(answer.left_of(self._wait(attempt, error), error))
                     attempt += 1
@@ -409,7 +415,7 @@ class Answer:
 
     def __init__(self, body: dict[str, Any]) -> None:
         # From one seed equal prompts would get equal texts.
-        drawn = {"seed": random.getrandbits(31)} if _is_single(body["prompt"]) else {}
+        drawn = {"seed": secrets.randbits(63)} if _is_single(body["prompt"]) else {}
         self._body = drawn | body
         self._choices: defaultdict[int, Parts] = defaultdict(Parts)
         self._id = ""

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 import re
 import signal
 import socket
@@ -271,6 +272,23 @@ def test_a_stream_that_has_told_its_usage_is_not_asked_for_again() -> None:
     with scripted(broken) as (url, _), Client(url) as client:
         events = list(client.stream("x", model="m"))
     assert together(events)[0][::3] == ("abcdef", ["length"]) and sum(bool(event.usage) for event in events) == 1
+
+
+async def test_a_whole_stream_does_not_fail_when_its_connection_does() -> None:
+    whole = sent(chunks(["abcdef"], [2], "c"), done=False)
+    broken = answer(200, whole + b" ").replace(b": %d\r" % (len(whole) + 1), b": %d\r" % (len(whole) + 9))
+    with scripted(broken) as (url, _), Client(url, retries=0) as client:
+        assert list(client.stream("x", model="m"))[-1].usage
+    with scripted(broken) as (url, _):
+        async with AsyncClient(url, retries=0) as client:
+            assert [event async for event in client.stream("x", model="m")][-1].usage
+
+
+def test_the_users_random_numbers_are_not_the_clients() -> None:
+    random.seed(42)
+    before = random.getstate()
+    seeds = {Answer({"prompt": "x"}).request()["seed"] for _ in range(50)}
+    assert random.getstate() == before and len(seeds) == 50 and max(seeds) > 2**32
 
 
 def test_equal_prompts_of_a_request_get_no_seed_that_the_user_did_not_give() -> None:
