@@ -65,8 +65,8 @@ def overview() -> Panels:
         number(
             2,
             "Failed or refused",
-            "Share of completions that ended with 5xx, or with 429 because the queue was full. Above 5 %, look now: "
-            "Responses, in the row Traffic, says which it is.",
+            "Share of completions that ended with 5xx or 429: the queue is full, or a key is above its limit. Above "
+            "5 %, look now: Responses, in the row Traffic, says which it is.",
             f"({failed} or vector(0)) / {answered}",
             unit=units.PercentUnit,
             colours={None: "green", 0.01: "orange", 0.05: "red"},
@@ -113,8 +113,8 @@ def traffic() -> Panels:
         lines(
             11,
             "Responses",
-            "By status, scrapes and health checks included. 429: the queue is full. 499: the client left before its "
-            "response began. 5xx: our fault; the log has every one with its request id.",
+            "By status, scrapes and health checks included. 429: the queue is full, or a key is above its limit. 499: "
+            "the client left before its response began. 5xx: our fault; the log has every one with its request id.",
             query(rate("fastblt_http_responses_total", "status"), "{{status}}"),
             unit=units.RequestsPerSecond,
             colours=STATUSES,
