@@ -179,6 +179,7 @@ class HttpServer(uvicorn.Server):
             self._bound,
             self._tls,
             settings.head_timeout,
+            settings.retry_after,
             connections,
             lambda slot, accepted: HttpConnection(app, limits, connections, slot, accepted, self.server_state),
         )

@@ -58,6 +58,7 @@ class Listener:
         bound: socket.socket,
         tls: ssl.SSLContext | None,
         handshake_timeout: float,
+        retry_after: int,
         connections: Connections,
         make_protocol: MakeProtocol,
     ) -> None:
@@ -73,7 +74,7 @@ class Listener:
         error = ApiError(503, "all connections are in use; try again later", code="too_many_connections")
         body = to_json(error.body)
         head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-        self._refusal = f"{head}\r\nretry-after: 1\r\nconnection: close\r\n\r\n".encode() + body
+        self._refusal = f"{head}\r\nretry-after: {retry_after}\r\nconnection: close\r\n\r\n".encode() + body
 
     def start(self) -> None:
         """Raises OSError if another process listens on the port already."""

@@ -295,14 +295,15 @@ async def test_the_longest_idle_connection_is_closed_for_a_new_one() -> None:
 
 
 async def test_a_new_connection_is_refused_when_all_connections_are_busy() -> None:
-    async with serving(max_connections=10, max_connections_per_address=2) as served, AsyncExitStack() as stack:
+    settings = {"max_connections": 10, "max_connections_per_address": 2, "retry_after": 7}
+    async with serving(**settings) as served, AsyncExitStack() as stack:
         busy = [await stack.enter_async_context(connected(served.port)) for _ in range(2)]
         for raw in busy:
             await raw.send(post(body("wait")))
         await until(lambda: served.client.open == 2)
         async with connected(served.port) as refused:
             answer = await refused.answer()
-            assert (answer.status, answer.code, answer.headers["retry-after"]) == (503, "too_many_connections", "1")
+            assert (answer.status, answer.code, answer.headers["retry-after"]) == (503, "too_many_connections", "7")
         assert served.connections.ended == {"refused": 1}
         served.client.release.set()
         for raw in busy:
