@@ -177,7 +177,6 @@ def traffic() -> Panels:
             "the next panel says why. failed: our fault. client_left: it did not wait for the end.",
             query(rate("fastblt_requests_total", "outcome", where=[COMPLETIONS]), "{{outcome}}"),
             unit=units.RequestsPerSecond,
-            width=12,
             colours=OUTCOMES,
             stack=True,
         ),
@@ -188,8 +187,20 @@ def traffic() -> Panels:
             "without end: a client has an old key. Others: a client sends what no server would take.",
             query(f"{rate('fastblt_rejections_total', 'reason')} > 0", "{{reason}}"),
             unit=units.RequestsPerSecond,
-            width=12,
             stack=True,
+        ),
+        restyle(
+            lines(
+                19,
+                "Connections",
+                "At the dashed line a new connection takes the place of one that waits for its client. If none does, "
+                "the new one is refused, which no other panel shows: the alert FastbltRefusingConnections.",
+                query(select("fastblt_http_connections"), "{{instance}}"),
+                query(f"min({select('fastblt_http_connections_capacity')})", "capacity of an instance"),
+                unit=units.Short,
+                colours={"capacity": "red"},
+            ),
+            "B",
         ),
     ]
 
