@@ -234,8 +234,8 @@ def latency() -> Panels:
         percentiles(
             24,
             "Time in the queue",
-            "From the arrival of a sequence in the engine to its first step. More than a moment means that steps or "
-            "cache pages are taken: more instances, or a larger cache, would help.",
+            "From the admission of a sequence to its first step, the wait for its key's turn included. More than a "
+            "moment means that steps or cache pages are taken: more instances, or a larger cache, would help.",
             "fastblt_queue_seconds",
         ),
         percentiles(
@@ -277,8 +277,8 @@ def engine() -> Panels:
             lines(
                 31,
                 "Sequences",
-                "Running: in the batch. Waiting: in the engine, for a slot or for pages. Queued: without a first byte "
-                "yet. At the dashed line new requests get 429: add instances.",
+                "Running: in the batch. Waiting: for the turn of their key, for a slot or for pages. Queued: without a "
+                "first byte yet. At the dashed line new requests get 429: add instances.",
                 query(total(select("fastblt_running_sequences")), "running"),
                 query(total(select("fastblt_waiting_sequences")), "waiting"),
                 query(total(select("fastblt_queued_sequences")), "queued"),

@@ -470,7 +470,10 @@ class FastBltUsage(BaseModel):
     estimated_bytes: int = Field(description="Weight bytes by the paper's formula.")
     bytes_read: int = Field(description="Bytes really read: a share of every batch's weights, keys and values, tables.")
     preemptions: int
-    queue_seconds: float = Field(description="In the engine before the first step; the longest of any sequence.")
+    queue_seconds: float = Field(
+        description="Before the first step: the wait for the turn of its key, and in the engine; the longest of any "
+        "sequence."
+    )
     prefill_seconds: float = Field(description="From the first step to the first id; the longest of any sequence.")
     decode_seconds: float = Field(description="From the first id to the end; the longest of any sequence.")
     first_byte_seconds: float | None = Field(
