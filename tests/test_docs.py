@@ -225,6 +225,7 @@ LOG_LINES = [
     "out of memory while loading",
     "out of memory in a step",
     "was killed (SIGKILL; out of memory?)",
+    "was killed by the server",
     "the engine process …",
     "the engine did not come back: …",
     "has shown no life for",

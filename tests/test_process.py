@@ -192,7 +192,9 @@ async def test_no_request_fails_for_kills_that_come_while_it_is_resumed(tmp_path
             assert transcript.ids == scripted_ids(f"p{i}", 0, 2000)
 
 
-async def test_an_engine_whose_step_takes_too_long_is_killed_and_replaced(tmp_path: Path) -> None:
+async def test_an_engine_whose_step_takes_too_long_is_killed_and_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with running(tmp_path, step_seconds=0.5) as client:
         hanging, other = await asyncio.gather(
             read(client, request("hang:3", timeout=4)), read(client, request("fine", max_tokens=200))
@@ -203,6 +205,11 @@ async def test_an_engine_whose_step_takes_too_long_is_killed_and_replaced(tmp_pa
         pid, restarts = client.pid, client.restarts
         await asyncio.sleep(1.5)
         assert (client.pid, client.restarts) == (pid, restarts) and restarts
+        assert "takes too long for a step; it is killed" in caplog.text
+        assert "was killed by the server while it ran id-" in caplog.text and "out of memory?" not in caplog.text
+        kill(client)
+        await eventually(lambda: client.restarts > restarts)
+        assert "was killed (SIGKILL; out of memory?) while it was idle" in caplog.text
 
 
 @pytest.mark.slow

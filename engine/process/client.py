@@ -92,6 +92,8 @@ class EngineClient:
         self._missed_beats = 0
         self._progressed = False
         """Whether the process has told of any request."""
+        self._killed = False
+        """Whether the process was killed from here."""
         self.state: State = "starting"
         self.restarts = 0
         self.info = EngineInfo()
@@ -222,7 +224,7 @@ class EngineClient:
 
     def _note_crash(self, exit_code: int) -> None:
         running = _named([stream.request for stream in self._streams.values() if stream.sent])
-        log.error("the engine process %s %s %s", self.pid, describe_exit(exit_code), running)
+        log.error("the engine process %s %s %s", self.pid, describe_exit(exit_code, self._killed), running)
         self.state, self.snapshot = "restarting", Snapshot()
         self._failing_since = self._failing_since or time.monotonic()
         for stream in self._trials.crashed(self._streams.values()):
@@ -249,13 +251,10 @@ class EngineClient:
                 )
                 if receiver.done():
                     # It ends only if it fails: what such a process says next cannot be trusted.
-                    why = receiver.exception()
-                    log.error("the engine process %s sent what cannot be read: %s; it is killed", self.pid, why)
-                    process.kill()
+                    self._kill(process, f"sent what cannot be read: {receiver.exception()}")
                     await exited
                 elif watch.done():
-                    log.error("the engine process %s %s; it is killed", self.pid, watch.result())
-                    process.kill()
+                    self._kill(process, watch.result())
                     await exited
                 elif time.monotonic() >= loaded + STEADY_SECONDS:
                     self._note_progress()
@@ -263,6 +262,11 @@ class EngineClient:
         finally:
             for task in (receiver, exited, watch):
                 task.cancel()
+
+    def _kill(self, process: Spawned, why: str) -> None:
+        log.error("the engine process %s %s; it is killed", self.pid, why)
+        self._killed = True
+        process.kill()
 
     async def _watch(self, process: Spawned, most: int) -> str:
         """Returns once the process must be killed, and why."""
@@ -319,7 +323,7 @@ class EngineClient:
             await self._reap(0)
             raise
         self.limits, self.info, self.snapshot = message.limits, message.info, message.snapshot
-        self.state, self._progressed = "ready", False
+        self.state, self._progressed, self._killed = "ready", False, False
         # It may have changed while the process loaded.
         self._send(SetLogLevel(self._logs.level))
         self._give_due()

@@ -144,10 +144,10 @@ def _environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
 
 
-def describe_exit(code: int) -> str:
+def describe_exit(code: int, killed_here: bool = False) -> str:
     """For a log line: "the engine process ..."."""
     if code == -signal.SIGKILL:
-        return "was killed (SIGKILL; out of memory?)"
+        return "was killed by the server" if killed_here else "was killed (SIGKILL; out of memory?)"
     if code == OUT_OF_MEMORY:
         return "ran out of memory"
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
