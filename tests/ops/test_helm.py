@@ -268,6 +268,7 @@ def test_the_pod_monitor_uses_the_job_name_of_the_rules() -> None:
         ({"apiKeys": {"secret": ["a"]}}, "at '/apiKeys/secret': got array, want string"),
         ({"args": ["--port=80"]}, "args: --port=80 is set by the chart"),
         ({"args": ["--model", "/x"]}, "args: --model is set by the chart"),
+        ({"args": ["--ssl-certfile=/tls/crt"]}, "args: --ssl-certfile=/tls/crt cannot be used: the probes speak plain"),
         ({"autoscaling": {"enabled": True, "minReplicas": 5}}, "minReplicas 5 must not exceed maxReplicas 4"),
     ],
 )  # fmt: skip
