@@ -4,6 +4,7 @@ from collections.abc import Sequence as Seq
 
 import msgspec
 
+from .costs.latency import MOST_BYTES
 from .decoders import Ask, Draft, Next, Unmask, Verify
 from .sequence import Sequence
 from .types import TokenLogprob
@@ -101,7 +102,9 @@ class Rows(msgspec.Struct):
     def most_passes(self) -> int:
         """Passes of a stage that the ask may lead to in one step, its verification included."""
         match self.ask:
-            case Next(at_most) | Draft(_, at_most):
+            case Next(at_most):
+                return 1 + min(at_most, MOST_BYTES)
+            case Draft(_, at_most):
                 return 1 + at_most
             case Unmask(block):
                 return 1 + len(block)
