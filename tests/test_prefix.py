@@ -121,6 +121,17 @@ def test_generated_text_is_cached_as_a_prefix(model: Path) -> None:
         assert_same(found, run(make_engine(model, prefix_cache=False), [next_turn])["next"])
 
 
+@pytest.mark.parametrize("rows", [8, 16, 34])
+def test_a_repeated_prompt_fits_where_one_sequence_does(tmp_path: Path, rows: int) -> None:
+    """It goes on in a copy of a cached page, and holds both for a moment."""
+    folder = save_ours(tmp_path / "model", OUR_MODELS["fast-blt"]())
+    engine = make_engine(folder, max_sequences=1, max_step_rows=rows, max_length=200)
+    for length in range(20, 180, 4):
+        prompt = text(length, length, specials=False)
+        first, again = (run(engine, [request(name, prompt, 2)])[name] for name in ("first", "again"))
+        assert first.ids == again.ids
+
+
 def test_a_repeated_prompt_computes_at_least_one_row(model: Path) -> None:
     engine = make_engine(model)
     again = request("it", text(2 * BLOCK, 5), 20)

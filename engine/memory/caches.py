@@ -49,8 +49,9 @@ class CacheSpec:
 
     def pages_between(self, chunk: int, draft: int) -> int:
         """Most pages that all sequences together may hold beyond `pages_for(rows, draft)` in a step of `chunk` rows.
-        Few of them have more than `draft` rows in it, and each of these begins at most one page more."""
-        return ceil(chunk / self.page_size) + chunk // draft if chunk > draft else 0
+        Few of them have more than `draft` rows in it, and each of these begins at most one page more. One page is for
+        the copy of a cached one that a sequence goes on in: it holds both for a moment."""
+        return ceil(chunk / self.page_size) + chunk // draft if chunk > draft else 1
 
 
 def longest_draft(config: ModelConfig) -> int:
