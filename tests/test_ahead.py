@@ -18,7 +18,7 @@ from engine.costs.latency import LAUNCH_SECONDS, MOST_BYTES, LatencyModel
 from engine.counts import STAGES
 from engine.rows import Rows
 from engine.step.stages import FirstHalf, Stages
-from engine.types import Request, SamplingParams, UnmaskRule
+from engine.types import Failed, Request, SamplingParams, UnmaskRule
 from tests import engines
 from tests.engines import Output, bill, request, run, save_ours, usage
 from tests.models import our_config, our_model, text
@@ -333,3 +333,21 @@ def test_the_time_of_a_byte_is_that_of_all_stages() -> None:
     for stage, seconds in zip(STAGES, (1.0, 2.0, 4.0, 8.0), strict=True):
         costs.observe(stage, 1, seconds)
     assert costs.byte(1) == pytest.approx(15.0)
+
+
+@pytest.mark.parametrize("policy", ["never", "always"])
+@pytest.mark.parametrize("decoder", ["blt", "blt-s"])
+def test_the_host_knows_what_the_device_wrote_for_a_row_that_failed(
+    model: Path, monkeypatch: pytest.MonkeyPatch, policy: Any, decoder: Any
+) -> None:
+    """Or the slot's next text would be taken for what is there."""
+    engine, noted = make_engine(model, graphs=True, run_ahead=policy), []
+    engine.memory.slots.read = lambda sequence, place, ids: noted.append(place)  # type: ignore[method-assign]
+    for module in ("results", "ahead"):
+        monkeypatch.setattr(f"engine.step.{module}.are_distributions", lambda bests: False)
+    prompt = text(20, 3, specials=False)
+    engine.add(request("it", prompt, 30, decoder=decoder))
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert isinstance(events[-1], Failed) and noted and noted[0] == len(prompt)

@@ -89,10 +89,10 @@ class Ahead:
         results = []
         for number, rows in enumerate(batch):
             own = [drawn[number] for drawn in ids]
+            self._slots.read(rows.sequence, rows.end, own)
             if not are_distributions(bests[number] for bests in highest):
                 results.append(Result(failed=True))
                 continue
-            self._slots.read(rows.sequence, rows.end, own)
             # A document ends with an EOS.
             results.append(Result(own[: own.index(EOS_ID) + 1] if EOS_ID in own else own))
         for number, (each, launched) in enumerate(zip(passes, launches, strict=True)):

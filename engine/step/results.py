@@ -53,20 +53,17 @@ def results_of(batch: Sequence[Rows], logits: Tensor, slots: Slots, kernels: Ker
         stood = next(accepted)
         # What follows a draft that does not stand was never text.
         known = begin + stood + 1 if isinstance(rows.ask, Verify) else end
-        if not are_distributions(bests[begin:known]):
-            if rows.num_block:
-                next(cells)
-            results.append(Result(failed=True))
-            continue
-        num_top = rows.sequence.request.logprobs
+        is_fine = are_distributions(bests[begin:known])
+        num_top = rows.sequence.request.logprobs if is_fine else None
         scores = [] if num_top is None else logprobs_of(logits[begin:end], chosen[begin:end], num_top)
         result = _result(rows, chosen[begin:end], scores, stood)
+        # Also of a row that failed: the slot's next text is compared with what the host knows of it.
         if rows.num_block:
             result = _with_block(rows, result, *next(cells))
             slots.read(rows.sequence, rows.reach - rows.num_block, result.ids)
         else:
             slots.read(rows.sequence, rows.drawn_places[0], chosen[begin:end])
-        results.append(result)
+        results.append(result if is_fine else Result(failed=True))
     return results
 
 
