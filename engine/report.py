@@ -43,7 +43,8 @@ class Report:
         total, decoders = ledger.total, {decoder: Counts() for decoder in self._parts.limits.decoders}
         for decoder, counts in ledger.decoders.items():
             decoders[decoder].add(counts)
-        for sequence in (*scheduler.running, *scheduler.waiting):
+        # Those that wait have counts if they ran before; there may be thousands of them.
+        for sequence in (*scheduler.running, *(waiting for waiting in scheduler.waiting if waiting.preemptions)):
             decoders[sequence.request.decoder].add(sequence.counts)
         return Snapshot(
             running=len(scheduler.running),
