@@ -318,6 +318,11 @@ def test_the_changelog_begins_with_unreleased_and_the_current_version() -> None:
     assert versions[:2] == ["Unreleased", project["version"]]
 
 
+def test_the_image_is_pushed_under_the_tag_that_the_chart_takes() -> None:
+    chart = yaml.safe_load((ROOT / "deploy" / "helm" / "fastblt" / "Chart.yaml").read_text())
+    assert set(re.findall(r"registry\.example\.com/fastblt:(\S+)", DOCS["containers.md"])) == {chart["appVersion"]}
+
+
 def test_the_workflow_runs_the_commands_of_the_readme() -> None:
     (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"].values()
     steps = [step["run"].split() for step in job["steps"] if "run" in step]
