@@ -109,7 +109,6 @@ CaFile = Annotated[
     ),
 ]
 LOCAL = "http://127.0.0.1:8000"
-SIMULATION = "With --simulate"
 
 
 def _print_version(wanted: bool) -> None:
@@ -996,54 +995,50 @@ def size(
             "--simulate",
             help="Print instead how many replicas a load needs, with latencies by load: simulated, with what steps "
             "cost on a server.",
-            rich_help_panel=SIMULATION,
         ),
     ] = False,
     requests_per_second: Annotated[
-        float, typer.Option(min=1e-6, help="Of all replicas together.", rich_help_panel=SIMULATION)
+        float, typer.Option(min=1e-6, help="--simulate: requests per second, all replicas together.")
     ] = 1.0,
-    prompt_bytes: Annotated[
-        float, typer.Option(min=1, help="Mean length of a prompt.", rich_help_panel=SIMULATION)
-    ] = 400.0,
-    output_bytes: Annotated[
-        float, typer.Option(min=1, help="Mean length of an output.", rich_help_panel=SIMULATION)
-    ] = 200.0,
+    prompt_bytes: Annotated[float, typer.Option(min=1, help="--simulate: mean length of a prompt.")] = 400.0,
+    output_bytes: Annotated[float, typer.Option(min=1, help="--simulate: mean length of an output.")] = 200.0,
     spread: Annotated[
         float,
-        typer.Option(min=0, max=10, help="Standard deviation of both lengths, in means.", rich_help_panel=SIMULATION),
+        typer.Option(
+            min=0, max=10, help="--simulate: standard deviation of both lengths, as a multiple of their means."
+        ),
     ] = 0.5,
     percentile: Annotated[
         float,
-        typer.Option(min=1, max=99.9, help="Of the requests that must be in time.", rich_help_panel=SIMULATION),
+        typer.Option(min=1, max=99.9, help="--simulate: percentage of requests that must meet both limits."),
     ] = 99.0,
     first_byte: Annotated[
         float | None,
-        typer.Option(min=0, help="Most seconds to the first byte.", show_default="any", rich_help_panel=SIMULATION),
+        typer.Option(min=0, help="--simulate: most seconds to the first byte.", show_default="any"),
     ] = None,
     last_byte: Annotated[
         float | None,
-        typer.Option(min=0, help="Most seconds to the last byte.", show_default="any", rich_help_panel=SIMULATION),
+        typer.Option(min=0, help="--simulate: most seconds to the last byte.", show_default="any"),
     ] = None,
     decoder: Annotated[
         KnownDecoder | None,
-        typer.Option(help="That all requests use.", show_default="blt", rich_help_panel=SIMULATION),
+        typer.Option(help="--simulate: decoder that all requests use.", show_default="blt"),
     ] = None,
     url: Annotated[
         str | None,
         typer.Option(
-            help="An idle server with the flags and the machine that replicas will have. Its steps are measured, which "
-            "takes about a minute.",
-            rich_help_panel=SIMULATION,
+            help="--simulate: an idle server with the flags and the machine that replicas will have. Its steps are "
+            "measured, which takes about a minute.",
         ),
     ] = None,
     api_key: ApiKey = None,
     costs: Annotated[
         Path | None,
-        typer.Option(help="File for what was measured: written with --url, else read.", rich_help_panel=SIMULATION),
+        typer.Option(help="--simulate: file for what was measured, written with --url, else read."),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw latency against load into this file (.png, .svg, .pdf).", rich_help_panel=SIMULATION),
+        typer.Option(help="--simulate: draw latency against load into this file (.png, .svg, .pdf)."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -1144,7 +1139,8 @@ def check(
     """Tell whether this machine is fit to serve: versions, kernels, texts and speed.
 
     Compares every kernel with its torch twin, and the texts of all exact decoders with blt's; measures each decoder
-    beside the speed of the memory. Ends with a verdict. Exit code 1 if anything is wrong; what is only slow is said.
+    beside the speed of the memory. Ends with a verdict. Exit code 1 if anything is wrong; the verdict mentions what is
+    only slow.
     """
     from engine.check.machine import default_device
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -313,6 +314,13 @@ def test_the_command_says_what_is_wrong(words: list[str], said: str) -> None:
 def test_the_command_says_whose_costs_a_file_has(measured: str) -> None:
     code, found = command("--costs", measured, "--decoder", "blt-s")
     assert code == 1 and f"--decoder: {measured} has the costs of blt, not of blt-s" in found
+
+
+def test_help_tells_which_flags_only_a_simulation_takes() -> None:
+    size: Any = typer.main.get_command(app).commands["size"]  # type: ignore[attr-defined]
+    names = [option.name for option in size.params]
+    ours = size.params[names.index("simulate") + 1 : names.index("as_json")]
+    assert {option.name for option in ours if not option.help.startswith("--simulate: ")} == {"api_key"}
 
 
 def test_a_capacity_is_told_as_json() -> None:

@@ -77,6 +77,14 @@ def test_the_row_of_a_flag_begins_with_its_help(command: str) -> None:
             assert rows[option.opts[0]].strip().startswith(told), option.name
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_row_of_a_flag_names_its_variable(command: str) -> None:
+    rows = {row.split("`")[1]: row for row in re.findall("^\\| `--.*", SECTIONS[command], re.M)}
+    for option in COMMANDS[command].params:
+        if option.param_type_name == "option" and option.envvar:
+            assert f"`{option.envvar}`" in rows[option.opts[0]], option.name
+
+
 @pytest.mark.parametrize("name", ["model", *DEFAULTS])
 def test_every_setting_is_documented_with_its_variable_and_default(name: str) -> None:
     row = next(line for line in SECTIONS["serve"].splitlines() if line.startswith(f"| `--{name.replace('_', '-')}`"))
