@@ -176,7 +176,7 @@ def client(
         run(connection, prompt or [], model, options)
 
 
-@app.command()
+@app.command(short_help="Answer a batch file.")
 def batch(
     source: Annotated[
         Path,
@@ -219,7 +219,7 @@ def batch(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Measure a server under load.")
 def load(
     url: Url = LOCAL,
     api_key: ApiKey = None,
@@ -515,7 +515,7 @@ def init(
         save(out, calibrated(model, tensors), tensors)
 
 
-@app.command()
+@app.command(short_help="Write a Hugging Face tokenizer.")
 def tokenizer(
     out: Annotated[Path, typer.Argument(help="Folder to write to; it is made if it is missing.")],
 ) -> None:
@@ -581,7 +581,7 @@ def evaluate(
         typer.echo(json.dumps(scoring.to_json(result), indent=2) if as_json else scoring.render(result))
 
 
-@app.command()
+@app.command(short_help="Solve the paper's tasks.")
 def tasks(
     names: Annotated[
         list[str], typer.Argument(metavar="TASK", parser=_one_of(*TASKS), help="humaneval, mbpp, fr-en or de-en.")
@@ -778,7 +778,7 @@ def compare(
         typer.echo(decoding.table(result))
 
 
-@app.command()
+@app.command(short_help="Train block diffusion into a model.")
 def finetune(
     context: typer.Context,
     files: Annotated[
@@ -917,7 +917,7 @@ def finetune(
         typer.echo(result)
 
 
-@app.command()
+@app.command(short_help="Describe a checkpoint.")
 def inspect(
     path: Annotated[str, typer.Argument(help=flag_help("model"), default_factory=_embedded, show_default=EMBEDDED)],
     patcher: Patcher = None,
@@ -1116,7 +1116,7 @@ def size(
     typer.echo(json.dumps(to_json(sizing, text), indent=2) if as_json else render(sizing, text, named))
 
 
-@app.command()
+@app.command(short_help="Check whether this machine is fit to serve.")
 def check(
     model: Annotated[str, typer.Argument(help=flag_help("model"), default_factory=_embedded, show_default=EMBEDDED)],
     device: Annotated[

@@ -48,6 +48,11 @@ def generate(tiny: Path, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+def test_help_has_the_whole_summary_of_each_command() -> None:
+    listed = run("--help").decode().partition("Commands:\n")[2].splitlines()
+    assert len(listed) > 10 and not [line for line in listed if not line.endswith(".") or line.endswith("...")]
+
+
 class TestServeFlags:
     """Flags of `serve`, read into the two settings objects."""
 
