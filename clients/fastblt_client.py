@@ -17,6 +17,7 @@ import base64
 import json
 import os
 import random
+import re
 import secrets
 import ssl
 import time
@@ -42,6 +43,10 @@ class FastBltError(Exception):
 
 class ConnectionFailed(FastBltError):
     """No answer, or it broke off."""
+
+
+class NoConnection(ConnectionFailed):
+    """No server answers at this address."""
 
 
 class _BrokenOff(ConnectionFailed):
@@ -480,7 +485,16 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ConnectionFailed(str(error) or type(error).__name__) from error
+        raise connection_failed(error) from error
+
+
+def connection_failed(error: httpx.HTTPError | httpx.InvalidURL) -> ConnectionFailed:
+    """httpx's error as ours."""
+    why = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    if not isinstance(error, UNREACHED) or is_untrusted(error):
+        return ConnectionFailed(why)
+    url = error.request.url
+    return NoConnection(f"no connection to {url.scheme}://{url.netloc.decode()}: {why}; is the server running there?")
 
 
 def _body(prompt: Prompt, model: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import httpx
 
 from .address import base_url
-from .fastblt_client import ConnectionFailed, api_error, is_untrusted, retry_delay, trusting
+from .fastblt_client import ConnectionFailed, api_error, connection_failed, is_untrusted, retry_delay, trusting
 
 Key = TypeVar("Key")
 
@@ -78,7 +78,7 @@ class Many:
             try:
                 response = await http.request(method, path, json=body)
             except httpx.HTTPError as error:
-                failure: Exception = ConnectionFailed(f"{self.url}: {error or type(error).__name__}")
+                failure: Exception = connection_failed(error)
                 if is_untrusted(error) if isinstance(error, httpx.TransportError) else True:
                     raise failure from None
             else:

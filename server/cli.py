@@ -168,11 +168,16 @@ def client(
     ca_file: CaFile = None,
 ) -> None:
     """Stream completions from a running server to the terminal. Ctrl-C ends the stream, Ctrl-D the program."""
+    from clients.address import base_url
     from clients.fastblt_client import Client, FastBltError
     from clients.terminal import run
 
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or None}
-    with failing_on(FastBltError, ValueError), Client(url, api_key=api_key, ca_file=ca_file) as connection:
+    with (
+        failing_on(FastBltError, ValueError),
+        _naming_url(),
+        Client(base_url(url), api_key=api_key, ca_file=ca_file) as connection,
+    ):
         run(connection, prompt or [], model, options)
 
 
@@ -206,10 +211,11 @@ def batch(
     """
     from clients.batch.results import BatchError
     from clients.batch.run import Counts, Settings, run
+    from clients.fastblt_client import FastBltError
 
     counts = Counts()
     try:
-        with failing_on(BatchError, ValueError, OSError):
+        with failing_on(BatchError, FastBltError, ValueError, OSError), _naming_url():
             run(source, target, Settings(url, api_key, concurrency, retries, timeout, ca_file), counts)
     finally:
         if counts.done:
@@ -326,7 +332,7 @@ def load(
         records,
         ca_file,
     )
-    with failing_on(FastBltError, ValueError, OSError):
+    with failing_on(FastBltError, ValueError, OSError), _naming_url():
         result = session.load(settings)
         typer.echo(json.dumps(result.content, indent=2) if as_json else show.render(result.content))
         if html:
@@ -667,7 +673,8 @@ def tasks(
         found, bleu = command.tasks_of(names, command.Files(humaneval, mbpp, flores, sentencepiece))
         sandbox = Sandbox(execute, Limits(seconds, memory)) if execute else None
         if url:
-            source: Source = _over_http(url, model, api_key, ca_file, concurrency)
+            with _naming_url():
+                source: Source = _over_http(url, model, api_key, ca_file, concurrency)
         else:
             config = EngineConfig(
                 model or "",
@@ -1172,6 +1179,17 @@ def failing_on(*errors: type[Exception]) -> Iterator[None]:
         raise
     except errors as error:
         _fail(_explained(error))
+
+
+@contextmanager
+def _naming_url() -> Iterator[None]:
+    """Says how to name another server where there is none."""
+    from clients.fastblt_client import NoConnection
+
+    try:
+        yield
+    except NoConnection as error:
+        raise NoConnection(f"{error} --url names another") from None
 
 
 def _explained(error: Exception) -> str:

@@ -221,6 +221,7 @@ def test_without_a_server_the_batch_ends_and_leaves_its_lines(tmp_path: Path) ->
     result = batch(source, target, url, "--retries", "0")
     assert result.exit_code == 1 and target.read_bytes() == b""
     assert result.stderr.startswith(f"fastblt: no connection to {url}: ")
+    assert result.stderr.splitlines()[0].endswith("; is the server running there? --url names another")
     assert "url: must be like http://" in batch(source, target, "127.0.0.1:8000").stderr
 
 

@@ -18,6 +18,7 @@ from server.flags import ENGINE_FLAGS, with_settings
 from server.settings import ServerSettings
 from tests import reference
 from tests.conftest import COMMAND, ROOT
+from tests.serving import free_port
 
 NANO = ROOT / "models" / "nano"
 SERVE: Any = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
@@ -121,6 +122,20 @@ class TestServeFlags:
         with pytest.raises(ValueError) as caught:
             parse("--api-keys", "s3cret", "--port", "-1")
         assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", [["client"], ["load", "--rate=1"], ["tasks", "humaneval", "--out=none"]])
+def test_a_command_without_its_server_names_the_address_and_the_flag(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clients.fastblt_client.retry_delay", lambda *_: 0.0)
+    monkeypatch.setattr("server.evaluation.command.tasks_of", lambda *_: ([], None))
+    address = f"http://127.0.0.1:{free_port()}"
+    found = fails(*command, "--url", address)
+    assert found.startswith(f"fastblt: no connection to {address}: ")
+    assert found.endswith("; is the server running there? --url names another\n")
+    for wrong in ("127.0.0.1:8765", "http://", "ftp://127.0.0.1"):
+        assert fails(*command, "--url", wrong) == f"fastblt: url: must be like http://127.0.0.1:8000, not {wrong!r}\n"
 
 
 def test_generate_runs_prompts_as_a_batch_and_each_equals_a_full_forward(tiny: Path) -> None:

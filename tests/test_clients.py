@@ -19,7 +19,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.fastblt_client import Answer, ApiError, AsyncClient, Client, Completion, ConnectionFailed, Events
+from clients.fastblt_client import (
+    Answer,
+    ApiError,
+    AsyncClient,
+    Client,
+    Completion,
+    ConnectionFailed,
+    Events,
+    NoConnection,
+)
 from tests.conftest import COMMAND, ROOT
 from tests.serving import TINY_NAMES, free_port, running_server
 
@@ -116,11 +125,17 @@ def test_the_client_does_not_guess_bytes_from_text(tiny_server: str) -> None:
         _ = client.complete("x", max_tokens=1).choices[0].data
 
 
-def test_a_refused_connection_raises_connection_failed() -> None:
+async def test_a_refused_connection_names_the_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with Client(f"http://127.0.0.1:{port}", retries=0) as client, pytest.raises(ConnectionFailed):
+    where, question = f"no connection to http://127.0.0.1:{port}: ", "; is the server running there?"
+    with Client(f"http://127.0.0.1:{port}", retries=0) as client, pytest.raises(NoConnection) as refused:
         client.models()
+    assert str(refused.value) == f"{where}Connection refused{question}"
+    async with AsyncClient(f"http://127.0.0.1:{port}", retries=0) as client:
+        with pytest.raises(NoConnection) as refused:
+            await client.models()
+    assert str(refused.value).startswith(where) and str(refused.value).endswith(question)
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import httpx
 
 from ..address import base_url
-from ..fastblt_client import api_error, is_untrusted, retry_delay, trusting
+from ..fastblt_client import ConnectionFailed, api_error, connection_failed, is_untrusted, retry_delay, trusting
 from ..progress import Progress
 from .index import Index
 from .requests import PATH, Answered, Refused, Request, count_lines, pending
@@ -64,8 +64,8 @@ def run(source: Path, target: Path, settings: Settings, counts: Counts) -> None:
     """Answers every line of source in target; `-` is standard input and output. counts: kept up to date, also where
     this raises.
 
-    Raises BatchError if target is no batch's output or the server is out of reach or refuses the key; ValueError for a
-    wrong url; OSError."""
+    Raises BatchError if target is no batch's output or the server refuses the key; ConnectionFailed if the server is
+    out of reach; ValueError for a wrong url; OSError."""
     base_url(settings.url)
     if STANDARD not in (source, target) and target.exists() and source.samefile(target):
         raise BatchError(f"{target}: the output must not be the input")
@@ -139,17 +139,17 @@ class _Batch:
         self._counts.failed += not is_good(result)
 
     async def _send(self, http: httpx.AsyncClient, request: Request) -> dict[str, Any]:
-        """The line to write. Raises BatchError where no line could be answered."""
+        """The line to write. Raises BatchError or ConnectionFailed where no line could be answered."""
         attempt = 0
         while True:
             retry_after = ""
             try:
                 response = await http.post(PATH, content=request.body, headers=JSON)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                unreachable = BatchError(f"no connection to {self._settings.url}: {error}")
+                unreachable = connection_failed(error)
                 if is_untrusted(error):
                     raise unreachable from None
-                last: BatchError | dict[str, Any] = unreachable
+                last: ConnectionFailed | dict[str, Any] = unreachable
             except httpx.TimeoutException:
                 message = f"no byte came for {self._settings.timeout:g} s (--timeout)"
                 return failure(request.custom_id, "timeout", message)
@@ -166,7 +166,7 @@ class _Batch:
                     return last
                 retry_after = refusal.retry_after
             if attempt >= self._settings.retries:
-                if isinstance(last, BatchError):
+                if isinstance(last, ConnectionFailed):
                     raise last
                 return last
             await asyncio.sleep(retry_delay(attempt, retry_after))
