@@ -6,6 +6,7 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from engine.admission import Fault
 from engine.types import Failed
@@ -174,16 +175,27 @@ async def _on_http_exception(request: Request, error: Exception) -> JsonResponse
 
 
 def _from_http(request: Request, error: HTTPException) -> ApiError:
-    where = f"{request.method} {shown(request.url.path)[1:-1]}"
+    path = shown(request.url.path)[1:-1]
+    where = f"{request.method} {path}"
     headers = dict(error.headers or {})
     match error.status_code:
         case 404:
-            why = NO_CHAT if request.url.path.rstrip("/").endswith("/chat/completions") else ""
+            why = ""
+            if request.url.path.rstrip("/").endswith("/chat/completions"):
+                why = NO_CHAT
+            elif _is_route(request, f"/v1{request.url.path}"):
+                why = f"; did you mean /v1{path}? An OpenAI client's base_url ends in /v1"
             return ApiError(404, f"there is no route {where}{why}", code="unknown_url", headers=headers)
         case 405:
             message = f"{where} is not offered; allowed: {headers.get('allow') or headers.get('Allow')}"
             return ApiError(405, message, code="method_not_allowed", headers=headers)
     return ApiError(error.status_code, str(error.detail), headers=headers)
+
+
+def _is_route(request: Request, path: str) -> bool:
+    """Whether the request would have one at this path."""
+    scope = {**request.scope, "path": path}
+    return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -135,6 +135,15 @@ def test_a_client_that_chats_learns_what_to_use(server: RunningServer, method: s
     assert other["code"] == "unknown_url" and "chat template" not in other["message"]
 
 
+@pytest.mark.parametrize(("method", "path"), [("POST", "/completions"), ("GET", "/models"), ("GET", "/models/tiny")])
+def test_a_client_whose_base_url_lacks_v1_learns_so(server: RunningServer, method: str, path: str) -> None:
+    hint = f"; did you mean /v1{path}? An OpenAI client's base_url ends in /v1"
+    error = httpx.request(method, server.url + path).json()["error"]
+    assert error["code"] == "unknown_url" and error["message"] == f"there is no route {method} {path}{hint}"
+    for other in ("DELETE", path), (method, "/v1"), (method, f"/v2{path}"):
+        assert "did you mean" not in httpx.request(other[0], server.url + other[1]).json()["error"]["message"]
+
+
 def test_the_response_repeats_a_valid_request_id(server: RunningServer) -> None:
     given = httpx.get(f"{server.url}/health/ready", headers={"x-request-id": "mine-1"})
     assert given.headers["x-request-id"] == "mine-1"
