@@ -5,7 +5,6 @@ A value is read as the text that a flag or a variable would hold, so `port: 8000
 parsed document's nodes: no object is constructed, no merge key is followed and no alias multiplies.
 """
 
-import difflib
 import re
 import stat
 from collections.abc import Collection
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+
+from .nearest import nearest
 
 MOST_BYTES = 1 << 20
 """Largest file."""
@@ -121,9 +122,8 @@ def _scalar(node: yaml.Node, where: str) -> str:
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
-    # Only of a name that could be meant: the comparison's time grows with the length.
-    found = difflib.get_close_matches(name.lower()[:80], known, n=1)
-    return f"; did you mean {found[0].replace('_', '-')}?" if found else "; names are those of the flags"
+    found = nearest(name, known)
+    return f"; did you mean {found.replace('_', '-')}?" if found else "; names are those of the flags"
 
 
 def _short(text: str) -> str:

@@ -1,6 +1,7 @@
 """One error body for every failure, as OpenAI's clients expect it."""
 
 import reprlib
+from collections.abc import Collection
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -11,6 +12,7 @@ from starlette.routing import Match
 from engine.admission import Fault
 from engine.types import Failed
 
+from .nearest import nearest
 from .responses import JsonResponse
 
 SHOWN_CHARACTERS = 80
@@ -65,13 +67,20 @@ REFUSALS: dict[str, Code | None] = {
 """The engine's codes, and ours for them."""
 NO_CHAT = ": the models are base models without a chat template; send the text to continue to POST /v1/completions"
 """For clients that chat."""
+NO_MESSAGES = "; chat is not offered: send prompt"
+"""The same for the field that they send."""
 PLAINER = {
     "Value error, ": "",
+    "Input should be False": "must be false",
     "Input should be ": "must be ",
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
 }
 """Words of Pydantic's messages, and ours for them, which `engine.admission` uses too."""
+
+
+class Told(ValueError):
+    """Of a validator whose message says itself what was given."""
 
 
 class ErrorDetail(BaseModel):
@@ -128,8 +137,8 @@ def from_failed(failed: Failed | Fault) -> ApiError:
     return ApiError(400, failed.message, param=failed.param, code=REFUSALS[failed.code])
 
 
-def from_validation(error: ValidationError) -> ApiError:
-    """Names the first offending field, its value and what would be right."""
+def from_validation(error: ValidationError, known: Collection[str]) -> ApiError:
+    """Names the first offending field, its value and what would be right. known: the body's fields."""
     first = error.errors(include_url=False, include_context=True)[0]
     kind, path = first["type"], [str(part) for part in first["loc"]]
     field = ".".join(path)[:SHOWN_CHARACTERS] or None
@@ -140,26 +149,41 @@ def from_validation(error: ValidationError) -> ApiError:
     if kind == "missing":
         return ApiError(400, f"{field} is required", param=field, code="missing_required_parameter")
     if kind == "extra_forbidden":
-        return unknown_parameter(field)
+        return unknown_parameter(field, known if len(path) == 1 else ())
     message = first["msg"]
     for theirs, ours in PLAINER.items():
         message = message.replace(theirs, ours, 1)
-    message = f"{field}: {message[:1].lower()}{message[1:]}, not {shown(first['input'])}"
+    message = f"{field}: {message[:1].lower()}{message[1:]}"
+    if not isinstance(first.get("ctx", {}).get("error"), Told):
+        message += f", not {shown(first['input'])}"
     return ApiError(400, message, param=field, code="invalid_value")
 
 
-def unknown_parameter(field: str) -> ApiError:
+def unknown_parameter(field: str, known: Collection[str]) -> ApiError:
+    """known: fields that may be meant."""
     field = field[:SHOWN_CHARACTERS]
-    return ApiError(400, f"{field} is not a known parameter", param=field, code="unknown_parameter")
+    hint = NO_MESSAGES if field == "messages" else ""
+    if not hint and (meant := nearest(field, known)):
+        hint = f"; did you mean {meant}?"
+    return ApiError(400, f"{field} is not a known parameter{hint}", param=field, code="unknown_parameter")
 
 
 def shown(value: object) -> str:
-    """An offending value, shortened for a message; the rest is not formatted at all."""
+    """An offending value, shortened for a message; the rest is not formatted at all. As JSON has it, but for the quotes
+    of strings."""
     text = _SHORT.repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
-_SHORT = reprlib.Repr()
+class _Json(reprlib.Repr):
+    def repr_bool(self, value: bool, level: int) -> str:
+        return str(value).lower()
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+
+_SHORT = _Json()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = SHOWN_CHARACTERS
 
 

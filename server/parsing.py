@@ -98,7 +98,7 @@ class Members:
             self._split_strictly.decode(body)
         except msgspec.ValidationError as error:
             if found := _UNKNOWN.fullmatch(str(error)):
-                return unknown_parameter(found[1])
+                return unknown_parameter(found[1], self.fields)
         message = f"the body has more than {OTHER_BYTES} bytes of white space or of repeated fields"
         return ApiError(400, message)
 
@@ -137,7 +137,7 @@ def _validated(model: type[Model], body: bytes) -> Model:
     except NotOffered as error:
         raise ApiError(400, str(error), param=error.field, code="unsupported_parameter") from None
     except ValidationError as error:
-        raise _encoding_fault(body) or from_validation(error) from None
+        raise _encoding_fault(body) or from_validation(error, model.model_fields) from None
 
 
 def _bound_prompt(raw: bytes, max_prompts: int, max_length: int | None) -> None:
@@ -153,7 +153,7 @@ def _bound_prompt(raw: bytes, max_prompts: int, max_length: int | None) -> None:
         quotes = raw.count(b'"') - raw.count(b'\\"')
         least = {b'"': quotes // 2, b"[": raw.count(b"[") - 1, b"{": raw.count(b"{")}[kind]
         if least > max_prompts:
-            message = f"prompt: {least} prompts or more; at most {max_prompts} are allowed"
+            message = f"prompt: must have at most {max_prompts} prompts, not {least} or more"
             raise ApiError(400, message, param="prompt", code="invalid_value")
     elif max_length is not None and (ids := raw.count(b",") + 1) > max_length:
         raise from_failed(prompt_too_long(ids, max_length))

@@ -61,13 +61,7 @@ def make_plan(
     samples = request.n if request.best_of is None else request.best_of
     _check_combinations(request, samples)
     texts = _split_prompt(request)
-    if len(texts) * samples > settings.max_choices:
-        message = (
-            f"{len(texts)} prompts with {samples} samples each make {len(texts) * samples} sequences; "
-            f"at most {settings.max_choices} are allowed"
-        )
-        asked = "n" if request.best_of is None else "best_of"
-        raise ApiError(400, message, param="prompt" if len(texts) > settings.max_choices else asked)
+    _check_sequences(request, len(texts), samples, settings.max_choices)
     limit = settings.max_tokens_limit
     if limit is not None and request.max_tokens > limit:
         raise ApiError(400, f"max_tokens: must be at most {limit}, not {request.max_tokens}", param="max_tokens")
@@ -142,6 +136,22 @@ def _check_combinations(request: CompletionRequest, samples: int) -> None:
         raise ApiError(400, "best_of: a stream cannot be ranked; best_of must equal n", param="best_of")
     if request.stream_options and not request.stream:
         raise ApiError(400, "stream_options: only allowed when stream is true", param="stream_options")
+
+
+def _check_sequences(request: CompletionRequest, prompts: int, samples: int, most: int) -> None:
+    if prompts * samples <= most:
+        return
+    if prompts > most:
+        field, rule = "prompt", f"must have at most {_counted(most, 'prompt')}, not {prompts}"
+    else:
+        field = "n" if request.best_of is None else "best_of"
+        rule = f"must be at most {most // prompts} with {_counted(prompts, 'prompt')}, not {samples}"
+    why = f"a request may have at most {_counted(most, 'sequence')} (--max-choices)"
+    raise ApiError(400, f"{field}: {rule}: {why}", param=field)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _decoder_options(request: CompletionRequest, decoder: DecoderName) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 from engine.types import MAX_DRAFT, TokenLogprob
 
 from .base64_bytes import Base64Bytes, from_base64, is_base64
+from .errors import Told
 from .neutral import NEUTRAL
 from .options import OPTIONS, RULES, KnownDecoder, show_unmask
 from .responses import to_json
@@ -81,7 +82,7 @@ def _check_ids(value: object) -> list[int]:
 def _check_allowed(value: object) -> list[int]:
     if ids := _check_ids(value):
         return ids
-    raise ValueError("must not be empty: leave it out, or send null, to allow all ids")
+    raise ValueError("must have at least one id (leave it out to allow all)")
 
 
 def _check_salt(value: object) -> str:
@@ -145,7 +146,7 @@ class UnmaskRule(Strict):
         owner = {"alpha": "confidence", "gamma": "entropy", "minus_max": "entropy"}
         for option, rule in owner.items():
             if getattr(self, option) is not None and self.rule != rule:
-                raise ValueError(f"{option} is an option of the rule {rule!r}, not of {self.rule!r}")
+                raise Told(f"must not have {option} with the rule {self.rule!r}: {option} belongs to {rule!r}")
         return self
 
 
@@ -191,7 +192,7 @@ class StructuredOutputs(Strict):
         if len(others) + (self.json_ is not None) + self.json_object != 1:
             raise ValueError("must have exactly one of json, regex, choice, grammar and json_object")
         if others and self.whitespace_pattern is not None:
-            raise ValueError("whitespace_pattern only goes with json and json_object")
+            raise Told("whitespace_pattern only goes with json and json_object")
         return self
 
 
@@ -331,9 +332,9 @@ class CompletionRequest(Strict):
         seen: dict[int, str] = {}
         for key in bias:
             if not (key.isascii() and key.isdecimal() and len(key) <= 9):
-                raise ValueError(f"keys must be token ids such as '36'; {key[:20]!r} is not one")
+                raise Told(f"keys must be token ids such as '36', not {key[:20]!r}")
             if (other := seen.setdefault(int(key), key)) != key:
-                raise ValueError(f"the token id {int(key)} must not be there twice, as {other!r} and {key!r}")
+                raise Told(f"the token id {int(key)} must not be there twice, as {other!r} and {key!r}")
         return bias
 
 

@@ -86,7 +86,7 @@ class Sources:
         is_number = first["type"].startswith(("less_than", "greater_than"))
         if (self._in_file(name) or is_number) and not named and "Secret" not in str(kind.model_fields[name].annotation):
             value = self.values[name]
-            message += f", not {'null' if value is None else shown(value)}"
+            message += f", not {shown(value)}"
         return typer.BadParameter(message, param_hint=self._place(name))
 
     def _origin(self, name: str) -> str:

@@ -74,6 +74,23 @@ BAD: dict[str, tuple[bytes | dict[str, Any], int, str | None]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "rule"),
+    [
+        ({"n": 200}, "n", "must be at most 128 with 1 prompt, not 200"),
+        ({"prompt": ["a"] * 3, "n": 43}, "n", "must be at most 42 with 3 prompts, not 43"),
+        ({"prompt": ["a"] * 100, "best_of": 2}, "best_of", "must be at most 1 with 100 prompts, not 2"),
+        ({"prompt": ["\\"] * 129}, "prompt", "must have at most 128 prompts, not 129"),
+    ],
+)
+def test_the_limit_of_sequences_is_told_for_the_field_that_exceeds_it(
+    server: RunningServer, fields: dict[str, Any], param: str, rule: str
+) -> None:
+    error = post(server.url, FINE | fields).json()["error"]
+    why = "a request may have at most 128 sequences (--max-choices)"
+    assert (error["param"], error["message"]) == (param, f"{param}: {rule}: {why}")
+
+
 @pytest.fixture(scope="module")
 def undisturbed(server: RunningServer) -> str:
     return texts(ask(server, max_tokens=600, ignore_eos=True, seed=9))[0]

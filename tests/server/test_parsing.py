@@ -122,7 +122,7 @@ def test_bounds_of_request_fields_are_the_documented_ones() -> None:
     assert parsed(b'{"nope":null}')
     assert parsed({"allowed_token_ids": [*range(260)], "stop_token_ids": [], "repetition_penalty": 0.01})
     for name, value, rule in (
-        ("allowed_token_ids", [], "must not be empty"),
+        ("allowed_token_ids", [], "must have at least one id (leave it out to allow all), not []"),
         ("allowed_token_ids", ["a"], "must be an array of at most 260 token ids"),
         ("stop_token_ids", [5] * 261, "must be an array of at most 260 token ids"),
         ("repetition_penalty", 0, "must be at least 0.01, not 0"),
@@ -130,6 +130,32 @@ def test_bounds_of_request_fields_are_the_documented_ones() -> None:
     ):
         error = refused({name: value})
         assert error["param"] == name and rule in error["message"], error
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"temprature": 1}, "temprature is not a known parameter; did you mean temperature?"),
+        ({"zzz": 1}, "zzz is not a known parameter"),
+        ({"unmask": {"rule": "entropy", "tempo": 1}}, "unmask.tempo is not a known parameter"),
+        ({"messages": []}, "messages is not a known parameter; chat is not offered: send prompt"),
+        ({"logit_bias": {"a": 1}}, "logit_bias: keys must be token ids such as '36', not 'a'"),
+        (
+            {"unmask": {"rule": "one_step", "alpha": 1}},
+            "unmask: must not have alpha with the rule 'one_step': alpha belongs to 'confidence'",
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
+            "structured_outputs: whitespace_pattern only goes with json and json_object",
+        ),
+        ({"stream_options": {"include_obfuscation": True}},
+         "stream_options.include_obfuscation: must be false, not true"),
+        ({"stop": [None, True]}, "stop: must be a string or an array of at most 4 strings, not [null, true]"),
+        ({"prompt": ["a"] * 9}, "prompt: must have at most 8 prompts, not 9 or more"),
+    ],
+)  # fmt: skip
+def test_messages_name_the_rule_and_what_was_given_once(body: Any, message: str) -> None:
+    assert refused(body)["message"] == message
 
 
 @pytest.mark.parametrize("bias", ['{"36":1,"036":-1}', '{"36":1,"36":-1}', '{"36":1,"7":0,"36":1}'])

@@ -106,7 +106,7 @@ BAD: list[tuple[str, Any, str | None, str | None, str]] = [
     ("/tokenize", b'{"prompt": "\\ud800"}', None, "invalid_json", "not valid JSON"),
     ("/detokenize", {"prompt": "a"}, "tokens", "missing_required_parameter", "tokens is required"),
     ("/detokenize", {"tokens": [5, "a"]}, "tokens.1", "invalid_value", "must be a valid integer, not 'a'"),
-    ("/detokenize", {"tokens": [True] * 500_000}, "tokens.0", "invalid_value", "must be a valid integer, not True"),
+    ("/detokenize", {"tokens": [True] * 500_000}, "tokens.0", "invalid_value", "must be a valid integer, not true"),
     ("/detokenize", {"tokens": [5, 260]}, "tokens", None, "token ids must be from 0 to 259, not 260"),
     ("/detokenize", {"tokens": [5, -1]}, "tokens", None, "token ids must be from 0 to 259, not -1"),
     ("/detokenize", {"tokens": [5] * (MOST + 1)}, "tokens", "too_many_scores", f"at most {MOST} ids"),

@@ -88,7 +88,7 @@ def test_a_prompt_too_long_for_the_model_passes_and_all_see_what_is_left(server:
         (0, "invalid_value", "must be -1 or at least 1, not 0"),
         (-2, "invalid_value", "must be at least -1, not -2"),
         ("4", "invalid_value", "must be a valid integer, not '4'"),
-        (True, "invalid_value", "must be a valid integer, not True"),
+        (True, "invalid_value", "must be a valid integer, not true"),
         (2**31 - 1, "context_length_exceeded", f"with 4 max_tokens, not {2**31 - 1}"),
     ],
 )
