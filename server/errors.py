@@ -49,7 +49,7 @@ Code = Literal[
     "unsupported_media_type",
     "unsupported_parameter",
 ]
-"""Lets programs distinguish errors. Errors about a combination of fields have none."""
+"""Lets programs distinguish errors. Errors about fields that do not go together have none."""
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -59,10 +59,10 @@ TYPES = {
     503: "service_unavailable",
 }
 
-REFUSALS: dict[str, Code | None] = {
+REFUSALS: dict[str, Code] = {
     "too_long": "context_length_exceeded",
     "decoder_unavailable": "decoder_unavailable",
-    "invalid": None,
+    "invalid": "invalid_value",
 }
 """The engine's codes, and ours for them."""
 NO_CHAT = ": the models are base models without a chat template; send the text to continue to POST /v1/completions"
@@ -145,7 +145,7 @@ def from_validation(error: ValidationError, known: Collection[str]) -> ApiError:
     if kind == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     if field is None:
-        return ApiError(400, "the body must be a JSON object")
+        return ApiError(400, "the body must be a JSON object", code="invalid_value")
     if kind == "missing":
         return ApiError(400, f"{field} is required", param=field, code="missing_required_parameter")
     if kind == "extra_forbidden":

@@ -76,7 +76,7 @@ class Members:
         try:
             members = self._split.decode(body)
         except msgspec.ValidationError:
-            raise ApiError(400, "the body must be a JSON object") from None
+            raise ApiError(400, "the body must be a JSON object", code="invalid_value") from None
         except (msgspec.DecodeError, RecursionError) as error:
             if len(body) <= SMALL_BODY_BYTES:
                 return {}
@@ -100,7 +100,7 @@ class Members:
             if found := _UNKNOWN.fullmatch(str(error)):
                 return unknown_parameter(found[1], self.fields)
         message = f"the body has more than {OTHER_BYTES} bytes of white space or of repeated fields"
-        return ApiError(400, message)
+        return ApiError(400, message, code="invalid_value")
 
 
 COMPLETION = Members([*CompletionRequest.model_fields, *NEUTRAL], "prompt")

@@ -64,7 +64,8 @@ def make_plan(
     _check_sequences(request, len(texts), samples, settings.max_choices)
     limit = settings.max_tokens_limit
     if limit is not None and request.max_tokens > limit:
-        raise ApiError(400, f"max_tokens: must be at most {limit}, not {request.max_tokens}", param="max_tokens")
+        message = f"max_tokens: must be at most {limit}, not {request.max_tokens}"
+        raise ApiError(400, message, param="max_tokens", code="invalid_value")
     kept = _kept_ids(request, decoder, options, limits)
     prompts = [_to_ids(text, request, limits, kept) for text in texts]
     constraint = constraint_of(request)
@@ -147,7 +148,7 @@ def _check_sequences(request: CompletionRequest, prompts: int, samples: int, mos
         field = "n" if request.best_of is None else "best_of"
         rule = f"must be at most {most // prompts} with {_counted(prompts, 'prompt')}, not {samples}"
     why = f"a request may have at most {_counted(most, 'sequence')} (--max-choices)"
-    raise ApiError(400, f"{field}: {rule}: {why}", param=field)
+    raise ApiError(400, f"{field}: {rule}: {why}", param=field, code="invalid_value")
 
 
 def _counted(number: int, what: str) -> str:

@@ -25,16 +25,16 @@ HOLDS = 4096
 
 class Case(NamedTuple):
     """fields: of the engine's request. body: the same over HTTP; None where no body can ask for it. code: of the error
-    over HTTP, where the schema already refuses some."""
+    over HTTP."""
 
     fields: dict[str, Any]
     body: dict[str, Any] | None
     param: str
     message: str
-    code: str | None = None
+    code: str = "invalid_value"
 
 
-def both(field: str, value: Any, message: str, code: str | None = None, **further: Any) -> Case:
+def both(field: str, value: Any, message: str, code: str = "invalid_value", **further: Any) -> Case:
     """For fields that have the same name on both sides."""
     fields = {field: value} | further
     return Case(fields, fields, field, f"{field}: {message}", code)
@@ -46,17 +46,17 @@ def bias(token: int) -> dict[str, Any]:
 
 TOO_LONG = "context_length_exceeded"
 CASES = (
-    both("decoder", "blt-x", "must be 'blt', 'blt-s', 'blt-d', 'blt-dv' or 'auto', not 'blt-x'", "invalid_value"),
-    both("draft_length", 0, "must be at least 1, not 0", "invalid_value", decoder="blt-s"),
-    both("draft_length", 33, "must be at most 32, not 33", "invalid_value", decoder="blt-s"),
-    both("block_size", 0, "must be at least 1, not 0", "invalid_value", decoder="blt-d"),
+    both("decoder", "blt-x", "must be 'blt', 'blt-s', 'blt-d', 'blt-dv' or 'auto', not 'blt-x'"),
+    both("draft_length", 0, "must be at least 1, not 0", decoder="blt-s"),
+    both("draft_length", 33, "must be at most 32, not 33", decoder="blt-s"),
+    both("block_size", 0, "must be at least 1, not 0", decoder="blt-d"),
     both(
         "block_size",
         9,
         "must be at most 8, not 9: this model was trained with blocks of up to 8 bytes",
         decoder="blt-dv",
     ),
-    both("max_tokens", -1, "must be at least 0, not -1", "invalid_value"),
+    both("max_tokens", -1, "must be at least 0, not -1"),
     both(
         "max_tokens",
         HOLDS,

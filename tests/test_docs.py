@@ -19,7 +19,7 @@ from benchmarks.gpu_check import render as gpu_check_render
 from engine.config import EngineConfig
 from engine.decoders import DECODERS
 from server.cli import app
-from server.errors import Code, ErrorDetail
+from server.errors import TYPES, Code, ErrorDetail
 from server.flags import EMBEDDED
 from server.options import OPTIONS
 from server.schemas import Completion, CompletionRequest, Version
@@ -156,12 +156,22 @@ def test_documented_error_codes_are_exactly_those_of_the_server() -> None:
     assert sorted(code for _, code in rows) == sorted(get_args(Code))
 
 
+def test_documented_error_types_are_exactly_those_of_the_server() -> None:
+    (row,) = re.findall(r"^\| `type` \| by the status: (.*) \|$", DOCS["api.md"], re.M)
+    assert set(re.findall(r"`(\w+)`", row)) == {"invalid_request_error", *TYPES.values()}
+
+
 WRONG: list[tuple[str, str, Any]] = [
     ("invalid_json", "/v1/completions", b"{"),
     ("missing_required_parameter", "/v1/completions", {"unmask": {}}),
     ("unknown_parameter", "/v1/completions", {"model": "nano", "nope": 1}),
     ("unsupported_parameter", "/v1/completions", {"model": "nano", "length_penalty": 2}),
     ("invalid_value", "/v1/completions", {"model": "nano", "n": 0}),
+    ("invalid_value", "/v1/completions", {"model": "nano", "n": 200}),
+    ("invalid_value", "/v1/completions", {"model": "nano", "decoder": "blt-d", "block_size": 99}),
+    ("invalid_value", "/v1/completions", {"model": "nano", "prompt": [999]}),
+    ("invalid_value", "/v1/completions", []),
+    ("missing_required_parameter", "/v1/completions", {"response_format": {"type": "json_schema", "json_schema": {}}}),
     ("context_length_exceeded", "/v1/completions", {"model": "nano", "max_tokens": 1 << 20}),
     ("model_not_found", "/v1/completions", {"model": "none"}),
     ("body_too_large", "/v1/completions", b" " * (5 << 20)),

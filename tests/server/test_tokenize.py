@@ -93,7 +93,7 @@ async def test_the_information_suffices_for_a_program_without_a_tokenizer(http: 
     assert found == [BOS_ID, EOS_ID, PAD_ID]
 
 
-BAD: list[tuple[str, Any, str | None, str | None, str]] = [
+BAD: list[tuple[str, Any, str | None, str, str]] = [
     ("/tokenize", {}, "prompt", "missing_required_parameter", "prompt is required"),
     ("/tokenize", {"prompt": 1}, "prompt", "invalid_value", "must be a valid string, not 1"),
     ("/tokenize", {"prompt": "a", "nope": 1}, "nope", "unknown_parameter", "nope is not a known parameter"),
@@ -101,21 +101,21 @@ BAD: list[tuple[str, Any, str | None, str | None, str]] = [
     ("/tokenize", {"prompt": "a", "add_special_tokens": 0}, "add_special_tokens", "invalid_value", "not 0"),
     ("/tokenize", {"prompt": "a" * (MOST + 1)}, "prompt", "too_many_scores", f"at most {MOST} ids, not {MOST + 1}"),
     ("/tokenize", {"prompt": "a", "x" * OTHER_BYTES: 1}, "x" * 80, "unknown_parameter", "is not a known parameter"),
-    ("/tokenize", b"[]", None, None, "the body must be a JSON object"),
+    ("/tokenize", b"[]", None, "invalid_value", "the body must be a JSON object"),
     ("/tokenize", b'{"prompt": "\xff"}', None, "invalid_json", "not valid UTF-8"),
     ("/tokenize", b'{"prompt": "\\ud800"}', None, "invalid_json", "not valid JSON"),
     ("/detokenize", {"prompt": "a"}, "tokens", "missing_required_parameter", "tokens is required"),
     ("/detokenize", {"tokens": [5, "a"]}, "tokens.1", "invalid_value", "must be a valid integer, not 'a'"),
     ("/detokenize", {"tokens": [True] * 500_000}, "tokens.0", "invalid_value", "must be a valid integer, not true"),
-    ("/detokenize", {"tokens": [5, 260]}, "tokens", None, "token ids must be from 0 to 259, not 260"),
-    ("/detokenize", {"tokens": [5, -1]}, "tokens", None, "token ids must be from 0 to 259, not -1"),
+    ("/detokenize", {"tokens": [5, 260]}, "tokens", "invalid_value", "token ids must be from 0 to 259, not 260"),
+    ("/detokenize", {"tokens": [5, -1]}, "tokens", "invalid_value", "token ids must be from 0 to 259, not -1"),
     ("/detokenize", {"tokens": [5] * (MOST + 1)}, "tokens", "too_many_scores", f"at most {MOST} ids"),
 ]
 
 
 @pytest.mark.parametrize(("path", "body", "param", "code", "message"), BAD)
 async def test_errors_name_field_and_value(
-    http: httpx.AsyncClient, path: str, body: Any, param: str | None, code: str | None, message: str
+    http: httpx.AsyncClient, path: str, body: Any, param: str | None, code: str, message: str
 ) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body)
     answer = await http.post(path, content=content, headers={"content-type": "application/json"})
