@@ -8,9 +8,9 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, Field, create_model
+from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.config import EngineConfig, flag_help
 
@@ -38,7 +38,16 @@ _TYPES: dict[str, Any] = {
     name: (field.type, Field(None, ge=field.metadata["least"], le=field.metadata["most"]))
     for name, field in ENGINE_FLAGS.items()
 }
-_Engine: type[BaseModel] = create_model("_Engine", **_TYPES)
+
+
+class _OfEngine(BaseSettings):
+    """From arguments, else from the environment, in which an empty variable counts for nothing. Fields that are in
+    neither are None, whatever their type."""
+
+    model_config = ServerSettings.model_config | SettingsConfigDict(env_ignore_empty=True, validate_default=False)
+
+
+_Engine: type[BaseSettings] = create_model("_Engine", __base__=_OfEngine, **_TYPES)
 """The fields of EngineConfig, checked."""
 
 
@@ -50,17 +59,15 @@ def with_settings(command: Callable[..., None], *further: type[BaseSettings]) ->
     error's message where the settings that it names come from.
     """
     of_http: list[type[BaseSettings]] = [ServerSettings, *further]
-    parameters = [_keyword("context", typer.Context)]
-    parameters += [_keyword("config", ConfigPath, None), _keyword("print_config", PrintConfig, False)]
+    parameters = [_keyword("config", ConfigPath), _keyword("print_config", PrintConfig, False)]
     parameters += [_engine_parameter(name) for name in ENGINE_FLAGS]
     parameters += [_setting_parameter(name, info) for kind in of_http for name, info in kind.model_fields.items()]
 
-    def run(context: typer.Context, config: Path | None, print_config: bool, **given: Any) -> None:
+    def run(config: Path | None, print_config: bool, **given: Any) -> None:
         given = {name: value for name, value in given.items() if value not in (None, [])}
         # As in the environment, so that one flag may also hold several values.
         given = {name: ",".join(value) if isinstance(value, list) else value for name, value in given.items()}
-        of_environment = {name: given.pop(name) for name in [*given] if _from_environment(context, name)}
-        sources = gather(config, given, of_environment, [_Engine, *of_http])
+        sources = gather(config, given, [_Engine, *of_http])
         of_engine = sources.make(_Engine).model_dump(exclude_unset=True)
         engine = EngineConfig(**({"model": str(embedded_model())} | of_engine))
         settings = [sources.make(kind) for kind in of_http]
@@ -72,11 +79,6 @@ def with_settings(command: Callable[..., None], *further: type[BaseSettings]) ->
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__doc__ = command.__doc__
     return run
-
-
-def _from_environment(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "ENVIRONMENT"
 
 
 def _engine_parameter(name: str) -> inspect.Parameter:
@@ -93,7 +95,7 @@ def _engine_parameter(name: str) -> inspect.Parameter:
             help_text += f" [{limits}]"
         else:
             default += f"; {limits}"
-    return _parameter(name, _plain(field.type), help_text, default, envvar=variable(name))
+    return _parameter(name, _plain(field.type), help_text, default)
 
 
 def _setting_parameter(name: str, info: FieldInfo) -> inspect.Parameter:
@@ -101,28 +103,29 @@ def _setting_parameter(name: str, info: FieldInfo) -> inspect.Parameter:
     default = None if info.default in (None, []) else str(info.default)
     kind = _plain(info.annotation)
     several = " May be repeated." if get_origin(kind) is list else ""
-    # Only named here: settings read the environment themselves.
-    help_text = f"{info.description}{several} [env var: {variable(name)}]"
-    return _parameter(name, kind, help_text, default)
+    return _parameter(name, kind, f"{info.description}{several}", default)
 
 
-def _parameter(
-    name: str,
-    kind: Any,
-    help_text: str,
-    default: str | None,
-    *,
-    envvar: str | None = None,
-) -> inspect.Parameter:
+def _parameter(name: str, kind: Any, help_text: str, default: str | None) -> inspect.Parameter:
+    """A switch, or a flag that takes text: the settings check values, and read the environment, themselves."""
     flag = name.replace("_", "-")
     declared = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
+    help_text += f" [env var: {variable(name)}]"
     if default is not None:
         help_text += f" [default: {default}]"
-    option = typer.Option(declared, help=help_text, envvar=envvar, show_envvar=True, show_default=False)
-    return _keyword(name, Annotated[kind | None, option], None)
+    option = typer.Option(declared, help=help_text, metavar=_metavar(kind), show_default=False)
+    taken = kind if kind in (bool, list[str]) else str
+    return _keyword(name, Annotated[taken | None, option])
 
 
-def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+def _metavar(kind: Any) -> str | None:
+    """As typer shows the type, which it is not told."""
+    if kind in (bool, list[str]):
+        return None
+    return f"<{'|'.join(get_args(kind)) if get_origin(kind) is Literal else kind.__name__.lower()}>"
+
+
+def _keyword(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -178,7 +178,8 @@ class ServerSettings(BaseSettings):
     @model_validator(mode="after")
     def _queue_holds_a_request(self) -> "ServerSettings":
         if self.max_choices > self.max_queue:
-            raise ValueError(f"max_choices {self.max_choices} must not exceed max_queue {self.max_queue}")
+            rule = f"--max-queue {self.max_queue} must be at least --max-choices {self.max_choices}"
+            raise ValueError(f"{rule}: raise --max-queue, or lower --max-choices")
         return self
 
     @model_validator(mode="after")

@@ -66,8 +66,7 @@ class Sources:
         )
 
     def _complaint(self, error: ValidationError, kind: type[BaseModel]) -> typer.BadParameter:
-        """The first complaint, and where the value is. The value only if it cannot be a key: a number out of its range,
-        or what a file has for a setting that is no secret."""
+        """The first complaint with the value, unless the setting is a secret, and where it is."""
         from .errors import PLAINER, shown
 
         first = error.errors(include_url=False, include_input=False)[0]
@@ -83,10 +82,8 @@ class Sources:
         name = str(first["loc"][0])
         # Our own validators name the value.
         named = first["type"] == "value_error"
-        is_number = first["type"].startswith(("less_than", "greater_than"))
-        if (self._in_file(name) or is_number) and not named and "Secret" not in str(kind.model_fields[name].annotation):
-            value = self.values[name]
-            message += f", not {shown(value)}"
+        if not named and "Secret" not in str(kind.model_fields[name].annotation):
+            message += f", not {shown(self.values[name])}"
         return typer.BadParameter(message, param_hint=self._place(name))
 
     def _origin(self, name: str) -> str:
@@ -112,21 +109,15 @@ class Sources:
         return f"--{flag} (or {variable(name)})"
 
 
-def gather(
-    path: Path | None, flags: Mapping[str, Any], of_environment: Mapping[str, Any], kinds: Sequence[type[BaseModel]]
-) -> Sources:
-    """All that was given. of_environment: what typer has read there; the rest is read here.
-
-    Raises typer.BadParameter for a file that cannot be used.
-    """
+def gather(path: Path | None, flags: Mapping[str, Any], kinds: Sequence[type[BaseSettings]]) -> Sources:
+    """All that was given. Raises typer.BadParameter for a file that cannot be used."""
     try:
         entries = read_config(path, [name for kind in kinds for name in kind.model_fields]) if path else {}
     except ConfigError as error:
         raise typer.BadParameter(str(error), param_hint=f"--config (or {variable('config')})") from None
-    environment = dict(of_environment)
+    environment: dict[str, Any] = {}
     for kind in kinds:
-        if issubclass(kind, BaseSettings):
-            environment |= EnvSettingsSource(kind)()
+        environment |= EnvSettingsSource(kind)()
     values: dict[str, Any] = {name: entry.value for name, entry in entries.items()}
     origins: dict[str, Origin] = {}
     by_rank: list[tuple[Mapping[str, Any], Origin]] = [(values, "file"), (environment, "environment"), (flags, "flag")]

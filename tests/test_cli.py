@@ -1,6 +1,7 @@
 """The command line, in its own process where that is the point."""
 
 import json
+import re
 import socket
 import subprocess
 from dataclasses import fields
@@ -114,9 +115,28 @@ class TestServeFlags:
         monkeypatch.setenv("FASTBLT_RETRY_AFTER", "soon")
         with pytest.raises(ValueError, match="FASTBLT_RETRY_AFTER"):
             parse()
-        monkeypatch.setenv("FASTBLT_DEVICE", "gpu")
-        with pytest.raises(ValueError, match="FASTBLT_DEVICE.*'gpu' is not one of 'cpu', 'cuda'"):
-            parse()
+
+    @pytest.mark.parametrize("by_variable", [False, True])
+    @pytest.mark.parametrize(
+        ("name", "value", "rule"),
+        [
+            ("port", "abc", "must be a valid integer, not 'abc'"),
+            ("port", "tcp://10.0.0.1:80", "must be a valid integer, not 'tcp://10.0.0.1:80'"),
+            ("page-size", "x", "must be a valid integer, not 'x'"),
+            ("head-timeout", "x", "must be a valid number, not 'x'"),
+            ("device", "gpu", "must be 'cpu' or 'cuda', not 'gpu'"),
+            ("log-format", "xml", "must be 'human' or 'json', not 'xml'"),
+            ("trusted-proxies", "x", "must be a valid IPv4 or IPv6 network, not 'x'"),
+        ],
+    )
+    def test_a_wrong_serve_value_is_told_the_same_however_it_came(
+        self, parse, monkeypatch: pytest.MonkeyPatch, name: str, value: str, rule: str, by_variable: bool
+    ) -> None:
+        variable = f"FASTBLT_{name.upper().replace('-', '_')}"
+        if by_variable:
+            monkeypatch.setenv(variable, value)
+        with pytest.raises(ValueError, match=re.escape(f"Invalid value for --{name} (or {variable}): {rule}\n")):
+            parse(*([] if by_variable else [f"--{name}", value]))
 
     def test_errors_of_serve_flags_never_show_an_api_key(self, parse) -> None:
         with pytest.raises(ValueError) as caught:

@@ -238,12 +238,12 @@ def test_a_wrong_flag_beside_a_file_is_not_blamed_on_the_file(write: Write, monk
     assert refusal("--config", path, "--port=65536").startswith("Invalid value for --port (or FASTBLT_PORT): must")
     assert str(path) not in refusal("--config", path, "--ssl-certfile=x")
     monkeypatch.setenv("FASTBLT_RETRY_AFTER", "soon")
-    assert "--retry-after (or FASTBLT_RETRY_AFTER): must be a valid integer" in refusal("--config", path)
+    assert "--retry-after (or FASTBLT_RETRY_AFTER): must be a valid integer, not 'soon'" in refusal("--config", path)
 
 
 def test_a_contradiction_names_the_lines_that_take_part(write: Write) -> None:
     path = write("port: 1\nmax-queue: 100")
-    why = "max_choices 128 must not exceed max_queue 100"
+    why = "--max-queue 100 must be at least --max-choices 128: raise --max-queue, or lower --max-choices"
     assert refusal("--config", path) == f"Invalid value: {why} (max-queue in {path}, line 2)"
     assert refusal("--config", path, "--max-queue=5") == f"Invalid value: {why.replace('100', '5')}"
     path = write("ssl-keyfile: x")
