@@ -124,6 +124,7 @@ class Constraint:
         self._compiled, self._vocab_size, self._allows_eos = compiled, vocab_size, allows_eos
         self._matcher, self._ids = compiled.matcher.deep_copy(), list[int]()
         self._now: Mask | None = None
+        self._ahead = memoryview(b"")
 
     @property
     def may_end(self) -> bool:
@@ -141,18 +142,14 @@ class Constraint:
             self._take(token)
             self._now = None
 
-    def forced(self) -> list[int]:
-        """The ids that must follow, whatever the model says."""
-        if self.is_finished:
-            return []
-        # A special id that a grammar names begins with 0xff here.
-        data = self._ask(LLMatcher.compute_ff_bytes).partition(b"\xff")[0]
-        return [byte + BYTE_OFFSET for byte in data]
+    def forced(self, most: int) -> list[int]:
+        """The ids that must follow, whatever the model says: the first of them, at most so many."""
+        return [byte + BYTE_OFFSET for byte in self._tail()[:most]]
 
     def allowed(self, drafts: Seq[int]) -> list[Mask | None]:
         """What may follow the text, and each of the drafts after it: None after one that may not stand there itself,
         where it does not matter. In a dead end only EOS may follow."""
-        latest = self._latest()
+        latest, ahead = self._latest(), self._ahead
         masks: list[Mask | None] = [latest]
         for token in drafts:
             if not latest[token] or not is_byte(token):
@@ -162,6 +159,7 @@ class Constraint:
             masks.append(latest)
         if taken := len(masks) - 1:
             del self._ids[-taken:]
+            self._ahead = ahead
             if self._matcher.is_error():
                 self._restart()
             else:
@@ -171,15 +169,27 @@ class Constraint:
     def _take(self, token: int) -> None:
         self._ask(lambda matcher: matcher.consume_token(token))
         self._ids.append(token)
+        self._ahead = self._ahead[1:]
 
     def _latest(self) -> Mask:
         if self._now is None:
             self._now = self._mask()
         return self._now
 
+    def _tail(self) -> memoryview:
+        """The bytes that must follow. They are kept until the text has passed them: a matcher takes time for each, also
+        for a mask where there are any."""
+        if not self._ahead or self._matcher.is_error():
+            # A special id that a grammar names begins with 0xff here.
+            self._ahead = memoryview(self._ask(LLMatcher.compute_ff_bytes).partition(b"\xff")[0])
+        return self._ahead
+
     def _mask(self) -> Mask:
-        bits = np.frombuffer(self._ask(LLMatcher.compute_bitmask), dtype=np.uint8)
         mask = np.zeros(self._vocab_size, dtype=np.bool_)
+        if tail := self._tail():
+            mask[tail[0] + BYTE_OFFSET] = True
+            return mask
+        bits = np.frombuffer(self._ask(LLMatcher.compute_bitmask), dtype=np.uint8)
         if not self._matcher.is_error():
             known = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
             mask[: len(known)] = known

@@ -1,6 +1,8 @@
 """A grammar holds for every byte of every exact decoder, and leaves the model its choice among what it allows."""
 
 import json
+import random
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -13,13 +15,14 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
+from msgspec import structs
 
 from engine import grammars
 from engine.checkpoint import PRESETS, calibrated, random_tensors, save
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID
 from engine.engine import Engine
 from engine.grammars import Constraint, GrammarError, Grammars, compiled
-from engine.types import Failed, Finished, Request, SamplingParams
+from engine.types import MAX_DRAFT, Failed, Finished, Request, SamplingParams
 from tests import reference
 from tests.engines import Output, bill, crowded_engine, make_engine, request, run, save_ours, usage
 from tests.models import our_config, our_model, text
@@ -92,7 +95,7 @@ def test_masks_are_those_of_another_library_along_drafts_and_after_them(pattern:
                 assert not regex.fullmatch(pattern, before, partial=True) or EOS_ID in drafts[:number]
             else:
                 assert ids_of(mask) == may_follow(pattern, before)
-        forced = bytes(i - BYTE_OFFSET for i in constraint.forced())
+        forced = bytes(i - BYTE_OFFSET for i in constraint.forced(MAX_DRAFT))
         for end in range(len(forced)):
             assert may_follow(pattern, done + forced[:end]) == {forced[end] + BYTE_OFFSET}
         choices = sorted(may_follow(pattern, done) - {EOS_ID})
@@ -103,6 +106,54 @@ def test_masks_are_those_of_another_library_along_drafts_and_after_them(pattern:
         done += bytes((token - BYTE_OFFSET,))
     assert constraint.may_end == bool(regex.fullmatch(pattern, done))
     assert constraint.is_finished == (may_follow(pattern, done) == {EOS_ID})
+
+
+LITERALS = [
+    LLMatcher.grammar_from_regex(pattern)
+    for pattern in (
+        r"日本語(の|は)?テキスト[0-9]*終わり",
+        r"(the quick brown fox )?jumps[ab]{2}over the lazy dog, and over it again(\.|!)?",
+        r"[à-ÿ]{2}: Ende 😀(Grüße|Grün|Gras)",
+        r"a?b?(c?dddd){1,3}x{40}",
+    )
+] + [LLMatcher.grammar_from_lark('start: ("ab" | "é") "cdefg" <[0]> "h"')]
+"""Much of each must follow; the last one ends in a dead end."""
+
+
+def full_mask(grammar: str, ids: Sequence[int]) -> set[int]:
+    """What may follow, as a matcher says that was asked nothing before."""
+    matcher = compiled(grammar).matcher.deep_copy()
+    assert matcher.consume_tokens(list(ids))
+    bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+    return (ids_of(bits) - {*range(BYTE_OFFSET)}) | ({EOS_ID} if bits[EOS_ID] else set()) or {EOS_ID}
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("grammar", LITERALS)
+def test_masks_are_full_ones_within_bytes_that_must_follow_and_after_drafts(grammar: str, seed: int) -> None:
+    draw, full = random.Random(seed), cache(lambda ids: full_mask(grammar, ids))
+    constraint, done = Constraint(compiled(grammar), 261), list[int]()
+    while full(tuple(done)) != {EOS_ID}:
+        drafts = constraint.forced(draw.choice([0, 3, MAX_DRAFT]))
+        for _ in range(draw.randint(0, 4)):
+            drafts.append(draw.choice([*sorted(full((*done, *drafts))), 97 + BYTE_OFFSET]))
+            if drafts[-1] == EOS_ID or drafts[-1] not in full((*done, *drafts[:-1])):
+                break
+        stands = True
+        for number, mask in enumerate(constraint.allowed(drafts)):
+            assert (None if mask is None else ids_of(mask)) == (full((*done, *drafts[:number])) if stands else None)
+            stands = stands and {*drafts[number : number + 1]} <= full((*done, *drafts[:number])) - {EOS_ID}
+        if draw.random() < 0.3:
+            # Another engine goes on.
+            constraint = Constraint(compiled(grammar), 261)
+            for token in done:
+                constraint.advance(token)
+        for token in [*drafts, min(full(tuple(done)) - {EOS_ID})][: draw.randint(1, 40)]:
+            if token == EOS_ID or token not in full(tuple(done)):
+                break
+            constraint.advance(token)
+            done.append(token)
+            assert constraint.is_finished == (constraint.may_end and full(tuple(done)) == {EOS_ID})
 
 
 @pytest.fixture(scope="module", params=["embedding", "encoder", "nano"])
@@ -183,6 +234,38 @@ def test_forced_bytes_take_fewer_calls(model: Path) -> None:
         assert usage(out).decoder_calls <= 2 * 4 + 2 < len(out.text)
 
 
+def test_texts_are_those_of_full_masks(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crowd = [request(f"free {n}", text(40, n), 60, decoder="blt-s", ignore_eos=True) for n in range(12)]
+    engine = crowded_engine(model, max_length=160, max_sequences=30, max_step_rows=24)
+    found = run(engine, asked("blt-s", LITERALS) + crowd)
+    assert engine.snapshot().preemptions
+    parts = [structs.replace(part, output_ids=found[part.id].ids[:9]) for part in asked("blt", LITERALS)]
+    rest = run(make_engine(model), parts)
+    monkeypatch.setattr(Constraint, "_tail", lambda constraint: memoryview(b""))
+    for name, output in run(make_engine(model), asked("blt", LITERALS)).items():
+        assert (found[name].ids, ending(found[name])) == (output.ids, ending(output))
+        assert (output.ids[:9] + rest[name].ids, ending(rest[name])) == (output.ids, ending(output))
+
+
+def test_few_questions_are_asked_about_a_long_literal(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes time in proportion to its length."""
+    literal = bytes(random.Random(1).choices(b"abcdefghijklmnop", k=300))
+    questions, ask = Counter[Any](), Constraint._ask
+
+    def counted(constraint: Constraint, question: Any) -> Any:
+        questions[question] += 1
+        return ask(constraint, question)
+
+    monkeypatch.setattr(Constraint, "_ask", counted)
+    for decoder in ("blt", "blt-s"):
+        questions.clear()
+        asked = request("a", text(20, 1), 400, decoder=decoder, grammar=of_regex(literal + b"[0-9]" + literal[:50]))
+        out = run(make_engine(model), [asked])["a"]
+        assert out.text[:300] == literal and out.text[301:] == literal[:50] and ending(out) == "stop"
+        assert questions[LLMatcher.compute_bitmask] <= 8, questions
+        assert questions[LLMatcher.compute_ff_bytes] <= 12, questions
+
+
 def test_company_chunks_and_preemption_change_nothing(model: Path) -> None:
     wanted = run(make_engine(model), asked("blt", GRAMMARS))
     crowd = [request(f"free {n}", text(40, n), 60, decoder="blt-s", ignore_eos=True) for n in range(12)]
@@ -227,7 +310,7 @@ def walk(constraint: Constraint, ids: Sequence[int]) -> list[Any]:
     masks = []
     for place, token in enumerate(ids):
         masks += [None if mask is None else mask.tobytes() for mask in constraint.allowed(ids[place : place + 2])]
-        masks += [constraint.may_end, constraint.is_finished, constraint.forced()]
+        masks += [constraint.may_end, constraint.is_finished, constraint.forced(MAX_DRAFT)]
         constraint.advance(token)
     return masks
 
@@ -260,7 +343,22 @@ def test_a_worn_grammar_that_is_slow_to_compile_ends_texts(monkeypatch: pytest.M
     for token in to_ids("いろはにほへとЖизнь777".encode()):
         constraint.advance(token)
         (mask,) = constraint.allowed([])
-    assert ids_of(mask) == {EOS_ID} and not constraint.may_end and not constraint.forced()
+    assert ids_of(mask) == {EOS_ID} and not constraint.may_end and not constraint.forced(MAX_DRAFT)
+
+
+def test_it_ends_them_within_bytes_that_must_follow_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "STATES", 150)
+    monkeypatch.setattr(grammars, "QUICK_SECONDS", 0.0)
+    shared = compiled(of_regex(rb"(0|1)abcdefgh(?:\p{L}|[0-9 ]{3}){1,200}"))
+    constraint, other = Constraint(shared, 261), Constraint(shared, 261)
+    constraint.advance(ord("0") + BYTE_OFFSET)
+    assert constraint.forced(MAX_DRAFT) == to_ids(b"abcdefgh")
+    for token in to_ids("0abcdefghいろはにほへとЖизнь777".encode()):
+        other.advance(token)
+        other.allowed([])
+    assert shared.is_worn
+    constraint.advance(ord("a") + BYTE_OFFSET)
+    assert ids_of(constraint.allowed([])[0]) == {EOS_ID} and not constraint.forced(MAX_DRAFT)
 
 
 def test_requests_with_one_grammar_end_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from .phrases import can_draft, verify
 class Forcing(Protocol):
     """See `engine.grammars.Constraint`."""
 
-    def forced(self) -> list[int]: ...
+    def forced(self, most: int) -> list[int]: ...
 
 
 class Constrained(Decoder):
@@ -28,6 +28,6 @@ class Constrained(Decoder):
 
     def round(self, sequence: SequenceView, room: int) -> Round:
         most = min(room - 1, sequence.tokens_left - 1, MAX_DRAFT)
-        if most > 0 and can_draft(sequence) and (forced := self._constraint.forced()):
-            return (yield from verify(forced[:most], exact=0))
+        if most > 0 and can_draft(sequence) and (forced := self._constraint.forced(most)):
+            return (yield from verify(forced, exact=0))
         return (yield from self._inner.round(sequence, room))
