@@ -172,7 +172,7 @@ def test_a_flag_outside_its_range_is_refused_by_its_name(mixed: Path, name: str,
         make_engine(mixed, **{name: value})
     result = CliRunner().invoke(app, ["serve", "--model", str(mixed), flag, str(value)])
     assert result.exit_code == 2
-    wrong = f"at least 1, not {value}" if value < 1 else f"at most {most}, not {value}"
+    wrong = f"at least 1, not '{value}'" if value < 1 else f"at most {most}, not '{value}'"
     assert f"Invalid value for {flag} (or FASTBLT_" in result.stderr
     assert wrong in " ".join(result.stderr.split())
 
