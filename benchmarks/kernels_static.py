@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -243,13 +243,20 @@ TRAFFIC: dict[str, Any] = {
 }  # fmt: skip
 
 
-def record(config: ModelConfig, *, fp8: bool, recorder: Recorder, rows: tuple[int, ...] = ROWS) -> None:
-    """Records the launches of a model's stages, in bfloat16, for each number of rows."""
-    meta = torch.device("meta")
-    tensors = {n: torch.empty(s, dtype=torch.bfloat16, device=meta) for n, s in expected_shapes(config).items()}
+def record(
+    config: ModelConfig,
+    *,
+    fp8: bool,
+    recorder: Recorder,
+    rows: tuple[int, ...] = ROWS,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+) -> None:
+    """Records the launches of a model's stages for each number of rows."""
+    meta, numbers = torch.device("meta"), getattr(torch, dtype)
+    tensors = {n: torch.empty(s, dtype=numbers, device=meta) for n, s in expected_shapes(config).items()}
     kernels = Measured(recorder)
-    model = Model(config, tensors, torch.bfloat16, meta, kernels, fp8=fp8)
-    engine = EngineConfig(model="", dtype="bfloat16", max_length=4096)
+    model = Model(config, tensors, numbers, meta, kernels, fp8=fp8)
+    engine = EngineConfig(model="", dtype=dtype, max_length=4096)
     caches = Caches(config, replace(engine, device="meta"))  # type: ignore[arg-type]
 
     def ints(*shape: int) -> Tensor:
@@ -437,7 +444,9 @@ def main() -> int:
     parser.add_argument(
         "--in-turn", action="store_true", help="each kernel for one architecture, in turn, and only without a gate"
     )
-    parser.add_argument("--bfloat16", action="store_true", help="without float8 weights")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--bfloat16", action="store_true", help="without float8 weights")
+    forms.add_argument("--float32", action="store_true", help="weights and arithmetic in float32 instead")
     parser.add_argument("--ones", action="store_true", help="also with every size 1")
     parser.add_argument("--handover", action="store_true", help="only the GPU check's hand-over kernels")
     options = parser.parse_args()
@@ -445,6 +454,9 @@ def main() -> int:
     if options.handover:
         record_handover(recorder)
     for name in () if options.handover else options.models:
+        if options.float32:
+            record(PRESETS[name], fp8=False, recorder=recorder, rows=tuple(options.rows), dtype="float32")
+            continue
         for fp8 in (False,) if options.bfloat16 else (False, True):
             record(PRESETS[name], fp8=fp8, recorder=recorder, rows=tuple(options.rows))
     if options.ones:
