@@ -34,6 +34,9 @@ MOST_PRIORITY = 64
 
 PROMPT_SHARE = 4
 """One row of a step in so many is kept for prompts, while there are any."""
+MOST_ATTACHED = 32_768
+"""A step admits no further sequence once those that it has admitted found more ids than this in the prefix cache: these
+need no rows, but time on the host, a few milliseconds for so many."""
 
 
 class Scheduler:
@@ -43,7 +46,8 @@ class Scheduler:
     its rows or, while prompts can progress, in three of four.
     Then it runs chunks of prompts, and of texts that must be computed again: those of running sequences, or of waiting
     ones that it admits. It is full at `max_step_rows` rows, or at `max_prompt_rows` of prompts. An ask is not cut once
-    the ids before it are computed, so the last one may exceed either limit.
+    the ids before it are computed, so the last one may exceed either limit. It admits no more sequences once those
+    that it has admitted had more than `MOST_ATTACHED` cached ids.
 
     The order is fixed when a sequence arrives: by the step of its arrival, later or earlier by `STEPS_PER_PRIORITY` for
     each unit of priority. So only sequences that arrive within a known number of steps can overtake, and none starves.
@@ -119,12 +123,13 @@ class Scheduler:
         self._prefers_short = step.has_prompts and may_admit and not self._prefers_short
 
     def _admit(self, sequence: Sequence, step: "_Step") -> bool:
-        """Lets a waiting sequence run if there are slots for it and the first in line; False if it lacks
-        pages."""
+        """Lets a waiting sequence run if there are slots for it and the first in line, and the step has not attached
+        enough; False if it lacks pages."""
         slots = self._max_sequences - len(self.running)
-        if slots < (1 if sequence is self.waiting[0] else 2):
+        if slots < (1 if sequence is self.waiting[0] else 2) or step.attached > MOST_ATTACHED:
             return True
         self._memory.attach(sequence)
+        step.attached += sequence.num_computed
         rows = self._rows(sequence, step.prompt_rows_left)
         if not self._memory.fits(rows):
             self._send_back(sequence)
@@ -183,6 +188,8 @@ class _Step:
 
     def __init__(self, rows: int, prompt_rows: int) -> None:
         self.rows_left = rows
+        self.attached = 0
+        """Ids of admitted sequences that were in the prefix cache."""
         self._prompt_rows_left = prompt_rows
         self._rounds: dict[int, Rows] = {}
         self._prompts: dict[int, Rows] = {}

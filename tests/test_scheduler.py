@@ -16,7 +16,7 @@ from engine.decoders.blt_d import BlockDiffusion
 from engine.decoders.blt_dv import VerifiedDiffusion
 from engine.decoders.blt_s import SelfSpeculation
 from engine.rows import Rows
-from engine.scheduler import MOST_PRIORITY, PROMPT_SHARE, STEPS_PER_PRIORITY, Scheduler
+from engine.scheduler import MOST_ATTACHED, MOST_PRIORITY, PROMPT_SHARE, STEPS_PER_PRIORITY, Scheduler
 from engine.sequence import Sequence
 from engine.types import MAX_DRAFT, Request, UnmaskRule
 
@@ -186,6 +186,22 @@ def test_a_lower_priority_value_goes_first() -> None:
     scheduler.add(sequence(0, 5, 1))
     scheduler.add(late)
     assert [part.sequence for part in scheduler.schedule()] == [late]
+
+
+@pytest.mark.parametrize(("cached", "each"), [(100, 32), (MOST_ATTACHED // 4 + 1, 4), (MOST_ATTACHED + 1, 1)])
+def test_a_step_attaches_a_bounded_number_of_cached_ids_and_the_next_ones_the_others(cached: int, each: int) -> None:
+    class Prefixes(Memory):
+        def attach(self, sequence: Sequence) -> None:
+            super().attach(sequence)
+            sequence.advance(cached)
+
+    scheduler = Scheduler(Prefixes(1 << 30), max_sequences=64, max_step_rows=512)
+    for arrival in range(32):
+        scheduler.add(sequence(arrival, cached + 1, 99))
+    for begun in range(0, 32, each):
+        step = [part.sequence.arrival for part in run_step(scheduler)]
+        assert sorted(step[:begun]) == [*range(begun)], "those that generate run, too"
+        assert step[begun:] == [*range(begun, begun + each)]
 
 
 def test_waiting_raises_the_priority_of_a_sequence() -> None:
