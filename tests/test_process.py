@@ -9,12 +9,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from engine.config import BYTE_OFFSET, EngineConfig
+from engine.process import child
 from engine.process.client import EngineClient, EngineDead, EngineStartError
-from engine.types import Delta, Failed, Finished, Request, TokenLogprob
+from engine.process.wire import encode
+from engine.types import Abort, Command, Delta, Event, Failed, Finished, Request, Shutdown, Snapshot, TokenLogprob
 from tests.scripted_engine import prompt_ids, scripted_ids, scripted_logprob
 from tests.streams import Transcript, kill, killer, read
 
@@ -62,6 +66,40 @@ async def test_each_of_many_streams_equals_the_engines_output_and_ends_once(tmp_
             assert transcript.finished.reason == "length"
             assert transcript.finished.usage.completion_tokens == i
         await eventually(lambda: client.snapshot.running == 0 and client.snapshot.steps >= 50)
+
+
+async def test_a_flood_of_requests_lets_steps_run_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    seen: list[str] = []
+
+    class SlowToAdd:
+        has_work = False
+
+        def add(self, request: Request) -> None:
+            nonlocal now
+            now += child.COMMANDS_SECONDS / 2.5
+            self.has_work = True
+            seen.append(request.id)
+
+        def abort(self, request_id: str) -> None:
+            seen.append(f"abort {request_id}")
+
+        def step(self) -> list[Event]:
+            seen.append("step")
+            return []
+
+        step_seconds, snapshot = float, Snapshot
+
+    asked = [Request(id=name, prompt_ids=[5], max_tokens=1) for name in "abcdefgh"]
+    commands: list[Command] = [*asked, Abort("a"), Abort("h"), Shutdown()]
+    queue = iter([encode(command) for command in commands])
+    # The last command ends the loop, so there is always one to read.
+    socket: Any = SimpleNamespace(poll=lambda *_: True, recv=lambda: next(queue), send=lambda _: None)
+    heart: Any = SimpleNamespace(step=lambda run, _: run())
+    engine: Any = SlowToAdd()
+    monkeypatch.setattr(child, "time", SimpleNamespace(monotonic=lambda: now))
+    child._serve(engine, socket, heart)
+    assert seen == ["a", "b", "c", "step", "d", "e", "f", "step", "g", "h", "abort a", "abort h"]
 
 
 async def test_closing_a_stream_early_aborts_its_request(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from .wire import OUT_OF_MEMORY, Batch, Message, Started, StartFailed, decode_co
 
 log = logging.getLogger("fastblt.engine.process")
 
+COMMANDS_SECONDS = 0.01
+"""After so long the next commands wait for a step if there is work, so that many new requests stall no stream."""
 SNAPSHOT_INTERVAL = 0.1
 """Least seconds between two snapshots while there is work."""
 FIRST_LINES_SECONDS = 0.5
@@ -119,9 +121,10 @@ def _serve(engine: EngineLike, socket: zmq.Socket[bytes], heart: Heart) -> None:
     """Steps the engine until Shutdown; sleeps while there is nothing to do."""
     reported = time.monotonic()
     while True:
-        patience = 0 if engine.has_work else None
-        while socket.poll(patience):
-            patience = 0
+        if not engine.has_work:
+            socket.poll()
+        began = time.monotonic()
+        while socket.poll(0):
             match decode_command(socket.recv()):
                 case Request() as request:
                     engine.add(request)
@@ -131,6 +134,8 @@ def _serve(engine: EngineLike, socket: zmq.Socket[bytes], heart: Heart) -> None:
                     logs.set_level(level)
                 case Shutdown():
                     return
+            if engine.has_work and time.monotonic() - began >= COMMANDS_SECONDS:
+                break
         if not engine.has_work:
             continue
         events = heart.step(engine.step, engine.step_seconds)
