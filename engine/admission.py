@@ -4,7 +4,7 @@ The engine checks before it takes a request, and the server before it sends one,
 text names the field, what would be right, and what was given.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Literal, NamedTuple
 
 from .config import BYTE_OFFSET, EOS_ID, ModelLimits, is_byte
@@ -198,11 +198,13 @@ def _out_of_range(field: str, value: int, least: int, most: int | None, why_most
     return None
 
 
-def unknown_id(field: str, ids: Iterable[int], limits: ModelLimits) -> Fault | None:
+def unknown_id(field: str, ids: Collection[int], limits: ModelLimits) -> Fault | None:
     """The fault of ids that the model does not have, if there are any."""
-    unknown = next((token for token in ids if not 0 <= token < limits.vocab_size), None)
-    if unknown is None:
+    known = range(limits.vocab_size)
+    # A prompt may have many thousands.
+    if not ids or frozenset(known).issuperset(ids):
         return None
+    unknown = next(token for token in ids if token not in known)
     return Fault("invalid", field, f"token ids must be from 0 to {limits.vocab_size - 1}, not {unknown}")
 
 

@@ -97,7 +97,7 @@ class Sequence:
         self.output = Output(request, constraint)
         self.counts = Counts()
         """Of all rounds, the current one included."""
-        self._note_documents(0)
+        self._note_documents(self.ids)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -208,12 +208,14 @@ class Sequence:
         if self._first is None:
             self._first = time.monotonic()
         self.id_counts.update(ids)
-        before = len(self.ids)
         self.ids += ids
-        self._note_documents(before)
+        self._note_documents(ids)
 
-    def _note_documents(self, start: int) -> None:
-        self.documents += [i + 1 for i in range(start, len(self.ids)) if self.ids[i] == EOS_ID]
+    def _note_documents(self, last: Seq[int]) -> None:
+        """last: ids, the newest."""
+        if EOS_ID in last:
+            start = len(self.ids) - len(last) + 1
+            self.documents += [after for after, token in enumerate(last, start) if token == EOS_ID]
 
     # Patches.
 

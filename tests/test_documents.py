@@ -22,9 +22,10 @@ def from_scratch(documents: list[int], starts: list[int], end: int) -> list[int]
 @given(data=st.data())
 def test_documents_of_patches_are_those_counted_from_scratch(data: st.DataObject) -> None:
     ids = [data.draw(st.sampled_from([5, 5, 5, EOS_ID])) for _ in range(LENGTH)]
-    sequence = Sequence(Request(id="a", prompt_ids=ids, max_tokens=1), 0, {})
-    sequence._note_documents(0)
-    sequence.documents = [0, *(i + 1 for i, token in enumerate(ids) if token == EOS_ID)]
+    prompt = data.draw(st.integers(1, LENGTH))
+    sequence = Sequence(Request(id="a", prompt_ids=ids[:prompt], max_tokens=LENGTH), 0, {})
+    sequence.append(ids[prompt:])
+    assert sequence.documents == [0, *(i + 1 for i, token in enumerate(ids) if token == EOS_ID)]
     starts = sorted({0, *data.draw(st.lists(st.integers(1, LENGTH - 1), max_size=30))})
     sequence.patching.starts = starts
     for end in sorted(data.draw(st.lists(st.integers(0, len(starts) - 1), min_size=1, max_size=5))):
