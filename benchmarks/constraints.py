@@ -151,7 +151,7 @@ def forced_bytes(are_taken: bool) -> Iterator[None]:
     if are_taken:
         yield
     else:
-        with patch.object(Constraint, "forced", lambda _: []):
+        with patch.object(Constraint, "forced", lambda *_: []):
             yield
 
 
