@@ -108,7 +108,7 @@ def test_chunked_prefill_beside_other_requests_changes_no_bit(model: Path, wante
 def test_preemption_changes_no_bit(model: Path, wanted: Output) -> None:
     engine = crowded_engine(model, max_sequences=6, max_step_rows=32, max_length=200)
     # Company that comes once a part of the prompt is scored, and takes its pages.
-    early = [request(f"e{i}", text(120, 40 + i), 60, priority=-1) for i in range(5)]
+    early = [request(f"e{i}", text(120, 40 + i), 50, priority=-1) for i in range(5)]
     outputs = {r.id: Output() for r in (the_request(), *early)}
     engine.add(the_request())
     assert not [*engine.step(), *engine.step()]
