@@ -57,12 +57,12 @@ def read_config(path: Path, known: Collection[str]) -> dict[str, Entry]:
     if document is None or document.tag == _NULL:
         return {}
     if not isinstance(document, yaml.MappingNode) or document.tag != f"{_YAML}map":
-        raise ConfigError(f"{path}: must be one mapping such as 'port: 8000', not a {document.id}")
+        raise ConfigError(f"{path}: must be one mapping such as 'port: 8000', not a {_kind(document)}")
     entries: dict[str, Entry] = {}
     for key, node in document.value:
         line = key.start_mark.line + 1
         where = f"{path}, line {line}"
-        written = str(key.value) if isinstance(key, yaml.ScalarNode) else f"a {key.id} as a key"
+        written = str(key.value) if isinstance(key, yaml.ScalarNode) else f"a {_kind(key)} as a key"
         name = written.replace("-", "_")
         if name not in known:
             raise ConfigError(f"{where}: {_short(written)} is not a setting{_nearest(name, known)}")
@@ -114,11 +114,16 @@ def _value(node: yaml.Node, where: str) -> Value:
 
 def _scalar(node: yaml.Node, where: str) -> str:
     if not isinstance(node, yaml.ScalarNode):
-        raise ConfigError(f"{where} must be one value or a list of them, not a {node.id}")
+        raise ConfigError(f"{where} must be one value or a list of them, not a {_kind(node)}")
     if node.tag not in _TEXTS:
         kind = "null" if node.tag == _NULL else "a value with a tag; text that begins with ! needs quotes"
         raise ConfigError(f"{where} must be text or a number, not {kind}")
     return str(node.value)
+
+
+def _kind(node: yaml.Node) -> str:
+    """YAML's word for it: scalar, sequence or mapping."""
+    return type(node).__name__.removesuffix("Node").lower()
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
