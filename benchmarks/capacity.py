@@ -1,7 +1,8 @@
 """How well `fastblt size --simulate` tells a server's latencies: a real server under random loads, and its simulation.
 
-The server's costs are measured, as the command does. Then the same requests come to the server and to the simulated
-replica, at several shares of what it can serve for long.
+The server's costs are measured before and after the loads of a decoder, as the command does, and averaged: a machine is
+not equally fast for minutes. The same requests come to the server and to the simulated replica, at several shares of
+what it can serve for long.
 """
 
 import asyncio
@@ -13,10 +14,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import msgspec
+
 from engine.checkpoint import load
 from engine.config import ModelConfig
 from engine.decoders import DECODERS
-from engine.simulation.costs import ReplicaCosts
+from engine.simulation.costs import PromptCost, ReplicaCosts, RoundCost
 from engine.simulation.load import Arrival, Traffic, arrivals
 from engine.simulation.replica import Served, serve
 from server.capacity.curve import latency
@@ -54,18 +57,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with server(model.path, *flags, "--max-queue", "4096") as address:
             for decoder in options.decoders:
                 target = Target.of(address, decoder, None)
-                costs = measure(target, traffic, print)
-                most = costs.most_requests_per_second(traffic.prompt_bytes, traffic.output_bytes)
+                before = measure(target, traffic, print)
+                most = before.most_requests_per_second(traffic.prompt_bytes, traffic.output_bytes)
+                loads = []
                 for share in options.shares:
                     asked = arrivals(traffic, share * most, round(options.seconds * share * most))
-                    served = asyncio.run(_served(target, asked))
-                    config = load(model.path).config
-                    simulated = serve(config, costs, patch, asked)
-                    rows.append(row(decoder, share, asked, served, simulated))
+                    loads.append((share, asked, asyncio.run(_served(target, asked))))
+                costs, config = halfway(before, measure(target, traffic, print)), load(model.path).config
+                for share, asked, served in loads:
+                    rows.append(row(decoder, share, asked, served, serve(config, costs, patch, asked)))
                     rows[-1]["like"] = like_real(rows[-1], partial(_faster, config, costs, patch, asked))
                     print({name: round(value, 3) for name, value in rows[-1].items() if isinstance(value, float)})
     figures = {"rows": rows, "traffic": traffic._asdict(), "threads": options.num_threads, "costs": _costs(costs)}
     finish("capacity", model, figures, options, arguments)
+
+
+def halfway(before: ReplicaCosts, after: ReplicaCosts) -> ReplicaCosts:
+    """Of two measurements of one server."""
+    rounds = [
+        RoundCost(one.sequences, (one.seconds + other.seconds) / 2, (one.num_bytes + other.num_bytes) / 2)
+        for one, other in zip(before.rounds, after.rounds, strict=True)
+    ]
+    prompts = [
+        PromptCost(one.rows, (one.seconds + other.seconds) / 2)
+        for one, other in zip(before.prompts, after.prompts, strict=True)
+    ]
+    request = (before.request_seconds + after.request_seconds) / 2
+    return msgspec.structs.replace(before, rounds=rounds, prompts=prompts, request_seconds=request)
 
 
 async def _served(target: Target, asked: Sequence[Arrival]) -> list[Served]:

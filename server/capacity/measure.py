@@ -11,7 +11,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle, islice
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,6 +28,8 @@ MOST_SEQUENCES = 256
 """More side by side are not measured."""
 SECONDS = 1.0
 """Least of generation side by side that counts, for each number of sequences."""
+LEAST_TEXTS = 64
+"""Of which the measured streams are taken in turn."""
 SWEEPS = 3
 """Over all numbers of sequences: a machine may be slower for some seconds."""
 LEAST_OUTPUT = 64
@@ -98,23 +100,20 @@ def measure(target: Target, traffic: Traffic, tell: Callable[[str], None]) -> Re
     texts = Texts()
     tell("warming up")
     asyncio.run(_together(target, texts.prompts(2, traffic), LEAST_OUTPUT))
-    counts = _counts(min(max_sequences, MOST_SEQUENCES))
-    prompts_read, found = list[str](), dict[int, list[RoundCost]]()
+    counts, found = _counts(min(max_sequences, MOST_SEQUENCES)), dict[int, list[RoundCost]]()
+    prompts = cycle(texts.prompts(max(counts[-1], LEAST_TEXTS), traffic))
     for count in counts * SWEEPS:
         tell(f"{count} side by side")
-        new = texts.prompts(count - len(prompts_read), traffic)
-        asyncio.run(_together(target, new, 1))
-        prompts_read += new
-        cost = _side_by_side(target, prompts_read[:count], max(round(traffic.output_bytes), LEAST_OUTPUT))
+        cost = _side_by_side(target, prompts, count, max(round(traffic.output_bytes), LEAST_OUTPUT))
         found.setdefault(count, []).append(cost)
     rounds = [_mean(costs) for costs in found.values()]
     tell("prompts")
-    prompts, request_seconds = _prompts(target, texts, traffic, rounds[0].byte_seconds)
+    prompt_costs, request_seconds = _prompts(target, texts, traffic, rounds[0].byte_seconds)
     return ReplicaCosts(
         of={name: version[name] for name in ("version", "commit", "model", "kernels")} | {"url": target.url},
         decoder=target.decoder,
         rounds=rounds,
-        prompts=prompts,
+        prompts=prompt_costs,
         request_seconds=request_seconds,
         dtype=_dtype(target),
         prompt_rows=int(limits["fastblt_step_prompt_rows"]),
@@ -136,14 +135,17 @@ def _counts(most: int) -> list[int]:
     return sorted({*(1 << power for power in range(most.bit_length())), most})
 
 
-def _side_by_side(target: Target, prompts: Sequence[str], output_bytes: int) -> RoundCost:
+def _side_by_side(target: Target, prompts: Iterator[str], count: int, output_bytes: int) -> RoundCost:
     """From the moment when all have begun to the moment when the first ends. The bytes of a step are the engine's own
-    figure: an event of a stream may have those of several. prompts: that it has read, so that all begin soon after each
-    other."""
-    count, seconds, num_bytes, committed, steps = len(prompts), 0.0, 0.0, 0.0, 0.0
+    figure: an event of a stream may have those of several. prompts: each turn takes the next `count`, as drafts stand
+    in some texts more often than in others."""
+    seconds, num_bytes, committed, steps = 0.0, 0.0, 0.0, 0.0
     while seconds < SECONDS:
+        chosen = list(islice(prompts, count))
+        # They are read before, so that all begin soon after each other.
+        asyncio.run(_together(target, chosen, 1))
         before = _generated(target)
-        streams = asyncio.run(_together(target, prompts, output_bytes))
+        streams = asyncio.run(_together(target, chosen, output_bytes))
         begin, end = max(one.first for one in streams), min(one.times[-1][0] for one in streams)
         if end <= begin:
             # The first ended before the last began: with longer outputs more of them overlap.

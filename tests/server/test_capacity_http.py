@@ -2,6 +2,8 @@
 
 import re
 import time
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from engine.checkpoint import load
 from engine.simulation.load import Traffic
 from engine.simulation.replica import simulated_engine
 from server.capacity import measure as measuring
-from server.capacity.measure import MeasureError, Target, measure
+from server.capacity.measure import MeasureError, Stream, Target, measure
 from tests.serving import API_KEYS, RunningServer, StartServer
 
 TRAFFIC = Traffic(40, 24, 0.5)
@@ -41,6 +43,22 @@ def test_a_server_is_measured_with_its_limits(start_server: StartServer, tiny_mo
     simulated, _ = simulated_engine(load(tiny_model).config, found, 4.0)
     pages = {f'fastblt_pages_capacity{{pool="{name}"}}': count for name, count in simulated.limits.pages.items()}
     assert server.metrics("fastblt_pages_capacity") == pages
+
+
+def test_side_by_side_all_texts_have_their_turn(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, together, asked = Target.of(start_server().url, "blt-s", None), measuring._together, []
+
+    async def noted(target: Target, prompts: Sequence[str], max_tokens: int) -> list[Stream]:
+        asked.append((tuple(prompts), max_tokens))
+        return await together(target, prompts, max_tokens)
+
+    monkeypatch.setattr(measuring, "_together", noted)
+    texts = measuring.Texts().prompts(3, TRAFFIC)
+    prompts = cycle(texts)
+    for _ in range(2):
+        measuring._side_by_side(target, prompts, 2, 64)
+    read, ran = ([chosen for chosen, most in asked if most == size] for size in (1, 64))
+    assert read == ran and {text for chosen in ran for text in chosen} == set(texts)
 
 
 def test_a_busy_server_is_not_measured(start_server: StartServer) -> None:
