@@ -12,6 +12,7 @@ from .config import EngineConfig
 from .decoders import Committed, Constrained, Decoder, Result, SharedPrior, Verify, make_decoder
 from .grammars import Compiled, Constraint, Grammars
 from .memory.room import naming_flags
+from .ordered import Ordered
 from .output import usage_of
 from .report import Report, info_of
 from .rows import Rows
@@ -63,6 +64,7 @@ class Engine:
         self.ledger.reset()
         self._report = Report(self.parts)
         self._sequences = {}
+        self._deadlines: Ordered[tuple[float, int], Sequence] = Ordered()
         self._compiling: dict[str, tuple[Request, Decoder | None, Future[Compiled]]] = {}
         """Requests that wait for their grammar."""
         self._arrivals = count()
@@ -121,6 +123,7 @@ class Engine:
         tables = self.memory.caches.new_tables()
         sequence = Sequence(request, next(self._arrivals), tables, decoder, config.mask_id, constraint)
         self._sequences[request.id] = sequence
+        self._deadlines.add((sequence.deadline, sequence.arrival), sequence)
         self._scheduler.add(sequence)
         sequence.choose()
         _, _, reason = sequence.output.take(request.output_ids)
@@ -270,9 +273,10 @@ class Engine:
     def _remove(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request.id]
+        self._deadlines.remove((sequence.deadline, sequence.arrival))
         self.ledger.ended(sequence.request.decoder, sequence.counts)
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for sequence in [s for s in self._sequences.values() if s.deadline is not None and s.deadline <= now]:
+        while (sequence := self._deadlines.after(None)) and sequence.deadline <= now:
             self._finish(sequence, "timeout")

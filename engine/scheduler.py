@@ -3,11 +3,13 @@
 import logging
 from bisect import insort
 from collections.abc import Iterator
+from heapq import merge
 from typing import Protocol
 
 from .rows import Rows
 from .sequence import Sequence
 from .types import MAX_DRAFT
+from .waiting import Place, Waiting, place
 
 log = logging.getLogger("fastblt.engine")
 
@@ -66,7 +68,7 @@ class Scheduler:
         self._max_sequences = max_sequences
         self.max_step_rows = max_step_rows
         self.max_prompt_rows = max_prompt_rows or max_step_rows
-        self.waiting: list[Sequence] = []
+        self.waiting = Waiting()
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._steps = 0
@@ -77,7 +79,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         priority = min(max(sequence.request.priority, -MOST_PRIORITY), MOST_PRIORITY)
         sequence.due = self._steps + STEPS_PER_PRIORITY * priority
-        insort(self.waiting, sequence, key=_order)
+        self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and gives its pages back."""
@@ -108,33 +110,42 @@ class Scheduler:
 
     def _add_prompts(self, step: "_Step", may_admit: bool) -> None:
         """may_admit: False if memory was short in this step."""
-        line = list(self.waiting) if len(self.running) < self._max_sequences else []
-        waiting = {s.arrival for s in line}
-        prompts = [s for s in self.running if _reads(s)] + line
-        for sequence in sorted(prompts, key=_shortest_first if self._prefers_short else _order):
+        step.may_admit = may_admit
+        prompts = sorted((self._place(s), s, False) for s in self.running if _reads(s))
+        for _, sequence, waits in merge(prompts, self._in_line(step)):
             if step.prompt_rows_left <= 0:
                 break
-            if sequence.arrival in waiting:
-                may_admit = may_admit and self._admit(sequence, step)
+            if waits:
+                step.may_admit = step.may_admit and self._admit(sequence, step)
             elif sequence in self.running and not self._run(sequence, step, step.prompt_rows_left, is_prompt=True):
-                may_admit = False
+                step.may_admit = False
         else:
-            self._lacks_pages = not may_admit
-        self._prefers_short = step.has_prompts and may_admit and not self._prefers_short
+            self._lacks_pages = not step.may_admit
+        self._prefers_short = step.has_prompts and step.may_admit and not self._prefers_short
+
+    def _place(self, sequence: Sequence) -> Place:
+        """Among the prompts of this step."""
+        return place(sequence, short_first=self._prefers_short)
+
+    def _in_line(self, step: "_Step") -> Iterator[tuple[Place, Sequence, bool]]:
+        """Those that wait, as long as the step can admit one. The last slot is for the first in line."""
+        last: Place | None = None
+        while step.may_admit and step.attached <= MOST_ATTACHED and (slots := self._max_sequences - len(self.running)):
+            found = self.waiting.after(last, short_first=self._prefers_short) if slots > 1 else self.waiting.first
+            if found is None or (last is not None and self._place(found) <= last):
+                return
+            last = self._place(found)
+            yield last, found, True
 
     def _admit(self, sequence: Sequence, step: "_Step") -> bool:
-        """Lets a waiting sequence run if there are slots for it and the first in line, and the step has not attached
-        enough; False if it lacks pages."""
-        slots = self._max_sequences - len(self.running)
-        if slots < (1 if sequence is self.waiting[0] else 2) or step.attached > MOST_ATTACHED:
-            return True
+        """Lets a waiting sequence run; False if it lacks pages."""
+        self.waiting.remove(sequence)
         self._memory.attach(sequence)
         step.attached += sequence.num_computed
         rows = self._rows(sequence, step.prompt_rows_left)
         if not self._memory.fits(rows):
             self._send_back(sequence)
             return False
-        self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)
         self._memory.reserve(rows)
         step.add(rows, is_prompt=True)
@@ -165,11 +176,12 @@ class Scheduler:
         self._send_back(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
-        insort(self.waiting, sequence, key=_order)
 
     def _send_back(self, sequence: Sequence) -> None:
+        """It waits, without pages."""
         self._memory.release(sequence)
         sequence.restart()
+        self.waiting.add(sequence)
 
     def _make_room(self, rows: Rows, step: "_Step") -> bool:
         """Reserves pages, preempting the last in the order first; False if the sequence itself was preempted."""
@@ -188,6 +200,8 @@ class _Step:
 
     def __init__(self, rows: int, prompt_rows: int) -> None:
         self.rows_left = rows
+        self.may_admit = True
+        """False once memory is short."""
         self.attached = 0
         """Ids of admitted sequences that were in the prefix cache."""
         self._prompt_rows_left = prompt_rows
@@ -232,7 +246,3 @@ def _reads(sequence: Sequence) -> bool:
 
 def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
-
-
-def _shortest_first(sequence: Sequence) -> tuple[int, int, tuple[int, int]]:
-    return sequence.request.priority, sequence.remaining, sequence.order

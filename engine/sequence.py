@@ -1,5 +1,6 @@
 """One sequence in the engine: its ids, its rows, its patches, its pages and its decoder."""
 
+import math
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -61,7 +62,7 @@ class Sequence:
         """Whether its bytes can be drawn, and need no scores, before the host knows those before."""
         self.arrival = arrival
         self.arrived = time.monotonic()
-        self.deadline = None if request.timeout is None else self.arrived + request.timeout
+        self.deadline = math.inf if request.timeout is None else self.arrived + request.timeout
         self.ids = [*request.prompt_ids, *request.output_ids]
         self.num_prompt = len(request.prompt_ids)
         self.id_counts = Counter(request.output_ids)

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import scheduler as scheduling
+from engine import waiting
 from engine.costs.calibration import LEAST_PROMPT_ROWS, MEASURED_ROWS, MeasuredStep, prompt_rows
 from engine.decoders import Decoder, Result, Unmask, Verify
 from engine.decoders.blt_d import BlockDiffusion
@@ -214,7 +216,7 @@ def test_waiting_raises_the_priority_of_a_sequence() -> None:
     urgent, late = sequence(2, 5, 1, priority=1), sequence(3, 5, 1, priority=2)
     scheduler.add(late)
     scheduler.add(urgent)
-    assert scheduler.waiting == [urgent, patient, late]
+    assert list(scheduler.waiting) == [urgent, patient, late]
 
 
 @settings(max_examples=50)
@@ -423,3 +425,45 @@ def test_rounds_have_all_rows_while_no_prompt_can_go_on() -> None:
     # The first step keeps rows for it, and finds that it lacks pages.
     sizes = [len(run_step(scheduler)) for _ in range(4)]
     assert sizes == [6, 8, 8, 8]
+
+
+def test_a_step_looks_at_few_of_thousands_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, looks = Scheduler(Memory(1 << 30), max_sequences=64, max_step_rows=256, max_prompt_rows=64), count()
+    for arrival in range(3000):
+        scheduler.add(sequence(arrival, 20 + arrival % 100, 2))
+    asked = waiting.place
+
+    def noted(sequence: Sequence, *, short_first: bool) -> tuple[int, ...]:
+        next(looks)
+        return asked(sequence, short_first=short_first)
+
+    for module in (waiting, scheduling):
+        monkeypatch.setattr(module, "place", noted)
+    for _ in range(50):
+        run_step(scheduler)
+    assert len(scheduler.waiting) > 2500 and next(looks) < 50 * 50
+
+
+@given(
+    jobs=st.lists(st.tuples(st.integers(-2, 2), st.integers(1, 9), st.integers(-3, 3)), max_size=30),
+    draw=st.randoms(use_true_random=False),
+)
+def test_those_that_wait_are_found_in_both_orders(jobs: list[tuple[int, int, int]], draw: Random) -> None:
+    held, line = list[Sequence](), waiting.Waiting()
+    for arrival, (priority, prompt, due) in enumerate(jobs):
+        held.append(sequence(arrival, prompt, 1, priority))
+        held[-1].due = due
+        line.add(held[-1])
+        if draw.random() < 0.3:
+            line.remove(gone := held.pop(draw.randrange(len(held))))
+            with pytest.raises(KeyError):
+                line.remove(gone)
+    assert list(line) == sorted(held, key=lambda s: (s.due, s.arrival)) and len(line) == len(held)
+    assert line.first == (list(line) or [None])[0]
+    for short_first in (False, True):
+        last, found = None, list[Sequence]()
+        while after := line.after(last, short_first=short_first):
+            last = waiting.place(after, short_first=short_first)
+            found.append(after)
+        key = (lambda s: (s.request.priority, s.remaining, s.due, s.arrival)) if short_first else None
+        assert found == (sorted(held, key=key) if key else list(line))
