@@ -10,8 +10,8 @@ import helm_python
 import httpx
 import kubernetes_validate
 import pytest
-import typer.main
 import yaml
+from typer.testing import CliRunner
 
 from engine.process.client import STOP_SECONDS
 from server.cli import app
@@ -143,15 +143,17 @@ def test_labels_and_selectors_of_the_manifests_match(manifests: Manifests) -> No
 
 
 def flags(manifests: Manifests) -> dict[str, Any]:
-    """As the command line reads them."""
-    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
-    given: dict[str, Any] = serve.make_context("serve", ["--model", "x", *container(manifests)["args"]]).params
+    """As the command line reads and checks them."""
+    command = ["serve", "--model", "x", *container(manifests)["args"], "--print-config"]
+    result = CliRunner().invoke(app, command)
+    assert not result.exit_code, result.output
+    given: dict[str, Any] = yaml.safe_load(result.output)
     return given
 
 
 def test_the_command_line_accepts_the_arguments_of_the_chart(manifests: Manifests) -> None:
     given = flags(manifests)
-    assert (given["drain_seconds"], given["restart_seconds"], given["loading_seconds"]) == (30, 30, 1800)
+    assert (given["drain-seconds"], given["restart-seconds"], given["loading-seconds"]) == (30, 30, 1800)
     assert (given["device"] == "cuda") == ("nvidia.com/gpu" in container(manifests)["resources"].get("limits", {}))
 
 
@@ -226,7 +228,7 @@ def test_service_variables_of_kubernetes_are_not_read_as_settings(monkeypatch: p
 
 def test_seconds_of_the_chart_reach_the_server() -> None:
     given = flags(render({"drainSeconds": 7, "restartSeconds": 90, "loadingSeconds": 600}))
-    assert (given["drain_seconds"], given["restart_seconds"], given["loading_seconds"]) == (7, 90, 600)
+    assert (given["drain-seconds"], given["restart-seconds"], given["loading-seconds"]) == (7, 90, 600)
 
 
 @pytest.fixture
