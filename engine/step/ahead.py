@@ -7,7 +7,8 @@ next byte of a draft, the cells of a block. So how often stages repeat is only a
     Draft     decoder                              the whole draft, then patcher and encoder of its verification
     Unmask    decoder                              as many passes as blocks have needed lately
 
-All sequences of a batch must ask for the same kind. Else every pass is a separate step, which they share.
+All sequences of a batch must ask for the same kind. Else every pass is a separate step, which they share; so is every
+pass of a draft where the decoder reads the encoder's states.
 """
 
 import time
