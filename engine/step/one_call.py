@@ -34,7 +34,8 @@ LOOKED_UP_EVERY = 32
 
 class OneCall:
     """Runs steps, each with as many passes as its sequences need: further bytes of blt, a whole draft or a block until
-    it is done, and their verification. The host only draws for requests with penalties or scores.
+    it is done, and their verification. The host draws only where rows are not plain: for penalties, grammars and
+    scores, and before `min_tokens`.
 
     max_rows: most rows of a step that verifies what it has drafted.
     """
