@@ -16,8 +16,8 @@ from ..types import Request, TokenLogprob, UnmaskRule
 class Next(msgspec.Struct, frozen=True):
     """The byte after the text: all rows not yet computed run through all stages.
 
-    at_most: bytes that may come back, more than one only where the host runs ahead. Each further byte takes one more
-    row, and may close a patch.
+    at_most: bytes that may come back, more than one only where the device goes on by itself. Each further byte takes
+    one more row, and may close a patch.
     """
 
     at_most: int = 1

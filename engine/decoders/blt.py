@@ -1,4 +1,4 @@
-"""BLT: one byte at a time."""
+"""BLT: one byte after another, several in a round where the device needs no host in between."""
 
 from .asks import Committed, Decoder, Next, Round, SequenceView
 
