@@ -48,7 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UnmaskRule(msgspec.Struct, frozen=True, kw_only=True):
-    """Which cells of a block become bytes after a pass (Fast BLT 3.1.2); see `engine.decoders.unmasking`."""
+    """Which cells of a block become bytes after a pass (Fast BLT 3.1.2); see `kernels.unmasking.unmask`."""
 
     rule: Literal["confidence", "entropy", "one_step"]
     alpha: float = 0.7
