@@ -35,7 +35,7 @@ class Latency(Protocol):
         ...
 
     def draft(self, passes: int, rows: int) -> float:
-        """`passes` decoder passes over `rows` rows each, one per step."""
+        """`passes` decoder passes over `rows` rows each, and the host's time for the steps that they take."""
         ...
 
     def verify(self, rows: int, decoded: int, patch: float) -> float:
