@@ -1,4 +1,4 @@
-"""Values in the ascending order of their keys, from anywhere in which one may be taken out."""
+"""A map that iterates over its values in the ascending order of their keys, found by binary search."""
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ Value = TypeVar("Value")
 
 
 class Ordered(Generic[Key, Value]):
-    """No two keys are equal. A place among thousands is found by a few comparisons."""
+    """No two keys may be equal."""
 
     def __init__(self) -> None:
         self._keys: list[Key] = []

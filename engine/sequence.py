@@ -88,7 +88,8 @@ class Sequence:
         self.last_round = 0
         """The last step of the scheduler in which it generated."""
         self.due = 0
-        """Place in the order of all, given by the scheduler."""
+        """The step that orders it: that of its arrival, and `STEPS_PER_PRIORITY` more for each unit of priority. Set by
+        the scheduler."""
         self.preemptions = 0
         self.tables = tables
         self.slot = 0

@@ -10,12 +10,12 @@ Place: TypeAlias = tuple[int, ...]
 
 
 def place(sequence: Sequence, *, short_first: bool) -> Place:
-    """In the order of arrival; or by priority and remaining rows, and among equals in the order of arrival."""
+    """By `Sequence.order`; or by priority and remaining rows, and among equals by `Sequence.order`."""
     return (sequence.request.priority, sequence.remaining, *sequence.order) if short_first else sequence.order
 
 
 class Waiting:
-    """Iterates in the order of arrival. No sequence may change while it waits."""
+    """Iterates by `Sequence.order`. A sequence's priority, `remaining` and `order` may not change while it waits."""
 
     def __init__(self) -> None:
         self._orders = {short_first: Ordered[Place, Sequence]() for short_first in (False, True)}
@@ -37,7 +37,7 @@ class Waiting:
 
     @property
     def first(self) -> Sequence | None:
-        """In the order of arrival."""
+        """By `Sequence.order`."""
         return next(iter(self), None)
 
     def after(self, last: Place | None, *, short_first: bool) -> Sequence | None:
