@@ -39,7 +39,8 @@ class Kernels:
 
     name: KernelName = "torch"
     tile: int | None = None
-    """Most rows in a tile of attention; None takes the machine's row floor."""
+    """Most rows in a tile of attention. None: in a small one the machine's row floor, in a large one
+    `attention.LARGE_TILE`."""
     widens = False
     """Whether `linear` takes bfloat16 matrices for float32 rows."""
     gates = False
@@ -66,7 +67,7 @@ class Kernels:
     accepted = staticmethod(sampling.accepted)
 
     def matrix(self, matrix: Matrix) -> Matrix:
-        """Converts a matrix to the form that `linear`, `stack` and `keys` take."""
+        """Converts a matrix to the form that `linear`, `stack` and `cross_kv` take."""
         return matrix
 
     def join(self, parts: Sequence[Tensor]) -> Matrix:

@@ -98,8 +98,8 @@ class RowFloors:
 
 
 def find_row_floors(model: Model, specs: dict[str, CacheSpec], dtype: torch.dtype, device: torch.device) -> RowFloors:
-    """Tries the machine's matrix products on the model's shapes (under a second for small models). Triton's kernels
-    need no such count."""
+    """Tries the machine's matrix products on the model's shapes (under a second for small models). Only torch's kernels
+    need that."""
     config = model.config
     if model.kernels.tile is not None:
         return RowFloors(rows=1, tile=model.kernels.tile, proven=True)
