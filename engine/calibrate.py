@@ -23,7 +23,9 @@ def calibrate(engine: "Engine") -> tuple[int, float]:
     the engine is otherwise unchanged. Takes up to two seconds, and up to a minute more if kernels must be compiled and
     recorded. Returns how many rows of prompts a step can have, and the seconds of the shortest step.
 
-    A file that cannot be used is only a cache that is missing: it is told, moved aside and made anew.
+    A file that does not help is only a cache that is missing. One of another model, device or setting is overwritten,
+    and so, with a warning, is one that cannot be read; one without stage costs is first moved aside, with a warning. If
+    none can be written, a warning says so.
     """
     config, identity = engine.config, _identity(engine)
     path = Path(config.stage_costs) if config.stage_costs else None
