@@ -35,7 +35,7 @@ MOST_PRIORITY = 64
 
 
 PROMPT_SHARE = 4
-"""One row of a step in so many is kept for prompts, while there are any."""
+"""1 / PROMPT_SHARE of a step's rows is kept for prompts, while there are any."""
 MOST_ATTACHED = 32_768
 """A step admits no further sequence once those that it has admitted found more ids than this in the prefix cache: these
 need no rows, but time on the host, a few milliseconds for so many."""

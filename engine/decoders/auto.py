@@ -18,9 +18,10 @@ PROBE_INTERVAL = 64
 """Rounds after which a kind of draft that did not promise enough is tried again; and steps after which blt is, whose
 time is measured."""
 PROBE_STEPS = 2
-"""In which all sequences that begin a round take blt: only a step of nothing else measures it."""
+"""Steps in a row in which every sequence that begins a round takes blt: only a step of nothing but blt measures it."""
 KEPT_ROUNDS = 16
-"""For which the times of all kinds of rounds are kept: they change slowly, and to work them out takes time."""
+"""Rounds for which a sequence reuses the estimated times of all kinds of rounds: they change slowly, and estimating
+takes time."""
 
 
 class Latency(Protocol):

@@ -23,8 +23,8 @@ from .results import cell_params, results_of, score_prompts
 from .sampling import static_changes
 
 CACHE_SHARE = 1 / 3
-"""Of the processor's largest cache, for the decoder's weights and the rows that sequences read which draft together.
-With more than half, other programs and cores take what the next pass needs."""
+"""How much of the processor's largest cache the decoder's weights, and the rows of its K/V cache that sequences read
+which draft together, may take. With more than half, other programs and cores take what the next pass needs."""
 
 ASKS = {Next: Ask.NEXT, Draft: Ask.DRAFT, Unmask: Ask.UNMASK, Verify: Ask.VERIFY, type(None): Ask.PREFILL}
 
@@ -66,6 +66,7 @@ class OneCall:
         first, second, third = BLOCK_SPECIALS
         read = ledger.stage_bytes
         most_read = int(processor_cache() * CACHE_SHARE - read.weights["decoder"]) // read.kv_row["decoder"]
+        # 0, no limit, where the weights alone exceed the share.
         limits = Limits(
             isolates, isolates and model.config.isolate_global, EOS_ID, (first, second, third), max(0, most_read)
         )
