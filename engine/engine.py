@@ -178,8 +178,8 @@ class Engine:
         return events
 
     def step_seconds(self) -> float:
-        """What the step that runs now should take at most, by the latency model, and what it has recorded so far took:
-        infinite during that. May be called from another thread."""
+        """Upper bound, in seconds, of the step that runs now: the latency model's, plus what the step has spent on
+        recording so far; infinite during a recording. May be called from another thread."""
         batch = self._batch
         passes = max((rows.most_passes for rows in batch), default=0)
         recorded = self.stepper.executor.recording_seconds - self._recorded_before

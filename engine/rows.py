@@ -40,8 +40,8 @@ class Rows(msgspec.Struct):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the device may go on by itself. Penalties, grammars and `min_tokens` depend on the bytes before, and
-        scores are only kept of single passes."""
+        """Whether the device may go on by itself in this step: `Sequence.is_free`, `min_tokens` is reached, and the
+        prompt is not being scored. Scores are only kept of single passes."""
         of = self.sequence
         return of.is_free and of.num_output >= of.request.min_tokens and not of.scores_prompt
 

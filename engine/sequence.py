@@ -59,7 +59,8 @@ class Sequence:
     ) -> None:
         self.request, self.constraint = request, constraint
         self.is_free = not (constraint or request.sampling.is_penalised or request.logprobs is not None)
-        """Whether its bytes can be drawn, and need no scores, before the host knows those before."""
+        """Whether the device may draw a byte of it before the host has read the one before: it has no grammar, no
+        penalty, and needs no scores."""
         self.arrival = arrival
         self.arrived = time.monotonic()
         self.deadline = math.inf if request.timeout is None else self.arrived + request.timeout
@@ -153,8 +154,8 @@ class Sequence:
         return self._ask
 
     def resume(self, result: Result) -> Committed | None:
-        """Gives the round what it asked for, and what it asks for next if that has run too; returns its outcome if the
-        round ends."""
+        """Resumes the round with the result of its ask, and with that of the verification that follows if the step ran
+        it too. Returns the outcome if the round has ended, else None."""
         assert self._round is not None
         try:
             self._ask = self._round.send(result)

@@ -15,9 +15,9 @@ async def merge(
 ) -> AsyncGenerator[tuple[int, Event] | None, None]:
     """Yields (index, event) as events come, and None after each `tick` seconds without one; ends with the last stream.
 
-    Holds at most one event per stream, so a slow reader slows the producers down. `came` gets each when it comes, which
-    may be long before it is taken. An exception in any stream is raised
-    here. Closing this closes them all. So does the result of `end`, an exception that is then raised here.
+    Holds at most one event per stream, so a slow reader slows the producers down. `came` is called when an event comes,
+    which may be long before it is yielded. Raises the first exception of any stream. A result of `end`, an exception,
+    ends all streams and is raised. Closing this generator closes them all.
     """
     queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=1)
 

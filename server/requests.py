@@ -54,7 +54,8 @@ def make_plan(
     limits: ModelLimits,
     api_key: bytes = b"",
 ) -> Plan:
-    """Checks what only the loaded model and the settings can tell. api_key: see `salt_of`. Raises ApiError."""
+    """Makes the engine's requests of a completion, and checks what only the loaded model and the settings can tell.
+    api_key: see `salt_of`. Raises ApiError."""
     model = request.model or default_model(settings, limits)
     decoder = choose_decoder(model, request.decoder, settings, limits)
     options = _decoder_options(request, decoder)

@@ -86,8 +86,8 @@ class LatencyModel:
             self._lines.setdefault(stage, Line()).observe(rows, seconds)
 
     def observe_bytes(self, sequences: int, seconds: float) -> None:
-        """Takes the time of a whole step in which nothing but blt ran, for each byte of a sequence. One of many bytes
-        takes less than its passes would alone: it finds in the processor's caches what the pass before has read."""
+        """Takes the seconds per pass of a step that ran nothing but blt, for so many sequences. The step is timed as a
+        whole, because later passes find in the processor's caches what earlier ones have read."""
         self._bytes.observe(sequences, seconds)
         self.unmeasured = 0
 
@@ -128,7 +128,7 @@ class LatencyModel:
         return max(min(MOST_BYTES, int(LAUNCH_SECONDS / seconds)), 1) if seconds else 1
 
     def whole_step(self, rows: int, passes: int) -> float:
-        """At most, if each pass runs all rows through all stages."""
+        """Upper bound in seconds of a step with `passes` passes, each of `rows` rows through all stages."""
         return passes * sum(self.seconds(stage, rows) for stage in list(self._lines))
 
     def readback(self, rows: int) -> float:

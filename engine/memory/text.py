@@ -68,7 +68,7 @@ class Slots:
         return places
 
     def write(self, sequence: Sequence, position: int, ids: Seq[int]) -> bool:
-        """Writes ids that the host knows, unless the device has them; whether it had not."""
+        """Writes ids that the host knows, unless the device has them all. Returns whether it wrote."""
         at = self.place(sequence, position)
         known = self._ids[at : at + len(ids)]
         if known.tolist() == list(ids):

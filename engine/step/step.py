@@ -51,7 +51,7 @@ class Stepper:
         return self._run_stages(batch)
 
     def _write(self, rows: Rows) -> bool:
-        """Writes the ids of the rows into the text, unless the device has; whether there were any."""
+        """Writes the ids of the rows into the text, unless the device has them all. Returns whether it wrote."""
         sequence, slots = rows.sequence, self._slots
         slots.take(sequence)
         end = len(sequence.ids) if rows.ask else rows.end
