@@ -314,12 +314,7 @@ void fastblt_hash_embed(
     int64_t rows, int bf16
 ) {
     float sum[hashes->dim], add[hashes->dim];
-    int64_t width = hashes->longest, window[width];
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t back = 0; back < width; back++)
-            window[width - 1 - back] = back <= positions[r] ? ids[at[r] - back] : 0;
-        hash_embed(hashes, window, width, embedding, sum, add, x, r, bf16);
-    }
+    for (int64_t r = 0; r < rows; r++) hash_embed(hashes, ids + at[r], positions[r], embedding, sum, add, x, r, bf16);
 }
 
 /* logits (rows, vocabulary) to nats (rows,) float. */
@@ -345,9 +340,7 @@ void fastblt_patch_max(
         for (int64_t b = begin[p]; b < after[p]; b++) {
             int64_t at = pages[b / page_size] * page_size + b % page_size;
             widen(state, (const char *)cache + at * size, dim, bf16);
-            /* A NaN in a state makes the maximum NaN. */
-            for (int64_t d = 0; d < dim; d++)
-                highest[d] = state[d] > highest[d] || state[d] != state[d] ? state[d] : highest[d];
+            keep_highest(highest, state, dim);
         }
         narrow((char *)out + p * size, highest, dim, bf16);
     }
@@ -378,26 +371,18 @@ int64_t fastblt_plan(
     return numbers;
 }
 
-/* Where patches start: entropies (rows,), spans (num_spans, 4) to the text and to found (2, rows). rule: longest, then
-   the rest. */
+/* Where patches start: entropies (rows,), spans (num_spans, 4) to the text and to found (2, rows). longest .. rise: `Rule`. */
 void fastblt_boundaries(
     const float *entropies, float *known, int32_t *patches, int32_t *starts, const int64_t *spans, int64_t num_spans,
     int64_t longest, int judge, float threshold, float rise, float *found, int64_t rows
 ) {
+    Rule rule = {longest, judge, threshold, rise};
     memset(found, 0, 2 * rows * sizeof *found);
     for (int64_t s = 0; s < num_spans; s++, spans += 4) {
-        int64_t row = spans[0], end = row + spans[1], at = spans[2], byte = spans[3];
-        if (row == end) continue;
-        float before = byte ? known[at - 1] : 0.0f;
-        for (; row < end; row++, at++) {
-            float now = entropies[row];
-            byte++;
-            int opens = starts_patch(now, before, byte, judge, threshold, rise) || (longest && byte - starts[at] >= longest);
-            found[row] = now, found[rows + row] = opens;
-            known[at] = now;
-            patches[at + 1] = patches[at] + opens;
-            starts[at + 1] = opens ? (int32_t)byte : starts[at];
-            before = now;
+        int64_t row = spans[0], end = row + spans[1], byte = spans[3], text = spans[2] - byte;
+        for (; row < end; row++, byte++) {
+            found[row] = entropies[row];
+            found[rows + row] = decide(&rule, entropies[row], byte, known + text, patches + text, starts + text);
         }
     }
 }

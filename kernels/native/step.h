@@ -24,8 +24,7 @@ typedef struct {
     Tiling tilings[NUM_CACHES];
     int64_t num_closing, num_latent_kv, slots, reads_states, isolates, isolates_global, eos, mask, most_read;
     int64_t specials[3];
-    int64_t longest, judge;
-    float threshold, rise;
+    Rule rule;
 } Model;
 
 typedef struct {
@@ -217,11 +216,7 @@ static void run_patcher(const Model *m, Share *const *shares, int64_t n, Totals 
         for (int64_t row = s->start; row < s->end; row++, found += vocabulary * (bf16 ? 2 : 4)) {
             if (row < s->decided) continue;
             widen(x, found, vocabulary, bf16);
-            float now = s->entropies[row] = entropy(x, vocabulary), before = row ? s->entropies[row - 1] : 0.0f;
-            int64_t next = row + 1, length = next - s->patch_start[row];
-            int opens = starts_patch(now, before, next, m->judge, m->threshold, m->rise) || (m->longest && length >= m->longest);
-            s->patch[next] = s->patch[row] + opens;
-            s->patch_start[next] = opens ? (int32_t)next : s->patch_start[row];
+            decide(&m->rule, entropy(x, vocabulary), row, s->entropies, s->patch, s->patch_start);
         }
     }
     count_pass(totals, PATCHER, rows, began);
@@ -231,7 +226,7 @@ static void run_patcher(const Model *m, Share *const *shares, int64_t n, Totals 
 static void *run_encoder(const Model *m, Share *const *shares, int64_t n, Totals *totals) {
     static Buffer spans_room, pages_room, plan_room;
     double began = seconds_now();
-    int64_t rows = 0, dim = m->hashes->dim, width = m->hashes->longest, bf16 = m->encoder->bf16;
+    int64_t rows = 0, dim = m->hashes->dim, bf16 = m->encoder->bf16;
     int64_t size = m->tilings[OPEN_CACHE].page_size;
     Spans spans;
     clear(&spans, &spans_room, &pages_room, m, shares, n, ENCODER_CACHE);
@@ -239,7 +234,7 @@ static void *run_encoder(const Model *m, Share *const *shares, int64_t n, Totals
         if (is_encoded(m, shares[i])) rows += num_text(shares[i]) ? num_text(shares[i]) : 1;
     if (!rows) return 0;
     float *x = ROOM(float, rows * dim), *states = ROOM(float, rows * dim), *sum = ROOM(float, 2 * dim);
-    int64_t *page = ROOM(int64_t, rows), *offset = ROOM(int64_t, rows), *window = ROOM(int64_t, width), row = 0;
+    int64_t *page = ROOM(int64_t, rows), *offset = ROOM(int64_t, rows), row = 0;
     for (int64_t i = 0; i < n; i++) {
         Share *s = shares[i];
         if (!is_encoded(m, s)) continue;
@@ -248,8 +243,7 @@ static void *run_encoder(const Model *m, Share *const *shares, int64_t n, Totals
         add_text(m, &spans, s, ENCODER_CACHE, start, start + count, floor);
         serve_bytes(s, ENCODER, m->tilings + ENCODER_CACHE, rows, start, count, floor);
         for (int64_t at = start; at < start + count; at++, row++) {
-            for (int64_t back = 0; back < width; back++) window[width - 1 - back] = back <= at ? s->ids[at - back] : 0;
-            hash_embed(m->hashes, window, width, m->embedding, sum, sum + dim, x, row, bf16);
+            hash_embed(m->hashes, s->ids + at, at, m->embedding, sum, sum + dim, x, row, bf16);
             page[row] = page_of(s->tables + OPEN_CACHE, at, size), offset[row] = at % size;
         }
     }
@@ -313,8 +307,7 @@ static void run_global(const Model *m, Share *const *shares, int64_t n, Totals *
             for (int64_t byte = own->begin; byte < own->after; byte++) {
                 int64_t place = page_of(open, byte, size) * size + byte % size;
                 widen(state, (const char *)m->open_states + place * dim * itemsize, dim, bf16);
-                for (int64_t d = 0; d < dim; d++)
-                    highest[d] = state[d] > highest[d] || state[d] != state[d] ? state[d] : highest[d];
+                keep_highest(highest, state, dim);
             }
             narrow((char *)pooled + p * dim * itemsize, highest, dim, bf16);
             for (int64_t slot = 0; slot < slots; slot++) {
