@@ -25,6 +25,11 @@ class Text(NamedTuple):
     patch_start: Tensor
     """int32: the position of that patch's first byte."""
 
+    def addresses(self, place: int) -> tuple[int, int, int, int]:
+        """Of each field at a place."""
+        ids, entropies, patch, patch_start = [field.data_ptr() + field.itemsize * place for field in self]
+        return ids, entropies, patch, patch_start
+
 
 def windows(ids: Tensor, at: Tensor, positions: Tensor, width: int) -> Tensor:
     """The last `width` ids up to each row's byte, oldest first, 0 before the text: (R, width) int64.

@@ -15,7 +15,7 @@ from engine.engine import Engine
 from engine.step import one_call
 from engine.types import Request, SamplingParams, UnmaskRule
 from kernels import native
-from kernels.native.step import Ask, sizes
+from kernels.native.step import AskKind, sizes
 from tests.engines import bill, crowded_engine, make_engine, request, run, save_ours, usage
 from tests.models import our_config, our_model, text
 
@@ -176,4 +176,4 @@ def test_structs_are_as_large_as_in_c() -> None:
 def test_asks_are_numbered_as_in_c() -> None:
     source = (Path(native.__file__).parent / "step.h").read_text()
     names = next(line for line in source.splitlines() if line.startswith("enum { PREFILL"))
-    assert [ask.name for ask in Ask] == names.strip("enum {};").split(", ")
+    assert [ask.name for ask in AskKind] == names.strip("enum {};").split(", ")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kernels.native.step import CACHES, Answer, Ask, Limits, Request, Step, StepCaches, addresses_of, processor_cache
+from kernels.native.step import CACHES, Answer, AskKind, Limits, Step, StepCaches, StepShare, processor_cache
 
 from ..config import EOS_ID, Policy
 from ..costs.latency import MOST_BYTES
@@ -26,7 +26,13 @@ CACHE_SHARE = 1 / 3
 """How much of the processor's largest cache the decoder's weights, and the rows of its K/V cache that sequences read
 which draft together, may take. With more than half, other programs and cores take what the next pass needs."""
 
-ASKS = {Next: Ask.NEXT, Draft: Ask.DRAFT, Unmask: Ask.UNMASK, Verify: Ask.VERIFY, type(None): Ask.PREFILL}
+ASK_KINDS = {
+    type(None): AskKind.PREFILL,
+    Next: AskKind.NEXT,
+    Draft: AskKind.DRAFT,
+    Unmask: AskKind.UNMASK,
+    Verify: AskKind.VERIFY,
+}
 
 LOOKED_UP_EVERY = 32
 """Steps after which the latency model is asked again."""
@@ -76,18 +82,18 @@ class OneCall:
     def run(self, batch: Sequence[Rows], policy: Policy) -> list[Result | None]:
         """The result of each sequence's ask, None for rows without one."""
         passes, verifies = self._num_passes(batch, policy), self._verifies(batch, policy)
-        # Keeps what lies at the requests' addresses.
+        # Keeps what lies at the shares' addresses.
         kept: list[array[float] | array[int]] = []
         settled = [array("q", [-1] * rows.num_block) for rows in batch]
-        requests = [
-            self._request(rows, most, verifies and _drafts(rows) > 0, cells, kept)
+        shares = [
+            self._share(rows, most, verifies and _drafts(rows) > 0, cells, kept)
             for rows, most, cells in zip(batch, passes, settled, strict=True)
         ]
         by_host = [rows for rows in batch if not rows.is_plain]
         wanted = None
         if by_host:
             wanted = torch.empty(sum(rows.num_logits for rows in batch), self._vocab_size)
-        answers, totals = self._step(requests, wanted)
+        answers, totals = self._step(shares, wanted)
         self._ledger.took_step(totals, list(zip(batch, answers, strict=True)))
         results = [self._result(*of) for of in zip(batch, answers, settled, strict=True)]
         if wanted is not None:
@@ -142,9 +148,9 @@ class OneCall:
             self._age, self._counts = 0, {size: self._ledger.latency.launch_bytes(size)}
         return self._counts[size]
 
-    def _request(
+    def _share(
         self, rows: Rows, passes: int, verifies: bool, settled: "array[int]", kept: list["array[float] | array[int]"]
-    ) -> Request:
+    ) -> StepShare:
         sequence, ask, plain = rows.sequence, rows.ask, rows.is_plain
         request, start = sequence.request, rows.start
 
@@ -167,10 +173,10 @@ class OneCall:
                 own_params = address(_doubles(cell_params(request), self._vocab_size))
                 rule = rule_and_bound(ask.rule)
         drafts = ask.drafts if isinstance(ask, Verify) else ()
-        return Request(
-            *addresses_of(self._text, self._memory.slots.place(sequence, 0)),
+        return StepShare(
+            *self._text.addresses(self._memory.slots.place(sequence, 0)),
             tables=tuple(tables),
-            ask=ASKS[type(ask)],
+            ask=ASK_KINDS[type(ask)],
             start=start,
             end=rows.end,
             decided=sequence.patching.decided,
@@ -206,25 +212,25 @@ class OneCall:
         sequence, ask, at = rows.sequence, rows.ask, self._memory.slots.place(rows.sequence, 0)
         if answer.bad:
             return Result(failed=True)
-        end, decided = answer.end, sequence.patching.decided
+        end, decided = answer.ended, sequence.patching.decided
         if decided < end:
             patch = self._patch[at + decided : at + end + 1]
             sequence.decide(self._entropies[at + decided : at + end].tolist(), (patch[1:] != patch[:-1]).tolist())
-        if not answer.passes:
+        if not answer.num_passes:
             return None
         verified = None
         if end > rows.end and not isinstance(ask, Next):
             verified = Result([answer.given], answer.accepted)
         match ask:
             case Next():
-                return Result(self._ids[at + rows.end : at + rows.end + answer.passes].tolist())
+                return Result(self._ids[at + rows.end : at + rows.end + answer.num_passes].tolist())
             case Draft():
                 first = at + rows.cells_start + 1
-                return Result(self._ids[first : first + answer.passes].tolist(), verified=verified)
+                return Result(self._ids[first : first + answer.num_passes].tolist(), verified=verified)
             case Unmask():
                 after = at + rows.cells_start + rows.num_cells
                 ids = self._ids[after - rows.num_block : after].tolist()
-                return Result(ids, settled=settled.tolist(), passes=answer.passes, verified=verified)
+                return Result(ids, settled=settled.tolist(), passes=answer.num_passes, verified=verified)
             case Verify():
                 return Result([answer.given], answer.accepted)
         return None

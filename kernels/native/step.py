@@ -16,7 +16,6 @@ from ..hash_embed import HashTables
 from ..linear import Matrix
 from ..planning import Tiling
 from ..stack import KvCache, SlotsWeights
-from ..text import Text
 from . import LIBRARY, CrossKv, Norms, Packed, Stack, _CrossKv, _Matrix, _Slots, _Stack, judge_of, slots_struct
 
 CACHES = ("patcher", "encoder", "open", "global", "latent", "decoder")
@@ -25,7 +24,7 @@ STAGES = ("patcher", "encoder", "global", "decoder")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
-class Ask(IntEnum):
+class AskKind(IntEnum):
     """What a sequence asks for: only to compute rows, the byte after the text, a draft, an unmasked block, or how many
     of the drafts that are its last rows the model would give."""
 
@@ -78,16 +77,17 @@ class Limits(NamedTuple):
     most_read: int
 
 
-class Request(NamedTuple):
-    """A sequence's part of a step; `Share` of step.h, in its order. Positions, counts and flags as in `engine.rows`.
+class StepShare(NamedTuple):
+    """A sequence's part of a step: `Share` of step.h up to `settled`, in its order. Positions, counts and flags as in
+    `engine.rows`.
 
     ids .. patch_start: addresses of its text; tables: for each of `CACHES` the address of its pages and the page number
-    of the first. decided: rows before it have frozen boundaries. floor, patch_floor: where the documents of `start` and
-    of its patch begin; cells_floor: that of the first cell. exact: how many rows drafted exactly; drafts: the last rows
-    that are drafts. passes: most passes to take part in. draws: whether C chooses bytes. verifies: whether a pass over
-    all drafts comes after those. params, cell_params: addresses
-    of four doubles; changes: of a row to add to all logits, 0 for none. seed, sample_index, num_prompt: of the random
-    number of a place. rule, bound: of unmasking. settled: address of the pass in which each cell was settled.
+    of the first. ask: an `AskKind`. decided: rows before it have frozen boundaries. floor, patch_floor: where the
+    documents of `start` and of its patch begin; cells_floor: that of the first cell. exact: how many rows drafted
+    exactly; drafts: the last rows that are drafts. passes: most passes to take part in. draws: whether C chooses bytes.
+    verifies: whether a pass over all drafts comes after those. params, cell_params: addresses of four doubles; changes:
+    of a row to add to all logits, 0 for none. seed, sample_index, num_prompt: of the random number of a place. rule,
+    bound: of unmasking. settled: address of the pass in which each cell was settled.
     """
 
     ids: int
@@ -138,14 +138,14 @@ class Served(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """passes: that it took part in, without one that verified the drafts of those before. accepted: drafts; given: the
-    byte after these. end: the position after the last row of the text that ran. bad: whether logits were no
-    distribution. logits_at, num_logits: its rows of the wanted logits. served: by `STAGES`."""
+    """The rest of `Share`. num_passes: that it took part in, without one that verified the drafts of those before.
+    accepted: drafts; given: the byte after these. ended: the position after the last row of the text that ran. bad:
+    whether logits were no distribution. logits_at, num_logits: its rows of the wanted logits. served: by `STAGES`."""
 
-    passes: int
+    num_passes: int
     accepted: int
     given: int
-    end: int
+    ended: int
     bad: bool
     logits_at: int
     num_logits: int
@@ -160,9 +160,9 @@ class Totals(NamedTuple):
     seconds: tuple[float, ...]
 
 
-_REQUEST = struct.Struct(f"4q {2 * len(CACHES)}q 23q 2Q 2q d q")
+_SHARE = struct.Struct(f"4q {2 * len(CACHES)}q 23q 2Q 2q d q")
 _ANSWER = struct.Struct("7q" + 4 * "4q2d")
-_SHARE = _REQUEST.size + _ANSWER.size
+_SIZE = _SHARE.size + _ANSWER.size
 _TOTALS = struct.Struct("4q4q4d")
 
 
@@ -206,55 +206,45 @@ class Step:
         )  # fmt: skip
         # Keeps the memory behind the addresses.
         self._alive = w, caches, norms
-        self._shares, self._totals = ctypes.create_string_buffer(_SHARE), ctypes.create_string_buffer(_TOTALS.size)
+        self._shares, self._totals = ctypes.create_string_buffer(_SIZE), ctypes.create_string_buffer(_TOTALS.size)
 
-    def __call__(self, requests: Sequence[Request], wanted: Tensor | None = None) -> tuple[list[Answer], Totals]:
+    def __call__(self, shares: Sequence[StepShare], wanted: Tensor | None = None) -> tuple[list[Answer], Totals]:
         """Runs a step, which writes what it finds into the texts and caches. wanted: takes the logits (rows, V) float32
         of the first pass."""
         assert LIBRARY
-        if len(self._shares) < len(requests) * _SHARE:
-            self._shares = ctypes.create_string_buffer(2 * len(requests) * _SHARE)
-        shares, totals = self._shares, self._totals
+        if len(self._shares) < len(shares) * _SIZE:
+            self._shares = ctypes.create_string_buffer(2 * len(shares) * _SIZE)
+        packed, totals = self._shares, self._totals
         ctypes.memset(totals, 0, _TOTALS.size)
-        for number, request in enumerate(requests):
-            at = number * _SHARE
-            _REQUEST.pack_into(shares, at, *request[:4], *request.tables, *request[5:])
-            ctypes.memset(ctypes.addressof(shares) + at + _REQUEST.size, 0, _ANSWER.size)
+        for number, share in enumerate(shares):
+            at = number * _SIZE
+            _SHARE.pack_into(packed, at, *share[:4], *share.tables, *share[5:])
+            ctypes.memset(ctypes.addressof(packed) + at + _SHARE.size, 0, _ANSWER.size)
         LIBRARY.fastblt_step(
-            ctypes.byref(self._model), shares, len(requests), None if wanted is None else wanted.data_ptr(), totals,
+            ctypes.byref(self._model), packed, len(shares), None if wanted is None else wanted.data_ptr(), totals,
             torch.get_num_threads(),
         )  # fmt: skip
         found = _TOTALS.unpack(totals)
-        answers = [_answer(shares, number * _SHARE + _REQUEST.size) for number in range(len(requests))]
+        answers = [_answer(packed, number * _SIZE + _SHARE.size) for number in range(len(shares))]
         return answers, Totals(found[:4], found[4:8], found[8:])
 
 
-def _answer(shares: "ctypes.Array[ctypes.c_char]", at: int) -> Answer:
-    numbers = _ANSWER.unpack_from(shares, at)
+def _answer(packed: "ctypes.Array[ctypes.c_char]", at: int) -> Answer:
+    numbers = _ANSWER.unpack_from(packed, at)
     served = tuple(Served(*numbers[6 * stage + 7 : 6 * stage + 13]) for stage in range(len(STAGES)))
-    passes, accepted, given, end, bad, logits_at, num_logits = numbers[:7]
-    return Answer(passes, accepted, given, end, bool(bad), logits_at, num_logits, served)
+    num_passes, accepted, given, ended, bad, logits_at, num_logits = numbers[:7]
+    return Answer(num_passes, accepted, given, ended, bool(bad), logits_at, num_logits, served)
 
 
 def sizes() -> tuple[int, int, int]:
     """Bytes of a model, a share and the totals, as they are laid out here; C must agree."""
-    return ctypes.sizeof(_Model), _SHARE, _TOTALS.size
+    return ctypes.sizeof(_Model), _SIZE, _TOTALS.size
 
 
 def processor_cache() -> int:
     """Bytes of the largest cache of the first core, which it may share with others; 0 where Linux does not tell."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=0)
-
-
-def addresses_of(text: Text, place: int) -> tuple[int, int, int, int]:
-    """The first four of a `Request`, of the text that begins at a place."""
-    return (
-        text.ids.data_ptr() + 8 * place,
-        text.entropies.data_ptr() + 4 * place,
-        text.patch.data_ptr() + 4 * place,
-        text.patch_start.data_ptr() + 4 * place,
-    )
 
 
 def _struct(matrix: Matrix) -> _Matrix:
