@@ -11,6 +11,7 @@ from .calibrate import calibrate
 from .config import EngineConfig
 from .decoders import Committed, Constrained, Decoder, Result, SharedPrior, Verify, make_decoder
 from .grammars import Compiled, Constraint, Grammars
+from .memory.caches import longest_draft
 from .memory.room import naming_flags
 from .ordered import Ordered
 from .output import usage_of
@@ -60,6 +61,7 @@ class Engine:
             max_sequences=config.max_sequences,
             max_step_rows=config.max_step_rows,
             max_prompt_rows=self.prompt_rows,
+            longest_draft=longest_draft(self.model_config),
         )
         self.ledger.reset()
         self._report = Report(self.parts)

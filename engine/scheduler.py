@@ -62,12 +62,20 @@ class Scheduler:
     """
 
     def __init__(
-        self, memory: Memory, *, max_sequences: int, max_step_rows: int, max_prompt_rows: int | None = None
+        self,
+        memory: Memory,
+        *,
+        max_sequences: int,
+        max_step_rows: int,
+        max_prompt_rows: int | None = None,
+        longest_draft: int = MAX_DRAFT,
     ) -> None:
+        """longest_draft: most rows that a round leaves for the next to compute."""
         self._memory = memory
         self._max_sequences = max_sequences
         self.max_step_rows = max_step_rows
         self.max_prompt_rows = max_prompt_rows or max_step_rows
+        self._longest_draft = longest_draft
         self.waiting = Waiting()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -92,7 +100,7 @@ class Scheduler:
         self._steps += 1
         step = _Step(self.max_step_rows, self.max_prompt_rows)
         preempted = self.preemptions
-        rounds = [s for s in self.running if not _reads(s)]
+        rounds = [s for s in self.running if not self._prefills(s)]
         kept = self._kept_for_prompts(len(rounds))
         for sequence in sorted(rounds, key=lambda s: s.last_round):
             if step.rows_left > kept and sequence in self.running:
@@ -111,7 +119,7 @@ class Scheduler:
     def _add_prompts(self, step: "_Step", may_admit: bool) -> None:
         """may_admit: False if memory was short in this step."""
         step.may_admit = may_admit
-        prompts = sorted((self._place(s), s, False) for s in self.running if _reads(s))
+        prompts = sorted((self._place(s), s, False) for s in self.running if self._prefills(s))
         for _, sequence, waits in merge(prompts, self._in_line(step)):
             if step.prompt_rows_left <= 0:
                 break
@@ -122,6 +130,10 @@ class Scheduler:
         else:
             self._lacks_pages = not step.may_admit
         self._prefers_short = step.has_prompts and step.may_admit and not self._prefers_short
+
+    def _prefills(self, sequence: Sequence) -> bool:
+        """Whether it has a prompt, or a text to compute again, before its next round."""
+        return sequence.remaining > (self._longest_draft if sequence.num_output else 1)
 
     def _place(self, sequence: Sequence) -> Place:
         """Among the prompts of this step."""
@@ -237,11 +249,6 @@ class _Step:
         elif rows := self._prompts.pop(sequence.arrival, None):
             self.rows_left += rows.num_rows
             self._prompt_rows_left += rows.num_rows
-
-
-def _reads(sequence: Sequence) -> bool:
-    """Whether it has a prompt, or a text to compute again, before its next round."""
-    return sequence.remaining > (MAX_DRAFT if sequence.num_output else 1)
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

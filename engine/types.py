@@ -10,6 +10,7 @@ import msgspec
 from .logs import LevelName
 
 MAX_DRAFT = 32
+"""Most bytes of a draft."""
 
 DecoderName = str
 """A row of `engine.decoders.table`."""

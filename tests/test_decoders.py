@@ -545,6 +545,18 @@ def test_blocks_longer_than_any_draft_fit_into_the_smallest_caches(tmp_path: Pat
     assert engine.snapshot().preemptions == 0
 
 
+def test_blocks_longer_than_any_draft_are_not_taken_for_prompts(tmp_path: Path) -> None:
+    size = 2 * MAX_DRAFT
+    fast = {"decoder_input": "embedding", "mask_id": 260, "block_size": size}
+    engine = make_engine(save_ours(tmp_path / "model", our_model(our_config(**fast), 55)))
+    engine.prompt_rows = 16
+    engine.reset()
+    how = {"decoder": "blt-d", "unmask": UnmaskRule(rule="one_step")}
+    run(engine, [request(str(i), text(4, 73), 5 * size, **how) for i in range(4)])
+    # One prefills the prompts; in each of the others all four have a block.
+    assert engine.snapshot().steps == 1 + 5
+
+
 def test_the_longest_drafts_write_the_text_of_blt(model: Path) -> None:
     engine = make_engine(model, prefix_cache=False)
     for i, prompt in enumerate(prompts(4, model)):
