@@ -4,7 +4,6 @@ from collections.abc import Sequence as Seq
 
 import msgspec
 
-from .costs.latency import MOST_BYTES
 from .decoders import Ask, Draft, Next, Unmask, Verify
 from .sequence import Sequence
 from .types import TokenLogprob
@@ -98,16 +97,15 @@ class Rows(msgspec.Struct):
     def num_rows(self) -> int:
         return self.end - self.start + self.num_cells
 
-    @property
-    def most_passes(self) -> int:
-        """Passes of a stage that the ask may lead to in one step, its verification included."""
+    def most_passes(self, num_bytes: int) -> int:
+        """Passes of the decoder that the ask can need, if blt may run up to `num_bytes`; no verification counts."""
         match self.ask:
             case Next(at_most):
-                return 1 + min(at_most, MOST_BYTES)
-            case Draft(_, at_most):
-                return 1 + at_most
+                return min(at_most, num_bytes)
+            case Draft(at_most=at_most):
+                return at_most
             case Unmask(block):
-                return 1 + len(block)
+                return len(block)
             case _:
                 return 1
 

@@ -85,7 +85,8 @@ class Ahead:
         text = self._slots.text
         opens = text.patch[after + 1] - text.patch[after]
         readback = read_async(text.ids[draws["places"]], out(), text.entropies[after], opens)
-        self._begin([_rows(rows, rows.end + count - 1) for rows in batch if _at_most(rows) > count], len(batch))
+        going_on = [rows for rows in batch if rows.most_passes(count + 1) > count]
+        self._begin([_rows(rows, rows.end + count - 1) for rows in going_on], len(batch))
         ids, highest, entropies, opened = readback()
         results = []
         for number, rows in enumerate(batch):
@@ -103,7 +104,7 @@ class Ahead:
 
     def _num_bytes(self, batch: Sequence[Rows]) -> int:
         """How many bytes all sequences have room and pages for, and one at least."""
-        most = min(MOST_BYTES, *map(_at_most, batch))
+        most = min(rows.most_passes(MOST_BYTES) for rows in batch)
         if self.policy == "measured":
             most = min(most, self._ledger.latency.launch_bytes(len(batch)))
         if most <= 1 or not all(map(self._stages.global_.in_one_document, batch)):
@@ -319,10 +320,6 @@ class _Cells(BlockPasses):
         allowed = self.allowed(logits)
         drawn, _ = draw_ids(allowed, self._tensors, self._tensors.get("uniforms"), self._kernels)
         self.settle(allowed, drawn)
-
-
-def _at_most(rows: Rows) -> int:
-    return rows.ask.at_most if isinstance(rows.ask, Next) else 1
 
 
 def _rows(rows: Rows, start: int, count: int = 1) -> Rows:

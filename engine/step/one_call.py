@@ -120,7 +120,7 @@ class OneCall:
         count = MOST_BYTES
         if policy == "measured":
             count = 1 if any(rows.ask is None for rows in batch) else self._affordable(len(batch))
-        passes = [_most(rows, count) if rows.is_plain else 1 for rows in batch]
+        passes = [rows.most_passes(count) if rows.is_plain else 1 for rows in batch]
         ends = [rows.end + most - 1 for rows, most in zip(batch, passes, strict=True)]
         reaches = [
             Reach(rows.sequence, end, end)
@@ -234,19 +234,6 @@ class OneCall:
             case Verify():
                 return Result([answer.given], answer.accepted)
         return None
-
-
-def _most(rows: Rows, num_bytes: int) -> int:
-    """Most passes that an ask can need, if blt may run up to `num_bytes`."""
-    match rows.ask:
-        case Next(at_most):
-            return min(at_most, num_bytes)
-        case Draft(at_most=at_most):
-            return at_most
-        case Unmask():
-            return rows.num_block
-        case _:
-            return 1
 
 
 def _drafts(rows: Rows) -> int:
