@@ -49,7 +49,7 @@ class Ahead:
     def __init__(self, stages: Stages, memory: Memory, ledger: Ledger, kernels: Kernels, policy: Policy) -> None:
         self.policy = policy
         self._stages, self._memory, self._ledger, self._kernels = stages, memory, ledger, kernels
-        self._device, self._slots = stages.launcher.device, memory.slots
+        self._device, self._text_slots = stages.launcher.device, memory.slots
         self._needed: deque[int] = deque(maxlen=REMEMBERED)
 
     def run(self, batch: Sequence[Rows]) -> list[Result] | None:
@@ -73,7 +73,7 @@ class Ahead:
         ends = [rows.end for rows in batch]
         draws = self._draws(batch, ends, count, len(batch))
         logits = self._stages.run(batch)
-        take, out = _Draws.begin(self._kernels, self._slots, draws)
+        take, out = _Draws.begin(self._kernels, self._text_slots, draws)
         take(logits)
         passes = [[_rows(rows, rows.end + n) for rows in batch] for n in range(count - 1)]
         launches = []
@@ -82,7 +82,7 @@ class Ahead:
             launches.append(launched)
             take(logits)
         after = draws["places"][:-1]
-        text = self._slots.text
+        text = self._text_slots.text
         opens = text.patch[after + 1] - text.patch[after]
         readback = read_async(text.ids[draws["places"]], out(), text.entropies[after], opens)
         going_on = [rows for rows in batch if rows.most_passes(count + 1) > count]
@@ -91,7 +91,7 @@ class Ahead:
         results = []
         for number, rows in enumerate(batch):
             own = [drawn[number] for drawn in ids]
-            self._slots.read(rows.sequence, rows.end, own)
+            self._text_slots.read(rows.sequence, rows.end, own)
             if not are_distributions(bests[number] for bests in highest):
                 results.append(Result(failed=True))
                 continue
@@ -153,16 +153,16 @@ class Ahead:
         ]
         firsts = [rows.cells_start + 1 for rows in batch]
         draws = self._draws(batch, firsts, count, plans[0].padded)
-        begin = partial(_Draws.begin, self._kernels, self._slots)
+        begin = partial(_Draws.begin, self._kernels, self._text_slots)
         launch, highest = decoder.launch_passes("draft", plans, 1, draws, begin)
         self._ledger.took(launch, *(plan.shares for plan in plans))
-        readback = read_async(self._slots.text.ids[draws["places"]], highest)
+        readback = read_async(self._text_slots.text.ids[draws["places"]], highest)
         if all(not ask.known and ask.at_most == count for ask in asks):
             self._begin([_rows(rows, rows.end, 1 + count) for rows in batch], len(batch))
         ids, bests = readback()
         drafts = [[drawn[number] for drawn in ids] for number in range(len(batch))]
         for rows, first, own in zip(batch, firsts, drafts, strict=True):
-            self._slots.read(rows.sequence, first, own)
+            self._text_slots.read(rows.sequence, first, own)
         fine = [are_distributions(best[number] for best in bests) for number in range(len(batch))]
         return [Result(own, failed=not so) for own, so in zip(drafts, fine, strict=True)]
 
@@ -181,7 +181,7 @@ class Ahead:
             batch = [_without_text(rows) for rows in batch]
         planned = self._stages.decoder.plan(batch)
         tensors, width = self._cells(batch, planned.padded), max(rows.num_block for rows in batch)
-        begin = partial(_Cells.begin, self._kernels, self._slots, mask, width)
+        begin = partial(_Cells.begin, self._kernels, self._text_slots, mask, width)
         while all(mask in result.ids and not result.failed for result in results):
             began, known = time.perf_counter(), results[0].passes
             passes = self._num_passes(known, planned, asks)
@@ -212,7 +212,7 @@ class Ahead:
             )
             self._ledger.took(launch, *served)
         for rows, result, ask in zip(batch, results, asks, strict=True):
-            self._slots.read(rows.sequence, rows.cells_start, result.ids)
+            self._text_slots.read(rows.sequence, rows.cells_start, result.ids)
             if mask not in result.ids and set(ask.block) == {mask} and not result.failed:
                 self._needed.append(result.passes)
         return results
@@ -249,7 +249,7 @@ class Ahead:
         padding = padded - len(batch)
         sampling = [rows.sequence.request.sampling for rows in batch]
         tensors = padded_params(sampling, padded, self._stages.decoder.vocab_size, self._device)
-        at = [self._slots.place(rows.sequence, first) for rows, first in zip(batch, firsts, strict=True)]
+        at = [self._text_slots.place(rows.sequence, first) for rows, first in zip(batch, firsts, strict=True)]
         places = np.zeros((count, padded), dtype=np.int64)
         places[:, : len(at)] = np.array(at) + np.arange(count)[:, None]
         tensors["places"] = to_device(places, self._device)
@@ -267,7 +267,7 @@ class Ahead:
         uniforms = [uniform(*cell) for cell in cells] + [0.0] * (padded - len(cells))
         tensors = padded_params(params, padded, self._stages.decoder.vocab_size, self._device)
         num_blocks = self._stages.launcher.executor.rows(len(batch))
-        tensors["blocks"] = block_tensors(batch, num_blocks, self._slots, self._device)
+        tensors["blocks"] = block_tensors(batch, num_blocks, self._text_slots, self._device)
         draws = uniforms_for(tensors, uniforms, self._device)
         return tensors if draws is None else tensors | {"uniforms": draws}
 

@@ -34,7 +34,7 @@ class DecoderRows(msgspec.Struct, frozen=True):
 class DecoderStage:
     def __init__(self, model: Model, caches: Caches, slots: Slots, launcher: Launcher) -> None:
         self._model, self._caches, self._text_slots, self._launcher = model, caches, slots, launcher
-        self._slots, self._page_size = model.config.slots, caches.specs["latent"].page_size
+        self._slots_per_patch, self._page_size = model.config.slots, caches.specs["latent"].page_size
         self._reads_states = model.config.decoder_input == "encoder"
         self.vocab_size = model.config.vocab_size
 
@@ -138,7 +138,7 @@ class DecoderStage:
         rows, table = t[f"{name}rows"], table_of(t, f"{name}latent")
         x = t["states"].index_select(0, rows) if self._reads_states else Ids(text.ids, rows)
         where = t[f"{name}look"], t[f"{name}closed"], t[f"{name}sequence"]
-        page, offset = kernels.latent_places(text, *where, table, self._page_size, self._slots)
+        page, offset = kernels.latent_places(text, *where, table, self._page_size, self._slots_per_patch)
         attends = plan.on_device(t, f"{name}plan")
         return self._model.decoder(x, caches.latent, page, offset, caches.decoder, attends, t[f"{name}logit_rows"])
 

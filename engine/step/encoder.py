@@ -21,7 +21,7 @@ class EncoderStage:
     many ids before a row's its n-grams hold."""
 
     def __init__(self, model: Model, caches: Caches, slots: Slots, launcher: Launcher) -> None:
-        self._model, self._caches, self._slots, self._launcher = model, caches, slots, launcher
+        self._model, self._caches, self._text_slots, self._launcher = model, caches, slots, launcher
         self.reach = max(model.config.hashes.group_sizes, default=1) - 1
         self.takes_cells = model.config.decoder_input == "encoder"
 
@@ -34,7 +34,7 @@ class EncoderStage:
         places: list[int] = []
         for rows in encoded:
             start, end = (rows.start, rows.end) if rows.num_text else (rows.cells_start, rows.cells_start + 1)
-            at = self._slots.place(rows.sequence, start)
+            at = self._text_slots.place(rows.sequence, start)
             places += range(at, at + end - start)
             launch.shares.append(self._launcher.share(spans, "encoder", rows, start, end))
             opened = rows.sequence.tables["open"]
@@ -43,7 +43,7 @@ class EncoderStage:
         padded = self._launcher.executor.rows(spans.num_rows)
         plan = self._launcher.plan("encoder", spans, spans, padded)
         written = self._launcher.plan("open", writes, Spans(), 0)
-        ids = self._slots.text.ids
+        ids = self._text_slots.text.ids
 
         def stage(t: Mapping[str, Tensor]) -> Tensor:
             return self._model.encoder(

@@ -43,7 +43,7 @@ class GlobalStage:
     def __init__(self, model: Model, caches: Caches, slots: Slots, launcher: Launcher, *, isolate: bool) -> None:
         """isolate: whether patches do not attend across documents."""
         self._model, self._caches, self._text_slots, self._launcher = model, caches, slots, launcher
-        self._slots, self._isolate = model.config.slots, isolate
+        self._slots_per_patch, self._isolate = model.config.slots, isolate
         self._sizes = {name: caches.specs[name].page_size for name in ("open", "global", "latent")}
 
     def launch(self, batch: Seq[Rows]) -> Launch | None:
@@ -59,7 +59,7 @@ class GlobalStage:
         if not num_patches:
             return None
         # Padding patches have no bytes and leave their latent in the scratch page.
-        slots, executor = self._slots, self._launcher.executor
+        slots, executor = self._slots_per_patch, self._launcher.executor
         padded = executor.rows(num_patches)
         pooling = self._launcher.plan("open", Spans(), patches.queries, padded * slots)
         plan = self._launcher.plan("global", patches.rows, patches.rows, padded)
@@ -97,7 +97,7 @@ class GlobalStage:
         tables = {name: [rows.sequence.tables[name] for rows in batch] for name in self._sizes}
         small = self._launcher.small_tile
         each = self._sizes
-        sizes = Sizes(each["open"], each["global"], each["latent"], self._slots, small)
+        sizes = Sizes(each["open"], each["global"], each["latent"], self._slots_per_patch, small)
         numbers = [number for number, rows in enumerate(batch) for _ in range(rows.num_text)]
         arrays: Arrays = {
             "at": padded_array(self._text_slots.places(batch), padded),
@@ -117,7 +117,7 @@ class GlobalStage:
             with gate.under(closing.any):
                 return self._run(found.open, own, *closing[:-1])
 
-        self._launcher.run(launch, stage, padded * self._slots, arrays, name="global unread")
+        self._launcher.run(launch, stage, padded * self._slots_per_patch, arrays, name="global unread")
         return launch
 
     def _run(
@@ -156,11 +156,12 @@ class GlobalStage:
         if len(starts) == 1:
             return None
         opened, latent, size = sequence.tables["open"], sequence.tables["latent"], self._sizes["latent"]
+        slots = self._slots_per_patch
         for patch, (first, after) in enumerate(pairwise(starts), begin):
-            patches.queries.add(opened.pages, opened.first, first, self._slots, first, self._slots, after - 1)
+            patches.queries.add(opened.pages, opened.first, first, slots, first, slots, after - 1)
             page, place = divmod(patch, size)
             patches.page.append(latent.pages[page - latent.first])
-            patches.offset.append(place * self._slots)
+            patches.offset.append(place * slots)
         patches.begin += starts[:-1]
         patches.after += starts[1:]
         patches.sequence += [number] * (len(starts) - 1)

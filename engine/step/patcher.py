@@ -24,7 +24,7 @@ Decide = Callable[[], None]
 
 class PatcherStage:
     def __init__(self, model: Model, caches: Caches, slots: Slots, launcher: Launcher) -> None:
-        self._model, self._caches, self._slots, self._launcher = model, caches, slots, launcher
+        self._model, self._caches, self._text_slots, self._launcher = model, caches, slots, launcher
         self._rule = boundary_rule(model.config.patching)
 
     def launch(self, batch: Seq[Rows]) -> tuple[Launch, Tensor]:
@@ -36,14 +36,14 @@ class PatcherStage:
         executor = self._launcher.executor
         padded = executor.rows(spans.num_rows)
         plan = self._launcher.plan("patcher", spans, spans, padded)
-        text = self._slots.text
+        text = self._text_slots.text
 
         def stage(t: Mapping[str, Tensor]) -> Tensor:
             entropies = self._model.patcher(Ids(text.ids, t["at"]), self._caches.patcher, plan.on_device(t, "plan"))
             return self._model.kernels.boundaries(entropies, text, t["undecided"], self._rule)
 
         undecided = padded_array(self._undecided(batch), 4 * executor.parts(len(batch), padded)).reshape(-1, 4)
-        arrays = {"at": padded_array(self._slots.places(batch), padded), "undecided": undecided, "plan": plan.data}
+        arrays = {"at": padded_array(self._text_slots.places(batch), padded), "undecided": undecided, "plan": plan.data}
         return launch, self._launcher.run(launch, stage, padded, arrays, plan)
 
     def read(self, batch: Seq[Rows], decisions: Tensor) -> Decide:
@@ -67,6 +67,6 @@ class PatcherStage:
         for rows in batch:
             known = rows.num_decided
             first = rows.start + known
-            spans += (row + known, rows.num_text - known, self._slots.place(rows.sequence, first), first)
+            spans += (row + known, rows.num_text - known, self._text_slots.place(rows.sequence, first), first)
             row += rows.num_text
         return spans

@@ -31,7 +31,7 @@ class Stepper:
         one_call: OneCall | None = None,
     ) -> None:
         """one_call: runs the steps instead of the stages."""
-        self.stages, self._slots, self._kernels = stages, memory.slots, kernels
+        self.stages, self._text_slots, self._kernels = stages, memory.slots, kernels
         self.ahead, self.one_call = Ahead(stages, memory, ledger, kernels, policy), one_call
 
     @property
@@ -52,7 +52,7 @@ class Stepper:
 
     def _write(self, rows: Rows) -> bool:
         """Writes the ids of the rows into the text, unless the device has them all. Returns whether it wrote."""
-        sequence, slots = rows.sequence, self._slots
+        sequence, slots = rows.sequence, self._text_slots
         slots.take(sequence)
         end = len(sequence.ids) if rows.ask else rows.end
         # Also those before that the encoder's n-grams reach: a verification has drawn over drafts that were committed.
@@ -66,4 +66,4 @@ class Stepper:
             return results
         logits = self.stages.run(batch)
         score_prompts(batch, logits)
-        return results_of(batch, logits, self._slots, self._kernels)
+        return results_of(batch, logits, self._text_slots, self._kernels)
