@@ -176,7 +176,7 @@ class Engine:
             if self._sequences:
                 raise RuntimeError(f"{len(self._sequences)} sequences wait, but none fits into the caches")
         # A step begun ahead cannot be used once one of its requests has ended.
-        self.stepper.stages.discard(lost=True)
+        self.stepper.stages.discard_if_lost()
         events, self._events = self._events, []
         return events
 

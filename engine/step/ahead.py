@@ -99,7 +99,8 @@ class Ahead:
             results.append(Result(own[: own.index(EOS_ID) + 1] if EOS_ID in own else own))
         for number, (each, launched) in enumerate(zip(passes, launches, strict=True)):
             served = [len(result.ids) > number + 1 for result in results]
-            self._charge(each, launched, served, entropies[number], opened[number])
+            _decide(each, served, entropies[number], opened[number])
+            self._charge(each, launched, served, opened[number])
         return results
 
     def _num_bytes(self, batch: Sequence[Rows]) -> int:
@@ -112,22 +113,13 @@ class Ahead:
         reaches = [Reach(rows.sequence, rows.end + most - 1, rows.end + most - 1) for rows in batch]
         return most if self._memory.reserve_all(reaches) else 1
 
-    def _charge(
-        self,
-        batch: Sequence[Rows],
-        launches: list[Launch],
-        served: list[bool],
-        entropies: list[float],
-        opens: list[int],
-    ) -> None:
-        """Charges a pass of all stages to the sequences that it served, and passes the boundaries to them."""
+    def _charge(self, batch: Sequence[Rows], launches: list[Launch], served: list[bool], opens: list[int]) -> None:
+        """Charges a pass of all stages to the sequences that it served. opens: of each row, whether the byte after it
+        starts a patch."""
         closed: list[Share] = []
-        for rows, serves, entropy, starts in zip(batch, served, entropies, opens, strict=True):
-            if not serves:
-                continue
-            patch = rows.sequence.patch_of(rows.start)
-            rows.sequence.decide([entropy], [bool(starts)])
-            if share := self._stages.global_.share(rows, patch, [rows.end] if starts else []):
+        for rows, serves, starts in zip(batch, served, opens, strict=True):
+            ends = [rows.end] if serves and starts else []
+            if share := self._stages.global_.share(rows, rows.sequence.patch_of(rows.start), ends):
                 closed.append(share)
         for launch in launches:
             shares = closed
@@ -320,6 +312,13 @@ class _Cells(BlockPasses):
         allowed = self.allowed(logits)
         drawn, _ = draw_ids(allowed, self._tensors, self._tensors.get("uniforms"), self._kernels)
         self.settle(allowed, drawn)
+
+
+def _decide(batch: Sequence[Rows], served: list[bool], entropies: list[float], opens: list[int]) -> None:
+    """Tells the sequences that a pass served what the patcher decided after their rows."""
+    for rows, serves, entropy, starts in zip(batch, served, entropies, opens, strict=True):
+        if serves:
+            rows.sequence.decide([entropy], [bool(starts)])
 
 
 def _rows(rows: Rows, start: int, count: int = 1) -> Rows:

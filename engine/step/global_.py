@@ -93,7 +93,7 @@ class GlobalStage:
         executor, kernels, text = self._launcher.executor, self._model.kernels, self._text_slots.text
         padded = executor.rows(launch.num_rows)
         padding = padded - launch.num_rows
-        counted = executor.parts(len(batch), padded)
+        padded_tables = executor.parts(len(batch), padded)
         tables = {name: [rows.sequence.tables[name] for rows in batch] for name in self._sizes}
         small = self._launcher.small_tile
         each = self._sizes
@@ -103,10 +103,10 @@ class GlobalStage:
             "at": padded_array(self._text_slots.places(batch), padded),
             "positions": padded_array([row for rows in batch for row in range(rows.start, rows.end)], padded),
             "sequence": np.array(numbers + [-1] * padding, dtype=np.int64),
-            "floor": padded_array([rows.sequence.patch_documents[-1] * self._isolate for rows in batch], counted),
+            "floor": padded_array([rows.sequence.patch_documents[-1] * self._isolate for rows in batch], padded_tables),
         }
         for name, of in tables.items():
-            arrays |= page_table(name, of, counted, executor)
+            arrays |= page_table(name, of, padded_tables, executor)
 
         def stage(t: Mapping[str, Tensor]) -> Tensor:
             found = Tables(table_of(t, "open"), table_of(t, "global"), table_of(t, "latent"), t["floor"])

@@ -107,14 +107,18 @@ class Stages:
         self.begun = self._first_half(batch, batch)
         self._memory.hold({rows.sequence.arrival: rows.end for rows in batch})
 
-    def discard(self, *, lost: bool = False) -> None:
-        """Discards what `begin` launched; its cost is charged to no request. lost: only if a sequence has given its
-        pages back since."""
-        if self.begun and (self.begun.is_lost or not lost):
+    def discard(self) -> None:
+        """Discards what `begin` launched; its cost is charged to no request."""
+        if self.begun:
             for launch in self.begun.launches:
                 self._ledger.took(launch)
             self.begun = None
             self._memory.hold({})
+
+    def discard_if_lost(self) -> None:
+        """The same, only if a sequence has given its pages back since."""
+        if self.begun and self.begun.is_lost:
+            self.discard()
 
     def _first_half(self, batch: Seq[Rows], text: Seq[Rows]) -> FirstHalf:
         """Launches patcher and encoder. The encoder does not depend on patch starts: the device runs it while the host
