@@ -38,11 +38,11 @@ class Rows(msgspec.Struct):
     """What the step gives for the prompt's ids, if the request asked."""
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the device may go on by itself in this step: `Sequence.is_free`, `min_tokens` is reached, and the
+    def may_run_ahead(self) -> bool:
+        """Whether the device may go on by itself in this step: `Sequence.may_run_ahead`, `min_tokens` is reached, and the
         prompt is not being scored. Scores are only kept of single passes."""
         of = self.sequence
-        return of.is_free and of.num_output >= of.request.min_tokens and not of.scores_prompt
+        return of.may_run_ahead and of.num_output >= of.request.min_tokens and not of.scores_prompt
 
     @classmethod
     def prefill(cls, sequence: Sequence, end: int) -> "Rows":

@@ -58,7 +58,7 @@ class Sequence:
         constraint: Constraint | None = None,
     ) -> None:
         self.request, self.constraint = request, constraint
-        self.is_free = not (constraint or request.sampling.is_penalised or request.logprobs is not None)
+        self.may_run_ahead = not (constraint or request.sampling.is_penalised or request.logprobs is not None)
         """Whether the device may draw a byte of it before the host has read the one before: it has no grammar, no
         penalty, and needs no scores."""
         self.arrival = arrival

@@ -181,4 +181,4 @@ class Ledger:
 
 def _is_of_bytes(rows: Rows) -> bool:
     """Whether a step of such rows makes as many bytes of blt as it may."""
-    return isinstance(rows.ask, Next) and rows.ask.at_most > 1 and rows.num_rows == 1 and rows.is_plain
+    return isinstance(rows.ask, Next) and rows.ask.at_most > 1 and rows.num_rows == 1 and rows.may_run_ahead

@@ -104,8 +104,8 @@ class Auto(Decoder):
         one_step = UnmaskRule(rule="one_step")
         self._by_size = {size: VerifiedDiffusion(size, one_step) for size in (block_size // 2, block_size) if size}
         inexact = block_size and not exact
-        self._free = BlockDiffusion(block_size, DEFAULT_RULE, finish_patch=False) if inexact else None
-        self._free_size, self._free_passes = block_size, block_size / 2
+        self._unverified = BlockDiffusion(block_size, DEFAULT_RULE, finish_patch=False) if inexact else None
+        self._block_size, self._unverified_passes = block_size, block_size / 2
         self.chosen = Option(self._blt, 1.0, 1)
         self._options: list[Option] = []
         self._age = self._num_running = 0
@@ -129,10 +129,11 @@ class Auto(Decoder):
 
     def round(self, sequence: SequenceView, room: int) -> Round:
         decoder, rate = self.chosen.decoder, self.chosen.rate
-        passes = sequence.counts.decoder_calls
+        before = sequence.counts.decoder_calls
         outcome: Committed = yield from decoder.round(sequence, room)
-        if decoder is self._free:
-            self._free_passes = MEMORY * self._free_passes + (1 - MEMORY) * (sequence.counts.decoder_calls - passes)
+        if decoder is self._unverified:
+            passes = sequence.counts.decoder_calls - before
+            self._unverified_passes = MEMORY * self._unverified_passes + (1 - MEMORY) * passes
         for each in (self.drafts, self.blocks):
             each.idle += 1
         if rate and outcome.drafted:
@@ -152,8 +153,8 @@ class Auto(Decoder):
         for size, block in self._by_size.items():
             seconds = latency.draft(1, size + 1) + latency.verify(size + 1, size + 1, patch)
             options.append(Option(block, seconds, size, self.blocks))
-        if self._free:
-            size = self._free_size
-            seconds = latency.draft(max(1, round(self._free_passes)) - 1, size)
-            options.append(Option(self._free, seconds + latency.verify(size, 2 * size, patch), size))
+        if self._unverified:
+            size = self._block_size
+            seconds = latency.draft(max(1, round(self._unverified_passes)) - 1, size)
+            options.append(Option(self._unverified, seconds + latency.verify(size, 2 * size, patch), size))
         return options

@@ -89,7 +89,7 @@ class OneCall:
             self._share(rows, most, verifies and _drafts(rows) > 0, cells, kept)
             for rows, most, cells in zip(batch, passes, settled, strict=True)
         ]
-        by_host = [rows for rows in batch if not rows.is_plain]
+        by_host = [rows for rows in batch if not rows.may_run_ahead]
         wanted = None
         if by_host:
             wanted = torch.empty(sum(rows.num_logits for rows in batch), self._vocab_size)
@@ -98,9 +98,11 @@ class OneCall:
         results = [self._result(*of) for of in zip(batch, answers, settled, strict=True)]
         if wanted is not None:
             drawn = self._draw(
-                by_host, [a for a, rows in zip(answers, batch, strict=True) if not rows.is_plain], wanted
+                by_host, [a for a, rows in zip(answers, batch, strict=True) if not rows.may_run_ahead], wanted
             )
-            results = [result if rows.is_plain else next(drawn) for rows, result in zip(batch, results, strict=True)]
+            results = [
+                result if rows.may_run_ahead else next(drawn) for rows, result in zip(batch, results, strict=True)
+            ]
         return results
 
     def _draw(self, batch: list[Rows], answers: list[Answer], logits: torch.Tensor) -> Iterator[Result | None]:
@@ -120,7 +122,7 @@ class OneCall:
         count = MOST_BYTES
         if policy == "measured":
             count = 1 if any(rows.ask is None for rows in batch) else self._affordable(len(batch))
-        passes = [rows.most_passes(count) if rows.is_plain else 1 for rows in batch]
+        passes = [rows.most_passes(count) if rows.may_run_ahead else 1 for rows in batch]
         ends = [rows.end + most - 1 for rows, most in zip(batch, passes, strict=True)]
         reaches = [
             Reach(rows.sequence, end, end)
@@ -151,7 +153,7 @@ class OneCall:
     def _share(
         self, rows: Rows, passes: int, verifies: bool, settled: "array[int]", kept: list["array[float] | array[int]"]
     ) -> StepShare:
-        sequence, ask, plain = rows.sequence, rows.ask, rows.is_plain
+        sequence, ask, plain = rows.sequence, rows.ask, rows.may_run_ahead
         request, start = sequence.request, rows.start
 
         def address(values: "array[float] | array[int]") -> int:
@@ -238,7 +240,7 @@ class OneCall:
 
 def _drafts(rows: Rows) -> int:
     """Most drafts after the rows of the text, if their verification comes next."""
-    if isinstance(rows.ask, Draft | Unmask) and rows.ask.then_verify and rows.is_plain:
+    if isinstance(rows.ask, Draft | Unmask) and rows.ask.then_verify and rows.may_run_ahead:
         return len(rows.given) + (rows.ask.at_most if isinstance(rows.ask, Draft) else 0)
     return 0
 
