@@ -342,7 +342,7 @@ def test_the_host_knows_what_the_device_wrote_for_a_row_that_failed(
 ) -> None:
     """Or the slot's next text would be taken for what is there."""
     engine, noted = make_engine(model, graphs=True, run_ahead=policy), []
-    engine.memory.slots.read = lambda sequence, place, ids: noted.append(place)  # type: ignore[method-assign]
+    engine.memory.slots.note_read = lambda sequence, place, ids: noted.append(place)  # type: ignore[method-assign]
     for module in ("results", "ahead"):
         monkeypatch.setattr(f"engine.step.{module}.are_distributions", lambda bests: False)
     prompt = text(20, 3, specials=False)

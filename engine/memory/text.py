@@ -78,7 +78,7 @@ class Slots:
             self._send(self.text.ids, at, known)
         return True
 
-    def read(self, sequence: Sequence, position: int, ids: Seq[int]) -> None:
+    def note_read(self, sequence: Sequence, position: int, ids: Seq[int]) -> None:
         """Notes ids that the device wrote and the host has read."""
         if self._device.type != "cpu":
             at = self.place(sequence, position)

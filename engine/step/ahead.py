@@ -91,7 +91,7 @@ class Ahead:
         results = []
         for number, rows in enumerate(batch):
             own = [drawn[number] for drawn in ids]
-            self._text_slots.read(rows.sequence, rows.end, own)
+            self._text_slots.note_read(rows.sequence, rows.end, own)
             if not are_distributions(bests[number] for bests in highest):
                 results.append(Result(failed=True))
                 continue
@@ -154,7 +154,7 @@ class Ahead:
         ids, bests = readback()
         drafts = [[drawn[number] for drawn in ids] for number in range(len(batch))]
         for rows, first, own in zip(batch, firsts, drafts, strict=True):
-            self._text_slots.read(rows.sequence, first, own)
+            self._text_slots.note_read(rows.sequence, first, own)
         fine = [are_distributions(best[number] for best in bests) for number in range(len(batch))]
         return [Result(own, failed=not so) for own, so in zip(drafts, fine, strict=True)]
 
@@ -204,7 +204,7 @@ class Ahead:
             )
             self._ledger.took(launch, *served)
         for rows, result, ask in zip(batch, results, asks, strict=True):
-            self._text_slots.read(rows.sequence, rows.cells_start, result.ids)
+            self._text_slots.note_read(rows.sequence, rows.cells_start, result.ids)
             if mask not in result.ids and set(ask.block) == {mask} and not result.failed:
                 self._needed.append(result.passes)
         return results

@@ -60,9 +60,9 @@ def results_of(batch: Sequence[Rows], logits: Tensor, slots: Slots, kernels: Ker
         # Also of a row that failed: the slot's next text is compared with what the host knows of it.
         if rows.num_block:
             result = _with_block(rows, result, *next(cells))
-            slots.read(rows.sequence, rows.reach - rows.num_block, result.ids)
+            slots.note_read(rows.sequence, rows.reach - rows.num_block, result.ids)
         else:
-            slots.read(rows.sequence, rows.drawn_places[0], chosen[begin:end])
+            slots.note_read(rows.sequence, rows.drawn_places[0], chosen[begin:end])
         results.append(result if is_fine else Result(failed=True))
     return results
 
