@@ -180,7 +180,7 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    def step_seconds(self) -> float:
+    def step_bound(self) -> float:
         """Upper bound, in seconds, of the step that runs now: the latency model's, plus what the step has spent on
         recording so far; infinite during a recording. May be called from another thread."""
         batch = self._batch

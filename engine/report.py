@@ -36,6 +36,7 @@ class Report:
         self._parts = parts
         self.steps = self.prompt_rows = self.cached_rows = 0
         self.step_seconds = 0.0
+        """Of all steps."""
 
     def snapshot(self, scheduler: Scheduler) -> Snapshot:
         ledger, pools = self._parts.ledger, self._parts.memory.caches.pools

@@ -70,7 +70,7 @@ class ScriptedEngine:
         events, self._events = self._events, []
         return events
 
-    def step_seconds(self) -> float:
+    def step_bound(self) -> float:
         return STEP_SECONDS
 
     def calibrate(self) -> None:

@@ -88,7 +88,7 @@ async def test_a_flood_of_requests_lets_steps_run_between_them(monkeypatch: pyte
             seen.append("step")
             return []
 
-        step_seconds, snapshot = float, Snapshot
+        step_bound, snapshot = float, Snapshot
 
     asked = [Request(id=name, prompt_ids=[5], max_tokens=1) for name in "abcdefgh"]
     commands: list[Command] = [*asked, Abort("a"), Abort("h"), Shutdown()]

@@ -59,7 +59,7 @@ class EngineLike(Protocol):
 
     def step(self) -> list[Event]: ...
 
-    def step_seconds(self) -> float: ...
+    def step_bound(self) -> float: ...
 
     def snapshot(self) -> Snapshot: ...
 
@@ -138,7 +138,7 @@ def _serve(engine: EngineLike, socket: zmq.Socket[bytes], heart: Heart) -> None:
                 break
         if not engine.has_work:
             continue
-        events = heart.step(engine.step, engine.step_seconds)
+        events = heart.step(engine.step, engine.step_bound)
         now = time.monotonic()
         due = not engine.has_work or now - reported >= SNAPSHOT_INTERVAL
         if due:
