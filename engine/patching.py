@@ -6,7 +6,8 @@ arrives, and never revised (BLT 2.3; Fast BLT 3.4). `kernels.boundary` decides; 
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 
 from kernels.boundary import Rule
 
@@ -37,7 +38,7 @@ class Patching:
         self.starts = [0]
         self.decided = 0
 
-    def take(self, entropies: Sequence[float], opens: Sequence[bool]) -> None:
+    def take(self, entropies: Seq[float], opens: Seq[bool]) -> None:
         """Takes the entropy after each of the next bytes, and whether the byte after it starts a patch."""
         self.starts += [byte for byte, start in enumerate(opens, self.decided + 1) if start]
         self.decided += len(opens)

@@ -11,7 +11,8 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from errno import EFBIG, EINVAL, EISDIR, ENOMEM, ENOTDIR
 from functools import partial
@@ -304,7 +305,7 @@ def said_of_stack(stack: StackConfig, prefix: str, dim: str, num_layers: str) ->
     return Said(dim, stack.dim, prefix, stack.dim), Said(num_layers, stack.num_layers, f"{prefix}layers.", None)
 
 
-def check(stored: Mapping[str, Stored], expected: Mapping[str, Shape], config: Path, said: Sequence[Said]) -> None:
+def check(stored: Mapping[str, Stored], expected: Mapping[str, Shape], config: Path, said: Seq[Said]) -> None:
     """Raises CheckpointError unless names and shapes agree and dtypes are usable. It lists the first problems, each
     with what the file `config` says about it."""
     layers = {s.prefix: _num_layers(stored, s.prefix) for s in said if s.size is None}

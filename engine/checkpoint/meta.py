@@ -13,7 +13,8 @@ commit 9774ed4f does not read when it generates.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -434,7 +435,7 @@ def _said(config: ModelConfig) -> list[Said]:
     return fields
 
 
-def _open(path: Path, shapes: Mapping[str, Shape], said: Sequence[Said]) -> dict[str, Stored]:
+def _open(path: Path, shapes: Mapping[str, Shape], said: Seq[Said]) -> dict[str, Stored]:
     """The tensors of one of the two models, checked, under canonical names."""
     if not any(is_there(path / name) for name in (CONSOLIDATED, WEIGHTS, WEIGHTS_INDEX)):
         inside = [name for name in models_inside(path) if (path / name / CONSOLIDATED).exists()]

@@ -3,7 +3,8 @@ step may therefore have."""
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from itertools import accumulate, pairwise
 from math import inf
 from pathlib import Path
@@ -109,7 +110,7 @@ def measure_steps(
     return list(found.values())
 
 
-def _predicted(found: Sequence[MeasuredStep], rows: int) -> float:
+def _predicted(found: Seq[MeasuredStep], rows: int) -> float:
     latency = LatencyModel(drafts_encode=False)
     for tried in found:
         for stage, (count, seconds) in tried.stages.items():
@@ -117,7 +118,7 @@ def _predicted(found: Sequence[MeasuredStep], rows: int) -> float:
     return latency.verify(rows, rows, PATCH)
 
 
-def prompt_rows(steps: Sequence[MeasuredStep], stall: float, most: int) -> int:
+def prompt_rows(steps: Seq[MeasuredStep], stall: float, most: int) -> int:
     """Most rows of prompts, from `LEAST_PROMPT_ROWS` to `most`, that lengthen a step by no more than `stall` seconds,
     or the length of the shortest step if that is more."""
     seconds = list(accumulate((tried.seconds for tried in steps), max))

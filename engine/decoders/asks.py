@@ -4,7 +4,8 @@ Positions are places in the text. Row j is fed byte j and predicts byte j + 1.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
+from collections.abc import Sequence as Seq
 from typing import Protocol
 
 import msgspec
@@ -31,7 +32,7 @@ class Draft(msgspec.Struct, frozen=True):
     verification of all drafts, which may come back too once there are no more to make.
     """
 
-    known: Sequence[int] = ()
+    known: Seq[int] = ()
     at_most: int = 1
     then_verify: bool = False
 
@@ -45,7 +46,7 @@ class Unmask(msgspec.Struct, frozen=True):
     without, the newest latent there is. then_verify: as in `Draft`, once no [MASK] is left.
     """
 
-    block: Sequence[int]
+    block: Seq[int]
     rule: UnmaskRule
     lead: bool = False
     close_patch: bool = False
@@ -61,7 +62,7 @@ class Verify(msgspec.Struct, frozen=True):
     up to the first that closes a patch, and the decoder skips them that far.
     """
 
-    drafts: Sequence[int]
+    drafts: Seq[int]
     exact: int = 0
 
 
@@ -98,9 +99,9 @@ class Committed(msgspec.Struct, frozen=True):
 
     ids: list[int]
     scores: list[TokenLogprob]
-    drafts: Sequence[int] = ()
+    drafts: Seq[int] = ()
     accepted: int = 0
-    passes: Sequence[int] = ()
+    passes: Seq[int] = ()
     rounds: int = 1
 
     @property

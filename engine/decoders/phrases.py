@@ -1,6 +1,7 @@
 """Parts of rounds that several decoders share: one byte, a block denoised, drafts verified."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
+from collections.abc import Sequence as Seq
 
 import msgspec
 
@@ -54,7 +55,7 @@ def denoise(
     return Denoised(block, passes, [score for score in scores if score])
 
 
-def verify(drafts: Sequence[int], exact: int, passes: Sequence[int] = ()) -> Round:
+def verify(drafts: Seq[int], exact: int, passes: Seq[int] = ()) -> Round:
     """Lets the model verify drafts: commits those up to the first that it would not give, then its own byte (Fast BLT,
     Verify). exact: see `Verify`; passes: see `Committed`."""
     if EOS_ID in drafts:

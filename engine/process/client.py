@@ -10,7 +10,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
+from collections.abc import Sequence as Seq
 from contextlib import suppress
 from typing import Literal
 
@@ -144,7 +145,7 @@ class EngineClient:
         await self._reap(patience)
         self._release_spares()
 
-    async def submit(self, request: Request, told: Sequence[Delta] = ()) -> AsyncGenerator[Event, None]:
+    async def submit(self, request: Request, told: Seq[Delta] = ()) -> AsyncGenerator[Event, None]:
         """The events of a request, the last one a `Finished` or `Failed`. Closing the generator early aborts it.
 
         The first iteration sends the request to the engine. Deltas that a slow reader has not fetched are merged into

@@ -13,7 +13,8 @@ pass of a draft where the decoder reads the encoder's states.
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from functools import partial
 
 import numpy as np
@@ -52,7 +53,7 @@ class Ahead:
         self._device, self._text_slots = stages.launcher.device, memory.slots
         self._needed: deque[int] = deque(maxlen=REMEMBERED)
 
-    def run(self, batch: Sequence[Rows]) -> list[Result] | None:
+    def run(self, batch: Seq[Rows]) -> list[Result] | None:
         """The results of all asks of the batch, or None if the host must read every pass: then nothing has been
         done."""
         kinds = {type(rows.ask) for rows in batch}
@@ -68,7 +69,7 @@ class Ahead:
 
     # Bytes of blt.
 
-    def _bytes(self, batch: Sequence[Rows]) -> list[Result]:
+    def _bytes(self, batch: Seq[Rows]) -> list[Result]:
         count = self._num_bytes(batch)
         ends = [rows.end for rows in batch]
         draws = self._draws(batch, ends, count, len(batch))
@@ -103,7 +104,7 @@ class Ahead:
             self._charge(each, launched, served, opened[number])
         return results
 
-    def _num_bytes(self, batch: Sequence[Rows]) -> int:
+    def _num_bytes(self, batch: Seq[Rows]) -> int:
         """How many bytes all sequences have room and pages for, and one at least."""
         most = min(rows.most_passes(MOST_BYTES) for rows in batch)
         if self.policy == "measured":
@@ -113,7 +114,7 @@ class Ahead:
         reaches = [Reach(rows.sequence, rows.end + most - 1, rows.end + most - 1) for rows in batch]
         return most if self._memory.reserve_all(reaches) else 1
 
-    def _charge(self, batch: Sequence[Rows], launches: list[Launch], served: list[bool], opens: list[int]) -> None:
+    def _charge(self, batch: Seq[Rows], launches: list[Launch], served: list[bool], opens: list[int]) -> None:
         """Charges a pass of all stages to the sequences that it served. opens: of each row, whether the byte after it
         starts a patch."""
         closed: list[Share] = []
@@ -133,7 +134,7 @@ class Ahead:
 
     # Drafts.
 
-    def _drafts(self, batch: Sequence[Rows]) -> list[Result] | None:
+    def _drafts(self, batch: Seq[Rows]) -> list[Result] | None:
         """None if only one pass is the same for all."""
         asks = [rows.ask for rows in batch if isinstance(rows.ask, Draft)]
         count = min(ask.at_most for ask in asks)
@@ -160,7 +161,7 @@ class Ahead:
 
     # Blocks.
 
-    def _blocks(self, batch: Sequence[Rows]) -> list[Result] | None:
+    def _blocks(self, batch: Seq[Rows]) -> list[Result] | None:
         """The results once one of the blocks is done; None if a block has a lead, which only runs in the first pass."""
         asks = [rows.ask for rows in batch if isinstance(rows.ask, Unmask)]
         if any(ask.lead for ask in asks):
@@ -209,7 +210,7 @@ class Ahead:
                 self._needed.append(result.passes)
         return results
 
-    def _num_passes(self, known: int, planned: DecoderRows, asks: Sequence[Unmask]) -> int:
+    def _num_passes(self, known: int, planned: DecoderRows, asks: Seq[Unmask]) -> int:
         """How many passes to launch before reading back. Only the device knows whether a block is done: while the host
         reads that, the device is idle, but a superfluous pass takes time too. known: passes that were not enough."""
 
@@ -230,13 +231,13 @@ class Ahead:
 
     # What passes need.
 
-    def _begin(self, following: Sequence[Rows], size: int) -> None:
+    def _begin(self, following: Seq[Rows], size: int) -> None:
         """Launches the first half of the next step, if all of the batch go on and have pages."""
         reaches = [Reach(rows.sequence, rows.end, rows.end) for rows in following]
         if len(following) == size and self._memory.reserve_all(reaches):
             self._stages.begin(following)
 
-    def _draws(self, batch: Sequence[Rows], firsts: list[int], count: int, padded: int) -> dict[str, Tensor]:
+    def _draws(self, batch: Seq[Rows], firsts: list[int], count: int, padded: int) -> dict[str, Tensor]:
         """How `count` bytes of each sequence are drawn, and where they go: from a position on. See `_Draws`."""
         padding = padded - len(batch)
         sampling = [rows.sequence.request.sampling for rows in batch]
@@ -252,7 +253,7 @@ class Ahead:
         draws = uniforms_for(tensors, uniforms, self._device)
         return tensors if draws is None else tensors | {"uniforms": draws}
 
-    def _cells(self, batch: Sequence[Rows], padded: int) -> dict[str, Tensor]:
+    def _cells(self, batch: Seq[Rows], padded: int) -> dict[str, Tensor]:
         """Where the cells of blocks are, and how they are drawn, all laid end to end."""
         cells = [(rows.sequence, rows.cells_start + cell) for rows in batch for cell in range(rows.num_block)]
         params = [cell_params(sequence.request) for sequence, _ in cells]
@@ -314,7 +315,7 @@ class _Cells(BlockPasses):
         self.settle(allowed, drawn)
 
 
-def _decide(batch: Sequence[Rows], served: list[bool], entropies: list[float], opens: list[int]) -> None:
+def _decide(batch: Seq[Rows], served: list[bool], entropies: list[float], opens: list[int]) -> None:
     """Tells the sequences that a pass served what the patcher decided after their rows."""
     for rows, serves, entropy, starts in zip(batch, served, entropies, opens, strict=True):
         if serves:
@@ -332,7 +333,7 @@ def _without_text(rows: Rows) -> Rows:
     return replace(rows, start=end, logits_from=end, decode_from=end, counted_from=0)
 
 
-def _after(blocks: Sequence[Result], out: Sequence[list[list[int]]], passes: int, mask: int) -> list[Result]:
+def _after(blocks: Seq[Result], out: Seq[list[list[int]]], passes: int, mask: int) -> list[Result]:
     """Blocks after `passes` more passes. out: of `_Cells`."""
     after = []
     for block, ids, when, bad in zip(blocks, *out, strict=False):

@@ -1,6 +1,6 @@
 """Blocks of cells on the device: which cells are masked, and what they become in each pass (Fast BLT 3.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from functools import cache
 
 import numpy as np
@@ -21,7 +21,7 @@ BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
 """Ids that a block's cell never becomes."""
 
 
-def block_tensors(batch: Sequence[Rows], num_blocks: int, slots: Slots, device: torch.device) -> Tensor:
+def block_tensors(batch: Seq[Rows], num_blocks: int, slots: Slots, device: torch.device) -> Tensor:
     """Where the blocks of some `Unmask`s lie, and their rules, padded to `num_blocks` blocks: (5, S) int64, to be
     unpacked by `BlockPasses`. Their cells are laid end to end."""
     numbers = np.zeros((5, num_blocks), dtype=np.int64)

@@ -1,7 +1,8 @@
 """Steps as one call, where the CPU's own kernels compute: nothing of a step is planned or chosen in Python."""
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 
 import torch
 
@@ -79,7 +80,7 @@ class OneCall:
         step = Step(weights, where, boundary_rule(model.config.patching), limits)
         return cls(model, step, memory, ledger, isolates, max_rows)
 
-    def run(self, batch: Sequence[Rows], policy: Policy) -> list[Result | None]:
+    def run(self, batch: Seq[Rows], policy: Policy) -> list[Result | None]:
         """The result of each sequence's ask, None for rows without one."""
         passes, verifies = self._num_passes(batch, policy), self._verifies(batch, policy)
         # Keeps what lies at the shares' addresses.
@@ -115,7 +116,7 @@ class OneCall:
         score_prompts(batch, own)
         return iter(results_of(batch, own, self._memory.slots, self._model.kernels))
 
-    def _num_passes(self, batch: Sequence[Rows], policy: Policy) -> list[int]:
+    def _num_passes(self, batch: Seq[Rows], policy: Policy) -> list[int]:
         """Most passes of each sequence. While a prompt is read blt goes byte by byte: it would wait for more."""
         if policy == "never":
             return [1] * len(batch)
@@ -133,7 +134,7 @@ class OneCall:
             return [1 if isinstance(rows.ask, Next) else most for rows, most in zip(batch, passes, strict=True)]
         return passes
 
-    def _verifies(self, batch: Sequence[Rows], policy: Policy) -> bool:
+    def _verifies(self, batch: Seq[Rows], policy: Policy) -> bool:
         """Whether drafts are verified in the step that makes them. Not while a prompt is read: its next rows and theirs
         then share a pass."""
         if policy == "never" or (policy == "measured" and any(rows.ask is None for rows in batch)):

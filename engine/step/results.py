@@ -6,7 +6,8 @@ which decoder drafted.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
 import numpy as np
 from msgspec.structs import replace
@@ -19,14 +20,14 @@ from ..decoders import Draft, Result, Verify
 from ..grammars import Mask
 from ..memory.text import Slots
 from ..rows import Rows
-from ..sequence import Sequence as SequenceState
+from ..sequence import Sequence
 from ..types import Request, SamplingParams, TokenLogprob
 from .blocks import BlockPasses, block_tensors
 from .sampling import are_distributions, choose, draw, logprobs_of
 from .transfer import read, to_device
 
 
-def results_of(batch: Sequence[Rows], logits: Tensor, slots: Slots, kernels: Kernels) -> list[Result | None]:
+def results_of(batch: Seq[Rows], logits: Tensor, slots: Slots, kernels: Kernels) -> list[Result | None]:
     """The result of each sequence's ask, None for those that only compute rows; the ids are also in the text. logits:
     as `Stages.run` gives them."""
     drawing = [rows for rows in batch if rows.num_drawn]
@@ -67,7 +68,7 @@ def results_of(batch: Sequence[Rows], logits: Tensor, slots: Slots, kernels: Ker
     return results
 
 
-def _write(drawing: Sequence[Rows], drawn: Tensor, slots: Slots) -> None:
+def _write(drawing: Seq[Rows], drawn: Tensor, slots: Slots) -> None:
     """Writes what was drawn into the text, but for cells: their block's pass has. A lead's byte is the first cell."""
     index: list[int] = []
     places: list[int] = []
@@ -82,7 +83,7 @@ def _write(drawing: Sequence[Rows], drawn: Tensor, slots: Slots) -> None:
     slots.text.ids.index_copy_(0, to_device(np.array(places, dtype=np.int64), drawn.device), drawn)
 
 
-def score_prompts(batch: Sequence[Rows], logits: Tensor) -> None:
+def score_prompts(batch: Seq[Rows], logits: Tensor) -> None:
     """Gives requests that ask for it the log-probabilities of their prompt's ids, each under the row before it."""
     begin = 0
     for rows in batch:
@@ -102,7 +103,7 @@ def _prompt_scores(rows: Rows, logits: Tensor) -> list[TokenLogprob]:
     return scores
 
 
-def _drawn_rows(batch: Sequence[Rows], logits: Tensor) -> Tensor:
+def _drawn_rows(batch: Seq[Rows], logits: Tensor) -> Tensor:
     """The logits that ids are drawn from; the others are for the scores of prompts."""
     index: list[int] = []
     end = 0
@@ -113,7 +114,7 @@ def _drawn_rows(batch: Sequence[Rows], logits: Tensor) -> Tensor:
 
 
 def _sampling(
-    drawing: Sequence[Rows], vocab_size: int
+    drawing: Seq[Rows], vocab_size: int
 ) -> tuple[list[SamplingParams], list[Mapping[int, int]], list[float], list[Mask | None]]:
     """Of each drawn id: its parameters, the generated ids before its place, its random number, which ids it may be."""
     params: list[SamplingParams] = []
@@ -134,7 +135,7 @@ def _sampling(
     return params, counts, uniforms, allowed
 
 
-def _allowed(rows: Rows, vocab_size: int) -> Sequence[Mask | None]:
+def _allowed(rows: Rows, vocab_size: int) -> Seq[Mask | None]:
     """The ids that may stand at each place; None for all, or where it depends on bytes that are not known yet."""
     sequence, request = rows.sequence, rows.sequence.request
     masks = _grammatical(rows) if sequence.constraint else [None] * rows.num_drawn
@@ -148,14 +149,14 @@ def _allowed(rows: Rows, vocab_size: int) -> Sequence[Mask | None]:
     ]
 
 
-def _without(ends: Sequence[int], mask: Mask | None, vocab_size: int) -> Mask:
+def _without(ends: Seq[int], mask: Mask | None, vocab_size: int) -> Mask:
     """What is left of a mask without some ids; all of it if that is nothing."""
     left = np.ones(vocab_size, dtype=np.bool_) if mask is None else mask.copy()
     left[ends] = False
     return left if mask is None or left.any() else mask
 
 
-def _grammatical(rows: Rows) -> Sequence[Mask | None]:
+def _grammatical(rows: Rows) -> Seq[Mask | None]:
     """The ids that a grammar allows at each place: None where it depends on bytes that are not known yet."""
     sequence, known = rows.sequence, list(rows.given)
     assert sequence.constraint
@@ -166,10 +167,10 @@ def _grammatical(rows: Rows) -> Sequence[Mask | None]:
     return [masks[number] if number < len(masks) else None for number in after]
 
 
-def _id_counts(rows: Rows, places: Sequence[int]) -> list[Mapping[int, int]]:
+def _id_counts(rows: Rows, places: Seq[int]) -> list[Mapping[int, int]]:
     """Generated ids before each place: the committed ones and the drafts before it."""
     sequence, sampling = rows.sequence, rows.sequence.request.sampling
-    drafts: Sequence[int] = ()
+    drafts: Seq[int] = ()
     match rows.ask:
         case Verify(drafts) | Draft(drafts) if sampling.is_penalised:
             pass
@@ -184,7 +185,7 @@ def _id_counts(rows: Rows, places: Sequence[int]) -> list[Mapping[int, int]]:
     return counts
 
 
-def uniform(sequence: SequenceState, place: int) -> float:
+def uniform(sequence: Sequence, place: int) -> float:
     """The random number of a place of the text; 0 if the request draws none."""
     request = sequence.request
     if not request.sampling.temperature:
@@ -198,12 +199,12 @@ def cell_params(request: Request) -> SamplingParams:
     return request.sampling if top_p is None else replace(request.sampling, top_p=top_p)
 
 
-def _accepted(drawing: Sequence[Rows], drawn: Tensor, kernels: Kernels) -> list[Tensor]:
+def _accepted(drawing: Seq[Rows], drawn: Tensor, kernels: Kernels) -> list[Tensor]:
     """For each, how many of the drafts that its rows verify are what was drawn after them (Fast BLT, Verify): (D,)
     int64; nothing if none verifies any."""
     at, rows_of, drafts_of = 0, [], []
     for rows in drawing:
-        drafts: Sequence[int] = ()
+        drafts: Seq[int] = ()
         if isinstance(rows.ask, Verify):
             drafts = rows.ask.drafts[rows.num_skipped :]
         rows_of.append(range(at, at + len(drafts)))
@@ -213,7 +214,7 @@ def _accepted(drawing: Sequence[Rows], drawn: Tensor, kernels: Kernels) -> list[
     if not width:
         return []
 
-    def grid(lines: Sequence[Sequence[int]]) -> Tensor:
+    def grid(lines: Seq[Seq[int]]) -> Tensor:
         return to_device(np.array([[*line, *[0] * (width - len(line))] for line in lines]), drawn.device)
 
     lengths = to_device(np.array([len(line) for line in drafts_of]), drawn.device)
@@ -235,7 +236,7 @@ class _Blocks:
         self._passes, self.index, self.logits = passes, index, logits
 
     @classmethod
-    def of(cls, drawing: Sequence[Rows], logits: Tensor, slots: Slots, kernels: Kernels) -> "_Blocks | None":
+    def of(cls, drawing: Seq[Rows], logits: Tensor, slots: Slots, kernels: Kernels) -> "_Blocks | None":
         cell_rows: list[int] = []
         end = 0
         for rows in drawing:

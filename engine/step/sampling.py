@@ -1,6 +1,7 @@
 """From logits to ids: applies a request's parameters to its rows before `kernels.sampling` draws."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 from math import inf, isfinite
 
 import numpy as np
@@ -20,11 +21,11 @@ _PADDING = SamplingParams(temperature=0)
 
 
 def row_params(
-    params: Sequence[SamplingParams],
-    counts: Sequence[Mapping[int, int]],
+    params: Seq[SamplingParams],
+    counts: Seq[Mapping[int, int]],
     vocab_size: int,
     device: torch.device,
-    allowed: Sequence[Mask | None] = (),
+    allowed: Seq[Mask | None] = (),
 ) -> dict[str, Tensor]:
     """The sampling parameters of some rows: `changes` (R, V) float64, added to the logits, and `params` (R, 4) float64,
     as in `kernels.sampling`; each only if a row needs it. If a row is penalised for repetition also `repeated` (2, R,
@@ -51,15 +52,13 @@ def row_params(
     return tensors
 
 
-def padded_params(
-    params: Sequence[SamplingParams], length: int, vocab_size: int, device: torch.device
-) -> dict[str, Tensor]:
+def padded_params(params: Seq[SamplingParams], length: int, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
     """`row_params` of rows without penalties, padded to `length` rows."""
     return row_params([*params, *[_PADDING] * (length - len(params))], [{}] * length, vocab_size, device)
 
 
 def uniforms_for(
-    tensors: Mapping[str, Tensor], uniforms: Sequence[float] | Sequence[Sequence[float]], device: torch.device
+    tensors: Mapping[str, Tensor], uniforms: Seq[float] | Seq[Seq[float]], device: torch.device
 ) -> Tensor | None:
     """The draws on the device, if any row needs one. tensors: of `row_params`."""
     return on_device(uniforms, device) if "params" in tensors else None
@@ -88,10 +87,10 @@ def draw_ids(
 
 def choose(
     logits: Tensor,
-    params: Sequence[SamplingParams],
-    counts: Sequence[Mapping[int, int]],
-    uniforms: Sequence[float],
-    allowed: Sequence[Mask | None],
+    params: Seq[SamplingParams],
+    counts: Seq[Mapping[int, int]],
+    uniforms: Seq[float],
+    allowed: Seq[Mask | None],
     kernels: Kernels,
 ) -> tuple[Tensor, Tensor]:
     """One id per row and its largest logit, as `draw_ids` gives them."""
@@ -99,7 +98,7 @@ def choose(
     return draw_ids(logits, tensors, uniforms_for(tensors, uniforms, logits.device), kernels)
 
 
-def on_device(numbers: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
+def on_device(numbers: Seq[float] | Seq[Seq[float]], device: torch.device) -> Tensor:
     """As float64. `torch.tensor` takes three times as long."""
     return to_device(np.array(numbers, dtype=np.float64), device)
 
@@ -119,7 +118,7 @@ def draw(seed: int, sample_index: int, position: int) -> float:
     return (a >> 11) * 2.0**-53
 
 
-def logprobs_of(logits: Tensor, chosen: Sequence[int], num_top: int) -> list[TokenLogprob]:
+def logprobs_of(logits: Tensor, chosen: Seq[int], num_top: int) -> list[TokenLogprob]:
     """Log-probabilities of the chosen ids and of the `num_top` likeliest ones, likeliest first.
 
     logits (R, V) float32, as the model gave them; chosen: R ids.
@@ -165,9 +164,7 @@ def _unbiased(params: SamplingParams) -> SamplingParams:
     return params if params.repetition_penalty == 1 else replace(params, logit_bias={})
 
 
-def _repetition(
-    params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]], vocab_size: int
-) -> NDArray[np.float64]:
+def _repetition(params: Seq[SamplingParams], counts: Seq[Mapping[int, int]], vocab_size: int) -> NDArray[np.float64]:
     """(2, R, V): bias and factors. A row without this penalty gets 0 and 1, which change no bit of it."""
     repeated = np.zeros((2, len(params), vocab_size))
     repeated[1] = 1

@@ -1,6 +1,7 @@
 """Copies between host and device without waiting: an ordinary copy waits for all work launched before it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from functools import cache
 from typing import Any
 
@@ -58,12 +59,12 @@ def read_async(*tensors: Tensor) -> Callable[[], list[Any]]:
     return lambda: unpacked(copy.wait(), tensors)
 
 
-def packed(tensors: Sequence[Tensor]) -> Tensor:
+def packed(tensors: Seq[Tensor]) -> Tensor:
     """All of them end to end, as float64: it holds every float32, and every integer below 2 ** 53."""
     return torch.cat([tensor.flatten().double() for tensor in tensors])
 
 
-def unpacked(values: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
+def unpacked(values: Tensor, tensors: Seq[Tensor]) -> list[Any]:
     """The lists of `tensors`, whose values are here."""
     parts = values.split([tensor.numel() for tensor in tensors])
     return [part.to(tensor.dtype).view(tensor.shape).tolist() for part, tensor in zip(parts, tensors, strict=True)]
