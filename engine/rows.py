@@ -9,7 +9,7 @@ from .sequence import Sequence
 from .types import TokenLogprob
 
 
-class Rows(msgspec.Struct):
+class Rows(msgspec.Struct, kw_only=True):
     """Rows of the text, start..end-1, run through all stages. Then cells, from `cells_start` on, run through the
     decoder alone (through the encoder too, where the decoder reads its states); the last `num_block` of them see each
     other.
@@ -73,7 +73,16 @@ class Rows(msgspec.Struct):
         start = sequence.num_computed
         logits_from = start if sequence.scores_prompt else drawn_from
         counted_from = max(sequence.num_prompt - 1, sequence.patching.decided)
-        return cls(sequence, start, end, ask, 0, 0, 0, drawn_from, logits_from, start, counted_from)
+        return cls(
+            sequence=sequence,
+            start=start,
+            end=end,
+            ask=ask,
+            drawn_from=drawn_from,
+            logits_from=logits_from,
+            decode_from=start,
+            counted_from=counted_from,
+        )
 
     @property
     def num_text(self) -> int:

@@ -324,7 +324,16 @@ def _decide(batch: Seq[Rows], served: list[bool], entropies: list[float], opens:
 
 def _rows(rows: Rows, start: int, count: int = 1) -> Rows:
     """Rows of the text for bytes that only the device knows."""
-    return Rows(rows.sequence, start, start + count, rows.ask, 0, 0, 0, start, start, start, rows.counted_from)
+    return Rows(
+        sequence=rows.sequence,
+        start=start,
+        end=start + count,
+        ask=rows.ask,
+        drawn_from=start,
+        logits_from=start,
+        decode_from=start,
+        counted_from=rows.counted_from,
+    )
 
 
 def _without_text(rows: Rows) -> Rows:

@@ -39,6 +39,11 @@ class Eager:
     floor: fewest rows that make rows independent of each other.
     """
 
+    least_pages = 0
+    records = False
+    recording_seconds = 0.0
+    """How long all recordings took, and the compiling that each begins with; infinite during one."""
+
     def __init__(self, device: torch.device, floor: int) -> None:
         self._device = device
         self._floor = floor
@@ -48,11 +53,6 @@ class Eager:
 
     def parts(self, n: int, rows: int) -> int:
         return n
-
-    least_pages = 0
-    records = False
-    recording_seconds = 0.0
-    """How long all recordings took, and the compiling that each begins with; infinite during one."""
 
     @property
     def num_recorded(self) -> int:
@@ -91,6 +91,9 @@ class Graphs(Eager):
     On other devices it runs the stage over the same padded buffers, so that tests see the same shapes and addresses.
     """
 
+    least_pages = LEAST_PAGES
+    records = True
+
     def __init__(self, device: torch.device, floor: int) -> None:
         super().__init__(device, floor)
         self._recordings: OrderedDict[object, _Recording] = OrderedDict()
@@ -102,9 +105,6 @@ class Graphs(Eager):
 
     def parts(self, n: int, rows: int) -> int:
         return n if rows > MOST_GRAPH_ROWS else rows
-
-    least_pages = LEAST_PAGES
-    records = True
 
     def most_pages(self, n: int) -> int:
         return max(_power_of_two(n), LEAST_TILE_PAGES)
