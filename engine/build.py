@@ -16,7 +16,7 @@ from .costs.clock import clock_of
 from .costs.latency import LatencyModel
 from .costs.ledger import Ledger
 from .decoders.table import available
-from .memory.caches import Caches, longest_draft, plan_caches
+from .memory.caches import Caches, longest_text, plan_caches
 from .memory.memory import Memory
 from .memory.prefix import PrefixCache
 from .memory.room import check_room, naming_flags
@@ -57,9 +57,7 @@ def build(config: EngineConfig) -> Parts:
 
 
 def _build(config: EngineConfig) -> Parts:
-    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device 'cuda': torch {torch.__version__} finds no CUDA device; 'cpu' needs none")
+    device, dtype = device_of(config), getattr(torch, config.dtype)
     loaded = checkpoint.load(config.model, patcher=config.patcher, patching_threshold=config.patching_threshold)
     for note in loaded.notes:
         log.warning("%s", note)
@@ -80,8 +78,7 @@ def _build(config: EngineConfig) -> Parts:
     )
     latency = LatencyModel(loaded.config.decoder_input == "encoder")
     ledger = Ledger(stage_bytes, latency, clock_of(device))
-    # A draft may stand after the longest text, and a byte after it.
-    slots = Slots(config.max_sequences, caches.max_length + longest_draft(loaded.config) + 2, device)
+    slots = Slots(config.max_sequences, longest_text(loaded.config, caches.max_length), device)
     memory = Memory(caches, PrefixCache(caches) if config.prefix_cache else None, slots)
     given = config.isolate_documents
     isolate = loaded.config.isolate_documents if given is None else given
@@ -176,6 +173,14 @@ def _limits(config: ModelConfig, caches: Caches, parameters: int) -> ModelLimits
         pages={name: pool.num_total for name, pool in caches.pools.items()},
         patching=config.patching,
     )
+
+
+def device_of(config: EngineConfig) -> torch.device:
+    """Raises ValueError if it is missing."""
+    device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device 'cuda': torch {torch.__version__} finds no CUDA device; 'cpu' needs none")
+    return device
 
 
 def device_name(device: torch.device) -> str:

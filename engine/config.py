@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-KernelName = Literal["torch", "triton", "native"]
+from kernels.available import KernelName as KernelName
+
 WeightsName = Literal["float8"]
 Policy = Literal["measured", "always", "never"]
 

@@ -11,6 +11,7 @@ from kernels.planning import Spans, Tiling
 from kernels.stack import KvCache
 
 from . import checkpoint
+from .build import device_of
 from .config import EngineConfig
 from .memory.caches import cache_specs
 from .memory.pages import BlockTable, PagePool
@@ -34,9 +35,7 @@ class Entropies:
         config.check()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self._device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-        if self._device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device 'cuda': torch {torch.__version__} finds no CUDA device; 'cpu' needs none")
+        self._device, dtype = device_of(config), getattr(torch, config.dtype)
         loaded = checkpoint.load(config.model, patcher=config.patcher)
         kernels = choose_kernels(config.kernels, self._device)
         self.model_config = loaded.config

@@ -12,6 +12,7 @@ import torch
 
 from kernels.dispatch import Kernels, choose_kernels
 
+from ..build import device_of
 from ..checkpoint import read_config
 from ..config import EngineConfig
 from ..engine import Engine
@@ -35,9 +36,7 @@ def check(config: EngineConfig, dtypes: tuple[DtypeName, ...], seconds: float, t
     """
     config.check()
     read_config(Path(config.model))
-    device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device 'cuda': torch {torch.__version__} finds no CUDA device")
+    device = device_of(config)
     kernels = choose_kernels(config.kernels, device)
     found = Report(machine.look(config.device, kernels), config.model)
     found.wrong += machine.unsupported(found.machine)

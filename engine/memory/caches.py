@@ -59,6 +59,12 @@ def longest_draft(config: ModelConfig) -> int:
     return max(LONGEST_DRAFT, 2 * (config.block_size or 0))
 
 
+def longest_text(config: ModelConfig, max_length: int) -> int:
+    """Positions on the device for the text of a running sequence of up to `max_length` ids."""
+    # A draft may stand after the longest text, and a byte after it.
+    return max_length + longest_draft(config) + 2
+
+
 def encoder_cross_layers(config: ModelConfig) -> int:
     """Cross-attention layers of the encoder that are evaluated."""
     return config.encoder.num_layers if config.encoder_refine else 1

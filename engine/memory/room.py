@@ -14,7 +14,7 @@ from ..checkpoint.describe import format_size
 from ..checkpoint.names import HASHES
 from ..config import EngineConfig, ModelConfig
 from ..shortage import flags_that_need_less, is_out_of_memory
-from .caches import CachePlan, longest_draft
+from .caches import CachePlan, longest_text
 from .text import SLOT_ITEMSIZE
 from .weights import WeightBytes
 
@@ -83,7 +83,7 @@ class _Part(NamedTuple):
 
 def _text_bytes(config: ModelConfig, plan: CachePlan) -> int:
     """Of a running sequence: its ids, entropies and boundaries."""
-    return (plan.max_length + longest_draft(config) + 2) * SLOT_ITEMSIZE
+    return longest_text(config, plan.max_length) * SLOT_ITEMSIZE
 
 
 def _parts(config: ModelConfig, plan: CachePlan, engine: EngineConfig) -> list[_Part]:

@@ -35,7 +35,7 @@ from .blocks import BlockPasses, block_tensors
 from .decoder import DecoderRows
 from .launch import padded_tensor
 from .results import cell_params, uniform
-from .sampling import are_distributions, draw_ids, padded_params, uniforms_for
+from .sampling import are_distributions, draw_ids, padded_params
 from .stages import Stages
 from .transfer import read, read_async, to_device
 
@@ -241,28 +241,26 @@ class Ahead:
         """How `count` bytes of each sequence are drawn, and where they go: from a position on. See `_Draws`."""
         padding = padded - len(batch)
         sampling = [rows.sequence.request.sampling for rows in batch]
-        tensors = padded_params(sampling, padded, self._stages.decoder.vocab_size, self._device)
         at = [self._text_slots.place(rows.sequence, first) for rows, first in zip(batch, firsts, strict=True)]
         places = np.zeros((count, padded), dtype=np.int64)
         places[:, : len(at)] = np.array(at) + np.arange(count)[:, None]
-        tensors["places"] = to_device(places, self._device)
         uniforms = [
             [uniform(rows.sequence, first + n) for rows, first in zip(batch, firsts, strict=True)] + [0.0] * padding
             for n in range(count)
         ]
-        draws = uniforms_for(tensors, uniforms, self._device)
-        return tensors if draws is None else tensors | {"uniforms": draws}
+        tensors = padded_params(sampling, uniforms, padded, self._stages.decoder.vocab_size, self._device)
+        tensors["places"] = to_device(places, self._device)
+        return tensors
 
     def _cells(self, batch: Seq[Rows], padded: int) -> dict[str, Tensor]:
         """Where the cells of blocks are, and how they are drawn, all laid end to end."""
         cells = [(rows.sequence, rows.cells_start + cell) for rows in batch for cell in range(rows.num_block)]
         params = [cell_params(sequence.request) for sequence, _ in cells]
         uniforms = [uniform(*cell) for cell in cells] + [0.0] * (padded - len(cells))
-        tensors = padded_params(params, padded, self._stages.decoder.vocab_size, self._device)
+        tensors = padded_params(params, uniforms, padded, self._stages.decoder.vocab_size, self._device)
         num_blocks = self._stages.launcher.executor.rows(len(batch))
         tensors["blocks"] = block_tensors(batch, num_blocks, self._text_slots, self._device)
-        draws = uniforms_for(tensors, uniforms, self._device)
-        return tensors if draws is None else tensors | {"uniforms": draws}
+        return tensors
 
 
 class _Draws:

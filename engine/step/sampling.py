@@ -52,9 +52,17 @@ def row_params(
     return tensors
 
 
-def padded_params(params: Seq[SamplingParams], length: int, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
-    """`row_params` of rows without penalties, padded to `length` rows."""
-    return row_params([*params, *[_PADDING] * (length - len(params))], [{}] * length, vocab_size, device)
+def padded_params(
+    params: Seq[SamplingParams],
+    uniforms: Seq[float] | Seq[Seq[float]],
+    length: int,
+    vocab_size: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """`row_params` of rows without penalties, padded to `length` rows, and "uniforms" if any row needs one."""
+    tensors = row_params([*params, *[_PADDING] * (length - len(params))], [{}] * length, vocab_size, device)
+    draws = uniforms_for(tensors, uniforms, device)
+    return tensors if draws is None else tensors | {"uniforms": draws}
 
 
 def uniforms_for(
