@@ -45,7 +45,6 @@ class Parts:
     stepper: Stepper
     stage_bytes: StageBytes
     formula: PaperFormula
-    isolates_documents: bool
 
 
 def build(config: EngineConfig) -> Parts:
@@ -102,7 +101,6 @@ def _build(config: EngineConfig) -> Parts:
         stepper=Stepper(stages, memory, ledger, kernels, config.run_ahead, one_call),
         stage_bytes=stage_bytes,
         formula=PaperFormula.of(loaded.config, dtype.itemsize),
-        isolates_documents=isolate,
     )
 
 

@@ -367,8 +367,13 @@ def state(engine: Engine, sequence: Sequence) -> dict[str, Any]:
     caches, n = engine.memory.caches, sequence.num_computed
     patch = sequence.patch_of(n)
 
+    def place(name: str, row: int) -> tuple[int, int]:
+        """Its page and its offset there."""
+        table, (block, offset) = sequence.tables[name], divmod(row, caches.specs[name].page_size)
+        return table.pages[block - table.first], offset
+
     def rows(tensors: list[tuple[Tensor, Tensor]], name: str, live: range, by_page: bool) -> list[Tensor]:
-        slots = [divmod(sequence.tables[name].slot(row), caches.specs[name].page_size) for row in live]
+        slots = [place(name, row) for row in live]
         return [
             t[page, offset].clone() if by_page else t[page, :, offset].clone()
             for kv in tensors
@@ -401,7 +406,7 @@ def state(engine: Engine, sequence: Sequence) -> dict[str, Any]:
             t[page, :, offset * slots : (offset + 1) * slots].clone()
             for kv in caches.latent
             for t in kv
-            for page, offset in [divmod(sequence.tables["latent"].slot(patch - 1), caches.specs["latent"].page_size)]
+            for page, offset in [place("latent", patch - 1)]
         ],
     }  # fmt: skip
 

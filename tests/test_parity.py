@@ -112,4 +112,6 @@ def test_isolating_documents_changes_logits(tmp_path: Path) -> None:
 
 
 def isolated(config: ModelConfig, engine: Engine) -> ModelConfig:
-    return replace(config, isolate_documents=engine.parts.isolates_documents)
+    """The configuration as the engine was told to run it."""
+    assert engine.config.isolate_documents is not None
+    return replace(config, isolate_documents=engine.config.isolate_documents)

@@ -64,7 +64,8 @@ def test_an_attention_plan_writes_each_row_to_its_page_and_reads_its_context(dat
     plan = AttentionPlan(torch.from_numpy(numbers), shape, page_size=drawn.tiling.page_size)
     n, size = drawn.spans.num_rows, drawn.tiling.page_size
     for table, position, page, offset in zip(drawn.tables, plan.positions, plan.page, plan.offset, strict=False):
-        assert page * size + offset == table.slot(int(position))
+        block, place = divmod(int(position), size)
+        assert (page, offset) == (table.pages[block - table.first], place)
     assert plan.positions.tolist() == drawn.positions + [0] * (lengths.rows - n)
     assert not plan.page[n:].any(), "padding is written to the scratch page"
     assert (plan.first[:n].tolist(), plan.last[:n].tolist()) == (drawn.first, drawn.last)
@@ -77,7 +78,7 @@ def test_an_attention_plan_writes_each_row_to_its_page_and_reads_its_context(dat
             assert drawn.tables[query] is drawn.tables[begin], "a tile is of one sequence"
             for row in (drawn.first[query], drawn.last[query]):
                 seen = plan.pages[pages_at + row // size - first_page]
-                assert seen * size == drawn.tables[query].slot(row) // size * size
+                assert seen == drawn.tables[query].pages[row // size - drawn.tables[query].first]
                 assert first_page <= row // size < first_page + num_pages
         most_pages = max(most_pages, num_pages)
     assert covered == list(range(lengths.queries)), "each query is in one tile"

@@ -34,15 +34,6 @@ class Section(BaseModel):
     immaterial: ClassVar[dict[str, str]] = {}
     """Reason by field."""
 
-    @classmethod
-    def accounted_fields(cls) -> set[str]:
-        """Every name that is declared or immaterial."""
-        names = set(cls.model_fields) | set(cls.immaterial)
-        for info in cls.model_fields.values():
-            choices = getattr(info.validation_alias, "choices", [])
-            names |= {choice for choice in choices if isinstance(choice, str)}
-        return names
-
     def unknown_fields(self, inside: str = "") -> Iterator[str]:
         """'field = value' for all fields that are not accounted for, here and in nested sections; no nulls."""
         for name, value in (self.model_extra or {}).items():

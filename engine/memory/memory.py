@@ -56,12 +56,6 @@ class Memory:
         self._take(short)
         return True
 
-    def make_room(self, missing: Mapping[PagePool, int]) -> None:
-        """Forgets prefixes, the least recently used first, until that many pages are free. Raises OutOfPages."""
-        while not all(pool.can_take(pages) for pool, pages in missing.items()):
-            if not (self.prefixes and self.prefixes.forget()):
-                raise OutOfPages("some pages are marked as kept, but belong to no prefix")
-
     def attach(self, sequence: Sequence) -> None:
         """Before a sequence is admitted: lets it begin after its longest cached prefix, unless its prompt's rows must
         run for their scores."""
@@ -119,8 +113,14 @@ class Memory:
 
     def _take(self, short: Seq[tuple[str, BlockTable, int]]) -> None:
         if self.prefixes:
-            self.make_room(self._missing(short))
+            self._forget_for(self._missing(short))
         for name, table, last in short:
             if borrowed := table.own():
                 self.caches.copy_page(name, *borrowed)
             table.extend(last)
+
+    def _forget_for(self, missing: Mapping[PagePool, int]) -> None:
+        """Forgets prefixes, the least recently used first, until that many pages are free. Raises OutOfPages."""
+        while not all(pool.can_take(pages) for pool, pages in missing.items()):
+            if not (self.prefixes and self.prefixes.forget()):
+                raise OutOfPages("some pages are marked as kept, but belong to no prefix")

@@ -174,13 +174,6 @@ class BlockTable:
         self._pool.give_back(tail)
         self._count()
 
-    def slot(self, row: int) -> int:
-        """Where a row lies in the cache: page * page_size + offset. Raises IndexError for a row without a place."""
-        index = row // self._page_size - self.first
-        if not 0 <= index < len(self.pages):
-            raise IndexError(f"row {row} has no page in pool {self._pool.name!r}")
-        return self.pages[index] * self._page_size + row % self._page_size
-
     def release(self) -> None:
         """Gives all pages back; the table starts again at row 0."""
         self._pool.give_back(self.pages)

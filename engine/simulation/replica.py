@@ -138,7 +138,6 @@ def simulated_engine(config: ModelConfig, costs: ReplicaCosts, patch: float) -> 
         stepper=stepper,
         stage_bytes=stage_bytes,
         formula=PaperFormula.of(config, 4),
-        isolates_documents=False,
     )
     engine = Engine(chosen, parts)
     engine.prompt_rows = costs.prompt_rows
