@@ -15,12 +15,12 @@ from kernels.planning import Spans
 from kernels.pooling import PageTable
 
 from ..costs.ledger import Launch, Share
+from ..documents import pieces, start_of
 from ..memory.caches import Caches
 from ..memory.pages import BlockTable
 from ..memory.text import Slots
 from ..model import Model
 from ..rows import Rows
-from ..sequence import pieces, start_of
 from .launch import NO_DOCUMENTS, Launcher
 from .plan import Arrays, padded_array, page_table, table_of
 

@@ -12,10 +12,10 @@ from kernels.planning import Spans, Tiling
 
 from ..costs.clock import Clock
 from ..costs.ledger import Launch, Share
+from ..documents import pieces, start_of
 from ..memory.caches import Caches
 from ..model import RowFloors
 from ..rows import Rows
-from ..sequence import pieces, start_of
 from .graphs import Eager, Stage
 from .plan import Arrays, Plan, plan_attention
 

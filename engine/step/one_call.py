@@ -12,11 +12,11 @@ from ..config import EOS_ID, Policy
 from ..costs.latency import MOST_BYTES
 from ..costs.ledger import Ledger
 from ..decoders import Draft, Next, Result, Unmask, Verify
+from ..documents import start_of
 from ..memory.memory import Memory, Reach
 from ..model import Model
 from ..patching import boundary_rule
 from ..rows import Rows
-from ..sequence import start_of
 from ..types import SamplingParams
 from .blocks import BLOCK_SPECIALS, rule_and_bound
 from .launch import Launcher
