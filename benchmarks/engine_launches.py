@@ -34,12 +34,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
+from engine import transfer
 from engine.checkpoint import PRESETS, RandomTensors, save
 from engine.config import EngineConfig, ModelConfig, Policy, StackConfig
 from engine.costs.ledger import Launch
 from engine.engine import Engine
 from engine.memory.text import Slots
-from engine.step import transfer
 from engine.step.ahead import Ahead
 from engine.step.graphs import Stage
 from engine.step.launch import Launcher
@@ -73,7 +73,7 @@ LAUNCHES = {
 ALLOCATES = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 NO_LAUNCH = (*ALLOCATES, "set_", "lift_fresh", "_pin_memory", "detach_")
 OWN = tuple(str(ROOT / folder) + os.sep for folder in ("engine", "kernels"))
-ROUTES = ("engine/step/transfer.py",)
+ROUTES = ("engine/transfer.py",)
 """Files that only pass on what others launch."""
 
 

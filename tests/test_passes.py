@@ -19,7 +19,7 @@ from engine.engine import Engine
 from engine.model import Decoder
 from engine.rows import Rows
 from engine.step import ahead
-from engine.step.transfer import read
+from engine.transfer import read
 from engine.types import Delta, Finished, Request, SamplingParams, UnmaskRule, Usage
 from tests import engines
 from tests.engines import Output, request, run, save_ours

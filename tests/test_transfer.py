@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.step.transfer import packed, read, unpacked
+from engine.transfer import packed, read, unpacked
 
 NUMBERS = {
     torch.int64: st.integers(-(2**53), 2**53),

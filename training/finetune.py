@@ -23,7 +23,7 @@ from engine.checkpoint.hf import UNFINISHED
 from engine.checkpoint.hf_config import render
 from engine.config import PAD_ID, ModelConfig
 from engine.layout import CONFIG, DECODERS, WEIGHTS, WEIGHTS_INDEX
-from engine.step.transfer import to_device
+from engine.transfer import to_device
 
 from . import model, objective
 from .continuing import continuing

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.step.transfer import to_device
+from engine.transfer import to_device
 
 from .device import description, synchronize
 from .metrics import Metrics

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import PAD_ID, ModelConfig
-from engine.step.transfer import to_device
+from engine.transfer import to_device
 
 from . import model
 from .model import Blocks, Clean, Patches, Weights

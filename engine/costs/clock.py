@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..step.transfer import record_event
+from ..transfer import record_event
 
 Moment = Any
 """A float on a host, an event on a CUDA device."""

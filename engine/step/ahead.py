@@ -31,13 +31,13 @@ from ..decoders import Draft, Next, Result, Unmask
 from ..memory.memory import Memory, Reach
 from ..memory.text import Slots
 from ..rows import Rows
+from ..transfer import read, read_async, to_device
 from .blocks import BlockPasses, block_tensors
 from .decoder import DecoderRows
 from .launch import padded_tensor
 from .results import cell_params, uniform
 from .sampling import are_distributions, draw_ids, padded_params
 from .stages import Stages
-from .transfer import read, read_async, to_device
 
 REMEMBERED = 32
 """How many recent blocks predict the passes that the next ones need."""

@@ -14,8 +14,8 @@ from ..config import BOE_ID, BOS_ID, PAD_ID
 from ..decoders import Unmask
 from ..memory.text import Slots
 from ..rows import Rows
+from ..transfer import to_device
 from ..types import UnmaskRule
-from .transfer import to_device
 
 BLOCK_SPECIALS = [BOE_ID, BOS_ID, PAD_ID]
 """Ids that a block's cell never becomes."""

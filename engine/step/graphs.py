@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..transfer import record_event, to_device
 from .plan import Arrays
-from .transfer import record_event, to_device
 
 Stage = Callable[[Mapping[str, Tensor]], Tensor]
 """From a stage's inputs to its output; also writes caches."""

@@ -14,9 +14,9 @@ from ..memory.text import Slots
 from ..model import Model
 from ..patching import boundary_rule
 from ..rows import Rows
+from ..transfer import Readback
 from .launch import Launcher
 from .plan import padded_array
-from .transfer import Readback
 
 Decide = Callable[[], None]
 """Waits for decisions and passes them to their sequences."""

@@ -21,10 +21,10 @@ from ..grammars import Mask
 from ..memory.text import Slots
 from ..rows import Rows
 from ..sequence import Sequence
+from ..transfer import read, to_device
 from ..types import Request, SamplingParams, TokenLogprob
 from .blocks import BlockPasses, block_tensors
 from .sampling import are_distributions, choose, draw, logprobs_of
-from .transfer import read, to_device
 
 
 def results_of(batch: Seq[Rows], logits: Tensor, slots: Slots, kernels: Kernels) -> list[Result | None]:

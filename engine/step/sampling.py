@@ -13,8 +13,8 @@ from torch import Tensor
 from kernels.dispatch import Kernels
 
 from ..grammars import Mask
+from ..transfer import to_device
 from ..types import SamplingParams, TokenLogprob
-from .transfer import to_device
 
 _MASK_64 = 2**64 - 1
 _PADDING = SamplingParams(temperature=0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.step.transfer import read_async
+from engine.transfer import read_async
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
