@@ -13,8 +13,9 @@ from typing import Any, Literal
 from engine.config import text_of
 
 from .errors import ApiError
-from .generation import LOGGED_CHARACTERS, Generation, fastblt_usage
+from .generation import LOGGED_CHARACTERS, Generation
 from .schemas import CompletionRequest
+from .usage import fastblt_usage
 
 log = logging.getLogger("fastblt.access")
 content_log = logging.getLogger("fastblt.content")

@@ -2,17 +2,15 @@
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 
 from engine.process.client import EngineClient, EngineDead
 from engine.process.streams import Stream
-from engine.types import DecoderName, Delta, Event, Failed, Finished, Request, TokenLogprob, Usage
+from engine.types import Delta, Event, Failed, Finished, Request, TokenLogprob
 
 from .admission import Gate, Ticket
 from .base64_bytes import to_base64
@@ -23,14 +21,10 @@ from .merge import merge
 from .metrics import Metrics
 from .origin import Origin
 from .requests import Plan
-from .schemas import Choice, Completion, CompletionUsage, FastBltUsage, PromptTokensDetails
+from .schemas import Choice, Completion, CompletionUsage, PromptTokensDetails
 from .settings import ServerSettings
+from .usage import fastblt_usage
 
-COUNTS = "decoder_calls", "global_calls", "rounds", "drafted", "accepted", "preemptions"
-BYTES = "estimated_bytes", "bytes_read"
-"""Reported, as COUNTS are, as sums over a request's sequences."""
-SECONDS = "queue_seconds", "prefill_seconds", "decode_seconds"
-"""Reported as the longest of a request's sequences."""
 LOGGED_CHARACTERS = 1000
 """Most characters of a text with `--log-content`."""
 
@@ -331,20 +325,3 @@ def _with_less_time(request: Request, seconds: float) -> Request:
     if request.timeout is None:
         return request
     return msgspec.structs.replace(request, timeout=max(request.timeout - seconds, 0.0))
-
-
-def fastblt_usage(decoder: DecoderName, usages: list[Usage], first_byte_seconds: float | None = None) -> FastBltUsage:
-    """The summed cost of several sequences, and the longest of their times."""
-    figures: dict[str, Any] = {name: sum(getattr(usage, name) for usage in usages) for name in (*COUNTS, *BYTES)}
-    figures |= {name: round(max(float(getattr(usage, name)) for usage in usages), 6) for name in SECONDS}
-    calls, tokens = figures["global_calls"], sum(usage.completion_tokens for usage in usages)
-    rows = Counter[str]()
-    for usage in usages:
-        rows.update(usage.rows)
-    return FastBltUsage(
-        decoder=decoder,
-        rows=dict(rows),
-        bytes_per_global_call=round(tokens / calls, 3) if calls else None,
-        first_byte_seconds=first_byte_seconds,
-        **figures,
-    )

@@ -9,10 +9,10 @@ from engine.grammars import GrammarError, compiled
 from engine.types import DecoderName, Delta, Failed, Finished, Request, SamplingParams, Trace
 
 from .choice import ChoiceStream
-from .generation import fastblt_usage
 from .grammar_worker import essence
 from .schemas import Patches
 from .structured import Constraint, Grammar, from_choices, from_json_schema, from_lark, from_regex
+from .usage import fastblt_usage
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.types import Usage
-from server.generation import fastblt_usage
+from server.usage import fastblt_usage
 from tests.scripted_server import ScriptedClient, body, serving, settled
 from tests.serving import RunningServer
 
