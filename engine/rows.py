@@ -39,8 +39,8 @@ class Rows(msgspec.Struct, kw_only=True):
 
     @property
     def may_run_ahead(self) -> bool:
-        """Whether the device may go on by itself in this step: `Sequence.may_run_ahead`, `min_tokens` is reached, and the
-        prompt is not being scored. Scores are only kept of single passes."""
+        """Whether the device may go on by itself in this step: its sequence may run ahead, `min_tokens` is reached, and
+        the prompt is not being scored. Scores are only kept of single passes."""
         of = self.sequence
         return of.may_run_ahead and of.num_output >= of.request.min_tokens and not of.scores_prompt
 

@@ -9,9 +9,9 @@ from .schemas import FastBltUsage
 
 COUNTS = "decoder_calls", "global_calls", "rounds", "drafted", "accepted", "preemptions"
 BYTES = "estimated_bytes", "bytes_read"
-"""Of a request's sequences, their sums are told."""
+"""Reported, as COUNTS are, as sums over a request's sequences."""
 SECONDS = "queue_seconds", "prefill_seconds", "decode_seconds"
-"""And of these the longest."""
+"""Reported as the longest of a request's sequences."""
 
 
 def fastblt_usage(decoder: DecoderName, usages: list[Usage], first_byte_seconds: float | None = None) -> FastBltUsage:
