@@ -104,9 +104,9 @@ def argmax_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
     return ids, highest
 
 
-@jit(do_not_specialize_on_alignment=["laws_ptr", "uniforms_ptr"])
+@jit(do_not_specialize_on_alignment=["params_ptr", "uniforms_ptr"])
 def sample_kernel(
-    logits_ptr, laws_ptr, uniforms_ptr, out_ptr, vocab_size,
+    logits_ptr, params_ptr, uniforms_ptr, out_ptr, vocab_size,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row. Ranks come from comparing every pair of ids, CHUNK of them at a time: a vocabulary of bytes is small."""
@@ -116,8 +116,8 @@ def sample_kernel(
     i = tl.arange(0, BLOCK)
     m = i < vocab_size
     x = tl.load(logits_ptr + row * vocab_size + i, mask=m, other=float("-inf")).to(tl.float64)
-    temperature, top_k = tl.load(laws_ptr + row * 4), tl.load(laws_ptr + row * 4 + 1)
-    top_p, min_p = tl.load(laws_ptr + row * 4 + 2), tl.load(laws_ptr + row * 4 + 3)
+    temperature, top_k = tl.load(params_ptr + row * 4), tl.load(params_ptr + row * 4 + 1)
+    top_p, min_p = tl.load(params_ptr + row * 4 + 2), tl.load(params_ptr + row * 4 + 3)
     uniform = tl.load(uniforms_ptr + row)
     highest = tl.max(x, 0)
     best = tl.min(tl.where((x == highest) & m, i, BLOCK), 0)

@@ -393,7 +393,7 @@ def test_boundaries_equals_torch(seed: int, rule: Rule, sequences: list[tuple[in
 
 @few
 @given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]), st.sampled_from([-math.inf, math.inf, math.nan]))
-def test_likeliest_equals_torch(seed: int, rows: int, vocab_size: int, bad: float) -> None:
+def test_argmax_equals_torch(seed: int, rows: int, vocab_size: int, bad: float) -> None:
     draw = Draw(seed)
     logits = draw.below(5, rows, vocab_size).float()
     logits[0, draw.below(vocab_size, 2)] = bad

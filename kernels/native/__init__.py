@@ -68,10 +68,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "fastblt_entropy": "pp qq i",
         "fastblt_patch_max": "ppp q pppp qqq i",
         "fastblt_boundaries": "ppppp qq i ff p q",
-        "fastblt_likeliest": "ppp qq",
+        "fastblt_argmax": "ppp qq",
         "fastblt_sample": "p i ppp qq",
         "fastblt_accepted": "pppp qq",
-        "fastblt_certainty": "ppp qq",
+        "fastblt_confidence_and_entropy": "ppp qq",
         "fastblt_unmask": "pppppp qq",
         "fastblt_step": "pp q pp i",
         "fastblt_step_sizes": "p",
@@ -310,7 +310,7 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     assert LIBRARY
     logits, (rows, vocabulary) = logits.contiguous(), logits.shape
     ids, highest = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
-    LIBRARY.fastblt_likeliest(logits.data_ptr(), ids.data_ptr(), highest.data_ptr(), rows, vocabulary)
+    LIBRARY.fastblt_argmax(logits.data_ptr(), ids.data_ptr(), highest.data_ptr(), rows, vocabulary)
     return ids, highest
 
 
@@ -339,7 +339,9 @@ def confidence_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
     assert LIBRARY
     logits, (rows, vocabulary) = logits.contiguous(), logits.shape
     confidence, entropies = torch.empty(rows), torch.empty(rows)
-    LIBRARY.fastblt_certainty(logits.data_ptr(), confidence.data_ptr(), entropies.data_ptr(), rows, vocabulary)
+    LIBRARY.fastblt_confidence_and_entropy(
+        logits.data_ptr(), confidence.data_ptr(), entropies.data_ptr(), rows, vocabulary
+    )
     return confidence, entropies
 
 
@@ -361,12 +363,12 @@ class Stack:
         norms = Norms()
         layers = [_layer(layer, norms) for layer in w.layers]
         slots = [slots_struct(slots, norms) for slots in w.slots]
-        keys = [_cross_kv(keys, norms) for keys in w.cross_kv]
+        cross_kv = [_cross_kv(kv, norms) for kv in w.cross_kv]
         like, self._width = w.layers[0].attention_norm, layers[0].dim
         self._dtype = like.dtype
         self.struct = _Stack(
-            (_Layer * len(layers))(*layers), (_Slots * len(slots))(*slots), (_CrossKv * len(keys))(*keys),
-            _address(w.embedding), None, _Matrix(), len(layers), len(slots), len(keys), self._width, 0.0,
+            (_Layer * len(layers))(*layers), (_Slots * len(slots))(*slots), (_CrossKv * len(cross_kv))(*cross_kv),
+            _address(w.embedding), None, _Matrix(), len(layers), len(slots), len(cross_kv), self._width, 0.0,
             _is_bf16(like),
         )  # fmt: skip
         if w.head is not None:

@@ -256,9 +256,9 @@ static ONE_COPY void run_stack(
     for (int64_t i = 0; i < s->num_layers; i++) {
         if (i < s->num_slots) read_slots(s->slots + i, page, offset, cross + i, now, rows);
         layer(s->layers + i, plan, caches + i, now);
-        int64_t key = i + s->num_cross_kv - s->num_layers, size = bf16 ? 2 : 4;
-        if (key >= 0) store_cross_kv(s->cross_kv + key, page, offset, cross + key, now, rows);
-        for (int64_t r = 0; r < rows && key == 0 && states; r++)
+        int64_t kv = i + s->num_cross_kv - s->num_layers, size = bf16 ? 2 : 4;
+        if (kv >= 0) store_cross_kv(s->cross_kv + kv, page, offset, cross + kv, now, rows);
+        for (int64_t r = 0; r < rows && kv == 0 && states; r++)
             narrow((char *)states + (page[r] * cross->page_size + offset[r]) * dim * size, now + r * dim, dim, bf16);
     }
     if (logit_rows) {
@@ -285,24 +285,24 @@ void fastblt_stack(
 
 /* x (rows, dim) as keys and values of `count` caches. */
 static ONE_COPY void run_cross_kv(
-    const CrossKv *keys, int64_t count, const int64_t *page, const int64_t *offset, const Cache *caches, const void *x,
+    const CrossKv *cross_kv, int64_t count, const int64_t *page, const int64_t *offset, const Cache *caches, const void *x,
     int64_t rows
 ) {
-    int64_t numbers = rows * keys->kv.in;
+    int64_t numbers = rows * cross_kv->kv.in;
     size_t most = 0;
-    for (int64_t i = 0; i < count; i++) most = larger(most, cross_kv_floats(keys + i, rows));
+    for (int64_t i = 0; i < count; i++) most = larger(most, cross_kv_floats(cross_kv + i, rows));
     reserve(numbers + 64 + most);
     float *wide = take(numbers);
-    widen(wide, x, numbers, keys->bf16);
-    for (int64_t i = 0; i < count; i++) store_cross_kv(keys + i, page, offset, caches + i, wide, rows);
+    widen(wide, x, numbers, cross_kv->bf16);
+    for (int64_t i = 0; i < count; i++) store_cross_kv(cross_kv + i, page, offset, caches + i, wide, rows);
 }
 
 void fastblt_cross_kv(
-    const CrossKv *keys, int64_t count, const int64_t *page, const int64_t *offset, const Cache *caches, const void *x,
+    const CrossKv *cross_kv, int64_t count, const int64_t *page, const int64_t *offset, const Cache *caches, const void *x,
     int64_t rows, int threads
 ) {
     begin(threads);
-    run_cross_kv(keys, count, page, offset, caches, x, rows);
+    run_cross_kv(cross_kv, count, page, offset, caches, x, rows);
     finish();
 }
 
@@ -387,7 +387,7 @@ void fastblt_boundaries(
     }
 }
 
-void fastblt_likeliest(const float *logits, int64_t *ids, float *highest, int64_t rows, int64_t vocabulary) {
+void fastblt_argmax(const float *logits, int64_t *ids, float *highest, int64_t rows, int64_t vocabulary) {
     for (int64_t r = 0; r < rows; r++) {
         const float *x = logits + r * vocabulary;
         ids[r] = argmax(x, vocabulary);
@@ -418,7 +418,7 @@ void fastblt_accepted(
         for (right[s] = 0; right[s] < lengths[s] && drafts[right[s]] == drawn[right[s]];) right[s]++;
 }
 
-void fastblt_certainty(const float *logits, float *confidence, float *entropy, int64_t rows, int64_t vocabulary) {
+void fastblt_confidence_and_entropy(const float *logits, float *confidence, float *entropy, int64_t rows, int64_t vocabulary) {
     for (int64_t r = 0; r < rows; r++) confidence_and_entropy(logits + r * vocabulary, vocabulary, confidence + r, entropy + r);
 }
 
