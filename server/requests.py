@@ -75,6 +75,7 @@ def make_plan(
     scored = [top for top in (echoed, request.prompt_logprobs) if top is not None]
     requests: list[Request] = []
     bias = {int(token): value for token, value in request.logit_bias.items()}
+    stops = [stop.encode() for stop in request.stop]
     salt = salt_of(api_key, request.cache_salt)
     log_fields = dict(logs.context.get())
     seeds = random.Random(origin.seed)
@@ -101,7 +102,7 @@ def make_plan(
                 max_tokens=request.max_tokens,
                 sampling=sampling,
                 sample_index=sample,
-                stop=[stop.encode() for stop in request.stop],
+                stop=stops,
                 stop_ids=request.stop_token_ids,
                 include_stop=request.include_stop_str_in_output,
                 min_tokens=request.min_tokens,

@@ -27,7 +27,8 @@ from .options import OPTIONS, RULES, KnownDecoder, show_unmask
 from .responses import to_json
 from .token_names import token_name
 
-MAX_STOPS = 4
+MAX_STOPS = 64
+"""Every byte of a text is compared with each."""
 MAX_STOP_BYTES = 1024
 """A longer stop string would make every step search further back."""
 MAX_LOGPROBS = 260
@@ -66,8 +67,10 @@ def _check_prompt(value: Any) -> Prompt:
 
 def _check_stop(value: object) -> list[str]:
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) for stop in stops):
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError(f"must be a string or an array of at most {MAX_STOPS} strings")
+    if len(stops) > MAX_STOPS:
+        raise Told(f"must have at most {MAX_STOPS} strings, not {len(stops)}")
     if not all(0 < len(stop.encode()) <= MAX_STOP_BYTES for stop in stops):
         raise ValueError(f"a stop string must have 1 to {MAX_STOP_BYTES} bytes")
     return stops

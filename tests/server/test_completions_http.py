@@ -51,7 +51,7 @@ BAD: dict[str, tuple[bytes | dict[str, Any], int, str | None]] = {
     "a suffix": (FINE | {"suffix": "x"}, 400, "suffix"),
     "an unknown field": (FINE | {"max_token": 3}, 400, "max_token"),
     "too many logprobs": (FINE | {"logprobs": 261}, 400, "logprobs"),
-    "too many stop strings": (FINE | {"stop": ["a"] * 5}, 400, "stop"),
+    "too many stop strings": (FINE | {"stop": ["a"] * 65}, 400, "stop"),
     "an empty stop string": (FINE | {"stop": ""}, 400, "stop"),
     "temperature 3": (FINE | {"temperature": 3}, 400, "temperature"),
     "temperature NaN": (b'{"model":"tiny","temperature":NaN}', 400, "temperature"),

@@ -55,7 +55,7 @@ class Evaluator:
         self.prefix, self.end = (self.encode(told[f"{kind}_token"])[0] for kind in ("bos", "eos"))
 
     def encode(self, text: str) -> list[int]:
-        tokens: list[int] = self._answer("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+        tokens: list[int] = self.answer("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
         return tokens
 
     def pair(self, context: str, continuation: str) -> Asked:
@@ -81,7 +81,7 @@ class Evaluator:
             batch = asked[at : at + BATCH]
             fields = {"temperature": 0, "max_tokens": max_tokens, "logprobs": 1, "seed": 1234, "echo": True}
             prompts = [[*part.context, *part.continuation] for part in batch]
-            answer = self._answer("/v1/completions", {"model": "tiny", "prompt": prompts, **fields})
+            answer = self.answer("/v1/completions", {"model": "tiny", "prompt": prompts, **fields})
             for part, choice in zip(batch, sorted(answer["choices"], key=lambda c: c["index"]), strict=True):
                 told = choice["logprobs"]
                 own, tops = (
@@ -92,7 +92,7 @@ class Evaluator:
                 found.append((sum(own), all(p == max(top.values()) for p, top in zip(own, tops, strict=True))))
         return found
 
-    def _answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = self._http.post(path, json=body)
         assert answer.status_code == 200, answer.text
         told: dict[str, Any] = answer.json()
@@ -132,6 +132,13 @@ def test_rolling_loglikelihoods_are_those_of_the_plain_model(evaluator: Evaluato
         assert total == pytest.approx(sum(plain(*part)[0] for part in windows), abs=CLOSE)
         if most > len(ids(text)):
             assert total == pytest.approx(plain([BOS_ID], ids(text))[0], abs=CLOSE)
+
+
+def test_the_stop_strings_of_humaneval_are_taken(evaluator: Evaluator) -> None:
+    ends = ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "</s>"]
+    fields = {"max_tokens": 64, "temperature": 0, "stop": ends, "seed": 1234}
+    answer = evaluator.answer("/v1/completions", {"model": "tiny", "prompt": [evaluator.encode("def f(")], **fields})
+    assert not any(end in answer["choices"][0]["text"] for end in ends)
 
 
 def test_the_prefix_is_begin_of_sequence(evaluator: Evaluator) -> None:

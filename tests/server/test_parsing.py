@@ -117,6 +117,8 @@ def test_bounds_of_request_fields_are_the_documented_ones() -> None:
     assert refused({"prompt": [5] * (MAX_LENGTH + 1)})["code"] == "context_length_exceeded"
     assert parsed({"user": "u" * (FIELD_BYTES - 2)}).user
     assert refused({"user": "u" * (FIELD_BYTES - 1)})["param"] == "user"
+    assert parsed({"stop": ["s" * 500] * 64}).stop == ["s" * 500] * 64
+    assert refused({"stop": ["s" * 600] * 64})["message"] == f"stop: must have at most {FIELD_BYTES} bytes"
     assert parsed(b"{" + b" " * (OTHER_BYTES - 2) + b"}")
     assert "white space" in refused(b"{" + b" " * (OTHER_BYTES - 1) + b"}")["message"]
     assert parsed(b'{"nope":null}')
@@ -150,7 +152,8 @@ def test_bounds_of_request_fields_are_the_documented_ones() -> None:
         ),
         ({"stream_options": {"include_obfuscation": True}},
          "stream_options.include_obfuscation: must be false, not true"),
-        ({"stop": [None, True]}, "stop: must be a string or an array of at most 4 strings, not [null, true]"),
+        ({"stop": [None, True]}, "stop: must be a string or an array of at most 64 strings, not [null, true]"),
+        ({"stop": ["a"] * 65}, "stop: must have at most 64 strings, not 65"),
         ({"prompt": ["a"] * 9}, "prompt: must have at most 8 prompts, not 9 or more"),
     ],
 )  # fmt: skip
