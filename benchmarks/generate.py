@@ -38,7 +38,7 @@ class Reading:
     rounds: int
     decoder_calls: int
     global_calls: int
-    read_bytes: int
+    bytes_read: int
     calls: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -53,7 +53,7 @@ class Reading:
     @property
     def read_per_byte(self) -> float:
         """Bytes read for every byte generated, as the engine counts them."""
-        return self.read_bytes / self.committed
+        return self.bytes_read / self.committed
 
 
 def prompts(count: int, length: int) -> list[list[int]]:
@@ -144,6 +144,6 @@ def generate(
         rounds=counts.rounds - before.rounds,
         decoder_calls=counts.calls["decoder"] - before.calls.get("decoder", 0),
         global_calls=counts.calls["global"] - before.calls.get("global", 0),
-        read_bytes=sum(counts.read_bytes.values()) - sum(before.read_bytes.values()),
+        bytes_read=sum(counts.bytes_read.values()) - sum(before.bytes_read.values()),
         calls={stage: calls - start.calls[stage] for stage, calls in end.calls.items()},
     )

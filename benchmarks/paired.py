@@ -38,7 +38,7 @@ def figures(pairs: "Sequence[tuple[Reading, Reading]]", peaks: Sequence[float]) 
     ratios = [found.bytes_per_second / blt.bytes_per_second for blt, found in pairs]
     predicted = [blt.read_per_byte / found.read_per_byte for blt, found in pairs]
     realised = [r / p for r, p in zip(ratios, predicted, strict=True)]
-    read = [found.read_bytes / found.seconds for _, found in pairs]
+    read = [found.bytes_read / found.seconds for _, found in pairs]
     last = pairs[-1][1]
     return {
         "bytes_per_second": statistics.median(found.bytes_per_second for _, found in pairs),

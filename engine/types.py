@@ -265,7 +265,7 @@ class DecoderCounts(msgspec.Struct, frozen=True, kw_only=True):
     calls: dict[str, int] = {}
     """Passes that the requests took part in, counted once per request."""
     rows: dict[str, int] = {}
-    read_bytes: dict[str, int] = {}
+    bytes_read: dict[str, int] = {}
     seconds: dict[str, float] = {}
     """Their shares, by rows, of the time that passes took."""
     estimated_bytes: dict[str, int] = {}
@@ -291,7 +291,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Per stage: patcher, encoder, global, decoder."""
     rows: dict[str, int] = {}
     """Per stage."""
-    read_bytes: dict[str, int] = {}
+    bytes_read: dict[str, int] = {}
     """Per stage: weights, keys and values, look-ups."""
     stage_seconds: dict[str, float] = {}
     decoders: dict[str, DecoderCounts] = {}

@@ -333,7 +333,7 @@ COUNTERS: dict[str, tuple[str, Labels, Read]] = {
     "stage_calls": ("Calls of a stage, each over a whole batch.", ("stage",), _per_stage("calls")),
     "stage_rows": ("Rows that went through a stage.", ("stage",), _per_stage("rows")),
     "stage_seconds": ("Time spent in a stage.", ("stage",), _per_stage("stage_seconds")),
-    "stage_read_bytes": ("Weights, keys, values and look-ups a stage read.", ("stage",), _per_stage("read_bytes")),
+    "stage_read_bytes": ("Weights, keys, values and look-ups a stage read.", ("stage",), _per_stage("bytes_read")),
     "committed_bytes": ("Generated ids.", ("decoder",), _per_decoder("committed")),
     "rounds": ("Rounds of a decoder.", ("decoder",), _per_decoder("rounds")),
     "drafted_bytes": ("Bytes drafted, or decoded in blocks.", ("decoder",), _per_decoder("drafted")),
@@ -354,7 +354,7 @@ COUNTERS: dict[str, tuple[str, Labels, Read]] = {
     "decoder_stage_read_bytes": (
         "Bytes read, with weights divided among the batch.",
         BOTH,
-        _per_decoder_and_stage(lambda c: c.read_bytes),
+        _per_decoder_and_stage(lambda c: c.bytes_read),
     ),
     "decoder_stage_estimated_bytes": (
         "Weight bytes by the paper's formula.",

@@ -191,7 +191,7 @@ class _Packed:
 
 def _reads(stage: str, before: Snapshot, after: Snapshot, weights: Mapping[str, int]) -> StageReads:
     passes = after.calls[stage] - before.calls[stage]
-    read, once = after.read_bytes[stage] - before.read_bytes[stage], passes * weights[stage]
+    read, once = after.bytes_read[stage] - before.bytes_read[stage], passes * weights[stage]
     return StageReads(passes, after.rows[stage] - before.rows[stage], once, read - once)
 
 

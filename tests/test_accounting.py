@@ -90,7 +90,7 @@ def test_a_batch_divides_the_bytes_read_among_its_requests() -> None:
     assert sum(usage.bytes_read for usage in usages) == pytest.approx(spent, rel=1e-6)
     snapshot = engine.snapshot()
     assert snapshot.decoders["blt"].committed == snapshot.decoders["blt-s"].committed == 160
-    counted = [sum(counts.read_bytes.values()) for counts in snapshot.decoders.values()]
+    counted = [sum(counts.bytes_read.values()) for counts in snapshot.decoders.values()]
     assert sum(counted) == pytest.approx(spent, rel=1e-6)
     # Every row of this batch generates, so that nothing of the time is left over.
     for stage, seconds in snapshot.stage_seconds.items():

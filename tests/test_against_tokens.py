@@ -29,7 +29,7 @@ def theirs(tokens_per_second: float) -> TokenReading:
 def ours(bytes_per_second: float, read_per_byte: int) -> Reading:
     seconds = 100 / bytes_per_second
     counts = {"committed": 100, "rounds": 20, "decoder_calls": 40, "global_calls": 25}
-    return Reading([], seconds, 40, seconds, {}, {}, read_bytes=100 * read_per_byte, **counts)
+    return Reading([], seconds, 40, seconds, {}, {}, bytes_read=100 * read_per_byte, **counts)
 
 
 PAIRS = {

@@ -61,9 +61,9 @@ def _run(engine: Engine, decoder: DecoderName, sequences: int, seconds: float) -
         if not started:
             # The step that ends the last prompt is not measured either.
             started, count, began = not silent, 0, time.monotonic()
-            before = sum(engine.snapshot().read_bytes.values())
+            before = sum(engine.snapshot().bytes_read.values())
         elif time.monotonic() - began > seconds:
             break
-    took, read = time.monotonic() - began, sum(engine.snapshot().read_bytes.values()) - before
+    took, read = time.monotonic() - began, sum(engine.snapshot().bytes_read.values()) - before
     stop(engine, names)
     return count, took, read
