@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kernels.native.step import Answer, Totals
+from kernels.native.step import STAGES, Answer, Totals
 
-from ..counts import PATCH_SIZES, STAGES, Counts
+from ..counts import PATCH_SIZES, Counts
 from ..decoders import Committed, Next
 from ..rows import Rows
 from ..sequence import Sequence

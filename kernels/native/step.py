@@ -21,6 +21,7 @@ from . import LIBRARY, CrossKv, Norms, Packed, Stack, _CrossKv, _Matrix, _Slots,
 CACHES = ("patcher", "encoder", "open", "global", "latent", "decoder")
 """In the order of a share's tables."""
 STAGES = ("patcher", "encoder", "global", "decoder")
+"""In the order of an answer's `served` and of the totals."""
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
