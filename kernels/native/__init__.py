@@ -372,7 +372,8 @@ class Stack:
             _is_bf16(like),
         )  # fmt: skip
         if w.head is not None:
-            self.struct.norm, self.struct.head, self.struct.eps = norms(w.head.norm), _struct(w.head.matrix), w.head.eps
+            self.struct.norm, self.struct.eps = norms(w.head.norm), w.head.eps
+            self.struct.head = matrix_struct(w.head.matrix)
             self._width = self.struct.head.out
         self._address = ctypes.byref(self.struct)
         # Keeps the memory behind the addresses.
@@ -422,7 +423,7 @@ class Norms(list[Tensor]):
 
 
 def _layer(w: LayerWeights, norms: Norms) -> _Layer:
-    matrices = [_struct(m) for m in (w.qkv, w.o, w.gate_up, w.down)]
+    matrices = [matrix_struct(m) for m in (w.qkv, w.o, w.gate_up, w.down)]
     return _Layer(
         norms(w.attention_norm), norms(w.ffn_norm), w.rope.data_ptr(), *matrices, len(w.attention_norm), w.heads,
         w.kv_heads, w.head_dim, matrices[3].width, w.eps, _is_bf16(w.attention_norm),
@@ -431,15 +432,16 @@ def _layer(w: LayerWeights, norms: Norms) -> _Layer:
 
 def slots_struct(w: SlotsWeights, norms: Norms) -> _Slots:
     return _Slots(
-        norms(w.norm), _struct(w.q), _struct(w.o), len(w.norm), w.heads, w.head_dim, w.slots, w.eps, _is_bf16(w.norm)
-    )
+        norms(w.norm), matrix_struct(w.q), matrix_struct(w.o), len(w.norm), w.heads, w.head_dim, w.slots, w.eps,
+        _is_bf16(w.norm),
+    )  # fmt: skip
 
 
 def _cross_kv(w: CrossKvWeights, norms: Norms) -> _CrossKv:
-    return _CrossKv(norms(w.norm), _struct(w.kv), w.eps, _is_bf16(w.norm))
+    return _CrossKv(norms(w.norm), matrix_struct(w.kv), w.eps, _is_bf16(w.norm))
 
 
-def _struct(matrix: Matrix) -> _Matrix:
+def matrix_struct(matrix: Matrix) -> _Matrix:
     assert isinstance(matrix, Packed)
     return matrix.struct
 

@@ -16,7 +16,7 @@ from ..hash_embed import HashTables
 from ..linear import Matrix
 from ..planning import Tiling
 from ..stack import KvCache, SlotsWeights
-from . import LIBRARY, CrossKv, Norms, Packed, Stack, _CrossKv, _Matrix, _Slots, _Stack, judge_of, slots_struct
+from . import LIBRARY, CrossKv, Norms, Stack, _CrossKv, _Matrix, _Slots, _Stack, judge_of, matrix_struct, slots_struct
 
 CACHES = ("patcher", "encoder", "open", "global", "latent", "decoder")
 """In the order of a share's tables."""
@@ -197,7 +197,7 @@ class Step:
         addresses = [ctypes.addressof(caches.kv[name].addresses) for name in CACHES]
         tilings = (_INT * 4 * len(CACHES))(*((_INT * 4)(*caches.tilings[name]) for name in CACHES))
         stacks = (ctypes.pointer(stack.struct) for stack in (w.patcher, w.encoder, w.global_, w.decoder))
-        matrices = (_Matrix() if m is None else _struct(m) for m in (w.open_slots, w.projection, w.latent_slots))
+        matrices = (_Matrix() if m is None else matrix_struct(m) for m in (w.open_slots, w.projection, w.latent_slots))
         self._model = _Model(
             *stacks, ctypes.addressof(w.hashes.description), w.embedding.data_ptr(), closing, w.latent_kv.structs,
             *matrices, (_POINTER * len(CACHES))(*addresses), caches.open_states.data_ptr(), tilings, len(closing),
@@ -246,8 +246,3 @@ def processor_cache() -> int:
     """Bytes of the largest cache of the first core, which it may share with others; 0 where Linux does not tell."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=0)
-
-
-def _struct(matrix: Matrix) -> _Matrix:
-    assert isinstance(matrix, Packed)
-    return matrix.struct
