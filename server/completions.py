@@ -26,6 +26,9 @@ log = logging.getLogger("fastblt.server")
 
 T = TypeVar("T")
 
+LINE_BREAKS = {"\u0085": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"}
+"""Those of Unicode, which JSON leaves as they are and the lines of httpx and requests end at, and their escapes."""
+
 KEEPALIVE = b"\n\n"
 """Sent in a silent stream. Every reader of events ignores empty lines. Not all ignore comments: vLLM's benchmark takes
 one for the start of the next event, SGLang's for broken JSON."""
@@ -206,4 +209,7 @@ class CompletionStream(EventSourceResponse):
 
 
 def _event(content: Any) -> bytes:
-    return format_sse_event(data_str=to_json(content).decode())
+    data = to_json(content).decode()
+    for character, escape in LINE_BREAKS.items():
+        data = data.replace(character, escape)
+    return format_sse_event(data_str=data)

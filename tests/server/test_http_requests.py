@@ -186,6 +186,19 @@ async def test_an_http_1_0_client_gets_a_response_without_chunks() -> None:
                 assert text.endswith(b"data: [DONE]\n\n") if stream else json.loads(text)["choices"]
 
 
+async def test_an_event_is_one_line_to_clients_that_know_line_breaks_of_unicode() -> None:
+    text = "a\u0085b\u2028c\u2029d\x0b\x0c\x1e\r\n\\"
+    asked = body(text, echo=True, stream=True)
+    async with (
+        serving(ScriptedClient()) as http,
+        http.stream("POST", "/v1/completions", json=asked) as response,
+    ):
+        lines = [line async for line in response.aiter_lines() if line]
+    *events, last = [line.removeprefix("data: ") for line in lines]
+    told = [choice["text"] for event in events for choice in json.loads(event)["choices"]]
+    assert ("".join(told), last) == (text + "ab", "[DONE]")
+
+
 async def test_a_request_that_offers_a_protocol_upgrade_keeps_its_body() -> None:
     client = ScriptedClient()
     async with serving(client) as http, connected(port_of(http)) as raw:
