@@ -21,7 +21,7 @@ from engine.admission import prompt_too_long
 
 from .errors import ApiError, from_failed, from_validation, shown, unknown_parameter
 from .neutral import NEUTRAL
-from .schemas import PROMPT_RULE, CompletionRequest, NotOffered
+from .schemas import PROMPT_RULE, CompletionRequest
 from .token_schemas import DetokenizeRequest, TokenizeRequest
 
 OTHER_BYTES = 16 << 10
@@ -134,8 +134,6 @@ def parse_detokenize(body: bytes) -> DetokenizeRequest:
 def _validated(model: type[Model], body: bytes) -> Model:
     try:
         return model.model_validate_json(body)
-    except NotOffered as error:
-        raise ApiError(400, str(error), param=error.field, code="unsupported_parameter") from None
     except ValidationError as error:
         raise _encoding_fault(body) or from_validation(error, model.model_fields) from None
 

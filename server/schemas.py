@@ -21,10 +21,9 @@ from typing_extensions import TypedDict
 from engine.types import MAX_DRAFT, TokenLogprob
 
 from .base64_bytes import Base64Bytes, from_base64, is_base64
-from .errors import Told
-from .neutral import NEUTRAL
+from .errors import ApiError, Told, shown
+from .neutral import NEUTRAL, Neutral
 from .options import OPTIONS, RULES, KnownDecoder, show_unmask
-from .responses import to_json
 from .token_names import token_name
 
 MAX_STOPS = 64
@@ -319,7 +318,7 @@ class CompletionRequest(Strict):
         for field, known in NEUTRAL.items():
             value = data.get(field)
             if value is not None and not known.allows(value):
-                raise NotOffered(field, known.values)
+                raise _not_allowed(field, known, value)
         return {name: value for name, value in data.items() if name not in NEUTRAL}
 
     @field_validator("truncate_prompt_tokens")
@@ -341,13 +340,14 @@ class CompletionRequest(Strict):
         return bias
 
 
-class NotOffered(Exception):
-    """A field that is known, with a value that this server cannot honour."""
-
-    def __init__(self, field: str, neutral: tuple[Any, ...]) -> None:
-        values = " or ".join(to_json(value).decode() for value in (*neutral, None))
-        super().__init__(f"{field} is not supported: leave it out, or send {values}, which changes nothing")
-        self.field = field
+def _not_allowed(field: str, known: Neutral, value: object) -> ApiError:
+    """For a value that this server cannot honour, or that has the wrong type."""
+    if known.kind:
+        kind = "an object" if known.kind is dict else "a string"
+        return ApiError(400, f"{field}: must be {kind}, not {shown(value)}", param=field, code="invalid_value")
+    values = ", ".join(map(shown, (*known.values, None)))
+    message = f"{field}: must be {values} or left out, not {shown(value)}: nothing else is supported"
+    return ApiError(400, message, param=field, code="unsupported_parameter")
 
 
 class Logprobs(BaseModel):

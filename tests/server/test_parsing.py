@@ -153,6 +153,10 @@ def test_bounds_of_request_fields_are_the_documented_ones() -> None:
         ({"stream_options": {"include_obfuscation": True}},
          "stream_options.include_obfuscation: must be false, not true"),
         ({"stop": [None, True]}, "stop: must be a string or an array of at most 64 strings, not [null, true]"),
+        ({"metadata": "x"}, "metadata: must be an object, not 'x'"),
+        ({"safety_identifier": 5}, "safety_identifier: must be a string, not 5"),
+        ({"suffix": "b"}, "suffix: must be '', null or left out, not 'b': nothing else is supported"),
+        ({"regex": "a+"}, "regex: must be null or left out, not 'a+': nothing else is supported"),
         ({"stop": ["a"] * 65}, "stop: must have at most 64 strings, not 65"),
         ({"prompt": ["a"] * 9}, "prompt: must have at most 8 prompts, not 9 or more"),
     ],
@@ -182,8 +186,9 @@ def test_unsupported_fields_accept_only_their_neutral_values(name: str) -> None:
         if value in fine or (known.kind and isinstance(value, known.kind)) or value is True and True in fine:
             continue
         error = refused({name: value})
-        assert (error["code"], error["param"]) == ("unsupported_parameter", name)
-        assert name in error["message"]
+        code = "invalid_value" if known.kind else "unsupported_parameter"
+        assert (error["code"], error["param"]) == (code, name)
+        assert error["message"].startswith(f"{name}: must be ")
 
 
 def test_booleans_and_numbers_are_not_interchangeable() -> None:
