@@ -4,6 +4,7 @@
 #ifndef FASTBLT_ATTENTION_H
 #define FASTBLT_ATTENTION_H
 
+#include "planning.h"
 #include "pool.h"
 #include "vector.h"
 
@@ -153,11 +154,11 @@ typedef struct {
 } Seen;
 
 static inline Seen seen_of(const Attention *a, const int64_t *tile, int64_t p, int64_t kv_head) {
-    if (!tile[1] || !tile[4]) return (Seen){0, -1, 0};
-    int64_t size = a->cache->page_size, base = (tile[3] + p) * size;
-    int64_t low = a->plan->first[tile[0]] - base, high = a->plan->last[tile[0] + tile[1] - 1] - base;
+    if (!tile[COUNT] || !tile[NUM_PAGES]) return (Seen){0, -1, 0};
+    int64_t size = a->cache->page_size, base = (tile[FIRST_PAGE] + p) * size;
+    int64_t low = a->plan->first[tile[BEGIN]] - base, high = a->plan->last[tile[BEGIN] + tile[COUNT] - 1] - base;
     low = low < 0 ? 0 : low, high = high >= size ? size - 1 : high;
-    int64_t page = a->plan->pages[tile[2] + p] * a->cache->kv_heads + kv_head;
+    int64_t page = a->plan->pages[tile[PAGES_AT] + p] * a->cache->kv_heads + kv_head;
     return (Seen){low, high, (page * size + low) * a->cache->head_dim};
 }
 
@@ -167,14 +168,14 @@ static inline Seen seen_of(const Attention *a, const int64_t *tile, int64_t p, i
         const Attention *a, const int64_t *tile, int64_t kv_head, Seen then, float *scores                             \
     ) {                                                                                                                \
         const Plan *plan = a->plan;                                                                                    \
-        int64_t begin = tile[0], count = tile[1], first_page = tile[3], num_pages = tile[4];                           \
+        int64_t begin = tile[BEGIN], count = tile[COUNT], first_page = tile[FIRST_PAGE], num_pages = tile[NUM_PAGES];  \
         int64_t width = a->cache->head_dim, size = plan->page_size, shared = a->heads / a->cache->kv_heads;            \
         int64_t streams = count * shared;                                                                              \
         float highest[streams], total[streams];                                                                        \
         for (int64_t s = 0; s < streams; s++) highest[s] = -INFINITY, total[s] = 0.0f;                                 \
         for (int64_t p = 0; p < num_pages; p++) {                                                                      \
             int64_t base = (first_page + p) * size;                                                                    \
-            int64_t at = (plan->pages[tile[2] + p] * a->cache->kv_heads + kv_head) * size * width;                     \
+            int64_t at = (plan->pages[tile[PAGES_AT] + p] * a->cache->kv_heads + kv_head) * size * width;              \
             const TYPE *k = (const TYPE *)a->cache->keys + at, *v = (const TYPE *)a->cache->values + at;               \
             Seen next = p + 1 < num_pages ? seen_of(a, tile, p + 1, kv_head) : then;                                   \
             const char *next_k = (const char *)((const TYPE *)a->cache->keys + next.at);                               \
@@ -219,9 +220,9 @@ static void attend_tiles(void *of, int64_t begin, int64_t end) {
     int64_t kv_heads = a->cache->kv_heads;
     float *scores = scratch(a->plan->page_size + LANES);
     for (int64_t i = begin; i < end; i++) {
-        const int64_t *tile = a->plan->tiles + i / kv_heads * 5;
+        const int64_t *tile = a->plan->tiles + i / kv_heads * TILE_NUMBERS;
         int64_t after = i + 1 < end ? i + 1 : i;
-        Seen then = seen_of(a, a->plan->tiles + after / kv_heads * 5, 0, after % kv_heads);
+        Seen then = seen_of(a, a->plan->tiles + after / kv_heads * TILE_NUMBERS, 0, after % kv_heads);
         if (a->bf16) attend_tile_bf16(a, tile, i % kv_heads, then, scores);
         else attend_tile_f32(a, tile, i % kv_heads, then, scores);
     }
@@ -229,8 +230,9 @@ static void attend_tiles(void *of, int64_t begin, int64_t end) {
 
 /* q (queries, heads, head_dim), scaled, to out of the same shape. Outputs of rows in no tile are zeros. */
 static ONE_COPY void attend(const float *q, float *out, const Plan *plan, const Cache *cache, int64_t heads, int bf16) {
+    const int64_t *tile = plan->tiles;
     int64_t work = 0;
-    for (int64_t t = 0; t < plan->num_tiles; t++) work += plan->tiles[t * 5 + 1] * plan->tiles[t * 5 + 4];
+    for (int64_t t = 0; t < plan->num_tiles; t++, tile += TILE_NUMBERS) work += tile[COUNT] * tile[NUM_PAGES];
     memset(out, 0, plan->queries * heads * cache->head_dim * sizeof *out);
     Attention a = {q, out, plan, cache, heads, bf16};
     share(attend_tiles, &a, plan->num_tiles * cache->kv_heads, work * plan->page_size * heads * cache->head_dim * 2);

@@ -363,7 +363,7 @@ int64_t fastblt_plan(
         while (power < found[1] || power < pages) power *= 2;
         found[1] = power;
     }
-    int64_t numbers = 3 * rows + 2 * queries + 5 * found[0] + found[1];
+    int64_t numbers = 3 * rows + 2 * queries + TILE_NUMBERS * found[0] + found[1];
     if (numbers > room) return numbers;
     memset(out, 0, numbers * sizeof *out);
     int64_t *first = fill_writes(out, rows, writes, num_writes, written, tiling);

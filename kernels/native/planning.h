@@ -14,6 +14,9 @@ typedef struct {
     int64_t small, large, page_size, window;
 } Tiling;
 
+/* Numbers of a tile in a plan, as in kernels/attention.py. */
+enum { BEGIN, COUNT, PAGES_AT, FIRST_PAGE, NUM_PAGES, TILE_NUMBERS };
+
 /* A tile's first row in its span, its number of rows, and the pages of the sequence that it reads. */
 typedef struct {
     int64_t begin, count, lowest, highest;
@@ -64,15 +67,15 @@ static int64_t *fill_writes(int64_t *out, int64_t rows, const Span *writes, int6
 static void fill_queries(
     int64_t *first, int64_t queries, int64_t num_tiles, const Span *spans, int64_t n, const int64_t *pages, const Tiling *t
 ) {
-    int64_t *last = first + queries, *tiles = last + queries, *read = tiles + 5 * num_tiles, query = 0, used = 0;
+    int64_t *last = first + queries, *tiles = last + queries, *read = tiles + TILE_NUMBERS * num_tiles, query = 0, used = 0;
     for (const Span *s = spans; s < spans + n; s++) {
         for (int64_t row = 0; row < s->count;) {
             Tile tile = tile_at(s, row, t);
             int64_t count = tile.highest + 1 - tile.lowest;
-            int64_t numbers[5] = {query + row, tile.count, used, tile.lowest, count};
+            int64_t numbers[TILE_NUMBERS] = {query + row, tile.count, used, tile.lowest, count};
             memcpy(tiles, numbers, sizeof numbers);
             memcpy(read + used, pages + s->pages_at + tile.lowest - s->first_page, count * sizeof *pages);
-            tiles += 5;
+            tiles += TILE_NUMBERS;
             used += count;
             row += tile.count;
         }
@@ -82,9 +85,9 @@ static void fill_queries(
         }
         query += s->count;
     }
-    for (; query < queries; query += t->large, tiles += 5) {
-        tiles[0] = query;
-        tiles[1] = queries - query < t->large ? queries - query : t->large;
+    for (; query < queries; query += t->large, tiles += TILE_NUMBERS) {
+        tiles[BEGIN] = query;
+        tiles[COUNT] = queries - query < t->large ? queries - query : t->large;
     }
 }
 

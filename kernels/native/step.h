@@ -117,11 +117,11 @@ static int64_t add_pages(Spans *s, const Table *t, int64_t end, const Tiling *ti
 static Plan planned(Buffer *into, const Spans *writes, const Spans *queries, const Tiling *tiling) {
     int64_t tiles, pages, most, rows = writes ? writes->num_rows : 0, count = queries->num_rows;
     count_tiles(queries->spans, queries->num_spans, tiling, &tiles, &pages, &most);
-    int64_t *at = room(into, 3 * rows + 2 * count + 5 * tiles + pages, sizeof *at), *first = at + 3 * rows;
+    int64_t *at = room(into, 3 * rows + 2 * count + TILE_NUMBERS * tiles + pages, sizeof *at), *first = at + 3 * rows;
     if (rows) fill_writes(at, rows, writes->spans, writes->num_spans, writes->pages, tiling);
     fill_queries(first, count, tiles, queries->spans, queries->num_spans, queries->pages, tiling);
     int64_t *tiles_at = first + 2 * count;
-    return (Plan){rows, count, tiles, tiling->page_size, at, at + rows, at + 2 * rows, first, first + count, tiles_at, tiles_at + 5 * tiles};
+    return (Plan){rows, count, tiles, tiling->page_size, at, at + rows, at + 2 * rows, first, first + count, tiles_at, tiles_at + TILE_NUMBERS * tiles};
 }
 
 static int64_t page_of(const Table *t, int64_t row, int64_t size) { return t->pages[row / size - t->first]; }
