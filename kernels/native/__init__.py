@@ -301,7 +301,7 @@ def boundaries(entropies: Tensor, text: Text, spans: Tensor, rule: Rule) -> Tens
 
 
 def judge_of(rule: Rule) -> int:
-    """The rule's number in bytes.h."""
+    """`judge` of `Rule` in bytes.h."""
     return 3 if rule.every_byte else 2 if rule.monotonic else 0 if rule.rise is None else 1
 
 

@@ -158,7 +158,8 @@ typedef struct {
 #define MICROS(ROWS) MICRO(ROWS, f32, float) MICRO(ROWS, bf16, uint16_t) MICRO(ROWS, fp8, uint8_t)
 EACH(MICROS)
 
-/* Adds `count` products to every output of `rows` rows' tiles. */
+/* Adds `count` products to every output of `rows` rows' tiles. With each it prefetches, from `ahead` on in steps of `step`
+   bytes. */
 static inline void micro(
     int rows, const float *x, int64_t count, const void *weights, int itemsize, const char *ahead, int64_t step, float *tile
 ) {

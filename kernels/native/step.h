@@ -128,7 +128,7 @@ static int64_t page_of(const Table *t, int64_t row, int64_t size) { return t->pa
 
 static int starts_after(const Share *s, int64_t row) { return s->patch[row + 1] != s->patch[row]; }
 
-/* Counts a sequence's rows start..start+count-1 in a pass of `all` rows. */
+/* Counts `count` rows of a sequence in a pass of `all` rows. */
 static void serve(Share *s, int stage, int64_t all, int64_t count, int64_t counted, int64_t looked) {
     Served *of = s->served + stage;
     counted = counted < 0 ? 0 : counted > count ? count : counted;
@@ -137,6 +137,7 @@ static void serve(Share *s, int stage, int64_t all, int64_t count, int64_t count
     of->looked_counted += (double)looked * counted / count;
 }
 
+/* The same for its rows from `start` on in a cache of bytes, in a document that begins at `floor`. */
 static void serve_bytes(Share *s, int stage, const Tiling *t, int64_t all, int64_t start, int64_t count, int64_t floor) {
     int64_t from = t->window && start - t->window + 1 > floor ? start - t->window + 1 : floor;
     serve(s, stage, all, count, start + count - s->counted_from, start + count - from);
@@ -253,7 +254,7 @@ static void *run_encoder(const Model *m, Share *const *shares, int64_t n, Totals
     return states;
 }
 
-/* Closed patches to latents. */
+/* A closed patch: its bytes begin..after-1, and the first patch that it sees. */
 typedef struct {
     Share *of;
     int64_t patch, begin, after, floor;
@@ -275,6 +276,7 @@ static int64_t closed_patches(const Model *m, Share *s, Patch *found) {
     return count;
 }
 
+/* Closed patches to latents. */
 static void run_global(const Model *m, Share *const *shares, int64_t n, Totals *totals) {
     static Buffer spans_room, pages_room, plan_room, query_spans, query_pages, query_plan;
     double began = seconds_now();
