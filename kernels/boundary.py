@@ -79,7 +79,7 @@ def traffic(rows: int, spans: int) -> Traffic:
 
 @jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["entropies_ptr", "spans_ptr"])
 def boundaries_kernel(
-    entropies_ptr, before_ptr, patch_ptr, start_ptr, spans_ptr, found_ptr, rows, threshold, rise, longest,
+    entropies_ptr, known_ptr, patch_ptr, start_ptr, spans_ptr, found_ptr, rows, threshold, rise, longest,
     EVERY_BYTE: tl.constexpr, MONOTONIC: tl.constexpr, RISE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One sequence, row after row: the length of the open patch depends on every decision before."""
@@ -92,7 +92,7 @@ def boundaries_kernel(
     byte = tl.load(spans_ptr + span * 4 + 3)
     patch = tl.load(patch_ptr + at).to(tl.int64)
     start = tl.load(start_ptr + at).to(tl.int64)
-    before = tl.load(before_ptr + at - 1, mask=byte > 0, other=0.0)
+    before = tl.load(known_ptr + at - 1, mask=byte > 0, other=0.0)
     for r in range(row, row + count):
         now = tl.load(entropies_ptr + r)
         byte += 1
@@ -109,7 +109,7 @@ def boundaries_kernel(
         tl.store(found_ptr + rows + r, opens.to(tl.float32))
         start = tl.where(opens, byte, start)
         patch += opens.to(tl.int64)
-        tl.store(before_ptr + at, now)
+        tl.store(known_ptr + at, now)
         at += 1
         tl.store(patch_ptr + at, patch.to(tl.int32))
         tl.store(start_ptr + at, start.to(tl.int32))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .lang import await_inputs, jit, let_next_begin, overlap, power_of_two, tl
+from .lang import await_inputs, blocks, jit, let_next_begin, overlap, power_of_two, tl
 from .pooling import PageTable
 from .text import Text
 from .traffic import Traffic
@@ -58,7 +58,7 @@ def latent_places_triton(
     rows = len(look)
     out = look.new_empty(2, rows)
     block = min(power_of_two(rows), 128)
-    latent_places_kernel[(-(-rows // block),)](
+    latent_places_kernel[(blocks(rows, block),)](
         text.patch, look, closed, sequence, *table, out, rows, table.pages.shape[1], page_size, slots, BLOCK=block,
         num_warps=1, **overlap(look),
     )  # fmt: skip

@@ -107,6 +107,8 @@ def traffic(num_blocks: int, size: int, vocab_size: int) -> Traffic:
 
 # Triton.
 
+_ONE_STEP, _CONFIDENCE, _ENTROPY_MINUS_MAX = map(tl.constexpr, (ONE_STEP, CONFIDENCE, ENTROPY_MINUS_MAX))
+
 
 @jit
 def _chosen(masked, confidence, entropy, rule, bound, size, BLOCK: tl.constexpr):
@@ -125,7 +127,7 @@ def _chosen(masked, confidence, entropy, rule, bound, size, BLOCK: tl.constexpr)
         lowest = tl.where(left, entropy, float("inf"))
         cell = left & (i == tl.argmin(lowest, 0))
         own = tl.sum(tl.where(cell, entropy, 0.0).to(tl.float64), 0)
-        counted = tl.where(rule == 3, total, total + own)
+        counted = tl.where(rule == _ENTROPY_MINUS_MAX, total, total + own)
         going = going & (counted <= bound)
         by_entropy = by_entropy | (cell & going)
         total += own
@@ -133,7 +135,7 @@ def _chosen(masked, confidence, entropy, rule, bound, size, BLOCK: tl.constexpr)
     none = tl.sum(by_entropy.to(tl.int32), 0) == 0
     by_entropy = by_entropy | (masked & none & (i == tl.argmin(tl.where(masked, entropy, float("inf")), 0)))
 
-    return tl.where(rule == 0, masked, tl.where(rule == 1, by_confidence, by_entropy)) != 0
+    return tl.where(rule == _ONE_STEP, masked, tl.where(rule == _CONFIDENCE, by_confidence, by_entropy)) != 0
 
 
 @jit(

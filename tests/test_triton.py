@@ -404,7 +404,7 @@ def test_settling_equals_torch(seed: int, sizes: list[int], spread: float, broke
 
 @few
 @given(SEEDS, st.integers(1, 6), st.sampled_from([1, 5, 260]))
-def test_likeliest_equals_torch(seed: int, rows: int, vocab_size: int) -> None:
+def test_argmax_equals_torch(seed: int, rows: int, vocab_size: int) -> None:
     draw = Draw(seed, DEVICE)
     logits = draw.below(5, rows, vocab_size).float()
     logits[0, 0] = -torch.inf

@@ -26,8 +26,8 @@ static int compare(const void *a, const void *b) {
     return left->id < right->id ? -1 : 1;
 }
 
-/* Probabilities in units of 1 / this. */
-#define MASS_SCALE 4503599627370496.0
+/* Probabilities are counted in units of 1 / this, as in kernels/sampling.py. */
+#define MASS_SCALE 0x1p52
 
 /* params: temperature, top_k, top_p, min_p. */
 static ONE_COPY int64_t sample(const double *x, int64_t n, const double *params, double uniform) {
