@@ -37,11 +37,9 @@ async def read_body(request: Request, settings: ServerSettings, held: HeldBody) 
     """Raises ApiError 413 for too many bytes, however they are sent, 408 for a client that takes too long, and 429 if
     there is no room for the body, or it has to give way."""
     limit = settings.max_body_bytes
-    message = f"the body must have at most {limit} bytes"
-    too_large = ApiError(413, message, code="body_too_large", headers={"connection": "close"})
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit * DISCARD_FACTOR:
-        raise too_large
+        raise _too_large(limit, announced)
     body = bytearray()
     size = 0
     try:
@@ -49,7 +47,7 @@ async def read_body(request: Request, settings: ServerSettings, held: HeldBody) 
             async for part in request.stream():
                 size += len(part)
                 if size > limit * DISCARD_FACTOR:
-                    raise too_large
+                    raise _too_large(limit, f"{size} or more")
                 if size <= limit:
                     held.take(len(part))
                     body += part
@@ -59,8 +57,13 @@ async def read_body(request: Request, settings: ServerSettings, held: HeldBody) 
     except ClientDisconnect:
         raise ClientLeft from None
     if size > limit:
-        raise too_large
+        raise _too_large(limit, f"{size}")
     return bytes(body)
+
+
+def _too_large(limit: int, size: str) -> ApiError:
+    message = f"the body must have at most {limit} bytes, not {size}"
+    return ApiError(413, message, code="body_too_large", headers={"connection": "close"})
 
 
 class ClientLeft(Exception):

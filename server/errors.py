@@ -145,7 +145,7 @@ def from_validation(error: ValidationError, known: Collection[str]) -> ApiError:
     if kind == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     if field is None:
-        return ApiError(400, "the body must be a JSON object", code="invalid_value")
+        return ApiError(400, f"the body must be a JSON object, not {shown(first['input'])}", code="invalid_value")
     if kind == "missing":
         return ApiError(400, f"{field} is required", param=field, code="missing_required_parameter")
     if kind == "extra_forbidden":

@@ -38,5 +38,6 @@ def choose_decoder(
     """The decoder chosen by the model's name and the decoder field. Raises ApiError if they conflict."""
     alias = check_model(model, settings, limits)
     if alias and decoder and alias != decoder:
-        raise ApiError(400, f"decoder {decoder!r} contradicts the model {model!r}", param="decoder")
+        message = f"decoder: must be {alias!r} or left out with the model {model!r}, not {decoder!r}"
+        raise ApiError(400, message, param="decoder")
     return alias or decoder or DEFAULT_DECODER

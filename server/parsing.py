@@ -75,11 +75,13 @@ class Members:
         """Empty for a small body that is not valid: its validation gives a better message. Raises ApiError."""
         try:
             members = self._split.decode(body)
-        except msgspec.ValidationError:
-            raise ApiError(400, "the body must be a JSON object", code="invalid_value") from None
         except (msgspec.DecodeError, RecursionError) as error:
             if len(body) <= SMALL_BODY_BYTES:
                 return {}
+            if isinstance(error, msgspec.ValidationError):
+                begin = shown(body.lstrip()[:1].decode())
+                message = f"the body must be a JSON object, and begin with '{{', not {begin}"
+                raise ApiError(400, message, code="invalid_value") from None
             why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
             message = f"the body is not valid JSON: {why}"
             raise _encoding_fault(body) or ApiError(400, message, code="invalid_json") from None
@@ -89,7 +91,8 @@ class Members:
         for name, raw in raws.items():
             most = LARGE_FIELDS.get(name, FIELD_BYTES)
             if name != self._large and len(raw) > most:
-                raise ApiError(400, f"{name}: must have at most {most} bytes", param=name, code="invalid_value")
+                message = f"{name}: must have at most {most} bytes, not {len(raw)}"
+                raise ApiError(400, message, param=name, code="invalid_value")
         return raws
 
     def _unknown_field(self, body: bytes) -> ApiError:

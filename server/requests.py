@@ -8,7 +8,7 @@ from engine import admission, logs
 from engine.config import BOS_ID, BYTE_OFFSET, ModelLimits
 from engine.types import DecoderName, Request, SamplingParams, UnmaskRule
 
-from .errors import ApiError, from_failed
+from .errors import ApiError, from_failed, shown
 from .model_names import choose_decoder, default_model
 from .options import OPTIONS, WrongOption, options_of
 from .origin import Origin
@@ -136,9 +136,12 @@ def _check_combinations(request: CompletionRequest, samples: int) -> None:
     if samples < request.n:
         raise ApiError(400, f"best_of: must be at least n ({request.n}), not {samples}", param="best_of")
     if request.stream and samples > request.n:
-        raise ApiError(400, "best_of: a stream cannot be ranked; best_of must equal n", param="best_of")
+        message = f"best_of: must be n ({request.n}) in a stream, not {samples}: a stream cannot be ranked"
+        raise ApiError(400, message, param="best_of")
     if request.stream_options and not request.stream:
-        raise ApiError(400, "stream_options: only allowed when stream is true", param="stream_options")
+        given = shown(request.stream_options.model_dump(exclude_unset=True))
+        message = f"stream_options: must be left out where stream is false, not {given}"
+        raise ApiError(400, message, param="stream_options")
 
 
 def _check_sequences(request: CompletionRequest, prompts: int, samples: int, most: int) -> None:

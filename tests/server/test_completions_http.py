@@ -91,6 +91,26 @@ def test_the_limit_of_sequences_is_told_for_the_field_that_exceeds_it(
     assert (error["param"], error["message"]) == (param, f"{param}: {rule}: {why}")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"best_of": 3, "stream": True}, "best_of: must be n (1) in a stream, not 3: a stream cannot be ranked"),
+        (
+            {"stream_options": {"include_usage": True}},
+            "stream_options: must be left out where stream is false, not {'include_usage': true}",
+        ),
+        (
+            {"model": "tiny:blt-s", "decoder": "blt-d"},
+            "decoder: must be 'blt-s' or left out with the model 'tiny:blt-s', not 'blt-d'",
+        ),
+    ],
+)
+def test_fields_that_do_not_go_together_are_told_with_their_values(
+    server: RunningServer, fields: dict[str, Any], message: str
+) -> None:
+    assert post(server.url, FINE | fields).json()["error"]["message"] == message
+
+
 @pytest.fixture(scope="module")
 def undisturbed(server: RunningServer) -> str:
     return texts(ask(server, max_tokens=600, ignore_eos=True, seed=9))[0]

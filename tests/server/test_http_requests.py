@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import ssl
 import subprocess
@@ -277,6 +278,24 @@ async def test_only_uncompressed_utf8_json_bodies_are_accepted() -> None:
         for kind in ("application/json", "Application/JSON; charset=UTF-8", 'application/json;charset="utf-8"'):
             answer = await http.post("/v1/completions", content=data, headers={"content-type": kind})
             assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "data", "size"),
+    [
+        ("content-length: 5000", b"", "5000"),
+        ("content-length: 2000", b" " * 2000, "2000"),
+        ("transfer-encoding: chunked", b"1388\r\n" + b" " * 5000, r"\d+ or more"),
+    ],
+)
+async def test_a_body_that_is_too_large_is_told_its_size(headers: str, data: bytes, size: str) -> None:
+    async with serving(ScriptedClient(), max_body_bytes=1024) as http, connected(port_of(http)) as raw:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{headers}\r\n\r\n"
+        await raw.send(head.encode() + data)
+        answer = await raw.answer(b"POST")
+    assert (answer.status, answer.code) == (413, "body_too_large")
+    told = answer.json()["error"]["message"]
+    assert re.fullmatch(f"the body must have at most 1024 bytes, not {size}", told), told
 
 
 @pytest.fixture(scope="module")

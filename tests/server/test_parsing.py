@@ -118,7 +118,8 @@ def test_bounds_of_request_fields_are_the_documented_ones() -> None:
     assert parsed({"user": "u" * (FIELD_BYTES - 2)}).user
     assert refused({"user": "u" * (FIELD_BYTES - 1)})["param"] == "user"
     assert parsed({"stop": ["s" * 500] * 64}).stop == ["s" * 500] * 64
-    assert refused({"stop": ["s" * 600] * 64})["message"] == f"stop: must have at most {FIELD_BYTES} bytes"
+    long = refused({"stop": ["s" * 600] * 64})["message"]
+    assert long == f"stop: must have at most {FIELD_BYTES} bytes, not {64 * 604}"
     assert parsed(b"{" + b" " * (OTHER_BYTES - 2) + b"}")
     assert "white space" in refused(b"{" + b" " * (OTHER_BYTES - 1) + b"}")["message"]
     assert parsed(b'{"nope":null}')
@@ -169,6 +170,19 @@ def test_messages_name_the_rule_and_what_was_given_once(body: Any, message: str)
 def test_two_logit_biases_for_one_id_are_refused(bias: str) -> None:
     error = refused(f'{{"logit_bias":{bias}}}'.encode())
     assert error["param"] == "logit_bias" and "twice" in error["message"] and "36" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"[1, true]", "the body must be a JSON object, not [1, true]"),
+        (b"NaN", "the body must be a JSON object, not nan"),
+        (b" " * MANY + b'"a"', "the body must be a JSON object, and begin with '{', not '\"'"),
+    ],
+)
+def test_a_body_that_is_no_object_is_told(body: bytes, message: str) -> None:
+    error = refused(body)
+    assert (error["code"], error["message"]) == ("invalid_value", message)
 
 
 def test_error_messages_shorten_the_values_that_they_quote() -> None:

@@ -101,7 +101,7 @@ BAD: list[tuple[str, Any, str | None, str, str]] = [
     ("/tokenize", {"prompt": "a", "add_special_tokens": 0}, "add_special_tokens", "invalid_value", "not 0"),
     ("/tokenize", {"prompt": "a" * (MOST + 1)}, "prompt", "too_many_scores", f"at most {MOST} ids, not {MOST + 1}"),
     ("/tokenize", {"prompt": "a", "x" * OTHER_BYTES: 1}, "x" * 80, "unknown_parameter", "is not a known parameter"),
-    ("/tokenize", b"[]", None, "invalid_value", "the body must be a JSON object"),
+    ("/tokenize", b"[]", None, "invalid_value", "the body must be a JSON object, not []"),
     ("/tokenize", b'{"prompt": "\xff"}', None, "invalid_json", "not valid UTF-8"),
     ("/tokenize", b'{"prompt": "\\ud800"}', None, "invalid_json", "not valid JSON"),
     ("/detokenize", {"prompt": "a"}, "tokens", "missing_required_parameter", "tokens is required"),
