@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .access_log import Access
@@ -33,7 +33,7 @@ KEEPALIVE = b"\n\n"
 """Sent in a silent stream. Every reader of events ignores empty lines. Not all ignore comments: vLLM's benchmark takes
 one for the start of the next event, SGLang's for broken JSON."""
 WHOLE_BYTES = 256 << 10
-"""Largest answer that is made and written in one piece."""
+"""Largest answer that is made on the event loop."""
 ENTRY_BYTES = 64
 """Approximate bytes of one log-probability in it, or of a round without its ids."""
 ENTROPY_BYTES = 11
@@ -62,7 +62,9 @@ async def complete(request: Request, service: Service) -> Response:
     handed_over = False
     try:
         if not wanted.stream:
-            return _answer(await _unless_client_leaves(request, generation.collect()))
+            body = await _encoded(await _unless_client_leaves(request, generation.collect()))
+            handed_over = True
+            return CompletionAnswer(generation, body)
         pieces = generation.pieces()
         # A request that fails at once gets its own status; after the first event there is only 200.
         first = await _unless_client_leaves(request, anext(pieces, None))
@@ -95,8 +97,8 @@ async def _check_grammars(request: Request, service: Service, plan: Plan) -> Non
             raise refusal(grammar.fault(fault))
 
 
-def _answer(completion: Completion) -> Response:
-    """The response in one piece, or choice by choice if it is large."""
+async def _encoded(completion: Completion) -> bytes:
+    """As JSON; in a thread if it is large."""
     size = 0
     for choice in completion.choices:
         size += len(choice.text) + len(choice.bytes or "")
@@ -109,19 +111,7 @@ def _answer(completion: Completion) -> Response:
             size += ENTRY_BYTES + ID_BYTES * (len(round.ids) + len(round.drafts) + len(round.passes))
         size += ENTROPY_BYTES * len(choice.patches.entropies if choice.patches else [])
         size += ID_BYTES * len([*(choice.prompt_token_ids or []), *(choice.token_ids or [])])
-    if size <= WHOLE_BYTES:
-        return JsonResponse(completion)
-    return StreamingResponse(_pieces(completion), media_type=JsonResponse.media_type)
-
-
-async def _pieces(completion: Completion) -> AsyncGenerator[bytes, None]:
-    frame = to_json(completion.model_copy(update={"choices": []}))
-    before, opening, after = frame.partition(b'"choices":[')
-    yield before + opening
-    for number, choice in enumerate(completion.choices):
-        # Log-probabilities of one choice may be megabytes.
-        yield (b"," if number else b"") + await asyncio.to_thread(to_json, choice)
-    yield after
+    return to_json(completion) if size <= WHOLE_BYTES else await asyncio.to_thread(to_json, completion)
 
 
 async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
@@ -141,6 +131,22 @@ async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
         for pending in (task, watch):
             pending.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
+
+
+class CompletionAnswer(Response):
+    """A whole response. It owns the generation, which is closed when its last byte is sent, or will never be."""
+
+    media_type = JsonResponse.media_type
+
+    def __init__(self, generation: Generation, body: bytes) -> None:
+        super().__init__(body)
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._generation.close()
 
 
 class CompletionStream(EventSourceResponse):

@@ -183,6 +183,8 @@ class Generation:
                 if self._origin.note:
                     self._origin.note(index, event)
                 yield index, self._take(index, event)
+            # An answer may be sent for long.
+            self._scores.clear()
         except EngineDead as error:
             raise self._service.gate.unavailable(f"the engine is gone: {error}", "engine_dead") from error
 

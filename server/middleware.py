@@ -76,7 +76,9 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_id)
         except ClientLeft:
-            access.status, access.client_left = CLIENT_LEFT, True
+            access.client_left = True
+            if not access.has_begun:
+                access.status = CLIENT_LEFT
         finally:
             access.end(getattr(scope.get("route"), "path", None))
             self._metrics.in_progress.dec()

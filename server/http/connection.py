@@ -90,6 +90,8 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        # What is written counts as sent once the kernel has it. Over TLS 0 would pause for ever.
+        self._transport.set_write_buffer_limits(high=1)
         self._is_tls = transport.get_extra_info("sslcontext") is not None
         if self._slot.released:
             return self._transport.abort()
@@ -421,14 +423,14 @@ class HttpConnection(asyncio.Protocol):
         self._transport.close()
         self._watch_reading()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         if not self._transport.is_closing():
             self._transport.write(data)
             if self._half_closed:
                 self._look_for_reset(0)
 
     async def drain(self) -> None:
-        """Waits until the client has read enough for more to be written."""
+        """Waits until all that was written is sent, or the connection is closed."""
         await self._writable.wait()
 
     def body_taken(self) -> None:

@@ -3,17 +3,20 @@
 import asyncio
 import http
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Scope
 
+from ..body import ClientLeft
 from ..errors import ApiError, internal_error
 
 log = logging.getLogger("fastblt.server")
 
 PAUSE_BODY_BYTES = 64 << 10
 """Most body bytes not yet fetched by the application; above this the connection is not read."""
+WRITE_BYTES = 64 << 10
+"""Most bytes of an answer that are given to the transport at once."""
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 NO_BODY = frozenset({204, 304})
 
@@ -32,7 +35,7 @@ STATUS_LINES = {status: _status_line(status) for status in range(200, 600)}
 class Line(Protocol):
     """What an exchange needs from its connection."""
 
-    def write(self, data: bytes) -> None: ...
+    def write(self, data: bytes | memoryview) -> None: ...
 
     async def drain(self) -> None: ...
 
@@ -108,8 +111,6 @@ class Exchange:
 
     async def run(self, app: ASGIApp) -> None:
         """Runs the application, and ensures that the client gets an answer or the connection ends."""
-        # The next request is answered only once the client has read enough of the last answer.
-        await self._line.drain()
         if self._gone:
             return
         try:
@@ -146,7 +147,9 @@ class Exchange:
             await self._news.wait()
 
     async def send(self, message: Message) -> None:
-        """Raises RuntimeError for an invalid message. Output for a client that is gone is dropped."""
+        """Returns once the bytes are sent, so an answer lasts until its last byte is. Raises RuntimeError for an
+        invalid message, and ClientLeft if the client leaves before it has the last one. Other output for a client that
+        is gone is dropped."""
         kind = message["type"]
         if kind == "http.response.start":
             if self.response_started:
@@ -158,12 +161,17 @@ class Exchange:
         if self._gone:
             return
         body, more = message.get("body", b""), message.get("more_body", False)
-        data = b"" if self.response_started else self._begin(body, more)
+        head = b"" if self.response_started else self._begin(body, more)
         self.response_started = True
-        self._line.write(data + self._framed(body, more))
-        if more:
+        for data in _cut(head, self._framed(body, more)):
+            self._line.write(data)
             await self._line.drain()
+            if self._gone:
+                break
+        if more:
             return
+        if self._gone:
+            raise ClientLeft
         if self._left:
             # The client waits for bytes that will not come.
             self._line.abort()
@@ -209,3 +217,14 @@ class Exchange:
             return body
         chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
         return chunk if more else chunk + b"0\r\n\r\n"
+
+
+def _cut(head: bytes, body: bytes) -> Iterator[bytes | memoryview]:
+    """Both in pieces for the transport."""
+    if len(body) <= WRITE_BYTES:
+        yield head + body
+        return
+    view = memoryview(body)
+    yield head
+    for start in range(0, len(view), WRITE_BYTES):
+        yield view[start : start + WRITE_BYTES]

@@ -1,6 +1,7 @@
 """What a client may take from the server: bytes of a head, connections, time."""
 
 import asyncio
+import gc
 import json
 import socket
 import subprocess
@@ -12,8 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
+from engine.types import TokenLogprob
 from server import body_room
+from server.admission import Gate
 from server.app import create_app
 from server.http import Connections
 from server.http.connections import REASONS
@@ -31,10 +35,11 @@ CHUNKED = (
 class Served:
     """A server with a scripted engine, and what it counts."""
 
-    def __init__(self, port: int, client: ScriptedClient, connections: Connections) -> None:
+    def __init__(self, port: int, client: ScriptedClient, app: FastAPI) -> None:
         self.port = port
         self.client = client
-        self.connections = connections
+        self.gate: Gate = app.state.gate
+        self.connections: Connections = app.state.connections
 
 
 @asynccontextmanager
@@ -42,7 +47,7 @@ async def serving(**settings: Any) -> AsyncIterator[Served]:
     client, chosen = ScriptedClient(), ServerSettings(**settings)
     app = create_app(chosen, client)
     async with listening(app, chosen) as port:
-        yield Served(port, client, app.state.connections)
+        yield Served(port, client, app)
         client.release.set()
 
 
@@ -390,6 +395,75 @@ async def test_a_response_that_the_client_never_reads_does_not_block_shutdown() 
             stalled.shutdown(socket.SHUT_WR)
             await until(lambda: served.connections.count == 0)
         assert served.connections.ended == {"write_timeout": 1}
+
+
+@asynccontextmanager
+async def unread(served: Served, request: bytes) -> AsyncIterator[socket.socket]:
+    """A client that reads nothing of a large answer."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, ("127.0.0.1", served.port))
+        await loop.sock_sendall(client, request)
+        yield client
+
+
+async def read_slowly(client: socket.socket) -> int:
+    """How many bytes come until the server closes."""
+    size = 0
+    while part := await asyncio.get_running_loop().sock_recv(client, 1 << 18):
+        size += len(part)
+        await asyncio.sleep(0)
+    return size
+
+
+FLOOD = post(body("flood", max_tokens=900), "connection: close")
+"""Its answer is larger than what the kernel keeps."""
+
+
+async def test_a_whole_answer_holds_its_place_until_its_last_byte_is_sent(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(max_requests_per_key=1) as served:
+        gate = served.gate
+        async with unread(served, FLOOD) as client:
+            await until(lambda: served.client.open == 0 and bool(served.client.requests))
+            await asyncio.sleep(0.1)
+            idle = asyncio.create_task(gate.wait_idle())
+            async with connected(served.port) as another:
+                await another.send(post(body("x")))
+                assert (await another.answer(b"POST")).code == "too_many_requests"
+            assert gate.num_requests == 1 and not idle.done()
+            assert await read_slowly(client) > 900 * 2048
+        await until(idle.done)
+        with caplog.at_level("INFO", "fastblt.access"):
+            async with unread(served, FLOOD):
+                await until(lambda: gate.num_requests == 1 and served.client.open == 0)
+                await asyncio.sleep(0.1)
+            # The client has left.
+            await until(lambda: gate.num_requests == 0)
+    (line,) = [record for record in caplog.records if record.name == "fastblt.access"]
+    assert line.status == 200 and line.client_left  # type: ignore[attr-defined]
+
+
+async def test_an_answer_that_waits_to_be_sent_keeps_no_scores() -> None:
+    async with serving() as served:
+        flood = body("flood", max_tokens=900, prompt_logprobs=2, n=2)
+        async with unread(served, post(flood)):
+            await until(lambda: served.client.open == 0 and bool(served.client.requests))
+            await asyncio.sleep(0.1)
+            assert served.gate.num_requests == 1
+            assert not [entry for entry in gc.get_objects() if type(entry) is TokenLogprob]
+
+
+async def test_a_connection_whose_answer_is_not_sent_is_not_closed_for_a_new_one() -> None:
+    async with serving(max_connections=1) as served:
+        async with unread(served, FLOOD) as client:
+            await until(lambda: served.client.open == 0 and bool(served.client.requests))
+            await asyncio.sleep(0.1)
+            async with connected(served.port) as new:
+                assert (await new.answer()).code == "too_many_connections"
+            assert await read_slowly(client) > 900 * 2048
+        assert served.connections.ended == {"refused": 1}
 
 
 async def test_the_write_timeout_does_not_end_a_large_response_to_a_slow_client() -> None:
