@@ -1,22 +1,23 @@
 """A process that compiles grammars of clients, to find out whether they can be used: `python -m server.grammar_worker`.
 
 A grammar may take hours to compile, or all memory, or crash its compiler. Here it costs no other request anything: the
-parent (`server.grammars`) ends a process that is too slow. Says `null` when it is ready. Then each line of its input is
-a grammar as a JSON string, and each line of its output tells why that one cannot be used: null, or a JSON string.
+kernel ends a process that takes too much time or memory, and the parent (`server.grammars`) starts another. Says `null`
+when it is ready. Then each line of its input is a grammar as a JSON string, and each line of its output tells why that
+one cannot be used: null, or a JSON string.
 """
 
 import json
 import re
 import resource
+import signal
 import sys
-import time
 
 from engine.grammars import GrammarError, compiled
 
 MEMORY = 1 << 30
 """Most bytes of address space."""
-CPU_SECONDS = 3
-"""Most time on one grammar, for a process whose parent was killed and cannot end it."""
+SECONDS = 0.5
+"""Most processor time on one grammar, so that a busy machine refuses none that another would take."""
 SHOWN_CHARACTERS = 200
 """Of a message."""
 
@@ -26,8 +27,11 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     _say(None)
     for line in sys.stdin:
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + CPU_SECONDS, resource.RLIM_INFINITY))
-        _say(_fault(json.loads(line)))
+        # When it runs out, SIGPROF ends the process.
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        fault = _fault(json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _say(fault)
 
 
 def _fault(grammar: str) -> str | None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -15,11 +16,12 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from .errors import ApiError
+from .grammar_worker import SECONDS
 
 WORKERS = 2
 """Most processes that compile. Each is started when it is needed, and stays."""
-SECONDS = 0.5
-"""Most time to compile one grammar."""
+MOST_SECONDS = 5.0
+"""Most time for an answer, on a machine so busy that the process hardly runs."""
 START_SECONDS = 30.0
 """Most time for a process to start."""
 WAITING = 64
@@ -27,7 +29,8 @@ WAITING = 64
 REMEMBERED = 1024
 """Grammars whose verdict is kept, as hashes."""
 
-SLOW = f"it takes longer than {SECONDS:g} s to compile"
+SLOW = f"its compilation takes more than {SECONDS:g} s of processor time"
+UNANSWERED = f"its compilation does not end within {MOST_SECONDS:g} s on this busy machine"
 CRASHED = "its compilation needs too much memory or crashes"
 
 
@@ -66,11 +69,11 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps(grammar).encode() + b"\n")
             self._process.stdin.flush()
-            return Verdict(json.loads(self._read(SECONDS)))
+            return Verdict(json.loads(self._read(MOST_SECONDS)))
         except (EOFError, BrokenPipeError):
-            fault = CRASHED
+            fault = SLOW if self._process.wait() == -signal.SIGPROF else CRASHED
         except TimeoutError:
-            fault = SLOW
+            fault = UNANSWERED
         self._end()
         # The next grammar need not wait until the new process is ready.
         self._start()
