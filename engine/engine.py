@@ -155,8 +155,16 @@ class Engine:
             sequence = self._sequences[request_id]
             log.debug("aborted after %d ids", sequence.num_output, extra=sequence.request.log_fields)
             self._finish(sequence, "abort")
-        elif self._compiling.pop(request_id, None):
+        elif request_id in self._compiling:
+            *_, future = self._compiling.pop(request_id)
+            if all(future is not other for *_, other in self._compiling.values()):
+                # Or a client that comes and leaves would make all others wait for its grammars.
+                future.cancel()
             self._events.append(Finished(id=request_id, reason="abort", usage=Usage()))
+
+    def close(self) -> None:
+        """Leaves no work that the interpreter would finish before it ends."""
+        self._grammars.close()
 
     # A step.
 

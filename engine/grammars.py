@@ -90,7 +90,7 @@ def compiled(grammar: str) -> Compiled:
 
 
 class Grammars:
-    """Compiles grammars in a thread of its own, and keeps those that were used last."""
+    """Compiles grammars in a thread of its own, and keeps those that were used last. A future may be cancelled."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "grammars")
@@ -106,6 +106,10 @@ class Grammars:
             self._kept.popitem(last=False)
         return future
 
+    def close(self) -> None:
+        """Drops compilations that have not begun: the interpreter would run them before it ends."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
 
 def _most_bytes(grammar: str) -> int:
     """Of memory, however many texts have used its lexer."""
@@ -113,7 +117,7 @@ def _most_bytes(grammar: str) -> int:
 
 
 def _is_useless(future: "Future[Compiled]") -> bool:
-    return future.done() and not future.exception() and future.result().is_worn
+    return future.cancelled() or (future.done() and not future.exception() and future.result().is_worn)
 
 
 class Constraint:

@@ -1,8 +1,8 @@
 """An engine without a model, for tests of the process around it: its bytes follow from prompt and position alone.
 
 What a prompt asks for comes true when the output has the length behind the colon: "exit:3" ends the process, "raise:3"
-raises, "starve:3" finds no memory, "hang:3" never comes back, "garble:3" sends what is no event, "shout:3" logs more
-than can wait.
+raises, "leave:3" raises while a thread has work, "starve:3" finds no memory, "hang:3" never comes back, "garble:3"
+sends what is no event, "shout:3" logs more than can wait.
 `EngineConfig.model` may say "exit" or "sleep" (while loading), else it must exist.
 """
 
@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engine.config import BYTE_OFFSET, EngineConfig, ModelLimits
@@ -18,6 +19,7 @@ from engine.stopping import StopMatcher
 from engine.types import Delta, EngineInfo, Event, Finished, FinishReason, Request, Snapshot, TokenLogprob, Usage
 
 STEP_SECONDS = 0.003
+THREAD = ThreadPoolExecutor(1)
 
 
 def prompt_ids(text: str) -> list[int]:
@@ -82,6 +84,9 @@ class ScriptedEngine:
     def snapshot(self) -> Snapshot:
         return Snapshot(running=len(self._running), steps=self._steps)
 
+    def close(self) -> None:
+        THREAD.shutdown(wait=False, cancel_futures=True)
+
 
 class _Run:
     def __init__(self, request: Request) -> None:
@@ -139,6 +144,10 @@ class _Run:
             case "exit":
                 os._exit(7)
             case "raise":
+                raise FloatingPointError("scripted")
+            case "leave":
+                for _ in range(600):
+                    THREAD.submit(time.sleep, 0.1)
                 raise FloatingPointError("scripted")
             case "starve":
                 raise MemoryError("scripted")

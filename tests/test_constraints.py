@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -22,7 +23,7 @@ from engine.checkpoint import PRESETS, calibrated, random_tensors, save
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID
 from engine.engine import Engine
 from engine.grammars import Constraint, GrammarError, Grammars, compiled
-from engine.types import MAX_DRAFT, Failed, Finished, Request, SamplingParams
+from engine.types import MAX_DRAFT, Event, Failed, Finished, Request, SamplingParams
 from tests import reference
 from tests.engines import Output, bill, crowded_engine, make_engine, request, run, save_ours, usage
 from tests.models import our_config, our_model, text
@@ -163,6 +164,14 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     fields = {"mask_id": 260, "block_size": 6} if request.param == "embedding" else {}
     made = our_model(our_config(decoder_input=request.param, **fields), 5)
     return save_ours(tmp_path_factory.mktemp("constraints") / "model", made)
+
+
+def all_events(engine: Engine) -> list[Event]:
+    """Until it has no work."""
+    events = list[Event]()
+    while engine.has_work:
+        events += engine.step()
+    return events
 
 
 def asked(decoder: str, grammars: Sequence[str], **fields: Any) -> list[Request]:
@@ -414,9 +423,7 @@ def test_a_bad_grammar_fails_alone(model: Path) -> None:
     engine = make_engine(model)
     engine.add(Request(id="bad", prompt_ids=[BOS_ID], max_tokens=5, grammar=LLMatcher.grammar_from_regex("(")))
     engine.add(request("good", text(9, 1), 12))
-    events = []
-    while engine.has_work:
-        events += engine.step()
+    events = all_events(engine)
     (failed,) = (event for event in events if isinstance(event, Failed))
     assert failed.id == "bad" and failed.code == "invalid" and "unclosed group" in failed.message
     assert [event.id for event in events if isinstance(event, Finished)] == ["good"]
@@ -431,6 +438,32 @@ def test_aborting_a_request_whose_grammar_is_not_ready_ends_it(model: Path) -> N
     (event,) = engine.step()
     assert isinstance(event, Finished) and event.reason == "abort"
     assert not engine.has_work
+
+
+def test_no_grammar_is_compiled_for_requests_that_are_gone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling, begun, go = list[str](), threading.Event(), threading.Event()
+
+    def slow(grammar: str) -> grammars.Compiled:
+        compiling.append(grammar)
+        begun.set()
+        assert go.wait(60)
+        return compiled(grammar)
+
+    monkeypatch.setattr(grammars, "compiled", slow)
+    engine = make_engine(model)
+    for number, grammar in enumerate(GRAMMARS[:5] * 2):
+        engine.add(request(str(number), text(9, 1), 12, grammar=grammar))
+    assert begun.wait(60)
+    # One of two that wait for the second grammar; both of the first, which is under way, the third and the fourth.
+    for number in (1, 0, 5, 2, 7, 3, 8):
+        engine.abort(str(number))
+    # The fourth is wanted again.
+    engine.add(request("again", text(9, 1), 12, grammar=GRAMMARS[3]))
+    go.set()
+    ended = {event.id: event.reason for event in all_events(engine) if isinstance(event, Finished)}
+    assert ended.keys() == {*map(str, range(10)), "again"}
+    assert {name for name, reason in ended.items() if reason != "abort"} == {"4", "6", "9", "again"}
+    assert compiling == [GRAMMARS[0], GRAMMARS[1], GRAMMARS[4], GRAMMARS[3]]
 
 
 def test_random_weights_of_a_preset_write_json(tmp_path: Path) -> None:

@@ -205,6 +205,13 @@ async def test_a_request_that_crashes_the_engine_fails_without_failing_others(tm
             assert transcript.ids == scripted_ids(f"p{i}", 0, 300)
 
 
+async def test_work_in_a_thread_delays_no_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running(tmp_path, step_seconds=5) as client:
+        assert isinstance((await read(client, request("leave:5"))).last, Failed)
+        assert client.restarts
+    assert "ended with exit code 1 while it ran id-leave:5" in caplog.text and "it is killed" not in caplog.text
+
+
 async def test_a_request_for_which_there_is_never_memory_fails_with_what_would_help(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

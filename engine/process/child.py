@@ -63,6 +63,8 @@ class EngineLike(Protocol):
 
     def snapshot(self) -> Snapshot: ...
 
+    def close(self) -> None: ...
+
 
 def main(
     address: str, lifeline: str, pipe: str, step_seconds: str, factory: str, config: str, log_settings: str
@@ -112,6 +114,7 @@ def main(
             log.exception("the engine failed; its process ends")
             return 1
         finally:
+            engine.close()
             # Otherwise libraries warn at exit about objects that were never collected.
             gc.unfreeze()
     return 0
