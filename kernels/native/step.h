@@ -139,7 +139,7 @@ static void serve(Share *s, int stage, int64_t all, int64_t count, int64_t count
 
 /* The same for its rows from `start` on in a cache of bytes, in a document that begins at `floor`. */
 static void serve_bytes(Share *s, int stage, const Tiling *t, int64_t all, int64_t start, int64_t count, int64_t floor) {
-    int64_t from = t->window && start - t->window + 1 > floor ? start - t->window + 1 : floor;
+    int64_t from = t->window ? larger(start - t->window + 1, floor) : floor;
     serve(s, stage, all, count, start + count - s->counted_from, start + count - from);
 }
 
@@ -183,7 +183,7 @@ static void clear(Spans *s, Buffer *spans, Buffer *pages, const Model *m, Share 
     int64_t rows = 0, most = 0;
     for (int64_t i = 0; i < n; i++) {
         const Share *share = shares[i];
-        int64_t end = share->cells_start + share->num_cells > share->end ? share->cells_start + share->num_cells : share->end;
+        int64_t end = larger(share->cells_start + share->num_cells, share->end);
         rows += num_text(share) + share->num_cells + 2;
         most += 2 * (pages_up_to(share->tables + cache, end, m->tilings + cache) + 1);
     }
@@ -294,13 +294,13 @@ static void run_global(const Model *m, Share *const *shares, int64_t n, Totals *
     for (int64_t p = 0; p < count;) {
         Share *s = patches[p].of;
         const Table *open = s->tables + OPEN_CACHE, *table = s->tables + GLOBAL_CACHE;
-        int64_t first = p, counted = 0, last = p;
-        while (last < count && patches[last].of == s) last++;
-        int64_t at = add_pages(&spans, table, patches[last - 1].patch + 1, m->tilings + GLOBAL_CACHE);
-        int64_t open_at = add_pages(&queries, open, patches[last - 1].after, m->tilings + OPEN_CACHE);
-        for (int64_t begin = p; p < last; p++) {
+        int64_t first = p, counted = 0, end = p;
+        while (end < count && patches[end].of == s) end++;
+        int64_t at = add_pages(&spans, table, patches[end - 1].patch + 1, m->tilings + GLOBAL_CACHE);
+        int64_t open_at = add_pages(&queries, open, patches[end - 1].after, m->tilings + OPEN_CACHE);
+        for (int64_t begin = p; p < end; p++) {
             Patch *own = patches + p;
-            if (p + 1 == last || own[1].floor != own->floor) {
+            if (p + 1 == end || own[1].floor != own->floor) {
                 add_span(&spans, at, table, patches[begin].patch, p + 1 - begin, own->floor, 0, own->patch);
                 begin = p + 1;
             }
@@ -318,7 +318,7 @@ static void run_global(const Model *m, Share *const *shares, int64_t n, Totals *
             }
             counted += own->after > s->counted_from;
         }
-        serve(s, GLOBAL, count, last - first, counted, patches[last - 1].patch + 1 - patches[first].floor);
+        serve(s, GLOBAL, count, end - first, counted, patches[end - 1].patch + 1 - patches[first].floor);
     }
     Plan pooling = planned(&query_plan, 0, &queries, m->tilings + OPEN_CACHE);
     Plan plan = planned(&plan_room, &spans, &spans, m->tilings + GLOBAL_CACHE);
