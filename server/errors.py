@@ -1,5 +1,6 @@
 """One error body for every failure, as OpenAI's clients expect it."""
 
+import re
 import reprlib
 from collections.abc import Collection
 from typing import Any, Literal
@@ -131,10 +132,13 @@ def request_timeout(seconds: float) -> ApiError:
     return ApiError(408, message, code="request_timeout", headers={"connection": "close"})
 
 
-def from_failed(failed: Failed | Fault) -> ApiError:
-    """For a request that `engine.admission` refuses."""
+def from_failed(failed: Failed | Fault, prompt: int | None = None) -> ApiError:
+    """For a request that `engine.admission` refuses. prompt: which of several it has."""
     assert failed.code != "internal"
-    return ApiError(400, failed.message, param=failed.param, code=REFUSALS[failed.code])
+    message = failed.message
+    if prompt is not None:
+        message = re.sub(r"^prompt\b|\ba prompt\b", f"prompt[{prompt}]", message)
+    return ApiError(400, message, param=failed.param, code=REFUSALS[failed.code])
 
 
 def from_validation(error: ValidationError, known: Collection[str]) -> ApiError:

@@ -1,6 +1,7 @@
 """A completion request as requests to the engine: one per prompt and sample."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,8 @@ def make_plan(
         message = f"max_tokens: must be at most {limit}, not {request.max_tokens}"
         raise ApiError(400, message, param="max_tokens", code="invalid_value")
     kept = _kept_ids(request, decoder, options, limits)
-    prompts = [_to_ids(text, request, limits, kept) for text in texts]
+    places: Sequence[int | None] = range(len(texts)) if len(texts) > 1 else [None]
+    prompts = [_to_ids(text, place, request, limits, kept) for text, place in zip(texts, places, strict=True)]
     constraint = constraint_of(request)
     ranked = samples > request.n
     echoed = request.logprobs if request.echo else None
@@ -124,9 +126,9 @@ def make_plan(
             for sample in range(samples)
         ]
     # The samples of a prompt differ in nothing that may be refused.
-    for first in requests[::samples]:
+    for first, place in zip(requests[::samples], places, strict=True):
         if refusal := admission.check(first, limits):
-            raise from_failed(constraint.named(refusal) if constraint else refusal)
+            raise from_failed(constraint.named(refusal) if constraint else refusal, place)
     _bound_scores(request, prompts, samples, settings.max_scores)
     _bound_lists(request, prompts, samples, settings.max_scores)
     return Plan(request, model, requests, samples, constraint)
@@ -242,11 +244,15 @@ def _kept_ids(
 
 
 def _to_ids(
-    prompt: str | bytes | list[int], request: CompletionRequest, limits: ModelLimits, kept: int | None
+    prompt: str | bytes | list[int],
+    place: int | None,
+    request: CompletionRequest,
+    limits: ModelLimits,
+    kept: int | None,
 ) -> list[int]:
     """A string becomes BOS, if that is wanted, and its bytes; names of special ids in it are just text. Ids are taken
     as they are. A text that is too long becomes no ids. Of a prompt with more than `kept` ids the last ones stay, and
-    the BOS that begins a string, as with vLLM."""
+    the BOS that begins a string, as with vLLM. place: of the prompt, where there are several."""
     if isinstance(prompt, list):
         return prompt if kept is None else prompt[-kept:]
     first = [BOS_ID] if request.add_special_tokens else []
@@ -254,5 +260,5 @@ def _to_ids(
     if kept is not None:
         data = data[max(len(first) + len(data) - kept, 0) :]
     if (length := len(first) + len(data)) > limits.max_length:
-        raise from_failed(admission.prompt_too_long(length, limits.max_length))
+        raise from_failed(admission.prompt_too_long(length, limits.max_length), place)
     return [*first, *(byte + BYTE_OFFSET for byte in data)]

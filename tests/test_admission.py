@@ -186,6 +186,28 @@ def test_engine_and_server_refuse_in_the_same_words(case: Case, engine: Engine, 
         assert (error["param"], error["message"], error["code"]) == (end.param, end.message, case.code)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "max_tokens", "param", "message"),
+    [
+        (
+            ["a", "b" * HOLDS],
+            8,
+            "prompt",
+            "prompt[1]: must have at most 4096 ids, begin-of-sequence included, not 4097",
+        ),
+        ([[70], [71], [260]], 8, "prompt", "prompt[2]: token ids must be from 0 to 259, not 260"),
+        (["a", "bc"], HOLDS - 2, "max_tokens", "max_tokens: must be at most 4093 after prompt[1] of 3 ids, not 4094"),
+        (["a", "b"], HOLDS, "max_tokens", "max_tokens: must be at most 4094 after prompt[0] of 2 ids, not 4096"),
+        (["a" * HOLDS], 8, "prompt", "prompt: must have at most 4096 ids, begin-of-sequence included, not 4097"),
+    ],
+)
+def test_of_several_prompts_the_refused_one_is_named(
+    tiny_server: str, prompts: list[Any], max_tokens: int, param: str, message: str
+) -> None:
+    error = refusal(tiny_server, {"prompt": prompts, "max_tokens": max_tokens, "n": 2})
+    assert (error["param"], error["message"].partition(": this model")[0]) == (param, message)
+
+
 def test_every_rule_has_refused_something(engine: Engine) -> None:
     """Of the requests above, by the rule that comes first."""
     found = set()
