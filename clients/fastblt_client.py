@@ -5,7 +5,8 @@
         for chunk in client.stream("import os\n", max_tokens=200):
             print(chunk.text, end="", flush=True)
 
-`AsyncClient` has the same methods, awaited. Every field of `POST /v1/completions` may be given by name.
+`AsyncClient` has the same methods, awaited. Every field of `POST /v1/completions` may be given by name; those of
+`UNSTREAMED` only to `complete`.
 
 An answer outlives its server: if the connection breaks off, the client asks again. A stream keeps its seed, which gives
 the same bytes, and continues after the last piece that it has given. What has given nothing yet is asked anew, and the
@@ -25,6 +26,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from typing import Any, Self
 
 import httpx
@@ -77,13 +79,19 @@ class ApiError(FastBltError):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A continuation, or a piece of one. `logprobs` and `encoded`, which is `bytes` there, are as in the response."""
+    """A continuation, or a piece of one, as in the response; `encoded` is `bytes` there."""
 
     index: int
     text: str
     finish_reason: str | None
     logprobs: dict[str, Any] | None
     encoded: str | None = None
+    stop_reason: str | int | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
+    trace: dict[str, Any] | None = None
+    patches: dict[str, Any] | None = None
 
     @property
     def data(self) -> bytes:
@@ -137,6 +145,9 @@ def is_untrusted(error: httpx.TransportError) -> bool:
     """Whether the server's certificate was refused; another try would not help."""
     return "CERTIFICATE_VERIFY_FAILED" in str(error)
 
+
+UNSTREAMED = ("return_token_ids", "prompt_logprobs", "trace", "patches")
+"""What these ask for is not continued over another connection."""
 
 UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout)
 PASSING = (*UNREACHED, httpx.NetworkError, httpx.RemoteProtocolError, ApiError)
@@ -205,7 +216,7 @@ class Client(_Base):
 
     def stream(self, prompt: Prompt, *, model: str | None = None, **fields: Any) -> Generator[Completion, None, None]:
         """Events as they come, the last one with the usage. Closing the iterator ends the request. Raises
-        FastBltError."""
+        FastBltError, ValueError for a field of `UNSTREAMED`."""
         answer = Answer(_stream_body(prompt, model or _only(self.models()), fields))
         attempt = 0
         with _translated():
@@ -284,7 +295,7 @@ class AsyncClient(_Base):
         self, prompt: Prompt, *, model: str | None = None, **fields: Any
     ) -> AsyncGenerator[Completion, None]:
         """Events as they come, the last one with the usage. Closing the iterator ends the request. Raises
-        FastBltError."""
+        FastBltError, ValueError for a field of `UNSTREAMED`."""
         answer = Answer(_stream_body(prompt, model or _only(await self.models()), fields))
         attempt = 0
         with _translated():
@@ -510,6 +521,9 @@ def _in_json(prompt: Any) -> Any:
 
 
 def _stream_body(prompt: Prompt, model: str, fields: dict[str, Any]) -> dict[str, Any]:
+    for name in UNSTREAMED:
+        if (value := fields.get(name)) is not None and value is not False:
+            raise ValueError(f"{name}: must be left out of a stream, not {value!r}; `complete` returns it")
     return _body(prompt, model, {"stream_options": {"include_usage": True}, **fields, "stream": True})
 
 
@@ -526,11 +540,12 @@ def _parse_json(data: bytes) -> dict[str, Any]:
 def _completion(data: dict[str, Any]) -> Completion:
     if "error" in data:
         raise ApiError(None, data["error"])
-    choices = [
-        Choice(c["index"], c["text"], c.get("finish_reason"), c.get("logprobs"), c.get("bytes"))
-        for c in data["choices"]
-    ]
-    return Completion(data["id"], data["model"], choices, data.get("usage"))
+    return Completion(data["id"], data["model"], [_choice(told) for told in data["choices"]], data.get("usage"))
+
+
+def _choice(told: dict[str, Any]) -> Choice:
+    given = {field.name: told.get(field.name) for field in dataclass_fields(Choice)}
+    return Choice(**given | {"index": told["index"], "text": told["text"], "encoded": told.get("bytes")})
 
 
 def _names(models: dict[str, Any]) -> list[str]:

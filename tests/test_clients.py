@@ -12,14 +12,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.fastblt_client import (
+    UNSTREAMED,
     Answer,
     ApiError,
     AsyncClient,
@@ -118,6 +121,42 @@ def test_the_client_sends_and_returns_bytes(tiny_server: str) -> None:
         by_ids = client.complete([1, *(byte + 4 for byte in data)], **asked).choices[0]
     assert one.data == b"".join(pieces) == by_ids.data and one.data.startswith(data) and two.data.startswith(b"a")
     assert one.data.decode(errors="replace") == one.text
+
+
+ALL = {
+    "return_token_ids": True,
+    "prompt_logprobs": 2,
+    "trace": True,
+    "patches": True,
+    "return_bytes": True,
+    "logprobs": 1,
+}
+
+
+def test_the_client_returns_all_that_a_completion_has(tiny_server: str) -> None:
+    asked = {"prompt": "def f(", "max_tokens": 8, "seed": 1, "model": "tiny", **ALL}
+    told = httpx.post(f"{tiny_server}/v1/completions", json=asked, timeout=60).json()["choices"][0]
+    with Client(tiny_server) as client:
+        choice = client.complete(**asked).choices[0]
+        stopped = client.complete("def f(", max_tokens=8, seed=1, stop_token_ids=choice.token_ids).choices[0]
+        ended = [
+            piece.stop_reason
+            for event in client.stream("def f(", max_tokens=8, seed=1, stop_token_ids=choice.token_ids)
+            for piece in event.choices
+        ]
+    assert asdict(choice) == {"encoded" if name == "bytes" else name: value for name, value in told.items()}
+    assert choice.token_ids and ended == [choice.token_ids[0]] == [stopped.stop_reason]
+
+
+@pytest.mark.parametrize("name", UNSTREAMED)
+async def test_a_stream_refuses_what_it_could_not_continue(name: str) -> None:
+    for value in (True, 0):
+        with pytest.raises(
+            ValueError, match=f"{name}: must be left out of a stream, not {value}; `complete` returns it"
+        ):
+            next(Client().stream("a", model="m", **{name: value}))
+        with pytest.raises(ValueError, match=name):
+            await anext(AsyncClient().stream("a", model="m", **{name: value}))
 
 
 def test_the_client_does_not_guess_bytes_from_text(tiny_server: str) -> None:
