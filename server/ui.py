@@ -31,6 +31,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     # Asks each time whether the file is still the same; after an upgrade no old part is left.
     "cache-control": "no-cache",
+    "accept-ranges": "none",
 }
 
 
@@ -42,6 +43,8 @@ def page_router(decoders: Iterable[str]) -> APIRouter:
     files = StaticFiles(directory=FOLDER)
 
     async def serve(name: str, request: Request) -> Response:
+        # A file is sent whole: the framework would refuse a range in words of its own.
+        request.scope["headers"] = [header for header in request.scope["headers"] if header[0] != b"range"]
         response = await files.get_response(name, request.scope)
         response.headers.update(HEADERS)
         return response

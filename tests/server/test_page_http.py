@@ -32,6 +32,15 @@ def test_page_files_have_content_type_security_policy_and_etag(server: RunningSe
         assert response.headers["x-content-type-options"] == "nosniff"
 
 
+@pytest.mark.parametrize("wanted", ["nonsense", "bytes=999999999-", "bytes=0-9"])
+def test_a_page_file_is_sent_whole_whatever_range_is_asked_for(server: RunningServer, wanted: str) -> None:
+    with server.client() as http:
+        for path, name in (("/", "index.html"), ("/page/main.js", "main.js")):
+            response = http.get(path, headers={"range": wanted})
+            assert (response.status_code, response.content) == (200, (FOLDER / name).read_bytes())
+            assert response.headers["accept-ranges"] == "none"
+
+
 @pytest.mark.parametrize("path", ["/page/", "/page/none.js", "/page/..%2fapp.py", "/page/%2e%2e/app.py"])
 def test_paths_outside_the_page_are_not_found(server: RunningServer, path: str) -> None:
     with server.client() as http:
