@@ -94,6 +94,11 @@ class Choice:
     patches: dict[str, Any] | None = None
 
     @property
+    def is_late(self) -> bool:
+        """Whether a timeout ended it, the request's or the server's."""
+        return self.finish_reason == "timeout" or (self.finish_reason, self.stop_reason) == ("length", "timeout")
+
+    @property
     def data(self) -> bytes:
         """The exact bytes; `text` shows those that are not UTF-8 as U+FFFD. Needs `return_bytes=True`, or `logprobs`,
         in the request."""
@@ -404,7 +409,7 @@ class Parts:
         if self.is_ended:
             return None
         piece = choice.text
-        if choice.finish_reason == "timeout":
+        if choice.is_late:
             # The other answer ends earlier, perhaps within a character.
             whole = piece.rstrip("\ufffd")
             piece = whole if self.text.passed + len(whole.encode()) < len(self.text.given) else piece
@@ -412,9 +417,9 @@ class Parts:
         data = self.data.beyond(base64.b64decode(choice.encoded or ""))
         scores = choice.logprobs or {"bytes": []}
         num_new = len(self.scored.beyond(bytes(byte or 0 for byte in scores["bytes"])))
-        if choice.finish_reason not in (None, "timeout") and self.text.passed < len(self.text.given):
-            raise ConnectionFailed("the stream broke off, and the server now gives a shorter text")
         self.is_ended = choice.finish_reason is not None
+        if self.is_ended and not choice.is_late and self.text.passed < len(self.text.given):
+            raise ConnectionFailed("the stream broke off, and the server now gives a shorter text")
         if not (text or data or num_new or self.is_ended):
             return None
         return replace(

@@ -242,13 +242,17 @@ class Generation:
 
     def choice(self, index: int, piece: Piece) -> Choice:
         assert piece.finish_reason != "abort"
+        ended, by = piece.finish_reason, piece.stop_reason
+        if ended == "timeout" and self.plan.request.timeout is None:
+            # A client that sent none of our fields may read OpenAI's reasons alone.
+            ended, by = "length", "timeout"
         return Choice(
             index=index,
             text=piece.text,
             bytes=None if piece.data is None else to_base64(piece.data),
             logprobs=piece.logprobs,
-            finish_reason=piece.finish_reason,
-            stop_reason=piece.stop_reason,
+            finish_reason=ended,
+            stop_reason=by,
             prompt_token_ids=piece.prompt_token_ids,
             token_ids=piece.token_ids,
             prompt_logprobs=piece.prompt_logprobs,

@@ -433,11 +433,13 @@ class Choice(BaseModel):
     )
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length", "timeout", "dead_end"] | None = Field(
-        description="'timeout' (extension): the request's or the server's timeout came first. 'dead_end' (extension): "
+        description="'timeout' (extension): the request's timeout came first. 'dead_end' (extension): "
         "the text does not match what was asked for, and no byte can follow that would let it."
     )
     stop_reason: str | int | None = Field(
-        None, description="Extension: the stop string or the stop id that ended the choice; null for any other end."
+        None,
+        description="Extension: the stop string or the stop id that ended the choice; 'timeout' with 'length' if the "
+        "server's own timeout came first; null for any other end.",
     )
     prompt_token_ids: list[int] | None = Field(
         None,

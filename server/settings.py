@@ -103,7 +103,10 @@ class ServerSettings(BaseSettings):
         "or all of a shorter rest.",
     )
     default_timeout: float | None = Field(
-        None, gt=0, description="Seconds after which a request without a timeout of its own ends; by default none."
+        None,
+        gt=0,
+        description="Seconds after which a request without a timeout of its own ends, by 'length' with the stop_reason "
+        "'timeout'; by default none.",
     )
     retry_after: int = Field(1, ge=1, description="Seconds in the Retry-After header of 429 and 503 responses.")
     keepalive_seconds: float = Field(

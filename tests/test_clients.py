@@ -374,18 +374,19 @@ def test_a_stream_does_not_wait_for_longer_than_its_deadline() -> None:
     assert Answer({"prompt": "x"}).left_of(30.0, ConnectionFailed("gone")) == 30.0
 
 
-def test_a_deadline_within_a_character_does_not_make_it_another_text() -> None:
+@pytest.mark.parametrize("end", [{"finish_reason": "timeout"}, {"finish_reason": "length", "stop_reason": "timeout"}])
+def test_a_deadline_within_a_character_does_not_make_it_another_text(end: dict[str, str]) -> None:
     """The second answer ends earlier than the first had come."""
     events = chunks(["ab\ufffd"], [3], "d")
     last = events[0]["choices"][0]
-    last |= {"finish_reason": "timeout", "bytes": base64.b64encode(b"ab\xc3").decode()}
+    last |= end | {"bytes": base64.b64encode(b"ab\xc3").decode()}
     last["logprobs"] = {"tokens": ["a", "b", "c"], "bytes": [*b"ab\xc3"]}
     with (
         scripted(answer(200, sent(chunks(["abäöü"], [4], "c")[:1], done=False)), answer(200, sent(events))) as (url, _),
         Client(url) as client,
     ):
         found = list(client.stream("x", model="m"))
-    assert [event.text for event in found] == ["abäö", "", ""] and found[1].finish_reason == "timeout"
+    assert [event.text for event in found] == ["abäö", "", ""] and found[1].finish_reason == end["finish_reason"]
 
 
 def test_a_server_that_falls_silent_is_asked_again() -> None:

@@ -139,7 +139,9 @@ class OverHttp:
             for one, response in self._send((one, self._body(one)) for one in asked):
                 (choice,), usage = response["choices"], response["usage"]
                 if (generated := usage["completion_tokens"]) != one.num_bytes:
-                    raise _failed(one, f"ended after {generated} bytes: {choice['finish_reason']}")
+                    raise _failed(
+                        one, f"ended after {generated} bytes: {choice['stop_reason'] or choice['finish_reason']}"
+                    )
                 # A round gives one byte beyond what it accepts, at most.
                 if (cost := usage["fastblt"])["rounds"] + cost["accepted"] < generated:
                     again.append(one)

@@ -91,6 +91,22 @@ async def test_a_request_whose_time_ends_before_its_turn_keeps_what_it_had(more:
     app.state.grammars.close()
 
 
+@pytest.mark.parametrize(("own", "ended"), [({}, ("length", "timeout")), ({"timeout": 5}, ("timeout", None))])
+async def test_the_servers_own_timeout_ends_a_choice_by_length(
+    own: dict[str, Any], ended: tuple[str, str | None]
+) -> None:
+    client = ScriptedClient()
+    async with serving(client, default_timeout=3.0) as http:
+        asked = body("late", **own)
+        (choice,) = (await http.post("/v1/completions", json=asked)).json()["choices"]
+        stream = await http.post("/v1/completions", json=asked | {"stream": True})
+        sequences = (await http.get("/metrics")).text
+    (last,) = json.loads(stream.text.split("\n")[0].removeprefix("data: "))["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == (last["finish_reason"], last["stop_reason"]) == ended
+    assert [request.timeout for request in client.requests] == [own.get("timeout", 3.0)] * 2
+    assert 'fastblt_sequences_total{decoder="blt",finish_reason="timeout"} 2.0' in sequences
+
+
 class OneIsLate(ScriptedClient):
     """The first sample has no time for a byte."""
 
