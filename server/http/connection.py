@@ -433,6 +433,10 @@ class HttpConnection(asyncio.Protocol):
         """Waits until all that was written is sent, or the connection is closed."""
         await self._writable.wait()
 
+    def hold(self, unsent: int) -> None:
+        """So many bytes of an answer are held until they are sent."""
+        self._slot.hold(unsent)
+
     def body_taken(self) -> None:
         self._resume_reading()
 

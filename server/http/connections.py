@@ -1,4 +1,4 @@
-"""The open connections: their limits, and which one is displaced by a new one."""
+"""The open connections: their limits, and which one gives way to a new one, or to another's answer."""
 
 import logging
 import resource
@@ -12,12 +12,15 @@ from ..settings import ServerSettings
 
 log = logging.getLogger("fastblt.server")
 
-Reason = Literal["head_timeout", "request_timeout", "idle_timeout", "write_timeout", "displaced", "refused"]
+Reason = Literal["head_timeout", "request_timeout", "idle_timeout", "write_timeout", "unread", "displaced", "refused"]
 """Why the server ended or refused a connection."""
 REASONS: tuple[Reason, ...] = get_args(Reason)
 OTHER_FILES = 128
 """Descriptors reserved for everything else: the event loop, the engine's sockets, files of the page, and
 connections that have given way and are not closed yet."""
+LEAST_UNSENT_BYTES = 256 << 20
+BYTES_PER_SCORE = 512
+"""Room for answers: of the largest, some sixteen fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +50,11 @@ class Slot:
     """The place of one connection, from its acceptance to its end.
 
     While the server waits for its client (for a TLS handshake, a next request, the rest of one), it may be closed in
-    favour of a new connection, the longest wait first.
+    favour of a new connection, the longest wait first. While an answer waits for its client to read, it may be closed
+    in favour of another's answer.
     """
 
-    __slots__ = ("_connections", "address", "close", "released")
+    __slots__ = ("_connections", "address", "close", "released", "unsent")
 
     def __init__(self, connections: "Connections", address: str, close: Callable[[], object]) -> None:
         self._connections = connections
@@ -58,6 +62,13 @@ class Slot:
         self.close = close
         """Ends the connection at once."""
         self.released = False
+        self.unsent = 0
+        """Bytes held for the client to read."""
+
+    def hold(self, unsent: int) -> None:
+        """So many bytes, and no others, are held for the client to read."""
+        if not self.released:
+            self._connections._hold(self, unsent)
 
     def wait(self) -> None:
         """The server waits for the client from now on."""
@@ -74,13 +85,16 @@ class Slot:
 
 
 class _Address:
-    """The connections of one address: how many, and those that wait for their client, longest first."""
+    """The connections of one address: how many, and those that wait for their client, or for it to read, longest
+    first."""
 
-    __slots__ = ("count", "waiting")
+    __slots__ = ("count", "sending", "unsent", "waiting")
 
     def __init__(self) -> None:
         self.count = 0
         self.waiting: dict[Slot, None] = {}
+        self.sending: dict[Slot, None] = {}
+        self.unsent = 0
 
 
 class Connections:
@@ -89,10 +103,13 @@ class Connections:
     def __init__(self, settings: ServerSettings) -> None:
         self.capacity = settings.max_connections
         self._per_address = settings.max_connections_per_address
+        self.unsent_capacity = max(LEAST_UNSENT_BYTES, BYTES_PER_SCORE * settings.max_scores)
         self._exempt = settings.trusted_proxies
         self._addresses: dict[str, _Address] = {}
         self._waiting: dict[Slot, None] = {}
         self.count = 0
+        self.unsent = 0
+        """Bytes held for clients to read."""
         self.ended = Counter[Reason]()
         """Connections that the server ended or refused, by reason."""
 
@@ -134,10 +151,32 @@ class Connections:
         slot = next(iter(waiting), None)
         if slot is None:
             return False
-        self._release(slot)
-        self.ended["displaced"] += 1
-        slot.close()
+        self._end(slot, "displaced")
         return True
+
+    def _end(self, slot: Slot, reason: Reason) -> None:
+        self._release(slot)
+        self.ended[reason] += 1
+        slot.close()
+
+    def _hold(self, slot: Slot, unsent: int) -> None:
+        """If there is no room, answers of the address that holds most give way, the longest unread first."""
+        self._change(slot, 0)
+        while self.unsent and self.unsent + unsent > self.unsent_capacity:
+            most = max(self._addresses.values(), key=lambda address: address.unsent)
+            self._end(next(iter(most.sending)), "unread")
+        self._change(slot, unsent)
+
+    def _change(self, slot: Slot, unsent: int) -> None:
+        address = self._addresses[slot.address]
+        more = unsent - slot.unsent
+        slot.unsent = unsent
+        address.unsent += more
+        self.unsent += more
+        if unsent:
+            address.sending[slot] = None
+        else:
+            address.sending.pop(slot, None)
 
     def _wait(self, slot: Slot) -> None:
         self._work(slot)
@@ -151,6 +190,7 @@ class Connections:
         if slot.released:
             return
         self._work(slot)
+        self._change(slot, 0)
         slot.released = True
         self.count -= 1
         address = self._addresses[slot.address]

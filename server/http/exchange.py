@@ -3,7 +3,7 @@
 import asyncio
 import http
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Scope
@@ -16,7 +16,7 @@ log = logging.getLogger("fastblt.server")
 PAUSE_BODY_BYTES = 64 << 10
 """Most body bytes not yet fetched by the application; above this the connection is not read."""
 WRITE_BYTES = 64 << 10
-"""Most bytes of an answer that are given to the transport at once."""
+"""Most bytes of an answer that are given to the transport at once; larger ones count towards the room for answers."""
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 NO_BODY = frozenset({204, 304})
 
@@ -38,6 +38,8 @@ class Line(Protocol):
     def write(self, data: bytes | memoryview) -> None: ...
 
     async def drain(self) -> None: ...
+
+    def hold(self, unsent: int) -> None: ...
 
     def body_taken(self) -> None: ...
 
@@ -163,11 +165,7 @@ class Exchange:
         body, more = message.get("body", b""), message.get("more_body", False)
         head = b"" if self.response_started else self._begin(body, more)
         self.response_started = True
-        for data in _cut(head, self._framed(body, more)):
-            self._line.write(data)
-            await self._line.drain()
-            if self._gone:
-                break
+        await self._write(head, self._framed(body, more))
         if more:
             return
         if self._gone:
@@ -179,6 +177,23 @@ class Exchange:
         self._body.clear()
         self._news.set()
         self._line.answered(self)
+
+    async def _write(self, head: bytes, body: bytes) -> None:
+        """Returns once all is sent, or the client is gone."""
+        if len(body) <= WRITE_BYTES:
+            self._line.write(head + body)
+            return await self._line.drain()
+        self._line.hold(len(body))
+        try:
+            self._line.write(head)
+            view = memoryview(body)
+            for start in range(0, len(view), WRITE_BYTES):
+                self._line.write(view[start : start + WRITE_BYTES])
+                await self._line.drain()
+                if self._gone:
+                    return
+        finally:
+            self._line.hold(0)
 
     def _begin(self, body: bytes, more: bool) -> bytes:
         """The head of the answer."""
@@ -217,14 +232,3 @@ class Exchange:
             return body
         chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
         return chunk if more else chunk + b"0\r\n\r\n"
-
-
-def _cut(head: bytes, body: bytes) -> Iterator[bytes | memoryview]:
-    """Both in pieces for the transport."""
-    if len(body) <= WRITE_BYTES:
-        yield head + body
-        return
-    view = memoryview(body)
-    yield head
-    for start in range(0, len(view), WRITE_BYTES):
-        yield view[start : start + WRITE_BYTES]

@@ -398,10 +398,11 @@ async def test_a_response_that_the_client_never_reads_does_not_block_shutdown() 
 
 
 @asynccontextmanager
-async def unread(served: Served, request: bytes) -> AsyncIterator[socket.socket]:
+async def unread(served: Served, request: bytes, address: str = "127.0.0.1") -> AsyncIterator[socket.socket]:
     """A client that reads nothing of a large answer."""
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.bind((address, 0))
         client.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.sock_connect(client, ("127.0.0.1", served.port))
@@ -443,6 +444,27 @@ async def test_a_whole_answer_holds_its_place_until_its_last_byte_is_sent(caplog
             await until(lambda: gate.num_requests == 0)
     (line,) = [record for record in caplog.records if record.name == "fastblt.access"]
     assert line.status == 200 and line.client_left  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+async def test_memory_for_answers_of_all_connections_is_bounded(path: str) -> None:
+    """Those of the address that has most give way, the longest unread first."""
+    asked = {"prompt": "é" * 150_000, "return_token_strs": True} if "token" in path else body("flood", max_tokens=900)
+    async with serving() as served, AsyncExitStack() as stack:
+        connections, clients, size = served.connections, list[socket.socket](), 0
+        for held, address in enumerate(["127.0.0.2", *["127.0.0.1"] * 3], 1):
+            request = post(asked, "connection: close", path=path)
+            clients.append(await stack.enter_async_context(unread(served, request, address)))
+            if held < 4:
+                await until(lambda least=(held - 0.5) * size: connections.unsent > least)  # type: ignore[misc]
+            if not size:
+                size = connections.unsent
+                # Three fit.
+                connections.unsent_capacity = size * 7 // 2
+        await until(lambda: connections.ended == {"unread": 1})
+        read = await asyncio.gather(*map(read_slowly, clients), return_exceptions=True)
+        assert [isinstance(got, int) and got >= size - 100 for got in read] == [True, False, True, True]
+        assert connections.unsent == 0 and connections.ended == {"unread": 1}
 
 
 async def test_an_answer_that_waits_to_be_sent_keeps_no_scores() -> None:
