@@ -241,14 +241,9 @@ class ChoiceStream:
         if shown is None:
             return
         entry = _at_most(entry, self.num_top)
-        name = token_name(entry.id)
-        shown.tokens.append(name)
+        shown.tokens.append(token_name(entry.id))
         shown.token_logprobs.append(entry.logprob)
-        if entry.logprob is None:
-            shown.top_logprobs.append(None)
-        else:
-            # As OpenAI: the chosen one is always among them.
-            shown.top_logprobs.append({token_name(i): p for i, p in entry.top.items()} | {name: entry.logprob})
+        shown.top_logprobs.append(entry)
         byte = entry.id - BYTE_OFFSET if is_byte(entry.id) else None
         shown.text_offset.append(self._offsets.end if byte is None else self._offsets.feed(byte))
         shown.bytes.append(byte)

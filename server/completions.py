@@ -3,10 +3,10 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
-from fastapi.sse import EventSourceResponse, format_sse_event
+from fastapi.sse import EventSourceResponse
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -18,26 +18,19 @@ from .generation import Generation, Service
 from .origin import Origin, origin_of
 from .parsing import off_the_loop, parse
 from .requests import Plan, make_plan
-from .responses import JsonResponse, to_json
-from .schemas import Completion
+from .responses import JsonResponse, to_json, to_json_in_turns
 from .structured import refusal
 
 log = logging.getLogger("fastblt.server")
 
 T = TypeVar("T")
 
-LINE_BREAKS = {"\u0085": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"}
+LINE_BREAKS = {c.encode(): b"\\u%04x" % ord(c) for c in "\u0085\u2028\u2029"}
 """Those of Unicode, which JSON leaves as they are and the lines of httpx and requests end at, and their escapes."""
 
 KEEPALIVE = b"\n\n"
 """Sent in a silent stream. Every reader of events ignores empty lines. Not all ignore comments: vLLM's benchmark takes
 one for the start of the next event, SGLang's for broken JSON."""
-WHOLE_BYTES = 256 << 10
-"""Largest answer that is made on the event loop."""
-ENTRY_BYTES = 64
-"""Approximate bytes of one log-probability in it, or of a round without its ids."""
-ENTROPY_BYTES = 11
-ID_BYTES = 4
 
 
 async def complete(request: Request, service: Service) -> Response:
@@ -62,7 +55,7 @@ async def complete(request: Request, service: Service) -> Response:
     handed_over = False
     try:
         if not wanted.stream:
-            body = await _encoded(await _unless_client_leaves(request, generation.collect()))
+            body = await to_json_in_turns(await _unless_client_leaves(request, generation.collect()))
             handed_over = True
             return CompletionAnswer(generation, body)
         pieces = generation.pieces()
@@ -97,23 +90,6 @@ async def _check_grammars(request: Request, service: Service, plan: Plan) -> Non
             raise refusal(grammar.fault(fault))
 
 
-async def _encoded(completion: Completion) -> bytes:
-    """As JSON; in a thread if it is large."""
-    size = 0
-    for choice in completion.choices:
-        size += len(choice.text) + len(choice.bytes or "")
-        if choice.logprobs:
-            size += ENTRY_BYTES * (
-                len(choice.logprobs.tokens) + sum(map(len, filter(None, choice.logprobs.top_logprobs)))
-            )
-        size += ENTRY_BYTES * sum(len(entry.top) + 1 for entry in choice.prompt_logprobs or [])
-        for round in choice.trace.rounds if choice.trace else []:
-            size += ENTRY_BYTES + ID_BYTES * (len(round.ids) + len(round.drafts) + len(round.passes))
-        size += ENTROPY_BYTES * len(choice.patches.entropies if choice.patches else [])
-        size += ID_BYTES * len([*(choice.prompt_token_ids or []), *(choice.token_ids or [])])
-    return to_json(completion) if size <= WHOLE_BYTES else await asyncio.to_thread(to_json, completion)
-
-
 async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
     """The framework does not cancel a request whose client is gone. Raises ClientLeft."""
 
@@ -133,10 +109,8 @@ async def _unless_client_leaves(request: Request, work: Awaitable[T]) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-class CompletionAnswer(Response):
+class CompletionAnswer(JsonResponse):
     """A whole response. It owns the generation, which is closed when its last byte is sent, or will never be."""
-
-    media_type = JsonResponse.media_type
 
     def __init__(self, generation: Generation, body: bytes) -> None:
         super().__init__(body)
@@ -182,27 +156,27 @@ class CompletionStream(EventSourceResponse):
     ) -> AsyncGenerator[bytes, None]:
         last = b""
         try:
-            if chunk := self._chunk(first):
+            if chunk := await self._chunk(first):
                 yield chunk
             async for item in rest:
-                if chunk := self._chunk(item):
+                if chunk := await self._chunk(item):
                     yield chunk
             if self._include_usage:
-                last = _event(self._generation.completion([], self._generation.usage()))
+                last = _event(to_json(self._generation.completion([], self._generation.usage())))
         except ApiError as error:
             last = self._error(error)
         except Exception:
             log.exception("the request failed")
             last = self._error(internal_error(self._access.request_id))
         # As one piece: what comes after the text is sent as a whole or not at all.
-        yield last + format_sse_event(data_str="[DONE]")
+        yield last + _event(b"[DONE]")
         self._sent_all = True
 
     def _error(self, error: ApiError) -> bytes:
         self._access.error = error
-        return _event(error.body)
+        return _event(to_json(error.body))
 
-    def _chunk(self, item: tuple[int, Piece] | None) -> bytes | None:
+    async def _chunk(self, item: tuple[int, Piece] | None) -> bytes | None:
         """None for an empty piece: its bytes wait for the rest of a code point, or for a stop string."""
         if item is None:
             return KEEPALIVE
@@ -211,11 +185,12 @@ class CompletionStream(EventSourceResponse):
             return None
         generation = self._generation
         usage = generation.usage_so_far() if self._usage_in_chunks else None
-        return _event(generation.completion([generation.choice(index, piece)], usage))
+        return _event(await to_json_in_turns(generation.completion([generation.choice(index, piece)], usage)))
 
 
-def _event(content: Any) -> bytes:
-    data = to_json(content).decode()
+def _event(data: bytes) -> bytes:
     for character, escape in LINE_BREAKS.items():
         data = data.replace(character, escape)
-    return format_sse_event(data_str=data)
+    return b"data: %b
+
+" % data

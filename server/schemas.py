@@ -350,12 +350,23 @@ def _not_allowed(field: str, known: Neutral, value: object) -> ApiError:
     return ApiError(400, message, param=field, code="unsupported_parameter")
 
 
+def _by_name(entry: TokenLogprob) -> dict[str, float] | None:
+    """The likeliest ids and, as in OpenAI's answers, always the chosen one; null for the prompt's first id."""
+    if entry.logprob is None:
+        return None
+    return {token_name(token): logprob for token, logprob in entry.top.items()} | {token_name(entry.id): entry.logprob}
+
+
+# Of TokenLogprobs, one at a time as the answer is written: all at once would take many times the memory of the scores.
+TopLogprobs = list[Annotated[Any, PlainSerializer(_by_name)]]
+
+
 class Logprobs(BaseModel):
     """One entry per byte in each list. A byte that is no text on its own is named `bytes:\\xNN`."""
 
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
-    top_logprobs: list[dict[str, float] | None] = []
+    top_logprobs: TopLogprobs = []
     text_offset: list[int] = Field([], description="Where the byte's character stands in the choice's text.")
     bytes: list[int | None] = Field([], description="Extension: the byte's value; null for a special id.")
 
@@ -381,7 +392,6 @@ def _by_id(entry: TokenLogprob) -> dict[int, PromptLogprob] | None:
     return told
 
 
-# Of TokenLogprobs, one at a time as the answer is written: all at once would take many times the memory of the scores.
 PromptLogprobs = list[Annotated[Any, PlainSerializer(_by_id)]]
 
 

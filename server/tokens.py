@@ -15,7 +15,7 @@ from .errors import ApiError, from_failed
 from .generation import Service
 from .model_names import check_model
 from .parsing import off_the_loop, parse_detokenize, parse_tokenize
-from .responses import JsonResponse
+from .responses import JsonResponse, to_json_in_turns
 from .settings import ServerSettings
 from .token_names import token_name
 from .token_schemas import Detokenized, Tokenized
@@ -25,12 +25,12 @@ T = TypeVar("T")
 
 async def tokenize(request: Request, service: Service) -> Response:
     """Raises ApiError."""
-    return JsonResponse(await _answered(request, service, _tokenized))
+    return JsonResponse(await to_json_in_turns(await _answered(request, service, _tokenized)))
 
 
 async def detokenize(request: Request, service: Service) -> Response:
     """Raises ApiError."""
-    return JsonResponse(await _answered(request, service, _detokenized))
+    return JsonResponse(await to_json_in_turns(await _answered(request, service, _detokenized)))
 
 
 async def _answered(request: Request, service: Service, answer: Callable[[bytes, ServerSettings, ModelLimits], T]) -> T:

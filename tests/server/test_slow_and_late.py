@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -14,10 +15,9 @@ from engine.config import BYTE_OFFSET
 from engine.types import Delta, Event, Finished, Request, TokenLogprob, Usage
 from server.admission import LOOKAHEAD
 from server.app import create_app
-from server.completions import WHOLE_BYTES, _encoded
 from server.origin import Origin
-from server.responses import to_json
-from server.schemas import Choice, Completion, CompletionUsage, Trace, TraceRound
+from server.responses import to_json, to_json_in_turns
+from server.schemas import Choice, Completion, CompletionUsage, Logprobs, Trace, TraceRound
 from server.settings import ServerSettings
 from tests.scripted_server import ScriptedClient, body, serving, until
 
@@ -147,14 +147,38 @@ async def test_traces_count_towards_the_scores_of_an_answer_in_streams_too() -> 
         assert (await refusal(n=200))["param"] == "n"
 
 
-@pytest.mark.parametrize("large", ["prompt_logprobs", "trace"])
-async def test_large_answers_are_encoded_as_small_ones(large: str) -> None:
-    count = WHOLE_BYTES // 32
-    filled: dict[str, Any] = {
-        "prompt_logprobs": {"prompt_logprobs": [TokenLogprob(101, -1.0, {})] * count},
-        "trace": {"trace": Trace(rounds=[TraceRound(ids=[101], drafts=[], accepted=0, passes=[])] * count)},
-    }[large]
-    choice = Choice(index=0, text="", logprobs=None, finish_reason="stop", stop_reason=None, **filled)
+async def test_a_long_answer_is_encoded_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.responses.TURN_SECONDS", 0)
+    entries = [TokenLogprob(101, None, {}), *[TokenLogprob(101, -1.5, {102: -0.25, 104: -math.inf}, 3)] * 99]
+    scores = {
+        "tokens": ["a", '"top_logprobs":[]'] * 50,
+        "token_logprobs": [None, math.nan] * 50,
+        "top_logprobs": entries,
+        "text_offset": list(range(100)),
+    }
+    large: list[dict[str, Any]] = [
+        {"logprobs": Logprobs(**scores), "prompt_logprobs": entries},
+        {"token_ids": [5] * 100, "prompt_token_ids": [6] * 100},
+        {"trace": Trace(rounds=[TraceRound(ids=[101], drafts=[], accepted=0, passes=[])] * 100)},
+        {},
+    ]
     usage = CompletionUsage(prompt_tokens=1, completion_tokens=1, total_tokens=2)
-    completion = Completion(id="x", created=0, model="m", choices=[choice], usage=usage)
-    assert await _encoded(completion) == to_json(completion)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    other = asyncio.create_task(others())
+    for fields in ([large[0]], large, [large[3]] * 100):
+        choices = [
+            Choice(index=index, finish_reason="stop", **{"text": '"logprobs":[]', "logprobs": None, **field})
+            for index, field in enumerate(fields)
+        ]
+        completion = Completion(id="x", created=0, model="m", choices=choices, usage=usage)
+        before = turns
+        assert await to_json_in_turns(completion) == to_json(completion)
+        assert turns > before + 3
+    other.cancel()
