@@ -195,7 +195,7 @@ class HttpConnection(asyncio.Protocol):
         elif self._parser.should_upgrade():
             self._upgrades = True
         elif self._ending or len(self._queue) >= MAX_PIPELINED:
-            self._discard_rest()
+            self._answer_no_more()
         else:
             self._begin_exchange()
 
@@ -215,7 +215,7 @@ class HttpConnection(asyncio.Protocol):
                 # its body is dropped, and the connection ends when those are answered.
                 self._queue.pop()
                 self._incoming = None
-                self._discard_rest()
+                self._answer_no_more()
 
     def on_message_complete(self) -> None:
         self._reading, self._pending_bytes = "nothing", 0
@@ -352,6 +352,17 @@ class HttpConnection(asyncio.Protocol):
         if exchange.response_complete:
             self._finish()
 
+    def _answer_no_more(self) -> None:
+        """The requests read so far are the last ones, and the client may be sending more."""
+        self._end_after_last()
+        self._lingers = True
+        self._discard_rest()
+
+    def _end_after_last(self) -> None:
+        last = self._queue[-1] if self._queue else self._current
+        assert last
+        last.keep_alive = False
+
     def _discard_rest(self) -> None:
         """Discards further input, so that a client which is still sending does not block."""
         self._is_deaf = True
@@ -453,7 +464,7 @@ class HttpConnection(asyncio.Protocol):
         if self._current is None:
             self._finish()
         else:
-            (self._queue[-1] if self._queue else self._current).keep_alive = False
+            self._end_after_last()
             if self._reading == "nothing":
                 self._discard_rest()
 

@@ -121,6 +121,9 @@ async def test_the_number_of_pipelined_requests_is_bounded() -> None:
         await raw.send(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n" * 2000)
         answers = await raw.answers(*[b"GET"] * 17)
         assert [answer.status for answer in answers] == [200] * 17
+        assert [answer.headers.get("connection") for answer in answers] == [None] * 16 + ["close"]
+        # As it lingers, what the client still sends resets nothing.
+        await raw.send(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n" * 2000)
         assert await raw.is_closed()
 
 
