@@ -5,6 +5,8 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import count
 
+from msgspec.structs import replace
+
 from . import admission
 from .build import Parts, build
 from .calibrate import calibrate
@@ -107,6 +109,8 @@ class Engine:
 
         A refusal is not raised: the next step returns it as a `Failed`.
         """
+        if request.submitted is None:
+            request = replace(request, submitted=time.monotonic())
         refusal = admission.check(request, self.limits)
         if request.id in self._sequences or request.id in self._compiling:
             refusal = Failed(id=request.id, code="invalid", message=f"id {request.id!r} is in use", param="id")
@@ -137,8 +141,13 @@ class Engine:
         """Starts requests whose grammar is ready; waits a moment if there is nothing else to do."""
         if self._compiling and not self._sequences and not self._events:
             wait([future for *_, future in self._compiling.values()], WAIT_SECONDS, FIRST_COMPLETED)
+        now = time.monotonic()
         for request, decoder, future in list(self._compiling.values()):
             if not future.done():
+                if request.deadline <= now:
+                    self._leave_grammar(request.id)
+                    # It ends before its first step.
+                    self._start(request, decoder)
                 continue
             del self._compiling[request.id]
             if error := future.exception():
@@ -156,11 +165,15 @@ class Engine:
             log.debug("aborted after %d ids", sequence.num_output, extra=sequence.request.log_fields)
             self._finish(sequence, "abort")
         elif request_id in self._compiling:
-            *_, future = self._compiling.pop(request_id)
-            if all(future is not other for *_, other in self._compiling.values()):
-                # Or a client that comes and leaves would make all others wait for its grammars.
-                future.cancel()
+            self._leave_grammar(request_id)
             self._events.append(Finished(id=request_id, reason="abort", usage=Usage()))
+
+    def _leave_grammar(self, request_id: str) -> None:
+        """It waits for its grammar no longer."""
+        *_, future = self._compiling.pop(request_id)
+        if all(future is not other for *_, other in self._compiling.values()):
+            # Or a client that comes and leaves would make all others wait for its grammars.
+            future.cancel()
 
     def close(self) -> None:
         """Leaves no work that the interpreter would finish before it ends."""

@@ -1,6 +1,5 @@
 """One sequence in the engine: its ids, its rows, its patches, its pages and its decoder."""
 
-import math
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -48,8 +47,8 @@ class Sequence:
         """Whether the device may draw a byte of it before the host has read the one before: it has no grammar, no
         penalty, and needs no scores."""
         self.arrival = arrival
-        self.arrived = time.monotonic()
-        self.deadline = math.inf if request.timeout is None else self.arrived + request.timeout
+        self.deadline = request.deadline
+        self._submitted = time.monotonic() if request.submitted is None else request.submitted
         self.ids = [*request.prompt_ids, *request.output_ids]
         self.num_prompt = len(request.prompt_ids)
         self.id_counts = Counter(request.output_ids)
@@ -113,8 +112,8 @@ class Sequence:
 
     @property
     def queue_seconds(self) -> float:
-        """From its arrival to its first step."""
-        return (self._begun or time.monotonic()) - self.arrived
+        """From its submission to its first step."""
+        return (self._begun or time.monotonic()) - self._submitted
 
     @property
     def prefill_seconds(self) -> float:

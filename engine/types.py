@@ -3,6 +3,7 @@
 Every admitted request ends in exactly one `Finished` or `Failed`. Events of one request arrive in order.
 """
 
+import math
 from typing import Literal
 
 import msgspec
@@ -92,7 +93,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     priority: int = 0
     """Lower runs first."""
     timeout: float | None = None
-    """Seconds after admission at which the request ends with reason "timeout"."""
+    """Seconds after `submitted` at which the request ends with reason "timeout"."""
+    submitted: float | None = None
+    """When it was submitted, by `time.monotonic`, which is one clock for all processes of a machine; None for when the
+    engine takes it."""
     decoder: DecoderName = "blt"
     draft_length: int = 8
     """Most bytes to draft per round, 1 to `MAX_DRAFT`. This, the next three fields and `exact` are options of some
@@ -115,6 +119,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Ids that an engine that died has generated for this request; generation continues after them."""
     log_fields: dict[str, str] = {}
     """Fields added to log lines about it, such as the id of its HTTP request."""
+
+    @property
+    def deadline(self) -> float:
+        """By `time.monotonic`: infinite without a timeout, and before it is submitted."""
+        return math.inf if self.timeout is None or self.submitted is None else self.submitted + self.timeout
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -175,7 +184,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     """Ids of the prompt that were found in the prefix cache."""
     queue_seconds: float = 0.0
-    """From its arrival in the engine to its first step."""
+    """From its submission to its first step."""
     prefill_seconds: float = 0.0
     """From its first step to its first id."""
     decode_seconds: float = 0.0

@@ -487,8 +487,8 @@ class FastBltUsage(BaseModel):
     bytes_read: int = Field(description="Bytes really read: a share of every batch's weights, keys and values, tables.")
     preemptions: int
     queue_seconds: float = Field(
-        description="Before the first step: the wait for the turn of its key, and in the engine; the longest of any "
-        "sequence."
+        description="Before the first step: the wait for the turn of its key, and in the engine, there also for its "
+        "grammar; the longest of any sequence."
     )
     prefill_seconds: float = Field(description="From the first step to the first id; the longest of any sequence.")
     decode_seconds: float = Field(description="From the first id to the end; the longest of any sequence.")

@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -464,6 +465,27 @@ def test_no_grammar_is_compiled_for_requests_that_are_gone(model: Path, monkeypa
     assert ended.keys() == {*map(str, range(10)), "again"}
     assert {name for name, reason in ended.items() if reason != "abort"} == {"4", "6", "9", "again"}
     assert compiling == [GRAMMARS[0], GRAMMARS[1], GRAMMARS[4], GRAMMARS[3]]
+
+
+def test_time_ends_while_a_grammar_is_compiled(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(grammars, "compiled", lambda grammar: go.wait(60) and compiled(grammar))
+    engine, ids = make_engine(model), to_ids(b"begun th")
+    engine.add(request("other", text(9, 1), 5, grammar=GRAMMARS[2]))
+    begun = {"stop": [b"the end"], "output_ids": ids, "submitted": time.monotonic() - 2, "timeout": 2.2}
+    engine.add(request("late", text(9, 1), 99, grammar=GRAMMARS[0], **begun))
+    events = list[Event]()
+    while not events:
+        events += engine.step()
+    (late,) = events
+    assert isinstance(late, Finished)
+    # An engine that was lost had held the end of its text back.
+    assert (late.id, late.reason, late.text) == ("late", "timeout", b"th")
+    assert late.usage.prompt_tokens == 9 and late.usage.completion_tokens == len(ids)
+    assert late.usage.queue_seconds >= 2.2
+    go.set()
+    (other,) = (event for event in all_events(engine) if isinstance(event, Finished))
+    assert other.id == "other" and other.usage.queue_seconds >= 0.2
 
 
 def test_random_weights_of_a_preset_write_json(tmp_path: Path) -> None:

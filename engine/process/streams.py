@@ -10,8 +10,9 @@ import msgspec
 from ..config import text_of
 from ..types import Delta, Event, Failed, Finished, Request, TokenLogprob, Trace, Usage
 
-GRACE_SECONDS = 0.1
-"""How long after its deadline a request may still be ended by the engine, which knows more of it."""
+GRACE_SECONDS = 0.5
+"""How long after its deadline a request may still be ended by the engine, which knows what it has cost, after the step
+that runs."""
 
 
 class EngineDead(RuntimeError):
@@ -56,7 +57,9 @@ class Stream:
         """The request as the current engine gets it."""
         self.sent = self.silent = True
         self._times_sent += 1
-        return self.request if self._times_sent == 1 else self._rest()
+        if self._times_sent == 1:
+            return msgspec.structs.replace(self.request, submitted=self._submitted)
+        return self._rest()
 
     def put(self, event: Event) -> None:
         """Takes an event of the current engine."""
@@ -116,13 +119,14 @@ class Stream:
 
     def _rest(self) -> Request:
         """The request for a new engine: it continues after the last event that arrived."""
-        timeout, patches_from = self.request.timeout, self.request.patches_from
+        timeout, patches_from, now = self.request.timeout, self.request.patches_from, time.monotonic()
         return msgspec.structs.replace(
             self.request,
             output_ids=list(self._output_ids),
             prompt_logprobs=self.request.prompt_logprobs and not self._prompt_scored,
             patches_from=None if patches_from is None else patches_from + self._num_entropies,
-            timeout=None if timeout is None else max(timeout - (time.monotonic() - self._submitted), 0.0),
+            timeout=None if timeout is None else max(timeout - (now - self._submitted), 0.0),
+            submitted=now,
         )
 
 
