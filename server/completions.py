@@ -191,6 +191,4 @@ class CompletionStream(EventSourceResponse):
 def _event(data: bytes) -> bytes:
     for character, escape in LINE_BREAKS.items():
         data = data.replace(character, escape)
-    return b"data: %b
-
-" % data
+    return b"data: %b\n\n" % data
