@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -52,20 +52,38 @@ class _Bytes:
 _TOKENIZER = LLTokenizer(TokenizerWrapper(_Bytes()), slices=[])
 
 
-class Compiled(NamedTuple):
+class Compiled:
     """A grammar with a matcher at the beginning of a text. Copies of the matcher share its lexer: the states that it
-    remembers, and its error once there are too many. seconds: of processor time."""
+    remembers, and its error once there are too many."""
 
-    grammar: str
-    matcher: LLMatcher
-    seconds: float
+    def __init__(self, grammar: str, matcher: LLMatcher, seconds: float) -> None:
+        """seconds: of processor time."""
+        self.matcher = matcher
+        self._grammar, self._seconds = grammar, seconds
+        self._num_fed = 0
+        """Ids of texts that have moved to its lexer."""
 
     @property
     def is_worn(self) -> bool:
         """Whether no copy works any more."""
-        matcher = self.matcher.deep_copy()
-        matcher.compute_bitmask()
-        return bool(matcher.is_error())
+        return _is_worn(self.matcher)
+
+    def renewed(self, used: LLMatcher, num_ids: int) -> LLMatcher | None:
+        """What replaces `used` for a text of so many ids, if its lexer is worn and the grammar quick to compile. Texts
+        that move at about the same time share a lexer. Each of their ids may add a state to it; half of the states are
+        kept for what comes."""
+        if self._seconds > QUICK_SECONDS or not _is_worn(used):
+            return None
+        if self._num_fed + num_ids > STATES // 2 or self.is_worn:
+            self.matcher, self._num_fed = compiled(self._grammar).matcher, 0
+        self._num_fed += num_ids
+        return self.matcher
+
+
+def _is_worn(matcher: LLMatcher) -> bool:
+    copy = matcher.deep_copy()
+    copy.compute_bitmask()
+    return bool(copy.is_error())
 
 
 def compiled(grammar: str) -> Compiled:
@@ -126,7 +144,9 @@ class Constraint:
     def __init__(self, compiled: Compiled, vocab_size: int, *, allows_eos: bool = True) -> None:
         """allows_eos: whether an EOS may come where the text may end, and must not go on."""
         self._compiled, self._vocab_size, self._allows_eos = compiled, vocab_size, allows_eos
-        self._matcher, self._ids = compiled.matcher.deep_copy(), list[int]()
+        self._first = compiled.matcher
+        """At the beginning of the text."""
+        self._matcher, self._ids = self._first.deep_copy(), list[int]()
         self._now: Mask | None = None
         self._ahead = memoryview(b"")
 
@@ -204,15 +224,18 @@ class Constraint:
         return mask
 
     def _ask(self, question: Callable[[LLMatcher], T]) -> T:
-        """What the matcher says after `_ids`. If its lexer is worn, another one answers, of this sequence alone."""
-        said, used = question(self._matcher), self._compiled
-        if self._matcher.is_error() and used.seconds <= QUICK_SECONDS and used.is_worn:
-            self._compiled = compiled(used.grammar)
+        """What the matcher says after `_ids`. If its lexer is worn, another one answers."""
+        said = question(self._matcher)
+        # The second is new, if other texts have worn out the first.
+        for _ in range(2):
+            if not self._matcher.is_error() or not (first := self._compiled.renewed(self._first, len(self._ids))):
+                break
+            self._first = first
             self._restart()
             said = question(self._matcher)
         return said
 
     def _restart(self) -> None:
         """Forgets an error: a matcher never does."""
-        self._matcher = self._compiled.matcher.deep_copy()
+        self._matcher = self._first.deep_copy()
         self._matcher.consume_tokens(self._ids)
