@@ -549,8 +549,9 @@ def _completion(data: dict[str, Any]) -> Completion:
 
 
 def _choice(told: dict[str, Any]) -> Choice:
-    given = {field.name: told.get(field.name) for field in dataclass_fields(Choice)}
-    return Choice(**given | {"index": told["index"], "text": told["text"], "encoded": told.get("bytes")})
+    given: dict[str, Any] = {field.name: told.get(field.name) for field in dataclass_fields(Choice)}
+    given |= {"index": told["index"], "text": told["text"], "encoded": told.get("bytes")}
+    return Choice(**given)
 
 
 def _names(models: dict[str, Any]) -> list[str]:

@@ -76,7 +76,8 @@ def _parts_of_list(values: list[Any], adapter: TypeAdapter[Any]) -> Iterator[byt
 
 @cache
 def _adapter(model: type[BaseModel], field: str) -> TypeAdapter[Any]:
-    return TypeAdapter(model.model_fields[field].annotation)
+    kind: Any = model.model_fields[field].annotation
+    return TypeAdapter(kind)
 
 
 class JsonResponse(Response):
