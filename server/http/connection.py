@@ -22,8 +22,9 @@ from .connections import Connections, HttpLimits, Reason, Slot
 from .exchange import CONTINUE, Exchange
 
 MAX_PIPELINED = 16
-"""Most requests that may wait for earlier answers. A connection with more, or with a large one, ends when these are
-answered."""
+MAX_PIPELINED_BYTES = 128 << 10
+"""Most requests, and bytes of their heads and bodies, that may wait for earlier answers. A connection with more ends
+when these are answered."""
 LINGER_SECONDS = 2.0
 """Time for a client to read the last answer while it still sends; after an immediate close the kernel would discard
 it."""
@@ -206,16 +207,10 @@ class HttpConnection(asyncio.Protocol):
         self._pending_bytes = 0
         if self._incoming and not self._refusal:
             self._incoming.feed(data)
-            if not self._incoming.backs_up:
-                return
-            if self._incoming is self._current:
+            if self._incoming is not self._current:
+                self._bound_queue()
+            elif self._incoming.backs_up:
                 self._pause_reading()
-            else:
-                # This request waits for the answers before it. Reading continues, to notice when the client leaves; so
-                # its body is dropped, and the connection ends when those are answered.
-                self._queue.pop()
-                self._incoming = None
-                self._answer_no_more()
 
     def on_message_complete(self) -> None:
         self._reading, self._pending_bytes = "nothing", 0
@@ -311,10 +306,12 @@ class HttpConnection(asyncio.Protocol):
             self,
             scope,
             began=self._began,
+            head_bytes=self._header_bytes,
             keep_alive=version == "1.1" and self._parser.should_keep_alive(),
             expects_continue=self._expects_continue and version == "1.1",
         )
         self._enqueue(self._incoming)
+        self._bound_queue()
 
     def _scope(self, **fields: Any) -> Scope:
         return {
@@ -351,6 +348,14 @@ class HttpConnection(asyncio.Protocol):
         exchange.fail(error)
         if exchange.response_complete:
             self._finish()
+
+    def _bound_queue(self) -> None:
+        """Reading continues while requests wait for earlier answers, to notice when the client leaves. So one for which
+        there is no room is dropped, and the connection ends when those before it are answered."""
+        if sum(exchange.size for exchange in self._queue) > MAX_PIPELINED_BYTES:
+            self._queue.pop()
+            self._incoming = None
+            self._answer_no_more()
 
     def _answer_no_more(self) -> None:
         """The requests read so far are the last ones, and the client may be sending more."""

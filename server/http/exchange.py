@@ -55,13 +55,21 @@ class Exchange:
     """`receive` and `send` of one request. The connection feeds it and reports when the client is gone."""
 
     def __init__(
-        self, line: Line, scope: Scope, *, began: float, keep_alive: bool, expects_continue: bool = False
+        self,
+        line: Line,
+        scope: Scope,
+        *,
+        began: float,
+        keep_alive: bool,
+        head_bytes: int = 0,
+        expects_continue: bool = False,
     ) -> None:
         self._line = line
         self.scope = scope
         self.began = began
         """When the first byte of the request came, by the loop's clock."""
         self.keep_alive = keep_alive
+        self._head_bytes = head_bytes
         self.request_complete = False
         self.response_started = False
         self.response_complete = False
@@ -103,6 +111,11 @@ class Exchange:
         """The client is gone."""
         self._gone = True
         self._news.set()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the request that are held."""
+        return self._head_bytes + len(self._body)
 
     @property
     def backs_up(self) -> bool:

@@ -7,7 +7,7 @@ import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,24 @@ async def test_the_number_of_pipelined_requests_is_bounded() -> None:
         assert [answer.headers.get("connection") for answer in answers] == [None] * 16 + ["close"]
         # As it lingers, what the client still sends resets nothing.
         await raw.send(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n" * 2000)
+        assert await raw.is_closed()
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "fitting"), [(30_000, 0, 4), (30_000, 30_000, 2), (0, 60_000, 2), (0, 100_000, 1)]
+)
+async def test_the_bytes_of_pipelined_requests_are_bounded(header: int, size: int, fitting: int) -> None:
+    client = ScriptedClient()
+    async with serving(client) as http, connected(port_of(http)) as raw:
+        await raw.send(post(body("wait")))
+        await settled(client, 1)
+        waiting = post(b" " * size + json.dumps(body("x")).encode(), "a: " + "x" * header)
+        with suppress(ConnectionError):
+            await raw.send(waiting * 8)
+        await asyncio.sleep(0.1)
+        client.release.set()
+        answers = await raw.answers(*[b"POST"] * (fitting + 1))
+        assert [answer.headers.get("connection") for answer in answers] == [None] * fitting + ["close"]
         assert await raw.is_closed()
 
 
