@@ -41,6 +41,11 @@ class Piece:
         also = self.prompt_token_ids or self.token_ids or self.prompt_logprobs
         return not (shown or also or self.trace and self.trace.rounds or self.patches and self.patches.entropies)
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether it may be long beside its text."""
+        return any((self.logprobs, self.prompt_logprobs, self.trace, self.patches))
+
     def add(self, other: "Piece") -> None:
         self.text += other.text
         if self.data is not None and other.data:

@@ -185,7 +185,8 @@ class CompletionStream(EventSourceResponse):
             return None
         generation = self._generation
         usage = generation.usage_so_far() if self._usage_in_chunks else None
-        return _event(await to_json_in_turns(generation.completion([generation.choice(index, piece)], usage)))
+        chunk = generation.completion([generation.choice(index, piece)], usage)
+        return _event(await to_json_in_turns(chunk) if piece.is_scored else to_json(chunk))
 
 
 def _event(data: bytes) -> bytes:
