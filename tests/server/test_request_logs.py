@@ -70,7 +70,7 @@ def talk(server: RunningServer) -> None:
             {"logit_bias": {MARK: 1}},
             {"logit_bias": {"5": MARK}},
             {"unmask": {"rule": MARK}},
-            {"stop": [MARK] * 5},
+            {"stop": [MARK] * 65},
             {"suffix": MARK},
             {"cache_salt": MARK * 99},
             {"decoder": MARK},
