@@ -18,8 +18,20 @@ from engine.config import BYTE_OFFSET, EngineConfig
 from engine.process import child
 from engine.process.client import EngineClient, EngineDead, EngineStartError
 from engine.process.streams import GRACE_SECONDS, Stream
-from engine.process.wire import encode
-from engine.types import Abort, Command, Delta, Event, Failed, Finished, Request, Shutdown, Snapshot, TokenLogprob
+from engine.process.wire import SCORES_AT_ONCE, Batch, Scores, decode_message, encode, messages
+from engine.types import (
+    Abort,
+    Command,
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    Request,
+    Shutdown,
+    Snapshot,
+    TokenLogprob,
+    Usage,
+)
 from tests.scripted_engine import prompt_ids, scripted_ids, scripted_logprob
 from tests.streams import Transcript, kill, killer, read
 
@@ -101,6 +113,26 @@ async def test_a_flood_of_requests_lets_steps_run_between_them(monkeypatch: pyte
     monkeypatch.setattr(child, "time", SimpleNamespace(monotonic=lambda: now))
     child._serve(engine, socket, heart)
     assert seen == ["a", "b", "c", "step", "d", "e", "f", "step", "g", "h", "abort a", "abort h"]
+
+
+async def test_many_scores_of_a_prompt_come_in_several_messages_and_are_read_at_once() -> None:
+    entries = [TokenLogprob(5, -1.0, {token: -2.0 for token in range(259)}) for _ in range(200)]
+    scored = Delta(id="a", ids=[5], text=b"a", prompt_logprobs=[TokenLogprob(1, None, {}), *entries])
+    others = [Delta(id="b", ids=[6]), Finished(id="c", reason="stop", usage=Usage())]
+    *parts, batch = [decode_message(encode(message)) for message in messages([scored, *others], None)]
+    assert isinstance(batch, Batch) and batch.events[1:] == others and len(parts) == 3
+    stream = Stream(Request(id="a", prompt_ids=[1, *[5] * 200], max_tokens=1, prompt_logprobs=True))
+    stream.send()
+    for part in parts:
+        assert isinstance(part, Scores) and part.id == "a" and len(part.entries) * 260 <= SCORES_AT_ONCE
+        stream.score(part.entries)
+    # The engine ends, and the next one scores the prompt again.
+    assert stream.send().prompt_logprobs
+    for part in parts:
+        assert isinstance(part, Scores)
+        stream.score(part.entries)
+    stream.put(batch.events[0])
+    assert await stream.next() == scored
 
 
 async def test_closing_a_stream_early_aborts_its_request(tmp_path: Path) -> None:

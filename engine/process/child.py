@@ -26,7 +26,7 @@ from ..config import EngineConfig, ModelLimits
 from ..shortage import flags_that_need_less, is_out_of_memory
 from ..types import Abort, EngineInfo, Event, Request, SetLogLevel, Shutdown, Snapshot
 from .heartbeat import Heart
-from .wire import OUT_OF_MEMORY, Batch, Message, Started, StartFailed, decode_command, encode
+from .wire import OUT_OF_MEMORY, Message, Started, StartFailed, decode_command, encode, messages
 
 log = logging.getLogger("fastblt.engine.process")
 
@@ -147,7 +147,8 @@ def _serve(engine: EngineLike, socket: zmq.Socket[bytes], heart: Heart) -> None:
         if due:
             reported = now
         if events or due:
-            socket.send(encode(Batch(events, _snapshot(engine) if due else None)))
+            for message in messages(events, _snapshot(engine) if due else None):
+                socket.send(encode(message))
 
 
 def _snapshot(engine: EngineLike) -> Snapshot:

@@ -26,7 +26,7 @@ from .heartbeat import BEAT_SECONDS
 from .spawned import EngineStartError, Spawned, describe_exit
 from .streams import EngineDead, Stream
 from .trials import Trials
-from .wire import OUT_OF_MEMORY, Batch, Started
+from .wire import OUT_OF_MEMORY, Batch, Scores, Started
 
 log = logging.getLogger("fastblt.engine.client")
 
@@ -284,6 +284,12 @@ class EngineClient:
     async def _receive(self, process: Spawned) -> None:
         while True:
             message = await process.receive()
+            if isinstance(message, Scores):
+                if stream := self._streams.get(message.id):
+                    stream.score(message.entries)
+                # The next message may be here already, and `receive` would not wait.
+                await asyncio.sleep(0)
+                continue
             assert isinstance(message, Batch)
             self.snapshot = message.snapshot or self.snapshot
             if message.events:

@@ -39,6 +39,8 @@ class Stream:
         self._num_text = 0
         self._logprob = 0.0
         self._prompt_scored = False
+        self._scores: list[TokenLogprob] = []
+        """Of the prompt, from the current engine, whose rest has not come."""
         self._num_entropies = 0
         self._times_sent = 0
         self._unread = Merged()
@@ -56,16 +58,24 @@ class Stream:
     def send(self) -> Request:
         """The request as the current engine gets it."""
         self.sent = self.silent = True
+        self._scores = []
         self._times_sent += 1
         if self._times_sent == 1:
             return msgspec.structs.replace(self.request, submitted=self._submitted)
         return self._rest()
+
+    def score(self, entries: list[TokenLogprob]) -> None:
+        """Takes log-probabilities of the prompt, which its reader gets with the others."""
+        self._scores += entries
 
     def put(self, event: Event) -> None:
         """Takes an event of the current engine."""
         self.silent = False
         self.fruitless_crashes = self.lone_crashes = 0
         if isinstance(event, Delta):
+            if self._scores:
+                event = msgspec.structs.replace(event, prompt_logprobs=self._scores + event.prompt_logprobs)
+                self._scores = []
             self._note(event)
             self._unread.add(event)
             self._news.set()

@@ -19,7 +19,7 @@ from engine import admission
 from engine.checkpoint import PRESETS, random_tensors
 from engine.engine import Engine
 from engine.process import wire
-from engine.types import Abort, Command, Delta, Failed, Finished, Request, SamplingParams, Shutdown
+from engine.types import Abort, Command, Delta, Failed, Finished, Request, SamplingParams, Shutdown, TokenLogprob
 from tests.engines import make_engine, save_ours
 from tests.fuzz.target import Target
 
@@ -135,6 +135,7 @@ TARGET = Target(
         _message("Abort", id="a"),
         _message("Shutdown"),
         wire.encode(wire.StartFailed("no such folder")),
+        wire.encode(wire.Scores("a", [TokenLogprob(5, -1.0, {6: -0.5})])),
         wire.encode(wire.Batch([Delta(id="a", ids=[70]), Failed(id="b", code="invalid", message="no")])),
     ],
     faults={
