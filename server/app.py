@@ -53,7 +53,7 @@ def create_app(
     connections = Connections(settings)
     version = installed().version
     metrics = Metrics(client, gate, connections, version, settings)
-    grammars = Grammars(settings.retry_after)
+    grammars = Grammars(settings.retry_after, gate.is_shared)
     service = Service(settings, client, gate, metrics, grammars)
     app = Application(title="fastblt", version=version, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gate, app.state.connections, app.state.grammars = gate, connections, grammars

@@ -43,7 +43,7 @@ async def complete(request: Request, service: Service) -> Response:
     wanted = plan.request
     # An engine that has begun it has compiled them. Here it may take too long, on a busy machine.
     if not (origin.shown or origin.held):
-        await _check_grammars(request, service, plan)
+        await _check_grammars(request, service, plan, api_key)
     service.check_engine()
     access: Access = request.state.access
     if origin.is_continued:
@@ -82,10 +82,10 @@ async def _understood(request: Request, service: Service, origin: Origin, api_ke
         return await off_the_loop(body, understand)
 
 
-async def _check_grammars(request: Request, service: Service, plan: Plan) -> None:
+async def _check_grammars(request: Request, service: Service, plan: Plan, api_key: bytes) -> None:
     """Raises ApiError 400 for a grammar that does not compile, 429 if too many wait for that."""
     for grammar in plan.constraint.checked if plan.constraint else ():
-        fault = await _unless_client_leaves(request, service.grammars.fault(grammar.text))
+        fault = await _unless_client_leaves(request, service.grammars.fault(grammar.text, api_key))
         if fault:
             raise refusal(grammar.fault(fault))
 

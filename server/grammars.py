@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ START_SECONDS = 30.0
 """Most time for a process to start."""
 WAITING = 64
 """Most grammars at a time that are being compiled or wait for it."""
+SHARE = 4
+"""Where there are several API keys, each may have one in so many of these places."""
 REMEMBERED = 1024
 """Grammars whose verdict is kept, as hashes."""
 
@@ -40,6 +43,16 @@ class Verdict(NamedTuple):
 
     fault: str | None
     is_certain: bool = True
+
+
+@dataclass
+class Check:
+    """One under way or in line. api_key: of the client that asked first. waiting: how many clients wait for it."""
+
+    job: Future[Verdict]
+    verdict: asyncio.Future[Verdict]
+    api_key: bytes
+    waiting: int = 0
 
 
 class Worker:
@@ -133,29 +146,37 @@ class Worker:
 class Grammars:
     """All checks of one server. `fault` runs on its event loop, which no check blocks."""
 
-    def __init__(self, retry_after: int) -> None:
+    def __init__(self, retry_after: int, is_shared: Callable[[], bool] = lambda: False) -> None:
+        """is_shared: whether there are several API keys."""
+        self._is_shared = is_shared
         self._headers = {"retry-after": str(retry_after)}
         self._threads = ThreadPoolExecutor(WORKERS, "grammars")
         self._workers = [Worker() for _ in range(WORKERS)]
         self._free = deque(self._workers)
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
-        self._checks: dict[bytes, asyncio.Future[Verdict]] = {}
+        self._checks: dict[bytes, Check] = {}
 
-    async def fault(self, grammar: str) -> str | None:
+    async def fault(self, grammar: str, api_key: bytes = b"") -> str | None:
         """Why it cannot be used; None if it can. Equal grammars are compiled once. Raises ApiError 429."""
         key = sha256(grammar.encode()).digest()
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
         if key not in self._checks:
-            if len(self._checks) >= WAITING:
-                message = f"too many grammars: {WAITING} wait for their compilation; try again later"
-                raise ApiError(429, message, code="queue_full", headers=self._headers)
-            check = asyncio.get_running_loop().run_in_executor(self._threads, self._check, grammar)
-            self._checks[key] = check
-            check.add_done_callback(lambda done: self._learn(key, done))
-        # A client that leaves must not end the check for others.
-        return (await asyncio.shield(self._checks[key])).fault
+            self._admit(api_key)
+            job = self._threads.submit(self._check, grammar)
+            self._checks[key] = Check(job, asyncio.wrap_future(job), api_key)
+            self._checks[key].verdict.add_done_callback(lambda done: self._learn(key, done))
+        check = self._checks[key]
+        check.waiting += 1
+        try:
+            # A client that leaves must not end the check for others.
+            return (await asyncio.shield(check.verdict)).fault
+        finally:
+            check.waiting -= 1
+            if not check.waiting and check.job.cancel():
+                # Nobody needs it, and it has not begun.
+                del self._checks[key]
 
     def close(self) -> None:
         """Ends all processes. Checks under way fail, at once."""
@@ -164,6 +185,13 @@ class Grammars:
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.close()
+
+    def _admit(self, api_key: bytes) -> None:
+        """Raises ApiError 429 if there is no room for one more check, or none for one of the key."""
+        of_key = sum(check.api_key == api_key for check in self._checks.values())
+        if len(self._checks) >= WAITING or (self._is_shared() and of_key >= WAITING // SHARE):
+            message = f"too many grammars wait: {len(self._checks)}, {of_key} of them of this API key; try again later"
+            raise ApiError(429, message, code="queue_full", headers=self._headers)
 
     def _check(self, grammar: str) -> Verdict:
         with self._worker() as worker:
@@ -179,8 +207,10 @@ class Grammars:
             self._free.append(worker)
 
     def _learn(self, key: bytes, check: asyncio.Future[Verdict]) -> None:
+        if check.cancelled():
+            return
         del self._checks[key]
-        if not check.cancelled() and not check.exception() and check.result().is_certain:
+        if not check.exception() and check.result().is_certain:
             self._known[key] = check.result().fault
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_equal_grammars_are_compiled_once_and_few_wait(loop: object, monkeypatch
         some = [f'start: "{i}"' for i in range(4)]
         tasks = [asyncio.create_task(checks.fault(grammar)) for grammar in some[:3] * 5]
         await asyncio.sleep(0)
-        with pytest.raises(ApiError, match="3 wait") as refused:
+        with pytest.raises(ApiError, match="wait: 3") as refused:
             await checks.fault(some[3])
         assert refused.value.status == 429 and refused.value.headers == {"retry-after": "7"}
         # One that leaves ends no check of another's.
@@ -108,6 +109,43 @@ def test_equal_grammars_are_compiled_once_and_few_wait(loop: object, monkeypatch
     with closing(Grammars(7)) as checks, asyncio.Runner(loop_factory=loop) as runner:  # type: ignore[arg-type]
         runner.run(use(checks))
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids(checks))
+
+
+def test_a_key_has_a_share_of_the_line_and_what_nobody_waits_for_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, go = list[str](), threading.Event()
+
+    def slow(worker: Worker, grammar: str) -> grammars.Verdict:
+        asked.append(grammar)
+        assert go.wait(60)
+        return grammars.Verdict(None)
+
+    monkeypatch.setattr(Worker, "check", slow)
+    monkeypatch.setattr(grammars, "WAITING", 16)
+
+    async def use() -> None:
+        with closing(Grammars(1, lambda: True)) as checks:
+            mine = [asyncio.create_task(checks.fault(str(i), b"mine")) for i in range(4)]
+            await asyncio.sleep(0)
+            with pytest.raises(ApiError, match="wait: 4, 4 of them of this API key") as refused:
+                await checks.fault("4", b"mine")
+            assert refused.value.status == 429
+            other = asyncio.create_task(checks.fault("other", b"other"))
+            # Two are under way, one has another client that waits, one has not begun and nobody waits for it.
+            same = asyncio.create_task(checks.fault("2", b"other"))
+            await asyncio.sleep(0)
+            for task in mine:
+                task.cancel()
+            await asyncio.wait(mine)
+            assert len(checks._checks) == 4
+            # It is asked for again, before the loop has told that it was cancelled.
+            again = asyncio.create_task(checks.fault("3", b"other"))
+            await asyncio.sleep(0)
+            go.set()
+            assert await asyncio.gather(other, same, again) == [None] * 3
+            await asyncio.gather(*(check.verdict for check in checks._checks.values()))
+            assert sorted(asked) == ["0", "1", "2", "3", "other"] and len(checks._known) == 5
+
+    asyncio.run(use())
 
 
 def test_closing_ends_a_check_under_way() -> None:
