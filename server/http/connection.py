@@ -91,8 +91,6 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        # What is written counts as sent once the kernel has it. Over TLS 0 would pause for ever.
-        self._transport.set_write_buffer_limits(high=1)
         self._is_tls = transport.get_extra_info("sslcontext") is not None
         if self._slot.released:
             return self._transport.abort()
@@ -446,8 +444,17 @@ class HttpConnection(asyncio.Protocol):
                 self._look_for_reset(0)
 
     async def drain(self) -> None:
-        """Waits until all that was written is sent, or the connection is closed."""
+        """Waits until the client has read enough for more to be written, or the connection is closed."""
         await self._writable.wait()
+
+    async def flush(self) -> None:
+        """Waits until the kernel has all that was written, or the connection is closed."""
+        if not self._transport.is_closing():
+            # Pauses at once if any is left. Over TLS a limit of 0 would pause for ever.
+            self._transport.set_write_buffer_limits(high=1)
+        await self._writable.wait()
+        if not self._transport.is_closing():
+            self._transport.set_write_buffer_limits()
 
     def hold(self, unsent: int) -> None:
         """So many bytes of an answer are held until they are sent."""

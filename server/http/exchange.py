@@ -39,6 +39,8 @@ class Line(Protocol):
 
     async def drain(self) -> None: ...
 
+    async def flush(self) -> None: ...
+
     def hold(self, unsent: int) -> None: ...
 
     def body_taken(self) -> None: ...
@@ -162,9 +164,9 @@ class Exchange:
             await self._news.wait()
 
     async def send(self, message: Message) -> None:
-        """Returns once the bytes are sent, so an answer lasts until its last byte is. Raises RuntimeError for an
-        invalid message, and ClientLeft if the client leaves before it has the last one. Other output for a client that
-        is gone is dropped."""
+        """Returns once more can be sent and, at the end of the answer, once all is: it lasts until then. Raises
+        RuntimeError for an invalid message, and ClientLeft if the client leaves before it has the last one. Other
+        output for a client that is gone is dropped."""
         kind = message["type"]
         if kind == "http.response.start":
             if self.response_started:
@@ -180,7 +182,8 @@ class Exchange:
         self.response_started = True
         await self._write(head, self._framed(body, more))
         if more:
-            return
+            return await self._line.drain()
+        await self._line.flush()
         if self._gone:
             raise ClientLeft
         if self._left:
@@ -192,17 +195,16 @@ class Exchange:
         self._line.answered(self)
 
     async def _write(self, head: bytes, body: bytes) -> None:
-        """Returns once all is sent, or the client is gone."""
+        """Writes all, a long body as it is sent, unless the client is gone."""
         if len(body) <= WRITE_BYTES:
-            self._line.write(head + body)
-            return await self._line.drain()
+            return self._line.write(head + body)
         self._line.hold(len(body))
         try:
             self._line.write(head)
             view = memoryview(body)
             for start in range(0, len(view), WRITE_BYTES):
                 self._line.write(view[start : start + WRITE_BYTES])
-                await self._line.drain()
+                await self._line.flush()
                 if self._gone:
                     return
         finally:
