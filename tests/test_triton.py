@@ -371,7 +371,7 @@ def test_boundaries_equals_torch(seed: int, rule: Rule, sequences: list[tuple[in
 
 
 @settings(few, max_examples=6)
-@given(SEEDS, st.lists(st.integers(0, 12), min_size=1, max_size=5), st.sampled_from([0.1, 3.0, 20.0]), st.booleans())
+@given(SEEDS, st.lists(st.integers(0, 12), min_size=1, max_size=5), st.sampled_from([0.1, 3.0, 200.0]), st.booleans())
 def test_settling_equals_torch(seed: int, sizes: list[int], spread: float, broken: bool) -> None:
     """Pass after pass over blocks of different lengths, some of them padding, until all is settled."""
     assume(max(sizes))
@@ -383,7 +383,8 @@ def test_settling_equals_torch(seed: int, sizes: list[int], spread: float, broke
         place = torch.arange(len(sizes)) * LONGEST
         text = draw.below(3, len(sizes) * LONGEST) + mask - 2
         at = (t.to(DEVICE) for t in (torch.tensor(ends[:-1]), length, place))
-        # Logits in steps, so that figures are equal or far apart, and near-ties decide alike.
+        # Logits in steps, so that figures are equal or far apart, and near-ties decide alike. (In steps of 20, the
+        # second likeliest of many ids change the last bits alone.)
         rules, bounds = draw.below(4, len(sizes)), draw.uniform(len(sizes)) * 3
         blocks = Blocks(*at, rules, bounds)
         cells = torch.empty(3, len(sizes), max(sizes), dtype=torch.int64, device=DEVICE)

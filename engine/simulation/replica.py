@@ -67,8 +67,10 @@ class CostedStepper(Stepper):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def discard(self, *, lost: bool = False) -> None:
+    def discard(self) -> None:
         """No step is begun ahead."""
+
+    discard_if_lost = discard
 
     def run(self, batch: Seq[Rows]) -> Seq[Result | None]:
         asking = [rows.sequence for rows in batch if rows.ask]

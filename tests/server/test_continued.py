@@ -431,7 +431,7 @@ def test_a_grammar_that_an_engine_has_begun_is_not_refused_by_a_busy_replica(
 ) -> None:
     one, two = pair
 
-    async def slow(grammar: str) -> str:
+    async def slow(grammar: str, api_key: bytes) -> str:
         return "its compilation takes more than 0.5 s of processor time"
 
     monkeypatch.setattr(two.app.state.grammars, "fault", slow)

@@ -95,7 +95,7 @@ class ScriptedStepper(Stepper):
 
     def _result(self, rows: Rows) -> Result | None:
         sequence, request, place = rows.sequence, rows.sequence.request, rows.sequence.num_output
-        self._slots.take(sequence)
+        self._text_slots.take(sequence)
         decided = sequence.patching.decided
         if decided < rows.end:
             opens = [starts_patch(row + 1, LONGEST_PATCH) for row in range(decided, rows.end)]
