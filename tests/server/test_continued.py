@@ -519,6 +519,8 @@ def test_a_replica_tells_of_its_load(pair: tuple[Replica, Replica], loop: asynci
                     loads.append(Meter(service, 9).load())
                     yield item
 
+    for decoder in ("blt-s", "blt-d"):
+        loop.run(relayed(Fleet(pair[0]), **STREAM | {"decoder": decoder}))
     loop.run(relayed(Watched(pair[0]), **STREAM | {"n": 2, "prompt": "x" * 300}))
     assert max(load.running for load in loads) == 2 and {load.places for load in loads} == {9}
     after = Meter(service, 9).load()
