@@ -247,6 +247,7 @@ def test_the_probe_part_measures_bandwidth_and_products(setting: Setting) -> Non
     assert f"native planner {native.LIBRARY is not None}" in told("probe", figures)
 
 
+@pytest.mark.slow
 def test_the_exactness_part_compares_texts_of_all_decoders_and_models(setting: Setting) -> None:
     rows = figures_of(exactness, setting)["texts"]
     ways = {model: {row["decoder"] for row in rows if row["model"] == model} for model in ("tiny, random", "nano")}
@@ -278,6 +279,7 @@ def test_the_nano_part_measures_speed_with_and_without_graphs(setting: Setting) 
     assert told("nano", {"speed": rows}).count("| blt-dv B=8 |") == 2
 
 
+@pytest.mark.slow
 def test_the_1b_parts_measure_speed_with_replayed_acceptance(setting: Setting) -> None:
     figures = figures_of(shape_1b, setting)
     few = [way for way in variants.RANDOM["fast"] if way != "blt-s k=16"]

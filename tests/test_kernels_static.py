@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.sass import chain, parse
 from kernels.dispatch import TritonKernels
 
@@ -14,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
+@pytest.mark.slow
 def test_triton_kernels_compile_for_real_shapes_and_fit_the_device() -> None:
     # The rest, all shapes for all architectures with two versions of Triton, is `make kernels-static`.
     command = [sys.executable, "-m", "benchmarks.kernels_static", "--models", "1b", "--rows", "1", "--ones"]

@@ -292,6 +292,7 @@ def test_a_training_pass_is_compiled_when_time_and_compiler_allow(
     assert "not compiled, the compiler failed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_pass_is_compiled_once_for_any_number_of_patches(
     no_compiler_left: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
