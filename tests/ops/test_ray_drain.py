@@ -39,7 +39,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_command_with_the_reason(cluster:
 
 def test_downscaling_and_shutdown_let_replicas_finish_their_requests(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "application.log"
-    flags = "--max-replicas 2 --target-requests 3 --upscale-delay 0 --downscale-delay 1 --drain-seconds 60"
+    flags = "--max-replicas 2 --target-requests 2 --upscale-delay 0 --downscale-delay 1 --drain-seconds 60"
     with running_application(cluster, NANO, log, *flags.split()) as application:
         slow = {"n": 3, "ignore_eos": True, "max_tokens": 20000}
         with load(application, 6):
