@@ -41,8 +41,8 @@ LOOKED_UP_EVERY = 32
 
 class OneCall:
     """Runs steps, each with as many passes as its sequences need: further bytes of blt, a whole draft or a block until
-    it is done, and their verification. The host draws only where rows are not plain: for penalties, grammars and
-    scores, and before `min_tokens`.
+    it is done, and their verification. The host draws only for rows that may not run ahead: with penalties, grammars
+    or scores, and before `min_tokens`.
 
     max_rows: most rows of a step that verifies what it has drafted.
     """

@@ -163,7 +163,8 @@ async def test_a_stream_that_is_not_read_is_ended_in_the_engine_at_once() -> Non
         async with http.stream("POST", "/v1/completions", json=asked, headers=bearer(API)):
             await settled(client, 1)
             (found,) = await listed(http)
-            await http.post(f"/admin/requests/{found['id']}/end", headers=bearer(ADMIN))
+            ended = await http.post(f"/admin/requests/{found['id']}/end", headers=bearer(ADMIN))
+            assert ended.is_success
             await settled(client, 0)
 
 
