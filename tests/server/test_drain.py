@@ -57,7 +57,8 @@ def until_draining(http: httpx.Client) -> None:
 @pytest.mark.parametrize("second_signal", [False, True])
 def test_streams_beyond_the_drain_time_end_with_an_error_event(start_server: StartServer, second_signal: bool) -> None:
     running = start_server("--drain-seconds", "60" if second_signal else "0.02")
-    endless = LONG | {"max_tokens": 4000}
+    # Many sequences: one alone would end before the server has looked at the signal.
+    endless = LONG | {"max_tokens": 4000, "n": 64}
     with (
         running.client() as http,
         running.client() as other,
