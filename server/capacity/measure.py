@@ -163,7 +163,8 @@ def _prompts(target: Target, texts: "Texts", traffic: Traffic, byte: float) -> t
     seconds of a step that generates one."""
     mean = max(traffic.prompt_bytes, 4 * SHORT_PROMPT)
     lengths = [SHORT_PROMPT, *(round(times * mean) for times in PROMPT_TIMES)]
-    most = _longest(target) - 1
+    # A text begins with BOS, and one byte is generated.
+    most = _longest(target) - 2
     lengths = sorted({min(length, most) for length in lengths})
 
     def median(length: int) -> float:

@@ -45,6 +45,12 @@ def test_a_server_is_measured_with_its_limits(start_server: StartServer, tiny_mo
     assert server.metrics("fastblt_pages_capacity") == pages
 
 
+def test_the_longest_prompt_that_is_timed_leaves_room_for_a_byte(server: RunningServer) -> None:
+    target = Target.of(server.url, "blt", None)
+    costs, _ = measuring._prompts(target, measuring.Texts(), TRAFFIC._replace(prompt_bytes=2000), 0.001)
+    assert costs[-1].rows == 4094
+
+
 def test_side_by_side_all_texts_have_their_turn(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     target, together, asked = Target.of(start_server().url, "blt-s", None), measuring._together, []
 
