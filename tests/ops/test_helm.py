@@ -205,6 +205,10 @@ def test_with_autoscaling_the_deployment_sets_no_replicas() -> None:
     assert (target["kind"], target["name"]) == ("Deployment", scaled["Deployment"]["metadata"]["name"])
 
 
+def test_another_scaler_may_decide_the_replicas() -> None:
+    assert "replicas" not in render({"replicas": None})["Deployment"]["spec"]
+
+
 def test_api_keys_reach_the_server_as_a_file() -> None:
     manifests = render({"apiKeys": {"secret": "keys", "key": "mine"}})
     (variable,) = container(manifests)["env"]
