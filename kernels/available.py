@@ -1,6 +1,7 @@
 """Kernel backends available on this machine, found without loading torch: a server logs them in its first line."""
 
 import hashlib
+import os
 import platform
 from collections.abc import Set
 from functools import cache
@@ -14,6 +15,8 @@ CPUINFO = Path("/proc/cpuinfo")
 X86_64_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 X86_64_V4 = X86_64_V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 """CPU features that the levels of x86-64 require beyond the first two, under Linux's names (abm is LZCNT)."""
+OF_TORCH = {"default": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+"""Levels by their names in ATEN_CPU_CAPABILITY, torch's own variable."""
 
 
 @cache
@@ -31,9 +34,12 @@ def sources() -> str | None:
 
 
 def levels(flags: Set[str]) -> list[str]:
-    """The levels of x86-64 that a processor with these flags can run, the best first."""
+    """The levels of x86-64 that a processor with these flags can run, the best first. ATEN_CPU_CAPABILITY bounds them
+    as it does torch's kernels: a level adds in an order of its own, so only one level has the same bits everywhere."""
     wanted = {"x86-64-v4": X86_64_V4, "x86-64-v3": X86_64_V3, "x86-64-v2": set[str]()}
-    return [name for name, needed in wanted.items() if needed <= flags]
+    names = [name for name, needed in wanted.items() if needed <= flags]
+    highest = OF_TORCH.get(os.environ.get("ATEN_CPU_CAPABILITY", ""))
+    return names[names.index(highest) :] if highest in names else names
 
 
 def cpu_flags() -> set[str]:

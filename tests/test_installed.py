@@ -153,6 +153,18 @@ def test_an_instruction_set_level_needs_all_its_instructions(
 
 
 @pytest.mark.parametrize(
+    ("bound", "best"),
+    [("default", "x86-64-v2"), ("avx2", "x86-64-v3"), ("avx512", "x86-64-v4"), ("sse", "x86-64-v4"), ("", "x86-64-v4")],
+)
+def test_torchs_variable_bounds_the_instruction_set(bound: str, best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", bound)
+    assert available.levels(available.X86_64_V4)[0] == best
+    # One that the processor does not have raises nothing.
+    below = {"x86-64-v4": "x86-64-v3"}.get(best, best)
+    assert available.levels(available.X86_64_V3)[0] == below
+
+
+@pytest.mark.parametrize(
     ("triton", "instruction_set", "kernels"),
     [
         ("3.9.0", "x86-64-v3", {"cpu": "native", "cuda": "triton"}),
