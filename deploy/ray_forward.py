@@ -8,14 +8,19 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
+from server.access_log import Access
 from server.admission import Gate
 from server.body import ClientLeft, read_body
 from server.body_room import HeldBody
 from server.errors import ApiError, internal_error, request_timeout
+from server.keys import KeyRing
+from server.middleware import OPEN_PATHS, client_address, digest_of
 from server.origin import Origin
+from server.parsing import off_the_loop
 from server.settings import ServerSettings
 
 from .ray_balance import Balance
@@ -38,24 +43,29 @@ NoRoom."""
 class Forwarder:
     """The requests of one ingress. `gate` counts them."""
 
-    def __init__(self, settings: ServerSettings, options: RaySettings, balance: Balance, carry: Carry) -> None:
+    def __init__(
+        self, settings: ServerSettings, options: RaySettings, keys: KeyRing, balance: Balance, carry: Carry
+    ) -> None:
         """balance: what the ingress knows of the replicas."""
         self.gate = Gate(settings)
         self._settings = settings
         self._options = options
+        self._keys = keys
         self._balance = balance
         self._carry = carry
         self._numbers = itertools.count()
 
     async def forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request. Raises ApiError if nothing was sent yet."""
+        self._check_key(scope)
         ticket = self.gate.enter(0)
         try:
             with self.gate.bodies.enter() as held:
                 body = await self._read(Request(scope, receive), held)
                 if scope["path"] == COMPLETIONS:
                     self._check_room()
-                    call = Call(_sent(scope), body, next(self._numbers), work_of(body), origin=Origin())
+                    work = await off_the_loop(body, lambda: work_of(body, self._settings.max_choices))
+                    call = Call(_sent(scope), body, next(self._numbers), work, origin=Origin())
                 else:
                     call = Call(_sent(scope), body, next(self._numbers))
             await self._relay(call, send)
@@ -68,6 +78,21 @@ class Forwarder:
         """Answers with `/metrics` of one replica. Raises ApiError if nothing was sent yet."""
         sent = _sent(scope) | {"path": "/metrics", "raw_path": b"/metrics"}
         await self._relay(Call(sent, b"", next(self._numbers), replica=replica), send)
+
+    def _check_key(self, scope: Scope) -> None:
+        """As each replica does, but before the body is read. Raises ApiError 401, and logs it."""
+        if not len(self._keys) or OPEN_PATHS.fullmatch(scope["path"]):
+            return
+        try:
+            digest_of(scope, self._keys)
+        except ApiError as error:
+            headers = Headers(scope=scope)
+            peer, _ = scope.get("client") or ("-", 0)
+            client = client_address(peer, headers.getlist("x-forwarded-for"), self._settings.trusted_proxies)
+            path = scope["path"].encode("unicode_escape").decode()
+            access = Access(headers.get("x-request-id", "-"), scope["method"], path, client, status=401, error=error)
+            access.write()
+            raise
 
     def _check_room(self) -> None:
         """Raises ApiError 429 while every replica's queue is full."""

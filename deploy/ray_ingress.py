@@ -20,6 +20,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine import logs
 from server.errors import ApiError
+from server.keys import KeyRing
+from server.middleware import with_cors
 from server.responses import JsonResponse
 from server.settings import ServerSettings
 
@@ -38,14 +40,15 @@ STATE_SECONDS = 5.0
 @serve.ingress()
 class Ingress:
     """The application that clients see. `/health`, `/replicas` and `/metrics` are about all replicas; every other route
-    is answered by one replica, which also checks keys."""
+    is answered by one replica, once the key was checked, and again there."""
 
     def __init__(self, replicas: DeploymentHandle, settings: ServerSettings, options: RaySettings) -> None:
         logs.configure(settings.logs, "ingress")
         self._replicas = replicas
         self._answer = replicas.options(method_name="answer", stream=True)
         self._settings = settings
-        self._forwarder = Forwarder(settings, options, BALANCE, self._carry)
+        keys = KeyRing("API keys", settings.load_api_keys(), settings.api_key_file, settings.load_api_keys)
+        self._forwarder = Forwarder(settings, options, keys, BALANCE, self._carry)
         self._gate = self._forwarder.gate
         self._is_cut_off = False
 
@@ -80,7 +83,8 @@ class Ingress:
                 scope["path"] = scope["path"].rstrip("/") or "/"
             await app(scope, receive, send)
 
-        return without_slash
+        origins = self._settings.cors_origins
+        return with_cors(without_slash, origins) if origins else without_slash
 
     async def _live(self, request: Request) -> Response:
         """Always 200: Ray itself restarts replicas and ingresses."""

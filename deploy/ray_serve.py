@@ -114,7 +114,9 @@ def application(
         health_check_timeout_s=HEALTH_CHECK_SECONDS,
         logging_config=ray_logs,
     )(Ingress)
-    return ingress.bind(replicas.bind(settings, config), settings, options)
+    # The ingresses answer pages of other origins, also for themselves.
+    of_replicas = settings.model_copy(update={"cors_origins": []})
+    return ingress.bind(replicas.bind(of_replicas, config), settings, options)
 
 
 def run(

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 import orjson
 
 from engine.config import BYTE_OFFSET
+from server.errors import ApiError
+from server.parsing import COMPLETION, bound_prompt
 
 SHORTEST_PREFIX = 256
 """Bytes: about the rows of an engine's step, below which it does not matter what is cached."""
 MAX_TOKENS = 16
 """OpenAI's default."""
+READ = frozenset({"prompt", "n", "best_of", "max_tokens", "model", "decoder"})
+"""Fields that say how much work it is."""
 MOST = 1 << 20
 """Bytes of a prompt, or of an output, that are counted."""
 
@@ -37,13 +41,16 @@ class Work:
         return [self.prompt[: SHORTEST_PREFIX << n] for n in range(doublings)]
 
 
-def work_of(body: bytes) -> Work:
-    """Of a request that may be wrong in any way."""
+def work_of(body: bytes, max_prompts: int) -> Work:
+    """Of a request that may be wrong in any way, which its replica then says. Nothing is built of what it would refuse
+    for its size. max_prompts: most prompts of a request."""
     try:
-        asked = orjson.loads(body)
-        prompts = asked["prompt"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+        members = COMPLETION.split(body)
+        bound_prompt(bytes(members["prompt"]), max_prompts, MOST)
+        asked = {name: orjson.loads(bytes(members[name])) for name in READ & members.keys()}
+    except (ApiError, KeyError, orjson.JSONDecodeError):
         return Work()
+    prompts = asked["prompt"]
     many = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], str | list | dict)
     num_prompts = len(prompts) if many else 1
     samples = max(_number(asked.get("best_of"), 1), _number(asked.get("n"), 1))

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import PlainTextResponse, Response
 
@@ -19,7 +18,7 @@ from .grammars import Grammars
 from .http import Connections
 from .keys import KeyRing
 from .metrics import Metrics
-from .middleware import Failures, Keys, RequestContext
+from .middleware import Failures, Keys, RequestContext, with_cors
 from .model_names import check_model, offered_models
 from .openapi import BODY_ERRORS, COMPLETION_ANSWERS, Application, body_of, errors
 from .responses import JsonResponse
@@ -71,13 +70,7 @@ def create_app(
     if keys or admin_keys:
         app.add_middleware(Keys, keys=ring, admin_keys=admin_ring)
     if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
-        )
+        app.add_middleware(with_cors, origins=settings.cors_origins)
     app.add_middleware(RequestContext, metrics=metrics, trusted_proxies=settings.trusted_proxies, traces=traces)
     return app
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import IPvAnyNetwork
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine import logs
@@ -145,15 +146,27 @@ class Keys:
             is_admin = len(self._admin_keys) > 0 and scope["path"].startswith(ADMIN_PATHS)
             keys, kind = (self._admin_keys, "admin") if is_admin else (self._keys, "API")
             if len(keys) and not OPEN_PATHS.fullmatch(scope["path"]):
-                scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-                digest = keys.find(key.strip().encode("latin-1"))
-                if scheme.lower() != "bearer" or not digest:
-                    what = (
-                        f"the {kind} key is not valid" if key else f"send an {kind} key as 'Authorization: Bearer KEY'"
-                    )
-                    error = ApiError(401, what, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+                try:
+                    digest = digest_of(scope, keys, kind)
+                except ApiError as error:
                     scope["state"]["access"].error = error
                     return await error.response()(scope, receive, send)
                 if not is_admin:
                     scope["state"]["api_key"] = digest
         await self._app(scope, receive, send)
+
+
+def digest_of(scope: Scope, keys: KeyRing, kind: str = "API") -> bytes:
+    """Of a request's key. Raises ApiError 401 for one that is none of these, or missing."""
+    scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    digest = keys.find(key.strip().encode("latin-1"))
+    if scheme.lower() == "bearer" and digest:
+        return digest
+    what = f"the {kind} key is not valid" if key else f"send an {kind} key as 'Authorization: Bearer KEY'"
+    raise ApiError(401, what, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Lets pages of these origins call the application."""
+    headers = ["x-request-id", "retry-after"]
+    return CORSMiddleware(app, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=headers)

@@ -117,7 +117,7 @@ def parse(body: bytes, max_prompts: int, max_length: int) -> CompletionRequest:
     if "prompt" in raws:
         # Of a prompt that is truncated only the rest must fit.
         most_ids = None if "truncate_prompt_tokens" in raws else max_length
-        _bound_prompt(bytes(raws["prompt"]), max_prompts, most_ids)
+        bound_prompt(bytes(raws["prompt"]), max_prompts, most_ids)
     _refuse_repeated_bias(raws.get("logit_bias"))
     return _validated(CompletionRequest, body)
 
@@ -141,8 +141,8 @@ def _validated(model: type[Model], body: bytes) -> Model:
         raise _encoding_fault(body) or from_validation(error, model.model_fields) from None
 
 
-def _bound_prompt(raw: bytes, max_prompts: int, max_length: int | None) -> None:
-    """Counts an array's elements by characters that each must contain; never overcounts."""
+def bound_prompt(raw: bytes, max_prompts: int, max_length: int | None) -> None:
+    """Counts an array's elements by characters that each must contain; never overcounts. Raises ApiError."""
     if raw[:1] == b"{":
         return _check_kind(raw, _object)
     first = _FIRST_ELEMENT.match(raw)

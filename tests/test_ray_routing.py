@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -271,17 +272,38 @@ def test_what_is_remembered_is_bounded(balance: Balance, monkeypatch: pytest.Mon
     ],
 )
 def test_the_work_is_read_from_the_body(fields: dict[str, Any], work: Work) -> None:
-    assert work_of(json.dumps(fields).encode()) == work
+    assert work_of(json.dumps(fields).encode(), 8) == work
 
 
 def test_a_body_that_is_no_request_is_no_work() -> None:
-    assert [work_of(body) for body in (b"", b"[]", b"\xff", b"nonsense", b"3")] == [Work()] * 5
+    assert [work_of(body, 8) for body in (b"", b"[]", b"\xff", b"nonsense", b"3")] == [Work()] * 5
+
+
+MANY = 1_000_000
+LARGE = {
+    "an unknown member": b'{"prompt":"x","a":[' + b"[]," * MANY + b"[]]}",
+    "prompts": b'{"prompt":[' + b'"a",' * MANY + b'"a"]}',
+    "arrays": b'{"prompt":[' + b"[]," * MANY + b"[]]}",
+    "elements of two types": b'{"prompt":["a"' + b",[]" * MANY + b"]}",
+    "ids": b'{"prompt":[' + b"1," * (MOST + 1) + b"1]}",
+    "a large number of them": b'{"prompt":"x","n":[' + b"[]," * MANY + b"1]}",
+}
+
+
+@pytest.mark.parametrize("body", LARGE.values(), ids=LARGE)
+def test_nothing_is_built_of_what_a_replica_refuses(body: bytes) -> None:
+    tracemalloc.start()
+    try:
+        assert work_of(body, 8) == Work()
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3)))
 def test_any_values_are_some_work(value: Any) -> None:
     for field in ("prompt", "n", "best_of", "max_tokens", "decoder", "model"):
-        work = work_of(json.dumps({"prompt": "x", field: value}).encode())
+        work = work_of(json.dumps({"prompt": "x", field: value}).encode(), 8)
         assert work.num_sequences >= 0 and 0 <= work.num_output <= MOST
 
 

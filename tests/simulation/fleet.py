@@ -37,6 +37,7 @@ from engine.types import Delta, Event, Request
 from server import middleware, origin
 from server.app import create_app
 from server.errors import ApiError
+from server.keys import KeyRing
 from server.settings import ServerSettings
 
 from .loop import run, virtual_time
@@ -218,7 +219,8 @@ class Ingress:
     def __init__(self, fleet: "Fleet", settings: ServerSettings) -> None:
         self._fleet = fleet
         self.balance = Balance(asyncio.get_running_loop().time)
-        self.forwarder = Forwarder(settings, RaySettings(replica_wait=WAIT), self.balance, self._carry)
+        keys = KeyRing("API keys", KEYS, None, lambda: KEYS)
+        self.forwarder = Forwarder(settings, RaySettings(replica_wait=WAIT), keys, self.balance, self._carry)
         self._answering: set[asyncio.Task[None]] = set()
 
     async def forward(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
