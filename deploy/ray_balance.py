@@ -141,6 +141,12 @@ class Balance:
             while len(self._prefixes) > MOST_PREFIXES:
                 self._prefixes.popitem(last=False)
 
+    def refused(self, number: int) -> None:
+        """The replica has answered the call with an error: its reports do not count the call."""
+        with self._lock:
+            for known in self._replicas.values():
+                known.sent.pop(number, None)
+
     def ended(self, number: int) -> None:
         """The call has its answer. An idle replica sends no report that says so."""
         with self._lock:

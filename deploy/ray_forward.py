@@ -129,13 +129,16 @@ class Forwarder:
             async with aclosing(self._carry(call)) as replies:
                 async for encoded in replies:
                     reply = decode_reply(encoded)
-                    if reply.replica:
-                        name = reply.replica
-                        self._balance.sent(call.number, call.work, name)
-                        yield name
+                    name = reply.replica or name
                     if reply.load:
                         self._balance.heard(name, reply.load)
+                    if reply.replica:
+                        # The report that came with it does not count the call yet.
+                        self._balance.sent(call.number, call.work, name)
+                        yield name
                     if reply.messages:
+                        if reply.messages[0].get("status", 200) != 200:
+                            self._balance.refused(call.number)
                         yield reply.messages
         finally:
             self._balance.ended(call.number)

@@ -27,7 +27,8 @@ class Work:
     prompt: bytes = b""
     """The first prompt, without special ids."""
     num_prompts: int = 1
-    num_sequences: int = 1
+    num_sequences: int = 0
+    """None of a request that is no completion, or will be refused."""
     num_output: int = 0
     """Most bytes of a choice."""
     decoder: str = ""
