@@ -67,6 +67,8 @@ def application(
         config = replace(config, model=os.path.abspath(config.model))
     if config.patcher and os.path.isdir(config.patcher):
         config = replace(config, patcher=os.path.abspath(config.patcher))
+    # Ray gives a process of so many cores OMP_NUM_THREADS, unless its machine has one.
+    config = replace(config, num_threads=options.threads(config.num_threads))
     if settings.api_key_file:
         settings = settings.model_copy(update={"api_key_file": settings.api_key_file.absolute()})
     gpus = options.replica_gpus if options.replica_gpus is not None else float(config.device == "cuda")
@@ -153,6 +155,8 @@ def run(
         except RuntimeError as error:
             log.critical("%s", " ".join([str(error), *_complaints()]))
             raise SystemExit(1) from None
+        threads = options.threads(config.num_threads)
+        log.info("%d threads and %g reserved cores for each replica", threads, options.replica_cpus)
         log.info("serving %s on http://%s:%d", config.model, settings.host, settings.port)
         stop = Event()
         _on_signal(lambda *_: stop.set())

@@ -3,6 +3,9 @@
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+MOST_THREADS = 256
+"""Of an engine."""
+
 
 class RaySettings(BaseSettings):
     """From arguments, else from the environment (`FASTBLT_REPLICAS=4`), else the default."""
@@ -24,7 +27,12 @@ class RaySettings(BaseSettings):
     )
     upscale_delay: float = Field(30.0, ge=0, description="Seconds above either target before a replica is added.")
     downscale_delay: float = Field(600.0, ge=0, description="Seconds below both before a replica is removed.")
-    replica_cpus: float = Field(1.0, ge=0, description="CPU cores that a replica reserves in the cluster.")
+    replica_cpus: float = Field(
+        1.0,
+        ge=0,
+        description="CPU cores that a replica reserves in the cluster, and by default its threads: at least 1, see "
+        "--num-threads.",
+    )
     replica_gpus: float | None = Field(
         None, ge=0, description="GPUs that a replica reserves; by default 1 with --device cuda, else none."
     )
@@ -48,3 +56,8 @@ class RaySettings(BaseSettings):
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas {self.max_replicas} must not be less than replicas {self.replicas}")
         return self
+
+    def threads(self, num_threads: int | None) -> int:
+        """Of a replica's engine. num_threads: the engine's setting. Without one, as many as the cores that the replica
+        reserves, so that replicas on one machine do not share cores."""
+        return num_threads or max(min(int(self.replica_cpus), MOST_THREADS), 1)
