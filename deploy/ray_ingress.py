@@ -59,9 +59,13 @@ class Ingress:
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._gate.wait_idle()
         except TimeoutError:
-            log.warning("requests are cut off")
-            self._is_cut_off = True
-            await self._replicas.broadcast("stop").results_async(return_exceptions=True)
+            await self.cut_off()
+
+    async def cut_off(self) -> None:
+        """Ends the requests under way, each with an error."""
+        log.warning("requests are cut off")
+        self._is_cut_off = True
+        await self._replicas.broadcast("stop").results_async(return_exceptions=True)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         app = Starlette(

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from threading import Event
 from types import FrameType
@@ -163,13 +163,32 @@ def run(
         stop.wait()
         _on_signal(signal.default_int_handler)
         log.info("draining for up to %g s", settings.drain_seconds)
-        serve.get_app_handle(NAME).broadcast("drain").results()
+        _drain()
     finally:
-        serve.delete(NAME)
-        if not serve.status().applications:
-            serve.shutdown()
-        ray.shutdown()
+        _leave()
     log.info("stopped")
+
+
+def _drain() -> None:
+    """Until no request is under way; a signal cuts these off."""
+    ingresses = serve.get_app_handle(NAME)
+    try:
+        ingresses.broadcast("drain").results()
+    except KeyboardInterrupt:
+        with suppress(TimeoutError):
+            ingresses.broadcast("cut_off").results(timeout_s=STOP_SECONDS, return_exceptions=True)
+
+
+def _leave() -> None:
+    """Removes the application, and Serve if that has no other, and leaves the cluster."""
+    try:
+        # Waits for the requests that are left, but for no more than a minute.
+        serve.delete(NAME)
+    except TimeoutError:
+        log.warning("the application still has requests; Ray ends them")
+    if serve.status().applications.keys() <= {NAME}:
+        serve.shutdown()
+    ray.shutdown()
 
 
 def _complaints() -> list[str]:

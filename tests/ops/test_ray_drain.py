@@ -67,6 +67,18 @@ def test_downscaling_and_shutdown_let_replicas_finish_their_requests(cluster: Cl
     assert not alive(left.pid) and not alive(left.engine_pid)
 
 
+def test_a_second_signal_cuts_the_drain_short(cluster: Cluster, tmp_path: Path) -> None:
+    with running_application(cluster, NANO, tmp_path / "log", "--drain-seconds", "600") as application:
+        stream = Stream(application, prompt="x", n=3, max_tokens=20000, ignore_eos=True)
+        stream.begun()
+        application.process.terminate()
+        until(lambda: application.not_ready(), "a drain")
+        assert not stream.done
+        application.process.terminate()
+        assert stream.join().events[-1]["error"]["code"] == "draining"
+        assert application.process.wait(SECONDS) == 0
+
+
 def test_few_requests_whose_bytes_wait_start_a_second_replica(cluster: Cluster, tmp_path: Path) -> None:
     flags = "--max-replicas 2 --target-requests 100 --target-queued-bytes 3000 --upscale-delay 0 --max-sequences 1"
     with running_application(cluster, NANO, tmp_path / "log", *flags.split()) as application:
