@@ -7,7 +7,8 @@ from contextlib import suppress
 from dataclasses import replace
 
 import msgspec
-from starlette.types import ASGIApp, Message, Scope
+from fastapi import FastAPI
+from starlette.types import Message, Scope
 
 from engine.types import Event
 from server.errors import ApiError
@@ -21,13 +22,15 @@ TELL_SECONDS = 1.0
 """Between two messages that only tell of events, of an answer that has no other yet."""
 TOLD = "told"
 """Where a message has the events that it is made of, and those before them that it shows nothing of."""
+MODEL = "model"
+"""Where such a message has the fingerprint of the model that told them."""
 ONLY_TOLD = "fastblt.told"
 """Type of a message that has nothing else."""
 
 encode = msgspec.msgpack.Encoder().encode
 
 
-async def answer(app: ASGIApp, call: Call) -> AsyncGenerator[list[Message], None]:
+async def answer(app: FastAPI, call: Call) -> AsyncGenerator[list[Message], None]:
     """The application's messages, as they come. Closed early, the application sees its client leave. If its engine is
     gone in the middle of a completion, they end without the last one."""
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
@@ -53,17 +56,21 @@ async def answer(app: ASGIApp, call: Call) -> AsyncGenerator[list[Message], None
             # Another replica may have one.
             return
         if told and message["type"] == "http.response.body":
-            message[TOLD] = told.copy()
-            told.clear()
+            add_told(message)
         messages.put_nowait(message)
+
+    def add_told(message: Message) -> None:
+        message[TOLD], message[MODEL] = told.copy(), app.state.service.client.limits.fingerprint
+        told.clear()
 
     async def tell() -> None:
         while True:
             await asyncio.sleep(TELL_SECONDS)
             # While a stream runs, its next chunk is soon.
             if told and not began:
-                messages.put_nowait({"type": ONLY_TOLD, TOLD: told.copy()})
-                told.clear()
+                message: Message = {"type": ONLY_TOLD}
+                add_told(message)
+                messages.put_nowait(message)
 
     async def run() -> None:
         try:

@@ -23,7 +23,7 @@ from server.errors import ApiError, Code
 from server.origin import Origin
 from server.responses import to_json
 
-from .ray_answer import ONLY_TOLD, TOLD
+from .ray_answer import MODEL, ONLY_TOLD, TOLD
 from .ray_call import Call
 from .ray_journal import Journal
 
@@ -71,6 +71,10 @@ class Refusal:
         return bool(self.start["status"] == 503 or self._error["code"] == "queue_full")
 
     @property
+    def is_of_another_model(self) -> bool:
+        return bool(self._error["code"] == "replica_lost")
+
+    @property
     def retry_after(self) -> float:
         return float(dict(map(tuple, self.start["headers"])).get(b"retry-after", b"inf"))
 
@@ -113,6 +117,8 @@ class Relay:
         self._has_told = False
         """Whether the replica has told anything new."""
         self._replica: str | None = None
+        self._model = ""
+        """Fingerprint of the model that told what came so far."""
 
     async def run(self, call: Call) -> None:
         """Raises ApiError if nothing was sent yet, BrokenOff."""
@@ -172,6 +178,7 @@ class Relay:
             first_byte_seconds=self._first_byte and round(self._first_byte - self._arrived, 6),
             shown=self._journal.shown(),
             held=self._journal.held(),
+            model=self._model,
         )
 
     def _lost(self, why: str) -> ApiError:
@@ -223,7 +230,7 @@ class Relay:
 
     async def _pass_on(self, message: Message, call: Call) -> None:
         if told := message.pop(TOLD, None):
-            self._has_told = True
+            self._has_told, self._model = True, message.pop(MODEL)
             self._journal.hold(told)
         if message["type"] == ONLY_TOLD:
             return
@@ -255,7 +262,7 @@ class Relay:
         is_new = self._replica not in call.avoided and len(call.avoided) < MOST_ASKED - 1
         if refusal.is_for_now:
             self._refusal = min(refusal, self._refusal or refusal, key=lambda one: one.retry_after)
-            if is_new or call.origin and call.origin.is_continued:
+            if is_new or call.origin and call.origin.is_continued and not refusal.is_of_another_model:
                 raise NoRoom
         if self._began:
             raise refusal.error()

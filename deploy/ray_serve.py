@@ -21,7 +21,7 @@ from ray.serve.schema import LoggingConfig
 
 from engine import logs
 from engine.config import EngineConfig
-from engine.hub import HubError, pinned
+from engine.hub import HubError, pinned, pinned_names
 from server.embedded import embedded_model
 from server.flags import with_settings
 from server.lifecycle import ServeError, load_keys, log_access
@@ -50,12 +50,14 @@ STOP_SECONDS = 10.0
 
 def build(arguments: dict[str, Any]) -> serve.Application:
     """The application with settings by their names, the server's, the engine's and Ray's: `{"model": "models/nano",
-    "replicas": 2}`. Others have their defaults."""
+    "replicas": 2}`. Others have their defaults. Raises ValueError, HubError."""
     given = {"model": str(embedded_model())} | arguments
     engine = {field.name: given[field.name] for field in fields(EngineConfig) if field.name in given}
     of_ray = {name: arguments[name] for name in RaySettings.model_fields if name in arguments}
     of_server = {name: value for name, value in arguments.items() if name not in engine | of_ray}
-    return application(ServerSettings(**of_server), EngineConfig(**engine), RaySettings(**of_ray))
+    settings, options = ServerSettings(**of_server), RaySettings(**of_ray)
+    # All replicas get the same commit of a model from the hub.
+    return application(settings, pinned_names(EngineConfig(**engine)), options)
 
 
 def application(

@@ -94,7 +94,7 @@ def _build(config: EngineConfig) -> Parts:
     return Parts(
         config=loaded.config,
         model=model,
-        limits=_limits(loaded.config, caches, model.parameters),
+        limits=_limits(loaded, caches, model.parameters, (config.dtype, config.weights, kernels.name, isolate)),
         kernels=kernels,
         memory=memory,
         ledger=ledger,
@@ -160,7 +160,9 @@ def records_graphs(config: EngineConfig, kernels: Kernels, device: torch.device)
     return device.type == "cuda" and kernels.records if config.graphs is None else config.graphs
 
 
-def _limits(config: ModelConfig, caches: Caches, parameters: int) -> ModelLimits:
+def _limits(loaded: Checkpoint, caches: Caches, parameters: int, settings: tuple[object, ...]) -> ModelLimits:
+    """settings: those that decide the bytes of a text."""
+    config = loaded.config
     return ModelLimits(
         name=config.name,
         max_length=caches.max_length,
@@ -170,6 +172,7 @@ def _limits(config: ModelConfig, caches: Caches, parameters: int) -> ModelLimits
         parameters=parameters,
         pages={name: pool.num_total for name, pool in caches.pools.items()},
         patching=config.patching,
+        fingerprint=checkpoint.fingerprint(loaded, *settings),
     )
 
 

@@ -286,3 +286,5 @@ class ModelLimits:
     pages: dict[str, int] = field(default_factory=dict)
     """Pages per pool."""
     patching: PatchingRule = PatchingRule()
+    fingerprint: str = ""
+    """Of the weights, and of what else decides the bytes of a text."""

@@ -37,6 +37,7 @@ async def complete(request: Request, service: Service) -> Response:
     """The whole life of one request. Raises ApiError."""
     check_content(request)
     origin = origin_of(request.scope)
+    _check_model(origin, service)
     # On an open server all clients are one tenant.
     api_key: bytes = request.scope["state"].get("api_key", b"")
     plan = await _understood(request, service, origin, api_key)
@@ -66,6 +67,13 @@ async def complete(request: Request, service: Service) -> Response:
     finally:
         if not handed_over:
             await generation.close()
+
+
+def _check_model(origin: Origin, service: Service) -> None:
+    """Raises ApiError 503 for a completion that another model began."""
+    if origin.model not in ("", service.client.limits.fingerprint):
+        why = "the replica that ran this request is gone, and those that are left run another model; send it again"
+        raise service.gate.unavailable(why, "replica_lost")
 
 
 async def _understood(request: Request, service: Service, origin: Origin, api_key: bytes) -> Plan:

@@ -36,6 +36,8 @@ class Origin:
     """Events whose pieces the client has."""
     held: Told = field(default_factory=dict)
     """Events after these, whose pieces the client has not."""
+    model: str = ""
+    """Fingerprint of the model that told these events; empty if there are none."""
     note: Callable[[int, Event], None] | None = None
     """Sees every event, with its sequence's index, before its piece is sent."""
 

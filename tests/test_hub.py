@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from engine.checkpoint import load, random_tensors
 from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
-from engine.hub import HubError, local_folder, localised, pinned
+from engine.hub import HubError, local_folder, localised, pinned, pinned_names
 from engine.hub.files import check_is_blt
 from engine.hub.reference import Reference
 from tests import reference
@@ -181,6 +181,13 @@ def test_a_pinned_model_name_has_the_commit(hub: Hub) -> None:
     found = pinned(given)
     assert found == EngineConfig(name, patcher=apart, dtype="bfloat16")
     assert localised(found) == localised(given)
+
+
+def test_names_are_pinned_without_weights_and_whatever_other_machines_have(hub: Hub) -> None:
+    given = EngineConfig("org/blt/blt_1b@v1", patcher="/of/another/machine")
+    name = f"org/blt/blt_1b@{hub.commit('org/blt')}"
+    assert pinned_names(given) == EngineConfig(name, patcher="/of/another/machine")
+    assert not any(path.endswith((".pth", ".safetensors")) for path in hub.fetched())
 
 
 def test_the_patcher_may_be_a_repository_of_its_own(hub: Hub) -> None:

@@ -18,6 +18,7 @@ from ..config import ModelConfig
 from . import hf
 from .base import Checkpoint, CheckpointError
 from .describe import Description, count_parameters, describe, render
+from .fingerprints import fingerprint
 from .names import expected_shapes
 from .presets import PRESETS, RandomTensors, calibrate, calibrated, random_tensors
 from .reading import load, read_config
@@ -33,6 +34,7 @@ __all__ = [
     "count_parameters",
     "describe",
     "expected_shapes",
+    "fingerprint",
     "load",
     "random_tensors",
     "read_config",

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..config import EngineConfig
 from .reference import HubError, Reference
 
-__all__ = ["HubError", "local_folder", "localised", "pinned"]
+__all__ = ["HubError", "local_folder", "localised", "pinned", "pinned_names"]
 
 USAGE = "give the folder of a checkpoint, or the name of a model on the Hugging Face hub: org/name[/folder][@revision]"
 
@@ -45,13 +45,18 @@ def pinned(config: EngineConfig) -> EngineConfig:
     return _with_each(config, _pinned)
 
 
+def pinned_names(config: EngineConfig) -> EngineConfig:
+    """As `pinned`, but downloads no weights, and absolute paths may be those of other machines."""
+    return _with_each(config, lambda given: given if os.path.isabs(given) else _pinned(given, weights=False))
+
+
 def _with_each(config: EngineConfig, change: Callable[[str], str]) -> EngineConfig:
     patcher = config.patcher and change(config.patcher)
     return replace(config, model=change(config.model), patcher=patcher)
 
 
-def _pinned(given: str) -> str:
-    folder = local_folder(given)
+def _pinned(given: str, *, weights: bool = True) -> str:
+    folder = local_folder(given, weights=weights)
     if os.path.isdir(given):
         return str(folder.absolute())
     reference = _reference(given)

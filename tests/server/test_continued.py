@@ -9,6 +9,8 @@ import random
 from base64 import b64decode
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -499,6 +501,36 @@ def test_what_another_replica_refuses_for_good_is_an_error_that_says_why(
     error = events_of(loop.run(relayed(fleet, **STREAM)))[-1]["error"]
     locked.app.state.grammars.close()
     assert error["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_only_a_replica_of_the_same_model_continues_a_request(
+    stream: bool, pair: tuple[Replica, Replica], client: EngineClient, loop: asyncio.Runner
+) -> None:
+    one, two = pair
+    replaced = copy(client)
+    replaced.limits = replace(client.limits, fingerprint="of other weights")
+    other = Replica("other", create_app(SETTINGS, replaced))
+    fields = STREAM | {"stream": stream}
+    # Of the other one nothing but that it has some of the output.
+    losses = EARLY if stream else 1
+    try:
+        fleet = Fleet(one, other, two)
+        fleet.losses = [losses]
+        assert said(loop.run(relayed(fleet, **fields)))["choices"]
+        assert [call.avoided for call in fleet.calls[1:]] == [{"one"}, {"one", "other"}]
+        fleet = Fleet(one, other, other)
+        fleet.losses = [losses]
+        messages = loop.run(relayed(fleet, **fields))
+        error = events_of(messages)[-1]["error"] if stream else json.loads(messages[1]["body"])["error"]
+        assert error["code"] == "replica_lost" and "run another model" in error["message"]
+        assert len(fleet.calls) == 3
+        # What has told nothing begins anew.
+        fleet = Fleet(one, other)
+        fleet.losses = [0]
+        assert said(loop.run(relayed(fleet, **fields)))["choices"]
+    finally:
+        other.app.state.grammars.close()
 
 
 def test_the_deadline_is_that_of_the_first_replica(pair: tuple[Replica, Replica], loop: asyncio.Runner) -> None:
