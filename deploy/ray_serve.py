@@ -21,7 +21,7 @@ from ray.serve.schema import LoggingConfig
 
 from engine import logs
 from engine.config import EngineConfig
-from engine.hub import HubError, pinned, pinned_names
+from engine.hub import pinned, pinned_names
 from server.embedded import embedded_model
 from server.flags import with_settings
 from server.lifecycle import ServeError, load_keys, log_access
@@ -50,14 +50,25 @@ STOP_SECONDS = 10.0
 
 def build(arguments: dict[str, Any]) -> serve.Application:
     """The application with settings by their names, the server's, the engine's and Ray's: `{"model": "models/nano",
-    "replicas": 2}`. Others have their defaults. Raises ValueError, HubError."""
+    "replicas": 2}`. Others have their defaults. Raises ValueError."""
     given = {"model": str(embedded_model())} | arguments
     engine = {field.name: given[field.name] for field in fields(EngineConfig) if field.name in given}
     of_ray = {name: arguments[name] for name in RaySettings.model_fields if name in arguments}
     of_server = {name: value for name, value in arguments.items() if name not in engine | of_ray}
     settings, options = ServerSettings(**of_server), RaySettings(**of_ray)
+    _check_offered(settings)
     # All replicas get the same commit of a model from the hub.
     return application(settings, pinned_names(EngineConfig(**engine)), options)
+
+
+def _check_offered(settings: ServerSettings) -> None:
+    """Raises ValueError for what a single server offers, but not several replicas."""
+    if settings.ssl_certfile:
+        raise ValueError(
+            "--ssl-certfile is not offered here: Ray's proxies speak plain HTTP; put a proxy with TLS in front"
+        )
+    if settings.admin_key_file:
+        raise ValueError("--admin-key-file is not offered here: a request would reach only one of the replicas")
 
 
 def application(
@@ -129,14 +140,8 @@ def run(
     """Serve a checkpoint over HTTP from several replicas, on a Ray cluster. SIGTERM, Ctrl-C or a closed terminal ends
     all of them, after their running requests."""
     logs.configure(settings.logs, "ray")
-    if settings.ssl_certfile:
-        why = "--ssl-certfile is not offered here: Ray's proxies speak plain HTTP; put a proxy with TLS in front"
-        log.critical("%s", explain(why))
-        raise SystemExit(1)
-    if settings.admin_key_file:
-        log.critical("--admin-key-file is not offered here: a request would reach only one of the replicas")
-        raise SystemExit(1)
     try:
+        _check_offered(settings)
         # Report wrong keys before anything is started. Each replica loads its own.
         keys = load_keys(settings)
         # All replicas get the same commit of a model from the hub. Each machine downloads its own copy.
@@ -144,7 +149,7 @@ def run(
         with _hangups_held_back():
             join(options.ray_address)
         log_access(settings, keys)
-    except (HubError, JoinError, ServeError) as error:
+    except (ValueError, JoinError, ServeError) as error:
         log.critical("%s", explain(str(error)))
         raise SystemExit(1) from None
     # Ray's own handlers would end the process at once.

@@ -6,6 +6,8 @@ The tests of one application follow each other: it begins with a replica, gets a
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -63,6 +65,18 @@ def test_the_committed_configuration_is_valid_for_ray_serve_and_builds() -> None
     assert build(application["args"])
     with pytest.raises(ValueError, match="replica_count"):
         build({"model": "x", "replica_count": 2})
+
+
+def test_what_replicas_do_not_offer_is_refused_wherever_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="--admin-key-file is not offered here"):
+        build({"model": str(NANO), "admin_key_file": "keys"})
+    monkeypatch.setenv("FASTBLT_SSL_CERTFILE", "cert.pem")
+    monkeypatch.setenv("FASTBLT_SSL_KEYFILE", "key.pem")
+    with pytest.raises(ValueError, match="--ssl-certfile is not offered here"):
+        build({"model": str(NANO)})
+    command = [sys.executable, "-m", "deploy.ray_serve", "--model", str(NANO)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "--ssl-certfile is not offered here" in done.stderr
 
 
 # With a cluster.
