@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, random_tensors
@@ -594,3 +595,16 @@ def test_the_command_says_what_is_wrong_with_its_arguments(folder: Path, tmp_pat
         said = fails("finetune", "--model", model, "--out", str(tmp_path / "new"), words)
         assert said == "fastblt: this needs tqdm, of the extra `train`: pip install tqdm\n"
     assert "no run to resume" in fails("finetune", "--resume", "--out", str(tmp_path / "new"))
+
+
+def test_a_diverged_fine_tuning_run_makes_no_model(folder: Path, tmp_path: Path) -> None:
+    out, words = tmp_path / "out", str(folder / "text.txt")
+    given = ["--model", str(folder / "hf"), "--out", str(out), "--rows", "1", "--row-bytes", "64", words]
+    given += ["--held-out-bytes", "4000", "--steps", "8", "--learning-rate", "1e38"]
+    result = runner.invoke(app, ["finetune", *given])
+    said = result.stderr
+    assert result.exit_code == 1 and "fastblt: phase blocks, step " in said
+    assert f" is nan: nothing is saved any more, and {out}.run keeps the state after 2 steps in all" in said
+    assert not out.exists()
+    tensors = load_file(f"{out}.run/tuning.safetensors")
+    assert tensors and all(tensor.isfinite().all() for tensor in tensors.values())

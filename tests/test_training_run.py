@@ -1,5 +1,6 @@
 """A training run: its corpus, that stopping it changes nothing, and the model folder it ends in."""
 
+import math
 import os
 import re
 import signal
@@ -14,10 +15,11 @@ from engine import checkpoint
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
 from tests.models import our_config
 from training import card as model_card
+from training import loop as loops
 from training.corpus import Corpus, standard_library
 from training.export import CURVES, export
 from training.loop import Stopped, falling
-from training.metrics import read_metrics
+from training.metrics import Diverged, read_metrics
 from training.plot import plot
 from training.state import Settings, State, fraction
 from training.train import block_weight, row_length, train
@@ -90,6 +92,21 @@ def test_a_stopped_training_run_resumes_to_the_same_result(tmp_path: Path, stop_
         assert torch.equal(resumed.weights[name], weight), name
     losses = [[line["bits"] for line in read_metrics(tmp_path / name)] for name in ("whole", "halves")]
     assert losses[0] == losses[1] and len(losses[0]) == 2 * (SETTINGS.steps or 0)
+
+
+def test_a_diverged_training_run_ends_with_its_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(loops, "SAVE_SHARE", 0)  # saved after every step
+    diverging = replace(SETTINGS, matrix_rate=1e38, warm_up=1)
+    kept = rf"phase patcher, step (\d): \w+ is nan: .* {tmp_path} keeps the state after (\d) steps in all"
+    with pytest.raises(Diverged, match=kept) as raised:
+        train(State.new(diverging, CONFIG), CORPUS, tmp_path)
+    failed, steps = map(int, re.findall(kept, str(raised.value))[0])
+    state = State.load(tmp_path, CONFIG)
+    assert state.steps == steps == failed - 1
+    assert all(weight.isfinite().all() for weight in state.weights.values())
+    losses = [line["bits"] for line in read_metrics(tmp_path)]
+    assert len(losses) == failed and not math.isfinite(losses[-1]), "the line that tells why is kept"
 
 
 def test_a_training_run_limited_in_minutes_ends_on_time() -> None:

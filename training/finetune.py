@@ -54,7 +54,8 @@ def finetune(
 ) -> str:
     """Runs all of it, and returns the report for the terminal. given: fields of `Settings`, None for those not given.
 
-    Raises Stopped with the state saved in `run`, and OSError or ValueError for what cannot be used.
+    Raises Stopped with the state saved in `run`, Diverged with the last good one there, and OSError or ValueError for
+    what cannot be used.
     """
     from .tuning_report import report, summary  # draws a picture, which no training needs
 
@@ -155,7 +156,8 @@ def resumed(run: Path, device: torch.device, given: Mapping[str, Any]) -> Job:
 
 
 def train(job: Job) -> None:
-    """Runs the rest of all phases. Raises Stopped after SIGINT or SIGTERM, with the state saved."""
+    """Runs the rest of all phases. Raises Stopped after SIGINT or SIGTERM, with the state saved, and
+    Diverged."""
     tuning, settings = job.tuning, job.tuning.settings
     job.run.mkdir(parents=True, exist_ok=True)
     with stop_requests() as asked, Metrics(job.run, tuning.steps) as metrics:

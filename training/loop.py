@@ -58,9 +58,12 @@ class Loop:
     save_seconds: float = 0.0
 
     def save(self) -> None:
+        """Raises Diverged and keeps the state before, if a step since has no finite loss or gradients."""
+        self.metrics.flush()
         synchronize(self.device)
         began = time.monotonic()
         self.store(self.folder)
+        self.metrics.saved = self.metrics.steps
         self.saved = time.monotonic()
         self.save_seconds = max(self.save_seconds, self.saved - began)
 
@@ -92,7 +95,7 @@ def falling(hold: float, done: float) -> float:
 
 
 def run_phase(loop: Loop, phase: Phase, plan: Plan) -> None:
-    """Runs the rest of a phase. Raises Stopped and StageOver, both with the state saved."""
+    """Runs the rest of a phase. Raises Stopped and StageOver, both with the state saved, and Diverged."""
     machine = description(loop.device)
     with Progress(plan.name, plan.done()) as progress:
         while plan.done() < 1:

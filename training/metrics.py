@@ -6,6 +6,7 @@ later file counts.
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -17,16 +18,25 @@ import torch
 from torch import Tensor
 
 READ_SECONDS = 1.0
+FINITE = ("bits", "mask", "norm")
+"""Figures that are numbers as long as a run learns; a share of nothing may be none."""
 Line = dict[str, Any]
 
 
+class Diverged(RuntimeError):
+    """A figure of a step is no finite number: no later step learns anything."""
+
+
 class Metrics:
-    """Writes lines. Tensors are read some steps late, so that no step waits for its own."""
+    """Writes lines. Tensors are read some steps late, so that no step waits for its own. steps: of the whole run.
+    saved: those of the run's last state."""
 
     def __init__(self, run: Path, steps: int) -> None:
         for path in _files(run):
             if _first(path) >= steps:
                 path.unlink()
+        self.steps = self.saved = steps
+        self._run = run
         self._file = (run / f"metrics-{steps:08d}.jsonl").open("w")
         self._pending: list[tuple[Line, tuple[str, ...], Tensor]] = []
         self._read = time.monotonic()
@@ -38,20 +48,27 @@ class Metrics:
         self._file.close()
 
     def add(self, line: Line, figures: Mapping[str, Tensor]) -> Line | None:
-        """Adds a step's line and its numbers on the device; returns the last line that was read, if any."""
+        """Adds a step's line and its numbers on the device; returns the last line that was read, if any.
+        Raises Diverged."""
+        self.steps += 1
         values = torch.stack([figure.detach().float() for figure in figures.values()])
         self._pending.append((line, tuple(figures), values))
         return self.flush() if time.monotonic() - self._read > READ_SECONDS else None
 
     def flush(self) -> Line | None:
-        """Reads and writes all added lines."""
-        line = None
+        """Reads and writes all added lines. Raises Diverged for the first that has no finite loss or gradients."""
+        line = wrong = None
         for (line, names, _), values in zip(self._pending, self._values(), strict=True):
             line |= dict(zip(names, values, strict=True))
             self._file.write(json.dumps(line) + "\n")
+            if not wrong and (odd := [name for name in FINITE if not math.isfinite(line.get(name, 0.0))]):
+                wrong = f"phase {line['phase']}, step {line['step']}: {odd[0]} is {line[odd[0]]}"
         self._file.flush()
         self._pending.clear()
         self._read = time.monotonic()
+        if wrong:
+            kept = f"{self._run} keeps the state after {self.saved} steps in all"
+            raise Diverged(f"{wrong}: nothing is saved any more, and {kept}; a lower learning rate may help")
         return line
 
     def _values(self) -> list[list[float]]:

@@ -26,7 +26,7 @@ from .continuing import continuing
 from .corpus import Corpus, corpora
 from .device import chosen_device
 from .loop import Loop, Plan, StageOver, Step, Stopped, run_phase, stop_requests
-from .metrics import Metrics, copy_metrics
+from .metrics import Diverged, Metrics, copy_metrics
 from .model import Clean
 from .objective import Loss
 from .passes import Pass, Passes
@@ -42,7 +42,8 @@ def train(
     """Runs the rest of both phases.
 
     Raises Stopped after SIGINT or SIGTERM, and StageOver in time before `deadline` (seconds of `time.monotonic`) but
-    after at least one step; both with the state saved. Raises ValueError for another text than the run's.
+    after at least one step; both with the state saved. Raises ValueError for another text than the run's, and Diverged
+    for a loss or gradients that are not finite.
     """
     if state.corpus not in (None, corpus.digest):
         raise ValueError(
@@ -264,6 +265,9 @@ def main(arguments: list[str] | None = None) -> int:
     except StageOver:
         print(f"the stage is over; go on with {again}", file=sys.stderr)
         return MORE_TO_DO
+    except Diverged as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:
         parser.error(str(error))
     if options.stage_minutes:
