@@ -1099,7 +1099,7 @@ def size(
             from training.needs import ROWS, all_needs
 
             rows = sequences or ROWS
-            found_needs = all_needs(subject.config, rows, context, text.patch)
+            found_needs = all_needs(subject.config, rows, context, text.patch, subject.patcher_itemsize)
             asked = {"model": subject.config.name, "rows": rows, "row_bytes": context}
             if as_json:
                 typer.echo(json.dumps(asked | {"needs": found_needs}, indent=2))

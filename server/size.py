@@ -14,7 +14,7 @@ from rich.table import Table
 from engine.checkpoint import load
 from engine.checkpoint.describe import format_size
 from engine.checkpoint.files import is_there, read_json
-from engine.checkpoint.names import HASHES
+from engine.checkpoint.names import HASHES, PATCHER
 from engine.config import ModelConfig
 from engine.decoders.paper import PAPER_ACCEPTANCE, PAPER_PASSES
 from engine.layout import DECODERS
@@ -34,6 +34,7 @@ class Subject:
 
     config: ModelConfig
     hash_itemsize: int = WRITTEN_ITEMSIZE
+    patcher_itemsize: int = WRITTEN_ITEMSIZE
     card: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
@@ -41,8 +42,11 @@ class Subject:
         """Reads a checkpoint's configuration and card, not its tensors. Raises CheckpointError, or ValueError for a
         broken card."""
         checkpoint = load(folder, patcher=patcher)
-        itemsize = next(t.dtype.itemsize for name, t in checkpoint.tensors.items() if name.startswith(HASHES))
-        return cls(checkpoint.config, itemsize, _read_card(folder / DECODERS))
+        of_hashes, of_patcher = (
+            next(tensor.itemsize for name, tensor in checkpoint.tensors.items() if name.startswith(start))
+            for start in (HASHES, f"{PATCHER}.")
+        )
+        return cls(checkpoint.config, of_hashes, of_patcher, _read_card(folder / DECODERS))
 
 
 @dataclass(frozen=True, slots=True)

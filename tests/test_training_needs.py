@@ -14,11 +14,13 @@ from engine.config import ModelConfig
 from server.cli import app
 from server.size import render_training
 from tests.models import our_config
+from tests.other_device import DEVICE, other_device
 from tests.test_cli import fails, runner
 from training import convert, model, needs, objective
 from training.finetune import begin, train
 from training.muon import Muon
-from training.tuning import Settings, Trained, is_trained
+from training.state import PATCHER
+from training.tuning import Settings, Trained, Tuning, is_trained, on_device
 
 ROWS, ROW_BYTES, PATCH = 2, 128, 4.0
 
@@ -116,6 +118,30 @@ def test_weights_gradients_and_averages_are_those_of_a_run(which: Literal["decod
     assert sum(weight.nbytes for weight in job.tuning.weights.values()) == told.weights
     assert (gradients[-1], averages[-1]) == (told.gradients, told.optimizer)
     assert sum(job.tuning.weights[name].numel() for name in job.tuning.trained) == told.trained
+
+
+@pytest.mark.parametrize("which", ["decoder", "all"])
+def test_a_gpu_has_frozen_weights_no_wider_than_they_are_served(
+    which: Literal["decoder", "all"], tmp_path: Path
+) -> None:
+    """Of a checkpoint in float32, as Hugging Face's conversions have their hash tables."""
+    config = small()
+    tensors = {n: torch.full(s, 0.1) for n, s in checkpoint.expected_shapes(config).items()}
+    checkpoint.save(tmp_path / "model", config, tensors)
+    source, chosen = checkpoint.load(tmp_path / "model"), Settings(str(tmp_path / "model"), (), train=which, steps=3)
+    here = on_device(source, torch.device("cpu"), chosen)
+    assert {weight.dtype for weight in here.values()} == {torch.float32}
+    with other_device():
+        there = on_device(source, DEVICE, chosen)
+        table = torch.zeros(config.vocab_size + 1, config.decoder.dim, device=DEVICE)
+        tuning = Tuning.new(chosen, source, "tuned", "", "", table, there, 1.0, 1.0)
+        assert {there[n].dtype for n in there if n.startswith(PATCHER)} == {torch.float32}
+        assert all(torch.equal(tuning.weights[n].cpu(), tensors[n]) for n in tuning.trained if n in tensors)
+        exact = on_device(source, DEVICE, replace(chosen, dtype="float32"))
+        assert {weight.dtype for weight in exact.values()} == {torch.float32}
+    needed = printed("size", "--model", str(tmp_path / "model"), "--training", "--context", "64", "--json")
+    told = next(need for need in json.loads(needed)["needs"] if need["train"] == which)
+    assert sum(weight.nbytes for weight in tuning.weights.values()) == told["weights"]
 
 
 def printed(*arguments: str) -> str:

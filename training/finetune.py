@@ -105,7 +105,7 @@ def begin(settings: Settings, name: str, run: Path, device: torch.device) -> Job
     with source.reading():
         for tensor_name, tensor in source.tensors.items():
             require_finite(tensor_name, tensor)
-    weights = on_device(source, device)
+    weights = on_device(source, device, settings)
     rows = held_out_rows(held_out, settings)
     if _size(rows) < (least := min(LEAST_HELD_OUT, settings.held_out_bytes)):
         names = ", ".join(settings.held_out or settings.files)
@@ -137,7 +137,7 @@ def resumed(run: Path, device: torch.device, given: Mapping[str, Any]) -> Job:
     if _digest(held_out_rows(held_out, settings)) != header.held_out:
         names = ", ".join(settings.held_out or settings.files)
         raise ValueError(f"{names}: not the held-out text that the run in {run} began with")
-    weights = on_device(source, device)
+    weights = on_device(source, device, settings)
     shape = source.config.vocab_size + 1, source.config.decoder.dim
     table = torch.zeros(shape, device=device)
     tuning = Tuning.new(

@@ -21,7 +21,7 @@ from . import objective
 from .convert import with_blocks
 from .model import Blocks, Patches
 from .objective import Corruption
-from .state import is_matrix
+from .state import PATCHER, is_matrix
 from .tuning import Trained, is_trained
 
 Stage = Literal["encoder", "global_", "decoder"]
@@ -55,25 +55,35 @@ class Needs:
         return asdict(self) | {"total": self.total}
 
 
-def all_needs(config: ModelConfig, rows: int, row_bytes: int, patch: float) -> list[dict[str, Any]]:
+def all_needs(
+    config: ModelConfig, rows: int, row_bytes: int, patch: float, patcher_itemsize: int = 2
+) -> list[dict[str, Any]]:
     """Of both choices of what is trained, with and without recomputing: `Needs` as JSON. Raises ValueError for rows
     that the model has no positions for."""
     if not 1 <= row_bytes < config.max_length:
         raise ValueError(f"--context: must be from 1 to {config.max_length - 1} bytes for training, not {row_bytes}")
     choices: tuple[Trained, ...] = ("decoder", "all")
-    return [need.to_json() for train in choices for need in needs(config, train, rows, row_bytes, patch)]
+    asked = rows, row_bytes, patch, patcher_itemsize
+    return [need.to_json() for train in choices for need in needs(config, train, *asked)]
 
 
-def needs(config: ModelConfig, train: Trained, rows: int, row_bytes: int, patch: float) -> tuple[Needs, Needs]:
-    """For micro-batches of `rows` rows of `row_bytes` bytes, in patches of `patch` bytes, with bfloat16 products:
-    without and with recomputing."""
+def needs(
+    config: ModelConfig, train: Trained, rows: int, row_bytes: int, patch: float, patcher_itemsize: int = 2
+) -> tuple[Needs, Needs]:
+    """On a GPU, for micro-batches of `rows` rows of `row_bytes` bytes, in patches of `patch` bytes, with bfloat16
+    products: without and with recomputing. patcher_itemsize: bytes of a number in the patcher's matrices, as stored."""
     if config.mask_id is None:
         config = with_blocks(config, config.name, BLOCK_SIZE)
     shapes = expected_shapes(config)
     taught = {name: shape for name, shape in shapes.items() if is_trained(name, train)}
     trained = sum(prod(shape) for shape in taught.values())
     momentum = sum(prod(shape) for name, shape in taught.items() if is_matrix(name, len(shape)))
-    weights = sum(prod(shape) * _dtype(name, shape, train).itemsize for name, shape in shapes.items())
+
+    def itemsize(name: str, shape: tuple[int, ...]) -> int:
+        as_stored = name.startswith(PATCHER) and len(shape) > 1
+        return patcher_itemsize if as_stored else _dtype(name, shape, train).itemsize
+
+    weights = sum(prod(shape) * itemsize(name, shape) for name, shape in shapes.items())
     optimizer = 4 * momentum + 8 * (trained - momentum)
     plain, recomputed = kept(config, train, rows, row_bytes, patch)
     return (
@@ -161,5 +171,5 @@ def _corruption(config: ModelConfig, row: Tensor, per_text: int) -> Corruption:
 
 
 def _dtype(name: str, shape: tuple[int, ...], train: Trained) -> torch.dtype:
-    """As in a run that begins with a model in bfloat16."""
+    """As a GPU has it in a run with bfloat16 products."""
     return torch.float32 if len(shape) == 1 or is_trained(name, train) else torch.bfloat16

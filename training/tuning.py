@@ -1,7 +1,7 @@
 """The state of a fine-tuning run: what it was told, how far it is, and the weights that it trains.
 
 A run's folder holds `tuning.safetensors`: the trained weights in float32 and what the optimizers keep of them, with all
-else in its header. It is replaced whole. Frozen weights stay in the model that the run began with, and in its dtypes.
+else in its header. It is replaced whole. Frozen weights stay in the model that the run began with.
 """
 
 import math
@@ -259,9 +259,18 @@ def source_digest(source: Checkpoint) -> str:
     return found.hexdigest()
 
 
-def on_device(source: Checkpoint, device: torch.device) -> dict[str, Tensor]:
-    """The source's weights for a training pass: matrices and tables as stored, norms in float32."""
-    return {n: (t.float() if t.dim() == 1 else t).to(device) for n, t in source.tensors.items()}
+def on_device(source: Checkpoint, device: torch.device, settings: Settings) -> dict[str, Tensor]:
+    """The source's weights for a training pass: norms in float32, all else as stored. But a GPU has the frozen matrices
+    and tables no wider than the products, as it serves them; the patcher's, whose products are float32, excepted. On a
+    CPU they stay in their files."""
+
+    def dtype(name: str, tensor: Tensor) -> torch.dtype:
+        if tensor.dim() == 1:
+            return torch.float32
+        as_it_is = device.type == "cpu" or name.startswith(PATCHER) or is_trained(name, settings.train)
+        return tensor.dtype if as_it_is or tensor.itemsize <= settings.products.itemsize else settings.products
+
+    return {name: tensor.to(dtype(name, tensor)).to(device) for name, tensor in source.tensors.items()}
 
 
 def is_trained(name: str, train: Trained) -> bool:

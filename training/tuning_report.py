@@ -66,7 +66,7 @@ def _next_byte(out: Path, rows: Tensor, tuning: Tuning) -> tuple[float, float]:
     """`next_byte_bits` of the saved model, whose weights are gone from the device afterwards: the engine loads them
     again."""
     saved = checkpoint.load(out)
-    return next_byte_bits(saved.config, on_device(saved, tuning.device), rows, tuning.settings)
+    return next_byte_bits(saved.config, on_device(saved, tuning.device, tuning.settings), rows, tuning.settings)
 
 
 def _with_decoders(found: Report, job: Job, out: Path, prompts: int, prefixes: int) -> Report:
