@@ -35,23 +35,30 @@ class Many:
     def complete(self, bodies: Iterable[tuple[Key, dict[str, Any]]]) -> Iterator[tuple[Key, dict[str, Any]]]:
         """Each response with the key of its body. Bodies are taken as there is room.
 
-        Raises FastBltError, ValueError."""
+        Raises FastBltError, ValueError; but gives the responses to all that was asked before it failed."""
         waiting = iter(bodies)
         live: dict[asyncio.Task[dict[str, Any]], Key] = {}
+        failure: BaseException | None = None
         with asyncio.Runner() as runner:
             http = runner.run(self._opened())
             loop = runner.get_loop()
             try:
                 while True:
-                    while len(live) < self.concurrency and (found := next(waiting, None)):
+                    while not failure and len(live) < self.concurrency and (found := next(waiting, None)):
                         key, body = found
                         sent = self._send(http, "POST", "/v1/completions", body, self.retries)
                         live[loop.create_task(sent)] = key
                     if not live:
-                        return
+                        break
                     done, _ = runner.run(_first(live))
                     for task in done:
-                        yield live.pop(task), task.result()
+                        key = live.pop(task)
+                        if error := task.exception():
+                            failure = failure or error
+                        else:
+                            yield key, task.result()
+                if failure:
+                    raise failure
             finally:
                 for task in live:
                     task.cancel()
@@ -77,6 +84,9 @@ class Many:
             retry_after = ""
             try:
                 response = await http.request(method, path, json=body)
+            except httpx.ReadTimeout:
+                # The server may be at work still; another try would pay for the same work again.
+                raise ConnectionFailed(f"no byte came for {self.timeout:g} s (--timeout)") from None
             except httpx.HTTPError as error:
                 failure: Exception = connection_failed(error)
                 if is_untrusted(error) if isinstance(error, httpx.TransportError) else True:

@@ -31,7 +31,6 @@ from .settings import ServerSettings
 from .texts import CONTEXT, Texts
 
 if TYPE_CHECKING:
-    from .evaluation.sources import OverHttp
     from .offline import Piece
     from .schemas import Patches
 
@@ -641,6 +640,7 @@ def tasks(
     concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Texts at a time.")] = 64,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer of --url.")] = 600.0,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     kernels: Kernels = None,
@@ -656,10 +656,11 @@ def tasks(
     continue.
     """
     from clients.fastblt_client import FastBltError
+    from clients.many import Many
 
     from .evaluation import command, report
     from .evaluation.sandbox import Limits, Sandbox
-    from .evaluation.sources import InProcess, Source
+    from .evaluation.sources import InProcess, OverHttp, Source
 
     if model is None and url is None:
         raise typer.BadParameter("give either --model or --url", param_hint="--model")
@@ -673,8 +674,9 @@ def tasks(
         found, bleu = command.tasks_of(names, command.Files(humaneval, mbpp, flores, sentencepiece))
         sandbox = Sandbox(execute, Limits(seconds, memory)) if execute else None
         if url:
+            many = Many(url, api_key, ca_file, concurrency, timeout=timeout)
             with _naming_url():
-                source: Source = _over_http(url, model, api_key, ca_file, concurrency)
+                source: Source = OverHttp(many.version(), model, many.complete)
         else:
             config = EngineConfig(
                 model or "",
@@ -1251,15 +1253,6 @@ def _show(prompt: list[int], pieces: Iterator["Piece"]) -> None:
                 f"{usage.bytes_read / 1e6:.1f} MB read",
                 style="dim",
             )
-
-
-def _over_http(url: str, model: str | None, api_key: str | None, ca_file: Path | None, concurrency: int) -> "OverHttp":
-    from clients.many import Many
-
-    from .evaluation.sources import OverHttp
-
-    many = Many(url, api_key, ca_file, concurrency)
-    return OverHttp(many.version(), model, many.complete)
 
 
 def _parsed(flag: str, parse: Callable[[str], T], text: str) -> T:

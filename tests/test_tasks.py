@@ -2,10 +2,14 @@
 
 import gzip
 import json
+import re
 import shutil
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -368,6 +372,65 @@ def test_many_waits_for_a_busy_server_and_tells_of_a_wrong_one() -> None:
         Many(url).version()
     with pytest.raises(ConnectionFailed):
         Many("http://127.0.0.1:9").version()
+
+
+@contextmanager
+def answering(answers: Callable[[int], tuple[int, bytes]]) -> Iterator[str]:
+    """A server of completions: what `answers` gives for the number `n` in a body."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, body = answers(json.loads(self.rfile.read(int(self.headers["content-length"])))["n"])
+            with suppress(OSError):  # the client may be gone
+                self.send_response(status)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, *of: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_work_that_outlasts_the_timeout_is_not_asked_for_again() -> None:
+    asked: list[int] = []
+    over = threading.Event()
+
+    def late(number: int) -> tuple[int, bytes]:
+        asked.append(number)
+        over.wait(30)
+        return 200, b"{}"
+
+    with answering(late) as url:
+        with pytest.raises(ConnectionFailed, match=re.escape("no byte came for 0.3 s (--timeout)")):
+            list(Many(url, timeout=0.3, retries=3).complete([("key", {"n": 0})]))
+        over.set()
+    assert asked == [0]
+
+
+def test_many_gives_what_was_asked_before_a_failure_and_asks_no_more() -> None:
+    failed = threading.Event()
+
+    def answers(number: int) -> tuple[int, bytes]:
+        if number == 0:
+            failed.set()
+            return 400, b'{"error": {"message": "too long"}}'
+        failed.wait(30)
+        time.sleep(0.3)
+        return 200, b"{}"
+
+    bodies = iter([(number, {"n": number}) for number in range(9)])
+    given = []
+    with answering(answers) as url, pytest.raises(ApiError, match="too long"):
+        for key, _ in Many(url, concurrency=4).complete(bodies):
+            given.append(key)
+    assert sorted(given) == [1, 2, 3] and next(bodies)[0] == 4
 
 
 def test_checkpoints_of_one_name_are_told_apart(tiny: Path, tmp_path: Path) -> None:
