@@ -409,9 +409,25 @@ def test_of_many_small_files_some_are_measured_in_pieces_that_are_long_enough(tm
     assert held_out.texts(700) == [b"x" * 700]
 
 
+def test_copies_of_a_file_are_not_learnt_from_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [b"%d " % i * 2000 for i in range(120)]
+    for i, words in enumerate(texts):
+        for name in (f"{i:03}.txt", f"copy of {i:03}.txt"):
+            (tmp_path / name).write_bytes(words)
+    files = sorted(tmp_path.iterdir())
+    found = open_documents(files, [], "text")
+    learnt, kept = (set(documents.texts(1 << 30)) for documents in found)
+    assert learnt | kept == set(texts) and not learnt & kept and kept
+    assert sum(len(documents.parts) for documents in found) == 120
+    assert capsys.readouterr().err == "left out: 120 of 240 files, copies of others\n"
+    with pytest.raises(ValueError, match=r"copy of 003\.txt cannot be both learnt .* it has the bytes of .*/003\.txt"):
+        open_documents(files[:120], [files[123]], "text")
+
+
 def test_hundreds_of_large_files_keep_few_open(tmp_path: Path) -> None:
     for number in range(300):
         with (tmp_path / f"{number:03}.txt").open("wb") as file:
+            file.write(b"%d" % number)
             file.truncate(LARGE)
     training, held_out = open_documents(sorted(tmp_path.iterdir()), [], "text")
     before = len(os.listdir("/proc/self/fd"))
@@ -445,7 +461,7 @@ def test_no_more_is_read_than_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_name_of_a_line_file_may_be_in_capitals(tmp_path: Path) -> None:
     for name in ("a.JSONL", "b.NdJson", "c.json.txt"):
-        (tmp_path / name).write_text('{"text": "abc"}\n' * 400)
+        (tmp_path / name).write_text('{"text": "abc"}\n' * 400 + "\n" * ord(name[0]))
     files = sorted(tmp_path.iterdir())
     held_out = open_documents([Path(__file__)], files, "text")[1]
     assert [part.field for part in held_out.parts] == ["text", "text", None]

@@ -13,6 +13,7 @@ import mmap
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -208,13 +209,16 @@ def open_documents(files: Sequence[Path], held_out: Sequence[Path], field: str) 
     """(training, held-out) documents of files. held_out: files that are all held out; without them it is a part of
     `files`. Raises OSError for a file that cannot be read, and ValueError for one that is empty or holds compressed
     lines, or too little text."""
-    wholes = [_whole(path, field) for path in files]
+    wholes = _without_copies([_whole(path, field) for path in files])
     if held_out:
-        apart = [_whole(path, field) for path in held_out]
-        names = {part.path.resolve() for part in wholes}
-        for part in apart:
-            if part.path.resolve() in names:
-                raise ValueError(f"{part.path} cannot be both learnt from and held out")
+        apart = _without_copies([_whole(path, field) for path in held_out])
+        digests = _digests([*wholes, *apart])
+        learnt = dict(zip(digests, wholes, strict=False))
+        for part, digest in zip(apart, digests[len(wholes) :], strict=True):
+            if other := learnt.get(digest):
+                raise ValueError(
+                    f"{part.path} cannot be both learnt from and held out: it has the bytes of {other.path}"
+                )
         training, kept = Documents(tuple(wholes)), Documents(tuple(apart))
     else:
         pairs = [_divided(part) for part in wholes]
@@ -238,6 +242,23 @@ def _whole(path: Path, field: str) -> Part:
     if not stat.st_size:
         raise ValueError(f"{path}: the file is empty")
     return Part(path, stat.st_mtime_ns, 0, stat.st_size, field if last in LINES else None)
+
+
+def _without_copies(parts: Sequence[Part]) -> list[Part]:
+    """Leaves out files that have the bytes of earlier ones, so that nothing held out has a copy to learn from."""
+    found = dict[tuple[int, bytes], Part]()
+    for part, digest in zip(parts, _digests(parts), strict=True):
+        found.setdefault(digest, part)
+    if copies := len(parts) - len(found):
+        print(f"left out: {copies} of {len(parts)} files, copies of others", file=sys.stderr, flush=True)
+    return list(found.values())
+
+
+def _digests(parts: Sequence[Part]) -> list[tuple[int, bytes]]:
+    """Of whole files, for each what only those of the same bytes have: its size and, if others share that, its
+    SHA-256."""
+    sizes = Counter(part.size for part in parts)
+    return [(part.size, sha256(part._data).digest() if sizes[part.size] > 1 else b"") for part in parts]
 
 
 def _divided(part: Part) -> tuple[Part, Part]:
