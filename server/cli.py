@@ -898,7 +898,6 @@ def finetune(
         "held_out": tuple(str(path.resolve()) for path in held_out or []) or None,
         "held_out_bytes": held_out_bytes,
         "field": field,
-        "patcher": patcher,
         "files": tuple(str(path.resolve()) for path in files or []) or None,
     }
     folder = run or out.with_name(f"{out.name}.run")
@@ -907,9 +906,10 @@ def finetune(
     if minutes is not None and steps is not None:
         raise typer.BadParameter("give either --minutes or --steps", param_hint="--steps")
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
-        if model is not None:
-            found = localised(EngineConfig(model, patcher=patcher))
-            given |= {"model": str(Path(found.model).resolve()), "patcher": found.patcher}
+        # A run may be resumed from another folder.
+        for name, folder_or_hub in (("model", model), ("patcher", patcher)):
+            if folder_or_hub is not None:
+                given[name] = str(local_folder(folder_or_hub).resolve())
         try:
             result = tuning.finetune(
                 given, out, folder, resume=resume, device=device, threads=threads, prompts=prompts, prefixes=prefixes

@@ -575,6 +575,26 @@ def test_held_out_files_must_be_those_that_the_run_began_with(folder: Path, tmp_
         resumed(tmp_path / "run", CPU, {})
 
 
+def test_a_run_resumes_from_another_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(job: Job) -> None:
+        job.tuning.save(job.run)
+        raise Stopped
+
+    monkeypatch.setattr("training.finetune.train", stopped)
+    write_meta(tmp_path / "meta", random_tensors(META_CONFIG, 0, torch.bfloat16), hub=True, beside=False)
+    (tmp_path / "text.txt").write_text("".join(LINES))
+    monkeypatch.chdir(tmp_path)
+    given = ["--patcher", "meta/entropy_model", "--row-bytes", "64", "--held-out-bytes", "4000"]
+    begun = ["finetune", "--model", "meta", "--out", "out", *given, "text.txt"]
+    assert runner.invoke(app, begun).exit_code == 130
+    monkeypatch.chdir(folder)
+    run = tmp_path / "out.run"
+    assert resumed(run, CPU, {}).tuning.settings.patcher == str(tmp_path / "meta" / "entropy_model")
+    monkeypatch.chdir(tmp_path / "meta")
+    again = ["finetune", "--resume", "--run", str(run), "--out", "out", "--patcher", "entropy_model"]
+    assert runner.invoke(app, again).exit_code == 130
+
+
 def test_the_command_to_go_on_with_has_the_flags_that_no_run_keeps(folder: Path, tmp_path: Path) -> None:
     def stopped(*arguments: Any, **more: Any) -> None:
         raise Stopped
