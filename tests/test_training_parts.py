@@ -149,6 +149,12 @@ def test_metrics_of_a_lost_process_are_replaced_by_later_ones(tmp_path: Path) ->
     assert sorted(os.listdir(tmp_path)) == ["metrics-00000000.jsonl", "metrics-00000003.jsonl"]
 
 
+def test_a_line_of_metrics_that_a_power_cut_left_torn_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "metrics-00000000.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n{"ste')
+    (tmp_path / "metrics-00000002.jsonl").write_bytes(b'{"step": 3}\n{"step": 4, "bits": 1.\xff\0\0')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
 def test_a_corpus_archive_holds_the_library_and_its_version(tmp_path: Path) -> None:
     library = tmp_path / "library"
     for i in range(60):

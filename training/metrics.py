@@ -9,7 +9,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,15 +81,22 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[Line]:
-    """The lines of all steps, first to last. Raises FileNotFoundError if there are none."""
+    """The lines of all steps, first to last, but for those that a power cut left torn. Raises FileNotFoundError if
+    there are none."""
     files = _files(run)
     if not files:
         raise FileNotFoundError(f"{run} has no metrics-*.jsonl: copy those of all stages there")
     lines = []
     for path, after in zip(files, [*files[1:], None], strict=True):
-        found = path.read_text().splitlines()
+        found = path.read_text(errors="replace").splitlines()
         lines += found[: _first(after) - _first(path)] if after else found
-    return [json.loads(line) for line in lines]
+    return list(_whole(lines))
+
+
+def _whole(lines: Iterable[str]) -> Iterator[Line]:
+    for line in lines:
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def copy_metrics(run: Path, branch: Path) -> None:
