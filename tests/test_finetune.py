@@ -424,6 +424,22 @@ def test_copies_of_a_file_are_not_learnt_from_beside_it(tmp_path: Path, capsys: 
         open_documents(files[:120], [files[123]], "text")
 
 
+def test_small_files_of_one_name_are_held_out_by_their_bytes_and_empty_ones_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / f"book{i}" / "text.txt" for i in range(200)]
+    for i, path in enumerate(files):
+        path.parent.mkdir()
+        path.write_bytes(b"%d " % i * 1000)
+    files[7].write_bytes(b"")
+    found = open_documents(files, [], "text")
+    learnt, kept = (len(documents.parts) for documents in found)
+    assert learnt + kept == 199 and 3 <= kept <= 20
+    assert capsys.readouterr().err == "left out: 1 of 200 files, empty\n"
+    with pytest.raises(ValueError, match=r"book7/text\.txt: the file is empty, and so are all others"):
+        open_documents([files[7], files[7]], [], "text")
+
+
 def test_hundreds_of_large_files_keep_few_open(tmp_path: Path) -> None:
     for number in range(300):
         with (tmp_path / f"{number:03}.txt").open("wb") as file:

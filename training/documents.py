@@ -4,8 +4,8 @@ A document is a whole file or, in a `.jsonl` or `.ndjson` file, the text in one 
 bytes, EOS.
 
 What is held out is never drawn for training: of files of at least `LARGE` bytes the last twentieth, but no more than
-`MOST_HELD_OUT`; of smaller ones one in twenty, whole, by a hash of its name. Or files of their own, if the user names
-them.
+`MOST_HELD_OUT`; of smaller ones one in twenty, whole, by a hash of its bytes. Or files of their own, if the user
+names them.
 """
 
 import json
@@ -207,11 +207,11 @@ def slices(texts: Sequence[bytes], length: int) -> Tensor:
 
 def open_documents(files: Sequence[Path], held_out: Sequence[Path], field: str) -> tuple[Documents, Documents]:
     """(training, held-out) documents of files. held_out: files that are all held out; without them it is a part of
-    `files`. Raises OSError for a file that cannot be read, and ValueError for one that is empty or holds compressed
-    lines, or too little text."""
-    wholes = _without_copies([_whole(path, field) for path in files])
+    `files`. Raises OSError for a file that cannot be read, and ValueError for one that holds compressed lines, if all
+    are empty, or for too little text."""
+    wholes = _wholes(files, field)
     if held_out:
-        apart = _without_copies([_whole(path, field) for path in held_out])
+        apart = _wholes(held_out, field)
         digests = _digests([*wholes, *apart])
         learnt = dict(zip(digests, wholes, strict=False))
         for part, digest in zip(apart, digests[len(wholes) :], strict=True):
@@ -231,6 +231,21 @@ def open_documents(files: Sequence[Path], held_out: Sequence[Path], field: str) 
     return training, kept
 
 
+def _wholes(paths: Sequence[Path], field: str) -> list[Part]:
+    """Files without empty ones, and without those that have the bytes of earlier ones, so that nothing held out has a
+    copy to learn from."""
+    full = [part for part in (_whole(path, field) for path in paths) if part.size]
+    if not full:
+        raise ValueError(f"{paths[0]}: the file is empty" + (", and so are all others" if len(paths) > 1 else ""))
+    found = dict[tuple[int, bytes], Part]()
+    for part, digest in zip(full, _digests(full), strict=True):
+        found.setdefault(digest, part)
+    for count, what in ((len(paths) - len(full), "empty"), (len(full) - len(found), "copies of others")):
+        if count:
+            print(f"left out: {count} of {len(paths)} files, {what}", file=sys.stderr, flush=True)
+    return list(found.values())
+
+
 def _whole(path: Path, field: str) -> Part:
     if path.is_dir():
         raise ValueError(f"{path}: this is a directory; name its files")
@@ -239,19 +254,7 @@ def _whole(path: Path, field: str) -> Part:
         raise ValueError(f"{path}: this is compressed; give the {before} file that is in it")
     with path.open("rb"):
         stat = path.stat()
-    if not stat.st_size:
-        raise ValueError(f"{path}: the file is empty")
     return Part(path, stat.st_mtime_ns, 0, stat.st_size, field if last in LINES else None)
-
-
-def _without_copies(parts: Sequence[Part]) -> list[Part]:
-    """Leaves out files that have the bytes of earlier ones, so that nothing held out has a copy to learn from."""
-    found = dict[tuple[int, bytes], Part]()
-    for part, digest in zip(parts, _digests(parts), strict=True):
-        found.setdefault(digest, part)
-    if copies := len(parts) - len(found):
-        print(f"left out: {copies} of {len(parts)} files, copies of others", file=sys.stderr, flush=True)
-    return list(found.values())
 
 
 def _digests(parts: Sequence[Part]) -> list[tuple[int, bytes]]:
@@ -264,7 +267,7 @@ def _digests(parts: Sequence[Part]) -> list[tuple[int, bytes]]:
 def _divided(part: Part) -> tuple[Part, Part]:
     """What of a file is for training, and what is held out; one may have no bytes."""
     if part.size < LARGE:
-        cut = 0 if zlib.crc32(part.path.name.encode()) % HELD_OUT_ONE_IN == 0 else part.size
+        cut = 0 if zlib.crc32(part._data) % HELD_OUT_ONE_IN == 0 else part.size
     else:
         cut = part.size - min(part.size // HELD_OUT_ONE_IN, MOST_HELD_OUT)
         if part.field is not None:
