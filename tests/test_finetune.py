@@ -3,6 +3,7 @@ had never stopped."""
 
 import json
 import os
+import resource
 import shlex
 import signal
 import weakref
@@ -34,7 +35,7 @@ from training.finetune import Job, begin, resumed, save, train
 from training.loop import Stopped
 from training.metrics import read_metrics
 from training.state import PATCHER
-from training.tuning import TABLE_RATE, Settings, on_device
+from training.tuning import FILE, TABLE_RATE, Settings, on_device
 from training.tuning_report import report, summary
 
 CPU = torch.device("cpu")
@@ -647,6 +648,23 @@ def test_the_command_says_what_is_wrong_with_its_arguments(folder: Path, tmp_pat
         said = fails("finetune", "--model", model, "--out", str(tmp_path / "new"), words)
         assert said == "fastblt: this needs tqdm, of the extra `train`: pip install tqdm\n"
     assert "no run to resume" in fails("finetune", "--resume", "--out", str(tmp_path / "new"))
+
+
+def test_what_cannot_be_written_is_named(folder: Path, finished: Job, tmp_path: Path) -> None:
+    """A limit of the process stands for a full disk."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    finished.tuning.save(run)
+    kept = (run / FILE).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{run}/tuning\.safetensors\.new: not written: .*File too large"):
+            finished.tuning.save(run)
+        with pytest.raises(OSError, match=rf"{out}/.*/model\.safetensors: not written: .*File too large"):
+            save(finished, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (run / FILE).read_bytes() == kept and not any(out.iterdir())
 
 
 def test_a_diverged_fine_tuning_run_makes_no_model(folder: Path, tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from typing import Literal
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from engine import checkpoint
 from engine.checkpoint.base import Checkpoint
+from engine.checkpoint.hf import write_tensors
 from engine.config import ModelConfig
 
 from .convert import TABLE, with_blocks
@@ -189,7 +190,7 @@ class Tuning:
                 yield from ((f"{name}: {key}", tensor) for key, tensor in phase.kept(self.weights))
 
     def save(self, run: Path) -> None:
-        """Writes the state into the run's folder, atomically."""
+        """Writes the state into the run's folder, atomically. Raises OSError."""
         run.mkdir(parents=True, exist_ok=True)
         header = Header(
             self.settings,
@@ -204,7 +205,7 @@ class Tuning:
         )
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors()}
         unfinished = run / f"{FILE}.new"
-        save_file(tensors, unfinished, {HEADER: msgspec.json.encode(header).decode()})
+        write_tensors(unfinished, tensors, {HEADER: msgspec.json.encode(header).decode()})
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(run / FILE)

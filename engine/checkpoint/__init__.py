@@ -46,5 +46,6 @@ __all__ = [
 def save(
     path: str | Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """Writes our own format, in `dtype` if given, into a folder that need not exist yet. Raises CheckpointError."""
+    """Writes our own format, in `dtype` if given, into a folder that need not exist yet. Raises CheckpointError and
+    OSError."""
     hf.write(Path(path), config, tensors, dtype)

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,6 +67,7 @@ def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype:
     """Writes our own format into folder `path`; old files stay until all new ones are written.
 
     One shard is in memory at a time, in addition to `tensors`. These may be mapped from the files that are replaced.
+    Raises CheckpointError and OSError.
     """
     expected = expected_shapes(config)
     for name in sorted(expected.keys() | tensors.keys()):
@@ -91,7 +93,7 @@ def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype:
             _write_json(unfinished / WEIGHTS_INDEX, index)
         for file, names in zip(files, shards, strict=True):
             gathered = {name: _gather(config, name, shapes[name], tensors, dtype) for name in names}
-            save_file(gathered, unfinished / file, {"format": "pt"})
+            write_tensors(unfinished / file, gathered, {"format": "pt"})
             del gathered
             (unfinished / file).chmod(0o644)  # the library lets only the owner read it
         _write_json(unfinished / CONFIG, rendered)
@@ -99,6 +101,14 @@ def write(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], dtype:
             old.unlink()
         for new in unfinished.iterdir():
             new.replace(path / new.name)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a file of safetensors. Raises OSError, which names it."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # also for a full disk
+        raise OSError(f"{path}: not written: {error}") from None
 
 
 def _shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
