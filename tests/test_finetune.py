@@ -7,7 +7,7 @@ import resource
 import shlex
 import signal
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -439,6 +439,21 @@ def test_small_files_of_one_name_are_held_out_by_their_bytes_and_empty_ones_left
     assert capsys.readouterr().err == "left out: 1 of 200 files, empty\n"
     with pytest.raises(ValueError, match=r"book7/text\.txt: the file is empty, and so are all others"):
         open_documents([files[7], files[7]], [], "text")
+
+
+def test_drawing_rows_walks_the_files_once(tmp_path: Path) -> None:
+    class Watched(tuple[documents.Part, ...]):
+        walks = 0
+
+        def __iter__(self) -> Iterator[documents.Part]:
+            self.walks += 1
+            return super().__iter__()
+
+    (tmp_path / "text.txt").write_bytes(b"some words " * 1000)
+    learnt = Documents(parts := Watched(open_documents([Path(__file__)], [tmp_path / "text.txt"], "text")[1].parts))
+    for seed in range(3):
+        learnt.rows(np.random.default_rng(seed), 8, 64)
+    assert parts.walks == 2, "for the sizes and their sum"
 
 
 def test_hundreds_of_large_files_keep_few_open(tmp_path: Path) -> None:

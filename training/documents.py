@@ -132,7 +132,7 @@ class Documents:
 
     parts: tuple[Part, ...]
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         return sum(part.size for part in self.parts)
 
