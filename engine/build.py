@@ -16,6 +16,7 @@ from .costs.clock import clock_of
 from .costs.latency import LatencyModel
 from .costs.ledger import Ledger
 from .decoders.table import available
+from .installed import installed
 from .memory.caches import Caches, longest_text, plan_caches
 from .memory.memory import Memory
 from .memory.prefix import PrefixCache
@@ -91,10 +92,11 @@ def _build(config: EngineConfig) -> Parts:
     latency.runs_ahead = config.run_ahead != "never" and (one_call is not None or device.type != "cpu")
     if latency.runs_ahead and (one_call is not None or loaded.config.decoder_input == "embedding"):
         latency.drafting = "before" if one_call is None else "within"
+    decides = (config.dtype, config.weights, _arithmetic(kernels, device), isolate)
     return Parts(
         config=loaded.config,
         model=model,
-        limits=_limits(loaded, caches, model.parameters, (config.dtype, config.weights, kernels.name, isolate)),
+        limits=_limits(loaded, caches, model.parameters, decides),
         kernels=kernels,
         memory=memory,
         ledger=ledger,
@@ -186,3 +188,10 @@ def device_of(config: EngineConfig) -> torch.device:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _arithmetic(kernels: Kernels, device: torch.device) -> str:
+    """Of two that differ, one may round another way: the kernels, with the kind of GPU or the processor's level."""
+    if device.type == "cuda":
+        return f"{kernels.name} {torch.cuda.get_device_name(device)}"
+    return f"{kernels.name} {installed().instruction_set} {torch.backends.cpu.get_cpu_capability()}"

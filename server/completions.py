@@ -72,7 +72,8 @@ async def complete(request: Request, service: Service) -> Response:
 def _check_model(origin: Origin, service: Service) -> None:
     """Raises ApiError 503 for a completion that another model began."""
     if origin.model not in ("", service.client.limits.fingerprint):
-        why = "the replica that ran this request is gone, and those that are left run another model; send it again"
+        others = "those that are left run another model, or on another kind of processor"
+        why = f"the replica that ran this request is gone, and {others}; send it again"
         raise service.gate.unavailable(why, "replica_lost")
 
 

@@ -3,9 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
-from engine.checkpoint import PRESETS, fingerprint, load, random_tensors, save
+from engine.checkpoint import PRESETS, calibrated, fingerprint, load, random_tensors, save
+from engine.installed import installed
+from tests.engines import make_engine
 
 TINY = PRESETS["tiny"]
 
@@ -28,3 +31,14 @@ def test_other_weights_and_settings_have_another_fingerprint(tmp_path: Path) -> 
     save(tmp_path / "two", TINY, tensors | {name: tensors[name] * (1 + 1e-4 * torch.rand(tensors[name].shape))})
     found.add(fingerprint(load(tmp_path / "two")))
     assert len(found) == 5
+
+
+def test_an_engine_on_another_kind_of_processor_has_another_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = random_tensors(TINY, seed=1)
+    save(tmp_path / "one", calibrated(TINY, tensors), tensors)
+    found = [make_engine(tmp_path / "one").limits.fingerprint for _ in range(2)]
+    monkeypatch.setattr("engine.build.installed", lambda: replace(installed(), instruction_set="another"))
+    found.append(make_engine(tmp_path / "one").limits.fingerprint)
+    assert found[0] == found[1] != found[2]
