@@ -45,7 +45,7 @@ PEAK = select("fastblt_peak_bandwidth_bytes_per_second", 'operation="gemv"')
 STATUSES = {"2..": "green", "4..": "orange", "5..": "red"}
 ENDS = {"stop": "green", "length": "blue", "timeout": "orange", "dead_end": "#A0522D"}
 ENDS |= {"abort": "yellow", "refused": "purple", "error": "red"}
-OUTCOMES = {"ok": "green", "client_left": "yellow", "rejected": "orange", "failed": "red"}
+OUTCOMES = {"ok": "green", "client_left": "yellow", "passed_on": "blue", "rejected": "orange", "failed": "red"}
 
 
 def overview() -> Panels:
@@ -174,7 +174,8 @@ def traffic() -> Panels:
             17,
             "Requests by outcome",
             "Requests for completions. rejected: refused before any work, by the client's fault or for a full queue; "
-            "the next panel says why. failed: our fault. client_left: it did not wait for the end.",
+            "the next panel says why. passed_on: refused for now, and another replica is asked. failed: our fault. "
+            "client_left: it did not wait for the end.",
             query(rate("fastblt_requests_total", "outcome", where=[COMPLETIONS]), "{{outcome}}"),
             unit=units.RequestsPerSecond,
             colours=OUTCOMES,

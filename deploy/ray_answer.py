@@ -30,9 +30,9 @@ ONLY_TOLD = "fastblt.told"
 encode = msgspec.msgpack.Encoder().encode
 
 
-async def answer(app: FastAPI, call: Call) -> AsyncGenerator[list[Message], None]:
+async def answer(app: FastAPI, call: Call, replica: str) -> AsyncGenerator[list[Message], None]:
     """The application's messages, as they come. Closed early, the application sees its client leave. If its engine is
-    gone in the middle of a completion, they end without the last one."""
+    gone in the middle of a completion, they end without the last one. replica: the id of this one."""
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
     bodies = [{"type": "http.request", "body": call.body, "more_body": False}]
     left = asyncio.Event()
@@ -43,7 +43,8 @@ async def answer(app: FastAPI, call: Call) -> AsyncGenerator[list[Message], None
         told.append((index, encode(event)))
 
     if call.origin:
-        scope["state"] = {"origin": replace(call.origin, note=note)}
+        passes_on = call.is_new_to(replica) or call.origin.is_continued
+        scope["state"] = {"origin": replace(call.origin, note=note, passes_on=passes_on)}
 
     async def receive() -> Message:
         if bodies:

@@ -10,6 +10,9 @@ from server.origin import Origin
 from .ray_load import Load
 from .ray_work import Work
 
+MOST_ASKED = 8
+"""Replicas that may refuse a request for now before the client is told."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -28,6 +31,10 @@ class Call:
     """Of a completion, which another replica can continue."""
     avoided: frozenset[str] = frozenset()
     """Ids of replicas that were lost with it, or refused it: chosen last."""
+
+    def is_new_to(self, replica: str | None) -> bool:
+        """Whether it had not refused the call yet, and others may still be asked."""
+        return replica not in self.avoided and len(self.avoided) < MOST_ASKED - 1
 
     def again(self, origin: Origin | None, lost: str | None) -> "Call":
         """The same after that replica was lost, or refused it."""

@@ -31,8 +31,6 @@ log = logging.getLogger("fastblt.ingress")
 
 MOST_LOSSES = 3
 """Replicas in a row that may be lost with a request without any progress: it may be what ends them."""
-MOST_ASKED = 8
-"""Replicas that may refuse a request for now before the client is told."""
 RETRY_SECONDS = 0.25
 DONE = format_sse_event(data_str="[DONE]")
 
@@ -259,7 +257,7 @@ class Relay:
     async def _refused(self, refusal: "Refusal", call: Call) -> None:
         """Raises NoRoom if another replica may take it: one is asked after the other until all have refused, or enough
         of them."""
-        is_new = self._replica not in call.avoided and len(call.avoided) < MOST_ASKED - 1
+        is_new = call.is_new_to(self._replica)
         if refusal.is_for_now:
             self._refusal = min(refusal, self._refusal or refusal, key=lambda one: one.retry_after)
             if is_new or call.origin and call.origin.is_continued and not refusal.is_of_another_model:

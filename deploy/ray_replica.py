@@ -48,7 +48,7 @@ class Replica:
         yield encode_reply(Reply(replica=self._id, load=self._meter.report()))
         # It may have taken the place of the one that was meant.
         if call.replica in (None, self._id):
-            async with aclosing(answer(self._app, call)) as batches:
+            async with aclosing(answer(self._app, call, self._id)) as batches:
                 async for batch in batches:
                     yield encode_reply(Reply(messages=batch, load=self._meter.report()))
 

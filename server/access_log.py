@@ -48,6 +48,8 @@ class Access:
     error: ApiError | None = None
     """Also one sent as an event, after status 200."""
     client_left: bool = False
+    passes_on: bool = False
+    """Whether another server is asked if this one refuses it for now."""
     generation: Generation | None = None
 
     @property
@@ -60,13 +62,15 @@ class Access:
         return self.status >= 500 or (self.error is not None and self.error.status >= 500)
 
     @property
-    def outcome(self) -> Literal["ok", "rejected", "failed", "client_left"]:
-        """Rejected: by the client's fault, or before it was admitted."""
+    def outcome(self) -> Literal["ok", "rejected", "passed_on", "failed", "client_left"]:
+        """Rejected: by the client's fault, or before it was admitted. Passed on: so that the client does not see it."""
         if self.client_left:
             return "client_left"
         if self.error is None:
             return "ok" if self.status else "failed"
         is_refused = self.error.status < 500 or (self.error.status == 503 and self.generation is None)
+        if is_refused and self.passes_on and (self.error.status == 503 or self.error.code == "queue_full"):
+            return "passed_on"
         return "rejected" if is_refused else "failed"
 
     def end(self, route: str | None) -> None:

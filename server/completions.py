@@ -37,6 +37,8 @@ async def complete(request: Request, service: Service) -> Response:
     """The whole life of one request. Raises ApiError."""
     check_content(request)
     origin = origin_of(request.scope)
+    access: Access = request.state.access
+    access.passes_on = origin.passes_on
     _check_model(origin, service)
     # On an open server all clients are one tenant.
     api_key: bytes = request.scope["state"].get("api_key", b"")
@@ -46,7 +48,6 @@ async def complete(request: Request, service: Service) -> Response:
     if not (origin.shown or origin.held):
         await _check_grammars(request, service, plan, api_key)
     service.check_engine()
-    access: Access = request.state.access
     if origin.is_continued:
         service.metrics.continued.inc()
     ticket = service.gate.enter(

@@ -32,7 +32,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 REASONS = ("stop", "length", "timeout", "dead_end", "abort", "refused", "error")
 """Why a sequence ends. Four are the engine's; "refused": it could not be run; "error": the engine failed."""
-OUTCOMES = ("ok", "rejected", "failed", "client_left")
+OUTCOMES = ("ok", "rejected", "passed_on", "failed", "client_left")
 """How a request ends; see `server.access_log.Access.outcome`."""
 OTHER = "other"
 """The reason of a rejection whose error has no code."""

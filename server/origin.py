@@ -28,6 +28,8 @@ class Origin:
     """How many servers were sent it before."""
     is_continued: bool = False
     """Whether another server has admitted it. It is not refused for want of room."""
+    passes_on: bool = False
+    """Whether another server is asked if this one refuses it for now."""
     age: float = 0.0
     """Seconds since it arrived there."""
     first_byte_seconds: float | None = None

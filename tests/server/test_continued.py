@@ -7,6 +7,7 @@ import asyncio
 import json
 import random
 from base64 import b64decode
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from copy import copy
@@ -19,7 +20,7 @@ from starlette.types import Message
 
 from deploy import ray_answer, ray_relay
 from deploy.ray_answer import answer
-from deploy.ray_call import Call
+from deploy.ray_call import MOST_ASKED, Call
 from deploy.ray_load import Load, Meter
 from deploy.ray_relay import BrokenOff, NoRoom, Relay, ReplicaLost
 from engine.config import EngineConfig
@@ -67,7 +68,7 @@ class Replica:
     async def serve(self, call: Call, most: int) -> AsyncGenerator[str | list[Message], None]:
         self.num_calls += 1
         yield self.name
-        async with aclosing(answer(self.app, call)) as batches:
+        async with aclosing(answer(self.app, call, self.name)) as batches:
             async for batch in batches:
                 if most == LAST and batch[-1].get("more_body") is False:
                     most = len(batch) - 1
@@ -404,7 +405,31 @@ def test_if_all_queues_are_full_the_shortest_wait_is_told(
     assert len(fleet.calls) == 3
     fleet = Fleet(*(Replica(str(number), pair[number % 2].app) for number in range(50)))
     (refused, _) = loop.run(relayed(fleet, **STREAM))
-    assert refused["status"] == 429 and len(fleet.calls) == ray_relay.MOST_ASKED
+    assert refused["status"] == 429 and len(fleet.calls) == MOST_ASKED
+
+
+def test_only_the_refusal_that_the_client_sees_counts_as_a_rejection(
+    pair: tuple[Replica, Replica], loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = pair
+
+    def counts() -> Counter[str]:
+        found = Counter[str]()
+        for replica in pair:
+            for family in replica.app.state.service.metrics.collect():
+                for sample in family.samples:
+                    if sample.name in ("fastblt_requests_total", "fastblt_rejections_total"):
+                        found[sample.labels.get("outcome") or sample.labels["reason"]] += int(sample.value)
+        return found
+
+    before = counts()
+    monkeypatch.setattr(one.app.state.gate, "capacity", 0)
+    loop.run(relayed(Fleet(one, two), **STREAM))
+    assert counts() - before == {"passed_on": 1, "ok": 1}
+    before = counts()
+    monkeypatch.setattr(two.app.state.gate, "capacity", 0)
+    loop.run(relayed(Fleet(one, two), **STREAM))
+    assert counts() - before == {"passed_on": 2, "rejected": 1, "queue_full": 1}
 
 
 def test_what_another_replica_admitted_is_not_refused(pair: tuple[Replica, Replica], loop: asyncio.Runner) -> None:

@@ -167,7 +167,7 @@ class Replica:
     async def _answer(self, call: Call, out: asyncio.Queue[bytes | None]) -> None:
         try:
             out.put_nowait(encode_reply(Reply(replica=self.name, load=self._meter.report())))
-            async with aclosing(answer(self.app, call)) as batches:
+            async with aclosing(answer(self.app, call, self.name)) as batches:
                 async for batch in batches:
                     out.put_nowait(encode_reply(Reply(messages=batch, load=self._meter.report())))
         finally:
