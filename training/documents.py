@@ -207,8 +207,8 @@ def slices(texts: Sequence[bytes], length: int) -> Tensor:
 
 def open_documents(files: Sequence[Path], held_out: Sequence[Path], field: str) -> tuple[Documents, Documents]:
     """(training, held-out) documents of files. held_out: files that are all held out; without them it is a part of
-    `files`. Raises OSError for a file that cannot be read, and ValueError for one that holds compressed lines, if all
-    are empty, or for too little text."""
+    `files`. Raises OSError for a file that cannot be read, and ValueError for one that is compressed, if all are
+    empty, or for too little text."""
     wholes = _wholes(files, field)
     if held_out:
         apart = _wholes(held_out, field)
@@ -249,12 +249,12 @@ def _wholes(paths: Sequence[Path], field: str) -> list[Part]:
 def _whole(path: Path, field: str) -> Part:
     if path.is_dir():
         raise ValueError(f"{path}: this is a directory; name its files")
-    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
-    if before in LINES and last in COMPRESSED:
-        raise ValueError(f"{path}: this is compressed; give the {before} file that is in it")
+    kind = path.suffix.lower()
+    if kind in COMPRESSED:
+        raise ValueError(f"{path}: this is compressed; decompress it, and give the file that was in it")
     with path.open("rb"):
         stat = path.stat()
-    return Part(path, stat.st_mtime_ns, 0, stat.st_size, field if last in LINES else None)
+    return Part(path, stat.st_mtime_ns, 0, stat.st_size, field if kind in LINES else None)
 
 
 def _digests(parts: Sequence[Part]) -> list[tuple[int, bytes]]:
