@@ -3,7 +3,7 @@
 What a prompt asks for comes true when the output has the length behind the colon: "exit:3" ends the process, "raise:3"
 raises, "leave:3" raises while a thread has work, "starve:3" finds no memory, "hang:3" never comes back, "garble:3"
 sends what is no event, "shout:3" logs more than can wait.
-`EngineConfig.model` may say "exit" or "sleep" (while loading), else it must exist.
+`EngineConfig.model` may say "exit" or "sleep" (while loading), else it must exist. A file has its fingerprint.
 """
 
 import hashlib
@@ -45,7 +45,15 @@ class ScriptedEngine:
             time.sleep(60)
         if not Path(config.model).exists():
             raise ValueError(f"no model at {config.model}")
-        self.limits = ModelLimits(name="scripted", max_length=9999, vocab_size=260, block_size=None, pages={"byte": 8})
+        model = Path(config.model)
+        self.limits = ModelLimits(
+            name="scripted",
+            max_length=9999,
+            vocab_size=260,
+            block_size=None,
+            pages={"byte": 8},
+            fingerprint=model.read_text() if model.is_file() else "",
+        )
         self._running: dict[str, _Run] = {}
         self._events: list[Event] = []
         self._steps = 0

@@ -199,6 +199,21 @@ async def test_streams_continue_with_the_same_bytes_when_the_engine_ends(tmp_pat
             assert transcript.text == scripted_text(f"p{i}", i)
 
 
+async def test_no_text_is_continued_by_another_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (model := tmp_path / "model").write_text("one")
+    async with running(model) as client:
+        begun = asyncio.create_task(read(client, request("begun", max_tokens=9000), killer(client, 20)))
+        await eventually(lambda: client.state == "restarting")
+        model.write_text("another")
+        # What has no output yet runs in the new engine.
+        new = await read(client, request("new", max_tokens=5))
+        assert new.ids == scripted_ids("new", 0, 5)
+        failed = (await begun).last
+        assert isinstance(failed, Failed) and "its checkpoint had been replaced" in failed.message
+        assert client.restarts == 1 and not client._streams
+    assert "the checkpoint has changed" in caplog.text
+
+
 async def test_an_engine_gets_a_request_with_the_time_that_it_has_left() -> None:
     stream = Stream(request("a", timeout=30))
     first = stream.send()

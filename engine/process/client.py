@@ -303,6 +303,14 @@ class EngineClient:
                     elif was_silent and not self._trials.is_over:
                         self._give_due()
 
+    def _give_up_begun(self) -> None:
+        """Fails requests with output: the new engine has another model, which would write another text."""
+        log.warning("the checkpoint has changed; requests that have output are given up")
+        for stream in [one for one in self._streams.values() if one.has_output]:
+            del self._streams[stream.request.id]
+            message = "the engine had to restart, and its checkpoint had been replaced; send the request again"
+            stream.put(Failed(id=stream.request.id, code="internal", message=message))
+
     def _note_progress(self) -> None:
         self._progressed, self._failing_since = True, None
 
@@ -329,6 +337,8 @@ class EngineClient:
         except BaseException:
             await self._reap(0)
             raise
+        if self.state == "restarting" and message.limits.fingerprint != self.limits.fingerprint:
+            self._give_up_begun()
         self.limits, self.info, self.snapshot = message.limits, message.info, message.snapshot
         self.state, self._progressed, self._killed = "ready", False, False
         # It may have changed while the process loaded.

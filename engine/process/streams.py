@@ -55,6 +55,11 @@ class Stream:
         """Ids that an engine reads before it can go on."""
         return len(self.request.prompt_ids) + len(self._output_ids)
 
+    @property
+    def has_output(self) -> bool:
+        """Whether an engine has told something that depends on the model."""
+        return bool(self._output_ids) or self._prompt_scored
+
     def send(self) -> Request:
         """The request as the current engine gets it."""
         self.sent = self.silent = True
