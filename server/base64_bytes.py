@@ -1,6 +1,7 @@
 """Bytes in JSON, as `{"base64": "..."}`: those that are not UTF-8 are not the bytes of any string."""
 
 import base64
+import math
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
@@ -25,10 +26,15 @@ def is_base64(value: Any) -> bool:
 
 def from_base64(value: Base64Bytes) -> bytes:
     """Raises ValueError."""
+    text = value["base64"]
     try:
-        return base64.b64decode(value["base64"], validate=True)
+        data = base64.b64decode(text, validate=True)
     except ValueError:
         raise ValueError(RULE) from None
+    # Padding after whole groups is ignored by the library.
+    if len(text) != 4 * math.ceil(len(data) / 3):
+        raise ValueError(RULE)
+    return data
 
 
 def to_base64(data: bytes) -> str:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.config import BOS_ID, BYTE_OFFSET
@@ -102,6 +102,8 @@ def test_bytes_are_what_the_text_was_decoded_from(prompt: bytes, data: bytes, st
 
 
 @given(st.text(alphabet="Az09+/=-_ \n", max_size=9) | st.binary(max_size=9).map(to_base64))
+@example("0000=")
+@example("0000====")
 def test_only_padded_base64_in_the_standard_alphabet_is_accepted(text: str) -> None:
     if re.fullmatch(PATTERN, text):
         assert from_base64({"base64": text}) == base64.b64decode(text)
