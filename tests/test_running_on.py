@@ -208,7 +208,7 @@ def check(models: Models, rule: str, reads: str, patches: int, most_bytes: int, 
             assert all(x == y for x, y in zip(one.ids, other.ids, strict=False))
 
 
-@pytest.mark.parametrize("examples", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [12, pytest.param(100, marks=pytest.mark.slow)])
 def test_running_ahead_changes_neither_text_nor_usage(models: Models, examples: int) -> None:
     @settings(max_examples=examples)
     @given(choices=SETTINGS, crowded=st.booleans(), data=st.data(), **MODELS)
