@@ -1,10 +1,10 @@
 """Which requests a new engine gets after a crash, and when; and which one is to blame.
 
-The first crash suspects nobody: all come back together. A request that was in flight during two crashes in a row, and
-of which no engine told anything between them, is a suspect. Suspects come back last, in groups, each once all before it
-have shown an event. A group that crashes the engine again is halved, until a suspect is alone; then it is tried before
-all others, in an engine that has nothing else. Only one that was alone in three crashes is given up, so that no request
-fails for what another does, nor for a machine that kills engines now and then.
+After the first crash no request is a suspect: all come back together. A request that was in flight during two crashes
+in a row, and of which no engine told anything between them, is a suspect. Suspects come back last, in groups, each once
+all before it have shown an event. A group that crashes the engine again is halved, until a suspect is alone; then it is
+tried before all others, in an engine that has nothing else. Only one that was alone in three crashes is given up, so
+that no request fails for what another does, nor for a machine that kills engines now and then.
 """
 
 from collections import deque
