@@ -178,8 +178,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     estimated_bytes: int = 0
     """Weight bytes by the paper's formula (4.2): decoder passes and encoder/global passes times their parameters."""
     bytes_read: int = 0
-    """Bytes really read: weights, the patcher's included, with each pass divided among the batch by rows; keys and
-    values; hash rows."""
+    """Bytes read, as counted: weights, the patcher's included, with each pass divided among the batch by rows; keys
+    and values; hash rows."""
     preemptions: int = 0
     cached_tokens: int = 0
     """Ids of the prompt that were found in the prefix cache."""

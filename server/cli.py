@@ -160,9 +160,7 @@ def client(
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest byte.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Keep the likeliest bytes up to this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same bytes.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Stop before this text; may be given up to four times.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
 ) -> None:
@@ -610,7 +608,7 @@ def tasks(
         ),
     ] = None,
     problems: Annotated[
-        int | None, typer.Option(min=1, help="The first so many problems of each task.", show_default="all")
+        int | None, typer.Option(min=1, help="Problems to solve of each task, from the first.", show_default="all")
     ] = None,
     decoder: Annotated[
         list[str] | None,
@@ -631,7 +629,8 @@ def tasks(
         Path | None, typer.Option(help="SentencePiece model for the BLEU of fr-en and de-en.")
     ] = None,
     paper: Annotated[
-        Literal["1b", "3b", "none"], typer.Option(help="Model of the paper whose figures stand beside: 1b, 3b or none.")
+        Literal["1b", "3b", "none"],
+        typer.Option(help="The paper's model whose figures are printed alongside: 1b, 3b or none."),
     ] = "1b",
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a program may run on a processor.")] = 3.0,
     memory: Annotated[
@@ -844,7 +843,9 @@ def finetune(
     ] = None,
     recompute: Annotated[
         bool,
-        typer.Option("--recompute", help="Keep no activations inside layers, but compute them again: slower, smaller."),
+        typer.Option(
+            "--recompute", help="Recompute activations inside layers instead of keeping them: slower, less memory."
+        ),
     ] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of all draws.", show_default="0")] = None,
     held_out: Annotated[

@@ -139,7 +139,9 @@ class UnmaskRule(Strict):
 
     rule: Literal["confidence", "entropy", "one_step"]
     alpha: FiniteFloat | None = Field(None, ge=0, le=1, description="confidence: settle above this. Default 0.7.")
-    gamma: FiniteFloat | None = Field(None, ge=0, description="entropy: settle up to so many nats. Default 0.8.")
+    gamma: FiniteFloat | None = Field(
+        None, ge=0, description="entropy: most nats, summed, of the cells settled in one pass. Default 0.8."
+    )
     minus_max: bool | None = Field(None, description="entropy: leave the largest out of the sum.")
     top_p: FiniteFloat | None = Field(None, ge=0, le=1, description="Draws bytes of a block with this top_p.")
 
@@ -199,7 +201,7 @@ class StructuredOutputs(Strict):
 
 
 def _add_neutral(schema: dict[str, Any]) -> None:
-    why = "Taken where it asks for nothing."
+    why = "Accepted only with a value that has no effect."
     schema["properties"] |= {name: known.schema | {"description": why} for name, known in NEUTRAL.items()}
 
 
@@ -225,8 +227,8 @@ class CompletionRequest(Strict):
         ge=-1,
         lt=2**31,
         json_schema_extra={"not": {"const": 0}},
-        description="Extension: keep the last so many ids of each prompt, as vLLM does; a string prompt keeps its "
-        "begin-of-sequence id, which counts. -1 keeps what fits beside max_tokens.",
+        description="Extension: keep only this many ids of each prompt, the last ones, as vLLM does; a string prompt "
+        "keeps its begin-of-sequence id, which counts. -1 keeps what fits beside max_tokens.",
     )
     max_tokens: int = Field(16, ge=0, lt=2**31, description="Most bytes to generate.")
     temperature: FiniteFloat = Field(1.0, ge=0, le=2, description="0 takes the likeliest byte.")
@@ -254,7 +256,7 @@ class CompletionRequest(Strict):
         None, ge=-(2**63), lt=2**63, description="The same seed gives the same bytes, whatever else the server does."
     )
     response_format: ResponseFormat | None = None
-    user: str | None = Field(None, description="Taken for compatibility; nothing depends on it, and it is not stored.")
+    user: str | None = Field(None, description="Accepted for compatibility; has no effect and is not stored.")
 
     decoder: KnownDecoder | None = Field(None, description="Extension: how to decode.")
     draft_length: int | None = Field(
@@ -299,8 +301,10 @@ class CompletionRequest(Strict):
     )
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Extension: lower runs first.")
     structured_outputs: StructuredOutputs | None = Field(None, description="Extension: what each text must match.")
-    trace: bool = Field(False, description="Extension: tell how every round came to its bytes.")
-    patches: bool = Field(False, description="Extension: tell where patches start, in the prompt too, and why.")
+    trace: bool = Field(False, description="Extension: return how each round produced its bytes.")
+    patches: bool = Field(
+        False, description="Extension: return where patches start in prompt and output, and the entropies."
+    )
     prompt_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Extension: alternatives to report per id of the prompt, as vLLM does."
     )
@@ -423,8 +427,10 @@ class Patches(BaseModel):
     starts: list[int] = Field([], description="Places that start patches.")
     output_start: int = Field(description="The place of the first generated id: how many ids the prompt has.")
     threshold: float | None = Field(description="A patch starts after an id whose entropy is above this.")
-    rise: float | None = Field(description="The entropy must be so many nats above that of the id before.")
-    max_patch_length: int | None = Field(description="A patch also starts where the last one has so many ids.")
+    rise: float | None = Field(
+        description="The entropy must also be more than this many nats above that of the id before."
+    )
+    max_patch_length: int | None = Field(description="A patch also starts once the last one has this many ids.")
 
     def add(self, later: "Patches") -> None:
         self.entropies += later.entropies
@@ -484,7 +490,9 @@ class FastBltUsage(BaseModel):
     rows: dict[str, int] = Field(description="Rows per stage.")
     bytes_per_global_call: float | None = Field(description="null without a global call.")
     estimated_bytes: int = Field(description="Weight bytes by the paper's formula.")
-    bytes_read: int = Field(description="Bytes really read: a share of every batch's weights, keys and values, tables.")
+    bytes_read: int = Field(
+        description="Bytes read, as counted: a share of every batch's weights, keys and values, tables."
+    )
     preemptions: int
     queue_seconds: float = Field(
         description="Before the first step: the wait for the turn of its key, and in the engine, there also for its "
@@ -557,7 +565,7 @@ class Version(BaseModel):
     )
     torch: str | None = Field(description="Version of PyTorch.")
     triton: str | None = Field(description="Version of Triton; null if it is not installed.")
-    kernels: str = Field(description="Who computes: native, triton or torch.")
+    kernels: str = Field(description="Kernel backend: native, triton or torch.")
     instruction_set: str | None = Field(
         description="What the native kernels in use were compiled for, such as x86-64-v3; null with others."
     )

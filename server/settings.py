@@ -105,8 +105,8 @@ class ServerSettings(BaseSettings):
     default_timeout: float | None = Field(
         None,
         gt=0,
-        description="Seconds after which a request without a timeout of its own ends, by 'length' with the stop_reason "
-        "'timeout'; by default none.",
+        description="Seconds after which a request without a timeout of its own ends, with finish_reason 'length' and "
+        "stop_reason 'timeout'; by default none.",
     )
     retry_after: int = Field(1, ge=1, description="Seconds in the Retry-After header of 429 and 503 responses.")
     keepalive_seconds: float = Field(
@@ -130,8 +130,8 @@ class ServerSettings(BaseSettings):
         [], description="Web origins whose pages may call the API; by default none."
     )
     page: bool = Field(True, description="Serve the live page at /.")
-    log_level: LevelName = Field("info", description="Least severity to log.")
-    log_format: FormatName = Field("human", description="Log lines for people, or one JSON object each.")
+    log_level: LevelName = Field("info", description="Lowest severity to log.")
+    log_format: FormatName = Field("human", description="Log lines as text for people, or as one JSON object each.")
     log_content: bool = Field(
         False, description="Also log prompts and completions, shortened. Anyone who can read the log can read them."
     )
