@@ -158,7 +158,7 @@ def _stages(
 def records_graphs(config: EngineConfig, kernels: Kernels, device: torch.device) -> bool:
     """Whether stages run as recorded graphs. Raises ValueError for kernels of which a device can record none."""
     if config.graphs and device.type == "cuda" and not kernels.records:
-        raise ValueError(f"graphs: a CUDA device cannot record {kernels.name}'s kernels; leave it out")
+        raise ValueError(f"--graphs: a CUDA device cannot record {kernels.name}'s kernels; leave --graphs out")
     return device.type == "cuda" and kernels.records if config.graphs is None else config.graphs
 
 

@@ -41,7 +41,7 @@ def calibrate(engine: "Engine") -> tuple[int, float]:
         for stage, (rows, seconds) in measured.stages.items():
             engine.ledger.latency.calibrate(stage, rows, seconds)
     rows = calibration.prompt_rows(steps, config.max_stall_ms / 1000, config.max_step_rows)
-    log.info("steps take %.3g ms or more, and up to %d rows of prompts", 1000 * steps[0].seconds, rows)
+    log.info("calibrated: shortest step %.3g ms, prompt budget %d rows", 1000 * steps[0].seconds, rows)
     return rows, steps[0].seconds
 
 

@@ -13,7 +13,7 @@ log = logging.getLogger("fastblt.server")
 
 LEAST_CHARACTERS = 16
 KEY = re.compile(rf"[!-~]{{{LEAST_CHARACTERS},}}")
-RULE = f"an API key has at least {LEAST_CHARACTERS} characters, all of them printable ASCII and none a space or a comma"
+RULE = f"a key has at least {LEAST_CHARACTERS} characters, all of them printable ASCII and none a space or a comma"
 
 
 def is_key(text: str) -> bool:
@@ -40,7 +40,7 @@ def read_key_file(path: Path) -> list[str]:
             raise ValueError(f"{path}, line {number}: {RULE}; a comment needs its own line that begins with '#'")
         keys.append(line)
     if not keys:
-        raise ValueError(f"{path} holds no API key")
+        raise ValueError(f"{path} holds no key")
     return keys
 
 

@@ -235,7 +235,7 @@ def test_metrics_flags_and_log_lines_named_in_operations_exist() -> None:
 LOG_LINES = [
     "serving … on http://",
     "requests are cut off",
-    "steps take … ms or more, and up to … rows of prompts",
+    "calibrated: shortest step … ms, prompt budget … rows",
     "cache_bytes … is too small",
     "matrix products depend on the batch",
     "out of memory?",

@@ -73,7 +73,7 @@ def test_only_tritons_kernels_are_recorded_on_a_cuda_device() -> None:
     assert records_graphs(config, triton, cuda) and not records_graphs(config, plain, cuda)
     assert not records_graphs(config, plain, cpu) and records_graphs(replace(config, graphs=True), plain, cpu)
     assert not records_graphs(replace(config, graphs=False), triton, cuda)
-    with pytest.raises(ValueError, match="graphs: a CUDA device cannot record torch's kernels"):
+    with pytest.raises(ValueError, match="--graphs: a CUDA device cannot record torch's kernels"):
         records_graphs(replace(config, graphs=True), plain, cuda)
 
 

@@ -111,7 +111,7 @@ async def test_the_second_of_two_servers_on_one_port_reports_why_it_ends() -> No
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
-        (["--api-key-file", "keys"], "--api-key-file keys, line 1: an API key has at least 16 characters"),
+        (["--api-key-file", "keys"], "--api-key-file keys, line 1: a key has at least 16 characters"),
         (["--api-key-file", "none"], "--api-key-file none: No such file"),
         (["--admin-key-file", "none"], "--admin-key-file none: No such file"),
         (["--api-keys", ""], "holds no API key"),

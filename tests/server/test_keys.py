@@ -85,9 +85,9 @@ def find(file: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda file: write(file, TWO, "short"), "line 2: an API key has at least 16 characters"),
-        (lambda file: write(file, "# nothing left"), "holds no API key"),
-        (lambda file: write(file), "holds no API key"),
+        (lambda file: write(file, TWO, "short"), "line 2: a key has at least 16 characters"),
+        (lambda file: write(file, "# nothing left"), "holds no key"),
+        (lambda file: write(file), "holds no key"),
         (lambda file: file.unlink(), "No such file"),
         (lambda file: (file.write_bytes(b"\xff" * 40), os.utime(file, (1, 1))), "is not UTF-8"),
     ],

@@ -32,12 +32,12 @@ def test_a_byte_order_mark_in_the_key_file_is_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (b"", "holds no API key"),
-        (b"\n # only a comment\n", "holds no API key"),
-        (f"{ONE}\n{TWO} # alice\n".encode(), "line 2: an API key has at least 16 characters"),
-        (b"sk-1\n", "line 1: an API key has"),
-        (f"{ONE},{TWO}\n".encode(), "line 1: an API key has"),
-        ("ein-schlüssel-der-klemmt".encode(), "line 1: an API key has"),
+        (b"", "holds no key"),
+        (b"\n # only a comment\n", "holds no key"),
+        (f"{ONE}\n{TWO} # alice\n".encode(), "line 2: a key has at least 16 characters"),
+        (b"sk-1\n", "line 1: a key has"),
+        (f"{ONE},{TWO}\n".encode(), "line 1: a key has"),
+        ("ein-schlüssel-der-klemmt".encode(), "line 1: a key has"),
         (b"\xff\xfe" + ONE.encode("utf-16-le"), "is not UTF-8"),
     ],
 )
