@@ -75,9 +75,8 @@ def _identity(engine: "Engine") -> dict[str, str | int]:
 
 def measure(engine: "Engine") -> list[calibration.MeasuredStep]:
     """Runs some steps and leaves the engine unchanged; only time passes."""
-    ledger, memory, recording = engine.ledger, engine.memory, calibration.RecordingModel()
+    ledger, recording = engine.ledger, calibration.RecordingModel()
     latency, ledger.latency = ledger.latency, recording
-    prefixes, memory.prefixes = memory.prefixes, None
 
     def step(rows: int) -> calibration.MeasuredStep:
         prompt = calibration.PROMPT[:rows]
@@ -89,9 +88,9 @@ def measure(engine: "Engine") -> list[calibration.MeasuredStep]:
         ledger.poll()
         return recording.step(rows, seconds)
 
-    try:
-        most_rows = min(engine.config.max_step_rows, memory.caches.max_length - 1)
-        return calibration.measure_steps(step, most_rows, lambda: engine.stepper.executor.num_recorded)
-    finally:
-        ledger.latency, memory.prefixes = latency, prefixes
-        engine.reset()
+    most_rows = min(engine.config.max_step_rows, engine.memory.caches.max_length - 1)
+    with engine.rehearsing():
+        try:
+            return calibration.measure_steps(step, most_rows, lambda: engine.stepper.executor.num_recorded)
+        finally:
+            ledger.latency = latency

@@ -2,7 +2,9 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from itertools import count
 
 from msgspec.structs import replace
@@ -83,6 +85,16 @@ class Engine:
             self.prompt_rows, self._shortest_step = calibrate(self)
             self.reset()
             warm_up(self, self.config.warm_up_seconds)
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Around steps that no request asked for: they leave no prefix, no request and no count."""
+        prefixes, self.memory.prefixes = self.memory.prefixes, None
+        try:
+            yield
+        finally:
+            self.memory.prefixes = prefixes
+            self.reset()
 
     @property
     def has_work(self) -> bool:

@@ -31,9 +31,8 @@ def warm_up(engine: "Engine", seconds: float) -> int:
     sizes = sorted({min(padded(n), engine.config.max_sequences) for n in range(1, engine.config.max_sequences + 1)})
     batches = [(size, decoder) for size in sizes for decoder in decoders if decoder != "auto"]
     began = reported = time.monotonic()
-    before, memory = executor.num_recorded, engine.memory
-    prefixes, memory.prefixes = memory.prefixes, None
-    try:
+    before = executor.num_recorded
+    with engine.rehearsing():
         for number, (size, decoder) in enumerate(batches):
             if time.monotonic() - began > seconds or executor.num_recorded - before > MOST_RECORDINGS // 2:
                 log.warning(
@@ -44,9 +43,6 @@ def warm_up(engine: "Engine", seconds: float) -> int:
                 reported = time.monotonic()
                 log.info("warming up: %d of %d batches, %d recordings", number, len(batches), executor.num_recorded)
             _run(engine, size, decoder)
-    finally:
-        memory.prefixes = prefixes
-        engine.reset()
     made = executor.num_recorded - before
     log.info("warmed up in %.1f s: %d recordings", time.monotonic() - began, made)
     return made
