@@ -249,10 +249,13 @@ class Relay:
         if began or call.origin and status in (429, 503):
             self._error = message
             return
-        self._began = message
+        await self._begin(message)
+
+    async def _begin(self, start: Message) -> None:
+        self._began = start
         # Ray's proxy adds its own.
-        message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
-        await self._send(message)
+        start["headers"] = [pair for pair in start["headers"] if pair[0] != b"x-request-id"]
+        await self._send(start)
 
     async def _refused(self, refusal: "Refusal", call: Call) -> None:
         """Raises NoRoom if another replica may take it: one is asked after the other until all have refused, or enough
@@ -268,9 +271,7 @@ class Relay:
 
     async def _pass_refusal_on(self, refusal: "Refusal") -> None:
         self._error = None
-        self._began = refusal.start
-        refusal.start["headers"] = [pair for pair in refusal.start["headers"] if pair[0] != b"x-request-id"]
-        await self._send(refusal.start)
+        await self._begin(refusal.start)
         await self._send_body(refusal.body["body"], more=False)
 
     async def _send_body(self, body: bytes, *, more: bool = True) -> None:
