@@ -47,7 +47,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         library = _declared(ctypes.CDLL(str(path)))
-        if library.fastblt_sources().decode() == (available.sources() or library.fastblt_sources().decode()):
+        if available.sources() in (None, library.fastblt_sources().decode()):
             return library
         why = "it was compiled from other sources: `python hatch_build.py` compiles it anew"
     except (OSError, AttributeError) as error:
