@@ -770,7 +770,7 @@ def compare(
     ] = False,
 ) -> None:
     """Compare the decoders on a model. Prints a table: acceptance, calls, bytes read, agreement with blt."""
-    _require_extra("train", "matplotlib", "tqdm")
+    _require_training()
     from training import corpus, decoding
 
     if write and not os.path.isdir(model):
@@ -874,7 +874,7 @@ def finetune(
     The decoder gets a byte table and a [MASK]; patcher and threshold stay. Ctrl-C saves the run, and --resume continues
     it. Ends with a report on held-out text.
     """
-    _require_extra("train", "matplotlib", "tqdm")
+    _require_training()
     from training import finetune as tuning
     from training.loop import Stopped
 
@@ -1207,10 +1207,10 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def _require_extra(extra: str, *modules: str) -> None:
-    """Fails unless the modules of an extra are installed."""
-    if missing := [name for name in modules if find_spec(name) is None]:
-        _fail(f"this needs {' and '.join(missing)}, of the extra `{extra}`: pip install {' '.join(missing)}")
+def _require_training() -> None:
+    """Fails unless the modules of the extra `train` are installed."""
+    if missing := [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]:
+        _fail(f"this needs {' and '.join(missing)}, of the extra `train`: pip install {' '.join(missing)}")
 
 
 def _named(files: list[Path] | None, text: list[Path] | None) -> tuple[Path, ...]:

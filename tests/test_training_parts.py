@@ -53,10 +53,10 @@ def test_parts_are_read_back_whole_and_the_next_write_removes_old_ones(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, most: int, old: bytes
 ) -> None:
     folder = tmp_path_factory.mktemp("parts")
-    write_parts(folder, "state", old, 7)
+    write_parts(folder, old, 7)
     (folder / "state-9-0123.part.new").write_bytes(b"half")
-    found = write_parts(folder, "state", data, most)
-    remove_others(folder, "state", found)
+    found = write_parts(folder, data, most)
+    remove_others(folder, found)
     assert read_parts(folder, found) == data
     assert sorted(os.listdir(folder)) == sorted({part.file for part in found})
     assert all((folder / part.file).stat().st_size <= most for part in found)

@@ -13,6 +13,7 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the iterated quintic, chosen to raise small singular values fastest."""
 ITERATIONS = 5
+MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Optimizer):
@@ -22,10 +23,8 @@ class Muon(torch.optim.Optimizer):
     All parameters are matrices. The state is one `momentum_buffer` per matrix.
     """
 
-    def __init__(
-        self, params: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95
-    ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         if any(matrix.dim() != 2 for group in self.param_groups for matrix in group["params"]):
             raise ValueError("Muon trains matrices only")
 
@@ -39,8 +38,8 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), matrices in by_shape.items():
                 gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
                 kept = [self._momentum(matrix) for matrix in matrices]
-                torch._foreach_lerp_(kept, gradients, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(gradients, kept, group["momentum"])
+                torch._foreach_lerp_(kept, gradients, 1 - MOMENTUM)
+                ahead = torch._foreach_lerp(gradients, kept, MOMENTUM)
                 updates = orthogonal(torch.stack(ahead)).to(matrices[0].dtype).unbind()
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(matrices, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)

@@ -26,13 +26,13 @@ class PartError(ValueError):
     """A part is missing or damaged."""
 
 
-def write_parts(folder: Path, name: str, data: bytes, most: int = PART_BYTES) -> list[Part]:
-    """Writes `data` as files `name`-NUMBER-DIGEST.part of at most `most` bytes into `folder`."""
+def write_parts(folder: Path, data: bytes, most: int = PART_BYTES) -> list[Part]:
+    """Writes `data` as files state-NUMBER-DIGEST.part of at most `most` bytes into `folder`."""
     parts = []
     for number, start in enumerate(range(0, len(data), most), 1):
         piece = data[start : start + most]
         digest = sha256(piece).hexdigest()
-        parts.append(Part(f"{name}-{number}-{digest[:12]}.part", len(piece), digest))
+        parts.append(Part(f"state-{number}-{digest[:12]}.part", len(piece), digest))
         write_whole(folder / parts[-1].file, piece)
     return parts
 
@@ -64,9 +64,9 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(unfinished, path)
 
 
-def remove_others(folder: Path, name: str, parts: Sequence[Part]) -> None:
-    """Deletes the parts of `name` that are not among `parts`, including incomplete ones."""
+def remove_others(folder: Path, parts: Sequence[Part]) -> None:
+    """Deletes the parts that are not among `parts`, including incomplete ones."""
     kept = {part.file for part in parts}
-    for path in folder.glob(f"{name}-*.part*"):
+    for path in folder.glob("state-*.part*"):
         if path.name not in kept:
             path.unlink()

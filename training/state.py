@@ -212,7 +212,7 @@ class State:
         for name, tensor in self._tensors():
             pieces.append(packed(tensor))
             entries.append(Entry(name, tuple(tensor.shape), len(pieces[-1])))
-        parts = write_parts(run, "state", b"".join(pieces), most)
+        parts = write_parts(run, b"".join(pieces), most)
         manifest = Manifest(
             self.settings,
             self.config.patching.threshold,
@@ -224,7 +224,7 @@ class State:
             parts,
         )
         write_whole(run / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)))
-        remove_others(run, "state", parts)
+        remove_others(run, parts)
 
     @classmethod
     def load(cls, run: Path, config: ModelConfig | None = None, device: torch.device = CPU) -> "State":

@@ -15,6 +15,8 @@ from .names import DECODER, ENCODER, GLOBAL, HASHES, PATCHER, expected_shapes
 from .reading import load
 
 _PARTS = {HASHES: "hash tables", ENCODER: "encoder", GLOBAL: "global", DECODER: "decoder", PATCHER: "patcher"}
+CACHE_DTYPE = torch.bfloat16
+"""Of the caches that are described."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,6 @@ def cache_costs(config: ModelConfig, dtype: torch.dtype) -> dict[str, CacheCost]
 
 def describe(
     path: str | Path,
-    cache_dtype: torch.dtype = torch.bfloat16,
     *,
     patcher: str | Path | None = None,
     patching_threshold: float | None = None,
@@ -114,8 +115,8 @@ def describe(
         parameters=count_parameters(config),
         dtypes=dict(dtypes),
         file_bytes=sum(file.stat().st_size for file in checkpoint.files),
-        cache_dtype=_dtype_name(cache_dtype),
-        caches=cache_costs(config, cache_dtype),
+        cache_dtype=_dtype_name(CACHE_DTYPE),
+        caches=cache_costs(config, CACHE_DTYPE),
     )
 
 

@@ -23,10 +23,9 @@ class Arrival(NamedTuple):
     output_bytes: int
 
 
-def arrivals(traffic: Traffic, rate: float, count: int, seed: int = TRAFFIC_SEED) -> list[Arrival]:
-    """A Poisson process of `rate` requests a second. The same seed gives the same lengths at any rate, and the same
-    order of gaps."""
-    draw = random.Random(seed)
+def arrivals(traffic: Traffic, rate: float, count: int) -> list[Arrival]:
+    """A Poisson process of `rate` requests a second. Any rate has the same lengths, and the same order of gaps."""
+    draw = random.Random(TRAFFIC_SEED)
     at, found = 0.0, list[Arrival]()
     for _ in range(count):
         gap, prompt, output = draw.expovariate(1.0), draw.gauss(), draw.gauss()
