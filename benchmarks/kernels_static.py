@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import torch
@@ -29,7 +29,7 @@ from benchmarks import sass
 from benchmarks.gpu_check.handover import signals, stack, tile
 from benchmarks.gpu_check.handover.scale import scale_for
 from engine.checkpoint import PRESETS, expected_shapes
-from engine.config import EngineConfig, ModelConfig
+from engine.config import DtypeName, EngineConfig, ModelConfig
 from engine.memory.caches import Caches
 from engine.model import Model
 from kernels import (
@@ -249,7 +249,7 @@ def record(
     fp8: bool,
     recorder: Recorder,
     rows: tuple[int, ...] = ROWS,
-    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    dtype: DtypeName = "bfloat16",
 ) -> None:
     """Records the launches of a model's stages for each number of rows."""
     meta, numbers = torch.device("meta"), getattr(torch, dtype)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from engine.config import EngineConfig, flag_help
+from engine.config import DeviceName, DtypeName, EngineConfig, flag_help
 from engine.engine import Engine
 
 from . import report
@@ -54,8 +54,8 @@ class Subject:
     label: str
     said: str
     path: Path
-    dtype: Literal["float32", "bfloat16"]
-    device: Literal["cpu", "cuda"]
+    dtype: DtypeName
+    device: DeviceName
     drawn: bool
     replays: bool
     notes: list[str]
@@ -126,7 +126,7 @@ def subject(options: argparse.Namespace, *, form: Form = "fast") -> Iterator[Sub
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     shape = options.shape or (None if options.model else options.default_shape)
-    dtype: Literal["float32", "bfloat16"] = options.dtype or ("bfloat16" if shape else "float32")
+    dtype: DtypeName = options.dtype or ("bfloat16" if shape else "float32")
     replays = options.replays and (bool(shape) if options.replay_acceptance is None else options.replay_acceptance)
     with TemporaryDirectory(prefix="benchmarks-") as temporary:
         if shape:

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
+
+from engine.config import DtypeName
 
 from . import report
 from .models import released_model
@@ -55,7 +57,7 @@ def _subject(options: Namespace, temporary: Path) -> Iterator[Subject]:
     path = released_model(options.work or temporary, shape, tables)
     said = f"{shape} as released, hash tables in {tables}"
     label = f"{shape}-as-released-{tables.lower()}"
-    dtype: Literal["float32", "bfloat16"] = options.dtype or "bfloat16"
+    dtype: DtypeName = options.dtype or "bfloat16"
     notes = ["random weights", "hash tables of zeros"]
     yield Subject(label, said, path, dtype, options.device, drawn=True, replays=False, notes=notes)
 

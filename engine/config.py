@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from kernels.available import KernelName as KernelName
 
+DtypeName = Literal["float32", "bfloat16"]
+DeviceName = Literal["cpu", "cuda"]
 WeightsName = Literal["float8"]
 Policy = Literal["measured", "always", "never"]
 
@@ -169,8 +171,8 @@ class EngineConfig:
     model: str = field(
         metadata=_flag("Folder of the checkpoint, or a model on the Hugging Face hub: org/name[/folder][@revision].")
     )
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=_flag("Dtype of weights and arithmetic."))
-    device: Literal["cpu", "cuda"] = field(default="cpu", metadata=_flag("Where the model runs."))
+    dtype: DtypeName = field(default="float32", metadata=_flag("Dtype of weights and arithmetic."))
+    device: DeviceName = field(default="cpu", metadata=_flag("Where the model runs."))
     kernels: KernelName | None = field(
         default=None,
         metadata=_flag(

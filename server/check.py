@@ -5,9 +5,8 @@ from typing import Any
 
 from engine.check import run
 from engine.check.report import Report
-from engine.check.run import DtypeName
 from engine.checkpoint.describe import format_size
-from engine.config import EngineConfig
+from engine.config import DtypeName, EngineConfig
 
 from .progress import Progress
 from .tables import drawn, number_table

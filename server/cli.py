@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 
-from engine.config import EngineConfig, KernelName, ModelConfig, WeightsName, flag_help
+from engine.config import DeviceName, DtypeName, EngineConfig, KernelName, ModelConfig, WeightsName, flag_help
 from engine.decoders.table import DECODERS
 from engine.hub import HubError, local_folder, localised
 from engine.installed import installed
@@ -78,14 +78,13 @@ def _embedded() -> str:
 
 
 # Options that several commands take.
-DtypeName = Literal["float32", "bfloat16"]
 Model = Annotated[str, _engine_option("model")]
 """For commands that measure: a figure is useless unless the user knows its model."""
 ModelOrEmbedded = Annotated[
     str, typer.Option(help=flag_help("model"), default_factory=_embedded, show_default=EMBEDDED)
 ]
 Dtype = Annotated[DtypeName, _engine_option("dtype")]
-Device = Annotated[Literal["cpu", "cuda"], _engine_option("device")]
+Device = Annotated[DeviceName, _engine_option("device")]
 Kernels = Annotated[KernelName | None, _engine_option("kernels")]
 Weights = Annotated[WeightsName | None, _engine_option("weights")]
 Patcher = Annotated[str | None, _engine_option("patcher")]
@@ -1130,7 +1129,7 @@ def size(
 def check(
     model: Annotated[str, typer.Argument(help=flag_help("model"), default_factory=_embedded, show_default=EMBEDDED)],
     device: Annotated[
-        Literal["cpu", "cuda"] | None,
+        DeviceName | None,
         typer.Option(help="Where the model runs.", show_default="cuda where torch finds such a device, else cpu"),
     ] = None,
     dtype: Annotated[

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from engine.config import EngineConfig
+from engine.config import DtypeName, EngineConfig
 from engine.memory.caches import plan_caches
 from engine.simulation import costs as files
 from engine.simulation.costs import PromptCost, ReplicaCosts, RoundCost
@@ -162,7 +162,7 @@ def test_steps_that_read_a_prompt_give_what_the_decoder_does_beside_one(decoder:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_simulated_replica_has_the_pages_of_the_real_one(dtype: Literal["float32", "bfloat16"]) -> None:
+def test_a_simulated_replica_has_the_pages_of_the_real_one(dtype: DtypeName) -> None:
     chosen = EngineConfig("", dtype=dtype, max_sequences=8, max_step_rows=96, cache_bytes=1 << 21, page_size=16)
     plan = plan_caches(CONFIG, chosen)
     costs = msgspec.structs.replace(COSTS, dtype=dtype, max_step_rows=96, cache_bytes=plan.num_bytes)

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 import msgspec
 from tqdm import tqdm
 
-from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig
+from engine.config import BOS_ID, BYTE_OFFSET, DeviceName, DtypeName, EngineConfig
 from engine.decoders import Committed, Decoder, Round, SequenceView, SharedPrior, Verify, make_decoder
 from engine.decoders.phrases import can_draft, verify
 from engine.decoders.table import DECODERS as TABLE
@@ -137,8 +137,8 @@ def measure(
     num_prompts: int,
     num_bytes: int,
     num_prefixes: int,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    device: Literal["cpu", "cuda"] = "cpu",
+    dtype: DtypeName = "float32",
+    device: DeviceName = "cpu",
 ) -> dict[str, Any]:
     """All figures of a model folder on `texts`; those too short to cut a walk from are skipped. Raises ValueError if
     all are."""

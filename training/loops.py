@@ -2,9 +2,8 @@
 
 import random
 from pathlib import Path
-from typing import Literal
 
-from engine.config import BOS_ID, BYTE_OFFSET, EngineConfig, WeightsName
+from engine.config import BOS_ID, BYTE_OFFSET, DeviceName, EngineConfig, WeightsName
 from engine.engine import Engine
 from engine.types import Delta, Failed, Finished, Request, SamplingParams
 
@@ -45,7 +44,7 @@ def generate(
     count: int,
     temperature: float,
     weights: WeightsName | None = None,
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: DeviceName = "cpu",
 ) -> list[bytes]:
     """The engine's continuation of each prompt, all in one batch, with seed 0: `count` bytes or up to EOS."""
     engine = Engine(EngineConfig(model=str(path), cache_bytes=512 << 20, weights=weights, device=device))
@@ -64,9 +63,7 @@ def generate(
     return list(texts.values())
 
 
-def looping(
-    path: Path, corpus: Corpus, weights: WeightsName | None = None, device: Literal["cpu", "cuda"] = "cpu"
-) -> float:
+def looping(path: Path, corpus: Corpus, weights: WeightsName | None = None, device: DeviceName = "cpu") -> float:
     """Share of the greedy texts of `TEXT_BYTES` bytes after `prompts` that end in a loop. weights, device: the
     engine's."""
     texts = generate(path, prompts(corpus), TEXT_BYTES, 0, weights, device)

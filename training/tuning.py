@@ -21,7 +21,7 @@ from torch import Tensor
 from engine import checkpoint
 from engine.checkpoint.base import Checkpoint
 from engine.checkpoint.hf import write_tensors
-from engine.config import ModelConfig
+from engine.config import DtypeName, ModelConfig
 
 from .convert import TABLE, with_blocks
 from .state import PATCHER, Phase, Progress, StateError
@@ -64,7 +64,7 @@ class Settings:
     learning_rate: float = 0.005
     mask_weight: float = 0.25
     own_share: float = 0.0
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: DtypeName = "bfloat16"
     recompute: bool = False
     held_out_bytes: int = 256 << 10
     """Most held-out bytes to score."""

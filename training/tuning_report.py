@@ -5,12 +5,12 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from engine import checkpoint
-from engine.config import PAD_ID
+from engine.config import PAD_ID, DeviceName
 from engine.shortage import is_out_of_memory
 
 from . import decoding
@@ -72,7 +72,7 @@ def _next_byte(out: Path, rows: Tensor, tuning: Tuning) -> tuple[float, float]:
 def _with_decoders(found: Report, job: Job, out: Path, prompts: int, prefixes: int) -> Report:
     settings = job.tuning.settings
     texts = job.held_out.texts(settings.held_out_bytes)
-    device: Literal["cpu", "cuda"] = "cuda" if job.tuning.device.type == "cuda" else "cpu"
+    device: DeviceName = "cuda" if job.tuning.device.type == "cuda" else "cpu"
     # A device that held the weights in the run's dtype may have no room for twice as much.
     dtype = settings.dtype if device == "cuda" else "float32"
     try:

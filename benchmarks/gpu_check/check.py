@@ -16,10 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from benchmarks import report
 from benchmarks.report import ROOT
+from engine.config import DeviceName
 
 from .render import render
 
@@ -68,7 +69,7 @@ class Check:
     sources made them."""
 
     folder: Path
-    device: Literal["cpu", "cuda"]
+    device: DeviceName
     device_name: str
     command: str
     driver: str | None = None

@@ -2,10 +2,11 @@
 
 import statistics
 import time
-from typing import Any, Literal
+from typing import Any
 
 from benchmarks.generate import generate, prompts
 from benchmarks.report import NANO
+from engine.config import DtypeName
 from engine.engine import Engine
 
 from .piece import Piece
@@ -18,11 +19,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "blt-dv B=8": {"decoder": "blt-dv"},
 }
 CONCURRENCY = (1, 16)
-Dtype = Literal["float32", "bfloat16"]
 
 
 def measure(setting: Setting, piece: Piece) -> None:
-    dtypes: tuple[Dtype, ...] = ("bfloat16",) if setting.quick else ("bfloat16", "float32")
+    dtypes: tuple[DtypeName, ...] = ("bfloat16",) if setting.quick else ("bfloat16", "float32")
     for dtype in dtypes:
         for graphs in (True, False):
             engine = setting.engine(NANO, dtype=dtype, graphs=graphs)

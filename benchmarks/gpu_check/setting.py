@@ -3,9 +3,9 @@
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from engine.config import EngineConfig, WeightsName
+from engine.config import DeviceName, EngineConfig, WeightsName
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -23,7 +23,7 @@ class Setting:
     profile's chrome traces go, or None.
     """
 
-    device: Literal["cpu", "cuda"]
+    device: DeviceName
     quick: bool
     work: Path
     trace: Path | None = None

@@ -5,15 +5,14 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from kernels.dispatch import Kernels
 
+from ..config import DeviceName
 from ..installed import installed
 
-DeviceName = Literal["cpu", "cuda"]
 LEAST: dict[str, tuple[int, int]] = {"python": (3, 11), "torch": (2, 11), "triton": (3, 6)}
 """The oldest versions that are supported."""
 LEAST_CAPABILITY = (8, 0)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,7 +14,7 @@ from kernels.dispatch import Kernels, choose_kernels
 
 from ..build import device_of
 from ..checkpoint import read_config
-from ..config import EngineConfig
+from ..config import DtypeName, EngineConfig
 from ..engine import Engine
 from . import machine, speed, texts
 from .report import MOST_WRONG, Report
@@ -23,7 +23,6 @@ from .twins import faults, trials
 KERNELS_UNTIL, TEXTS_UNTIL, SPEED_UNTIL = 0.5, 0.65, 0.8
 """Shares of the budget after which the kernels, the texts of the first dtype, and the speeds have had their time."""
 
-DtypeName = Literal["float32", "bfloat16"]
 Tell = Callable[[str, int, int], None]
 """Hears what is done next, how many steps are done, and of how many."""
 

@@ -2,9 +2,10 @@
 
 from bisect import bisect_left
 from pathlib import Path
-from typing import Literal
 
 import msgspec
+
+from ..config import DtypeName
 
 
 class RoundCost(msgspec.Struct, frozen=True):
@@ -38,7 +39,7 @@ class ReplicaCosts(msgspec.Struct, frozen=True, kw_only=True):
     rounds: list[RoundCost]
     prompts: list[PromptCost]
     request_seconds: float
-    dtype: Literal["float32", "bfloat16"]
+    dtype: DtypeName
     prompt_rows: int
     max_step_rows: int
     max_sequences: int
