@@ -20,7 +20,7 @@ from engine.simulation.load import Arrival, Traffic, arrivals
 from engine.simulation.replica import most_for_long, serve, simulated_engine
 from server.capacity import curve
 from server.capacity.curve import Capacity, Point, Simulated, Wanted, capacity, latency
-from server.cli import app
+from server.cli import OF_SIMULATION, app
 from tests.models import our_config
 
 CONFIG = our_config()
@@ -321,6 +321,26 @@ def test_help_tells_which_flags_only_a_simulation_takes() -> None:
     names = [option.name for option in size.params]
     ours = size.params[names.index("simulate") + 1 : names.index("as_json")]
     assert {option.name for option in ours if not option.help.startswith("--simulate: ")} == {"api_key"}
+    assert tuple(option.name for option in ours) == OF_SIMULATION
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--first-byte", "0.1", "--requests-per-second", "50"], "for --requests-per-second: needs --simulate"),
+        (["--spread", "0.5", "--training"], "for --spread: needs --simulate"),
+        (["--api-key", "k"], "for --api-key: needs --simulate"),
+        (["--simulate", "--costs", "x.json", "--training"], "for --training: cannot be combined with --simulate"),
+    ],
+)
+def test_flags_of_a_simulation_go_with_it_alone(words: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["size", "--config", "tiny", *words])
+    assert done.exit_code == 2 and said in done.output
+
+
+def test_a_key_in_the_environment_asks_for_no_simulation() -> None:
+    done = CliRunner().invoke(app, ["size", "--config", "tiny"], env={"FASTBLT_API_KEY": "k"})
+    assert done.exit_code == 0, done.output
 
 
 def test_a_capacity_is_told_as_json() -> None:

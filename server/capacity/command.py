@@ -13,6 +13,7 @@ from engine.simulation import costs as files
 from engine.simulation.costs import ReplicaCosts
 from engine.simulation.load import Traffic
 
+from ..calibration import check_plot
 from ..progress import Progress
 from .curve import Simulated, Wanted, capacity, enough_requests, num_loads
 from .measure import Target, measure
@@ -37,6 +38,8 @@ class Asked:
 
 def run(config: ModelConfig, patch: float, asked: Asked, picture: Path | None, *, as_json: bool) -> str:
     """What is printed. patch: mean bytes. Raises ValueError, OSError."""
+    if picture:
+        check_plot(picture)
     costs = _costs(asked)
     percentile = asked.wanted.percentile
     enough = enough_requests(percentile, costs.max_sequences)
