@@ -4,7 +4,7 @@ import msgspec
 
 from engine.process.streams import Merged
 from engine.types import Delta, Event
-from server.origin import Told
+from server.origin import EventsBySequence
 
 decode = msgspec.msgpack.Decoder(Event).decode
 
@@ -34,10 +34,10 @@ class Journal:
                 self._shown[index] = sequence
         self._held = {}
 
-    def shown(self) -> Told:
+    def shown(self) -> EventsBySequence:
         return {index: sequence.events() for index, sequence in self._shown.items()}
 
-    def held(self) -> Told:
+    def held(self) -> EventsBySequence:
         return {index: sequence.events() for index, sequence in self._held.items()}
 
 

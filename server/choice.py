@@ -200,11 +200,11 @@ class ChoiceStream:
 
     def _trace(self, trace: Trace, event: Delta) -> None:
         at = 0
-        for told in event.traces:
-            ids = event.ids[at : at + told.num_ids]
-            trace.rounds.append(TraceRound(ids=ids, drafts=told.drafts, accepted=told.accepted, passes=told.passes))
-            at += told.num_ids
-            for start in told.patch_starts:
+        for done in event.traces:
+            ids = event.ids[at : at + done.num_ids]
+            trace.rounds.append(TraceRound(ids=ids, drafts=done.drafts, accepted=done.accepted, passes=done.passes))
+            at += done.num_ids
+            for start in done.patch_starts:
                 # A restarted engine reports all patches again.
                 if start > self._last_patch_start:
                     self._last_patch_start = start
@@ -216,8 +216,8 @@ class ChoiceStream:
             # Nine digits identify a float32.
             self._entropies += [float(f"{entropy:.9g}") for entropy in event.entropies]
             self._starts += event.patch_starts
-        told = self._num_certain_ids - self._num_entropies
-        patches.entropies, self._entropies = self._entropies[:told], self._entropies[told:]
+        new = self._num_certain_ids - self._num_entropies
+        patches.entropies, self._entropies = self._entropies[:new], self._entropies[new:]
         self._num_entropies += len(patches.entropies)
         started = bisect_right(self._starts, self._num_entropies)
         patches.starts, self._starts = self._starts[:started], self._starts[started:]

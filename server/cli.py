@@ -447,7 +447,7 @@ def generate(
         patching_threshold=patching_threshold,
     )
     texts = [b""] * len(prompts)
-    told: list[list[Patches]] = [[] for _ in prompts]
+    patches_of: list[list[Patches]] = [[] for _ in prompts]
     results: dict[int, str] = {}
     failure: str | None = None
     with failing_on(ValueError, OSError, RuntimeError, AssertionError):
@@ -476,9 +476,9 @@ def generate(
             index = piece.index
             texts[index] += piece.data
             if piece.patches:
-                told[index].append(piece.patches)
+                patches_of[index].append(piece.patches)
             if piece.end:
-                results[index] = json.dumps(offline.result(texts[index], told[index], piece.end, decoder))
+                results[index] = json.dumps(offline.result(texts[index], patches_of[index], piece.end, decoder))
     for index in sorted(results):
         typer.echo(results[index])
     if not as_json and sys.stdout.isatty():

@@ -80,7 +80,7 @@ PLAINER = {
 """Words of Pydantic's messages, and ours for them, which `engine.admission` uses too."""
 
 
-class Told(ValueError):
+class ShowsValue(ValueError):
     """Of a validator whose message says itself what was given."""
 
 
@@ -158,7 +158,7 @@ def from_validation(error: ValidationError, known: Collection[str]) -> ApiError:
     for theirs, ours in PLAINER.items():
         message = message.replace(theirs, ours, 1)
     message = f"{field}: {message[:1].lower()}{message[1:]}"
-    if not isinstance(first.get("ctx", {}).get("error"), Told):
+    if not isinstance(first.get("ctx", {}).get("error"), ShowsValue):
         message += f", not {shown(first['input'])}"
     return ApiError(400, message, param=field, code="invalid_value")
 

@@ -104,34 +104,35 @@ class Generation:
     def _submit(self, index: int, request: Request) -> AsyncGenerator[Event, None]:
         """The events of one sequence. If prompts are scored, a prompt's first sample computes the scores and the others
         wait for it, so that they find the prompt in the prefix cache."""
-        told = self._origin.told(index)
-        if told and not isinstance(told[-1], Delta):
+        events = self._origin.all_events(index)
+        if events and not isinstance(events[-1], Delta):
             self._ticket.begun()
             return _nothing()
-        deltas = [event for event in told if isinstance(event, Delta)]
+        earlier = [event for event in events if isinstance(event, Delta)]
         request = _with_less_time(request, self._origin.age)
         if not self.plan.scores_prompts:
-            return self._run(request, deltas)
+            return self._run(request, earlier)
         first = index - index % self.plan.samples
         scores = self._scores.setdefault(first, _PromptScores())
-        return self._run(request, deltas) if index == first else self._submit_scored(request, deltas, scores)
+        return self._run(request, earlier) if index == first else self._submit_scored(request, earlier, scores)
 
-    def _run(self, request: Request, told: list[Delta]) -> AsyncGenerator[Event, None]:
-        return self._service.client.submit(request, told) if self._ticket.has_turn else self._run_in_turn(request, told)
+    def _run(self, request: Request, earlier: list[Delta]) -> AsyncGenerator[Event, None]:
+        run = self._service.client.submit if self._ticket.has_turn else self._run_in_turn
+        return run(request, earlier)
 
-    async def _run_in_turn(self, request: Request, told: list[Delta]) -> AsyncGenerator[Event, None]:
+    async def _run_in_turn(self, request: Request, earlier: list[Delta]) -> AsyncGenerator[Event, None]:
         """The wait for the turn is part of the sequence's time and of its time in the queue."""
         began = time.monotonic()
         try:
             async with asyncio.timeout(request.timeout):
                 await self._ticket.turn()
         except TimeoutError:
-            overdue = Stream(request, told).overdue()
+            overdue = Stream(request, earlier).overdue()
             usage = msgspec.structs.replace(overdue.usage, queue_seconds=time.monotonic() - began)
             yield msgspec.structs.replace(overdue, usage=usage)
             return
         waited = time.monotonic() - began
-        async with aclosing(self._service.client.submit(_with_less_time(request, waited), told)) as events:
+        async with aclosing(self._service.client.submit(_with_less_time(request, waited), earlier)) as events:
             async for event in events:
                 if isinstance(event, Finished):
                     usage = msgspec.structs.replace(event.usage, queue_seconds=event.usage.queue_seconds + waited)
@@ -139,12 +140,12 @@ class Generation:
                 yield event
 
     async def _submit_scored(
-        self, request: Request, told: list[Delta], scores: "_PromptScores"
+        self, request: Request, earlier: list[Delta], scores: "_PromptScores"
     ) -> AsyncGenerator[Event, None]:
         began = time.monotonic()
         await scores.known.wait()
-        owed = [] if any(delta.prompt_logprobs for delta in told) else scores.entries
-        async with aclosing(self._run(_with_less_time(request, time.monotonic() - began), told)) as events:
+        owed = [] if any(delta.prompt_logprobs for delta in earlier) else scores.entries
+        async with aclosing(self._run(_with_less_time(request, time.monotonic() - began), earlier)) as events:
             async for event in events:
                 if owed:
                     yield Delta(id=request.id, prompt_logprobs=owed)

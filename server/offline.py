@@ -98,12 +98,12 @@ def generate(
     while engine.has_work:
         for event in engine.step():
             index = int(event.id)
-            told = choices[index].feed(event).patches if patches and not isinstance(event, Failed) else None
+            new = choices[index].feed(event).patches if patches and not isinstance(event, Failed) else None
             match event:
                 case Delta(text=text):
-                    yield Piece(index, text, event.ids, event.traces, told)
+                    yield Piece(index, text, event.ids, event.traces, new)
                 case Finished(text=text):
-                    yield Piece(index, text, patches=told, end=event)
+                    yield Piece(index, text, patches=new, end=event)
                 case Failed():
                     yield Piece(index, b"", end=constraint.named(event) if constraint else event)
 

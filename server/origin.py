@@ -12,8 +12,8 @@ from starlette.types import Scope
 
 from engine.types import Event
 
-Told = Mapping[int, Sequence[Event]]
-"""Events of sequences, by their indices."""
+EventsBySequence = Mapping[int, Sequence[Event]]
+"""By the index of a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,9 @@ class Origin:
     """Seconds since it arrived there."""
     first_byte_seconds: float | None = None
     """When its first byte came there, after its arrival."""
-    shown: Told = field(default_factory=dict)
+    shown: EventsBySequence = field(default_factory=dict)
     """Events whose pieces the client has."""
-    held: Told = field(default_factory=dict)
+    held: EventsBySequence = field(default_factory=dict)
     """Events after these, whose pieces the client has not."""
     model: str = ""
     """Fingerprint of the model that told these events; empty if there are none."""
@@ -48,7 +48,7 @@ class Origin:
         """Unlike that of another attempt, which the same engine may still be ending."""
         return f"{self.id}.{self.attempt}" if self.attempt else self.id
 
-    def told(self, index: int) -> list[Event]:
+    def all_events(self, index: int) -> list[Event]:
         """All events of a sequence so far."""
         return [*self.shown.get(index, ()), *self.held.get(index, ())]
 

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from engine.types import MAX_DRAFT, TokenLogprob
 
 from .base64_bytes import Base64Bytes, from_base64, is_base64
-from .errors import ApiError, Told, shown
+from .errors import ApiError, ShowsValue, shown
 from .neutral import NEUTRAL, Neutral
 from .options import OPTIONS, RULES, KnownDecoder, show_unmask
 from .token_names import token_name
@@ -69,7 +69,7 @@ def _check_stop(value: object) -> list[str]:
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError(f"must be a string or an array of at most {MAX_STOPS} strings")
     if len(stops) > MAX_STOPS:
-        raise Told(f"must have at most {MAX_STOPS} strings, not {len(stops)}")
+        raise ShowsValue(f"must have at most {MAX_STOPS} strings, not {len(stops)}")
     if not all(0 < len(stop.encode()) <= MAX_STOP_BYTES for stop in stops):
         raise ValueError(f"a stop string must have 1 to {MAX_STOP_BYTES} bytes")
     return stops
@@ -150,7 +150,7 @@ class UnmaskRule(Strict):
         owner = {"alpha": "confidence", "gamma": "entropy", "minus_max": "entropy"}
         for option, rule in owner.items():
             if getattr(self, option) is not None and self.rule != rule:
-                raise Told(f"must not have {option} with the rule {self.rule!r}: {option} belongs to {rule!r}")
+                raise ShowsValue(f"must not have {option} with the rule {self.rule!r}: {option} belongs to {rule!r}")
         return self
 
 
@@ -196,7 +196,7 @@ class StructuredOutputs(Strict):
         if len(others) + (self.json_ is not None) + self.json_object != 1:
             raise ValueError("must have exactly one of json, regex, choice, grammar and json_object")
         if others and self.whitespace_pattern is not None:
-            raise Told("whitespace_pattern only goes with json and json_object")
+            raise ShowsValue("whitespace_pattern only goes with json and json_object")
         return self
 
 
@@ -338,9 +338,9 @@ class CompletionRequest(Strict):
         seen: dict[int, str] = {}
         for key in bias:
             if not (key.isascii() and key.isdecimal() and len(key) <= 9):
-                raise Told(f"keys must be token ids such as '36', not {key[:20]!r}")
+                raise ShowsValue(f"keys must be token ids such as '36', not {key[:20]!r}")
             if (other := seen.setdefault(int(key), key)) != key:
-                raise Told(f"the token id {int(key)} must not be there twice, as {other!r} and {key!r}")
+                raise ShowsValue(f"the token id {int(key)} must not be there twice, as {other!r} and {key!r}")
         return bias
 
 
@@ -387,13 +387,13 @@ def _by_id(entry: TokenLogprob) -> dict[int, PromptLogprob] | None:
     """The likeliest ids and the prompt's own; null for the prompt's first id."""
     if entry.logprob is None:
         return None
-    told: dict[int, PromptLogprob] = {
+    entries: dict[int, PromptLogprob] = {
         token: {"logprob": logprob, "rank": rank, "decoded_token": token_name(token)}
         for rank, (token, logprob) in enumerate(entry.top.items(), 1)
     }
-    if entry.id not in told:
-        told[entry.id] = {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": token_name(entry.id)}
-    return told
+    if entry.id not in entries:
+        entries[entry.id] = {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": token_name(entry.id)}
+    return entries
 
 
 PromptLogprobs = list[Annotated[Any, PlainSerializer(_by_id)]]

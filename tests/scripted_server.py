@@ -37,7 +37,7 @@ class ScriptedClient(EngineClient):
         self.open = 0
         self.requests: list[Request] = []
 
-    async def submit(self, request: Request, told: Sequence[Delta] = ()) -> AsyncGenerator[Event, None]:
+    async def submit(self, request: Request, earlier: Sequence[Delta] = ()) -> AsyncGenerator[Event, None]:
         order = bytes(token - 4 for token in request.prompt_ids if token > 3).decode()
         self.requests.append(request)
         self.open += 1

@@ -145,19 +145,19 @@ class EngineClient:
         await self._reap(patience)
         self._release_spares()
 
-    async def submit(self, request: Request, told: Seq[Delta] = ()) -> AsyncGenerator[Event, None]:
+    async def submit(self, request: Request, earlier: Seq[Delta] = ()) -> AsyncGenerator[Event, None]:
         """The events of a request, the last one a `Finished` or `Failed`. Closing the generator early aborts it.
 
         The first iteration sends the request to the engine. Deltas that a slow reader has not fetched are merged into
         one. `Finished.usage` only counts the work of the engine that finished the request, not of one that died.
-        told: what an engine elsewhere has told of the request, which goes on after that.
+        earlier: what an engine elsewhere has told of the request, which goes on after that.
         Raises EngineDead if the engine will not be restarted, ValueError if a request with this id is in flight.
         """
         if self.state == "dead":
             raise EngineDead("the engine is not running")
         if request.id in self._streams:
             raise ValueError(f"a request with id {request.id!r} is in flight")
-        stream = self._streams[request.id] = Stream(request, told)
+        stream = self._streams[request.id] = Stream(request, earlier)
         if self._trials.is_over:
             self._give(stream)
         else:

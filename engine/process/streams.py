@@ -22,8 +22,8 @@ class EngineDead(RuntimeError):
 class Stream:
     """A request in flight."""
 
-    def __init__(self, request: Request, told: Iterable[Delta] = ()) -> None:
-        """told: what an engine elsewhere has told of it; its reader has that."""
+    def __init__(self, request: Request, earlier: Iterable[Delta] = ()) -> None:
+        """earlier: what an engine elsewhere has told of it; its reader has that."""
         self.request = request
         self.sent = False
         """Whether the current engine has it."""
@@ -46,7 +46,7 @@ class Stream:
         self._unread = Merged()
         self._last: Finished | Failed | EngineDead | None = None
         self._news = asyncio.Event()
-        for delta in told:
+        for delta in earlier:
             self._note(delta)
             self._times_sent = 1
 

@@ -137,9 +137,9 @@ class Replica:
         self.takes_calls = True
 
     def _noting(self, submit: Any) -> Any:
-        async def noting(request: Request, told: Sequence[Delta] = ()) -> AsyncGenerator[Event, None]:
+        async def noting(request: Request, earlier: Sequence[Delta] = ()) -> AsyncGenerator[Event, None]:
             self._fleet.note_request(request)
-            async with aclosing(submit(request, told)) as events:
+            async with aclosing(submit(request, earlier)) as events:
                 async for event in events:
                     yield event
 
