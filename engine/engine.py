@@ -251,7 +251,7 @@ class Engine:
         if scored := sequence.output.score_prompt(rows.prompt_scores):
             self._events.append(scored)
         if result is None:
-            self.memory.settle(sequence)
+            self.memory.trim(sequence)
             if sequence.remaining and self.memory.room(sequence) <= 0:
                 self._outgrown(sequence)
             return
@@ -277,7 +277,7 @@ class Engine:
         if reason:
             self._finish(sequence, reason)
             return
-        self.memory.settle(sequence)
+        self.memory.trim(sequence)
         if self.memory.room(sequence) <= 0:
             self._finish(sequence, "length")
             return

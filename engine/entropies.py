@@ -73,6 +73,6 @@ class Entropies:
             }
             parts.append(self._patcher(Ids(sent["ids"], sent["at"]), self._cache, plan.on_device(sent, "plan")).cpu())
             window = self._spec.window
-            table.settle(0 if window is None else max(end - window + 1, 0), end)
+            table.trim(0 if window is None else max(end - window + 1, 0), end)
         table.release()
         return torch.cat(parts).numpy()

@@ -121,6 +121,6 @@ def engine_logits(engine: Engine, ids: Sequence[int], chunk: int) -> Tensor:
         with torch.inference_mode():
             parts.append(engine.stepper.stages.run([rows]))
         sequence.advance(end)
-        engine.memory.settle(sequence)
+        engine.memory.trim(sequence)
     engine.memory.release(sequence)
     return torch.cat(parts)

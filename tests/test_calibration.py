@@ -102,7 +102,7 @@ def engine_entropies(engine: Engine, ids: list[int]) -> list[float]:
         engine.memory.reserve(rows)
         engine.stepper.run([rows])
         sequence.advance(end)
-        engine.memory.settle(sequence)
+        engine.memory.trim(sequence)
     engine.memory.release(sequence)
     return sequence.patching.entropies.tolist()
 

@@ -424,7 +424,7 @@ def states(
         # What the device does ahead of the host keeps its pages.
         engine.stepper.stages.discard()
         for s in engine.running:
-            engine.memory.settle(s)
+            engine.memory.trim(s)
             if len(s.ids) != length and s.num_output:
                 length = len(s.ids)
                 found[length] = state(engine, s)

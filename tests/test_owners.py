@@ -22,7 +22,7 @@ OWNER = {part: owner for owner, parts in OWNERS.items() for part in parts}
 MUTATORS = {
     *("append", "extend", "insert", "pop", "popitem", "remove", "clear", "update", "setdefault", "sort", "reverse"),
     *("take", "cut", "resume"),  # of Patching
-    *("own", "borrow", "settle", "trim_before", "release"),  # of BlockTable
+    *("own", "borrow", "trim", "trim_before", "release"),  # of BlockTable
     *("add",),  # of Counts
 }
 METHODS_OF_PARTS = {"output": {"take"}}

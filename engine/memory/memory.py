@@ -67,7 +67,7 @@ class Memory:
         if self.prefixes:
             self.prefixes.remember(sequence)
 
-    def settle(self, sequence: Sequence) -> None:
+    def trim(self, sequence: Sequence) -> None:
         """After a step: remembers, then gives back pages before every window, and those of rejected rows and
         patches."""
         self.remember(sequence)
@@ -77,7 +77,7 @@ class Memory:
         end = max(computed, self._held.get(sequence.arrival, 0))
         for name, table in sequence.tables.items():
             first = self.caches.first_live(name, computed, patch, start)
-            table.settle(first, patch if name in self._of_patches else end)
+            table.trim(first, patch if name in self._of_patches else end)
 
     def release(self, sequence: Sequence) -> None:
         """Gives back all pages of a sequence, and its slot."""

@@ -108,8 +108,8 @@ class BlockTable:
         """Absolute index of the first live page, or of the next page to be taken if there is none."""
         self.capacity = 0
         """No page is missing for rows before this one."""
-        self._settled = (1, 0)
-        """`settle` changes nothing for a first row below the first number and an end above the second."""
+        self._trimmed = (1, 0)
+        """`trim` changes nothing for a first row below the first number and an end above the second."""
         self._tail_is_borrowed = False
         self._count()
 
@@ -152,11 +152,11 @@ class BlockTable:
             self.pages.extend(self._pool.take(self.missing(end)))
             self._count()
 
-    def settle(self, first: int, end: int) -> None:
+    def trim(self, first: int, end: int) -> None:
         """Does `trim_before` and `cut`: rows first..end-1 stay."""
-        if first >= self._settled[0]:
+        if first >= self._trimmed[0]:
             self.trim_before(first)
-        if end <= self._settled[1]:
+        if end <= self._trimmed[1]:
             self.cut(end)
 
     def trim_before(self, row: int) -> None:
@@ -183,7 +183,7 @@ class BlockTable:
     def _count(self) -> None:
         end = (self.first + len(self.pages)) * self._page_size
         self.capacity = 0 if self._tail_is_borrowed else end
-        self._settled = (self.first + 1) * self._page_size, end - self._page_size
+        self._trimmed = (self.first + 1) * self._page_size, end - self._page_size
 
     def _pages_up_to(self, end: int) -> int:
         return -(-end // self._page_size)
