@@ -13,7 +13,7 @@ pass of a draft where the decoder reads the encoder's states.
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 
@@ -74,24 +74,24 @@ class Ahead:
         ends = [rows.end for rows in batch]
         draws = self._draws(batch, ends, count, len(batch))
         logits = self._stages.run(batch)
-        take, out = _Draws.begin(self._kernels, self._text_slots, draws)
-        take(logits)
+        drawn = _Draws(self._kernels, self._text_slots, draws)
+        drawn.take(logits)
         passes = [[_rows(rows, rows.end + n) for rows in batch] for n in range(count - 1)]
         launches = []
         for each in passes:
             launched, logits = self._stages.run_unread(each)
             launches.append(launched)
-            take(logits)
+            drawn.take(logits)
         after = draws["places"][:-1]
         text = self._text_slots.text
         opens = text.patch[after + 1] - text.patch[after]
-        readback = read_async(text.ids[draws["places"]], out(), text.entropies[after], opens)
+        readback = read_async(text.ids[draws["places"]], drawn.out(), text.entropies[after], opens)
         going_on = [rows for rows in batch if rows.most_passes(count + 1) > count]
         self._begin([_rows(rows, rows.end + count - 1) for rows in going_on], len(batch))
         ids, highest, entropies, opened = readback()
         results = []
         for number, rows in enumerate(batch):
-            own = [drawn[number] for drawn in ids]
+            own = [each[number] for each in ids]
             self._text_slots.note_read(rows.sequence, rows.end, own)
             if not are_distributions(bests[number] for bests in highest):
                 results.append(Result(failed=True))
@@ -146,7 +146,7 @@ class Ahead:
         ]
         firsts = [rows.cells_start + 1 for rows in batch]
         draws = self._draws(batch, firsts, count, plans[0].padded)
-        begin = partial(_Draws.begin, self._kernels, self._text_slots)
+        begin = partial(_Draws, self._kernels, self._text_slots)
         launch, highest = decoder.launch_passes("draft", plans, 1, draws, begin)
         self._ledger.took(launch, *(plan.shares for plan in plans))
         readback = read_async(self._text_slots.text.ids[draws["places"]], highest)
@@ -174,16 +174,16 @@ class Ahead:
             batch = [_without_text(rows) for rows in batch]
         planned = self._stages.decoder.plan(batch)
         tensors, width = self._cells(batch, planned.padded), max(rows.num_block for rows in batch)
-        begin = partial(_Cells.begin, self._kernels, self._text_slots, mask, width)
+        begin = partial(_Cells, self._kernels, self._text_slots, mask, width)
         while all(mask in result.ids and not result.failed for result in results):
             began, known = time.perf_counter(), results[0].passes
             passes = self._num_passes(known, planned, asks)
             outs, launch = [], None
             if logits is not None:
-                take, out = begin(tensors)
-                take(padded_tensor(logits, planned.padded))
+                cells = begin(tensors)
+                cells.take(padded_tensor(logits, planned.padded))
                 logits = None
-                outs.append((1, out()))
+                outs.append((1, cells.out()))
                 passes -= 1
             if passes:
                 launch, rest = self._stages.decoder.launch_passes(f"unmask {width}", [planned], passes, tensors, begin)
@@ -271,14 +271,6 @@ class _Draws:
         self._kernels, self._ids, self._tensors = kernels, slots.text.ids, tensors
         self._highest: list[Tensor] = []
 
-    @classmethod
-    def begin(
-        cls, kernels: Kernels, slots: Slots, tensors: Mapping[str, Tensor]
-    ) -> tuple[Callable[[Tensor], None], Callable[[], Tensor]]:
-        """See `engine.step.decoder.DecoderStage.launch_passes`."""
-        draws = cls(kernels, slots, tensors)
-        return draws.take, draws.out
-
     def take(self, logits: Tensor) -> None:
         number, uniforms = len(self._highest), self._tensors.get("uniforms")
         own = None if uniforms is None else uniforms[number]
@@ -299,18 +291,13 @@ class _Cells(BlockPasses):
         super().__init__(kernels, slots.text.ids, tensors["blocks"], width, mask_id=mask_id)
         self._tensors = tensors
 
-    @classmethod
-    def begin(
-        cls, kernels: Kernels, slots: Slots, mask_id: int, width: int, tensors: Mapping[str, Tensor]
-    ) -> tuple[Callable[[Tensor], None], Callable[[], Tensor]]:
-        """See `engine.step.decoder.DecoderStage.launch_passes`."""
-        cells = cls(kernels, slots, mask_id, width, tensors)
-        return cells.take, lambda: cells.cells
-
     def take(self, logits: Tensor) -> None:
         allowed = self.allowed(logits)
         drawn, _ = draw_ids(allowed, self._tensors, self._tensors.get("uniforms"), self._kernels)
         self.settle(allowed, drawn)
+
+    def out(self) -> Tensor:
+        return self.cells
 
 
 def _decide(batch: Seq[Rows], served: list[bool], entropies: list[float], opens: list[int]) -> None:

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from typing import Protocol
 
 import msgspec
 import torch
@@ -29,6 +30,16 @@ class DecoderRows(msgspec.Struct, frozen=True):
     num_rows: int
     num_logits: int
     shares: list[Share]
+
+
+class Passes(Protocol):
+    """What comes after each pass of a launch; in tensors only, so that it can be recorded."""
+
+    def take(self, logits: Tensor) -> None:
+        """logits: (R, V) of the next pass."""
+
+    def out(self) -> Tensor:
+        """What the host needs of all passes."""
 
 
 class DecoderStage:
@@ -106,25 +117,23 @@ class DecoderStage:
         plans: Seq[DecoderRows],
         times: int,
         tensors: Mapping[str, Tensor],
-        begin: Callable[[Mapping[str, Tensor]], tuple[Callable[[Tensor], None], Callable[[], Tensor]]],
+        begin: Callable[[Mapping[str, Tensor]], Passes],
     ) -> tuple[Launch, Tensor]:
         """Passes over cells, `times` with each plan, in one launch, if the decoder has bytes of its own. Every pass
-        reads what the one before wrote into the text.
+        reads what the one before wrote into the text. Also returns what the host needs of them.
 
-        begin: from the stage's inputs, which hold `tensors`, makes two functions, in tensors only, so that they can be
-        recorded: one takes the logits (R, V) of each pass, one gives what the host needs of all. name: tells their
-        kind.
+        begin: is given the stage's inputs, which hold `tensors`. name: tells the kind of the passes.
         """
         launch = self._launcher.begin("decoder")
         launch.num_rows, launch.passes = plans[0].num_rows, len(plans) * times
         each = [planned.plan for planned in plans]
 
         def stage(t: Mapping[str, Tensor]) -> Tensor:
-            take, out = begin(t)
+            passes = begin(t)
             for number, plan in enumerate(each):
                 for _ in range(times):
-                    take(self._pass(t, plan, f"{number} "))
-            return out()
+                    passes.take(self._pass(t, plan, f"{number} "))
+            return passes.out()
 
         arrays = {
             f"{number} {key}": array for number, planned in enumerate(plans) for key, array in planned.arrays.items()
