@@ -175,40 +175,45 @@ class Ahead:
         planned = self._stages.decoder.plan(batch)
         tensors, width = self._cells(batch, planned.padded), max(rows.num_block for rows in batch)
         begin = partial(_Cells, self._kernels, self._text_slots, mask, width)
+        # How many passes, and what the host has to read of them.
+        outs: list[tuple[int, Tensor]] = []
+        if logits is not None:
+            cells = begin(tensors)
+            cells.take(padded_tensor(logits, planned.padded))
+            outs = [(1, cells.out())]
         while all(mask in result.ids and not result.failed for result in results):
-            began, known = time.perf_counter(), results[0].passes
-            passes = self._num_passes(known, planned, asks)
-            outs, launch = [], None
-            if logits is not None:
-                cells = begin(tensors)
-                cells.take(padded_tensor(logits, planned.padded))
-                logits = None
-                outs.append((1, cells.out()))
-                passes -= 1
-            if passes:
-                launch, rest = self._stages.decoder.launch_passes(f"unmask {width}", [planned], passes, tensors, begin)
-                outs.append((passes, rest))
+            began, done = time.perf_counter(), results[0].passes + len(outs)
+            launch = None
+            if passes := self._num_passes(results[0].passes, planned, asks) - len(outs):
+                launch, out = self._stages.decoder.launch_passes(f"unmask {width}", [planned], passes, tensors, begin)
+                outs.append((passes, out))
             for (number, _), found in zip(outs, read(*(out for _, out in outs)), strict=True):
                 results = _after(results, found, number, mask)
-            if launch is None:
-                continue
-            if not launch.recorded and len(outs) == 1:
-                # All it took but the passes: what it takes to launch and read.
-                seconds = max(time.perf_counter() - began - self._ledger.seconds(launch), 0.0)
-                self._ledger.latency.observe(READBACK, planned.num_rows, seconds)
-            # Passes over blocks that were done are padding, and charged to no request.
-            done = known + len(outs) - 1
-            last = max(result.passes for result in results)
-            served = (
-                [share for share, result in zip(planned.shares, results, strict=True) if result.passes > number]
-                for number in range(done, last)
-            )
-            self._ledger.took(launch, *served)
+            if launch:
+                self._charge_blocks(launch, planned, results, done, began if len(outs) == 1 else None)
+            outs = []
         for rows, result, ask in zip(batch, results, asks, strict=True):
             self._text_slots.note_read(rows.sequence, rows.cells_start, result.ids)
             if mask not in result.ids and set(ask.block) == {mask} and not result.failed:
                 self._needed.append(result.passes)
         return results
+
+    def _charge_blocks(
+        self, launch: Launch, planned: DecoderRows, results: Seq[Result], done: int, began: float | None
+    ) -> None:
+        """Charges a launch before which `done` passes had run. began: when its planning did, if nothing else was read
+        with it."""
+        if began is not None and not launch.recorded:
+            # All it took but the passes: what it takes to launch and read.
+            seconds = max(time.perf_counter() - began - self._ledger.seconds(launch), 0.0)
+            self._ledger.latency.observe(READBACK, planned.num_rows, seconds)
+        # Passes over blocks that were done are padding, and charged to no request.
+        last = max(result.passes for result in results)
+        served = (
+            [share for share, result in zip(planned.shares, results, strict=True) if result.passes > number]
+            for number in range(done, last)
+        )
+        self._ledger.took(launch, *served)
 
     def _num_passes(self, known: int, planned: DecoderRows, asks: Seq[Unmask]) -> int:
         """How many passes to launch before reading back. Only the device knows whether a block is done: while the host
