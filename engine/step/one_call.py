@@ -1,7 +1,6 @@
 """Steps as one call, where the CPU's own kernels compute: nothing of a step is planned or chosen in Python."""
 
 from array import array
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 import torch
@@ -90,23 +89,18 @@ class OneCall:
             self._share(rows, most, verifies and _drafts(rows) > 0, cells, kept)
             for rows, most, cells in zip(batch, passes, settled, strict=True)
         ]
-        by_host = [rows for rows in batch if not rows.may_run_ahead]
-        wanted = None
-        if by_host:
-            wanted = torch.empty(sum(rows.num_logits for rows in batch), self._vocab_size)
+        by_host = [number for number, rows in enumerate(batch) if not rows.may_run_ahead]
+        wanted = torch.empty(sum(rows.num_logits for rows in batch), self._vocab_size) if by_host else None
         answers, totals = self._step(shares, wanted)
         self._ledger.took_step(totals, list(zip(batch, answers, strict=True)))
         results = [self._result(*of) for of in zip(batch, answers, settled, strict=True)]
         if wanted is not None:
-            drawn = self._draw(
-                by_host, [a for a, rows in zip(answers, batch, strict=True) if not rows.may_run_ahead], wanted
-            )
-            results = [
-                result if rows.may_run_ahead else next(drawn) for rows, result in zip(batch, results, strict=True)
-            ]
+            drawn = self._draw([batch[number] for number in by_host], [answers[number] for number in by_host], wanted)
+            for number, result in zip(by_host, drawn, strict=True):
+                results[number] = result
         return results
 
-    def _draw(self, batch: list[Rows], answers: list[Answer], logits: torch.Tensor) -> Iterator[Result | None]:
+    def _draw(self, batch: list[Rows], answers: list[Answer], logits: torch.Tensor) -> Seq[Result | None]:
         """Results of requests for which the host draws."""
         for rows, answer in zip(batch, answers, strict=True):
             if rows.num_exact:
@@ -114,7 +108,7 @@ class OneCall:
                 rows.decode_from = rows.logits_from = rows.drawn_from = first
         own = torch.cat([logits[a.logits_at : a.logits_at + a.num_logits] for a in answers])
         score_prompts(batch, own)
-        return iter(results_of(batch, own, self._memory.slots, self._model.kernels))
+        return results_of(batch, own, self._memory.slots, self._model.kernels)
 
     def _num_passes(self, batch: Seq[Rows], policy: Policy) -> list[int]:
         """Most passes of each sequence. While a prompt is read blt goes byte by byte: it would wait for more."""
