@@ -21,7 +21,7 @@ from engine.config import ModelConfig
 from engine.decoders import DECODERS
 from engine.simulation.costs import PromptCost, ReplicaCosts, RoundCost
 from engine.simulation.load import Arrival, Traffic, arrivals
-from engine.simulation.replica import Served, serve
+from engine.simulation.replica import RequestLatency, serve
 from server.capacity.curve import latency
 from server.capacity.measure import Target, Texts, measure, stream
 from server.size import Subject, text_of
@@ -86,21 +86,25 @@ def halfway(before: ReplicaCosts, after: ReplicaCosts) -> ReplicaCosts:
     return msgspec.structs.replace(before, rounds=rounds, prompts=prompts, request_seconds=request)
 
 
-async def _served(target: Target, asked: Sequence[Arrival]) -> list[Served]:
+async def _served(target: Target, asked: Sequence[Arrival]) -> list[RequestLatency]:
     """By the server. Each request is sent at its time, whatever became of those before."""
     texts, began = Texts(), time.perf_counter()
 
-    async def one(arrival: Arrival) -> Served:
+    async def one(arrival: Arrival) -> RequestLatency:
         text = texts.prompt(arrival.prompt_bytes)
         await asyncio.sleep(max(began + arrival.at - time.perf_counter(), 0))
         found = await stream(target, text, arrival.output_bytes, began + arrival.at)
-        return Served(found.first, found.times[-1][0], 0)
+        return RequestLatency(found.first, found.times[-1][0], 0)
 
     return list(await asyncio.gather(*(one(arrival) for arrival in asked)))
 
 
 def row(
-    decoder: str, share: float, asked: Sequence[Arrival], served: Sequence[Served], simulated: Sequence[Served]
+    decoder: str,
+    share: float,
+    asked: Sequence[Arrival],
+    served: Sequence[RequestLatency],
+    simulated: Sequence[RequestLatency],
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"decoder": decoder, "share": share, "requests": len(asked)}
     found["rate"] = len(asked) / asked[-1].at if asked[-1].at else 0.0
@@ -114,12 +118,12 @@ def row(
 
 def _faster(
     config: ModelConfig, costs: ReplicaCosts, patch: float, asked: Sequence[Arrival], times: float
-) -> list[Served]:
+) -> list[RequestLatency]:
     """The same requests at so many times the rate, simulated."""
     return serve(config, costs, patch, [one._replace(at=one.at / times) for one in asked])
 
 
-def like_real(found: dict[str, Any], at: Callable[[float], list[Served]]) -> float:
+def like_real(found: dict[str, Any], at: Callable[[float], list[RequestLatency]]) -> float:
     """Times the real load: where the simulation takes as long to the last byte as the server, on average."""
     low, high = 0.5, 1.5
     for _ in range(BISECTIONS):

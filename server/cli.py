@@ -1090,12 +1090,12 @@ def size(
 
             from .capacity.command import Asked
             from .capacity.command import run as run_simulation
-            from .capacity.curve import Wanted
+            from .capacity.curve import LatencyTarget
 
             asked = Asked(
                 requests_per_second,
                 Traffic(prompt_bytes, output_bytes, spread),
-                Wanted(percentile, first_byte, last_byte),
+                LatencyTarget(percentile, first_byte, last_byte),
                 url,
                 costs,
                 api_key,

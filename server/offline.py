@@ -11,7 +11,7 @@ from engine.types import DecoderName, Delta, Failed, Finished, Request, Sampling
 from .choice import ChoiceStream
 from .grammar_worker import essence
 from .schemas import Patches
-from .structured import Constraint, Grammar, from_choices, from_json_schema, from_lark, from_regex
+from .structured import Grammar, TextConstraint, from_choices, from_json_schema, from_lark, from_regex
 from .usage import fastblt_usage
 
 
@@ -34,7 +34,7 @@ def prompt_ids(prompt: bytes) -> list[int]:
 
 def constraint_of_flags(
     json_schema: str | None, regex: str | None, choices: list[str], lark: str | None
-) -> Constraint | None:
+) -> TextConstraint | None:
     """None without any of them. Raises ValueError for two of them, WrongGrammar for one that cannot be used."""
     asked: dict[str, Callable[[str], Grammar]] = {}
     if json_schema is not None:
@@ -53,7 +53,7 @@ def constraint_of_flags(
             compiled(grammar.text)
         except GrammarError as error:
             raise grammar.fault(essence(str(error))) from None
-        return Constraint(flag, grammar.text, [grammar])
+        return TextConstraint(flag, grammar.text, [grammar])
     return None
 
 
@@ -67,7 +67,7 @@ def generate(
     ignore_eos: bool,
     decoder: DecoderName,
     options: dict[str, Any],
-    constraint: Constraint | None = None,
+    constraint: TextConstraint | None = None,
     trace: bool = False,
     patches: bool = False,
 ) -> Iterator[Piece]:

@@ -55,7 +55,7 @@ class Grammar:
 
 
 @dataclass(frozen=True)
-class Constraint:
+class TextConstraint:
     """What the texts of one request must match. field: of the request."""
 
     field: str
@@ -71,7 +71,7 @@ class Constraint:
         return msgspec.structs.replace(failed, param=self.field, message=message)
 
 
-def constraint_of(request: CompletionRequest) -> Constraint | None:
+def constraint_of(request: CompletionRequest) -> TextConstraint | None:
     """None for a request that asks for nothing. Raises ApiError."""
     wanted, given = request.response_format, request.structured_outputs
     asked = wanted if wanted and wanted.type != "text" else None
@@ -86,7 +86,7 @@ def constraint_of(request: CompletionRequest) -> Constraint | None:
             if asked.json_schema:
                 field, schema = "response_format.json_schema.schema", asked.json_schema.schema_
             grammar = from_json_schema(field, schema)
-            return Constraint("response_format", grammar.text, [grammar])
+            return TextConstraint("response_format", grammar.text, [grammar])
     except WrongGrammar as error:
         raise refusal(error) from None
     return None
@@ -96,7 +96,7 @@ def refusal(error: WrongGrammar) -> ApiError:
     return ApiError(400, str(error), param=error.field, code="invalid_value")
 
 
-def _from_structured_outputs(given: StructuredOutputs) -> Constraint:
+def _from_structured_outputs(given: StructuredOutputs) -> TextConstraint:
     field, checked = "structured_outputs", list[Grammar]()
     if (spaces := given.whitespace_pattern) is not None:
         checked.append(from_regex(f"{field}.whitespace_pattern", spaces))
@@ -110,7 +110,7 @@ def _from_structured_outputs(given: StructuredOutputs) -> Constraint:
         checked.append(from_json_schema(f"{field}.json", given.json_, spaces))
     else:
         checked.append(from_json_schema(f"{field}.json_object", {"type": "object"}, spaces))
-    return Constraint(field, checked[-1].text, checked)
+    return TextConstraint(field, checked[-1].text, checked)
 
 
 def from_json_schema(field: str, schema: dict[str, Any] | str, spaces: str | None = None) -> Grammar:

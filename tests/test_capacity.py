@@ -17,9 +17,9 @@ from engine.memory.caches import plan_caches
 from engine.simulation import costs as files
 from engine.simulation.costs import PromptCost, ReplicaCosts, RoundCost
 from engine.simulation.load import Arrival, Traffic, arrivals
-from engine.simulation.replica import most_for_long, serve, simulated_engine
+from engine.simulation.replica import saturation_rate, serve, simulated_engine
 from server.capacity import curve
-from server.capacity.curve import Capacity, Point, Simulated, Wanted, capacity, latency
+from server.capacity.curve import Capacity, LatencyTarget, LoadPoint, Simulated, capacity, latency
 from server.cli import OF_SIMULATION, app
 from tests.models import our_config
 
@@ -30,7 +30,7 @@ COSTS = ReplicaCosts(
     max_step_rows=64, max_sequences=8, cache_bytes=1 << 23, page_size=16,
 )  # fmt: skip
 TRAFFIC = Traffic(24, 20, 0.5)
-ANY = Wanted(90.0, None, None)
+ANY = LatencyTarget(90.0, None, None)
 MOST = COSTS.most_requests_per_second(24, 20)
 
 
@@ -187,14 +187,14 @@ def test_a_text_that_the_caches_cannot_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="a request cannot be served"):
         served(Arrival(0.0, 1 << 20, 1))
     with pytest.raises(ValueError, match="a request cannot be served"):
-        most_for_long(CONFIG, COSTS, 4.0, [Arrival(0.0, 1 << 20, 1)] * 50)
+        saturation_rate(CONFIG, COSTS, 4.0, [Arrival(0.0, 1 << 20, 1)] * 50)
 
 
 def test_what_a_replica_serves_for_long_is_what_its_costs_allow() -> None:
     asked = arrivals(TRAFFIC, 1.0, 200)
-    assert most_for_long(CONFIG, COSTS, 4.0, asked) == pytest.approx(MOST, rel=0.1)
+    assert saturation_rate(CONFIG, COSTS, 4.0, asked) == pytest.approx(MOST, rel=0.1)
     with pytest.raises(ValueError, match="26 requests do not tell what 8 places serve: 27 are needed"):
-        most_for_long(CONFIG, COSTS, 4.0, asked[:26])
+        saturation_rate(CONFIG, COSTS, 4.0, asked[:26])
 
 
 # The replicas that a load needs.
@@ -215,14 +215,14 @@ def test_latency_grows_with_the_load() -> None:
 
 def test_the_load_found_is_the_most_that_gives_what_is_wanted() -> None:
     alone = simulated().at(curve.SHARES[0], MOST).last_byte.high
-    wanted = Wanted(90.0, None, 1.5 * alone)
+    wanted = LatencyTarget(90.0, None, 1.5 * alone)
     ticks: list[int] = []
     found = capacity(simulated(), wanted, rate=100.0, tell=ticks.append)
     assert ticks == list(range(1, curve.num_loads() + 1))
     assert [point.rate for point in found.points] == sorted(point.rate for point in found.points)
     assert found.best.meets(wanted)
     above = found.points[found.points.index(found.best) + 1]
-    assert not above.meets(wanted) and above.rate - found.best.rate < 0.02 * simulated().most()
+    assert not above.meets(wanted) and above.rate - found.best.rate < 0.02 * simulated().saturation_rate()
     assert found.replicas == math.ceil(100.0 / found.best.rate)
     assert capacity(simulated(), ANY, 100.0, ticks.append).best.share == curve.SHARES[-1]
 
@@ -251,7 +251,7 @@ def test_a_percentile_has_requests_beyond_it(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_no_load_gives_is_said() -> None:
     with pytest.raises(ValueError, match=r"its last byte takes .* s \(p90\), 0.001 s are wanted"):
-        capacity(simulated(), Wanted(90.0, 9.0, 0.001), 1.0, lambda _: None)
+        capacity(simulated(), LatencyTarget(90.0, 9.0, 0.001), 1.0, lambda _: None)
 
 
 def test_loads_are_simulated_in_processes_as_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,5 +344,5 @@ def test_a_key_in_the_environment_asks_for_no_simulation() -> None:
 
 
 def test_a_capacity_is_told_as_json() -> None:
-    point = Point(1.0, 0.5, latency([1.0], 90), latency([2.0], 90), 1.0)
+    point = LoadPoint(1.0, 0.5, latency([1.0], 90), latency([2.0], 90), 1.0)
     assert json.dumps(Capacity([point], point, 1, 1.0).to_json())

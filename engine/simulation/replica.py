@@ -30,7 +30,7 @@ from .costs import ReplicaCosts
 from .load import Arrival
 
 
-class Served(NamedTuple):
+class RequestLatency(NamedTuple):
     """Seconds from a request's arrival to its first byte, and to its last. running: sequences in the batch when its
     first byte came."""
 
@@ -39,7 +39,7 @@ class Served(NamedTuple):
     running: int
 
 
-class Rounds(Decoder):
+class MeasuredDecoder(Decoder):
     """Takes what a step gives, as if it were one round of the measured decoder."""
 
     def round(self, sequence: SequenceView, room: int) -> Round:
@@ -147,17 +147,17 @@ def simulated_engine(config: ModelConfig, costs: ReplicaCosts, patch: float) -> 
     return engine, stepper
 
 
-def serve(config: ModelConfig, costs: ReplicaCosts, patch: float, arriving: Seq[Arrival]) -> list[Served]:
+def serve(config: ModelConfig, costs: ReplicaCosts, patch: float, arriving: Seq[Arrival]) -> list[RequestLatency]:
     """All requests, in their order, by one replica. Raises ValueError for lengths that it cannot hold."""
     engine, stepper = simulated_engine(config, costs, patch)
     coming = deque(enumerate(arriving))
-    now, first, served = 0.0, dict[str, tuple[float, int]](), dict[int, Served]()
+    now, first, served = 0.0, dict[str, tuple[float, int]](), dict[int, RequestLatency]()
     while coming or engine.has_work:
         if not engine.has_work:
             now = max(now, coming[0][1].at + costs.request_seconds)
         while coming and coming[0][1].at + costs.request_seconds <= now:
             number, arrival = coming.popleft()
-            engine.add(_request(number, arrival), Rounds())
+            engine.add(_request(number, arrival), MeasuredDecoder())
         events = engine.step()
         now += stepper.seconds
         for event in events:
@@ -165,13 +165,13 @@ def serve(config: ModelConfig, costs: ReplicaCosts, patch: float, arriving: Seq[
                 case Delta(id=id) if id not in first:
                     first[id] = now - arriving[int(id)].at, len(engine.running)
                 case Finished(id=id):
-                    served[int(id)] = Served(first[id][0], now - arriving[int(id)].at, first[id][1])
+                    served[int(id)] = RequestLatency(first[id][0], now - arriving[int(id)].at, first[id][1])
                 case Failed(message=message):
                     raise ValueError(f"a request cannot be served: {message}")
     return [served[number] for number in range(len(arriving))]
 
 
-def most_for_long(config: ModelConfig, costs: ReplicaCosts, patch: float, asked: Seq[Arrival]) -> float:
+def saturation_rate(config: ModelConfig, costs: ReplicaCosts, patch: float, asked: Seq[Arrival]) -> float:
     """Requests a second that a replica serves for as long as you like: these requests, of which one is always waiting,
     whenever they would arrive. A higher rate makes the queue grow without end.
 
@@ -185,7 +185,7 @@ def most_for_long(config: ModelConfig, costs: ReplicaCosts, patch: float, asked:
     while coming:
         # No more: of a long queue the engine prefers short prompts, and would leave the long ones for the end.
         while coming and len(asked) - len(coming) - len(ends) <= places:
-            engine.add(_request(*coming.popleft()), Rounds())
+            engine.add(_request(*coming.popleft()), MeasuredDecoder())
         events = engine.step()
         now += stepper.seconds
         for event in events:

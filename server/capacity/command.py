@@ -15,7 +15,7 @@ from engine.simulation.load import Traffic
 
 from ..calibration import check_plot
 from ..progress import Progress
-from .curve import Simulated, Wanted, capacity, enough_requests, num_loads
+from .curve import LatencyTarget, Simulated, capacity, enough_requests, num_loads
 from .measure import Target, measure
 from .report import draw, render
 
@@ -29,7 +29,7 @@ class Asked:
 
     rate: float
     traffic: Traffic
-    wanted: Wanted
+    wanted: LatencyTarget
     url: str | None
     costs: Path | None
     api_key: str | None

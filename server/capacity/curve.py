@@ -15,7 +15,7 @@ from typing import Any
 from engine.config import ModelConfig
 from engine.simulation.costs import ReplicaCosts
 from engine.simulation.load import Traffic, arrivals
-from engine.simulation.replica import Served, most_for_long, serve
+from engine.simulation.replica import RequestLatency, saturation_rate, serve
 
 from ..processors import usable_processors
 
@@ -34,7 +34,7 @@ BEGINNING, END = 0.15, 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class LatencyTarget:
     """Seconds that this percentile of all requests may take at most, to the first byte and to the last; None for any
     time."""
 
@@ -53,7 +53,7 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class LoadPoint:
     """A replica under load. rate: requests a second; share: of the most that it serves for long. running: mean
     sequences in its batch when a first byte came."""
 
@@ -63,7 +63,7 @@ class Point:
     last_byte: Latency
     running: float
 
-    def meets(self, wanted: Wanted) -> bool:
+    def meets(self, wanted: LatencyTarget) -> bool:
         most = ((self.first_byte, wanted.first_byte), (self.last_byte, wanted.last_byte))
         return all(limit is None or found.high <= limit for found, limit in most)
 
@@ -73,8 +73,8 @@ class Capacity:
     """points: ascending by rate. best: the highest load that gives what is wanted; replicas: needed for `rate` requests
     a second."""
 
-    points: list[Point]
-    best: Point
+    points: list[LoadPoint]
+    best: LoadPoint
     replicas: int
     rate: float
 
@@ -93,28 +93,28 @@ class Simulated:
     percentile: float
     num_requests: int
 
-    def most(self) -> float:
+    def saturation_rate(self) -> float:
         """Requests a second that the replica serves for long. Takes as long as a load. Raises ValueError for lengths
         that it cannot hold."""
-        return most_for_long(self.config, self.costs, self.patch, arrivals(self.traffic, 1.0, self.num_requests))
+        return saturation_rate(self.config, self.costs, self.patch, arrivals(self.traffic, 1.0, self.num_requests))
 
-    def at(self, share: float, most: float) -> Point:
+    def at(self, share: float, most: float) -> LoadPoint:
         """Under that share of `most`. Raises ValueError for lengths that the replica cannot hold."""
         rate, count = share * most, self.num_requests
         served = serve(self.config, self.costs, self.patch, arrivals(self.traffic, rate, count))
         counted = served[round(BEGINNING * count) : round((1 - END) * count)]
         first, last = (latency(times, self.percentile) for times in _columns(counted))
-        return Point(rate, share, first, last, sum(one.running for one in counted) / len(counted))
+        return LoadPoint(rate, share, first, last, sum(one.running for one in counted) / len(counted))
 
 
-def capacity(simulated: Simulated, wanted: Wanted, rate: float, tell: Callable[[int], None]) -> Capacity:
+def capacity(simulated: Simulated, wanted: LatencyTarget, rate: float, tell: Callable[[int], None]) -> Capacity:
     """tell: gets how many loads have been simulated, of `num_loads()`. Raises ValueError if no load gives what is
     wanted.
 
     Only loads below the most that a replica serves for long are tried: the latencies of a higher one grow for as long
     as it lasts, and say nothing.
     """
-    most = simulated.most()
+    most = simulated.saturation_rate()
     points = []
     for point in _all_at(simulated, SHARES, most):
         points.append(point)
@@ -143,7 +143,7 @@ def num_loads() -> int:
     return len(SHARES) + BISECTIONS
 
 
-def _all_at(simulated: Simulated, shares: Sequence[float], most: float) -> Iterator[Point]:
+def _all_at(simulated: Simulated, shares: Sequence[float], most: float) -> Iterator[LoadPoint]:
     """In processes of their own, as many at a time as there are processors for."""
     cores = min(usable_processors(), len(shares))
     if cores == 1:
@@ -163,11 +163,11 @@ def _at(ascending: Sequence[float], percentile: float) -> float:
     return ascending[max(math.ceil(percentile / 100 * len(ascending)) - 1, 0)]
 
 
-def _columns(served: Sequence[Served]) -> tuple[list[float], list[float]]:
+def _columns(served: Sequence[RequestLatency]) -> tuple[list[float], list[float]]:
     return [one.first_byte for one in served], [one.last_byte for one in served]
 
 
-def _explained(point: Point, wanted: Wanted) -> str:
+def _explained(point: LoadPoint, wanted: LatencyTarget) -> str:
     found = {"first byte": (point.first_byte, wanted.first_byte), "last byte": (point.last_byte, wanted.last_byte)}
     parts = [
         f"its {name} takes {one.high:.3g} s (p{wanted.percentile:g}), {limit:g} s are wanted"

@@ -6,10 +6,10 @@ from engine.simulation.costs import ReplicaCosts, RoundCost
 from engine.simulation.load import Traffic
 
 from ..tables import drawn, number_table
-from .curve import Capacity, Latency, Point, Wanted
+from .curve import Capacity, Latency, LatencyTarget, LoadPoint
 
 
-def render(found: Capacity, costs: ReplicaCosts, traffic: Traffic, wanted: Wanted) -> str:
+def render(found: Capacity, costs: ReplicaCosts, traffic: Traffic, wanted: LatencyTarget) -> str:
     return "\n\n".join((_headline(costs, traffic), _table(found, wanted), _verdict(found, wanted), _notes(costs)))
 
 
@@ -20,7 +20,7 @@ def _headline(costs: ReplicaCosts, traffic: Traffic) -> str:
     )
 
 
-def _table(found: Capacity, wanted: Wanted) -> str:
+def _table(found: Capacity, wanted: LatencyTarget) -> str:
     high = f"p{wanted.percentile:g}"
     table = number_table(
         "load of a replica", "requests/s", "sequences\nat once", "first byte\nmean, s", "\nmedian", f"\n{high}",
@@ -37,7 +37,7 @@ def _cells(one: Latency) -> tuple[str, str, str]:
     return f"{one.mean:.3g}", f"{one.median:.3g}", f"{one.high:.3g}"
 
 
-def _verdict(found: Capacity, wanted: Wanted) -> str:
+def _verdict(found: Capacity, wanted: LatencyTarget) -> str:
     limits = {"the first byte": wanted.first_byte, "the last byte": wanted.last_byte}
     said = " and ".join(f"{name} within {limit:g} s" for name, limit in limits.items() if limit is not None)
     if not said:
@@ -74,7 +74,7 @@ def _ms_per_byte(cost: RoundCost) -> str:
     return f"{1000 * cost.byte_seconds:.3g}"
 
 
-def draw(found: Capacity, wanted: Wanted, title: str, picture: Path) -> None:
+def draw(found: Capacity, wanted: LatencyTarget, title: str, picture: Path) -> None:
     """Latency against load. Needs matplotlib."""
     import matplotlib
 
@@ -98,9 +98,9 @@ def draw(found: Capacity, wanted: Wanted, title: str, picture: Path) -> None:
     plt.close(figure)
 
 
-def _first(point: Point) -> Latency:
+def _first(point: LoadPoint) -> Latency:
     return point.first_byte
 
 
-def _last(point: Point) -> Latency:
+def _last(point: LoadPoint) -> Latency:
     return point.last_byte

@@ -235,7 +235,7 @@ WRONG: list[tuple[Json, str]] = [
 ]
 
 
-def constraint(body: Json) -> structured.Constraint | None:
+def constraint(body: Json) -> structured.TextConstraint | None:
     return constraint_of(parse(json.dumps(body).encode(), 8, 1000))
 
 
