@@ -41,6 +41,8 @@ PATH = Path(__file__).parent / "grafana" / "dashboards" / "fastblt.json"
 Panels: TypeAlias = list[Builder[model.Panel]]
 
 COMPLETIONS = 'route="/v1/completions"'
+REFUSED = 'reason=~"draining|engine_dead|queue_full|replica_lost"'
+"""What the server refuses by no fault of the client."""
 PEAK = select("fastblt_peak_bandwidth_bytes_per_second", 'operation="gemv"')
 STATUSES = {"2..": "green", "4..": "orange", "5..": "red"}
 ENDS = {"stop": "green", "length": "blue", "timeout": "orange", "dead_end": "#A0522D"}
@@ -49,8 +51,11 @@ OUTCOMES = {"ok": "green", "client_left": "yellow", "passed_on": "blue", "reject
 
 
 def overview() -> Panels:
-    answered = rate("fastblt_http_responses_total", where=[COMPLETIONS])
-    failed = rate("fastblt_http_responses_total", where=[COMPLETIONS, 'status=~"5..|429"'])
+    refused = f"rate({select('fastblt_rejections_total', REFUSED)}[{NOW}])"
+    failed, admitted = (
+        f"rate({select('fastblt_requests_total', COMPLETIONS, where)}[{NOW}])"
+        for where in ('outcome="failed"', 'outcome=~"ok|failed|client_left"')
+    )
     estimated = rate("fastblt_decoder_stage_estimated_bytes_total", where=[CHOSEN])
     return [
         number(
@@ -65,9 +70,10 @@ def overview() -> Panels:
         number(
             2,
             "Failed or refused",
-            "Share of completions that ended with 5xx or 429: the queue is full, or a key is above its limit. Above "
-            "5 %, look now: Responses, in the row Traffic, says which it is.",
-            f"({failed} or vector(0)) / {answered}",
+            "Share of completions that failed, or that the server could not take: no engine, a drain, a full queue. "
+            "What a client's own fault or limit refuses is left out. Above 5 %, look now: Requests by outcome and "
+            "Rejections by reason, in the row Traffic, say which it is.",
+            f"{total(f'{failed} or {refused}')} / {total(f'{admitted} or {refused}')}",
             unit=units.PercentUnit,
             colours={None: "green", 0.01: "orange", 0.05: "red"},
         ),

@@ -283,3 +283,31 @@ def test_every_alert_has_a_severity_and_a_runbook_url(alert: dict[str, Any]) -> 
     assert alert["labels"]["severity"] in ("critical", "warning", "info")
     assert alert["annotations"].keys() == {"summary", "description", "runbook_url"}
     assert alert["annotations"]["runbook_url"] == f"docs/operations.md#alert-{alert['alert'].lower()}"
+
+
+def assert_shows(title: str, series: dict[str, str], value: float, tmp_path: Path) -> None:
+    """That a panel of one number has this value after ten minutes of these series, in promtool's notation."""
+    (query,) = (q for q in QUERIES if q.panel["title"] == title)
+    inputs = [{"series": name, "values": values} for name, values in series.items()]
+    check = {"expr": f"round({fill(query.expr, 1200)}, 0.001)", "eval_time": "10m", "exp_samples": [{"value": value}]}
+    file = tmp_path / "tests.yml"
+    file.write_text(
+        yaml.safe_dump({"tests": [{"interval": "15s", "input_series": inputs, "promql_expr_test": [check]}]})
+    )
+    promtool("test", "rules", file)
+
+
+def test_what_a_clients_own_limit_refuses_does_not_hide_that_all_else_fails(tmp_path: Path) -> None:
+    here = 'job="fastblt", instance="a"'
+    series = {
+        f'fastblt_requests_total{{{here}, route="/v1/completions", outcome="ok"}}': "0x40",
+        f'fastblt_requests_total{{{here}, route="/v1/completions", outcome="failed"}}': "0+10x40",
+        f'fastblt_requests_total{{{here}, route="/v1/completions", outcome="rejected"}}': "0+310x40",
+        f'fastblt_rejections_total{{{here}, reason="rate_limit_exceeded"}}': "0+300x40",
+        f'fastblt_rejections_total{{{here}, reason="queue_full"}}': "0+10x40",
+        f'fastblt_http_responses_total{{{here}, route="/v1/completions", status="500"}}': "0+10x40",
+        f'fastblt_http_responses_total{{{here}, route="/v1/completions", status="429"}}': "0+310x40",
+    }
+    assert_shows("Failed or refused", series, 1.0, tmp_path)
+    fewer = series | {f'fastblt_requests_total{{{here}, route="/v1/completions", outcome="ok"}}': "0+60x40"}
+    assert_shows("Failed or refused", fewer, 0.25, tmp_path)
