@@ -131,7 +131,7 @@ def traffic() -> Panels:
             "Sequences by end",
             "length and stop are normal. timeout: text was cut off, the server is too slow for what its clients want. "
             "dead_end: its grammar let no byte follow. abort: the client left. refused: it could not be run, the "
-            "client's fault. error: ours.",
+            "client's fault, or gave way in a full queue. error: ours.",
             query(rate("fastblt_sequences_total", "finish_reason", where=[CHOSEN]), "{{finish_reason}}"),
             unit=units.OpsPerSecond,
             colours=ENDS,

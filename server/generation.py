@@ -82,6 +82,8 @@ class Generation:
         self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self._events = merge(events, service.settings.keepalive_seconds, self._ended, self._came)
         self._begun: set[int] = set()
+        self._rest = "abort"
+        """How the sequences end that are still open at the end."""
         self.said = [""] * len(plan.requests) if service.settings.log_content else None
         """The beginning of each sequence's text, if it may be logged."""
         service.generations[self.id] = self
@@ -167,15 +169,15 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
         """(sequence index, piece) as they come, without those that the client has from another server; None for a long
         silence. Raises ApiError if a sequence fails."""
-        for index, events in self._origin.shown.items():
-            for event in events:
-                self._feed(index, event)
-                if isinstance(event, Finished):
-                    self.clocks[index].forget()
-        for index, events in self._origin.held.items():
-            for event in events:
-                yield index, self._take(index, event)
         try:
+            for index, events in self._origin.shown.items():
+                for event in events:
+                    self._feed(index, event)
+                    if isinstance(event, Finished):
+                        self.clocks[index].forget()
+            for index, events in self._origin.held.items():
+                for event in events:
+                    yield index, self._take(index, event)
             async for item in self._events:
                 if item is None:
                     yield None
@@ -186,8 +188,13 @@ class Generation:
                 yield index, self._take(index, event)
             # An answer may be sent for long.
             self._scores.clear()
-        except EngineDead as error:
-            raise self._service.gate.unavailable(f"the engine is gone: {error}", "engine_dead") from error
+        except Exception as error:
+            # It ends all of them. Nobody's fault is what the operator ends.
+            by_us = not isinstance(error, ApiError) or error.status >= 500
+            self._rest = "error" if by_us else "abort" if self._ended.done() else "refused"
+            if isinstance(error, EngineDead):
+                raise self._service.gate.unavailable(f"the engine is gone: {error}", "engine_dead") from error
+            raise
 
     def _came(self, index: int, event: Event) -> None:
         """Counts a sequence as begun, however long its client takes to read. What was told elsewhere is no event here:
@@ -205,7 +212,8 @@ class Generation:
             clock.advance(len(event.ids))
             self._ticket.generated(len(event.ids))
         elif isinstance(event, Finished):
-            clock.end(event.reason, event.usage)
+            # If it is read, no client has left.
+            clock.end("error" if event.reason == "abort" else event.reason, event.usage)
         else:
             clock.end("error" if event.code == "internal" else "refused")
         return self._feed(index, event)
@@ -301,7 +309,7 @@ class Generation:
             await self._events.aclose()
         finally:
             for clock in self.clocks:
-                clock.end("abort")
+                clock.end(self._rest)
             self._ticket.close()
 
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 REASONS = ("stop", "length", "timeout", "dead_end", "abort", "refused", "error")
-"""Why a sequence ends. Four are the engine's; "refused": it could not be run; "error": the engine failed."""
+"""Why a sequence ends. Four are the engine's; "abort": its client left, or the operator ended it; "refused": it could
+not be run; "error": the engine failed. The last three count for all the sequences of a request that are still open."""
 OUTCOMES = ("ok", "rejected", "passed_on", "failed", "client_left")
 """How a request ends; see `server.access_log.Access.outcome`."""
 OTHER = "other"

@@ -127,6 +127,7 @@ async def test_a_request_is_ended_by_either_id() -> None:
         assert (missing.status_code, missing.json()["error"]["code"]) == (404, "request_not_found")
         exposed = (await http.get("/metrics")).text
         assert 'fastblt_rejections_total{reason="ended_by_operator"} 3.0' in exposed
+        assert 'fastblt_sequences_total{decoder="blt",finish_reason="abort"} 6.0' in exposed
         assert "\nfastblt_queued_sequences 0.0\n" in exposed
 
 

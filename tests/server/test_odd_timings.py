@@ -78,6 +78,27 @@ async def test_a_failure_in_a_stream_is_its_last_event_and_ends_the_other_choice
                     pass
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        ("internal later", "error"),
+        ("dead", "error"),
+        ("dead later", "error"),
+        ("break later", "error"),
+        ("patches", "refused"),
+    ],
+)
+async def test_what_ends_one_choice_counts_for_all_of_its_request(order: str, reason: str, stream: bool) -> None:
+    client = ScriptedClient()
+    async with serving(client) as http:
+        await http.post("/v1/completions", json=body([order, "wait"], n=3, stream=stream, decoder="blt"))
+        await settled(client, 0)
+        lines = (await http.get("/metrics")).text.splitlines()
+    ended = [line for line in lines if line.startswith("fastblt_sequences_total") and not line.endswith(" 0.0")]
+    assert ended == [f'fastblt_sequences_total{{decoder="blt",finish_reason="{reason}"}} 6.0']
+
+
 async def test_an_error_after_status_200_is_logged_as_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     async with serving(ScriptedClient()) as http:
         for order in ("dead later", "break later"):
