@@ -172,7 +172,8 @@ class Gate:
     def check_open(self) -> None:
         if self.draining:
             why = "the server is shutting down" if self._closing else "the server takes no new requests for now"
-            raise self.unavailable(why, "draining")
+            # On another connection a proxy may find another server.
+            raise ApiError(503, why, code="draining", headers=self._headers | {"connection": "close"})
 
     def unavailable(self, message: str, code: Code) -> ApiError:
         return ApiError(503, message, code=code, headers=self._headers)

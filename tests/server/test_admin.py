@@ -180,6 +180,14 @@ async def test_a_drain_refuses_new_requests_and_can_be_ended() -> None:
         refused = await http.post("/v1/completions", json=body("x"), headers=bearer(API))
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert refused.json()["error"]["message"] == "the server takes no new requests for now"
+        # A client that keeps its connections would go on asking a server that goes.
+        assert refused.headers["connection"] == "close" and int(refused.headers["retry-after"]) > 0
+        ports = set()
+        for _ in range(2):
+            async with http.stream("POST", "/v1/completions", json=body("x"), headers=bearer(API)) as again:
+                ports.add(again.extensions["network_stream"].get_extra_info("client_addr")[1])
+                await again.aread()
+        assert len(ports) == 2
         ready = [(await http.get(f"/health/{name}")).status_code for name in ("ready", "live")]
         assert ready == [503, 200]
         assert "\nfastblt_draining 1.0\n" in (await http.get("/metrics")).text
