@@ -217,9 +217,9 @@ def latency() -> Panels:
         percentiles(
             21,
             "Time to first byte",
-            "From the arrival of a request to its first byte. Every second request is slower than the solid line, one "
-            "in 20 than the dashed, one in 100 than the dotted. Red: here the alert FastbltSlowFirstByte begins. "
-            "Compare with Time in the queue.",
+            "From the arrival of a request, its whole body included, to its first byte. Every second request is slower "
+            "than the solid line, one in 20 than the dashed, one in 100 than the dotted. Red: here the alert "
+            "FastbltSlowFirstByte begins. Compare with Time in the queue.",
             "fastblt_time_to_first_byte_seconds",
             alert=5,
         ),
@@ -234,8 +234,8 @@ def latency() -> Panels:
         percentiles(
             23,
             "End to end",
-            "From the arrival of a request to the end of a sequence. Follows the length of outputs: see Sizes of "
-            "prompts and outputs before you worry.",
+            "From the arrival of a request, its whole body included, to the end of a sequence. Follows the length of "
+            "outputs: see Sizes of prompts and outputs before you worry.",
             "fastblt_end_to_end_seconds",
         ),
         percentiles(
@@ -249,7 +249,8 @@ def latency() -> Panels:
             26,
             "Time of the prompt",
             "From a sequence's first step to its first byte. It grows with the prompt, and with the prompts of others "
-            "that share its steps. If Time to first byte is long and this and the queue are short, HTTP is slow.",
+            "that share its steps. If Time to first byte is long and this and the queue are short, HTTP is slow, or "
+            "grammars take long to check.",
             "fastblt_prefill_seconds",
         ),
         percentiles(

@@ -39,6 +39,8 @@ class Access:
     client: str
     started: float = field(default_factory=lambda: time.perf_counter())
     """By `time.perf_counter`."""
+    received: float = 0.0
+    """When the whole body of a completion had come, by the same clock."""
     seconds: float = 0.0
     route: str | None = None
     status: int = 0

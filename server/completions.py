@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable
 from typing import TypeVar
 
@@ -53,7 +54,7 @@ async def complete(request: Request, service: Service) -> Response:
     ticket = service.gate.enter(
         len(plan.requests), api_key, plan.prompt_bytes, wanted.priority, is_admitted=origin.is_continued
     )
-    access.generation = generation = Generation(service, plan, origin, ticket, access.started)
+    access.generation = generation = Generation(service, plan, origin, ticket, access.started, access.received)
     handed_over = False
     try:
         if not wanted.stream:
@@ -82,6 +83,7 @@ async def _understood(request: Request, service: Service, origin: Origin, api_ke
     settings, limits = service.settings, service.client.limits
     with service.gate.bodies.enter() as held:
         body = await read_body(request, settings, held)
+        request.state.access.received = time.perf_counter()
         if not origin.is_continued:
             service.gate.check(api_key)
 

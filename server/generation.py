@@ -51,15 +51,18 @@ class Service:
 class Generation:
     """Must always be closed: that frees its place and aborts its sequences in the engine."""
 
-    def __init__(self, service: Service, plan: Plan, origin: Origin, ticket: Ticket, arrived: float) -> None:
-        """arrived: when the request did here, by `time.perf_counter`."""
+    def __init__(
+        self, service: Service, plan: Plan, origin: Origin, ticket: Ticket, arrived: float, received: float
+    ) -> None:
+        """arrived, received: when the request's head and all of its body had come here, by `time.perf_counter`."""
+        self.admitted = time.perf_counter()
         self.arrived = arrived - origin.age
         self.plan = plan
         self.id = origin.id
         self._origin = origin
         self._service = service
         self._ticket = ticket
-        self.clocks = [service.metrics.clock(plan.decoder, len(r.prompt_ids)) for r in plan.requests]
+        self.clocks = [service.metrics.clock(plan.decoder, len(r.prompt_ids), received) for r in plan.requests]
         request = plan.request
         patching = service.client.limits.patching if request.patches else None
         self.streams = [

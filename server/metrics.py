@@ -81,12 +81,12 @@ class Metrics:
             "prefill_seconds", "From the first step of a sequence to its first byte.", QUEUE_SECONDS
         )
         self._decode = histogram("decode_seconds", "From the first byte of a sequence to its end.", QUEUE_SECONDS)
-        first_byte = "From the arrival of a request to the first byte of a sequence."
+        first_byte = "From the arrival of a request, body included, to the first byte of a sequence."
         self._first_byte = histogram("time_to_first_byte_seconds", first_byte, SECONDS)
         per_byte = "Mean time between the bytes of a sequence after its first."
         self._per_byte = histogram("time_per_byte_seconds", per_byte, SECONDS_PER_BYTE)
         self._inter_chunk = histogram("inter_chunk_seconds", "Time between two chunks of a sequence.", CHUNK_SECONDS)
-        end_to_end = "From the arrival of a request to the end of a sequence."
+        end_to_end = "From the arrival of a request, body included, to the end of a sequence."
         self._end_to_end = histogram("end_to_end_seconds", end_to_end, SECONDS)
         self._prompt_size = histogram("prompt_size_bytes", "Ids of a sequence's prompt.", SIZES)
         self._output_size = histogram("output_size_bytes", "Ids generated for a sequence.", SIZES)
@@ -119,8 +119,8 @@ class Metrics:
         if outcome == "rejected" and access.error and not access.is_probe:
             self._rejections.labels(access.error.code or OTHER).inc()
 
-    def clock(self, decoder: str, prompt_size: int) -> "Clock":
-        return Clock(self, decoder, prompt_size, self._inter_chunk.labels(decoder))
+    def clock(self, decoder: str, prompt_size: int, start: float) -> "Clock":
+        return Clock(self, decoder, prompt_size, self._inter_chunk.labels(decoder), start)
 
     def ended(self, clock: "Clock", reason: str, usage: Usage | None) -> None:
         """Records one sequence. usage: of a sequence that the engine finished."""
@@ -143,14 +143,15 @@ class Metrics:
 
 
 class Clock:
-    """Times one sequence, by `time.perf_counter`."""
+    """Times one sequence, by `time.perf_counter`. start: when its whole request had come. How long a client takes to
+    send it is no time of the server's."""
 
-    def __init__(self, metrics: Metrics, decoder: str, prompt_size: int, inter_chunk: Histogram) -> None:
+    def __init__(self, metrics: Metrics, decoder: str, prompt_size: int, inter_chunk: Histogram, start: float) -> None:
         self._metrics = metrics
         self._inter_chunk = inter_chunk
         self.decoder = decoder
         self.prompt_size = prompt_size
-        self.start = self.last = time.perf_counter()
+        self.start = self.last = start
         self.first: float | None = None
         self.num_bytes = 0
         self._ended = False

@@ -150,7 +150,7 @@ class Traces:
         def stamp(moment: float) -> int:
             return int((epoch + moment) * 1e9)
 
-        began, first, end = generation.clocks[0].start, generation.first_byte, access.started + access.seconds
+        began, first, end = generation.admitted, generation.first_byte, access.started + access.seconds
         span = self._tracer.start_span(
             f"text_completion {generation.plan.model}",
             context=trace.set_span_in_context(parent),

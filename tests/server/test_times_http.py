@@ -3,11 +3,13 @@
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from engine.types import Usage
+from server import completions
 from server.usage import fastblt_usage
 from tests.scripted_server import ScriptedClient, body, serving, settled
 from tests.serving import RunningServer
@@ -86,3 +88,28 @@ async def test_the_first_byte_counts_from_the_arrival_of_the_request() -> None:
         answer = await asked
         waited = time.perf_counter() - began
     assert before < answer.json()["usage"]["fastblt"]["first_byte_seconds"] < waited
+
+
+async def test_the_metrics_begin_when_the_whole_request_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client's slow upload is none of the server's time; what the server does before the admission is."""
+    upload, parsing = 0.6, 0.2
+    make_plan = completions.make_plan
+
+    def slow_plan(*arguments: Any) -> Any:
+        time.sleep(parsing)
+        return make_plan(*arguments)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        data = json.dumps(body("x")).encode()
+        yield data[:10]
+        await asyncio.sleep(upload)
+        yield data[10:]
+
+    monkeypatch.setattr(completions, "make_plan", slow_plan)
+    async with serving(ScriptedClient()) as http:
+        answer = await http.post("/v1/completions", content=slowly(), headers={"content-type": "application/json"})
+        metrics = dict(line.rsplit(" ", 1) for line in (await http.get("/metrics")).text.splitlines())
+    assert answer.json()["usage"]["fastblt"]["first_byte_seconds"] > upload + parsing
+    for name in ("time_to_first_byte", "end_to_end"):
+        seconds = float(metrics[f'fastblt_{name}_seconds_sum{{decoder="blt"}}'])
+        assert parsing < seconds < upload, name
