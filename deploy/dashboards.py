@@ -57,13 +57,14 @@ def overview() -> Panels:
         for where in ('outcome="failed"', 'outcome=~"ok|failed|client_left"')
     )
     estimated = rate("fastblt_decoder_stage_estimated_bytes_total", where=[CHOSEN])
+    ready = f"{select('fastblt_engine_up')} unless on (job, instance) {select('fastblt_draining')} == 1"
     return [
         number(
             1,
             "Ready",
-            "Share of all known instances whose engine takes requests. Below 100 %: some clients get 503 or "
-            "no connection. The alerts FastbltDown and FastbltNotReady say which.",
-            f"(sum({select('fastblt_engine_up')}) or vector(0)) / count({select('up')})",
+            "Share of all known instances that take requests. Below 100 %: some clients get 503 or no connection. "
+            "The alerts FastbltDown, FastbltNotReady and FastbltDraining say which; a shutdown drains, too.",
+            f"(sum({ready}) or vector(0)) / count({select('up')})",
             unit=units.PercentUnit,
             colours={None: "red", 0.5: "orange", 1: "green"},
         ),

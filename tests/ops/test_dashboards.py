@@ -311,3 +311,13 @@ def test_what_a_clients_own_limit_refuses_does_not_hide_that_all_else_fails(tmp_
     assert_shows("Failed or refused", series, 1.0, tmp_path)
     fewer = series | {f'fastblt_requests_total{{{here}, route="/v1/completions", outcome="ok"}}': "0+60x40"}
     assert_shows("Failed or refused", fewer, 0.25, tmp_path)
+
+
+def test_a_drained_server_is_not_ready(tmp_path: Path) -> None:
+    series = {}
+    for instance, draining in (("a", 0), ("b", 1)):
+        for name, value in (("up", 1), ("fastblt_engine_up", 1), ("fastblt_draining", draining)):
+            series[f'{name}{{job="fastblt", instance="{instance}"}}'] = f"{value}x40"
+    assert_shows("Ready", series, 0.5, tmp_path)
+    both = series | {'fastblt_draining{job="fastblt", instance="a"}': "1x40"}
+    assert_shows("Ready", both, 0, tmp_path)
