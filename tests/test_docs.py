@@ -251,6 +251,8 @@ LOG_LINES = [
     "the engine failed each time that it ran this request alone",
     "dropped: nothing read the log",
     "API keys: …; the … in force stay",
+    "bodies being read",
+    "too many grammars wait",
 ]
 
 
