@@ -61,6 +61,7 @@ async def complete(request: Request, service: Service) -> Response:
             body = await to_json_in_turns(await _unless_client_leaves(request, generation.collect()))
             handed_over = True
             return CompletionAnswer(generation, body)
+        request.scope["state"]["unread_bytes"] = generation.unread_bytes
         pieces = generation.pieces()
         # A request that fails at once gets its own status; after the first event there is only 200.
         first = await _unless_client_leaves(request, anext(pieces, None))

@@ -101,6 +101,10 @@ class Generation:
         """Seconds since the request arrived."""
         return time.perf_counter() - self.arrived
 
+    def unread_bytes(self) -> int:
+        """About what it holds in memory because its client does not read."""
+        return sum(self._service.client.unread_bytes(request.id) for request in self.plan.requests)
+
     def end(self, error: ApiError) -> None:
         """Ends all its sequences now, and makes `pieces` raise this error."""
         if not self._ended.done():

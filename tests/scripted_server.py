@@ -30,6 +30,7 @@ class ScriptedClient(EngineClient):
         self.state = "ready"
         self.restarts = 0
         self._process = None
+        self._read = {}
         self._missed_beats = 0
         self._failing_since = None
         self._logs = LogSettings()

@@ -17,7 +17,7 @@ import pytest
 from engine.config import BYTE_OFFSET, EngineConfig
 from engine.process import child
 from engine.process.client import EngineClient, EngineDead, EngineStartError
-from engine.process.streams import GRACE_SECONDS, Stream
+from engine.process.streams import GRACE_SECONDS, ID_BYTES, SCORE_BYTES, Stream
 from engine.process.wire import SCORES_AT_ONCE, Batch, Scores, decode_message, encode, messages
 from engine.types import (
     Abort,
@@ -166,9 +166,15 @@ async def test_two_requests_in_flight_cannot_share_an_id(tmp_path: Path) -> None
 async def test_a_slow_reader_gets_one_merged_delta_and_stalls_no_other_stream(tmp_path: Path) -> None:
     async with running(tmp_path) as client, aclosing(client.submit(request("slow", max_tokens=30, logprobs=0))) as slow:
         first = await anext(slow)
+        each = ID_BYTES + SCORE_BYTES
         quick = await read(client, request("quick", max_tokens=60))
         assert quick.deltas > 20
-        second, last = await anext(slow), await anext(slow)
+        # Also what it has taken counts, until it comes for more.
+        assert client.unread_bytes("id-slow") == 30 * each
+        second = await anext(slow)
+        assert client.unread_bytes("id-slow") == len(second.ids) * each
+        last = await anext(slow)
+        assert client.unread_bytes("id-slow") == client.unread_bytes("id-quick") == 0
         assert isinstance(first, Delta) and isinstance(second, Delta)
         assert first.ids + second.ids == scripted_ids("slow", 0, 30)
         assert len(second.logprobs) == len(second.ids)

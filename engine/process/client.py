@@ -87,6 +87,8 @@ class EngineClient:
         self._process: Spawned | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._streams: dict[str, Stream] = {}
+        self._read: dict[str, Stream] = {}
+        """Those whose readers have not had their last event."""
         self._trials = Trials()
         self._spares: list[int] = []
         self._failing_since: float | None = None
@@ -157,7 +159,7 @@ class EngineClient:
             raise EngineDead("the engine is not running")
         if request.id in self._streams:
             raise ValueError(f"a request with id {request.id!r} is in flight")
-        stream = self._streams[request.id] = Stream(request, earlier)
+        stream = self._streams[request.id] = self._read[request.id] = Stream(request, earlier)
         if self._trials.is_over:
             self._give(stream)
         else:
@@ -169,9 +171,15 @@ class EngineClient:
                 if not isinstance(event, Delta):
                     return
         finally:
+            if self._read.get(request.id) is stream:
+                del self._read[request.id]
             if self._streams.get(request.id) is stream:
                 self._send(Abort(request.id))
                 self._forget(stream)
+
+    def unread_bytes(self, request_id: str) -> int:
+        """About what the events of a request take in memory that its reader has not passed on."""
+        return self._read[request_id].unread_bytes if request_id in self._read else 0
 
     def set_log_level(self, level: LevelName) -> None:
         """Of the process and of those that come after it."""

@@ -13,6 +13,8 @@ from ..types import Delta, Event, Failed, Finished, Request, TokenLogprob, Trace
 GRACE_SECONDS = 0.5
 """How long after its deadline a request may still be ended by the engine, which knows what it has cost, after the step
 that runs."""
+SCORE_BYTES, ALTERNATIVE_BYTES, ID_BYTES = 160, 60, 16
+"""About what a log-probability takes in this process, each of its alternatives, and an id with its byte of text."""
 
 
 class EngineDead(RuntimeError):
@@ -44,6 +46,8 @@ class Stream:
         self._num_entropies = 0
         self._times_sent = 0
         self._unread = Merged()
+        self._taken_bytes = 0
+        """Of the Delta that its reader took last, and may not have passed on."""
         self._last: Finished | Failed | EngineDead | None = None
         self._news = asyncio.Event()
         for delta in earlier:
@@ -59,6 +63,11 @@ class Stream:
     def has_output(self) -> bool:
         """Whether an engine has told something that depends on the model."""
         return bool(self._output_ids) or self._prompt_scored
+
+    @property
+    def unread_bytes(self) -> int:
+        """About what its Deltas take that are not passed on."""
+        return self._taken_bytes + self._unread.num_bytes
 
     def send(self) -> Request:
         """The request as the current engine gets it."""
@@ -99,6 +108,7 @@ class Stream:
         """The next event, or all Deltas since the last call merged into one. A request that no engine ends at its
         deadline ends here, with what it has. Raises EngineDead."""
         timeout = self.request.timeout
+        self._taken_bytes = 0
         if timeout is None:
             await self._news.wait()
         else:
@@ -110,6 +120,7 @@ class Stream:
             except TimeoutError:
                 self.end(self.overdue())
         if not self._unread.empty:
+            self._taken_bytes = self._unread.num_bytes
             delta, self._unread = self._unread.delta(self.request.id), Merged()
             if not self.ended:
                 self._news.clear()
@@ -150,6 +161,8 @@ class Merged:
 
     def __init__(self) -> None:
         self.empty = True
+        self.num_bytes = 0
+        """About what they take in memory."""
         self._ids: list[int] = []
         self._text = bytearray()
         self._logprobs: list[TokenLogprob] = []
@@ -160,6 +173,9 @@ class Merged:
 
     def add(self, delta: Delta) -> None:
         self.empty = False
+        self.num_bytes += ID_BYTES * (len(delta.ids) + len(delta.entropies) + sum(len(t.drafts) for t in delta.traces))
+        for entry in (*delta.logprobs, *delta.prompt_logprobs):
+            self.num_bytes += SCORE_BYTES + ALTERNATIVE_BYTES * len(entry.top)
         self._ids += delta.ids
         self._text += delta.text
         self._logprobs += delta.logprobs

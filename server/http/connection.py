@@ -32,6 +32,8 @@ PROBES_SECONDS = (0.002, 0.01, 0.05, 0.2)
 """When to check whether a client that has shut its side down is still connected; later checks come every second."""
 LEAST_READ_BYTES = 64 << 10
 """Bytes that a client must read within the write limit while an answer waits, or all of a shorter rest."""
+COUNT_SECONDS = 1.0
+"""How often it is counted what an application holds for a client that does not read."""
 UPGRADE_HEADERS = frozenset({b"upgrade", b"http2-settings"})
 
 
@@ -84,6 +86,8 @@ class HttpConnection(asyncio.Protocol):
         self._end: asyncio.TimerHandle | None = None
         self._probe: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
+        self._held = 0
+        """Bytes of an answer that are held until they are sent."""
         self._writable = asyncio.Event()
         self._writable.set()
 
@@ -400,6 +404,7 @@ class HttpConnection(asyncio.Protocol):
     def answered(self, exchange: Exchange) -> None:
         """The exchange's answer is complete."""
         self._state.total_requests += 1
+        self.hold(0)
         if exchange.request_complete or self._is_deaf:
             self._next()
         elif not exchange.keep_alive:
@@ -444,20 +449,32 @@ class HttpConnection(asyncio.Protocol):
                 self._look_for_reset(0)
 
     async def drain(self) -> None:
-        """Waits until the client has read enough for more to be written, or the connection is closed."""
-        await self._writable.wait()
+        """Waits until the client has read enough for more to be written, or the connection is closed. What a stream's
+        application holds in the meantime counts as held, too: its bytes may be generated faster than they are read."""
+        self._count_unread()
+        while not self._writable.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(COUNT_SECONDS):
+                    await self._writable.wait()
+            self._count_unread()
+
+    def _count_unread(self) -> None:
+        if self._current and (self._slot.unsent or self._transport.get_write_buffer_size()):
+            unread = self._current.scope["state"].get("unread_bytes")
+            self._slot.hold(self._held + (unread() if unread else 0))
 
     async def flush(self) -> None:
         """Waits until the kernel has all that was written, or the connection is closed."""
         if not self._transport.is_closing():
             # Pauses at once if any is left. Over TLS a limit of 0 would pause for ever.
             self._transport.set_write_buffer_limits(high=1)
-        await self._writable.wait()
+        await self.drain()
         if not self._transport.is_closing():
             self._transport.set_write_buffer_limits()
 
     def hold(self, unsent: int) -> None:
         """So many bytes of an answer are held until they are sent."""
+        self._held = unsent
         self._slot.hold(unsent)
 
     def body_taken(self) -> None:

@@ -161,11 +161,10 @@ class Connections:
 
     def _hold(self, slot: Slot, unsent: int) -> None:
         """If there is no room, answers of the address that holds most give way, the longest unread first."""
-        self._change(slot, 0)
-        while self.unsent and self.unsent + unsent > self.unsent_capacity:
+        self._change(slot, unsent)
+        while self.unsent > self.unsent_capacity:
             most = max(self._addresses.values(), key=lambda address: address.unsent)
             self._end(next(iter(most.sending)), "unread")
-        self._change(slot, unsent)
 
     def _change(self, slot: Slot, unsent: int) -> None:
         address = self._addresses[slot.address]

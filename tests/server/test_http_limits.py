@@ -35,6 +35,8 @@ CHUNKED = (
 class Served:
     """A server with a scripted engine, and what it counts."""
 
+    make_client = ScriptedClient
+
     def __init__(self, port: int, client: ScriptedClient, app: FastAPI) -> None:
         self.port = port
         self.client = client
@@ -44,7 +46,7 @@ class Served:
 
 @asynccontextmanager
 async def serving(**settings: Any) -> AsyncIterator[Served]:
-    client, chosen = ScriptedClient(), ServerSettings(**settings)
+    client, chosen = Served.make_client(), ServerSettings(**settings)
     app = create_app(chosen, client)
     async with listening(app, chosen) as port:
         yield Served(port, client, app)
@@ -564,3 +566,39 @@ def test_more_idle_connections_than_open_files_leave_every_route_answering(tiny_
             process.terminate()
             assert process.wait(20) == 0
     assert "Traceback" not in log.read_text()
+
+
+class Piling(ScriptedClient):
+    """What it generates for clients that do not read takes ever more memory, as scores do."""
+
+    def unread_bytes(self, request_id: str) -> int:
+        return self.pile
+
+    pile = 1 << 20
+
+
+async def test_what_is_generated_for_streams_that_are_not_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own stream ends, and not the answer of another that holds little."""
+    monkeypatch.setattr("server.http.connection.COUNT_SECONDS", 0.05)
+    monkeypatch.setattr(Served, "make_client", Piling)
+    stream = post(body("flood", max_tokens=900, n=3, stream=True))
+    async with serving() as served, unread(served, FLOOD, "127.0.0.2") as whole:
+        connections, client = served.connections, served.client
+        assert isinstance(client, Piling)
+        await until(lambda: connections.unsent > 900 * 2048)
+        small = connections.unsent
+        async with unread(served, stream):
+            await until(lambda: connections.unsent >= small + (1 << 20))
+            client.pile = 1 << 40
+            await until(lambda: connections.count == 1 and client.open == 0)
+            assert connections.ended == {"unread": 1} and connections.unsent == small
+        assert await read_slowly(whole) > 900 * 2048
+        client.pile = 1 << 20
+        async with connected(served.port) as raw:
+            await raw.send(post(body("flood", max_tokens=900, n=3, stream=True)))
+            await until(lambda: connections.unsent >= 1 << 20)
+            while not (await raw.reader.read(1 << 20)).endswith(b"0\r\n\r\n"):
+                pass
+            # Nothing counts on a connection that goes on.
+            await until(lambda: connections.unsent == 0)
+            assert connections.count == 1
