@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import (
     BaseModel,
     ConfigDict,
+    FailFast,
     Field,
     FiniteFloat,
     PlainSerializer,
@@ -183,7 +184,7 @@ class StructuredOutputs(Strict):
         None, alias="json", description="A JSON schema, or its text."
     )
     regex: str | None = Field(None, description="A regular expression that the whole text matches.")
-    choice: list[str] | None = Field(None, description="The text is one of these.")
+    choice: Annotated[list[str] | None, FailFast()] = Field(None, description="The text is one of these.")
     grammar: str | None = Field(None, description="A Lark grammar, in the dialect of llguidance.")
     json_object: bool = Field(False, description="Any JSON object.")
     whitespace_pattern: str | None = Field(

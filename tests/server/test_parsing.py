@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from server import parsing
 from server.base64_bytes import from_base64, is_base64, to_base64
@@ -183,6 +184,14 @@ def test_two_logit_biases_for_one_id_are_refused(bias: str) -> None:
 def test_a_body_that_is_no_object_is_told(body: bytes, message: str) -> None:
     error = refused(body)
     assert (error["code"], error["message"]) == ("invalid_value", message)
+
+
+def test_choices_are_checked_up_to_the_first_that_is_wrong() -> None:
+    body = json.dumps({"prompt": "x", "structured_outputs": {"choice": ["a", *[1] * 99]}})
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate_json(body)
+    assert caught.value.error_count() == 1, "a message for each of many holds up the event loop"
+    assert refused(body.encode())["param"] == "structured_outputs.choice.1"
 
 
 def test_error_messages_shorten_the_values_that_they_quote() -> None:
