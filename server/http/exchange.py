@@ -228,6 +228,9 @@ class Exchange:
         else:
             self._chunked = True
             headers.append((b"transfer-encoding", b"chunked"))
+        if self._expects_continue and not (self._body or self.request_complete):
+            # The client need not send the body now, and its next request would be read as that.
+            self.keep_alive = False
         if b"close" in names.get(b"connection", b"").lower():
             self.keep_alive = False
         elif not self.keep_alive:

@@ -69,7 +69,7 @@ def one(data: bytes) -> None:
     expected = read_strictly(sent)
     # Of requests that arrive together so many are answered, and a large body that waits is dropped.
     fits = len(expected.requests) <= MAX_PIPELINED and all(len(read.body) <= BODY_BYTES for read in expected.requests)
-    kept = [read._replace(body=b"", complete=False) if read.path == UNREAD else read for read in expected.requests]
+    kept = [read._replace(body=b"", complete=False) if _is_unread(read) else read for read in expected.requests]
     for seen in (whole, pieces):
         _compare(seen, expected._replace(requests=kept), fits, is_large=len(sent) > LIMITS.header_bytes)
     # Of two faults of a head, either may be known first, and its size more or less early.
@@ -99,7 +99,7 @@ def _compare(seen: Seen, expected: Seen, fits: bool, *, is_large: bool) -> None:
     elif not refused and fits:
         # The client's wish, or what follows cannot be parsed and the answer was given before.
         last = seen.requests[-1]
-        unread = last.path == UNREAD and not last.complete
+        unread = _is_unread(last) and not last.complete
         assert expected.ended or unread, (seen, expected)
         # The trailers of one that was answered before may be over the limit of a head.
         assert len(seen.requests) == len(expected.requests) or (unread and is_large), (seen, expected)
@@ -153,6 +153,11 @@ def _closes(headers: Iterable[tuple[bytes, bytes]]) -> bool:
         and b"close" in [token.strip() for token in value.lower().split(b",")]
         for name, value in headers
     )
+
+
+def _is_unread(read: Read) -> bool:
+    """Whether it is answered without its body. One that expects to be asked for it would end the connection then."""
+    return read.path == UNREAD and not any(name == b"expect" for name, _ in read.headers)
 
 
 def _compared(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -216,7 +221,7 @@ class _Echo:
                 raise error
             headers = _compared(scope["headers"])
             self.requests.append(Read(self.methods[-1], scope["raw_path"], scope["query_string"], headers))
-            while scope["raw_path"] != UNREAD and not self.requests[-1].complete:
+            while not _is_unread(self.requests[-1]) and not self.requests[-1].complete:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return

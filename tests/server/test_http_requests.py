@@ -71,7 +71,8 @@ def written(number: int, method: str, way: str, data: bytes, framing: str) -> by
         lines += UPGRADE
     if method != "POST":
         return "\r\n".join([*lines, "", ""]).encode()
-    if framing == "expect":
+    # Unread, it would be the last: nothing tells whether its body comes.
+    if framing == "expect" and way != "unread":
         lines.append("expect: 100-continue")
     if framing == "chunks":
         chunks = b"".join(b"%x;ext=1\r\n%b\r\n" % (len(part), part) for part in (data[:3], data[3:]) if part)
@@ -238,8 +239,15 @@ async def test_expect_100_continue_is_answered_before_the_body_is_sent() -> None
             assert await raw.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         await raw.send(data)
         assert (await raw.answer(b"POST")).status == 200
-        await raw.send(post(b"x", "expect: 100-continue", path="/nowhere")[:-1])
-        assert (await raw.answer(b"POST")).status == 404
+        await raw.send(post(b"xy", "expect: 100-continue", path="/nowhere")[:-1])
+        refused = await raw.answer(b"POST")
+        # It is sending the body all the same.
+        assert refused.status == 404 and "connection" not in refused.headers
+        await raw.send(b"y" + post(b"x" * 20, "expect: 100-continue", path="/nowhere")[:-20])
+        refused = await raw.answer(b"POST")
+        # Its next request would be read as the body, which it does not send.
+        assert refused.status == 404 and refused.headers["connection"] == "close"
+        assert await raw.is_closed()
 
 
 async def test_health_routes_accept_head_requests_and_trailing_slashes() -> None:
