@@ -66,7 +66,7 @@ async def complete(request: Request, service: Service) -> Response:
         # A request that fails at once gets its own status; after the first event there is only 200.
         first = await _unless_client_leaves(request, anext(pieces, None))
         handed_over = True
-        return CompletionStream(generation, first, pieces, access)
+        return CompletionStream(generation, first, pieces, access, service.settings.keepalive_seconds)
     finally:
         if not handed_over:
             await generation.close()
@@ -148,11 +148,15 @@ class CompletionStream(EventSourceResponse):
         first: tuple[int, Piece] | None,
         rest: AsyncGenerator[tuple[int, Piece] | None, None],
         access: Access,
+        keepalive_seconds: float,
     ) -> None:
         super().__init__(self._events(first, rest), headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._generation = generation
         self._access = access
         self._sent_all = False
+        self._keepalive_seconds = keepalive_seconds
+        self._spoke = time.monotonic()
+        """When something was sent last, or the answer was begun."""
         options = generation.plan.request.stream_options
         self._include_usage = options is not None and options.include_usage
         self._usage_in_chunks = options is not None and options.continuous_usage_stats
@@ -190,12 +194,15 @@ class CompletionStream(EventSourceResponse):
         return _event(to_json(error.body))
 
     async def _chunk(self, item: tuple[int, Piece] | None) -> bytes | None:
-        """None for an empty piece: its bytes wait for the rest of a code point, or for a stop string."""
-        if item is None:
+        """None for an empty piece, unless nothing was sent for long: its bytes wait for the rest of a code point, or
+        for a stop string, or its ids are no bytes."""
+        now = time.monotonic()
+        if item and item[1].is_empty and now - self._spoke < self._keepalive_seconds:
+            return None
+        self._spoke = now
+        if item is None or item[1].is_empty:
             return KEEPALIVE
         index, piece = item
-        if piece.is_empty:
-            return None
         generation = self._generation
         usage = generation.usage_so_far() if self._usage_in_chunks else None
         chunk = generation.completion([generation.choice(index, piece)], usage)

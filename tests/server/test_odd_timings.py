@@ -3,12 +3,14 @@
 import asyncio
 import json
 import time
+from collections.abc import AsyncGenerator, Sequence
 
 import openai
 import pytest
 
+from engine.config import EOS_ID
 from engine.process.client import UNREADY_BEATS
-from engine.types import DecoderCounts, Snapshot
+from engine.types import DecoderCounts, Delta, Event, Finished, Request, Snapshot, Usage
 from tests.scripted_server import ScriptedClient, body, serving, settled
 
 
@@ -126,6 +128,28 @@ async def test_a_silent_stream_is_kept_open_with_keepalives_that_are_no_events()
             data = [event for event in events if event]
             assert all(event.startswith("data: ") for event in data) and data.pop() == "data: [DONE]"
             assert "".join(json.loads(event[6:])["choices"][0]["text"] for event in data) == "ab"
+
+
+class Mute(ScriptedClient):
+    """Generates ids that are no text."""
+
+    async def submit(self, request: Request, told: Sequence[Delta] = ()) -> AsyncGenerator[Event, None]:
+        while not self.release.is_set():
+            yield Delta(id=request.id, ids=[EOS_ID])
+            await asyncio.sleep(0.01)
+        yield Finished(id=request.id, reason="length", usage=Usage())
+
+
+async def test_a_stream_whose_events_have_no_text_is_kept_open_too() -> None:
+    client = Mute()
+    async with asyncio.timeout(10), serving(client, keepalive_seconds=0.3) as http:
+        began = time.monotonic()
+        async with http.stream("POST", "/v1/completions", json=body("x", stream=True)) as response:
+            parts = response.aiter_bytes()
+            for number in (1, 2):
+                assert not (await anext(parts)).strip(b"\n") and time.monotonic() - began > 0.25 * number
+            client.release.set()
+            assert b"".join([part async for part in parts]).strip().endswith(b"data: [DONE]")
 
 
 async def test_health_routes_distinguish_a_restarting_engine_from_a_dead_one() -> None:
