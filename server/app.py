@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI, Request
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse, Response
 
 from engine.installed import installed
@@ -183,6 +183,6 @@ def _operations(service: Service) -> APIRouter:
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format."""
-        return Response(generate_latest(service.metrics), media_type=CONTENT_TYPE_LATEST)
+        return Response(await service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -1,11 +1,12 @@
 """Prometheus metrics. No label value can be chosen freely by a client."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -42,6 +43,8 @@ QUEUE_SECONDS = (0.001, 0.0025, *SECONDS)
 SIZES = (16, 64, 256, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10)
 SECONDS_PER_BYTE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 CHUNK_SECONDS = (*SECONDS_PER_BYTE, 2.5, 5.0, 10.0)
+PAUSE = 19
+"""How many times as long as a text took to write none is written. They hold up all streams, and need no key."""
 
 
 class Metrics:
@@ -52,6 +55,10 @@ class Metrics:
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self._client, self._settings = client, settings
+        self._text: asyncio.Task[bytes] | None = None
+        """The next one, which is not written yet."""
+        self._rested = 0.0
+        """When it may be, by `time.monotonic`."""
         self._responses = Counter(
             "fastblt_http_responses", "HTTP responses by route and status.", ["route", "status"], registry=registry
         )
@@ -110,6 +117,18 @@ class Metrics:
         yield from families
         if self._settings.metric_aliases == "vllm":
             yield from vllm(families, default_model(self._settings, self._client.limits))
+
+    async def text(self) -> bytes:
+        """Prometheus' text format, as of now or a moment later: those who ask during a pause share one."""
+        self._text = self._text or asyncio.create_task(self._write())
+        return await asyncio.shield(self._text)
+
+    async def _write(self) -> bytes:
+        await asyncio.sleep(self._rested - time.monotonic())
+        self._text, began = None, time.thread_time()
+        text = generate_latest(self)
+        self._rested = time.monotonic() + PAUSE * (time.thread_time() - began)
+        return text
 
     def responded(self, access: "Access") -> None:
         """Records one HTTP request that has ended."""

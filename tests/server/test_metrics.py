@@ -1,5 +1,6 @@
 """What `/metrics` says of a real server, in one reading of both processes."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.config import EngineConfig
 from engine.costs.calibration import LEAST_PROMPT_ROWS
 from engine.types import MAX_DRAFT
+from tests.scripted_server import ScriptedClient, serving
 from tests.serving import RunningServer, running_server
 
 DECODERS = ("blt", "blt-s", "blt-d", "blt-dv", "auto")
@@ -41,6 +43,25 @@ def test_every_metric_series_begins_at_zero(tiny_server: str) -> None:
     for process in ("server", "engine"):
         assert f'fastblt_log_lines_dropped_total{{process="{process}"}} 0.0' in text
     assert "_created" not in text
+
+
+async def test_many_scrapes_share_texts_that_are_newer_than_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[float]()
+
+    def write(_: object) -> bytes:
+        until = time.thread_time() + 0.02
+        while time.thread_time() < until:
+            pass
+        made.append(time.monotonic())
+        return b"%d" % len(made)
+
+    monkeypatch.setattr("server.metrics.generate_latest", write)
+    async with serving(ScriptedClient()) as http:
+        assert (await http.get("/metrics")).text == "1"
+        answers = await asyncio.gather(*[http.get("/metrics") for _ in range(30)])
+    texts = [int(answer.text) for answer in answers]
+    assert min(texts) == 2 and max(texts) <= 5, "each had its own"
+    assert made[1] - made[0] > 0.3, "no pause"
 
 
 Values = dict[tuple[str, ...], float]
