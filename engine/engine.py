@@ -304,7 +304,7 @@ class Engine:
             return
         self._remove(sequence)
         limit = self.memory.caches.max_patches
-        message = f"the prompt makes more than {limit} patches, which is what this model and its caches hold"
+        message = f"prompt: makes more than {limit} patches, which is what this model and its caches hold"
         self._events.append(Failed(id=sequence.request.id, code="too_long", message=message, param="prompt"))
 
     def _remove(self, sequence: Sequence) -> None:

@@ -232,7 +232,8 @@ class Generation:
             if event.code == "internal":
                 raise internal_error(self.request_id, event.message)
             constraint = self.plan.constraint
-            raise from_failed(constraint.named(event) if constraint else event)
+            place = index // self.plan.samples if len(self.plan.requests) > self.plan.samples else None
+            raise from_failed(constraint.named(event) if constraint else event, place)
         if isinstance(event, Finished) and event.reason == "abort":
             raise ApiError(500, "the engine gave up on this request", code="internal_error")
         piece = self.streams[index].feed(event)

@@ -52,7 +52,7 @@ class ScriptedClient(EngineClient):
             if request.prompt_logprobs:
                 yield Delta(id=request.id, prompt_logprobs=[TokenLogprob(i, -1.0, {}) for i in request.prompt_ids])
             if order == "patches":
-                yield Failed(id=request.id, code="too_long", message="too many patches", param="prompt")
+                yield Failed(id=request.id, code="too_long", message="prompt: makes too many patches", param="prompt")
                 return
             if order == "break":
                 raise KeyError("a secret")

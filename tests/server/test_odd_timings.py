@@ -130,6 +130,15 @@ async def test_a_silent_stream_is_kept_open_with_keepalives_that_are_no_events()
             assert "".join(json.loads(event[6:])["choices"][0]["text"] for event in data) == "ab"
 
 
+async def test_a_refusal_by_the_engine_names_the_prompt_of_several() -> None:
+    async with serving(ScriptedClient()) as http:
+        for prompt, name in (("patches", "prompt"), (["a", "b", "patches"], "prompt[2]")):
+            answer = await http.post("/v1/completions", json=body(prompt, n=2))
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, "prompt")
+            assert error["message"] == f"{name}: makes too many patches"
+
+
 class Mute(ScriptedClient):
     """Generates ids that are no text."""
 
