@@ -1,5 +1,6 @@
 """The ScaledObject for KEDA: its fields, the Deployment that it scales, and what its queries say of a real server."""
 
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,30 @@ def test_the_scaled_object_names_the_deployment_and_thresholds_of_the_chart() ->
     assert all(f'job="{job["job_name"]}"' in t["metadata"]["query"] for t in SCALED["spec"]["triggers"])
 
 
+def pod(deployment: str = "fastblt") -> str:
+    """A name as a Deployment gives it."""
+    return f"{deployment}-6d4cf56db6-x7k2p"
+
+
+@pytest.mark.parametrize("trigger", SCALED["spec"]["triggers"], ids=lambda trigger: str(trigger["name"]))
+def test_only_the_pods_of_the_release_count(trigger: dict[str, Any], tmp_path: Path) -> None:
+    places = {("default", pod()): 3, ("default", pod("fastblt-two")): 10, ("another", pod()): 100}
+    series = [
+        {
+            "series": f'fastblt_{trigger["name"]}_sequences{{job="fastblt", namespace="{namespace}", pod="{name}"}}',
+            "values": f"{value}x5",
+        }
+        for (namespace, name), value in places.items()
+    ]
+    check = {"expr": trigger["metadata"]["query"], "eval_time": "3m", "exp_samples": [{"value": 3}]}
+    file = tmp_path / "tests.yml"
+    file.write_text(
+        yaml.safe_dump({"tests": [{"interval": "1m", "input_series": series, "promql_expr_test": [check]}]})
+    )
+    done = subprocess.run(["promtool", "test", "rules", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     log = tmp_path_factory.mktemp("log") / "log"
@@ -101,7 +126,11 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
 
 @pytest.fixture(scope="module")
 def prometheus(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    with running_prometheus(tmp_path_factory.mktemp("prometheus"), server.url.removeprefix("http://")) as running:
+    """As a PodMonitor labels a pod of the release."""
+    labels = {"namespace": "default", "pod": pod()}
+    target = {"targets": [server.url.removeprefix("http://")], "labels": labels}
+    scraped = {"job_name": "fastblt", "static_configs": [target]}
+    with running_prometheus(tmp_path_factory.mktemp("prometheus"), scraped) as running:
         yield running
 
 
