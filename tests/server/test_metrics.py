@@ -1,6 +1,7 @@
 """What `/metrics` says of a real server, in one reading of both processes."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from engine.config import EngineConfig
 from engine.costs.calibration import LEAST_PROMPT_ROWS
 from engine.types import MAX_DRAFT
 from tests.scripted_server import ScriptedClient, serving
-from tests.serving import RunningServer, running_server
+from tests.serving import ROOT, RunningServer, running_server
 
 DECODERS = ("blt", "blt-s", "blt-d", "blt-dv", "auto")
 STAGES = ("patcher", "encoder", "global", "decoder")
@@ -62,6 +63,23 @@ async def test_many_scrapes_share_texts_that_are_newer_than_they_are(monkeypatch
     texts = [int(answer.text) for answer in answers]
     assert min(texts) == 2 and max(texts) <= 5, "each had its own"
     assert made[1] - made[0] > 0.3, "no pause"
+
+
+def test_the_documented_number_of_series_is_right_and_histograms_cover_fast_gpus_and_slow_cores(
+    tiny_server: str,
+) -> None:
+    samples = [line for line in httpx.get(f"{tiny_server}/metrics").text.splitlines() if not line.startswith("#")]
+    documented = re.search(r"number of series is bounded: about ([\d,]+)", (ROOT / "docs" / "metrics.md").read_text())
+    assert documented and abs(int(documented[1].replace(",", "")) - len(samples)) <= 50
+    bounds: dict[str, list[float]] = {}
+    for line in samples:
+        if found := re.match(r'fastblt_(\w+)_seconds_bucket{decoder="blt",le="([\d.e-]+)"}', line):
+            bounds.setdefault(found[1], []).append(float(found[2]))
+    # What bytes take on an H200, as the README has it, is no lowest bucket, and an hour no highest.
+    for name in ("time_per_byte", "inter_chunk"):
+        assert sum(bound < 0.000417 for bound in bounds[name]) >= 2
+    for name in ("queue", "prefill", "decode", "time_to_first_byte", "end_to_end"):
+        assert max(bounds[name]) >= 3600
 
 
 Values = dict[tuple[str, ...], float]
