@@ -34,6 +34,12 @@ class RunningServer(NamedTuple):
     def terminate(self) -> None:
         os.kill(self.process.pid, signal.SIGTERM)
 
+    def kill_children(self) -> None:
+        """Its engine's process, before a text that takes a fraction of a second has ended."""
+        for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            for pid in children.read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+
     def pages_in_use(self) -> float:
         return sum(self.metrics("fastblt_pages_used").values())
 

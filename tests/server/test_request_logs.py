@@ -97,7 +97,7 @@ def talk(server: RunningServer) -> None:
         ) as response:
             events = response.iter_lines()
             next(events)
-            subprocess.run(["pkill", "-KILL", "-P", str(server.process.pid)], check=True)
+            server.kill_children()
             assert [event for event in events if event][-1] == "data: [DONE]"
     server.terminate()
     assert server.process.wait(WAIT_SECONDS) == 0

@@ -1,6 +1,5 @@
 """Cached prefixes are no oracle: what one API key, or one cache_salt, has sent is unknown to the others."""
 
-import subprocess
 from typing import Any
 
 import pytest
@@ -88,7 +87,7 @@ def test_a_request_keeps_its_salt_when_the_engine_restarts(keyed: RunningServer)
     ):
         events = response.iter_lines()
         next(events)
-        subprocess.run(["pkill", "-KILL", "-P", str(keyed.process.pid)], check=True)
+        keyed.kill_children()
         assert [event for event in events if event][-1] == "data: [DONE]"
     assert sum(keyed.metrics("fastblt_engine_restarts_total").values()) == restarts + 1
     assert ask(keyed, TWO, prompt)[2] == 0
