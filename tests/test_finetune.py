@@ -342,6 +342,24 @@ def test_a_run_that_was_stopped_in_its_report_makes_it_again(folder: Path, finis
     assert not killed.exists()
 
 
+def test_a_resumed_run_replaces_its_own_model_and_no_other(
+    folder: Path, finished: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.tuning_report.report", lambda *arguments: None)
+    monkeypatch.setattr("training.tuning_report.summary", str)
+    run = tmp_path / "run"
+    finished.tuning.save(run)
+    save(finished, tmp_path / "own")
+    checkpoint.save(tmp_path / "other", replace(finished.tuning.config, name="other"), finished.tuning.finished())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    again = ["finetune", "--resume", "--run", str(run), "--out"]
+    said = fails(*again, str(tmp_path / "other"))
+    assert f"{tmp_path / 'other'} holds another model than the run in {run} makes" in said
+    assert {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()} == before
+    result = runner.invoke(app, [*again, str(tmp_path / "own")])
+    assert result.exit_code == 0, result.output
+
+
 def test_gradients_are_clipped_in_an_order_that_every_process_has(folder: Path, tmp_path: Path) -> None:
     """Their common norm is a sum in that order; the order of a set differs from process to process."""
     job = begin(settings(folder, steps=10), "tuned", tmp_path / "run", CPU)

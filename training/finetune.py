@@ -71,6 +71,7 @@ def finetune(
     wanted = {name: value for name, value in given.items() if value is not None}
     if resume:
         job = resumed(run, chosen, wanted)
+        _require_own(out, job)
     else:
         if "steps" not in wanted:
             wanted.setdefault("minutes", 60.0)
@@ -79,6 +80,12 @@ def finetune(
     save(job, out)
     job.tuning.release()
     return f"{summary(report(job, out, prompts, prefixes))}\n{out} has the model and its card"
+
+
+def _require_own(out: Path, job: "Job") -> None:
+    """Raises ValueError unless a model in `out` is one that this run wrote: it is about to be replaced."""
+    if (out / CONFIG).exists() and checkpoint.read_config(out) != job.tuning.config:
+        raise ValueError(f"{out} holds another model than the run in {job.run} makes: name its own or a new folder")
 
 
 @dataclass(frozen=True, slots=True)
