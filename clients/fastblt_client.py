@@ -562,7 +562,7 @@ def api_error(response: httpx.Response) -> ApiError:
     """What a refusal says, also one that a proxy gives."""
     try:
         error = response.json()["error"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         error = None
     if not isinstance(error, dict):
         error = {"message": f"HTTP status {response.status_code}: {response.text[:200]}"}

@@ -241,6 +241,17 @@ def test_an_answer_that_is_no_json_is_kept_as_an_error(tmp_path: Path) -> None:
     assert response["status_code"] == 504 and "<html>bad gateway" in response["body"]["error"]["message"]
 
 
+@pytest.mark.parametrize("body", [b"<html>sign in", b'"sign in"', b"[" * 100_000], ids=["page", "text", "deep"])
+def test_a_success_that_is_no_json_object_is_an_error_of_its_line(body: bytes, tmp_path: Path) -> None:
+    source, target = one_line(tmp_path)
+    with scripted(answer(200, body)) as (url, _):
+        result = batch(source, target, url)
+    assert result.exit_code == 1 and result.stderr == "batch: 1 of 1 lines, 1 failed\n"
+    (entry,) = answers(target)
+    assert entry["response"] is None and entry["error"]["code"] == "invalid_answer"
+    assert entry["error"]["message"] == f"status 200, but no JSON object: {body[:200].decode()}"
+
+
 def test_standard_input_and_output_take_the_place_of_files(tiny_server: str) -> None:
     command = [*COMMAND, "batch", "-", "-", "--url", tiny_server]
     done = subprocess.run(command, cwd=ROOT, input=line("a") + line("b"), capture_output=True, check=True)

@@ -157,8 +157,12 @@ class _Batch:
                 message = f"the connection was lost {attempt + 1} times: {error or type(error).__name__}"
                 last = failure(request.custom_id, "connection_lost", message)
             else:
-                last = answer(request.custom_id, response.status_code, response.headers.get("x-request-id"),
-                              _body(response))  # fmt: skip
+                body = _body(response)
+                if response.is_success and not isinstance(body, dict):
+                    message = f"status {response.status_code}, but no JSON object: {response.text[:200]}"
+                    return failure(request.custom_id, "invalid_answer", message)
+                body = _as_error(response) if body is None else body
+                last = answer(request.custom_id, response.status_code, response.headers.get("x-request-id"), body)
                 if response.status_code in UNAUTHORISED:
                     raise BatchError(f"the server refuses the API key: {_message(last)}")
                 refusal = api_error(response)
@@ -200,11 +204,16 @@ def _start_reader(file: BinaryIO, index: Index, queue: asyncio.Queue[Item]) -> N
 
 
 def _body(response: httpx.Response) -> Any:
-    """As OpenAI's errors where it is no JSON, such as a proxy's page."""
+    """None where it is no JSON, such as a proxy's page."""
     try:
         return response.json()
-    except ValueError:
-        return {"error": {"message": f"HTTP status {response.status_code}: {response.text[:200]}"}}
+    except (ValueError, RecursionError):
+        return None
+
+
+def _as_error(response: httpx.Response) -> dict[str, Any]:
+    """As OpenAI's."""
+    return {"error": {"message": f"HTTP status {response.status_code}: {response.text[:200]}"}}
 
 
 def _message(result: dict[str, Any]) -> str:
