@@ -9,6 +9,7 @@ def base_url(url: str) -> str:
     try:
         parts = urlsplit(base)
         right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        (parts.hostname or "").encode("idna")  # as connecting does: a label may be empty or too long
     except ValueError:
         right = False
     if not right or parts.query or parts.fragment:

@@ -187,6 +187,7 @@ async def test_latency_counts_from_the_planned_time_where_the_client_had_to_wait
 
 BUSY = answer(503, b'{"error": {"message": "full", "code": "queue_full"}}', "retry-after: 0")
 EVENT = b'data: {"id": "c", "model": "m", "choices": [{"index": 0, "text": "\xc3\xa4b", "finish_reason": "stop"}]}\n\n'
+HALF_A_PAIR = EVENT.replace(b'"text": "', b'"text": "\\ud83d')
 WHOLE = answer(200, EVENT + b"data: [DONE]\n\n")
 
 
@@ -201,6 +202,8 @@ WHOLE = answer(200, EVENT + b"data: [DONE]\n\n")
         (answer(200, EVENT), "failed", "no whole stream"),
         (answer(200, b'data: {"error": {"message": "gone", "code": "dead"}}\n\n'), "failed", "error event dead"),
         (answer(200, b"data: {}\n\n"), "failed", "no completion"),
+        (answer(200, HALF_A_PAIR), "failed", "no completion"),
+        (answer(200, b"data: " + b"[" * 100_000 + b"\n\n"), "failed", "no completion"),
         (WHOLE[:-9], "failed", "connection lost"),
         (b"SSH-2.0\r\n", "failed", "no HTTP"),
         (b"", "failed", "connection lost"),
@@ -213,6 +216,11 @@ def test_every_end_of_a_request_has_its_kind(said: bytes, outcome: str, kind: st
     assert run["outcomes"][outcome] == 1 and result.exit_code == (outcome == "failed")
     assert [error["kind"] for error in run["errors"]] == ([kind] if kind else [])
     assert run["bytes"] == (3 if EVENT in said else 0)
+
+
+def test_an_address_that_no_connection_takes_is_refused() -> None:
+    result = load("http://a..b:80", "--model", "m", "--concurrency", "1", "--requests", "1")
+    assert result.exit_code == 1 and "url: must be like http://127.0.0.1:8000, not 'http://a..b:80'" in result.stderr
 
 
 def test_refusals_are_sent_again_only_if_asked_for() -> None:

@@ -80,7 +80,7 @@ class _Stream:
         self.first: float | None = None
 
     def feed(self, data: bytes, at: float) -> None:
-        """Raises ApiError for an error event, ConnectionFailed, and LookupError or TypeError for a wrong event."""
+        """Raises ApiError for an error event, ConnectionFailed, and other errors for a wrong event."""
         record, is_text = self._record, False
         for event in self._events.feed(data):
             num_bytes = sum(len(choice.text.encode()) for choice in event.choices)
@@ -150,12 +150,12 @@ class _Runner:
                 self._fail(record, str(error).partition(":")[0], str(error))
             except ConnectionFailed as error:
                 self._fail(record, "no whole stream", str(error))
-            except (LookupError, TypeError, AttributeError) as error:
-                self._fail(record, "no completion", f"{type(error).__name__}: {error}")
             except TimeoutError as error:
                 self._fail(record, "timeout", str(error) or "no connection in time")
             except OSError as error:
                 self._fail(record, "no connection", str(error))
+            except Exception as error:  # an odd answer must not lose what the others gave
+                self._fail(record, "no completion", f"{type(error).__name__}: {error}")
             else:
                 refused = answer.status in RETRIED and "retry-after" in answer.headers
                 if refused and record.retries < self._run.plan.retries:
