@@ -495,6 +495,18 @@ def test_mbpp_has_three_examples_and_is_executed(tmp_path: Path, sandbox: Sandbo
     assert found.tables[0].rows[0].score == 50
 
 
+def test_the_reports_of_other_tasks_in_the_folder_stay(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "mbpp.jsonl").write_text("\n".join(map(json.dumps, MBPP)))
+    tasks, out = [humaneval.load(small), mbpp.load(tmp_path / "mbpp.jsonl")], tmp_path / "out"
+    alone = [measure(Scripted(texts(task, {}, 0)), [task], None, out, decoders=["blt"]) for task in tasks]
+    kept = {path.name: path.read_text() for path in out.glob("*.*")}
+    assert {"humaneval.md", "humaneval.json", "mbpp.md", "mbpp.json"} <= kept.keys()
+    assert [json.loads(kept[f"{task.name}.json"]) for task in tasks] == [to_json(found) for found in alone]
+    both = {name: text for task in tasks for name, text in texts(task, {}, 0).items()}
+    measure(Scripted(both), tasks, None, out, decoders=["blt"])
+    assert {path.name: path.read_text() for path in out.glob("*.*")} == kept
+
+
 def write_flores(folder: Path, french: str = "fra", english: str = "eng") -> Path:
     for part, count in (("dev", 6), ("devtest", 3)):
         (folder / part).mkdir(parents=True)
@@ -546,8 +558,8 @@ def test_a_report_has_every_setting_beside_the_papers_row(
     task = humaneval.load(small)
     found = measure(Scripted(texts(task, {}, 0)), [task], None, tmp_path, paper="3b")
     shown, lines = render(found), markdown(found).splitlines()
-    assert (tmp_path / "report.md").read_text() == markdown(found)
-    assert json.loads((tmp_path / "report.json").read_text()) == to_json(found)
+    assert (tmp_path / "humaneval.md").read_text() == markdown(found)
+    assert json.loads((tmp_path / "humaneval.json").read_text()) == to_json(found)
     for setting in paper_settings(Scripted.decoders, 4):
         (line,) = [line for line in lines if line.startswith(f"| {setting.name} |")]
         assert f"| {paper_rows('3b', 'humaneval')[setting.name].gigabytes:.2f} |" in line and setting.name in shown

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.types import DecoderName
@@ -57,8 +57,8 @@ def measure(
     restart: bool = False,
 ) -> Report:
     """Answers all problems with the paper's settings, where earlier runs have not, judges the answers and writes
-    report.md, report.json and pictures of the tasks that have scores into `out`. decoders: only these; None takes all
-    that the model has. sandbox: what executes programs; None leaves them unscored.
+    TASK.md, TASK.json and, where there are scores, a picture TASK.png of each into `out`. decoders: only these; None
+    takes all that the model has. sandbox: what executes programs; None leaves them unscored.
 
     Raises TaskError, ResultsError, SourceError, SandboxError, and OSError.
     """
@@ -72,8 +72,11 @@ def measure(
     if sandbox:
         execute(sandbox, runs)
     found = report(source.model, runs, paper, bleu)
-    (out / "report.md").write_text(markdown(found))
-    (out / "report.json").write_text(json.dumps(to_json(found), indent=2) + "\n")
+    for table in found.tables:
+        # A file for each task: the next command may name others, with the same folder.
+        alone = replace(found, tables=[table])
+        (out / f"{table.task.name}.md").write_text(markdown(alone))
+        (out / f"{table.task.name}.json").write_text(json.dumps(to_json(alone), indent=2) + "\n")
     if plot.can_draw():
         plot.draw(found, out)
     return found
