@@ -51,7 +51,7 @@ class NoConnection(ConnectionFailed):
     """No server answers at this address."""
 
 
-class _BrokenOff(ConnectionFailed):
+class BrokenOff(ConnectionFailed):
     """A stream without its end."""
 
 
@@ -157,7 +157,7 @@ UNSTREAMED = ("return_token_ids", "prompt_logprobs", "trace", "patches")
 UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout)
 PASSING = (*UNREACHED, httpx.NetworkError, httpx.RemoteProtocolError, ApiError)
 """Failures after which another try may help: the server, or the way to it, may be gone, and another take its place."""
-BROKEN = (*PASSING, _BrokenOff, httpx.ReadTimeout)
+BROKEN = (*PASSING, BrokenOff, httpx.ReadTimeout)
 """The same for a stream, which a server that lives sends something every few seconds."""
 
 
@@ -215,14 +215,14 @@ class Client(_Base):
 
     def complete(self, prompt: Prompt, *, model: str | None = None, **fields: Any) -> Completion:
         """The whole completion. Raises FastBltError."""
-        body = _body(prompt, model or _only(self.models()), fields)
+        body = _body(prompt, model or first_model(self.models()), fields)
         with _translated():
             return _completion(self._whole("POST", "/v1/completions", body))
 
     def stream(self, prompt: Prompt, *, model: str | None = None, **fields: Any) -> Generator[Completion, None, None]:
         """Events as they come, the last one with the usage. Closing the iterator ends the request. Raises
         FastBltError, ValueError for a field of `UNSTREAMED`."""
-        answer = Answer(_stream_body(prompt, model or _only(self.models()), fields))
+        answer = Answer(_stream_body(prompt, model or first_model(self.models()), fields))
         attempt = 0
         with _translated():
             while not answer.is_whole:
@@ -292,7 +292,7 @@ class AsyncClient(_Base):
 
     async def complete(self, prompt: Prompt, *, model: str | None = None, **fields: Any) -> Completion:
         """The whole completion. Raises FastBltError."""
-        body = _body(prompt, model or _only(await self.models()), fields)
+        body = _body(prompt, model or first_model(await self.models()), fields)
         with _translated():
             return _completion(await self._whole("POST", "/v1/completions", body))
 
@@ -301,7 +301,7 @@ class AsyncClient(_Base):
     ) -> AsyncGenerator[Completion, None]:
         """Events as they come, the last one with the usage. Closing the iterator ends the request. Raises
         FastBltError, ValueError for a field of `UNSTREAMED`."""
-        answer = Answer(_stream_body(prompt, model or _only(await self.models()), fields))
+        answer = Answer(_stream_body(prompt, model or first_model(await self.models()), fields))
         attempt = 0
         with _translated():
             while not answer.is_whole:
@@ -372,7 +372,7 @@ class Events:
     def check_done(self) -> None:
         """Raises ConnectionFailed unless the stream is complete."""
         if not self._done:
-            raise _BrokenOff("the stream broke off")
+            raise BrokenOff("the stream broke off")
 
 
 class _Once:
@@ -544,8 +544,12 @@ def _parse_json(data: bytes) -> dict[str, Any]:
 
 def _completion(data: dict[str, Any]) -> Completion:
     if "error" in data:
-        raise ApiError(None, data["error"])
-    return Completion(data["id"], data["model"], [_choice(told) for told in data["choices"]], data.get("usage"))
+        error = data["error"]
+        raise ApiError(None, error if isinstance(error, dict) else {"message": str(error)})
+    try:
+        return Completion(data["id"], data["model"], [_choice(told) for told in data["choices"]], data.get("usage"))
+    except (LookupError, TypeError, AttributeError):
+        raise ConnectionFailed(f"the answer is not OpenAI's completion: {str(data)[:80]}") from None
 
 
 def _choice(told: dict[str, Any]) -> Choice:
@@ -555,7 +559,10 @@ def _choice(told: dict[str, Any]) -> Choice:
 
 
 def _names(models: dict[str, Any]) -> list[str]:
-    return [model["id"] for model in models["data"]]
+    try:
+        return [model["id"] for model in models["data"]]
+    except (LookupError, TypeError):
+        raise ConnectionFailed(f"the answer is not OpenAI's list of models: {str(models)[:80]}") from None
 
 
 def api_error(response: httpx.Response) -> ApiError:
@@ -569,7 +576,8 @@ def api_error(response: httpx.Response) -> ApiError:
     return ApiError(response.status_code, error, response.headers.get("retry-after", ""))
 
 
-def _only(models: list[str]) -> str:
+def first_model(models: list[str]) -> str:
+    """Raises FastBltError if there is none."""
     if not models:
         raise FastBltError("the server offers no model")
     return models[0]

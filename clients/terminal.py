@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .fastblt_client import ApiError, Client
+from .fastblt_client import ApiError, Client, first_model
 
 notes = Console(stderr=True, highlight=False, style="dim")
 
@@ -20,7 +20,7 @@ def run(client: Client, prompts: Sequence[str], model: str | None, options: dict
     Raises FastBltError for a given prompt; for typed lines a refusal is shown and the next line read.
     """
     if model is None:
-        model = client.models()[0]
+        model = first_model(client.models())
     for prompt in prompts:
         show(client, prompt, model, options)
     if prompts:

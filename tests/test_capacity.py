@@ -22,6 +22,7 @@ from server.capacity import curve
 from server.capacity.curve import Capacity, LatencyTarget, LoadPoint, Simulated, capacity, latency
 from server.cli import OF_SIMULATION, app
 from tests.models import our_config
+from tests.test_clients import answer, scripted
 
 CONFIG = our_config()
 COSTS = ReplicaCosts(
@@ -309,6 +310,16 @@ def test_the_command_prints_the_replicas_and_draws(measured: str, tmp_path: Path
 def test_the_command_says_what_is_wrong(words: list[str], said: str) -> None:
     code, found = command(*words)
     assert code == 1 and said in found
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"data": []}', b'{"data": [{"id": "m"}]}', b'{"data": "m"}'])
+def test_another_kind_of_server_is_one_line(body: bytes) -> None:
+    with scripted(answer(200, body)) as (url, _):
+        code, found = command("--url", url)
+    assert code == 1 and found == f"fastblt: --url: {url} is not a fastblt server of this version\n"
+    with scripted(answer(200, b"<html>")) as (url, _):
+        code, found = command("--url", url)
+    assert code == 1 and found == f"fastblt: --url: {url}/v1/models is no JSON object: this is not a fastblt server\n"
 
 
 def test_the_command_says_whose_costs_a_file_has(measured: str) -> None:

@@ -20,6 +20,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from clients.fastblt_client import (
     UNSTREAMED,
@@ -30,8 +31,10 @@ from clients.fastblt_client import (
     Completion,
     ConnectionFailed,
     Events,
+    FastBltError,
     NoConnection,
 )
+from server.cli import app
 from tests.conftest import COMMAND, ROOT
 from tests.serving import TINY_NAMES, free_port, running_server
 
@@ -175,6 +178,36 @@ async def test_a_refused_connection_names_the_address() -> None:
         with pytest.raises(NoConnection) as refused:
             await client.models()
     assert str(refused.value).startswith(where) and str(refused.value).endswith(question)
+
+
+ANOTHERS_MODELS = [
+    (b'{"data": []}', "the server offers no model"),
+    (b'{"models": []}', "the answer is not OpenAI's list of models: {'models': []}"),
+    (b'{"data": ["m"]}', "the answer is not OpenAI's list of models: "),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), ANOTHERS_MODELS)
+@pytest.mark.parametrize("command", [["client", "--prompt=a"], ["load", "--concurrency=1", "--requests=1"]])
+def test_another_kind_of_server_is_one_line(command: list[str], body: bytes, message: str) -> None:
+    with scripted(answer(200, body)) as (url, _):
+        done = CliRunner().invoke(app, [*command, "--url", url])
+    assert done.exit_code == 1 and done.stderr.startswith(f"fastblt: {message}"), done.output
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"model": "m", "choices": []}', "the answer is not OpenAI's completion: {'model': 'm'"),
+        (b'{"id": "c", "model": "m", "choices": [1]}', "the answer is not OpenAI's completion: "),
+        (b'{"error": "no room"}', "no room"),
+    ],
+)
+def test_what_is_no_completion_is_an_error_of_the_client(body: bytes, message: str) -> None:
+    with scripted(answer(200, body), answer(200, b"data: " + body + b"\n\n")) as (url, _), Client(url) as client:
+        for ask in (client.complete, lambda *of, **more: list(client.stream(*of, **more))):
+            with pytest.raises(FastBltError, match=re.escape(message)):
+                ask("x", model="m")
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -343,6 +343,28 @@ def test_an_answer_whose_engine_was_lost_is_asked_for_again() -> None:
         list(OverHttp(version, None, send(99)).answers(asked))
 
 
+VERSION = {"model": "m", "decoders": ["blt"], "block_size": None, "parameters": 1}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"choices": [], "usage": {}},
+        {"choices": [{"text": "a"}], "usage": {"completion_tokens": 4}},
+        {"choices": [{"text": "a"}], "usage": {"completion_tokens": 4, "fastblt": None}},
+    ],
+)
+def test_another_kind_of_server_is_told(told: dict[str, Any], small: Path, tmp_path: Path) -> None:
+    (setting,) = paper_settings(["blt"], None)
+    source = OverHttp(VERSION, None, lambda bodies: ((one, told) for one, _ in bodies))
+    with pytest.raises(SourceError, match="p, BLT: this is not a fastblt server of this version: it answers {"):
+        list(source.answers([Asked("key", Problem("p", "x"), setting, 4)]))
+    with scripted(answer(200, b'{"version": "0.6"}')) as (url, _):
+        said = fails("tasks", "humaneval", "--humaneval", small, "--url", url, "--out", tmp_path / "out")
+    assert said == "fastblt: this is not a fastblt server of this version: its /version is {'version': '0.6'}\n"
+
+
 def test_another_patcher_is_another_model(tmp_path: Path) -> None:
     for number in range(2):
         tensors = random_tensors(META_CONFIG, number)

@@ -5,7 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 
-from ..fastblt_client import RETRIED, ApiError, ConnectionFailed, Events, retry_delay
+from ..fastblt_client import RETRIED, ApiError, BrokenOff, ConnectionFailed, Events, retry_delay
 from .arrivals import poisson
 from .http import Answer, Lost, Pool, clock
 from .percentiles import Gaps
@@ -148,8 +148,10 @@ class _Runner:
                 self._fail(record, f"error event {error.code or error.type or ''}".strip(), str(error))
             except Lost as error:
                 self._fail(record, str(error).partition(":")[0], str(error))
-            except ConnectionFailed as error:
+            except BrokenOff as error:
                 self._fail(record, "no whole stream", str(error))
+            except ConnectionFailed as error:
+                self._fail(record, "no completion", str(error))
             except TimeoutError as error:
                 self._fail(record, "timeout", str(error) or "no connection in time")
             except OSError as error:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import uvloop
 
 from ..address import base_url
-from ..fastblt_client import Client
+from ..fastblt_client import Client, first_model
 from ..progress import Progress
 from .http import Pool
 from .record import Limits, Plan, Record, Run
@@ -67,7 +67,7 @@ def load(settings: Settings) -> Result:
     model = settings.model
     if model is None:
         with Client(address, api_key=settings.api_key, retries=0, ca_file=settings.ca_file) as client:
-            model = client.models()[0]
+            model = first_model(client.models())
     fields = {"model": model, **settings.fields}
     workload = Workload(texts, settings.max_tokens, settings.decoders, fields, settings.seed)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -84,16 +84,20 @@ class Target:
         if where.scheme not in ("http", "https") or not where.hostname:
             raise MeasureError(f"--url: must be as http://127.0.0.1:8000, not {url!r}")
         base = f"{where.scheme}://{where.netloc}"
-        cards = orjson.loads(_get(base, "/v1/models", headers))["data"]
-        if decoder not in cards[0]["decoders"]:
-            raise MeasureError(f"--decoder: {base} has {', '.join(cards[0]['decoders'])}, not {decoder!r}")
-        return cls(base, cards[0]["id"], decoder, headers)
+        try:
+            card = _get_object(base, "/v1/models", headers)["data"][0]
+            name, decoders = card["id"], list(card["decoders"])
+        except (LookupError, TypeError):
+            raise MeasureError(f"--url: {base} is not a fastblt server of this version") from None
+        if decoder not in decoders:
+            raise MeasureError(f"--decoder: {base} has {', '.join(decoders)}, not {decoder!r}")
+        return cls(base, name, decoder, headers)
 
 
 def measure(target: Target, traffic: Traffic, tell: Callable[[str], None]) -> ReplicaCosts:
     """Takes a minute or so. tell: what is measured now. Raises MeasureError."""
     limits = _limits(target)
-    version = orjson.loads(_get(target.url, "/version", target.headers))
+    version = _get_object(target.url, "/version", target.headers)
     if busy := limits["fastblt_running_sequences"] + limits["fastblt_waiting_sequences"]:
         raise MeasureError(f"{target.url} runs {busy:.0f} other sequences: it must be idle to be measured")
     max_sequences = int(limits["fastblt_running_capacity_sequences"])
@@ -181,7 +185,7 @@ def _prompts(target: Target, texts: "Texts", traffic: Traffic, byte: float) -> t
 
 def _longest(target: Target) -> int:
     """Most bytes of a text."""
-    return int(orjson.loads(_get(target.url, "/version", target.headers))["max_length"])
+    return int(_get_object(target.url, "/version", target.headers)["max_length"])
 
 
 class Texts:
@@ -287,6 +291,16 @@ def _samples(target: Target) -> Iterator[Sample]:
     """All values of `/metrics`. Raises MeasureError."""
     for family in text_string_to_metric_families(_get(target.url, "/metrics", target.headers).decode()):
         yield from family.samples
+
+
+def _get_object(url: str, path: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        found = orjson.loads(_get(url, path, headers))
+    except orjson.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise MeasureError(f"--url: {url}{path} is no JSON object: this is not a fastblt server")
+    return found
 
 
 def _get(url: str, path: str, headers: Mapping[str, str]) -> bytes:

@@ -20,6 +20,7 @@ IN_FLIGHT = 2
 TRIES = 5
 """How often a server is asked for an answer whose costs it has not counted: `usage` has the work of the last engine
 alone if one was lost."""
+OTHER_SERVER = "this is not a fastblt server of this version"
 DESCRIPTIONS = (CONFIG, PARAMS, TRAIN_ARGS, WEIGHTS_INDEX)
 SAMPLE = 1 << 20
 """Bytes that are looked at in three places of a file, as all of a large model would take minutes."""
@@ -125,28 +126,30 @@ Send = Callable[[Iterable[tuple[Asked, dict[str, Any]]]], Iterator[tuple[Asked, 
 
 
 class OverHttp:
-    """A running server. version: the answer of its `/version`. model: one of its names; None takes the first."""
+    """A running server. version: the answer of its `/version`. model: one of its names; None takes the first. Raises
+    SourceError for another kind of server."""
 
     def __init__(self, version: Mapping[str, Any], model: str | None, send: Send) -> None:
         self._model, self._send = model, send
-        self.model, self.decoders = version["model"], tuple(version["decoders"])
-        self.block_size: int | None = version["block_size"]
-        self.about: dict[str, Any] = {"model": model or self.model, "parameters": version["parameters"]}
+        try:
+            self.model, self.decoders = version["model"], tuple(version["decoders"])
+            self.block_size: int | None = version["block_size"]
+            self.about: dict[str, Any] = {"model": model or self.model, "parameters": version["parameters"]}
+        except (LookupError, TypeError):
+            raise SourceError(f"{OTHER_SERVER}: its /version is {str(dict(version))[:80]}") from None
 
     def answers(self, asked: Iterable[Asked]) -> Iterator[tuple[Asked, Answer]]:
         for _ in range(TRIES):
             again = []
             for one, response in self._send((one, self._body(one)) for one in asked):
-                (choice,), usage = response["choices"], response["usage"]
-                if (generated := usage["completion_tokens"]) != one.num_bytes:
-                    raise _failed(
-                        one, f"ended after {generated} bytes: {choice['stop_reason'] or choice['finish_reason']}"
-                    )
-                # A round gives one byte beyond what it accepts, at most.
-                if (cost := usage["fastblt"])["rounds"] + cost["accepted"] < generated:
+                try:
+                    found = _answer_of(one, response)
+                except (LookupError, TypeError, ValueError):
+                    raise _failed(one, f"{OTHER_SERVER}: it answers {str(response)[:80]}") from None
+                if found:
+                    yield one, found
+                else:
                     again.append(one)
-                    continue
-                yield one, Answer(_text(choice["token_ids"]), **{name: cost[name] for name in COSTS})
             if not again:
                 return
             asked = again
@@ -156,6 +159,18 @@ class OverHttp:
         named = {"model": self._model} if self._model else {}
         body = {"prompt": one.problem.prompt, "max_tokens": one.num_bytes, "temperature": 0, "ignore_eos": True}
         return named | body | {"return_token_ids": True} | one.setting.body
+
+
+def _answer_of(one: Asked, response: Mapping[str, Any]) -> Answer | None:
+    """None where some of the work was not counted. Raises SourceError for a text of another length, and LookupError,
+    TypeError or ValueError for what no fastblt server says."""
+    (choice,), usage = response["choices"], response["usage"]
+    if (generated := usage["completion_tokens"]) != one.num_bytes:
+        raise _failed(one, f"ended after {generated} bytes: {choice['stop_reason'] or choice['finish_reason']}")
+    # A round gives one byte beyond what it accepts, at most.
+    if (cost := usage["fastblt"])["rounds"] + cost["accepted"] < generated:
+        return None
+    return Answer(_text(choice["token_ids"]), **{name: cost[name] for name in COSTS})
 
 
 def _request(name: str, one: Asked) -> Request:
