@@ -24,6 +24,7 @@ from engine.checkpoint import random_tensors
 from engine.config import EngineConfig
 from engine.costs.accounting import PaperFormula
 from engine.decoders.table import DECODERS
+from engine.types import Failed, Finished, Request, Usage
 from server import processors
 from server.cli import app
 from server.evaluation import flores, humaneval, mbpp, plot
@@ -343,6 +344,53 @@ def test_an_answer_whose_engine_was_lost_is_asked_for_again() -> None:
         list(OverHttp(version, None, send(99)).answers(asked))
 
 
+def test_a_failed_text_loses_none_of_those_under_way() -> None:
+    """In process: those that run end, and no other begins."""
+    begun: list[str] = []
+    first = [Failed(id="1", code="internal", message="poison"), Finished(id="0", reason="length", usage=USAGE)]
+    steps = iter([first, [Finished(id=name, reason="length", usage=USAGE) for name in ("2", "3")]])
+
+    class Engine:
+        config = EngineConfig("m", max_sequences=2)
+
+        def add(self, request: Request) -> None:
+            begun.append(request.id)
+
+        def step(self) -> Any:
+            return next(steps)
+
+    source = object.__new__(InProcess)
+    source._engine = Engine()  # type: ignore[assignment]
+    (setting,) = paper_settings(["blt"], None)
+    asked = iter([Asked(number, Problem(f"p{number}", "x"), setting, 4) for number in range(9)])
+    given = []
+    with pytest.raises(SourceError, match="p1, BLT: poison"):
+        for one, _ in source.answers(asked):
+            given.append(one.key)
+    assert given == [0, 2, 3] and begun == ["0", "1", "2", "3"]
+
+
+def test_a_text_of_another_length_loses_none_of_those_under_way() -> None:
+    """Over HTTP: the answers to all that was sent are kept, and no other is sent."""
+    (setting,) = paper_settings(["blt"], None)
+    asked = [Asked(number, Problem(f"p{number}", "x"), setting, 4) for number in range(9)]
+
+    def send(bodies: Iterable[tuple[Asked, Any]]) -> Iterator[tuple[Asked, Any]]:
+        live = [*islice(bodies, 4)]
+        for one, _ in live:
+            short = {"finish_reason": "length", "stop_reason": "timeout"}
+            usage = {"completion_tokens": 2 if one.key == 1 else 4, "fastblt": dict.fromkeys(COSTS, 4) | {"rounds": 4}}
+            yield one, {"choices": [{"token_ids": [101] * 4, **short}], "usage": usage}
+        assert not [*bodies]
+
+    given = []
+    with pytest.raises(SourceError, match="p1, BLT: ended after 2 bytes: timeout"):
+        for one, _ in OverHttp(VERSION, None, send).answers(asked):
+            given.append(one.key)
+    assert given == [0, 2, 3]
+
+
+USAGE = Usage(prompt_tokens=1, completion_tokens=4)
 VERSION = {"model": "m", "decoders": ["blt"], "block_size": None, "parameters": 1}
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,7 +51,8 @@ class Source(Protocol):
     block_size: int | None
 
     def answers(self, asked: Iterable[Asked]) -> Iterator[tuple[Asked, Answer]]:
-        """In the order in which they come. Raises SourceError."""
+        """In the order in which they come. Raises SourceError for one without, and gives before the answers to all that
+        was asked by then."""
         ...
 
 
@@ -79,6 +81,7 @@ class InProcess:
         ids: dict[str, list[int]] = {}
         number = 0
         more = True
+        failure: SourceError | None = None
         while more or live:
             while more and len(live) < IN_FLIGHT * self._engine.config.max_sequences:
                 if (one := next(waiting, None)) is None:
@@ -94,7 +97,9 @@ class InProcess:
                     case Finished(id=name, usage=usage):
                         yield live.pop(name), _answer(ids.pop(name), usage)
                     case Failed(id=name, message=message):
-                        raise _failed(live[name], message)
+                        failure, more = failure or _failed(live.pop(name), message), False
+        if failure:
+            raise failure
 
 
 def fingerprint(model: Path, patcher: Path | None = None) -> str:
@@ -139,17 +144,22 @@ class OverHttp:
             raise SourceError(f"{OTHER_SERVER}: its /version is {str(dict(version))[:80]}") from None
 
     def answers(self, asked: Iterable[Asked]) -> Iterator[tuple[Asked, Answer]]:
+        failures: list[SourceError] = []
         for _ in range(TRIES):
             again = []
-            for one, response in self._send((one, self._body(one)) for one in asked):
+            going = takewhile(lambda _: not failures, asked)
+            for one, response in self._send((one, self._body(one)) for one in going):
                 try:
                     found = _answer_of(one, response)
-                except (LookupError, TypeError, ValueError):
-                    raise _failed(one, f"{OTHER_SERVER}: it answers {str(response)[:80]}") from None
+                except SourceError as error:
+                    failures.append(error)
+                    continue
                 if found:
                     yield one, found
                 else:
                     again.append(one)
+            if failures:
+                raise failures[0]
             if not again:
                 return
             asked = again
@@ -162,15 +172,17 @@ class OverHttp:
 
 
 def _answer_of(one: Asked, response: Mapping[str, Any]) -> Answer | None:
-    """None where some of the work was not counted. Raises SourceError for a text of another length, and LookupError,
-    TypeError or ValueError for what no fastblt server says."""
-    (choice,), usage = response["choices"], response["usage"]
-    if (generated := usage["completion_tokens"]) != one.num_bytes:
-        raise _failed(one, f"ended after {generated} bytes: {choice['stop_reason'] or choice['finish_reason']}")
-    # A round gives one byte beyond what it accepts, at most.
-    if (cost := usage["fastblt"])["rounds"] + cost["accepted"] < generated:
-        return None
-    return Answer(_text(choice["token_ids"]), **{name: cost[name] for name in COSTS})
+    """None where some of the work was not counted. Raises SourceError."""
+    try:
+        (choice,), usage = response["choices"], response["usage"]
+        if (generated := usage["completion_tokens"]) != one.num_bytes:
+            raise _failed(one, f"ended after {generated} bytes: {choice['stop_reason'] or choice['finish_reason']}")
+        # A round gives one byte beyond what it accepts, at most.
+        if (cost := usage["fastblt"])["rounds"] + cost["accepted"] < generated:
+            return None
+        return Answer(_text(choice["token_ids"]), **{name: cost[name] for name in COSTS})
+    except (LookupError, TypeError, ValueError):
+        raise _failed(one, f"{OTHER_SERVER}: it answers {str(response)[:80]}") from None
 
 
 def _request(name: str, one: Asked) -> Request:
