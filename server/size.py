@@ -19,7 +19,7 @@ from engine.config import ModelConfig
 from engine.decoders.paper import PAPER_ACCEPTANCE, PAPER_PASSES
 from engine.layout import DECODERS
 
-from .sizing import ASSUMED_PATCH, Drafting, Sizing
+from .sizing import ASSUMED_PATCH, Drafting, Sizing, check_patch
 from .tables import drawn, number_table
 
 WRITTEN_ITEMSIZE = 2
@@ -62,8 +62,8 @@ class Text:
 def text_of(subject: Subject, draft_length: int, **given: float | None) -> Text:
     """given: patch_size, acceptance, block_acceptance and block_passes, each None if its flag is not given.
 
-    Raises ValueError for a number that is neither given, measured nor assumed, and for block flags of a model without
-    blocks.
+    Raises ValueError for a number that is neither given, measured nor assumed, for patches that the model cannot have,
+    and for block flags of a model without blocks.
     """
     asked = {name: value for name, value in given.items() if value is not None}
     if subject.config.block_size is None and (blocks := [name for name in asked if name.startswith("block_")]):
@@ -77,7 +77,7 @@ def text_of(subject: Subject, draft_length: int, **given: float | None) -> Text:
     sources: dict[str, Source] = {
         name: "given" if name in asked else "measured" if name in measured else "assumed" for name in numbers
     }
-    patch = numbers.pop("patch_size")
+    check_patch(subject.config, patch := numbers.pop("patch_size"))
     return Text(patch, Drafting(draft_length, **numbers), sources)
 
 

@@ -183,6 +183,13 @@ def size(
     )
 
 
+def check_patch(config: ModelConfig, patch: float) -> None:
+    """patch: mean bytes. Raises ValueError, for NaN too."""
+    most = config.patching.max_patch_length or config.max_length
+    if not 1 <= patch <= most:
+        raise ValueError(f"--patch-size: must be from 1 to {most} bytes for {config.name}, not {patch:g}")
+
+
 def _check(config: ModelConfig, load: Load, drafting: Drafting, reserve: float, bandwidth: float | None) -> None:
     """Raises ValueError, for NaN too: each condition says what must hold."""
 
@@ -190,7 +197,6 @@ def _check(config: ModelConfig, load: Load, drafting: Drafting, reserve: float, 
         if not holds:
             raise ValueError(what)
 
-    most_patch = config.patching.max_patch_length or config.max_length
     positions, size = config.global_.max_positions, config.block_size
     check(
         1 <= load.sequences <= MOST_SEQUENCES, f"--sequences: must be from 1 to {MOST_SEQUENCES}, not {load.sequences}"
@@ -200,10 +206,7 @@ def _check(config: ModelConfig, load: Load, drafting: Drafting, reserve: float, 
         f"--context: must be from 1 to {config.max_length} bytes, the longest sequence of {config.name}, "
         f"not {load.context}",
     )
-    check(
-        1 <= load.patch <= most_patch,
-        f"--patch-size: must be from 1 to {most_patch} bytes for {config.name}, not {load.patch:g}",
-    )
+    check_patch(config, load.patch)
     check(
         load.patches <= positions,
         f"--context: {load.context} bytes in patches of {load.patch:g} bytes are {load.patches} patches; a sequence of "

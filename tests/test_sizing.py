@@ -309,6 +309,8 @@ def test_size_reports_too_little_memory() -> None:
         ),
         (["--config", "tiny", "--patch-size", "9"], "--patch-size: must be from 1 to 8 bytes for tiny, not 9"),
         (["--config", "tiny", "--patch-size", "nan"], "--patch-size: must be from 1 to 8 bytes for tiny, not nan"),
+        (["--config", "tiny", "--patch-size", "-3", "--training"], "--patch-size: must be from 1 to 8 bytes for tiny"),
+        (["--config", "tiny", "--patch-size", "0", "--simulate"], "--patch-size: must be from 1 to 8 bytes for tiny"),
         (["--config", "tiny", "--acceptance", "91"], "--acceptance: must be a share of the drafted bytes"),
         (["--config", "tiny", "--block-acceptance", "-1"], "--block-acceptance: must be a share"),
         (
