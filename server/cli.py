@@ -1134,7 +1134,7 @@ def _subject(model: str | None, config: str | None, patcher: str | None) -> "Sub
     from .size import Subject
 
     if not model:
-        return Subject(_read_config(config or ""))
+        return Subject(_read_config(config or "", patcher))
     found = localised(EngineConfig(model, patcher=patcher))
     return Subject.read(Path(found.model), found.patcher)
 
@@ -1307,12 +1307,17 @@ def _parse_unmask(text: str | None) -> UnmaskRule | None:
         raise typer.BadParameter(str(error), param_hint="--unmask") from None
 
 
-def _read_config(name: str) -> ModelConfig:
+def _read_config(name: str, patcher: str | None = None) -> ModelConfig:
     from engine.checkpoint import PRESETS, read_config
     from engine.checkpoint.files import read_json
     from engine.checkpoint.hf_config import parse
 
+    path = Path(name)
+    if patcher and (name in PRESETS or path.is_file()):
+        raise ValueError(f"--patcher {patcher}: {name} has its own; only a model in Meta's layout takes one")
     if name in PRESETS:
         return PRESETS[name]
-    path = Path(name)
-    return parse(read_json(path), path)[1] if path.is_file() else read_config(local_folder(name, weights=False))
+    if path.is_file():
+        return parse(read_json(path), path)[1]
+    folder = local_folder(name, weights=False)
+    return read_config(folder, patcher=local_folder(patcher, weights=False) if patcher else None)

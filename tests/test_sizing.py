@@ -12,7 +12,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from benchmarks.generate import TEXT
-from engine.checkpoint import PRESETS, load
+from engine.checkpoint import PRESETS, load, random_tensors
 from engine.config import EngineConfig, PatchingRule
 from engine.costs.accounting import PaperFormula, StageBytes
 from engine.engine import Engine
@@ -24,6 +24,7 @@ from server.cli import app
 from server.sizing import Drafting, Load, Sizing, caches_held, engine_for, readings, size
 from tests.engines import Output, make_engine, request, run
 from tests.models import text
+from tests.test_checkpoint_formats import META_CONFIG, write_meta
 
 NANO = Path(__file__).parents[1] / "models" / "nano"
 HOWS: list[dict[str, Any]] = [{"decoder": decoder} for decoder in ("blt", "blt-s", "blt-d", "blt-dv")]
@@ -341,6 +342,18 @@ def test_size_names_a_decoders_json_that_is_not_valid(tmp_path: Path) -> None:
     assert "decoders.json: expected a JSON object, found list" in refused("--model", tmp_path)
     (tmp_path / "decoders.json").write_text("{}")
     assert "decoders.json: must be as `fastblt compare --write` writes it" in refused("--model", tmp_path)
+
+
+def test_size_of_a_config_takes_its_patcher_or_refuses_one(tmp_path: Path) -> None:
+    write_meta(tmp_path / "meta", random_tensors(META_CONFIG, 0), hub=True, beside=False)
+    of_whole = shown("--config", tmp_path / "meta", "--json")
+    (tmp_path / "meta" / "entropy_model").rename(tmp_path / "apart")
+    assert "--patcher" in refused("--config", tmp_path / "meta")
+    assert shown("--config", tmp_path / "meta", "--patcher", tmp_path / "apart", "--json") == of_whole
+    for own in ("tiny", NANO / "config.json"):
+        said = refused("--config", own, "--patcher", tmp_path / "apart")
+        assert f"--patcher {tmp_path / 'apart'}: {own} has its own" in said
+    assert "contains its own" in refused("--config", NANO, "--patcher", tmp_path / "apart")
 
 
 def test_size_of_a_model_with_single_byte_patches_needs_no_patch_size() -> None:

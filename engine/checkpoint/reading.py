@@ -31,11 +31,14 @@ def load(path: str | Path, *, patcher: str | Path | None = None, patching_thresh
     return replace(found, config=_with_threshold(found.config, patching_threshold))
 
 
-def read_config(path: str | Path) -> ModelConfig:
-    """The configuration alone, without looking at tensors. Raises CheckpointError."""
-    folder = Path(path)
+def read_config(path: str | Path, *, patcher: str | Path | None = None) -> ModelConfig:
+    """The configuration alone, without looking at tensors. patcher: as for `load`. Raises CheckpointError."""
+    folder, patcher = Path(path), Path(patcher) if patcher is not None else None
     data = _hf_data(folder)
-    return meta.read_config(folder)[0] if data is None else hf_config.parse(data, folder / CONFIG)[1]
+    if data is None:
+        return meta.read_config(folder, patcher)[0]
+    _refuse_patcher(folder, patcher)
+    return hf_config.parse(data, folder / CONFIG)[1]
 
 
 def _with_threshold(config: ModelConfig, threshold: float | None) -> ModelConfig:
