@@ -677,6 +677,9 @@ def test_the_command_says_what_is_wrong_with_its_arguments(folder: Path, tmp_pat
         "finetune", "--model", model, "--out", str(tmp_path / "new"), "--steps", "9", "--minutes", "1", words, code=2
     )
     assert "is not an empty folder" in fails("finetune", "--model", model, "--out", str(tmp_path / "full"), words)
+    for inside in ("new", "new/run", "full/../new/run"):
+        given = ("--model", model, "--out", str(tmp_path / "new"), "--run", str(tmp_path / inside), words)
+        assert f"{tmp_path / inside} must not lie in {tmp_path / 'new'}, which holds" in fails("finetune", *given)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("server.cli.find_spec", lambda name: None if name == "tqdm" else object())
         said = fails("finetune", "--model", model, "--out", str(tmp_path / "new"), words)

@@ -59,6 +59,8 @@ def finetune(
     """
     from .tuning_report import report, summary  # draws a picture, which no training needs
 
+    if run.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--run: {run} must not lie in {out}, which holds the model alone")
     # A run that was stopped in its report has written some of these.
     others = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if resume:
