@@ -2,6 +2,9 @@
 
 import json
 import math
+import time
+from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +262,15 @@ def test_loads_are_simulated_in_processes_as_here(monkeypatch: pytest.MonkeyPatc
     here = [simulated().at(share, MOST) for share in (0.1, 0.5)]
     monkeypatch.setattr(curve, "usable_processors", lambda: 2)
     assert list(curve._all_at(simulated(), (0.1, 0.5), MOST)) == here
+
+
+def test_loads_under_way_end_with_the_first_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with Ctrl-C. The second would take minutes."""
+    monkeypatch.setattr(curve, "usable_processors", lambda: 2)
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        list(curve._all_at(replace(simulated(), num_requests=1_000_000), (0.0, 0.5), MOST))
+    assert time.monotonic() - began < 60 and not active_children()
 
 
 def test_percentiles_are_of_the_requests_themselves() -> None:

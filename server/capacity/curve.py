@@ -5,11 +5,11 @@ router that knows how busy the replicas are does better.
 """
 
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 from engine.config import ModelConfig
@@ -149,8 +149,23 @@ def _all_at(simulated: Simulated, shares: Sequence[float], most: float) -> Itera
     if cores == 1:
         yield from (simulated.at(share, most) for share in shares)
         return
+    others = active_children()
     with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
-        yield from pool.map(partial(Simulated.at, simulated, most=most), shares)
+        try:
+            # The processes inherit it: Ctrl-C at a terminal is for this one, which ends them.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                points = [pool.submit(simulated.at, share, most) for share in shares]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for point in points:
+                yield point.result()
+        except BaseException:
+            # After Ctrl-C, too, nobody waits for loads that may take a minute each.
+            for process in active_children():
+                if process not in others:
+                    process.terminate()
+            raise
 
 
 def latency(seconds: Iterable[float], percentile: float) -> Latency:
