@@ -20,6 +20,7 @@ from engine.config import DeviceName, DtypeName, EngineConfig, KernelName, Model
 from engine.decoders.table import DECODERS
 from engine.hub import HubError, local_folder, localised
 from engine.installed import installed
+from engine.shortage import is_out_of_memory
 from engine.types import MAX_DRAFT, SamplingParams, UnmaskRule
 
 from .embedded import embedded_model
@@ -304,8 +305,8 @@ def load(
 
     if (rate is None) == (concurrency is None):
         raise typer.BadParameter("give either --rate or --concurrency", param_hint="--rate")
-    rates: list[float | None] = [*_parsed("--rate", parse_numbers, rate)] if rate else [None]
-    together = _parsed("--concurrency", parse_numbers, concurrency) if concurrency else []
+    rates: list[float | None] = [None] if rate is None else [*_parsed("--rate", parse_numbers, rate)]
+    together = [] if concurrency is None else _parsed("--concurrency", parse_numbers, concurrency)
     if not all(number.is_integer() for number in together):
         raise typer.BadParameter(f"must be whole numbers, not {concurrency!r}", param_hint="--concurrency")
     if requests is None and duration is None:
@@ -496,7 +497,7 @@ def init(
     ],
     seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
     hash_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows per hash table instead of the configuration's.")
+        int | None, typer.Option(min=1, max=2**31 - 1, help="Rows per hash table instead of the configuration's.")
     ] = None,
     dtype: Annotated[DtypeName, typer.Option(help="Dtype of the written weights.")] = "bfloat16",
 ) -> None:
@@ -515,7 +516,12 @@ def init(
         if hash_rows is not None:
             model = replace(model, hashes=replace(model.hashes, rows=hash_rows))
         tensors = RandomTensors(model, seed, getattr(torch, dtype))
-        save(out, calibrated(model, tensors), tensors)
+        try:
+            save(out, calibrated(model, tensors), tensors)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            _fail(f"too little memory for a tensor of the model: --hash-rows below {model.hashes.rows} needs less")
 
 
 @app.command(short_help="Write a Hugging Face tokenizer.")

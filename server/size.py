@@ -62,14 +62,18 @@ class Text:
 def text_of(subject: Subject, draft_length: int, **given: float | None) -> Text:
     """given: patch_size, acceptance, block_acceptance and block_passes, each None if its flag is not given.
 
-    Raises ValueError for a number that is neither given, measured nor assumed, for patches that the model cannot have,
-    and for block flags of a model without blocks.
+    Raises ValueError for a number that is neither given, measured nor assumed, for a broken card, for patches that the
+    model cannot have, and for block flags of a model without blocks.
     """
     asked = {name: value for name, value in given.items() if value is not None}
     if subject.config.block_size is None and (blocks := [name for name in asked if name.startswith("block_")]):
         flag = blocks[0].replace("_", "-")
         raise ValueError(f"--{flag}: {subject.config.name} was not trained with block diffusion")
-    measured, assumed = _measured(subject, draft_length), _assumed(subject.config, draft_length)
+    try:
+        measured = _measured(subject, draft_length)
+    except (LookupError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{DECODERS}: must be as `fastblt compare --write` writes it ({error!r})") from error
+    assumed = _assumed(subject.config, draft_length)
     numbers = assumed | measured | asked
     if "acceptance" not in numbers:
         known = ", ".join(str(length) for decoder, length in PAPER_ACCEPTANCE if decoder == "blt-s")

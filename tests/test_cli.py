@@ -272,6 +272,20 @@ def test_init_accepts_the_config_of_an_existing_model(tiny: Path, tmp_path: Path
         assert load(tmp_path / name).config.encoder == load(tiny).config.encoder
 
 
+def test_init_tells_of_too_many_hash_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "less than or equal to 2147483647" in fails(
+        "init", "--config=tiny", "--hash-rows=100000000000", tmp_path / "out", code=2
+    )
+
+    def refuse(*of: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 6400000000000 bytes.")
+
+    monkeypatch.setattr("engine.checkpoint.presets.RandomTensors.__getitem__", refuse)
+    said = fails("init", "--config=tiny", "--hash-rows=2000000000", tmp_path / "out")
+    assert said == "fastblt: too little memory for a tensor of the model: --hash-rows below 2000000000 needs less\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_init_refuses_to_overwrite_a_folder(tiny: Path, tmp_path: Path) -> None:
     assert "not an empty folder" in fails("init", "--config=tiny", tiny)
     assert "no such directory" in fails("init", "--config=none", tmp_path / "out")

@@ -296,6 +296,8 @@ def test_ctrl_c_ends_a_run_with_what_there_is(tiny_server: str, tmp_path: Path) 
     ("flags", "message"),
     [
         ([], "give either --rate or --concurrency"),
+        (["--rate", ""], "--rate: must be a positive number"),
+        (["--concurrency", ""], "--concurrency: must be a positive number"),
         (["--rate", "x"], "--rate: must be a positive number"),
         (["--concurrency", "1.5"], "must be whole numbers, not '1.5'"),
         (["--rate", "1", "--body", "[]"], "must be a JSON object, not '[]'"),

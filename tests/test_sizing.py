@@ -340,6 +340,8 @@ def test_size_names_a_decoders_json_that_is_not_valid(tmp_path: Path) -> None:
     assert "assumed" in shown("--model", tmp_path)
     (tmp_path / "decoders.json").write_text("[]")
     assert "decoders.json: expected a JSON object, found list" in refused("--model", tmp_path)
+    (tmp_path / "decoders.json").write_text('{"rows": [{"name": "BLT"}]}')
+    assert "decoders.json: must be as `fastblt compare --write` writes it" in refused("--model", tmp_path)
     (tmp_path / "decoders.json").write_text("{}")
     assert "decoders.json: must be as `fastblt compare --write` writes it" in refused("--model", tmp_path)
 

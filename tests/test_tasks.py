@@ -670,9 +670,18 @@ def test_what_is_missing_is_named_before_a_model_is_loaded(tmp_path: Path, monke
     assert "--mbpp" in fails("tasks", "mbpp", *common)
     assert "--flores" in fails("tasks", "de-en", *common)
     wrong = tmp_path / "wrong.jsonl"
-    for content, message in [("", "empty"), ("[]", "line 1"), ('{"task_id": 1}', "no prompt"), ("{", "not JSON")]:
+    for content, message in [
+        ("", "empty"),
+        ("\n \n", "empty"),
+        ("[]", "line 1"),
+        ('{"task_id": 1}', "no prompt"),
+        ("{", "not JSON"),
+    ]:
         wrong.write_text(content)
         assert message in fails("tasks", "humaneval", *common, "--humaneval", wrong)
+    torn = tmp_path / "torn.jsonl.gz"
+    torn.write_bytes(gzip.compress(b"a" * 100)[:10] + b"\xff" * 20)
+    assert f"{torn}: line 1 is not JSON: Error -3" in fails("tasks", "humaneval", *common, "--humaneval", torn)
     (tmp_path / "dev").mkdir()
     assert "neither fra.dev nor fra_Latn.dev" in fails("tasks", "fr-en", *common, "--flores", tmp_path)
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class Task:
 
 def read_lines(path: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Objects with these fields from a file of JSON lines, which may be packed by gzip. Raises TaskError, OSError."""
-    number = 0
+    number, found = 0, None
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         try:
             for number, line in enumerate(file, 1):
@@ -68,7 +69,7 @@ def read_lines(path: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
                     raise TaskError(f"{path}: line {number} must be an object with {', '.join(fields)}" +
                                     (f"; it has no {missing[0]}" if isinstance(found, dict) else ""))  # fmt: skip
                 yield found
-        except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise TaskError(f"{path}: line {number + 1} is not JSON: {error}") from None
-    if not number:
+    if found is None:
         raise TaskError(f"{path}: the file is empty")
