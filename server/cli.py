@@ -3,6 +3,7 @@
 Modules that need torch are imported where they are used, so that `--help` answers at once.
 """
 
+import io
 import json
 import os
 import shlex
@@ -136,6 +137,9 @@ def main() -> None:
     # OpenMP's threads spin for milliseconds after each product. On a busy machine that can keep the thread they wait
     # for from running, and steps take a hundred times longer. OpenMP reads this once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A terminal without UTF-8 gets "?" for U+FFFD or a bar, and not the end of the command.
+        sys.stdout.reconfigure(errors="replace")
     app(prog_name="fastblt")
 
 

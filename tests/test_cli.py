@@ -1,9 +1,11 @@
 """The command line, in its own process where that is the point."""
 
 import json
+import os
 import re
 import socket
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -253,6 +255,15 @@ def test_generate_into_a_closed_pipe_prints_no_traceback(tiny: Path) -> None:
         process.stdout.read(1)
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("latin-1", b"? ?\n"), ("utf-8", "\ufffd \u2588\n".encode())])
+def test_a_terminal_without_utf8_ends_no_command(encoding: str, shown: bytes) -> None:
+    program = "from server import cli; cli.app = lambda **_: print('\\ufffd \\u2588'); cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (0, shown), done.stderr
 
 
 def test_init_writes_the_same_weights_for_the_same_seed(tmp_path: Path) -> None:
