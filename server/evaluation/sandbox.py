@@ -133,7 +133,7 @@ def _verdict(told: bytes, code: int | None, secret: str, limits: Limits) -> Verd
         answer = {}
     if not isinstance(answer, dict):
         answer = {}
-    # The program may write there, but does not know the secret.
+    # The program may write there, but has no secret by accident. One that looks for it in its own frames finds it.
     if answer.get("secret") == secret:
         if "setup" in answer:
             raise SandboxError(answer["setup"])
