@@ -335,6 +335,7 @@ def load(
         ca_file,
     )
     with failing_on(FastBltError, ValueError, OSError), _naming_url():
+        _check_file("--html", html)
         result = session.load(settings)
         typer.echo(json.dumps(result.content, indent=2) if as_json else show.render(result.content))
         if html:
@@ -1102,6 +1103,8 @@ def size(
             from .capacity.command import run as run_simulation
             from .capacity.curve import LatencyTarget
 
+            if url:
+                _check_file("--costs", costs)
             asked = Asked(
                 requests_per_second,
                 Traffic(prompt_bytes, output_bytes, spread),
@@ -1229,6 +1232,14 @@ def _naming_url() -> Iterator[None]:
         yield
     except NoConnection as error:
         raise NoConnection(f"{error} --url names another") from None
+
+
+def _check_file(flag: str, path: Path | None) -> None:
+    """Raises ValueError for a file that could not be written, before much work is done for it."""
+    if path and path.is_dir():
+        raise ValueError(f"{flag}: {path} is a directory")
+    if path and not path.parent.is_dir():
+        raise ValueError(f"{flag}: {path.parent} is no directory")
 
 
 def _explained(error: Exception) -> str:

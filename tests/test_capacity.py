@@ -316,6 +316,7 @@ def test_the_command_prints_the_replicas_and_draws(measured: str, tmp_path: Path
         (["--costs", "/none/costs.json"], "/none/costs.json: No such file"),
         (["--url", "127.0.0.1:8000"], "--url: must be as http://127.0.0.1:8000, not '127.0.0.1:8000'"),
         (["--url", "http://127.0.0.1:9"], "--url: http://127.0.0.1:9/v1/models: "),
+        (["--url", "http://127.0.0.1:9", "--costs", "/none/x"], "--costs: /none is no directory"),
         (["--plot", "curve.txt"], "--plot: curve.txt must end with .png"),
     ],
 )

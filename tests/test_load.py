@@ -309,6 +309,14 @@ def test_wrong_flags_are_named(flags: list[str], message: str) -> None:
     assert result.exit_code == 2 and message in " ".join(result.stderr.split())
 
 
+def test_a_report_that_cannot_be_written_is_told_before_the_load(tmp_path: Path) -> None:
+    none = tmp_path / "none"
+    for html, why in ((none / "x.html", f"{none} is no directory"), (tmp_path, f"{tmp_path} is a directory")):
+        flags = ["--model", "m", "--concurrency", "1", "--requests", "1", "--html", str(html)]
+        result = load("http://127.0.0.1:1", *flags)
+        assert (result.exit_code, result.stderr, result.stdout) == (1, f"fastblt: --html: {why}\n", "")
+
+
 def test_a_server_out_of_reach_is_one_line() -> None:
     result = load("http://127.0.0.1:1", "--rate", "1")
     assert result.exit_code == 1 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
