@@ -4,6 +4,7 @@ A grammar is what `llguidance` takes: a Lark grammar, or JSON that holds a JSON 
 grammar. To it every byte is a token, so a mask has a bit per id and no token ever spans two terminals.
 """
 
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,6 +23,15 @@ Mask = NDArray[np.bool_]
 
 STEP_FUEL = 50_000
 """Most work on one mask, in steps of the lexer: a few milliseconds."""
+SCHEMA_ITEMS, ITEMS = 1_000, 250
+"""Most items of the parser after a byte, for a JSON schema and for any other grammar. An item is a rule under way and
+where it began: a schema has some for each property that may come next, and those of an ambiguous or right-recursive
+grammar add up along the text. A byte takes time as up to their cube, and keeps eight bytes of memory for each."""
+STEP_ITEMS = 4_000
+"""Most items that are tried for one mask."""
+ANSWER_SECONDS, OWED_SECONDS = 0.002, 0.1
+"""Processor time that an answer of a grammar's matchers may take on average, and what they may take beyond that. Items
+do not bound a single answer: a byte may complete thousands of rules. Grammars that people write take a tenth of it."""
 STATES = 8_000
 """Most states that a lexer remembers. Every text adds some."""
 KEPT_BYTES = 256 << 20
@@ -50,6 +60,10 @@ class _Bytes:
 
 
 _TOKENIZER = LLTokenizer(TokenizerWrapper(_Bytes()), slices=[])
+_BROKEN = LLMatcher(_TOKENIZER, "", log_level=0)
+"""Of no grammar: it allows nothing."""
+_SCHEMA = re.compile(r'\s*\{\s*"grammars"\s*:\s*\[\s*\{(\s*"name"\s*:\s*"\w*"\s*,)?\s*"json_schema"\s*:\s*\{')
+"""How a grammar begins that is a JSON schema."""
 
 
 class Compiled:
@@ -62,6 +76,16 @@ class Compiled:
         self._grammar, self._seconds = grammar, seconds
         self._num_fed = 0
         """Ids of texts that have moved to its lexer."""
+        self._owed = 0.0
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether its texts would take the host too much time: all of them end."""
+        return self._owed > OWED_SECONDS
+
+    def charge(self, seconds: float) -> None:
+        """For an answer, of processor time."""
+        self._owed = self._owed if self.is_slow else max(0.0, self._owed + seconds - ANSWER_SECONDS)
 
     @property
     def is_worn(self) -> bool:
@@ -72,7 +96,7 @@ class Compiled:
         """What replaces `used` for a text of so many ids, if its lexer is worn and the grammar quick to compile. Texts
         that move at about the same time share a lexer. Each of their ids may add a state to it; half of the states are
         kept for what comes."""
-        if self._seconds > QUICK_SECONDS or not _is_worn(used):
+        if self.is_slow or self._seconds > QUICK_SECONDS or not _is_worn(used):
             return None
         if self._num_fed + num_ids > STATES // 2 or self.is_worn:
             self.matcher, self._num_fed = compiled(self._grammar).matcher, 0
@@ -90,10 +114,10 @@ def compiled(grammar: str) -> Compiled:
     """Its first mask is made. May take long, but lets other threads run. Raises GrammarError."""
     began = time.thread_time()
     limits = LLParserLimits(
-        max_items_in_row=1_000,
+        max_items_in_row=SCHEMA_ITEMS if _SCHEMA.match(grammar) else ITEMS,
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=STEP_FUEL,
-        step_max_items=10_000,
+        step_max_items=STEP_ITEMS,
         max_lexer_states=STATES,
         max_grammar_size=100_000,
         precompute_large_lexemes=False,
@@ -160,6 +184,11 @@ class Constraint:
         """Whether the text matches and nothing can follow."""
         return self.may_end and not self._latest()[BYTE_OFFSET:].any()
 
+    @property
+    def error(self) -> str:
+        """Why the parser has given up; empty if it has not."""
+        return self._matcher.get_error()
+
     def advance(self, token: int) -> None:
         """Takes an id that was allowed and is committed."""
         if is_byte(token):
@@ -225,17 +254,25 @@ class Constraint:
 
     def _ask(self, question: Callable[[LLMatcher], T]) -> T:
         """What the matcher says after `_ids`. If its lexer is worn, another one answers."""
-        said = question(self._matcher)
+        said = self._answer(question)
         # The second is new, if other texts have worn out the first.
         for _ in range(2):
             if not self._matcher.is_error() or not (first := self._compiled.renewed(self._first, len(self._ids))):
                 break
             self._first = first
             self._restart()
-            said = question(self._matcher)
+            said = self._answer(question)
+        return said
+
+    def _answer(self, question: Callable[[LLMatcher], T]) -> T:
+        if self._compiled.is_slow:
+            self._matcher = _BROKEN
+        began = time.thread_time()
+        said = question(self._matcher)
+        self._compiled.charge(time.thread_time() - began)
         return said
 
     def _restart(self) -> None:
         """Forgets an error: a matcher never does."""
-        self._matcher = self._first.deep_copy()
+        self._matcher = _BROKEN if self._compiled.is_slow else self._first.deep_copy()
         self._matcher.consume_tokens(self._ids)

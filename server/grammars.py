@@ -32,7 +32,7 @@ SHARE = 4
 REMEMBERED = 1024
 """Grammars whose verdict is kept, as hashes."""
 
-SLOW = f"its compilation takes more than {SECONDS:g} s of processor time"
+SLOW = f"its compilation, or a byte of its texts, takes more than {SECONDS:g} s of processor time"
 UNANSWERED = f"its compilation does not end within {MOST_SECONDS:g} s on this busy machine"
 CRASHED = "its compilation needs too much memory or crashes"
 

@@ -408,6 +408,85 @@ def test_requests_with_one_grammar_end_no_others(tmp_path: Path, monkeypatch: py
         assert {name: (out.ids, ending(out)) for name, out in run(engine, asked).items()} == wanted
 
 
+def of_lark(lark: str) -> str:
+    return json.dumps({"grammars": [{"lark_grammar": lark}]})
+
+
+AMBIGUOUS = of_lark('start: s\ns: s s | "a" | "b" |')
+"""Each byte adds two items of the parser, and takes time as their cube."""
+OPTIONAL = of_schema(
+    {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(200)}, "additionalProperties": False}
+)
+
+
+def test_an_ambiguous_grammar_ends_a_text_before_a_byte_takes_long() -> None:
+    constraint, data = Constraint(compiled(AMBIGUOUS), 261, allows_eos=False), random.Random(1).choices(b"ab", k=200)
+    began, length = time.thread_time(), 0
+    while (ids := ids_of(constraint.allowed([])[0])) != {EOS_ID}:
+        assert ids == {*to_ids(b"ab")}
+        constraint.advance(data[length] + BYTE_OFFSET)
+        length += 1
+    # It would be 497 bytes and 6 s with four times as many items.
+    assert 100 < length < grammars.ITEMS // 2 and time.thread_time() - began < 1
+    assert "items" in constraint.error
+
+
+def test_a_schema_may_have_many_optional_properties() -> None:
+    constraint = Constraint(compiled(OPTIONAL), 261)
+    for token in to_ids(json.dumps({f"p{n}": n for n in range(200)}, separators=(",", ":")).encode()):
+        assert token in ids_of(constraint.allowed([])[0])
+        constraint.advance(token)
+    assert constraint.is_finished and not constraint.error
+
+
+def test_a_text_that_an_ambiguous_grammar_ends_is_the_same_however_it_is_written(model: Path) -> None:
+    for grammar in (AMBIGUOUS, of_lark('start: e\ne: e "+" e | e e | /[0-9]/')):
+        sampling = SamplingParams(temperature=1.0, seed=4)
+        asked = request("a", text(9, 1), 300, grammar=grammar, ignore_eos=True, sampling=sampling)
+        whole = run(make_engine(model), [asked])["a"]
+        assert ending(whole) == "dead_end" and len(whole.ids) < 130
+        drafted = run(make_engine(model), [structs.replace(asked, decoder="blt-s")])["a"]
+        assert (drafted.ids, ending(drafted)) == (whole.ids, "dead_end")
+        for begun in (len(whole.ids) // 2, len(whole.ids) - 2):
+            rest = run(make_engine(model), [structs.replace(asked, output_ids=whole.ids[:begun])])["a"]
+            assert ([*whole.ids[:begun], *rest.ids], ending(rest)) == (whole.ids, "dead_end")
+
+
+def test_a_grammar_that_takes_the_host_too_long_ends_its_texts_and_no_others() -> None:
+    pattern = of_regex(PATTERNS[0])
+    slow, well = compiled(pattern), Constraint(compiled(pattern), 261)
+    texts = [Constraint(slow, 261) for _ in range(2)]
+    for token in to_ids(b"abcde fgh"):
+        for constraint in (*texts, well):
+            assert token in ids_of(constraint.allowed([token])[0])
+            constraint.advance(token)
+    # Short answers make up for a long one.
+    for seconds in (0.09, *[0.0] * 45, 0.09):
+        slow.charge(seconds)
+    assert not slow.is_slow
+    slow.charge(0.3)
+    for _ in range(1000):
+        slow.charge(0.0)
+    for constraint in (*texts, Constraint(slow, 261)):
+        constraint.advance(ord("i") + BYTE_OFFSET)
+        assert [None if mask is None else ids_of(mask) for mask in constraint.allowed(to_ids(b"j"))] == [{EOS_ID}, None]
+        assert not constraint.may_end and not constraint.forced(MAX_DRAFT) and constraint.error
+    assert len(ids_of(well.allowed([])[0])) > 1
+
+
+def test_an_answer_that_takes_long_is_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = compiled(
+        of_lark("start: " + " | ".join(f"s{n}" for n in range(9)) + "".join(f'\ns{n}: "{n}"' for n in range(9)))
+    )
+    constraint = Constraint(shared, 261)
+    constraint.allowed([])
+    assert not shared.is_slow
+    monkeypatch.setattr(grammars, "ANSWER_SECONDS", 0.0)
+    monkeypatch.setattr(grammars, "OWED_SECONDS", 1e-6)
+    constraint.advance(ord("a") + BYTE_OFFSET)
+    assert shared.is_slow
+
+
 def test_compiled_grammars_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Grammars()
     small, other = (of_regex(pattern) for pattern in (b"a", b"b"))

@@ -1,6 +1,7 @@
 """Grammars are compiled in processes that may hang and crash, at no cost to anything else."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from llguidance import LLMatcher
 
+from benchmarks.grammars import GRAMMARS
 from server import grammars
 from server.errors import ApiError
-from server.grammar_worker import SECONDS
+from server.grammar_worker import SECONDS, SLOW_TEXTS
 from server.grammars import CRASHED, SLOW, UNANSWERED, Grammars, Worker
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +46,33 @@ def test_a_worker_outlives_bad_grammars_and_is_replaced_after_exploding_ones(wor
     assert worker.check(GOOD) == (None, True) and worker.pid == first
     assert worker.check(EXPLODING) == (SLOW, False)
     assert worker.check(GOOD) == (None, True) and worker.pid != first
+
+
+def of_lark(lark: str) -> str:
+    return json.dumps({"grammars": [{"lark_grammar": lark}]})
+
+
+def test_bytes_of_texts_are_tried(worker: Worker) -> None:
+    many = range(60)
+    units = [f"s{n}: " + " | ".join(f"s{other}" for other in many if other != n) + ' | "a"' for n in many]
+    # Nothing is slow before the second byte.
+    fault, is_certain = worker.check(of_lark("\n".join(['start: ("qz" | "wz") s0', *units])))
+    assert (fault, is_certain) in ((SLOW_TEXTS, True), (SLOW, False))
+    alternatives = [f's{n}: "b" "x{n}"' for n in range(400)]
+    wide = "\n".join(["start: s*", "s: " + " | ".join(f"s{n}" for n in range(400)), *alternatives])
+    fault, is_certain = worker.check(of_lark(wide))
+    assert fault and "max is 250" in fault and is_certain
+    # Short texts may match an ambiguous one, and what is wide or takes many states of a lexer is not slow.
+    properties = {f"p{n}": {"type": "integer"} for n in range(200)}
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    good = [
+        of_lark('start: s\ns: s s | "a" | "b" |'),
+        of_lark("\n".join(["start: s*", "s: " + " | ".join(f"s{n}" for n in range(200)), *alternatives[:200]])),
+        LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False}),
+        LLMatcher.grammar_from_regex(r"(?:\p{L}|[0-9 ]{3}){1,200}"),
+        *(grammar.text for grammar in GRAMMARS.values()),
+    ]
+    assert [worker.check(grammar) for grammar in good] == [(None, True)] * len(good)
 
 
 def test_a_crash_is_the_fault_of_its_grammar_alone(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
