@@ -173,6 +173,7 @@ class Constraint:
         self._matcher, self._ids = self._first.deep_copy(), list[int]()
         self._now: Mask | None = None
         self._ahead = memoryview(b"")
+        self._has_restarted = False
 
     @property
     def may_end(self) -> bool:
@@ -204,6 +205,8 @@ class Constraint:
         where it does not matter. In a dead end only EOS may follow."""
         latest, ahead = self._latest(), self._ahead
         masks: list[Mask | None] = [latest]
+        # Drafts often lead to a dead end again, and to take a long text anew takes long.
+        spare = self._matcher.deep_copy() if self._has_restarted and drafts else None
         for token in drafts:
             if not latest[token] or not is_byte(token):
                 break
@@ -213,10 +216,12 @@ class Constraint:
         if taken := len(masks) - 1:
             del self._ids[-taken:]
             self._ahead = ahead
-            if self._matcher.is_error():
-                self._restart()
-            else:
+            if not self._matcher.is_error():
                 self._matcher.rollback(taken)
+            elif spare:
+                self._matcher = spare
+            else:
+                self._restart()
         return [*masks, *[None] * (len(drafts) + 1 - len(masks))]
 
     def _take(self, token: int) -> None:
@@ -274,5 +279,6 @@ class Constraint:
 
     def _restart(self) -> None:
         """Forgets an error: a matcher never does."""
+        self._has_restarted = True
         self._matcher = _BROKEN if self._compiled.is_slow else self._first.deep_copy()
         self._matcher.consume_tokens(self._ids)

@@ -452,6 +452,28 @@ def test_a_text_that_an_ambiguous_grammar_ends_is_the_same_however_it_is_written
             assert ([*whole.ids[:begun], *rest.ids], ending(rest)) == (whole.ids, "dead_end")
 
 
+def test_drafts_into_a_dead_end_do_not_take_the_text_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    restarts, restart = Counter[int](), Constraint._restart
+
+    def counted(constraint: Constraint) -> None:
+        restarts[id(constraint)] += 1
+        restart(constraint)
+
+    monkeypatch.setattr(Constraint, "_restart", counted)
+    shared, ids = compiled(AMBIGUOUS), to_ids(bytes(random.Random(1).choices(b"ab", k=140)))
+    constraint = Constraint(shared, 261, allows_eos=False)
+    for place in range(130):
+        found = [None if mask is None else ids_of(mask) for mask in constraint.allowed(ids[place : place + 10])]
+        new = Constraint(shared, 261, allows_eos=False)
+        for token in ids[:place]:
+            new.advance(token)
+        assert found == [None if mask is None else ids_of(mask) for mask in new.allowed(ids[place : place + 10])]
+        if found[0] == {EOS_ID}:
+            break
+        constraint.advance(ids[place])
+    assert place > 100 and {EOS_ID} in found and restarts[id(constraint)] == 1
+
+
 def test_a_grammar_that_takes_the_host_too_long_ends_its_texts_and_no_others() -> None:
     pattern = of_regex(PATTERNS[0])
     slow, well = compiled(pattern), Constraint(compiled(pattern), 261)
