@@ -90,11 +90,13 @@ gpu-check:  ## prove and measure on this machine's GPU; uses python3 and its tor
 gpu-train:  ## train a stage on this machine's GPU, without .venv and network (docs/training.md); ARGS="--device cuda ..."
 	@deploy/gpu_train.sh $(ARGS)
 
-# What `gpu-check` needs beside torch, triton and numpy; each brings what it needs itself.
-GPU_WHEELS := msgspec safetensors pydantic pytest hypothesis
+# What `gpu-check` needs beside torch, triton and numpy; each brings what it needs itself. The bounds are pyproject.toml's:
+# without them pip takes an old release if the newest has no wheel for these platforms.
+GPU_WHEELS := 'msgspec>=0.20' 'safetensors>=0.5' 'pydantic>=2.12' 'llguidance>=1.7' 'pytest>=8.4' 'hypothesis>=6.130'
 gpu-wheels:  ## download into .whl what gpu-check needs on a machine with torch, for Python 3.12 on x86-64 Linux
 	$(PYTHON) -m pip download -q --disable-pip-version-check --dest .whl --only-binary=:all: --python-version 312 \
-		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 $(GPU_WHEELS)
+		--platform manylinux_2_31_x86_64 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 $(GPU_WHEELS)
 
 clean:  ## remove .venv, .venv-compat, .venv-triton and caches
 	rm -rf .venv .venv-compat .venv-triton .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz build dist

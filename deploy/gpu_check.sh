@@ -8,7 +8,7 @@
 set -eu
 
 needed="torch triton numpy typing_extensions msgspec safetensors pydantic pydantic_core annotated_types typing_inspection"
-needed="$needed pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers"
+needed="$needed llguidance pytest pluggy iniconfig packaging pygments hypothesis sortedcontainers"
 # shellcheck source=deploy/bare_python.sh
 . "$(dirname "$0")/bare_python.sh"
 if [ -n "$lacks" ]; then

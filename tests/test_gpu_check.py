@@ -3,9 +3,13 @@
 import ast
 import dataclasses
 import json
+import os
 import random
 import re
+import shlex
+import subprocess
 import sys
+import tomllib
 import weakref
 from collections.abc import Iterator
 from importlib.util import resolve_name
@@ -40,6 +44,7 @@ from benchmarks.models import random_model
 from benchmarks.report import ROOT
 from engine.decoders import Committed
 from kernels import native
+from tests.test_training_stages import TORCHS
 
 FAKES = {
     "good": "piece.row('rows', {'device': setting.device, 'quick': setting.quick})",
@@ -462,5 +467,46 @@ def test_documented_wheels_are_those_that_the_gpu_check_installs() -> None:
     documented = set(re.findall(r"^\| `([\w-]+)`", (ROOT / "docs" / "gpu.md").read_text(), re.M)) - set(PARTS)
     needed = {name for line in re.findall(r'^needed="(.*)"$', script, re.M) for name in line.split()} - {"$needed"}
     assert documented == needed - {"torch", "triton", "numpy"}
-    asked = re.findall(r"^GPU_WHEELS := (.*)$", makefile, re.M)[0].split()
-    assert set(asked) <= documented
+    asked = shlex.split(re.findall(r"^GPU_WHEELS := (.*)$", makefile, re.M)[0])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(asked) <= {*project["dependencies"], *project["optional-dependencies"]["dev"]}, "with the same bounds"
+    assert {name.partition(">")[0] for name in asked} <= documented
+
+
+BARE = """
+import sys
+from importlib import import_module
+from importlib.metadata import packages_distributions
+
+needed = set(sys.argv[1].split())
+absent = {name for name, owners in packages_distributions().items() if not needed & {name, *owners}}
+absent -= {"fastblt", "engine", "kernels", "server", "clients", "training"}
+assert {"zmq", "attrs", "transformers", "tqdm"} <= absent
+
+class Bare:  # finds nothing that is absent there
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in absent else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Bare, sys.meta_path)
+assert not absent & {name.partition(".")[0] for name in sys.modules}
+for name in sys.argv[2:]:
+    import_module(name)
+"""
+
+
+def test_every_part_of_the_gpu_check_imports_with_the_documented_modules_alone() -> None:
+    script = (ROOT / "deploy" / "gpu_check.sh").read_text()
+    needed = " ".join([*re.findall(r'^needed="(.*)"$', script, re.M), *TORCHS])
+    files = [*map(Path, kernel_tests.TWINS), *(path.relative_to(ROOT) for path in (ROOT / "tests/gpu").glob("*.py"))]
+    modules = [*(part.module for part in PARTS.values()), *(".".join(file.with_suffix("").parts) for file in files)]
+    command = [sys.executable, "-c", BARE, needed, "benchmarks.gpu_check.__main__", *modules]
+    # Other packages here bring plug-ins for it.
+    environment = os.environ | {"HYPOTHESIS_NO_PLUGINS": "1"}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
