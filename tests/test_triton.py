@@ -103,7 +103,9 @@ def test_a_product_sums_in_the_order_of_the_law(dtype: torch.dtype, width: int) 
     found = TRITON.linear(x, Matrix(weight)).float()
     if DEVICE.type == "cpu" and dtype == torch.float32:
         assert torch.equal(found, product(x, weight))
-    torch.testing.assert_close(found, product(x, weight), rtol=2**-7, atol=1e-6)
+    # A device adds the sums of the warps in an order of its own: an error of this size where they cancel.
+    terms = x.float().abs() @ weight.float().abs().T
+    assert ((found - product(x, weight)).abs() <= 2**-7 * found.abs() + 2**-23 * terms).all()
 
 
 @few
