@@ -386,12 +386,16 @@ def test_settling_equals_torch(seed: int, sizes: list[int], spread: float, broke
         text = draw.below(3, len(sizes) * LONGEST) + mask - 2
         at = (t.to(DEVICE) for t in (torch.tensor(ends[:-1]), length, place))
         # Logits in steps, so that figures are equal or far apart, and near-ties decide alike. (In steps of 20, the
-        # second likeliest of many ids change the last bits alone.)
+        # second likeliest of many ids change the last bits alone.) In steps of 200 only the likeliest count: each cell
+        # has a number of them of its own, or two would tie but for the order in which these are summed.
         rules, bounds = draw.below(4, len(sizes)), draw.uniform(len(sizes)) * 3
         blocks = Blocks(*at, rules, bounds)
         cells = torch.empty(3, len(sizes), max(sizes), dtype=torch.int64, device=DEVICE)
         for number in range(passes):
-            logits = draw.below(9, ends[-1], 260).float() * spread
+            logits, likeliest = draw.below(9, ends[-1], 260).float(), draw.uniform(ends[-1]).argsort() + 1
+            logits[:, 3:][draw.uniform(ends[-1], 257).argsort(1) < likeliest[:, None]] = 9
+            logits[1::4] = logits[:-1:4]  # these do tie
+            logits *= spread
             logits[:, :3] = -torch.inf
             if broken and number == 1:
                 logits[::2, 7] = torch.nan
