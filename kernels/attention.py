@@ -386,6 +386,7 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
     partials = queries * heads * spread
     split = spread > 1 and tiles * kv_heads <= WHOLE and partials * (head_dim + 2) * 4 <= SCRATCH
     out = torch.empty_like(q)
+    blocks = attention_blocks(heads // kv_heads, head_dim)
     values = figures = arrived = out
     if split:
         values, figures = (q.new_empty(partials * n, dtype=torch.float32) for n in (head_dim, 2))
@@ -393,7 +394,7 @@ def attention_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Attentio
     attention_kernel[tiles, kv_heads, spread if split else 1](
         q, k_cache, v_cache, plan.first, plan.last, plan.tiles, plan.pages, out, values, figures, arrived,
         heads, kv_heads, head_dim**-0.5, PAGE_SIZE=page_size, BLOCK_KEYS=key_block(page_size), SPLIT=split,
-        **attention_blocks(heads // kv_heads, head_dim), num_warps=4,
+        **blocks, num_warps=warps(blocks["BLOCK"] * blocks["BLOCK_DIM"], q.itemsize),
         num_stages=stages(page_size, head_dim, q.itemsize), enable_fp_fusion=False, **gate_options(q),
     )  # fmt: skip
     return out
@@ -413,6 +414,12 @@ def stages(page_size: int, head_dim: int, itemsize: int) -> int:
     """Loads in flight. With fewer than 5 the compiler holds one page of keys and values only; two would not fit if
     pages are large, and gain nothing if they are small."""
     return 5 if page_size >= 32 and page_size * head_dim * itemsize <= 16 << 10 else 2
+
+
+def warps(size: int, itemsize: int) -> int:
+    """Of a program, whole or split alike, by the elements of its queries. float32 has no tensor cores here, and large
+    tiles want more registers than 4 warps have: they spilled up to 17 KB a thread."""
+    return min(max(size // 512, 4), 16) if itemsize == 4 else 4
 
 
 def key_block(page_size: int) -> int:

@@ -95,6 +95,34 @@ def test_kernels_that_break_a_rule_are_found(tmp_path: Path) -> None:
         assert "| 6 | 0.05 |" in found["row"], "programs, and their share of the multiprocessors"
 
 
+SHARED_HEADS = """
+import torch
+from benchmarks import kernels_static
+from kernels.attention import AttentionPlan
+from kernels.dispatch import TritonKernels
+
+recorder = kernels_static.Recorder()
+ints = lambda *shape: torch.empty(shape, dtype=torch.int64, device="meta")
+q, cache = (torch.empty(shape, device="meta") for shape in ((4, 24, 128), (20, 8, 64, 128)))
+with recorder.recording():
+    for most in (1, 16):
+        plan = AttentionPlan.of(*(ints(4) for _ in range(5)), ints(4, 5), ints(40), most)
+        TritonKernels().attention(q, cache, cache, plan)
+launches = [launch for launch in recorder.launches if not dict(launch.constants)["GATE"]]
+print(*(found.spilled for found in kernels_static.compile_all([(launch, 90) for launch in launches])))
+"""
+
+
+@pytest.mark.slow
+def test_attention_of_many_heads_in_float32_spills_little() -> None:
+    """The 3B shape's: 24 heads, 8 for keys and values. With 4 warps 8 KB and more a thread."""
+    command = [sys.executable, "-c", SHARED_HEADS]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, split = map(int, done.stdout.split())
+    assert whole <= 128 and split <= 1536
+
+
 def test_too_much_shared_memory_does_not_fit() -> None:
     from benchmarks.kernels_static import SHARED_LIMIT, Compiled, Launch
     from benchmarks.sass import Code
