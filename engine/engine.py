@@ -32,6 +32,9 @@ log = logging.getLogger("fastblt.engine")
 
 WAIT_SECONDS = 0.01
 """How long a step without rows waits for a grammar."""
+START_SECONDS = 0.01
+"""After so long requests whose grammar is ready wait for the next step: a new engine has many texts to feed to theirs,
+and a step that takes too long ends it."""
 
 
 class Engine:
@@ -72,8 +75,8 @@ class Engine:
         self._report = Report(self.parts)
         self._sequences = {}
         self._deadlines: Ordered[tuple[float, int], Sequence] = Ordered()
-        self._compiling: dict[str, tuple[Request, Decoder | None, Future[Compiled]]] = {}
-        """Requests that wait for their grammar."""
+        self._compiling: dict[str, tuple[Request, Decoder | None, Iterator[Constraint | None], Future[Compiled]]] = {}
+        """Requests that wait for their grammar, and what feeds their text to it."""
         self._arrivals = count()
         self._batch: list[Rows] = []
         self._recorded_before = 0.0
@@ -130,7 +133,8 @@ class Engine:
             log.debug("refused: %s", refusal.code, extra=request.log_fields)
             self._events.append(refusal)
         elif request.grammar:
-            self._compiling[request.id] = request, decoder, self._grammars.compile(request.grammar)
+            future = self._grammars.compile(request.grammar)
+            self._compiling[request.id] = request, decoder, self._fed(request, future), future
         else:
             self._start(request, decoder)
 
@@ -150,25 +154,35 @@ class Engine:
             self._finish(sequence, reason or "stop")
 
     def _start_compiled(self) -> None:
-        """Starts requests whose grammar is ready; waits a moment if there is nothing else to do."""
+        """Starts requests whose grammar is ready, for a moment; waits a moment if there is nothing else to do."""
         if self._compiling and not self._sequences and not self._events:
             wait([future for *_, future in self._compiling.values()], WAIT_SECONDS, FIRST_COMPLETED)
         now = time.monotonic()
-        for request, decoder, future in list(self._compiling.values()):
-            if not future.done():
-                if request.deadline <= now:
-                    self._leave_grammar(request.id)
-                    # It ends before its first step.
-                    self._start(request, decoder)
+        until = now + START_SECONDS
+        for request, decoder, fed, future in list(self._compiling.values()):
+            if request.deadline <= now:
+                self._leave_grammar(request.id)
+                # It ends before its first step.
+                self._start(request, decoder)
+            elif not future.done() or time.monotonic() >= until:
                 continue
-            del self._compiling[request.id]
-            if error := future.exception():
+            elif error := future.exception():
                 if is_out_of_memory(error):
                     raise error
+                del self._compiling[request.id]
                 self._events.append(Failed(id=request.id, code="invalid", message=f"grammar: {error}", param="grammar"))
-                continue
-            vocab_size = self.model_config.vocab_size
-            self._start(request, decoder, Constraint(future.result(), vocab_size, allows_eos=not request.ignore_eos))
+            elif constraint := next((made for made in fed if made or time.monotonic() >= until), None):
+                del self._compiling[request.id]
+                self._start(request, decoder, constraint)
+
+    def _fed(self, request: Request, future: Future[Compiled]) -> Iterator[Constraint | None]:
+        """Feeds what is known of a text to its grammar, but for the last id, which `Output.take` does. Yields None
+        after each id, and the constraint in the end."""
+        constraint = Constraint(future.result(), self.model_config.vocab_size, allows_eos=not request.ignore_eos)
+        for token in request.output_ids[:-1]:
+            constraint.advance(token)
+            yield None
+        yield constraint
 
     def abort(self, request_id: str) -> None:
         """Ends a request now; an unknown id is ignored."""

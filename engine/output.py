@@ -20,7 +20,9 @@ class Output:
     """The output of one request, as far as it was sent to the client."""
 
     def __init__(self, request: Request, constraint: Constraint | None = None) -> None:
+        """constraint: has been fed the request's `output_ids`, but for the last."""
         self._request, self._constraint = request, constraint
+        self._num_fed = len(request.output_ids[:-1])
         self._stopping = StopMatcher(request.stop, include=request.include_stop)
         self._stopped_by: bytes | int | None = None
         self._num_ids = 0
@@ -43,8 +45,9 @@ class Output:
         it ends, if it does. Only bytes are text."""
         kept: list[int] = []
         text = b""
-        constraint = self._constraint
         for token in ids:
+            # An earlier engine went on after those that are fed: none of them ended the text.
+            constraint = self._constraint if self._num_ids >= self._num_fed else None
             kept.append(token)
             text += self._text(token)
             if token == EOS_ID and constraint and not constraint.may_end:

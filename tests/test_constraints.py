@@ -24,7 +24,7 @@ from engine.checkpoint import PRESETS, calibrated, random_tensors, save
 from engine.config import BOS_ID, BYTE_OFFSET, EOS_ID
 from engine.engine import Engine
 from engine.grammars import Constraint, GrammarError, Grammars, compiled
-from engine.types import MAX_DRAFT, Event, Failed, Finished, Request, SamplingParams
+from engine.types import MAX_DRAFT, Delta, Event, Failed, Finished, Request, SamplingParams
 from tests import reference
 from tests.engines import Output, bill, crowded_engine, make_engine, request, run, save_ours, usage
 from tests.models import our_config, our_model, text
@@ -309,6 +309,42 @@ def test_requests_beside_a_constrained_one_are_as_without_it(model: Path) -> Non
 def test_an_empty_text_that_nothing_can_follow_ends_at_once(model: Path) -> None:
     out = run(make_engine(model), [request("a", text(5, 1), 9, grammar=of_regex(b""))])["a"]
     assert (out.ids, ending(out)) == ([], "stop")
+
+
+def test_texts_that_a_new_engine_takes_over_are_fed_over_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling, grammar = SamplingParams(temperature=1.0, seed=7), of_regex(rb"[a-z ]*")
+    asked = [request(str(n), text(9, n), 70, grammar=grammar, sampling=sampling) for n in range(3)]
+    whole, free = run(make_engine(NANO), asked), request("free", text(9, 4), 400)
+    rest = [structs.replace(part, output_ids=whole[part.id].ids[:40]) for part in asked]
+    advance, ask, fed, questions = Constraint.advance, Constraint._ask, [0], Counter[Any]()
+
+    def slow(constraint: Constraint, token: int) -> None:
+        fed[-1] += 1
+        time.sleep(0.002)
+        advance(constraint, token)
+
+    def counted(constraint: Constraint, question: Any) -> Any:
+        questions[question] += 1
+        return ask(constraint, question)
+
+    monkeypatch.setattr(Constraint, "advance", slow)
+    monkeypatch.setattr(Constraint, "_ask", counted)
+    engine, ids = make_engine(NANO), {part.id: list(part.output_ids) for part in [*rest, free]}
+    engine.add(free)
+    while not ids["free"]:
+        ids["free"] += [token for event in engine.step() if isinstance(event, Delta) for token in event.ids]
+    for part in rest:
+        engine.add(part)
+    while engine.has_work:
+        fed.append(0)
+        events = [event for event in engine.step() if isinstance(event, Delta)]
+        assert "free" in {event.id for event in events} or len(ids["free"]) == 400
+        for event in events:
+            ids[event.id] += event.ids
+    assert {name: output.ids for name, output in whole.items()} == {part.id: ids[part.id] for part in rest}
+    # One that starts takes its last id besides, and each of three that run takes one.
+    assert max(fed) <= 10
+    assert questions[LLMatcher.compute_bitmask] <= 3 * (70 - 40 + 2), questions
 
 
 WEARING = of_regex(rb"(?:\p{L}|[0-9 ]{3}){1,200}")
