@@ -171,7 +171,9 @@ class Constraint:
         self._first = compiled.matcher
         """At the beginning of the text."""
         self._matcher, self._ids = self._first.deep_copy(), list[int]()
-        self._now: Mask | None = None
+        self._drafts, self._masks = list[int](), list[Mask]()
+        """Drafts that may stand, of the last question, and what may follow the text and each of them, if it is known: a
+        round asks about the same drafts again and again."""
         self._ahead = memoryview(b"")
         self._has_restarted = False
 
@@ -194,7 +196,8 @@ class Constraint:
         """Takes an id that was allowed and is committed."""
         if is_byte(token):
             self._take(token)
-            self._now = None
+            kept = self._drafts[:1] == [token]
+            self._drafts, self._masks = (self._drafts[1:], self._masks[1:]) if kept else ([], [])
 
     def forced(self, most: int) -> list[int]:
         """The ids that must follow, whatever the model says: the first of them, at most so many."""
@@ -203,17 +206,22 @@ class Constraint:
     def allowed(self, drafts: Seq[int]) -> list[Mask | None]:
         """What may follow the text, and each of the drafts after it: None after one that may not stand there itself,
         where it does not matter. In a dead end only EOS may follow."""
-        latest, ahead = self._latest(), self._ahead
-        masks: list[Mask | None] = [latest]
+        self._latest()
+        drafts, masks, ahead, taken = list(drafts), self._masks, self._ahead, 0
+        while self._drafts != drafts[: len(self._drafts)]:
+            self._drafts.pop()
+            masks.pop()
         # Drafts often lead to a dead end again, and to take a long text anew takes long.
-        spare = self._matcher.deep_copy() if self._has_restarted and drafts else None
-        for token in drafts:
-            if not latest[token] or not is_byte(token):
+        spare = self._matcher.deep_copy() if self._has_restarted and self._drafts != drafts else None
+        for place in range(len(self._drafts), len(drafts)):
+            if not masks[-1][drafts[place]] or not is_byte(drafts[place]):
                 break
-            self._take(token)
-            latest = self._mask()
-            masks.append(latest)
-        if taken := len(masks) - 1:
+            for token in drafts[taken : place + 1]:
+                self._take(token)
+            taken = place + 1
+            self._drafts.append(drafts[place])
+            masks.append(self._mask())
+        if taken:
             del self._ids[-taken:]
             self._ahead = ahead
             if not self._matcher.is_error():
@@ -230,9 +238,9 @@ class Constraint:
         self._ahead = self._ahead[1:]
 
     def _latest(self) -> Mask:
-        if self._now is None:
-            self._now = self._mask()
-        return self._now
+        if not self._masks:
+            self._masks.append(self._mask())
+        return self._masks[0]
 
     def _tail(self) -> memoryview:
         """The bytes that must follow. They are kept until the text has passed them: a matcher takes time for each, also

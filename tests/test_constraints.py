@@ -276,6 +276,23 @@ def test_few_questions_are_asked_about_a_long_literal(model: Path, monkeypatch: 
         assert questions[LLMatcher.compute_ff_bytes] <= 12, questions
 
 
+def test_a_round_asks_once_about_each_of_its_drafts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request(
+        "a", text(20, 1), 200, grammar=of_regex(rb"[a-z ]*"), sampling=SamplingParams(temperature=1, seed=2)
+    )
+    wanted = run(make_engine(model), [asked])["a"]
+    questions, ask = Counter[Any](), Constraint._ask
+
+    def counted(constraint: Constraint, question: Any) -> Any:
+        questions[question] += 1
+        return ask(constraint, question)
+
+    monkeypatch.setattr(Constraint, "_ask", counted)
+    out = run(make_engine(model), [structs.replace(asked, decoder="blt-s", draft_length=16)])["a"]
+    assert out.ids == wanted.ids and usage(out).drafted > 200
+    assert questions[LLMatcher.compute_bitmask] <= usage(out).drafted + usage(out).rounds + 2, questions
+
+
 def test_company_chunks_and_preemption_change_nothing(model: Path) -> None:
     wanted = run(make_engine(model), asked("blt", GRAMMARS))
     crowd = [request(f"free {n}", text(40, n), 60, decoder="blt-s", ignore_eos=True) for n in range(12)]
