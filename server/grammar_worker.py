@@ -51,11 +51,10 @@ def _fault(grammar: str) -> str | None:
     except GrammarError as error:
         return essence(str(error))
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    fault = _fault_of_texts(made)
-    return SLOW_TEXTS if made.is_slow else fault
+    return fault_of_texts(made)
 
 
-def _fault_of_texts(made: Compiled) -> str | None:
+def fault_of_texts(made: Compiled) -> str | None:
     """Of some that match, always the same ones. A dead end is no fault unless it comes early: shorter texts may do."""
     draw, text = random.Random(0), Constraint(made, BYTE_OFFSET + 256)
     until, length = time.process_time() + TRIED_SECONDS, 0
@@ -71,7 +70,7 @@ def _fault_of_texts(made: Compiled) -> str | None:
             text, length = Constraint(made, BYTE_OFFSET + 256), 0
         if time.process_time() > until:
             break
-    return None
+    return SLOW_TEXTS if made.is_slow else None
 
 
 def essence(message: str) -> str:
@@ -82,6 +81,8 @@ def essence(message: str) -> str:
     # What it says first is our frame of a regular expression, or repeats it.
     line = re.sub(r"^at \d+\(\d+\): (invalid regex .* \(in regex\): )?", "", line)
     line = re.sub(r" in regex /.*$", "", line)
+    # A schema has no rules to rewrite.
+    line = line.replace("consider making your grammar", "make fewer properties of an object optional, or the grammar")
     # Its options cannot be sent.
     return re.sub(r"\. Enable 'coerce_one_of'.*$", " where two branches may both match; use anyOf", line)[
         :SHOWN_CHARACTERS

@@ -9,7 +9,7 @@ from engine.grammars import GrammarError, compiled
 from engine.types import DecoderName, Delta, Failed, Finished, Request, SamplingParams, Trace
 
 from .choice import ChoiceStream
-from .grammar_worker import essence
+from .grammar_worker import essence, fault_of_texts
 from .schemas import Patches
 from .structured import Grammar, TextConstraint, from_choices, from_json_schema, from_lark, from_regex
 from .usage import fastblt_usage
@@ -50,9 +50,11 @@ def constraint_of_flags(
     for flag, make in asked.items():
         grammar = make(flag)
         try:
-            compiled(grammar.text)
+            fault = fault_of_texts(compiled(grammar.text))
         except GrammarError as error:
-            raise grammar.fault(essence(str(error))) from None
+            fault = essence(str(error))
+        if fault:
+            raise grammar.fault(fault)
         return TextConstraint(flag, grammar.text, [grammar])
     return None
 

@@ -52,6 +52,10 @@ def of_lark(lark: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
 
+def of_schema(schema: dict[str, object]) -> str:
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+
+
 def test_bytes_of_texts_are_tried(worker: Worker) -> None:
     many = range(60)
     units = [f"s{n}: " + " | ".join(f"s{other}" for other in many if other != n) + ' | "a"' for n in many]
@@ -63,12 +67,16 @@ def test_bytes_of_texts_are_tried(worker: Worker) -> None:
     fault, is_certain = worker.check(of_lark(wide))
     assert fault and "max is 250" in fault and is_certain
     # Short texts may match an ambiguous one, and what is wide or takes many states of a lexer is not slow.
-    properties = {f"p{n}": {"type": "integer"} for n in range(200)}
-    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    properties = {f"p{n}": {"type": "integer"} for n in range(251)}
+    more = of_schema({"type": "object", "properties": properties, "additionalProperties": False})
+    del properties["p250"]
+    most = of_schema({"type": "object", "properties": properties, "additionalProperties": False})
+    fault, is_certain = worker.check(more)
+    assert fault and "max is 1000; make fewer properties of an object optional" in fault and is_certain
     good = [
         of_lark('start: s\ns: s s | "a" | "b" |'),
         of_lark("\n".join(["start: s*", "s: " + " | ".join(f"s{n}" for n in range(200)), *alternatives[:200]])),
-        LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False}),
+        most,
         LLMatcher.grammar_from_regex(r"(?:\p{L}|[0-9 ]{3}){1,200}"),
         *(grammar.text for grammar in GRAMMARS.values()),
     ]

@@ -288,6 +288,8 @@ def test_generate_takes_grammars_too(tiny_model: Path, tmp_path: Path) -> None:
 
     (schema := tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     (lark := tmp_path / "words.lark").write_text('start: "one" | "two"')
+    optional = {"type": "object", "properties": {f"p{n}": {} for n in range(300)}}
+    (wide := tmp_path / "wide.json").write_text(json.dumps(optional))
     code, text = generate("--json-schema", str(schema))
     jsonschema.validate(json.loads(text), SCHEMA)
     assert code == 0
@@ -298,6 +300,7 @@ def test_generate_takes_grammars_too(tiny_model: Path, tmp_path: Path) -> None:
         (("--regex", "("), "--regex: must be a regular expression without look-around and back-references, not '('"),
         (("--regex", "a", "--choice", "b"), "--regex and --choice cannot be combined"),
         (("--regex", "a", "--decoder", "blt-d"), "--regex: needs the decoder 'blt', 'blt-s', 'blt-dv' or 'auto'"),
+        (("--json-schema", str(wide)), "make fewer properties of an object optional"),
         (("--json-schema", str(lark)), "--json-schema: must be a JSON schema that can be enforced, not 'start"),
     ):
         code, text = generate(*flags)
