@@ -300,6 +300,9 @@ class Engine:
     # Ends.
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if reason == "dead_end" and sequence.constraint and (error := sequence.constraint.error):
+            fields = sequence.request.log_fields
+            log.info("dead end after %d ids, at a limit of grammars: %s", sequence.num_output, error, extra=fields)
         self.memory.remember(sequence)
         self._remove(sequence)
         self._events.append(sequence.output.finished(reason, usage_of(sequence, self.parts.formula, reason)))

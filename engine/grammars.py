@@ -189,8 +189,9 @@ class Constraint:
 
     @property
     def error(self) -> str:
-        """Why the parser has given up; empty if it has not."""
-        return self._matcher.get_error()
+        """The limit at which the parser gives up here; empty if it does not."""
+        self._ask(LLMatcher.compute_bitmask)
+        return "too much time" if self._compiled.is_slow else self._matcher.get_error().split("\n")[0]
 
     def advance(self, token: int) -> None:
         """Takes an id that was allowed and is committed."""

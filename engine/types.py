@@ -16,7 +16,7 @@ MAX_DRAFT = 32
 DecoderName = str
 """A row of `engine.decoders.table`."""
 FinishReason = Literal["stop", "length", "dead_end", "abort", "timeout"]
-"""dead_end: the request's grammar lets no byte follow a text that does not match it yet."""
+"""dead_end: the request's grammar lets no byte follow a text that does not match it yet, or reached a limit there."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -451,7 +451,8 @@ class Choice(BaseModel):
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length", "timeout", "dead_end"] | None = Field(
         description="'timeout' (extension): the request's timeout came first. 'dead_end' (extension): "
-        "the text does not match what was asked for, and no byte can follow that would let it."
+        "the text does not match what was asked for, and no byte can follow that would let it, or to find out which "
+        "can reached a limit."
     )
     stop_reason: str | int | None = Field(
         None,

@@ -1,6 +1,7 @@
 """A grammar holds for every byte of every exact decoder, and leaves the model its choice among what it allows."""
 
 import json
+import logging
 import random
 import threading
 import time
@@ -503,6 +504,22 @@ def test_a_text_that_an_ambiguous_grammar_ends_is_the_same_however_it_is_written
         for begun in (len(whole.ids) // 2, len(whole.ids) - 2):
             rest = run(make_engine(model), [structs.replace(asked, output_ids=whole.ids[:begun])])["a"]
             assert ([*whole.ids[:begun], *rest.ids], ending(rest)) == (whole.ids, "dead_end")
+
+
+def test_the_log_names_the_limit_that_ended_a_text(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fastblt.engine")
+    texts = dict(limited=AMBIGUOUS, dead=of_lark('start: "ab" <[0]> "c"'), matched=of_regex(b"abc"))
+    for decoder in ("blt", "blt-s"):
+        caplog.clear()
+        asked = [
+            request(name, text(9, 1), 300, grammar=grammar, decoder=decoder, log_fields={"request": name})
+            for name, grammar in texts.items()
+        ]
+        found = run(make_engine(NANO), asked)
+        assert [ending(found[name]) for name in texts] == ["dead_end", "dead_end", "stop"]
+        (line,) = (record for record in caplog.records if "dead end" in record.getMessage())
+        assert line.__dict__["request"] == "limited"
+        assert f"items; max is {grammars.ITEMS}" in line.getMessage() and "\n" not in line.getMessage()
 
 
 def test_drafts_into_a_dead_end_do_not_take_the_text_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
