@@ -1,6 +1,7 @@
 """What goes to a replica, and what comes back."""
 
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -31,6 +32,8 @@ class Call:
     """Of a completion, which another replica can continue."""
     avoided: frozenset[str] = frozenset()
     """Ids of replicas that were lost with it, or refused it: chosen last."""
+    made: float = field(default_factory=lambda: time.monotonic(), init=False, compare=False, repr=False)
+    """When, by this process' clock."""
 
     def is_new_to(self, replica: str | None) -> bool:
         """Whether it had not refused the call yet, and others may still be asked."""
@@ -41,7 +44,11 @@ class Call:
         return replace(self, origin=origin, avoided=self.avoided | ({lost} if lost else set()))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "work"}
+        """Of a call that is sent now: it may have waited for a replica, which is part of the request's time."""
+        state = {name: value for name, value in vars(self).items() if name not in ("work", "made")}
+        if self.origin:
+            state["origin"] = replace(self.origin, age=self.origin.age + time.monotonic() - self.made)
+        return state
 
 
 class Reply(msgspec.Struct, frozen=True, array_like=True):

@@ -5,6 +5,7 @@ Two applications over a real engine; only Ray is left out. The same with it, and
 
 import asyncio
 import json
+import pickle
 import random
 from base64 import b64decode
 from collections import Counter
@@ -563,6 +564,31 @@ def test_the_deadline_is_that_of_the_first_replica(pair: tuple[Replica, Replica]
     origin = Origin(is_continued=True, attempt=1, age=3.0)
     whole = said(loop.run(relayed(fleet, origin=origin, **STREAM | {"timeout": 2.0})))
     assert whole["choices"][0]["finish_reason"] == "timeout" and not whole["choices"][0].get("text")
+
+
+class Waits(Fleet):
+    """Sends a call as Ray does: pickled, once there is a replica for it."""
+
+    async def ask(self, call: Call) -> AsyncGenerator[str | list[Message], None]:
+        await asyncio.sleep(0.5 if len(self.calls) == len(self.replicas) - 1 else 0.0)
+        async with aclosing(super().ask(pickle.loads(pickle.dumps(call)))) as items:
+            async for item in items:
+                yield item
+
+
+@pytest.mark.parametrize("num_losses", [0, 1])
+def test_the_wait_for_a_replica_is_part_of_the_time(
+    num_losses: int, pair: tuple[Replica, Replica], loop: asyncio.Runner
+) -> None:
+    """The first replica's, and another's after a loss."""
+    fleet = Waits(*pair[: num_losses + 1])
+    fleet.losses = [EARLY] * num_losses
+    whole = said(loop.run(relayed(fleet, **STREAM | {"max_tokens": 3000, "timeout": 0.5})))
+    assert whole["choices"][0]["finish_reason"] == "timeout"
+    origin = fleet.calls[-1].origin
+    assert origin and origin.attempt == num_losses and 0.5 <= origin.age < 10
+    if not num_losses:
+        assert not whole["choices"][0].get("text")
 
 
 def test_a_replica_tells_of_its_load(pair: tuple[Replica, Replica], loop: asyncio.Runner) -> None:

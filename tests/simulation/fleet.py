@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import pickle
 import random
 from base64 import b64decode
 from collections.abc import AsyncGenerator, Sequence
@@ -28,7 +29,7 @@ from deploy.ray_balance import Balance
 from deploy.ray_call import Call, Reply, encode_reply
 from deploy.ray_forward import Forwarder
 from deploy.ray_load import Meter
-from deploy.ray_relay import BrokenOff, NoRoom, ReplicaLost
+from deploy.ray_relay import BrokenOff, ReplicaLost
 from deploy.ray_settings import RaySettings
 from engine.process import client
 from engine.process.client import EngineClient
@@ -49,6 +50,7 @@ KEYS = (b"key-of-the-quiet-one", b"key-of-the-first-crowd", b"key-of-the-second-
 QUIET = KEYS[0]
 """Has one request at a time."""
 CARRY_SECONDS = 0.001
+ROUTER_SECONDS = 0.01
 NOTICED_SECONDS = 0.5
 """Until every ingress knows of a replica that is lost."""
 WAIT = 60.0
@@ -242,11 +244,11 @@ class Ingress:
     async def _carry(self, call: Call) -> AsyncGenerator[bytes, None]:
         """As `deploy.ray_ingress` and `deploy.ray_router`."""
         await asyncio.sleep(CARRY_SECONDS)
-        known = self._fleet.known()
-        if not known:
-            raise NoRoom
+        # Ray's router tries again by itself.
+        while not (known := self._fleet.known()):  # noqa: ASYNC110
+            await asyncio.sleep(ROUTER_SECONDS)
         replica = known[self.balance.choose(call.number, call.work, known, call.avoided)[0]]
-        async with aclosing(replica.replies(call)) as replies:
+        async with aclosing(replica.replies(pickle.loads(pickle.dumps(call)))) as replies:
             async for reply in replies:
                 yield reply
 
