@@ -9,6 +9,7 @@ nothing of the draws after them.
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -32,6 +33,9 @@ log = logging.getLogger("fastblt.ingress")
 MOST_LOSSES = 3
 """Replicas in a row that may be lost with a request without any progress: it may be what ends them."""
 RETRY_SECONDS = 0.25
+LATER_SECONDS = 1.0
+"""A replica that has the call sends a silent stream its empty lines. So much later they come from here: it hangs, or
+its machine is gone."""
 DONE = format_sse_event(data_str="[DONE]")
 
 Ask = Callable[[Call], AsyncGenerator[str | list[Message], None]]
@@ -90,8 +94,8 @@ class Relay:
     """The answer to one request."""
 
     def __init__(self, ask: Ask, send: Send, *, wait: float, keepalive: float, unavailable: Unavailable) -> None:
-        """wait: seconds for a replica to take the request, also after a loss. keepalive: after so many seconds without
-        a replica, a stream gets an empty line."""
+        """wait: seconds for a replica to take the request, also after a loss. keepalive: after so many seconds of
+        silence, a stream gets an empty line."""
         self._ask = ask
         self._send = send
         self._wait = wait
@@ -105,6 +109,8 @@ class Relay:
         """The message that started the client's response."""
         self._has_body = False
         """Whether some of it was sent."""
+        self._is_in_event = False
+        """Whether a part of an event was sent, and not yet its end."""
         self._is_done = False
         """Whether the last event of a stream was sent."""
         self._is_whole = False
@@ -197,10 +203,10 @@ class Relay:
         """The whole answer, or what is left of it. Raises ReplicaLost, NoRoom, ApiError."""
         self._replica, self._has_told, self._error = None, False, None
         async with aclosing(self._ask(call)) as items:
-            first = await self._in_time(items, deadline)
+            first = await self._next(items, self._keepalive, deadline)
             assert isinstance(first, str)
             self._replica = first
-            async for messages in items:
+            while (messages := await self._next(items, self._keepalive + LATER_SECONDS)) is not None:
                 assert isinstance(messages, list)
                 for message in messages:
                     await self._pass_on(message, call)
@@ -209,22 +215,24 @@ class Relay:
         if not self._is_whole:
             raise ReplicaLost("its engine is gone")
 
-    async def _in_time(self, items: AsyncGenerator[str | list[Message], None], deadline: float) -> str | list[Message]:
-        """The first of them. Raises NoRoom if it does not come in time."""
-        first = asyncio.ensure_future(anext(items))
+    async def _next(
+        self, items: AsyncGenerator[str | list[Message], None], keepalive: float, deadline: float = math.inf
+    ) -> str | list[Message] | None:
+        """None after the last. Raises NoRoom if it does not come by the deadline."""
+        item = asyncio.ensure_future(anext(items, None))
         try:
-            while not first.done():
+            while not item.done():
                 left = deadline - self._clock()
                 if left <= 0:
                     raise NoRoom
-                await asyncio.wait({first}, timeout=min(left, self._keepalive))
-                if not first.done() and self._is_stream:
+                await asyncio.wait({item}, timeout=min(left, keepalive))
+                if not item.done() and self._is_stream and not self._is_in_event:
                     await self._send_body(KEEPALIVE)
-            return first.result()
+            return item.result()
         finally:
-            if not first.done():
-                first.cancel()
-                await asyncio.wait({first})
+            if not item.done():
+                item.cancel()
+                await asyncio.wait({item})
 
     async def _pass_on(self, message: Message, call: Call) -> None:
         if told := message.pop(TOLD, None):
@@ -277,5 +285,6 @@ class Relay:
     async def _send_body(self, body: bytes, *, more: bool = True) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
         self._has_body |= bool(body)
+        self._is_in_event = not body.endswith(b"\n\n") if body else self._is_in_event
         self._is_done |= body.endswith(DONE)
         self._is_whole |= not more

@@ -379,6 +379,35 @@ def test_a_stream_waits_for_another_replica_and_says_so_in_vain(
     assert events_of(loop.run(relayed(fleet, wait=5.0, **STREAM)))[-1]["choices"][0]["finish_reason"] == "length"
 
 
+async def test_a_stream_of_a_replica_that_hangs_gets_empty_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But none inside an event, and a whole answer gets none."""
+    monkeypatch.setattr(ray_relay, "LATER_SECONDS", 0.0)
+
+    async def sent(content_type: bytes, *bodies: bytes) -> list[bytes]:
+        async def hangs(call: Call) -> AsyncGenerator[str | list[Message], None]:
+            yield "one"
+            yield [{"type": "http.response.start", "status": 200, "headers": [(b"content-type", content_type)]}]
+            for body in bodies:
+                yield [{"type": "http.response.body", "body": body, "more_body": True}]
+                await asyncio.sleep(0.3)
+            yield [{"type": "http.response.body", "body": b"", "more_body": False}]
+
+        got: list[bytes] = []
+
+        async def send(message: Message) -> None:
+            got.append(message.get("body", b""))
+
+        relay = Relay(hangs, send, wait=5.0, keepalive=0.05, unavailable=Gate(SETTINGS).unavailable)
+        await relay.run(Call({}, b"", origin=Origin()))
+        return got[1:-1]
+
+    stream = b"text/event-stream; charset=utf-8"
+    first, *lines = await sent(stream, b"data: 1\n\n")
+    assert first == b"data: 1\n\n" and set(lines) == {b"\n\n"} and len(lines) >= 2
+    assert (await sent(stream, b"data: ", b"1\n\n"))[:2] == [b"data: ", b"1\n\n"]
+    assert await sent(b"application/json", b"{", b"}") == [b"{", b"}"]
+
+
 def test_a_replica_that_refuses_for_now_is_passed_over(pair: tuple[Replica, Replica], loop: asyncio.Runner) -> None:
     one, two = pair
     one.app.state.gate.drain()
