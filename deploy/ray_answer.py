@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.types import Message, Scope
 
 from engine.types import Event
-from server.errors import ApiError
+from server.access_log import Access
 
 from .ray_call import Call
 
@@ -32,7 +32,7 @@ encode = msgspec.msgpack.Encoder().encode
 
 async def answer(app: FastAPI, call: Call, replica: str) -> AsyncGenerator[list[Message], None]:
     """The application's messages, as they come. Closed early, the application sees its client leave. If its engine is
-    gone in the middle of a completion, they end without the last one. replica: the id of this one."""
+    gone in the middle of a completion, they end without the last one, or without any. replica: the id of this one."""
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
     bodies = [{"type": "http.request", "body": call.body, "more_body": False}]
     left = asyncio.Event()
@@ -53,7 +53,7 @@ async def answer(app: FastAPI, call: Call, replica: str) -> AsyncGenerator[list[
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
-        if call.origin and began and _has_lost_its_engine(scope):
+        if call.origin and _has_lost_its_engine(scope, began):
             # Another replica may have one.
             return
         if told and message["type"] == "http.response.body":
@@ -100,6 +100,8 @@ async def answer(app: FastAPI, call: Call, replica: str) -> AsyncGenerator[list[
         await asyncio.wait({running, telling})
 
 
-def _has_lost_its_engine(scope: Scope) -> bool:
-    error: ApiError | None = scope["state"]["access"].error
-    return error is not None and error.code == "engine_dead"
+def _has_lost_its_engine(scope: Scope, began: bool) -> bool:
+    """With a request that it had admitted: to a new one it only has an error to say. began: the answer."""
+    access: Access = scope["state"]["access"]
+    is_admitted = began or access.generation is not None
+    return is_admitted and access.error is not None and access.error.code == "engine_dead"

@@ -660,16 +660,26 @@ class Successor(ScriptedClient):
         yield Finished(id=request.id, reason="stop", text=b"c", usage=usage)
 
 
-async def test_a_stream_leaves_a_replica_whose_engine_is_gone() -> None:
+@pytest.mark.parametrize("prompt", ["dead", "dead later"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_leaves_a_replica_whose_engine_is_gone(
+    stream: bool, prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for one whose queue is full: it was admitted."""
+    monkeypatch.setattr(ray_answer, "TELL_SECONDS", 60.0)
     gone, next = ScriptedClient(), Successor()
     fleet = Fleet(Replica("gone", create_app(SETTINGS, gone)), Replica("next", create_app(SETTINGS, next)))
-    messages = await relayed(fleet, model="scripted", prompt="dead later", stream=True)
+    fleet.replicas[1].app.state.gate.capacity = 0
+    messages = await relayed(fleet, model="scripted", prompt=prompt, stream=stream)
     for replica in fleet.replicas:
         replica.app.state.grammars.close()
-    assert said(messages)["choices"][0] | {"logprobs": None} == {
-        "text": "ac",
+    told = [b"a"] if stream and prompt == "dead later" else []
+    assert said(messages)["choices"][0] | {"index": 0, "logprobs": None} == {
+        "index": 0,
+        "text": "ac" if told else "c",
         "finish_reason": "stop",
         "logprobs": None,
         "stop_reason": None,
     }
-    assert [delta.text for delta in next.told] == [b"a"]
+    assert [delta.text for delta in next.told] == told
+    assert [call.origin and call.origin.is_continued for call in fleet.calls] == [False, True]
