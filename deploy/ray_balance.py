@@ -97,6 +97,8 @@ class Balance:
         self._replicas: dict[str, _Replica] = {}
         self._prefixes: OrderedDict[bytes, set[str]] = OrderedDict()
         self._under_way: set[int] = set()
+        self._chose = float("-inf")
+        """When all replicas were seen last: Ray names them to `choose` alone."""
         self._lock = threading.Lock()
 
     def begun(self, number: int) -> None:
@@ -111,7 +113,7 @@ class Balance:
         """The replicas, from best to worst. The call of this number is expected to be sent to the first. avoided: those
         that were lost with it, or refused it."""
         with self._lock:
-            now = self._clock()
+            self._chose = now = self._clock()
             ranked = rank(work.prompt[:SHORTEST_PREFIX], replicas)
             for gone in self._replicas.keys() - set(ranked):
                 del self._replicas[gone]
@@ -164,10 +166,12 @@ class Balance:
 
     def full(self) -> float | None:
         """The least seconds until one of the replicas has room, if none of them has. None if keys share a queue: only
-        its replica can tell whose turn it is."""
+        its replica can tell whose turn it is. None also if there may be new replicas: somebody has to ask for one."""
         with self._lock:
             now = self._clock()
             known = list(self._replicas.values())
+            if now - self._chose >= FRESH_SECONDS:
+                return None
             if not known or not all(one.is_full(now) and not one.load.is_shared for one in known):
                 return None
             return min(one.load.retry_after - (now - one.heard) for one in known)

@@ -202,6 +202,20 @@ def test_full_and_avoided_replicas_come_last(balance: Balance, clock: Clock) -> 
     assert balance.full() is None, "that is old news"
 
 
+def test_a_new_replica_is_found_while_all_others_are_full(balance: Balance, clock: Clock) -> None:
+    choose(balance, 1, completion(), "ab")
+    for _ in range(100):
+        for name in "ab":
+            balance.heard(name, Load(free=0, retry_after=30.0))
+        clock.now += 0.25
+        if balance.full() is None:
+            break
+    assert choose(balance, 2, completion(), "abc")[0] == "c"
+    assert clock.now - 100 == FRESH_SECONDS and balance.full() is None
+    balance.heard("c", Load(free=0, retry_after=7.0))
+    assert balance.full() == 7.0, "all were asked for just now"
+
+
 def test_a_queue_that_keys_share_is_never_full_for_the_ingress(balance: Balance, clock: Clock) -> None:
     choose(balance, 1, completion(b"p"), "ab")
     balance.heard("a", Load(free=0, retry_after=5.0))
