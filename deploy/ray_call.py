@@ -12,7 +12,7 @@ from .ray_load import Load
 from .ray_work import Work
 
 MOST_ASKED = 8
-"""Replicas that may refuse a request for now before the client is told."""
+"""Replicas that may refuse a new request for now before the client is told."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class Call:
     """When, by this process' clock."""
 
     def is_new_to(self, replica: str | None) -> bool:
-        """Whether it had not refused the call yet, and others may still be asked."""
-        return replica not in self.avoided and len(self.avoided) < MOST_ASKED - 1
+        """Whether it had not refused the call yet, and others may still be asked: all of them for what was admitted."""
+        is_continued = self.origin is not None and self.origin.is_continued
+        return replica not in self.avoided and (is_continued or len(self.avoided) < MOST_ASKED - 1)
 
     def again(self, origin: Origin | None, lost: str | None) -> "Call":
         """The same after that replica was lost, or refused it."""

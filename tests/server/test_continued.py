@@ -580,6 +580,12 @@ def test_only_a_replica_of_the_same_model_continues_a_request(
         error = events_of(messages)[-1]["error"] if stream else json.loads(messages[1]["body"])["error"]
         assert error["code"] == "replica_lost" and "run another model" in error["message"]
         assert len(fleet.calls) == 3
+        # All are asked, however many.
+        others = (Replica(str(number), other.app) for number in range(2 * MOST_ASKED))
+        fleet = Fleet(one, *others, two)
+        fleet.losses = [losses]
+        assert said(loop.run(relayed(fleet, **fields)))["choices"]
+        assert len(fleet.calls) == 2 * MOST_ASKED + 2
         # What has told nothing begins anew.
         fleet = Fleet(one, other)
         fleet.losses = [0]
