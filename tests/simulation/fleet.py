@@ -223,15 +223,16 @@ class Ingress:
         self.balance = Balance(asyncio.get_running_loop().time)
         keys = KeyRing("API keys", KEYS, None, lambda: KEYS)
         self.forwarder = Forwarder(settings, RaySettings(replica_wait=WAIT), keys, self.balance, self._carry)
-        self._answering: set[asyncio.Task[None]] = set()
+        # In the order of their coming, as a set is not: a seed must play the same again.
+        self._answering: dict[asyncio.Task[None], None] = {}
 
     async def forward(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Raises Lost if it is killed meanwhile."""
-        self._answering.add(task := asyncio.create_task(self.forwarder.forward(scope, receive, send)))
+        self._answering[task := asyncio.create_task(self.forwarder.forward(scope, receive, send))] = None
         try:
             await asyncio.wait({task})
         finally:
-            self._answering.discard(task)
+            self._answering.pop(task, None)
             task.cancel()
         if task.cancelled():
             raise Lost

@@ -14,9 +14,11 @@ def test_every_invariant_of_a_fleet_holds(seed: int) -> None:
     play(FleetStory(seed, FEW))
 
 
-def test_a_fleets_seed_replays_to_the_same_trace() -> None:
-    assert play(FleetStory(3, FEW)) == play(FleetStory(3, FEW))
-    assert play(FleetStory(4, FEW)) != play(FleetStory(3, FEW))
+@pytest.mark.parametrize("seed", [3, 17])
+def test_a_fleets_seed_replays_to_the_same_trace(seed: int) -> None:
+    # In 17 an ingress is killed over several requests.
+    assert play(FleetStory(seed, FEW)) == play(FleetStory(seed, FEW))
+    assert play(FleetStory(seed + 1, FEW)) != play(FleetStory(seed, FEW))
 
 
 @pytest.mark.slow
