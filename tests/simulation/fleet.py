@@ -75,15 +75,19 @@ class FleetStory:
 
     def __post_init__(self) -> None:
         self.draw = draw = random.Random(self.seed)
-        self.num_requests *= draw.choice([1, 1, 3])
-        self.num_replicas = draw.choice([2, 2, 3])
-        self.max_sequences = draw.choice([2, 8, 32])
-        self.span = self.num_requests * draw.choice([0.0, 0.0, 0.005, 0.05])
+        # Small servers whose queues are full for seconds, as those that they refuse soon ask again.
+        is_crowded = draw.random() < 0.2
+        self.num_requests *= 3 if is_crowded else draw.choice([1, 1, 3])
+        self.num_replicas = 2 if is_crowded else draw.choice([2, 2, 3])
+        self.max_sequences = 2 if is_crowded else draw.choice([2, 8, 32])
+        self.most_tries = 4 if is_crowded else 1
+        self.span = self.num_requests * (0.005 if is_crowded else draw.choice([0.0, 0.0, 0.005, 0.05]))
+        self.timeout_share = draw.choice([0.1, 0.5])
         self.settings = ServerSettings(
-            max_queue=draw.choice([24, 24, 1000]),
+            max_queue=24 if is_crowded else draw.choice([24, 24, 1000]),
             max_choices=4,
-            max_requests_per_key=draw.choice([None, None, None, 6]),
-            max_queued_bytes_per_key=draw.choice([None, None, 3000]),
+            max_requests_per_key=None if is_crowded else draw.choice([None, None, None, 6]),
+            max_queued_bytes_per_key=None if is_crowded else draw.choice([None, None, 3000]),
             keepalive_seconds=5.0,
         )
         kinds = ["kill", "kill", "drain", "crash", "freeze", "kill an ingress"]
@@ -96,7 +100,7 @@ class FleetStory:
         letters = "".join(draw.choice("abc \n") for _ in range(6))
         body: dict[str, Any] = {
             "prompt": (letters * 300)[: draw.choice([1, 5, 20, 60, 150, draw.choice([300, 1500])])],
-            "max_tokens": draw.choice([1, 4, 12, 40, 100]),
+            "max_tokens": draw.choice([1, 4, 12, 40, 100, 300]),
             "decoder": draw.choice(["blt", "blt-s", "blt-dv"]),
             "stop": [draw.choice("xyzXYZ") for _ in range(draw.choice([0, 0, 2]))],
             "n": draw.choice([1, 1, 1, 2]),
@@ -105,8 +109,9 @@ class FleetStory:
         }
         if draw.random() < 0.5:
             body["seed"] = draw.randrange(1 << 32)
-        if draw.random() < 0.2:
-            body["timeout"] = draw.uniform(0.5, 20.0)
+        if draw.random() < self.timeout_share:
+            # Mostly about as long as the work takes, so that one who waits is moved, and then ends at its deadline.
+            body["timeout"] = draw.uniform(0.1, draw.choice([2.0, 2.0, 20.0]))
         return body
 
 
@@ -279,6 +284,11 @@ class Client:
         self._events: list[Completion] = []
         if self._asks_again and body["stream"]:
             self._answer = Answer({"seed": draw.getrandbits(31)} | body)
+
+    @property
+    def was_refused(self) -> bool:
+        """Whether its answer is a refusal, which only says that it may come again."""
+        return bool(self.is_whole and self.start and self.start["status"] != 200)
 
     async def ask(self, slot: int) -> None:
         """slot: of the ingress."""
@@ -483,10 +493,14 @@ class Fleet:
                 replica.check_empty()
 
     async def _one(self, at: float, key: bytes) -> None:
-        body, slot, number = self.story.body(), self.draw.randrange(2), next(self._numbers)
-        one = Client(self, number, key, body)
+        body, slot = self.story.body(), self.draw.randrange(2)
         await asyncio.sleep(max(at - asyncio.get_running_loop().time(), 0))
-        await one.ask(slot)
+        for _ in range(self.story.most_tries):
+            one = Client(self, next(self._numbers), key, body)
+            await one.ask(slot)
+            if not one.was_refused:
+                return
+            await asyncio.sleep(self.draw.uniform(0, 0.4))
 
     async def _quiet(self, start: float) -> None:
         for _ in range(8):

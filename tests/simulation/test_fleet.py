@@ -14,11 +14,18 @@ def test_every_invariant_of_a_fleet_holds(seed: int) -> None:
     play(FleetStory(seed, FEW))
 
 
-@pytest.mark.parametrize("seed", [3, 17])
+@pytest.mark.parametrize("seed", [2, 3])
 def test_a_fleets_seed_replays_to_the_same_trace(seed: int) -> None:
-    # In 17 an ingress is killed over several requests.
+    # In 2 an ingress is killed over several requests.
     assert play(FleetStory(seed, FEW)) == play(FleetStory(seed, FEW))
     assert play(FleetStory(seed + 1, FEW)) != play(FleetStory(seed, FEW))
+
+
+@pytest.mark.parametrize(("repair", "seed"), [("the rest of the timeout", 2), ("a full queue of several keys", 138)])
+def test_a_rare_repair_undone_is_found_where_it_is_known_to_show(repair: str, seed: int) -> None:
+    """Those that few stories show: the first to be found no longer if stories are drawn in another way."""
+    with pytest.raises(AssertionError):
+        play(FleetStory(seed, FEW), PLANTS[repair])
 
 
 @pytest.mark.slow
