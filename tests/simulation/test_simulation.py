@@ -22,7 +22,7 @@ def test_a_seed_replays_to_the_same_trace() -> None:
 
 @pytest.mark.parametrize("repair", PLANTS)
 def test_a_repair_undone_is_found(repair: str) -> None:
-    for seed in range(60):
+    for seed in range(300):
         try:
             play(Story(seed, FEW), PLANTS[repair])
         except AssertionError:
