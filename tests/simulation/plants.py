@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from unittest import mock
 
+from engine.engine import Engine
 from engine.process import streams
 from engine.process.client import EngineClient
 from engine.process.streams import Stream
@@ -45,6 +46,10 @@ def _one_by_one(self: Trials, those: Collection[Stream]) -> list[Stream]:
     return _due(self, those)[-1:]
 
 
+def _never_expires(self: Engine) -> None:
+    """Deadlines are left to the client, which waits for the engine's grace."""
+
+
 def _undo(owner: type, **instead: object) -> AbstractContextManager[object]:
     return mock.patch.multiple(owner, **instead)
 
@@ -54,4 +59,5 @@ PLANTS: dict[str, Plant] = {
     "giving up": partial(_undo, EngineClient, _note_crash=_gives_up),
     "order of resuming": partial(_undo, Trials, due=_one_by_one, is_over=False),
     "deadlines over a frozen engine": partial(mock.patch.object, streams, "GRACE_SECONDS", 1e9),
+    "deadlines in the engine": partial(_undo, Engine, _expire=_never_expires),
 }
