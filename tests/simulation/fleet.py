@@ -55,7 +55,7 @@ NOTICED_SECONDS = 0.5
 """Until every ingress knows of a replica that is lost."""
 WAIT = 60.0
 SETTLE_SECONDS = 300.0
-FIRST_BYTE_SECONDS = 25.0
+FIRST_BYTE_SECONDS = 4.0
 """Within which the quiet key's text begins while nothing goes wrong, however much the others have asked for."""
 PATH = "/v1/completions"
 LIMITS = {"queue_full", "too_many_requests", "too_many_queued_bytes"}

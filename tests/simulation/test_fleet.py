@@ -28,6 +28,12 @@ def test_a_rare_repair_undone_is_found_where_it_is_known_to_show(repair: str, se
         play(FleetStory(seed, FEW), PLANTS[repair])
 
 
+def test_a_quiet_key_that_is_only_delayed_is_found() -> None:
+    """The queue has room for all in this story, so without turns between keys none is refused."""
+    with pytest.raises(AssertionError, match="the quiet key waited"):
+        play(FleetStory(189, FEW), PLANTS["turns between keys"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("repair", PLANTS)
 def test_a_repair_undone_is_found_in_a_fleet(repair: str) -> None:
