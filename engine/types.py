@@ -93,7 +93,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     priority: int = 0
     """Lower runs first."""
     timeout: float | None = None
-    """Seconds after `submitted` at which the request ends with reason "timeout"."""
+    """Seconds after `submitted` at which the request ends with reason "timeout"; negative if it was overdue then."""
     submitted: float | None = None
     """When it was submitted, by `time.monotonic`, which is one clock for all processes of a machine; None for when the
     engine takes it."""

@@ -344,7 +344,8 @@ async def _nothing() -> AsyncGenerator[Event, None]:
 
 
 def _with_less_time(request: Request, seconds: float) -> Request:
-    """The request after it has waited so long."""
+    """The request after it has waited so long. Less than none is left of an overdue one: it has had a part of the time
+    that is given to an engine after a deadline."""
     if request.timeout is None:
         return request
-    return msgspec.structs.replace(request, timeout=max(request.timeout - seconds, 0.0))
+    return msgspec.structs.replace(request, timeout=request.timeout - seconds)

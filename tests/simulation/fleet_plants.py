@@ -5,13 +5,15 @@ from dataclasses import replace
 from functools import partial
 from unittest import mock
 
+import msgspec
+
 from clients.fastblt_client import Parts
 from deploy.ray_balance import Balance
 from deploy.ray_call import Call
 from deploy.ray_journal import Journal
 from deploy.ray_relay import Relay, ReplicaLost
-from engine.types import Event
-from server import admission
+from engine.types import Event, Request
+from server import admission, generation
 from server.choice import Piece
 from server.generation import Generation
 from server.origin import Origin
@@ -21,6 +23,7 @@ from .world import Plant
 _so_far = Relay._so_far
 _from_a_replica = Relay._from_a_replica
 _feed = Generation._feed
+_with_less_time = generation._with_less_time
 
 
 def _another_seed(self: Relay, origin: Origin, is_continued: bool) -> Origin:
@@ -65,6 +68,12 @@ def _never_ends(self: Balance, number: int) -> None:
     """Calls that have their answers go on counting."""
 
 
+def _all_the_grace(request: Request, seconds: float) -> Request:
+    """Each replica gives its engine the whole time after a deadline."""
+    less = _with_less_time(request, seconds)
+    return less if less.timeout is None else msgspec.structs.replace(less, timeout=max(less.timeout, 0.0))
+
+
 def _undo(owner: type, **instead: object) -> AbstractContextManager[object]:
     return mock.patch.multiple(owner, **instead)
 
@@ -72,6 +81,7 @@ def _undo(owner: type, **instead: object) -> AbstractContextManager[object]:
 PLANTS: dict[str, Plant] = {
     "the same seed": partial(_undo, Relay, _so_far=_another_seed),
     "the rest of the timeout": partial(_undo, Relay, _so_far=_anew),
+    "the rest of the grace": partial(mock.patch.object, generation, "_with_less_time", _all_the_grace),
     "what the client has": partial(_undo, Journal, show=_forgets_shown),
     "a full queue of several keys": partial(_undo, Balance, full=_is_full),
     "turns between keys": partial(mock.patch.object, admission, "LOOKAHEAD", 1 << 30),
