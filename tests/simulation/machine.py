@@ -30,6 +30,7 @@ from tests.engines import save_ours
 from tests.models import our_config, our_model
 
 from .text import guess_of, output_of, starts_patch
+from .turns import Turns
 
 STEP_SECONDS, ROW_SECONDS = 0.004, 0.0001
 """Of a step, and of each of its rows."""
@@ -294,6 +295,7 @@ class SimulatedProcess:
             return process.end(-signal.SIGKILL)
         self._machine.forget()
         engine = self._machine.engine = Engine(config)
+        Turns(engine._scheduler)
         self._messages.put_nowait(encode(Started(engine.limits, EngineInfo(), engine.snapshot())))
         try:
             await self._serve(engine, process)

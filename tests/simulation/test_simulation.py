@@ -2,8 +2,9 @@
 
 import pytest
 
-from .plants import PLANTS
+from .plants import PLANTS, UNFAIR
 from .run import main
+from .turns import Unfair
 from .world import Story, play
 
 FEW = 50
@@ -28,6 +29,12 @@ def test_a_repair_undone_is_found(repair: str) -> None:
         except AssertionError:
             return
     pytest.fail("no seed shows it")
+
+
+@pytest.mark.parametrize("unfair", ["the newest first", "priorities ignored"])
+def test_a_scheduler_that_lets_some_wait_too_long_is_found(unfair: str) -> None:
+    with pytest.raises(Unfair):
+        play(Story(3, FEW), UNFAIR[unfair])
 
 
 @pytest.mark.slow

@@ -140,16 +140,21 @@ class World:
         left = {task for task in streams if not task.done()}
         if left and not any(task.done() and task.exception() for task in (harm, *streams)):
             await asyncio.wait({harm, *left}, timeout=SETTLE_SECONDS, return_when="FIRST_EXCEPTION")
+        self._raise_own()
         for task in (harm, *streams):
             if task.done():
                 task.result()
         if never := [str(n) for n, task in enumerate(streams) if not task.done()]:
             raise Violation(f"{len(never)} requests never ended: {', '.join(never[:8])}")
         await self.client.stop()
-        if self.faults.errors:
-            raise self.faults.errors[0]
+        self._raise_own()
         if missing := self.faults.poison - self.failed - self.left:
             raise Violation(f"poisoned requests ended well: {missing}")
+
+    def _raise_own(self) -> None:
+        """What an engine raised, which has caused all else."""
+        if self.faults.errors:
+            raise self.faults.errors[0]
 
     async def _harm(self, start: float) -> None:
         loop = asyncio.get_running_loop()
