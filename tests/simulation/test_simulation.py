@@ -31,10 +31,12 @@ def test_a_repair_undone_is_found(repair: str) -> None:
     pytest.fail("no seed shows it")
 
 
-@pytest.mark.parametrize("unfair", ["the newest first", "priorities ignored"])
-def test_a_scheduler_that_lets_some_wait_too_long_is_found(unfair: str) -> None:
+@pytest.mark.parametrize(
+    ("unfair", "seed"), [("the newest first", 3), ("priorities ignored", 3), ("no rows for prompts", 15)]
+)
+def test_a_scheduler_that_lets_some_wait_too_long_is_found(unfair: str, seed: int) -> None:
     with pytest.raises(Unfair):
-        play(Story(3, FEW), UNFAIR[unfair])
+        play(Story(seed, FEW), UNFAIR[unfair])
 
 
 @pytest.mark.slow

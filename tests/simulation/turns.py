@@ -2,7 +2,7 @@
 
 Where memory is not short, in every step:
 
-* while a prompt has a place, or can have one, a prompt has rows;
+* while a prompt has a place, or can have one, a prompt has rows, and those with a place have a quarter of a step's;
 * those that have are the first in the order, or, but not in two steps running, the first by priority and length;
 * whoever takes the last place is the first in line.
 
@@ -17,7 +17,7 @@ from engine.rows import Rows
 from engine.scheduler import Memory, Scheduler
 from engine.sequence import Sequence
 
-STEPS_PER_PRIORITY = 256
+STEPS_PER_PRIORITY, PROMPT_SHARE = 256, 4
 """As docs/operations.md promises, whatever the scheduler has."""
 
 
@@ -87,6 +87,7 @@ class Turns:
             self._in_order = True
             return batch
         self._check_some(prompts, served)
+        self._check_share(prompts, batch)
         self._check_last_place(prompts)
         self._check_order(prompts, served)
         return batch
@@ -115,6 +116,15 @@ class Turns:
         if can and not any(p.sequence.arrival in served for p in prompts):
             first = min(can, key=lambda p: p.due).sequence.request.id
             raise Unfair(f"no prompt had rows in a step, though {first} could")
+
+    def _check_share(self, prompts: list[_Prompt], batch: list[Rows]) -> None:
+        """An ask of those that generate is not cut, so the last may take of the prompts' share."""
+        them = {p.sequence.arrival for p in prompts}
+        had = sum(rows.num_rows for rows in batch if rows.sequence.arrival in them)
+        ask = max((rows.num_rows for rows in batch if rows.sequence.arrival not in them), default=1)
+        share = min(self._scheduler.max_step_rows // PROMPT_SHARE, self._scheduler.max_prompt_rows) - (ask - 1)
+        if had < min(share, sum(p.sequence.remaining for p in prompts if p.has_place)):
+            raise Unfair(f"prompts had only {had} rows of a step")
 
     def _check_last_place(self, prompts: list[_Prompt]) -> None:
         running = {sequence.arrival for sequence in self._scheduler.running}

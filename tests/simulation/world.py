@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from unittest import mock
 
+import msgspec
+
 from engine.config import BYTE_OFFSET, EngineConfig
 from engine.process import client
 from engine.process.client import EngineClient
@@ -58,6 +60,10 @@ class Story:
         self.max_sequences = draw.choice([4, 16, 64])
         self.cache_bytes = draw.choice([4, 16, 64]) << 20
         self.span = self.num_requests * draw.choice([0.005, 0.02, 0.1])
+        self.fills_steps = self.seed % 8 == 7
+        """Whether those that generate need more rows than a step has."""
+        if self.fills_steps:
+            self.max_sequences, self.cache_bytes, self.span = 64, 64 << 20, self.num_requests * 0.005
         self.num_poisoned = draw.choice([0, 0, 1, 3])
         kinds = ["kill", "kill twice", "freeze", "pause", "stuck", "model", "descriptors", "ends"]
         count = draw.randint(0, 6)
@@ -69,7 +75,7 @@ class Story:
         few = [BYTE_OFFSET + draw.randrange(3) for _ in range(6)]
         prompt = [draw.choice(few) for _ in range(length)] if draw.random() < 0.3 else few * (length // 6 + 1)
         decoder = draw.choice(["blt", "blt-s", "blt-d", "blt-dv"])
-        return Request(
+        request = Request(
             id=str(number),
             prompt_ids=prompt[:length],
             max_tokens=draw.choice([1, 4, 12, 40, 100]),
@@ -79,6 +85,16 @@ class Story:
             unmask=UnmaskRule(rule="one_step") if decoder == "blt-d" else None,
             priority=draw.choice([0, 0, 0, -1, 1]),
             timeout=draw.choice([None, None, None, draw.uniform(0.05, 20.0)]),
+        )
+        if not self.fills_steps:
+            return request
+        return msgspec.structs.replace(
+            request,
+            prompt_ids=prompt[:20],
+            max_tokens=100,
+            stop=[],
+            decoder="blt-d",
+            unmask=UnmaskRule(rule="one_step"),
         )
 
 
