@@ -32,7 +32,7 @@ def test_a_repair_undone_is_found(repair: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("unfair", "seed"), [("the newest first", 3), ("priorities ignored", 3), ("no rows for prompts", 15)]
+    ("unfair", "seed"), [("the newest first", 3), ("priorities ignored", 3), ("no rows for prompts", 23)]
 )
 def test_a_scheduler_that_lets_some_wait_too_long_is_found(unfair: str, seed: int) -> None:
     with pytest.raises(Unfair):

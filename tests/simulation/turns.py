@@ -118,12 +118,14 @@ class Turns:
             raise Unfair(f"no prompt had rows in a step, though {first} could")
 
     def _check_share(self, prompts: list[_Prompt], batch: list[Rows]) -> None:
-        """An ask of those that generate is not cut, so the last may take of the prompts' share."""
+        """An ask of those that generate is not cut, so the last may take of the prompts' share. A prompt's last row
+        waits for its ask to fit, and what lies beyond the caches for patches to be decided."""
         them = {p.sequence.arrival for p in prompts}
         had = sum(rows.num_rows for rows in batch if rows.sequence.arrival in them)
         ask = max((rows.num_rows for rows in batch if rows.sequence.arrival not in them), default=1)
         share = min(self._scheduler.max_step_rows // PROMPT_SHARE, self._scheduler.max_prompt_rows) - (ask - 1)
-        if had < min(share, sum(p.sequence.remaining for p in prompts if p.has_place)):
+        placed = (p.sequence for p in prompts if p.has_place)
+        if had < min(share, sum(min(s.remaining - 1, self._memory.room(s)) for s in placed)):
             raise Unfair(f"prompts had only {had} rows of a step")
 
     def _check_last_place(self, prompts: list[_Prompt]) -> None:
