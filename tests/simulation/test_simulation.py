@@ -27,6 +27,8 @@ def test_a_repair_undone_is_found(repair: str) -> None:
         try:
             play(Story(seed, FEW), PLANTS[repair])
         except AssertionError:
+            # It is the plant that breaks it.
+            play(Story(seed, FEW))
             return
     pytest.fail("no seed shows it")
 
