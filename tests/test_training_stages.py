@@ -1,5 +1,6 @@
 """A run in stages, on whatever machine: nothing is lost, nothing waits for the device, and little need be installed."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tests.other_device import DEVICE, other_device
 from tests.test_layering import ROOT
 from tests.test_training_run import CONFIG, CORPUS, SETTINGS
 from training import corpus, export, loop, model
+from training import state as states
 from training import train as training
 from training.loop import StageOver, Stopped
 from training.metrics import read_metrics
@@ -257,6 +260,36 @@ def test_a_stopped_run_names_the_flags_to_give_again(
         f"stopped; go on with {again} --device cuda --stage-minutes 9.0 --corpus {archive} --threads 1",
         f"stopped; go on with {again} --out {tmp_path / 'out'} --device cuda --corpus {archive} --compile off",
     ]
+
+
+def test_a_full_disk_ends_a_run_with_its_last_state_and_the_flags_to_go_on(
+    tmp_path: Path, archive: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, written = tmp_path / "run", states.write_parts
+
+    def full(*arguments: Any) -> Any:
+        if (run / "state.json").exists():
+            raise OSError(ENOSPC, os.strerror(ENOSPC), str(run))
+        return written(*arguments)
+
+    monkeypatch.setattr(states, "write_parts", full)
+    assert training.main(command(run, archive, "--stage-minutes", "100000")) == 1
+    again = shlex.join(["--resume", "--run", str(run), "--stage-minutes", "100000.0"])
+    said = f"No space left on device: '{run}'; the last saved state is complete: go on with {again} "
+    assert said in capsys.readouterr().err
+    assert State.load(run).steps == 0
+
+    monkeypatch.setattr(states, "write_parts", written)
+    assert training.main(["--resume", *command(run, archive, "--stage-minutes", "100000")]) == 0
+    assert State.load(run).steps > 0
+
+    def refused(*arguments: Any) -> None:
+        raise OSError(ENOSPC, os.strerror(ENOSPC), str(run))
+
+    monkeypatch.setattr(states, "write_parts", refused)
+    other = tmp_path / "other"
+    assert training.main(command(other, archive, "--stage-minutes", "100000")) == 1
+    assert "go on with" not in capsys.readouterr().err, "nothing was saved to go on with"
 
 
 def double(row: torch.Tensor) -> torch.Tensor:

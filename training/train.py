@@ -268,6 +268,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Diverged as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        kept = f"; the last saved state is complete: go on with {again}" if (options.run / MANIFEST).exists() else ""
+        print(f"{parser.prog}: {error}{kept}", file=sys.stderr)
+        return 1
     except ValueError as error:
         parser.error(str(error))
     if options.stage_minutes:
@@ -276,7 +280,11 @@ def main(arguments: list[str] | None = None) -> int:
     from .export import export  # draws a picture, which no stage needs
 
     out = options.out or Path("models/nano")
-    result = export(state, training, held_out, options.run, out)
+    try:
+        result = export(state, training, held_out, options.run, out)
+    except OSError as error:
+        print(f"{parser.prog}: {error}; the run is finished: write its model with {again}", file=sys.stderr)
+        return 1
     print(f"{out}: {result.bits_per_byte:.3f} bits per byte held out", flush=True)
     return 0
 
