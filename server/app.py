@@ -49,7 +49,7 @@ def create_app(
     ring = KeyRing("API keys", keys, settings.api_key_file, settings.load_api_keys)
     admin_ring = KeyRing("admin keys", admin_keys, settings.admin_key_file, settings.load_admin_keys)
     gate = Gate(settings, is_shared=lambda: len(ring) > 1)
-    connections = Connections(settings)
+    connections = Connections(settings, lambda: gate.draining)
     version = installed().version
     metrics = Metrics(client, gate, connections, version, settings)
     grammars = Grammars(settings.retry_after, gate.is_shared)

@@ -487,6 +487,12 @@ class HttpConnection(asyncio.Protocol):
     def default_headers(self) -> Iterable[tuple[bytes, bytes]]:
         return self._state.default_headers
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the connection ends with the current answer: in a drain, once all requests that were read have
+        theirs."""
+        return self._connections.is_draining() and not self._queue
+
     def shutdown(self) -> None:
         """Stops reading requests; those already read are answered."""
         self._ending = True

@@ -100,7 +100,9 @@ class _Address:
 class Connections:
     """Counts connections, in all and by address, and makes room for new ones."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, is_draining: Callable[[], bool] = lambda: False) -> None:
+        """is_draining: whether the server takes no new requests, so that its clients should connect to another."""
+        self.is_draining = is_draining
         self.capacity = settings.max_connections
         self._per_address = settings.max_connections_per_address
         self.unsent_capacity = max(LEAST_UNSENT_BYTES, BYTES_PER_SCORE * settings.max_scores)

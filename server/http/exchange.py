@@ -52,6 +52,9 @@ class Line(Protocol):
     @property
     def default_headers(self) -> Iterable[tuple[bytes, bytes]]: ...
 
+    @property
+    def is_last(self) -> bool: ...
+
 
 class Exchange:
     """`receive` and `send` of one request. The connection feeds it and reports when the client is gone."""
@@ -192,6 +195,8 @@ class Exchange:
         self.response_complete = True
         self._body.clear()
         self._news.set()
+        # A drain may have begun since the head was sent.
+        self.keep_alive = self.keep_alive and not self._line.is_last
         self._line.answered(self)
 
     async def _write(self, head: bytes, body: bytes) -> None:
@@ -231,9 +236,10 @@ class Exchange:
         if self._expects_continue and not (self._body or self.request_complete):
             # The client need not send the body now, and its next request would be read as that.
             self.keep_alive = False
-        if b"close" in names.get(b"connection", b"").lower():
+        says_close = b"close" in names.get(b"connection", b"").lower()
+        if says_close or self._line.is_last:
             self.keep_alive = False
-        elif not self.keep_alive:
+        if not (self.keep_alive or says_close):
             headers.append((b"connection", b"close"))
         lines = [STATUS_LINES[status]]
         lines += [b"%b: %b\r\n" % pair for pair in (*self._line.default_headers, *headers)]

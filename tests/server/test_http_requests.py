@@ -461,3 +461,30 @@ async def test_an_exception_in_the_middle_of_a_response_closes_the_connection(ca
         await raw.send(b"GET /broken/half HTTP/1.1\r\nhost: x\r\n\r\n")
         with pytest.raises((h11.RemoteProtocolError, ConnectionResetError)):
             await raw.answer()
+
+
+async def test_a_drain_ends_connections_with_their_answers_so_that_clients_find_another_server() -> None:
+    client, chosen = ScriptedClient(), ServerSettings()
+    app = create_app(chosen, client)
+    async with listening(app, chosen) as port, AsyncExitStack() as stack:
+        whole, stream, pipelined, later = [await stack.enter_async_context(connected(port)) for _ in range(4)]
+        await whole.send(post(body("wait")))
+        await stream.send(post(body("pause", stream=True)))
+        await pipelined.send(post(body("wait")) * 2)
+        await settled(client, 3)
+        head = await stream.reader.readuntil(b"data: ")
+        app.state.gate.drain()
+        client.release.set()
+
+        assert (await whole.answer(b"POST")).headers["connection"] == "close"
+        assert await whole.is_closed()
+        assert b"connection: close" not in head and (await stream.rest()).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        first, second = await pipelined.answers(b"POST", b"POST")
+        assert (first.status, first.headers.get("connection"), second.status) == (200, None, 503)
+        assert second.headers["connection"] == "close" and await pipelined.is_closed()
+
+        app.state.gate.resume()
+        for _ in range(2):
+            await later.send(post(body("x")))
+            answer = await later.answer(b"POST")
+            assert answer.status == 200 and "connection" not in answer.headers
