@@ -110,7 +110,7 @@ def judge(content: Content) -> list[Verdict]:
         }
         best = max(rates, key=lambda way: rates[way])
         aim = AIMS.get(number) if content["subject"]["model"] == "models/nano" else None
-        found = f"{rates[best]:,.0f} with {best}, {rates['blt']:,.0f} with blt"
+        found = ", ".join(f"{rates[way]:,.0f} with {way}" for way in dict.fromkeys([best, "blt"]))
         figure = f"bytes per second, {number} at a time"
         verdicts.append(Verdict(figure, f"at least {aim:,}" if aim else "", found, rates[best] >= aim if aim else None))
     return verdicts
