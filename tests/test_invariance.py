@@ -39,7 +39,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def the_request() -> Request:
-    sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=5)
+    sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=8)
     return request("it", text(90, 3), OUTPUT, sampling=sampling, logprobs=2, prompt_logprobs=True)
 
 
