@@ -283,6 +283,13 @@ def test_a_full_disk_ends_a_run_with_its_last_state_and_the_flags_to_go_on(
     assert training.main(["--resume", *command(run, archive, "--stage-minutes", "100000")]) == 0
     assert State.load(run).steps > 0
 
+    out = tmp_path / "out"
+    out.write_text("a file, so no folder for a model")
+    finished = ["--resume", *command(run, archive, "--out", str(out))]
+    assert training.main(finished) == 1
+    again = shlex.join(["--resume", "--run", str(run), "--out", str(out)])
+    assert f"'{out}'; the run is finished: write its model with {again} " in capsys.readouterr().err
+
     def refused(*arguments: Any) -> None:
         raise OSError(ENOSPC, os.strerror(ENOSPC), str(run))
 
