@@ -36,12 +36,6 @@ static inline void bring(const char *from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(from + i, 0, 2);
 }
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
-#endif
-
 /* Every group of lanes, those of a before those of b, to one of half as many, as `sum_of` adds them. halves_4: from 8
    lanes to 4. */
 #if LANES == 16

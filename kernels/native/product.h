@@ -252,10 +252,9 @@ static void panel_tiles(const Product *p, int64_t panel, float *tiles) {
     }
 }
 
-/* What follows the product of one panel: tiles (rows, PANEL), overwritten, to y. */
-static void finish_panel(const Product *p, int64_t panel, float *tiles) {
+/* What follows the product of one panel: `columns` of tiles (rows, PANEL), overwritten, to y from `first` on. */
+static inline void finish_columns(const Product *p, int64_t first, int64_t columns, float *tiles) {
     const Matrix *m = p->weight;
-    int64_t first = panel * PANEL, columns = m->out - first < PANEL ? m->out - first : PANEL;
     for (int64_t r = 0; r < p->rows; r++) {
         float *y = p->y + r * m->out + first, *t = tiles + r * PANEL;
         if (m->scale)
@@ -269,6 +268,13 @@ static void finish_panel(const Product *p, int64_t panel, float *tiles) {
         }
         memcpy(y, t, columns * sizeof *y);
     }
+}
+
+/* A whole panel has a copy of its own, where the compiler knows its size. */
+static void finish_panel(const Product *p, int64_t panel, float *tiles) {
+    int64_t first = panel * PANEL, left = p->weight->out - first;
+    if (left >= PANEL) finish_columns(p, first, PANEL, tiles);
+    else finish_columns(p, first, left, tiles);
 }
 
 static int64_t num_panels(const Matrix *m) { return (m->out + PANEL - 1) / PANEL; }
@@ -298,6 +304,25 @@ static void product_panels(void *of, int64_t begin, int64_t end) {
     }
 }
 
+/* x (rows, in) to (in, rows): read separately, rows would evict each other from the nearest cache. Four numbers of four
+   rows at a time, the last four rows again if they are not a whole four. */
+static void interleave(const float *x, float *to, int64_t rows, int64_t in) {
+    int64_t k = 0;
+    for (; rows >= 4 && k + 4 <= in; k += 4)
+        for (int64_t r = 0; r < rows; r += 4) {
+            int64_t first = r + 4 > rows ? rows - 4 : r;
+            Four v[4];
+            for (int i = 0; i < 4; i++) memcpy(v + i, x + (first + i) * in + k, sizeof *v);
+            Four a = SHUFFLED(v[0], v[1], 0, 4, 1, 5), b = SHUFFLED(v[0], v[1], 2, 6, 3, 7);
+            Four c = SHUFFLED(v[2], v[3], 0, 4, 1, 5), d = SHUFFLED(v[2], v[3], 2, 6, 3, 7);
+            v[0] = SHUFFLED(a, c, 0, 1, 4, 5), v[1] = SHUFFLED(a, c, 2, 3, 6, 7);
+            v[2] = SHUFFLED(b, d, 0, 1, 4, 5), v[3] = SHUFFLED(b, d, 2, 3, 6, 7);
+            for (int i = 0; i < 4; i++) memcpy(to + (k + i) * rows + first, v + i, sizeof *v);
+        }
+    for (; k < in; k++)
+        for (int64_t r = 0; r < rows; r++) to[k * rows + r] = x[r * in + k];
+}
+
 /* x (rows, in) to y (rows, out). `turned` has room for rows * in numbers. */
 static void product(
     const Matrix *weight, const float *x, float *turned, const float *residual, int twice, float *y, int64_t rows, int bf16
@@ -305,12 +330,9 @@ static void product(
     /* Below, one or two rows are the fewest. */
     if (!rows) return;
     int64_t turns = (rows + MOST_ROWS - 1) / MOST_ROWS, in = weight->in;
-    /* Interleaves the rows of a group: read separately they would evict each other from the nearest cache. */
     for (int64_t turn = 0; turn < turns; turn++) {
-        int64_t row = rows * turn / turns, count = rows * (turn + 1) / turns - row;
-        float *to = turned + row * in;
-        for (int64_t r = 0; r < count; r++)
-            for (int64_t k = 0; k < in; k++) to[k * count + r] = x[(row + r) * in + k];
+        int64_t row = rows * turn / turns;
+        interleave(x + row * in, turned + row * in, rows * (turn + 1) / turns - row, in);
     }
     Product p = {weight, turned, residual, y, rows, twice, bf16};
     int64_t panels = num_panels(weight), work = rows * weight->out * in;

@@ -22,11 +22,19 @@
 #define LANES 8
 #endif
 
+typedef float Four __attribute__((vector_size(16)));
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
 typedef int16_t Halves __attribute__((vector_size(4 * LANES)));
+
+/* Lanes of a, from 0 on, and of b after them. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (__typeof__(a < b)){__VA_ARGS__})
+#endif
 
 static inline Vector load(const float *from) {
     Vector v;
@@ -60,7 +68,6 @@ static inline Halves load_signed(const void *from) {
 static inline void store(float *to, Vector v) { memcpy(to, &v, sizeof v); }
 
 static inline float sum_of(Vector v) {
-    typedef float Four __attribute__((vector_size(16)));
     Four part[LANES / 4];
     memcpy(part, &v, sizeof v);
     for (int width = LANES / 8; width; width /= 2)
