@@ -269,14 +269,15 @@ def test_attention_is_softmax_over_the_rows_that_are_seen(
 @few
 @given(
     SEEDS, FLOATS, layouts(), SHAPES, st.integers(1, 2), st.sampled_from(["layers", "slots", "keys"]),
-    st.integers(1, 2), st.booleans(), st.booleans(), st.booleans(),
+    st.integers(1, 2), st.booleans(), st.booleans(), st.booleans(), st.sampled_from([24, 160]),
 )  # fmt: skip
-def test_stack_equals_torch(
+def test_stack_equals_torch_and_is_the_same_bits_with_any_number_of_threads(
     seed: int, dtype: torch.dtype, layout: Layout, shape: tuple[int, int, int], layers: int, kind: str, of_them: int,
-    embeds: bool, has_head: bool, some: bool,
+    embeds: bool, has_head: bool, some: bool, dim: int,
 ) -> None:  # fmt: skip
+    """With the larger width threads are worth their while: each takes rows of its own, if there are enough of them."""
     draw, (heads, kv_heads, head_dim) = Draw(seed), shape
-    laid, dim, ffn_dim, slots = Laid(layout, draw), 24, 36, 2
+    laid, ffn_dim, slots = Laid(layout, draw), dim * 3 // 2, 2
     plan, of_them = laid.on_device(), min(of_them, layers)
     rows = len(plan.first)
 
@@ -330,24 +331,31 @@ def test_stack_equals_torch(
         live = page[: laid.num_rows]
         return [y.flatten().to(dtype), own[:, :, 1:], others[:, :, live], states[live]]
 
-    for expected, found in zip(run(TORCH), run(NATIVE), strict=True):
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(run(NATIVE))
+    for expected, found, *again in zip(run(TORCH), *results, strict=True):
         close(found, expected)
+        assert all(torch.equal(found, other) for other in again)
 
 
 @few
-@given(SEEDS, FLOATS, st.integers(1, 9), st.integers(1, 3), st.sampled_from([(4, 8), (2, 20), (1, 2)]))
+@given(SEEDS, FLOATS, st.integers(1, 40), st.integers(1, 3), st.sampled_from([(4, 8), (2, 20), (1, 2)]))
 def test_cross_kv_equals_torch(seed: int, dtype: torch.dtype, rows: int, layers: int, shape: tuple[int, int]) -> None:
-    draw, (kv_heads, head_dim), dim = Draw(seed), shape, 24
-    places = torch.tensor(draw.shuffled(7 * 4)[:rows])
+    draw, (kv_heads, head_dim), dim = Draw(seed), shape, 96
+    places = torch.tensor(draw.shuffled(11 * 4)[:rows])
     x, norm = draw.randn(rows, dim, dtype=dtype), draw.randn(dim, dtype=dtype)
     matrices = [draw.randn(2 * kv_heads * head_dim, dim, dtype=dtype) * dim**-0.5 for _ in range(layers)]
     results = []
-    for k in (TORCH, NATIVE):
-        caches = torch.zeros(layers, 2, 7, kv_heads, 4, head_dim, dtype=dtype)
+    for k, count in ((TORCH, 1), (NATIVE, 1), (NATIVE, 2)):
+        caches = torch.zeros(layers, 2, 11, kv_heads, 4, head_dim, dtype=dtype)
         function = k.cross_kv([CrossKvWeights(norm, k.matrix(Matrix(m)), head_dim, 1e-5) for m in matrices])
-        function(x, KvCache(tuple(kv) for kv in caches), places // 4, places % 4)  # type: ignore[misc]
+        with threads(count):
+            function(x, KvCache(tuple(kv) for kv in caches), places // 4, places % 4)  # type: ignore[misc]
         results.append(caches)
     close(results[1], results[0])
+    assert torch.equal(results[1], results[2])
 
 
 @few

@@ -229,7 +229,7 @@ static ONE_COPY void attend(const float *q, float *out, const Plan *plan, const 
     for (int64_t t = 0; t < plan->num_tiles; t++, tile += TILE_NUMBERS) work += tile[COUNT] * tile[NUM_PAGES];
     memset(out, 0, plan->queries * heads * cache->head_dim * sizeof *out);
     Attention a = {q, out, plan, cache, heads, bf16};
-    share(attend_tiles, &a, plan->num_tiles * cache->kv_heads, work * plan->page_size * heads * cache->head_dim * 2);
+    share(attend_tiles, &a, plan->num_tiles * cache->kv_heads, work * plan->page_size * heads * cache->head_dim * 8);
 }
 
 /* Rows r of q read the `slots` cache rows that begin at page[r], offset[r]. */

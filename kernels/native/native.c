@@ -12,45 +12,10 @@
 #include "choosing.h"
 #include "planning.h"
 #include "product.h"
+#include "stack.h"
 
 /* Which sources this was compiled from: structs must be those that the other side lays out. */
 const char *fastblt_sources(void) { return FASTBLT_SOURCES; }
-
-/* The weights of kernels/stack.py. */
-typedef struct {
-    const float *attention_norm, *ffn_norm, *rope;
-    Matrix qkv, o, gate_up, down;
-    int64_t dim, heads, kv_heads, head_dim, ffn_dim;
-    float eps;
-    int32_t bf16;
-} Layer;
-
-typedef struct {
-    const float *norm;
-    Matrix q, o;
-    int64_t dim, heads, head_dim, slots;
-    float eps;
-    int32_t bf16;
-} Slots;
-
-typedef struct {
-    const float *norm;
-    Matrix kv;
-    float eps;
-    int32_t bf16;
-} CrossKv;
-
-typedef struct {
-    const Layer *layers;
-    const Slots *slots;
-    const CrossKv *cross_kv;
-    const void *embedding;
-    const float *norm;
-    Matrix head;
-    int64_t num_layers, num_slots, num_cross_kv, dim;
-    float eps;
-    int32_t bf16;
-} Stack;
 
 int64_t fastblt_panel(void) { return PANEL; }
 
@@ -138,142 +103,6 @@ void fastblt_attention(
     finish();
 }
 
-/* Rows of a table (any, dim). */
-static void widen_rows(float *to, const void *table, const int64_t *which, int64_t rows, int64_t dim, int bf16) {
-    for (int64_t r = 0; r < rows; r++, to += dim)
-        widen(to, (const char *)table + which[r] * dim * (bf16 ? 2 : 4), dim, bf16);
-}
-
-/* Splits qkv (rows, heads + 2 kv_heads, head_dim): rotates and scales queries into q, rotates keys, stores K and V. */
-static ONE_COPY void store_qkv(const Layer *l, const Plan *plan, const Cache *cache, const float *qkv, float *q) {
-    int64_t width = l->head_dim, half = width / 2, size = plan->page_size;
-    float scale = 1.0f / sqrtf((float)width), turned[width];
-    for (int64_t r = 0; r < plan->rows; r++) {
-        const float *cosine = l->rope + plan->positions[r] * width, *sine = cosine + half;
-        for (int64_t head = 0; head < l->heads + 2 * l->kv_heads; head++, qkv += width) {
-            int is_value = head >= l->heads + l->kv_heads;
-            for (int64_t i = 0; i < half; i++) {
-                float even = qkv[2 * i], odd = qkv[2 * i + 1];
-                turned[2 * i] = is_value ? even : rounded(even * cosine[i] - odd * sine[i], l->bf16);
-                turned[2 * i + 1] = is_value ? odd : rounded(even * sine[i] + odd * cosine[i], l->bf16);
-            }
-            if (head < l->heads) {
-                for (int64_t i = 0; i < width; i++)
-                    q[(r * l->heads + head) * width + i] = rounded(turned[i] * scale, l->bf16);
-                continue;
-            }
-            int64_t kv_head = head - l->heads - (is_value ? l->kv_heads : 0);
-            int64_t at = ((plan->page[r] * l->kv_heads + kv_head) * size + plan->offset[r]) * width;
-            narrow((char *)(is_value ? cache->values : cache->keys) + at * (l->bf16 ? 2 : 4), turned, width, l->bf16);
-        }
-    }
-}
-
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-/* Floats that a layer over `rows` rows takes from `take`. */
-static size_t layer_floats(const Layer *l, int64_t rows) {
-    int64_t width = l->heads * l->head_dim, all = width + 2 * l->kv_heads * l->head_dim;
-    int64_t widest = larger(larger(l->dim, width), l->ffn_dim);
-    return rows * (2 * l->dim + all + 2 * width + 3 * l->ffn_dim + widest) + 64 * 8;
-}
-
-/* A transformer layer: overwrites x (rows, dim) with its output; keys and values go to the cache first. */
-static ONE_COPY void layer(const Layer *l, const Plan *plan, const Cache *cache, float *x) {
-    int64_t rows = plan->rows, dim = l->dim, width = l->heads * l->head_dim, ffn = l->ffn_dim;
-    size_t mark = arena_used;
-    float *normed = take(rows * dim), *middle = take(rows * dim), *qkv = take(rows * l->qkv.out);
-    float *q = take(rows * width), *seen = take(rows * width), *gate_up = take(rows * 2 * ffn), *gates = take(rows * ffn);
-    float *turned = take(rows * larger(larger(dim, width), ffn));
-    normalise(x, l->attention_norm, l->eps, normed, rows, dim, l->bf16);
-    product(&l->qkv, normed, turned, 0, 0, qkv, rows, l->bf16);
-    store_qkv(l, plan, cache, qkv, q);
-    attend(q, seen, plan, cache, l->heads, l->bf16);
-    product(&l->o, seen, turned, x, 0, middle, rows, l->bf16);
-    normalise(middle, l->ffn_norm, l->eps, normed, rows, dim, l->bf16);
-    product(&l->gate_up, normed, turned, 0, 0, gate_up, rows, l->bf16);
-    gate(gate_up, gates, rows, ffn, l->bf16);
-    product(&l->down, gates, turned, middle, 0, x, rows, l->bf16);
-    arena_used = mark;
-}
-
-static size_t slots_floats(const Slots *s, int64_t rows) {
-    int64_t width = s->heads * s->head_dim;
-    return rows * (2 * s->dim + 2 * width + larger(s->dim, width)) + 64 * 5;
-}
-
-/* Cross-attention over the slots of one latent, with its residuals. */
-static ONE_COPY void read_slots(
-    const Slots *s, const int64_t *page, const int64_t *offset, const Cache *cache, float *x, int64_t rows
-) {
-    int64_t dim = s->dim, width = s->heads * s->head_dim;
-    size_t mark = arena_used;
-    float *normed = take(rows * dim), *before = take(rows * dim), *q = take(rows * width), *seen = take(rows * width);
-    float *turned = take(rows * larger(dim, width));
-    memcpy(before, x, rows * dim * sizeof *x);
-    normalise(x, s->norm, s->eps, normed, rows, dim, s->bf16);
-    product(&s->q, normed, turned, 0, 0, q, rows, s->bf16);
-    attend_slots(q, seen, page, offset, cache, s->slots, rows, s->heads, s->bf16);
-    product(&s->o, seen, turned, before, 1, x, rows, s->bf16);
-    arena_used = mark;
-}
-
-static size_t cross_kv_floats(const CrossKv *k, int64_t rows) { return rows * (2 * k->kv.in + k->kv.out) + 64 * 3; }
-
-/* Stores rows as keys and values. */
-static ONE_COPY void store_cross_kv(
-    const CrossKv *k, const int64_t *page, const int64_t *offset, const Cache *cache, const float *x, int64_t rows
-) {
-    int64_t dim = k->kv.in, width = cache->head_dim;
-    size_t mark = arena_used;
-    float *normed = take(rows * dim), *turned = take(rows * dim), *kv = take(rows * k->kv.out);
-    normalise(x, k->norm, k->eps, normed, rows, dim, k->bf16);
-    product(&k->kv, normed, turned, 0, 0, kv, rows, k->bf16);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t head = 0; head < 2 * cache->kv_heads; head++, kv += width) {
-            char *into = head < cache->kv_heads ? cache->keys : cache->values;
-            int64_t at = ((page[r] * cache->kv_heads + head % cache->kv_heads) * cache->page_size + offset[r]) * width;
-            narrow(into + at * (k->bf16 ? 2 : 4), kv, width, k->bf16);
-        }
-    arena_used = mark;
-}
-
-/* `stack` of kernels/stack.py. x: (rows, dim), or ids (rows,) where there is an embedding. logit_rows (left,), or null: the
-   rows to output. cross, states, page, offset: `CrossCache`. */
-static ONE_COPY void run_stack(
-    const Stack *s, const Plan *plan, const Cache *caches, const Cache *cross, void *states, const int64_t *page,
-    const int64_t *offset, const void *x, const int64_t *logit_rows, int64_t left, void *y
-) {
-    int64_t rows = plan->rows, dim = s->dim, bf16 = s->bf16;
-    size_t most = left * (3 * dim + s->head.out) + 64 * 4;
-    for (int64_t i = 0; i < s->num_layers; i++) most = larger(most, layer_floats(s->layers + i, rows));
-    for (int64_t i = 0; i < s->num_slots; i++) most = larger(most, slots_floats(s->slots + i, rows));
-    for (int64_t i = 0; i < s->num_cross_kv; i++) most = larger(most, cross_kv_floats(s->cross_kv + i, rows));
-    reserve(rows * dim + 64 + most);
-    float *now = take(rows * dim);
-    if (s->embedding) widen_rows(now, s->embedding, x, rows, dim, bf16);
-    else widen(now, x, rows * dim, bf16);
-    for (int64_t i = 0; i < s->num_layers; i++) {
-        if (i < s->num_slots) read_slots(s->slots + i, page, offset, cross + i, now, rows);
-        layer(s->layers + i, plan, caches + i, now);
-        int64_t kv = i + s->num_cross_kv - s->num_layers, size = bf16 ? 2 : 4;
-        if (kv >= 0) store_cross_kv(s->cross_kv + kv, page, offset, cross + kv, now, rows);
-        for (int64_t r = 0; r < rows && kv == 0 && states; r++)
-            narrow((char *)states + (page[r] * cross->page_size + offset[r]) * dim * size, now + r * dim, dim, bf16);
-    }
-    if (logit_rows) {
-        float *some = take(left * dim);
-        for (int64_t r = 0; r < left; r++) memcpy(some + r * dim, now + logit_rows[r] * dim, dim * sizeof *some);
-        now = some;
-    }
-    if (s->norm) {
-        float *normed = take(left * dim), *turned = take(left * dim), *logits = take(left * s->head.out);
-        normalise(now, s->norm, s->eps, normed, left, dim, bf16);
-        product(&s->head, normed, turned, 0, 0, logits, left, bf16);
-        narrow(y, logits, left * s->head.out, bf16);
-    } else narrow(y, now, left * dim, bf16);
-}
-
 void fastblt_stack(
     const Stack *s, const Plan *plan, const Cache *caches, const Cache *cross, void *states, const int64_t *page,
     const int64_t *offset, const void *x, const int64_t *logit_rows, int64_t left, void *y, int threads
@@ -281,20 +110,6 @@ void fastblt_stack(
     begin(threads);
     run_stack(s, plan, caches, cross, states, page, offset, x, logit_rows, left, y);
     finish();
-}
-
-/* x (rows, dim) as keys and values of `count` caches. */
-static ONE_COPY void run_cross_kv(
-    const CrossKv *cross_kv, int64_t count, const int64_t *page, const int64_t *offset, const Cache *caches, const void *x,
-    int64_t rows
-) {
-    int64_t numbers = rows * cross_kv->kv.in;
-    size_t most = 0;
-    for (int64_t i = 0; i < count; i++) most = larger(most, cross_kv_floats(cross_kv + i, rows));
-    reserve(numbers + 64 + most);
-    float *wide = take(numbers);
-    widen(wide, x, numbers, cross_kv->bf16);
-    for (int64_t i = 0; i < count; i++) store_cross_kv(cross_kv + i, page, offset, caches + i, wide, rows);
 }
 
 void fastblt_cross_kv(

@@ -39,7 +39,7 @@ static struct {
 
 static pthread_mutex_t bed = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
-static _Atomic int asleep;
+static _Atomic int asleep, num_awake;
 static int num_workers, num_threads = 1;
 static pid_t owner;
 static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
@@ -52,6 +52,9 @@ static inline void look_again(void) {
 #endif
 }
 
+/* Whether this thread computes a part: what it shares meanwhile it does alone. */
+static _Thread_local int inside;
+
 /* Takes one part, if there is one. */
 static int take_part(void) {
     uint64_t turn = now.turn;
@@ -59,17 +62,19 @@ static int take_part(void) {
     Task task = now.task;
     void *of = now.of;
     if (part >= parts || !atomic_compare_exchange_strong(&now.turn, &turn, turn + 1)) return part < parts;
+    inside = 1;
     task(of, n * part / parts, n * (part + 1) / parts);
+    inside = 0;
     now.done++;
     return 1;
 }
 
-static void *work(void *unused) {
-    (void)unused;
+static void *work(void *number_of) {
+    int number = (int)(intptr_t)number_of;
     for (int look = 0;;) {
         if (take_part()) look = 0;
         else if (++look < LOOKS) look_again();
-        else if (look < LAST_LOOK) sched_yield();
+        else if (look < LAST_LOOK || number < num_awake) sched_yield();
         else {
             uint64_t turn = now.turn;
             pthread_mutex_lock(&bed);
@@ -95,7 +100,7 @@ static void set_threads(int threads) {
     num_threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
     while (num_workers < num_threads - 1) {
         pthread_t thread;
-        if (pthread_create(&thread, 0, work, 0)) {
+        if (pthread_create(&thread, 0, work, (void *)(intptr_t)num_workers)) {
             num_threads = num_workers + 1;
             return;
         }
@@ -104,12 +109,36 @@ static void set_threads(int threads) {
     }
 }
 
-/* task(of, begin, end) over all of 0..n-1, by as many threads as `multiplications` are worth. */
-static void share(Task task, void *of, int64_t n, int64_t multiplications) {
+/* Makes those that sleep look at `now`, which must have changed. */
+static void wake_up(int64_t threads) {
+    pthread_mutex_lock(&bed);
+    for (int64_t t = 0; t < threads; t++) pthread_cond_signal(&wake);
+    pthread_mutex_unlock(&bed);
+}
+
+/* Before many operations, none of which would be worth waking a thread for: as many threads as all of them are worth stay
+   awake until `may_sleep`. */
+static void stay_awake(int64_t multiplications) {
+    int64_t worth = multiplications / LEAST_TO_WAKE;
+    num_awake = worth < num_threads ? (int)worth : num_threads - 1;
+    if (num_awake > num_workers - asleep) {
+        now.turn = ((now.turn >> 32) + 1) << 32 | NO_PART;
+        wake_up(num_workers);
+    }
+}
+
+static void may_sleep(void) { num_awake = 0; }
+
+static int64_t num_useful(int64_t multiplications) {
     int64_t threads = multiplications / LEAST_WORK;
-    if (threads > num_threads) threads = num_threads;
-    int64_t parts = threads * PARTS_PER_THREAD < n ? threads * PARTS_PER_THREAD : n;
-    if (threads <= 1 || parts <= 1) {
+    return threads < num_threads ? threads : num_threads;
+}
+
+/* task(of, begin, end) over all of 0..n-1 in so many parts, by as many threads as `multiplications` are worth. */
+static void share_parts(Task task, void *of, int64_t n, int64_t parts, int64_t multiplications) {
+    int64_t threads = num_useful(multiplications);
+    int all_sleep = asleep == num_workers && multiplications < LEAST_TO_WAKE;
+    if (inside || threads <= 1 || parts <= 1 || all_sleep) {
         task(of, 0, n);
         return;
     }
@@ -122,16 +151,18 @@ static void share(Task task, void *of, int64_t n, int64_t multiplications) {
     now.parts = parts;
     now.done = 0;
     now.turn = number << 32;
-    if (asleep && multiplications >= LEAST_TO_WAKE) {
-        pthread_mutex_lock(&bed);
-        for (int64_t t = 1; t < threads; t++) pthread_cond_signal(&wake);
-        pthread_mutex_unlock(&bed);
-    }
+    if (asleep && multiplications >= LEAST_TO_WAKE) wake_up(threads - 1);
     while (take_part());
     for (int look = 0; now.done != parts; look++) {
         if (look < LOOKS) look_again();
         else sched_yield();
     }
+}
+
+/* In parts small enough that no thread waits long for another. */
+static void share(Task task, void *of, int64_t n, int64_t multiplications) {
+    int64_t parts = num_useful(multiplications) * PARTS_PER_THREAD;
+    share_parts(task, of, n, parts < n ? parts : n, multiplications);
 }
 
 #endif

@@ -335,7 +335,8 @@ static void product(
         interleave(x + row * in, turned + row * in, rows * (turn + 1) / turns - row, in);
     }
     Product p = {weight, turned, residual, y, rows, twice, bf16};
-    int64_t panels = num_panels(weight), work = rows * weight->out * in;
+    /* Up to four rows take the time of four: that of their weights. */
+    int64_t panels = num_panels(weight), work = larger(rows, 4) * weight->out * in;
     if (rows <= FEW_ROWS) share(product_groups, &p, (panels + TOGETHER - 1) / TOGETHER, work);
     else share(product_panels, &p, panels, work);
 }

@@ -561,13 +561,16 @@ static int64_t num_together(const Model *m, Share **live, int64_t n) {
 void fastblt_step(const Model *m, Share *all, int64_t count, float *wanted, Totals *totals, int threads) {
     begin(threads);
     Share **live = ROOM(Share *, count);
-    for (int64_t i = 0; i < count; i++) live[i] = all + i;
+    int64_t rows = 0;
+    for (int64_t i = 0; i < count; i++) live[i] = all + i, rows += all[i].end - all[i].decode_from + all[i].num_cells;
+    stay_awake(rows * m->decoder->num_layers * layer_numbers(m->decoder->layers));
     int64_t left = run_pass(m, live, count, wanted, totals);
     for (int64_t first = 0, n; first < left; first += n) {
         n = num_together(m, live + first, left - first);
         for (int64_t more = n; more;) more = run_pass(m, live + first, more, 0, totals);
     }
     for (int64_t i = 0; i < count; i++) all[i].ended = all[i].end;
+    may_sleep();
     finish();
 }
 

@@ -22,6 +22,8 @@
 #define LANES 8
 #endif
 
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 typedef float Four __attribute__((vector_size(16)));
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
