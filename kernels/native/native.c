@@ -48,14 +48,14 @@ static ONE_COPY void run_linear(
     int64_t in = weight->in, out = weight->out, left = gated ? out / 2 : out;
     reserve(rows * (3 * in + out + 2 * left) + 64 * 6);
     float *wide = take(rows * in), *normed = take(rows * in), *full = take(rows * out);
-    float *gates = take(rows * left), *before = take(rows * left), *turned = take(rows * in);
+    float *gates = take(rows * left), *before = take(rows * left), *transposed = take(rows * in);
     widen(wide, x, rows * in, bf16);
     if (norm) {
         normalise(wide, norm, eps, normed, rows, in, bf16);
         wide = normed;
     }
     if (residual) widen(before, residual, rows * left, bf16);
-    product(weight, wide, turned, residual && !gated ? before : 0, twice, full, rows, bf16);
+    product(weight, wide, transposed, residual && !gated ? before : 0, twice, full, rows, bf16);
     if (gated) {
         gate(full, gates, rows, left, bf16);
         if (residual)

@@ -1,8 +1,8 @@
 /* Threads that share the parts of one operation.
 
    The caller takes parts itself, and never waits for a thread that has not started: on a busy machine that may take
-   long. The others spin for a moment, since the next operation of a step follows at once, and then sleep. A part's
-   result never depends on the thread that computes it. */
+   long. The others spin for a moment, since the next operation of a step follows at once. Then they sleep; but as many as a
+   step is worth only yield the processor until it ends. A part's result never depends on the thread that computes it. */
 
 #ifndef FASTBLT_POOL_H
 #define FASTBLT_POOL_H
@@ -14,12 +14,11 @@
 #include <unistd.h>
 
 #define MOST_THREADS 256
-/* Polls before a thread yields the processor between polls (some ten microseconds), and before it sleeps (some hundred,
+/* Polls before a thread yields the processor between polls (about ten microseconds), and before it sleeps (about a hundred,
    about the work of one thread between two products of a large layer). */
 #define LOOKS 300
 #define LAST_LOOK 500
-/* Multiplications that justify another thread (some ten microseconds), and those that justify waking one that sleeps.
-   */
+/* Multiplications that justify another thread (about ten microseconds), and those that justify waking one that sleeps. */
 #define LEAST_WORK 200000
 #define LEAST_TO_WAKE 2000000
 #define PARTS_PER_THREAD 4
@@ -38,8 +37,8 @@ static struct {
 } now;
 
 static pthread_mutex_t bed = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
-static _Atomic int asleep, num_awake;
+static pthread_cond_t wake[MOST_THREADS] = {[0 ... MOST_THREADS - 1] = PTHREAD_COND_INITIALIZER};
+static _Atomic int asleep[MOST_THREADS], num_awake;
 static int num_workers, num_threads = 1;
 static pid_t owner;
 static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
@@ -52,7 +51,7 @@ static inline void look_again(void) {
 #endif
 }
 
-/* Whether this thread computes a part: what it shares meanwhile it does alone. */
+/* Set while this thread computes a part: what is shared inside it then runs on this thread alone. */
 static _Thread_local int inside;
 
 /* Takes one part, if there is one. */
@@ -78,9 +77,9 @@ static void *work(void *number_of) {
         else {
             uint64_t turn = now.turn;
             pthread_mutex_lock(&bed);
-            asleep++;
-            while (now.turn == turn) pthread_cond_wait(&wake, &bed);
-            asleep--;
+            asleep[number] = 1;
+            while (now.turn == turn && number >= num_awake) pthread_cond_wait(wake + number, &bed);
+            asleep[number] = 0;
             pthread_mutex_unlock(&bed);
             look = 0;
         }
@@ -92,9 +91,12 @@ static void *work(void *number_of) {
 static void set_threads(int threads) {
     if (owner != getpid()) {
         /* Threads do not survive a fork, and their state is unknown. */
-        num_workers = asleep = 0;
+        for (int t = 0; t < num_workers; t++) {
+            pthread_cond_init(wake + t, 0);
+            asleep[t] = 0;
+        }
+        num_workers = num_awake = 0;
         pthread_mutex_init(&bed, 0);
-        pthread_cond_init(&wake, 0);
         owner = getpid();
     }
     num_threads = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
@@ -109,11 +111,14 @@ static void set_threads(int threads) {
     }
 }
 
-/* Makes those that sleep look at `now`, which must have changed. */
-static void wake_up(int64_t threads) {
-    pthread_mutex_lock(&bed);
-    for (int64_t t = 0; t < threads; t++) pthread_cond_signal(&wake);
-    pthread_mutex_unlock(&bed);
+/* Wakes those of the first `count` threads that sleep; the first are always woken first. */
+static void wake_up(int64_t count) {
+    for (int64_t t = 0; t < count; t++) {
+        if (!asleep[t]) continue;
+        pthread_mutex_lock(&bed);
+        pthread_cond_signal(wake + t);
+        pthread_mutex_unlock(&bed);
+    }
 }
 
 /* Before many operations, none of which would be worth waking a thread for: as many threads as all of them are worth stay
@@ -121,10 +126,7 @@ static void wake_up(int64_t threads) {
 static void stay_awake(int64_t multiplications) {
     int64_t worth = multiplications / LEAST_TO_WAKE;
     num_awake = worth < num_threads ? (int)worth : num_threads - 1;
-    if (num_awake > num_workers - asleep) {
-        now.turn = ((now.turn >> 32) + 1) << 32 | NO_PART;
-        wake_up(num_workers);
-    }
+    wake_up(num_awake);
 }
 
 static void may_sleep(void) { num_awake = 0; }
@@ -137,8 +139,8 @@ static int64_t num_useful(int64_t multiplications) {
 /* task(of, begin, end) over all of 0..n-1 in so many parts, by as many threads as `multiplications` are worth. */
 static void share_parts(Task task, void *of, int64_t n, int64_t parts, int64_t multiplications) {
     int64_t threads = num_useful(multiplications);
-    int all_sleep = asleep == num_workers && multiplications < LEAST_TO_WAKE;
-    if (inside || threads <= 1 || parts <= 1 || all_sleep) {
+    int is_alone = num_workers && asleep[0] && multiplications < LEAST_TO_WAKE;
+    if (inside || threads <= 1 || parts <= 1 || is_alone) {
         task(of, 0, n);
         return;
     }
@@ -151,7 +153,7 @@ static void share_parts(Task task, void *of, int64_t n, int64_t parts, int64_t m
     now.parts = parts;
     now.done = 0;
     now.turn = number << 32;
-    if (asleep && multiplications >= LEAST_TO_WAKE) wake_up(threads - 1);
+    if (multiplications >= LEAST_TO_WAKE) wake_up(threads - 1);
     while (take_part());
     for (int look = 0; now.done != parts; look++) {
         if (look < LOOKS) look_again();

@@ -270,8 +270,8 @@ static inline void finish_columns(const Product *p, int64_t first, int64_t colum
     }
 }
 
-/* A whole panel has a copy of its own, where the compiler knows its size. */
-static void finish_panel(const Product *p, int64_t panel, float *tiles) {
+/* Whole panels have a copy of the code of their own, with a size that the compiler knows. */
+static ONE_COPY void finish_panel(const Product *p, int64_t panel, float *tiles) {
     int64_t first = panel * PANEL, left = p->weight->out - first;
     if (left >= PANEL) finish_columns(p, first, PANEL, tiles);
     else finish_columns(p, first, left, tiles);
@@ -304,38 +304,38 @@ static void product_panels(void *of, int64_t begin, int64_t end) {
     }
 }
 
-/* x (rows, in) to (in, rows): read separately, rows would evict each other from the nearest cache. Four numbers of four
-   rows at a time, the last four rows again if they are not a whole four. */
-static void interleave(const float *x, float *to, int64_t rows, int64_t in) {
+/* x (rows, in) to (in, rows): read separately, rows would evict each other from the nearest cache. Blocks of
+   four by four; the last overlaps the one before if the rows are no multiple of four. */
+static void transpose(const float *x, float *to, int64_t rows, int64_t in) {
     int64_t k = 0;
     for (; rows >= 4 && k + 4 <= in; k += 4)
         for (int64_t r = 0; r < rows; r += 4) {
             int64_t first = r + 4 > rows ? rows - 4 : r;
             Four v[4];
             for (int i = 0; i < 4; i++) memcpy(v + i, x + (first + i) * in + k, sizeof *v);
-            Four a = SHUFFLED(v[0], v[1], 0, 4, 1, 5), b = SHUFFLED(v[0], v[1], 2, 6, 3, 7);
-            Four c = SHUFFLED(v[2], v[3], 0, 4, 1, 5), d = SHUFFLED(v[2], v[3], 2, 6, 3, 7);
-            v[0] = SHUFFLED(a, c, 0, 1, 4, 5), v[1] = SHUFFLED(a, c, 2, 3, 6, 7);
-            v[2] = SHUFFLED(b, d, 0, 1, 4, 5), v[3] = SHUFFLED(b, d, 2, 3, 6, 7);
+            Four a = SHUFFLED(FourInts, v[0], v[1], 0, 4, 1, 5), b = SHUFFLED(FourInts, v[0], v[1], 2, 6, 3, 7);
+            Four c = SHUFFLED(FourInts, v[2], v[3], 0, 4, 1, 5), d = SHUFFLED(FourInts, v[2], v[3], 2, 6, 3, 7);
+            v[0] = SHUFFLED(FourInts, a, c, 0, 1, 4, 5), v[1] = SHUFFLED(FourInts, a, c, 2, 3, 6, 7);
+            v[2] = SHUFFLED(FourInts, b, d, 0, 1, 4, 5), v[3] = SHUFFLED(FourInts, b, d, 2, 3, 6, 7);
             for (int i = 0; i < 4; i++) memcpy(to + (k + i) * rows + first, v + i, sizeof *v);
         }
     for (; k < in; k++)
         for (int64_t r = 0; r < rows; r++) to[k * rows + r] = x[r * in + k];
 }
 
-/* x (rows, in) to y (rows, out). `turned` has room for rows * in numbers. */
+/* x (rows, in) to y (rows, out). `transposed` has room for rows * in numbers. */
 static void product(
-    const Matrix *weight, const float *x, float *turned, const float *residual, int twice, float *y, int64_t rows, int bf16
+    const Matrix *weight, const float *x, float *transposed, const float *residual, int twice, float *y, int64_t rows, int bf16
 ) {
     /* Below, one or two rows are the fewest. */
     if (!rows) return;
     int64_t turns = (rows + MOST_ROWS - 1) / MOST_ROWS, in = weight->in;
     for (int64_t turn = 0; turn < turns; turn++) {
         int64_t row = rows * turn / turns;
-        interleave(x + row * in, turned + row * in, rows * (turn + 1) / turns - row, in);
+        transpose(x + row * in, transposed + row * in, rows * (turn + 1) / turns - row, in);
     }
-    Product p = {weight, turned, residual, y, rows, twice, bf16};
-    /* Up to four rows take the time of four: that of their weights. */
+    Product p = {weight, transposed, residual, y, rows, twice, bf16};
+    /* Reading the weights takes as long as multiplying four rows. */
     int64_t panels = num_panels(weight), work = larger(rows, 4) * weight->out * in;
     if (rows <= FEW_ROWS) share(product_groups, &p, (panels + TOGETHER - 1) / TOGETHER, work);
     else share(product_panels, &p, panels, work);

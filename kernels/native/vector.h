@@ -14,7 +14,11 @@
 
 /* One copy for all callers: where a function is inlined, the compiler may fuse other multiplications and additions, and a
    row would get other bits. */
+#if defined(__clang__)
 #define ONE_COPY __attribute__((noinline))
+#else
+#define ONE_COPY __attribute__((noinline, noclone))
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -25,17 +29,18 @@
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
 typedef int16_t Halves __attribute__((vector_size(4 * LANES)));
 
-/* Lanes of a, from 0 on, and of b after them. */
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+/* Lanes of a, from 0 on, and of b after them, by their numbers, a vector of INTS. Before 12, GCC has another name for it. */
+#if (defined(__clang__) || __GNUC__ >= 12) && !defined(FASTBLT_AS_GCC_11)
+#define SHUFFLED(INTS, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (__typeof__(a < b)){__VA_ARGS__})
+#define SHUFFLED(INTS, a, b, ...) __builtin_shuffle(a, b, (INTS){__VA_ARGS__})
 #endif
 
 static inline Vector load(const float *from) {

@@ -119,8 +119,8 @@ async def test_many_queue_for_few(tmp_path: Path, record_property: Record) -> No
 
 @pytest.mark.faults
 async def test_ten_thousand_queue_at_once(tmp_path: Path, record_property: Record) -> None:
-    """Each on a connection of its own, for 256 places. The engine is held until nearly all have asked; in its moments it
-    writes few of texts this long."""
+    """Each on a connection of its own, for 256 places. The engine is held until nearly all have asked; in its
+    moments it writes few of texts this long."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     requests = [plain(kind, 60 + kind % 3, prompt=f"{kind}", temperature=0.7, stream=False) for kind in range(KINDS)]
     most = ("--max-connections", "--max-connections-per-address", "--max-queue")
