@@ -566,7 +566,8 @@ def test_only_a_replica_of_the_same_model_continues_a_request(
     replaced = copy(client)
     replaced.limits = replace(client.limits, fingerprint="of other weights")
     other = Replica("other", create_app(SETTINGS, replaced))
-    fields = STREAM | {"stream": stream}
+    # Long enough that an answer that is sent whole comes after a message that only tells.
+    fields = STREAM | {"stream": stream, "max_tokens": 200 if stream else 2000}
     # Of the other one nothing but that it has some of the output.
     losses = EARLY if stream else 1
     try:
