@@ -63,7 +63,9 @@ def test_the_image_serves_a_mounted_model_and_drains(podman: Podman, tiny: Path)
         assert told.count("Read-only file system") == 2
         request = {"model": "tiny", "prompt": "a", "max_tokens": 8, "ignore_eos": True}
         assert http.post("/v1/completions", json=request).json()["usage"]["completion_tokens"] == 8
-        with http.stream("POST", "/v1/completions", json=request | {"max_tokens": 2000, "stream": True}) as response:
+        # More than fits between server and client, so that it cannot end before it is read.
+        endless = request | {"max_tokens": 4000, "n": 8, "logprobs": 5, "stream": True}
+        with http.stream("POST", "/v1/completions", json=endless) as response:
             lines = response.iter_lines()
             assert next(lines).startswith("data: ")
             stop = [*podman.command, "stop", "--time=60", server.name]
