@@ -207,6 +207,11 @@ class Replica:
             assert self._client
             await self._client.stop()
 
+    def forget(self) -> None:
+        """Closes the files that a process would leave open until its end."""
+        if self._client:
+            self._client._release_spares()
+
     def check_empty(self) -> None:
         """Raises Violation."""
         gate = self.app.state.gate
@@ -439,6 +444,8 @@ class Fleet:
         self.configs = [config_of((16 << 20) + (n << 16), story.max_sequences) for n in range(count)]
         self.machines = [Machine(Faults(story.draw)) for _ in range(count)]
         self.replicas: list[Replica] = []
+        self.started: list[Replica] = []
+        """Those that are gone, too."""
         self.requests: dict[str, Request] = {}
         self.num_killed = 0
         self.trace: list[str] = []
@@ -515,6 +522,7 @@ class Fleet:
         self.machines[slot].faults.frozen = False
         replica = Replica(f"replica-{next(self._numbers)}", slot, self)
         self.replicas.append(replica)
+        self.started.append(replica)
         await replica.start()
 
     async def _harm(self, start: float) -> None:
@@ -582,8 +590,8 @@ def play(story: FleetStory, plant: Plant = ExitStack) -> str:
             try:
                 run(loop, fleet.play())
             finally:
-                for machine in fleet.machines:
-                    machine.forget()
+                for part in (*fleet.machines, *fleet.started):
+                    part.forget()
             return sha256("\n".join(fleet.trace).encode()).hexdigest()
     finally:
         logging.disable(logging.NOTSET)
