@@ -31,7 +31,7 @@ RULES = {
 WARM_UP = 8
 MOST = 1.0
 LONGEST = 4000
-"""Bytes of a prompt; the system prompts have up to 3,000."""
+"""Bytes of a prompt and its output; the system prompts have up to 3,000."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,16 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         flags += [f"--replicas={options.replicas}", "--replica-cpus=0.01"]
         rows: list[dict[str, Any]] = []
         for turn in range(options.turns):
-            asked = [one for one in requests(options.rate, options.seconds, seed=turn) if len(one.prompt) <= LONGEST]
+            asked = _held(options.rate, options.seconds, seed=turn)
             found = {}
             for rule in sorted(RULES, reverse=bool(turn % 2)):
                 with ray_server(model.path, *flags, module=RULES[rule][0]) as address:
-                    asyncio.run(_all(address, list(requests(8.0, 4.0, seed=1000))[:WARM_UP]))
+                    asyncio.run(_all(address, _held(8.0, 4.0, seed=1000)[:WARM_UP]))
                     found[rule] = figures(asyncio.run(_all(address, asked)), asked)
             rows.append(found | {"requests": len(asked)})
             print({rule: {name: round(value, 3) for name, value in found[rule].items()} for rule in found}, flush=True)
     content = {"rows": rows, "replicas": options.replicas, "rate": options.rate, "threads": options.num_threads}
     finish("routing", model, content, options, arguments)
+
+
+def _held(rate: float, seconds: float, seed: int) -> list[Asked]:
+    """Requests that a model of 4,096 positions holds."""
+    return [one for one in requests(rate, seconds, seed=seed) if len(one.prompt) + one.num_output <= LONGEST]
 
 
 async def _all(address: str, asked: Sequence[Asked]) -> list[Stream]:
