@@ -59,7 +59,7 @@ def test_side_by_side_all_texts_have_their_turn(start_server: StartServer, monke
         return await together(target, prompts, max_tokens)
 
     monkeypatch.setattr(measuring, "_together", noted)
-    monkeypatch.setattr(measuring, "SECONDS", 0.2)
+    monkeypatch.setattr(measuring, "SECONDS", 0.05)
     texts = measuring.Texts().prompts(3, TRAFFIC)
     prompts = cycle(texts)
     for _ in range(2):
@@ -70,7 +70,7 @@ def test_side_by_side_all_texts_have_their_turn(start_server: StartServer, monke
 
 def test_texts_that_end_too_soon_are_measured_longer(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     target, prompts = Target.of(server.url, "blt", None), cycle(measuring.Texts().prompts(3, TRAFFIC))
-    monkeypatch.setattr(measuring, "SECONDS", 0.2)
+    monkeypatch.setattr(measuring, "SECONDS", 0.05)
     # A text of one byte comes in one event.
     assert 0 < measuring._side_by_side(target, prompts, 1, 1, 1000).byte_seconds < 0.1
     monkeypatch.setattr(measuring, "MOST_TURNS", 2)
