@@ -12,8 +12,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 PY := .venv/bin/python
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
-# A test process per core. ARGS="-n 0" runs all in one, as -s and a debugger need.
-PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal
+# A test process per core and one more, as many tests wait for servers. ARGS="-n 0" runs all in one, as -s and a debugger need.
+PYTEST := $(PY) -m pytest -q -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8 --dist worksteal
 
 .PHONY: help serve test lint test-slow test-faults test-ops test-compat fuzz constraints install train bench bench-growth bench-decoders kernels-static clean
 .DEFAULT_GOAL := help
