@@ -15,13 +15,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from engine.checkpoint import load
 from engine.costs.calibration import TEXT
+from engine.types import MAX_DRAFT
 from server.capacity.measure import Stream, Target, stream
 
 from . import plot, report
 from .fleet import Asked, requests
 from .paired import shown, spread
-from .program import Content, Verdict, finish, parser, subject
+from .program import Content, Subject, Verdict, finish, parser, subject
 from .servers import ray_server
 
 RULES = {
@@ -31,7 +33,7 @@ RULES = {
 WARM_UP = 8
 MOST = 1.0
 LONGEST = 4000
-"""Bytes of a prompt and its output; the system prompts have up to 3,000."""
+"""Bytes of a prompt; the system prompts have up to 3,000."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         flags += [f"--replicas={options.replicas}", "--replica-cpus=0.01"]
         rows: list[dict[str, Any]] = []
         for turn in range(options.turns):
-            asked = _held(options.rate, options.seconds, seed=turn)
+            asked = _held(model, options.rate, options.seconds, seed=turn)
             found = {}
             for rule in sorted(RULES, reverse=bool(turn % 2)):
                 with ray_server(model.path, *flags, module=RULES[rule][0]) as address:
-                    asyncio.run(_all(address, _held(8.0, 4.0, seed=1000)[:WARM_UP]))
+                    asyncio.run(_all(address, _held(model, 8.0, 4.0, seed=1000)[:WARM_UP]))
                     found[rule] = figures(asyncio.run(_all(address, asked)), asked)
             rows.append(found | {"requests": len(asked)})
             print({rule: {name: round(value, 3) for name, value in found[rule].items()} for rule in found}, flush=True)
@@ -59,9 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finish("routing", model, content, options, arguments)
 
 
-def _held(rate: float, seconds: float, seed: int) -> list[Asked]:
-    """Requests that a model of 4,096 positions holds."""
-    return [one for one in requests(rate, seconds, seed=seed) if len(one.prompt) + one.num_output <= LONGEST]
+def _held(model: Subject, rate: float, seconds: float, seed: int) -> list[Asked]:
+    """Those that the model has room for, the end of a last block included."""
+    room = load(model.path).config.max_length - MAX_DRAFT
+    asked = requests(rate, seconds, seed=seed)
+    return [one for one in asked if len(one.prompt) <= LONGEST and len(one.prompt) + one.num_output <= room]
 
 
 async def _all(address: str, asked: Sequence[Asked]) -> list[Stream]:

@@ -31,7 +31,7 @@ SECONDS = 1.0
 SHORT = SECONDS / 8
 """After a turn with less of it, texts of the next are twice as long."""
 MOST_TURNS = 64
-"""Where texts cannot be longer: so many count, however little they are."""
+"""So many count, however little they are, where texts cannot be longer."""
 LEAST_TEXTS = 64
 """Of which the measured streams are taken in turn."""
 SWEEPS = 3
@@ -110,11 +110,9 @@ def measure(target: Target, traffic: Traffic, tell: Callable[[str], None]) -> Re
     asyncio.run(_together(target, texts.prompts(2, traffic), LEAST_OUTPUT))
     counts, found = _counts(min(max_sequences, MOST_SEQUENCES)), dict[int, list[RoundCost]]()
     prompts = cycle(texts.prompts(max(counts[-1], LEAST_TEXTS), traffic))
-    output_bytes = max(round(traffic.output_bytes), LEAST_OUTPUT)
-    longest = max(_longest(target) - max(round(traffic.prompt_bytes), 1) - 1, output_bytes)
     for count in counts * SWEEPS:
         tell(f"{count} side by side")
-        cost = _side_by_side(target, prompts, count, output_bytes, longest)
+        cost = _side_by_side(target, prompts, count, max(round(traffic.output_bytes), LEAST_OUTPUT))
         found.setdefault(count, []).append(cost)
     rounds = [_mean(costs) for costs in found.values()]
     tell("prompts")
@@ -145,12 +143,13 @@ def _counts(most: int) -> list[int]:
     return sorted({*(1 << power for power in range(most.bit_length())), most})
 
 
-def _side_by_side(target: Target, prompts: Iterator[str], count: int, output_bytes: int, longest: int) -> RoundCost:
+def _side_by_side(target: Target, prompts: Iterator[str], count: int, output_bytes: int) -> RoundCost:
     """From the moment when all have begun to the moment when the first ends. The bytes of a step are the engine's own
     figure: an event of a stream may have those of several. prompts: each turn takes the next `count`, as drafts stand
-    in some texts more often than in others. output_bytes: of a text, or more, up to `longest`, on a server that has
-    written so many before they can be timed."""
+    in some texts more often than in others. output_bytes: of a text, or more on a server that has written so many
+    before they can be timed."""
     seconds, num_bytes, committed, steps = 0.0, 0.0, 0.0, 0.0
+    size, may_grow = output_bytes, True
     for _ in range(MOST_TURNS):
         if seconds >= SECONDS:
             break
@@ -158,19 +157,26 @@ def _side_by_side(target: Target, prompts: Iterator[str], count: int, output_byt
         # They are read before, so that all begin soon after each other.
         asyncio.run(_together(target, chosen, 1))
         before = _generated(target)
-        streams = asyncio.run(_together(target, chosen, output_bytes))
+        try:
+            streams = asyncio.run(_together(target, chosen, size))
+        except MeasureError:
+            if size == output_bytes:
+                raise
+            # The server takes no texts as long as that.
+            size, may_grow = size // 2, False
+            continue
         begin, end = max(one.first for one in streams), min(one.times[-1][0] for one in streams)
         if end <= begin:
             # The first ended before the last began: with longer outputs more of them overlap.
             begin, end = min(one.first for one in streams), max(one.times[-1][0] for one in streams)
-        if end - begin < SHORT:
-            output_bytes = min(2 * output_bytes, longest)
+        if may_grow and end - begin < SHORT:
+            size *= 2
         seconds += end - begin
         num_bytes += statistics.mean(one.bytes_at(end) - one.bytes_at(begin) for one in streams)
         after = _generated(target)
         committed, steps = committed + after[0] - before[0], steps + after[1] - before[1]
     if not num_bytes:
-        raise MeasureError(f"{target.url}: texts of {output_bytes} bytes, its longest, end before they can be timed")
+        raise MeasureError(f"{target.url}: the longest texts that it takes end before they can be timed")
     each = max(committed / max(steps, 1.0) / count, 1.0)
     return RoundCost(count, seconds * each / num_bytes, each)
 

@@ -63,19 +63,33 @@ def test_side_by_side_all_texts_have_their_turn(start_server: StartServer, monke
     texts = measuring.Texts().prompts(3, TRAFFIC)
     prompts = cycle(texts)
     for _ in range(2):
-        measuring._side_by_side(target, prompts, 2, 64, 2000)
+        measuring._side_by_side(target, prompts, 2, 64)
     read, ran = ([chosen for chosen, most in asked if (most == 1) == is_read] for is_read in (True, False))
     assert read == ran and {text for chosen in ran for text in chosen} == set(texts)
 
 
-def test_texts_that_end_too_soon_are_measured_longer(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, prompts = Target.of(server.url, "blt", None), cycle(measuring.Texts().prompts(3, TRAFFIC))
-    monkeypatch.setattr(measuring, "SECONDS", 0.05)
+def test_texts_that_end_too_soon_are_measured_longer(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Target.of(start_server("--max-tokens-limit", "32").url, "blt", None)
+    together, asked = measuring._together, []
+
+    async def noted(target: Target, prompts: Sequence[str], max_tokens: int) -> list[Stream]:
+        asked.append(max_tokens)
+        return await together(target, prompts, max_tokens)
+
+    monkeypatch.setattr(measuring, "_together", noted)
+    monkeypatch.setattr(measuring, "SECONDS", 0.01)
+    prompts = cycle(measuring.Texts().prompts(3, TRAFFIC))
+    assert 0 < measuring._side_by_side(target, prompts, 1, 16).byte_seconds < 0.1
+    # More than 32 are refused.
+    assert {32, 64} <= set(asked) <= {1, 16, 32, 64} and asked.count(64) == 1
+    with pytest.raises(MeasureError, match="max_tokens: must be at most 32, not 33"):
+        measuring._side_by_side(target, prompts, 1, 33)
+    monkeypatch.setattr(measuring, "MOST_TURNS", 1)
     # A text of one byte comes in one event.
-    assert 0 < measuring._side_by_side(target, prompts, 1, 1, 1000).byte_seconds < 0.1
-    monkeypatch.setattr(measuring, "MOST_TURNS", 2)
-    with pytest.raises(MeasureError, match="texts of 1 bytes, its longest, end before they can be timed"):
-        measuring._side_by_side(target, prompts, 1, 1, 1)
+    with pytest.raises(MeasureError, match="the longest texts that it takes end before they can be timed"):
+        measuring._side_by_side(target, prompts, 1, 1)
 
 
 def test_a_busy_server_is_not_measured(start_server: StartServer) -> None:
