@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import BOE_ID, BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
+from engine.config import BOE_ID, BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID, SPECIAL_NAMES
 from server import tokenizer
 from server.parsing import OTHER_BYTES
 from tests.scripted_server import ScriptedClient, serving
@@ -41,9 +41,10 @@ async def text(http: httpx.AsyncClient, tokens: list[int]) -> str:
     return str(prompt)
 
 
-@given(st.text())
+@given(st.text() | st.sampled_from(list(SPECIAL_NAMES.values())))
 def test_a_text_has_the_ids_of_its_bytes_and_comes_back(prompt: str) -> None:
-    assert tokenizer.ids_of(prompt) == ids(prompt.encode())
+    special = [token for token, name in SPECIAL_NAMES.items() if name == prompt]
+    assert tokenizer.ids_of(prompt) == (special or ids(prompt.encode()))
     assert tokenizer.text_of(tokenizer.ids_of(prompt)) == prompt
 
 
