@@ -40,7 +40,7 @@ class Rows(msgspec.Struct, kw_only=True):
     @property
     def may_run_ahead(self) -> bool:
         """Whether the device may go on by itself in this step: its sequence may run ahead, `min_tokens` is reached, and
-        the prompt is not being scored. Scores are only kept of single passes."""
+        the prompt is not being scored."""
         of = self.sequence
         return of.may_run_ahead and of.num_output >= of.request.min_tokens and not of.scores_prompt
 
@@ -142,12 +142,9 @@ class Rows(msgspec.Struct, kw_only=True):
     @property
     def num_exact(self) -> int:
         """Of Verify: rows that were exact while they drafted, as long as no patch closes, so that the decoder skips
-        them. None unless the step begins with them, nor for scores, which must come from one pass of the whole model.
-        """
+        them. None unless the step begins with them."""
         ask = self.ask
-        if not isinstance(ask, Verify) or self.sequence.request.logprobs is not None:
-            return 0
-        return ask.exact if self.start == self.end - len(ask.drafts) - 1 else 0
+        return ask.exact if isinstance(ask, Verify) and self.start == self.end - len(ask.drafts) - 1 else 0
 
     @property
     def num_drawn(self) -> int:

@@ -253,13 +253,30 @@ def test_beside_other_decoders_blt_makes_a_byte_a_step(model: Path) -> None:
     assert found == run(make_engine(model), both[:1])["blt"].ids
 
 
-@pytest.mark.parametrize(
-    "how", [{"logprobs": 2}, {"sampling": SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5)}], ids=str
-)
-def test_requests_with_scores_or_penalties_go_byte_by_byte(model: Path, how: dict[str, Any]) -> None:
+def test_requests_with_penalties_go_byte_by_byte(model: Path) -> None:
     engine = make_engine(model, run_ahead="always")
-    run(engine, [request("a", text(30, 2), 20, **how)])
+    penalised = SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5)
+    run(engine, [request("a", text(30, 2), 20, sampling=penalised)])
     assert engine.snapshot().steps >= 20
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("kind", ["bytes", "drafts"])
+def test_scores_come_with_bytes_that_were_launched_together(model: Path, kind: str, graphs: bool) -> None:
+    steps, found = [], []
+    for policy in ("always", "never"):
+        engine = make_engine(model, run_ahead=policy, graphs=graphs)
+        # Some of a batch with scores, and with different numbers of alternatives.
+        both = [request(str(n), text(20 + n, n), 40, logprobs=top, **WAYS[kind]) for n, top in enumerate((2, None, 0))]
+        out = run(engine, both)
+        assert [len(out[name].logprobs) for name in "012"] == [len(out["0"].ids), 0, len(out["2"].ids)]
+        assert {len(score.top) for score in out["0"].logprobs} == {2}
+        assert not any(score.top for score in out["2"].logprobs)
+        found.append((bills(out), {name: (each.ids, each.logprobs) for name, each in out.items()}))
+        steps.append(engine.snapshot().steps)
+    assert found[0] == found[1]
+    if kind == "bytes" or not engine.stepper.stages.encoder.takes_cells:
+        assert steps[0] < steps[1] / 2
 
 
 @pytest.mark.parametrize("prompt", [text(30, 2), [1]], ids=len)

@@ -104,7 +104,10 @@ def test_one_call_gives_what_the_stages_give_one_by_one(model: Path, data: st.Da
     for name, out in wanted.items():
         assert found[name].ids == out.ids, name
         assert found[name].logprobs == out.logprobs and found[name].prompt_logprobs == out.prompt_logprobs, name
-        assert bill(found[name]) == bill(out), name
+        # A step that is full runs the bytes of a block before the next block, in a call of their own.
+        calls_differ = asked[int(name)].decoder == "blt-d"
+        bills = [bill(each)[:3] if calls_differ else bill(each) for each in (found[name], out)]
+        assert bills[0] == bills[1], name
 
 
 CROWD = {"max_length": 128, "max_sequences": 40}
@@ -130,19 +133,22 @@ def test_one_call_gives_the_same_with_little_memory(
     assert engine.snapshot().preemptions
 
 
-def test_blt_runs_several_bytes_in_a_step(model: Path) -> None:
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_blt_runs_several_bytes_in_a_step(model: Path, logprobs: int | None) -> None:
     engine = make_engine(model)
     engine.stepper.ahead.policy = "always"
-    ids = run(engine, [request("a", text(30, 2), 64)])["a"].ids
+    ids = run(engine, [request("a", text(30, 2), 64, logprobs=logprobs)])["a"].ids
     assert engine.snapshot().steps <= 64 // one_call.MOST_BYTES + ids.count(EOS_ID)
 
 
+@pytest.mark.parametrize("logprobs", [None, 2])
 @pytest.mark.parametrize("decoder", ["blt-s", "blt-dv"])
-def test_drafts_are_verified_in_the_step_that_makes_them(model: Path, decoder: str) -> None:
+def test_drafts_are_verified_in_the_step_that_makes_them(model: Path, decoder: str, logprobs: int | None) -> None:
     engine = make_engine(model)
     if decoder not in engine.limits.decoders:
         pytest.skip("the model has no [MASK]")
-    out = run(engine, [request("a", text(30, 2), 64, decoder=decoder, ignore_eos=True)])["a"]
+    asked = request("a", text(30, 2), 64, decoder=decoder, ignore_eos=True, logprobs=logprobs)
+    out = run(engine, [asked])["a"]
     rounds = usage(out).rounds
     assert engine.snapshot().steps <= rounds + 1 + out.ids.count(EOS_ID)
 

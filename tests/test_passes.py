@@ -156,15 +156,13 @@ def test_a_verification_launched_with_wrong_drafts_is_launched_again(model: Path
     assert found == alone
 
 
-@pytest.mark.parametrize("way", WAYS)
+PENALISED = SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5, frequency_penalty=0.3)
+
+
 @pytest.mark.parametrize(
-    "how",
-    [
-        {"logprobs": 2},
-        {"sampling": SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5, frequency_penalty=0.3)},
-    ],
+    ("way", "how"), [*((way, {"sampling": PENALISED}) for way in WAYS), ("blt-d", {"logprobs": 2})], ids=str
 )
-def test_requests_with_scores_or_penalties_run_pass_by_pass(model: Path, way: str, how: dict[str, Any]) -> None:
+def test_penalties_and_blocks_with_scores_run_pass_by_pass(model: Path, way: str, how: dict[str, Any]) -> None:
     engine = device_engine(model)
     found = run(engine, [request("it", text(30, 2), 30, **WAYS[way], **how)])["it"]
     assert engine.snapshot().steps >= engine.ledger.total.calls["decoder"]

@@ -24,4 +24,4 @@ class VerifiedDiffusion(Decoder):
         if not can_draft(sequence) or size < 1:
             return (yield from one_byte())
         block = yield from denoise(sequence, size, self._rule, lead=True, then_verify=True)
-        return (yield from verify(block.ids, exact=1, passes=block.passes))
+        return (yield from verify(block.ids, exact=1, scores=block.scores, passes=block.passes))

@@ -1,6 +1,7 @@
 """BLT-S: the decoder drafts ahead of the patches, a pass of the whole model verifies."""
 
 from ..config import EOS_ID
+from ..types import TokenLogprob
 from .asks import Decoder, Draft, Round, SequenceView
 from .phrases import can_draft, one_byte, verify
 
@@ -23,6 +24,9 @@ class SelfSpeculation(Decoder):
         if not can_draft(sequence) or k < 1:
             return (yield from one_byte())
         drafts: list[int] = []
+        scores: list[TokenLogprob] = []
         while len(drafts) < k and EOS_ID not in drafts:
-            drafts += (yield Draft(tuple(drafts), at_most=k - len(drafts), then_verify=True)).ids
-        return (yield from verify(drafts, exact=len(drafts)))
+            result = yield Draft(tuple(drafts), at_most=k - len(drafts), then_verify=True)
+            drafts += result.ids
+            scores += result.scores
+        return (yield from verify(drafts, exact=len(drafts), scores=scores))

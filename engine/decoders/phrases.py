@@ -55,12 +55,14 @@ def denoise(
     return Denoised(block, passes, [score for score in scores if score])
 
 
-def verify(drafts: Seq[int], exact: int, passes: Seq[int] = ()) -> Round:
+def verify(drafts: Seq[int], exact: int, scores: Seq[TokenLogprob] = (), passes: Seq[int] = ()) -> Round:
     """Lets the model verify drafts: commits those up to the first that it would not give, then its own byte (Fast BLT,
-    Verify). exact: see `Verify`; passes: see `Committed`."""
+    Verify). exact: see `Verify`; scores: of the exact drafts, if they are wanted; passes: see `Committed`."""
     if EOS_ID in drafts:
         # Bytes after an EOS may not see those before it.
         drafts = drafts[: drafts.index(EOS_ID) + 1]
     result = yield Verify(drafts, exact=min(exact, len(drafts)))
     ids = [*drafts[: result.accepted], *result.ids]
-    return Committed(ids, result.scores[: len(ids)], drafts, result.accepted, passes[: len(drafts)])
+    # Rows that are skipped have been scored while they drafted.
+    skipped = len(ids) - len(result.scores) if result.scores else 0
+    return Committed(ids, [*scores[:skipped], *result.scores], drafts, result.accepted, passes[: len(drafts)])

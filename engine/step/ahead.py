@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from .blocks import BlockPasses, block_tensors
 from .decoder import DecoderRows
 from .launch import padded_tensor
 from .results import cell_params, uniform
-from .sampling import are_distributions, draw_ids, padded_params
+from .sampling import are_distributions, draw_ids, padded_params, ranked, scores_of
 from .stages import Stages
 
 REMEMBERED = 32
@@ -74,7 +75,7 @@ class Ahead:
         ends = [rows.end for rows in batch]
         draws = self._draws(batch, ends, count, len(batch))
         logits = self._stages.run(batch)
-        drawn = _Draws(self._kernels, self._text_slots, draws)
+        drawn = _Draws(self._kernels, self._text_slots, _num_top(batch) is not None, draws)
         drawn.take(logits)
         passes = [[_rows(rows, rows.end + n) for rows in batch] for n in range(count - 1)]
         launches = []
@@ -85,19 +86,11 @@ class Ahead:
         after = draws["places"][:-1]
         text = self._text_slots.text
         opens = text.patch[after + 1] - text.patch[after]
-        readback = read_async(text.ids[draws["places"]], drawn.out(), text.entropies[after], opens)
+        readback = read_async(text.entropies[after], opens, *self._drawn(batch, draws, drawn.out()))
         going_on = [rows for rows in batch if rows.most_passes(count + 1) > count]
         self._begin([_rows(rows, rows.end + count - 1) for rows in going_on], len(batch))
-        ids, highest, entropies, opened = readback()
-        results = []
-        for number, rows in enumerate(batch):
-            own = [each[number] for each in ids]
-            self._text_slots.note_read(rows.sequence, rows.end, own)
-            if not are_distributions(bests[number] for bests in highest):
-                results.append(Result(failed=True))
-                continue
-            # A document ends with an EOS.
-            results.append(Result(own[: own.index(EOS_ID) + 1] if EOS_ID in own else own))
+        entropies, opened, *found = readback()
+        results = [self._result(rows, number, rows.end, *found) for number, rows in enumerate(batch)]
         for number, (each, launched) in enumerate(zip(passes, launches, strict=True)):
             served = [len(result.ids) > number + 1 for result in results]
             _decide(each, served, entropies[number], opened[number])
@@ -146,25 +139,23 @@ class Ahead:
         ]
         firsts = [rows.cells_start + 1 for rows in batch]
         draws = self._draws(batch, firsts, count, plans[0].padded)
-        begin = partial(_Draws, self._kernels, self._text_slots)
-        launch, highest = decoder.launch_passes("draft", plans, 1, draws, begin)
+        scored = _num_top(batch) is not None
+        begin = partial(_Draws, self._kernels, self._text_slots, scored)
+        launch, out = decoder.launch_passes("draft scored" if scored else "draft", plans, 1, draws, begin)
         self._ledger.took(launch, *(plan.shares for plan in plans))
-        readback = read_async(self._text_slots.text.ids[draws["places"]], highest)
+        readback = read_async(*self._drawn(batch, draws, out))
         if all(not ask.known and ask.at_most == count for ask in asks):
             self._begin([_rows(rows, rows.end, 1 + count) for rows in batch], len(batch))
-        ids, bests = readback()
-        drafts = [[drawn[number] for drawn in ids] for number in range(len(batch))]
-        for rows, first, own in zip(batch, firsts, drafts, strict=True):
-            self._text_slots.note_read(rows.sequence, first, own)
-        fine = [are_distributions(best[number] for best in bests) for number in range(len(batch))]
-        return [Result(own, failed=not so) for own, so in zip(drafts, fine, strict=True)]
+        found = readback()
+        return [self._result(rows, number, firsts[number], *found) for number, rows in enumerate(batch)]
 
     # Blocks.
 
     def _blocks(self, batch: Seq[Rows]) -> list[Result] | None:
-        """The results once one of the blocks is done; None if a block has a lead, which only runs in the first pass."""
+        """The results once one of the blocks is done; None if a block has a lead, which only runs in the first pass, or
+        needs scores, which are kept of single passes."""
         asks = [rows.ask for rows in batch if isinstance(rows.ask, Unmask)]
-        if any(ask.lead for ask in asks):
+        if any(ask.lead for ask in asks) or _num_top(batch) is not None:
             return None
         mask, logits = batch[0].sequence.mask_id, None
         results = [Result(list(ask.block), settled=[-1] * len(ask.block), passes=0) for ask in asks]
@@ -257,6 +248,23 @@ class Ahead:
         tensors["places"] = to_device(places, self._device)
         return tensors
 
+    def _drawn(self, batch: Seq[Rows], draws: Mapping[str, Tensor], out: Tensor) -> list[Tensor]:
+        """What the host reads of bytes that were drawn. out: of `_Draws`."""
+        ids, num_top = self._text_slots.text.ids[draws["places"]], _num_top(batch)
+        return [ids, out[..., 0], *(() if num_top is None else ranked(out[..., 1:], ids, num_top))]
+
+    def _result(self, rows: Rows, number: int, first: int, *drawn: Seq[Seq[Any]]) -> Result:
+        """The bytes of a sequence, from position `first` on. drawn: `_drawn`, read."""
+        ids, highest, *scored = ([of[number] for of in each] for each in drawn)
+        self._text_slots.note_read(rows.sequence, first, ids)
+        if not are_distributions(highest):
+            return Result(failed=True)
+        num_top = rows.sequence.request.logprobs
+        if isinstance(rows.ask, Next) and EOS_ID in ids:
+            # A document ends with an EOS.
+            ids = ids[: ids.index(EOS_ID) + 1]
+        return Result(ids, scores=[] if num_top is None else scores_of(ids, num_top, *scored))
+
     def _cells(self, batch: Seq[Rows], padded: int) -> dict[str, Tensor]:
         """Where the cells of blocks are, and how they are drawn, all laid end to end."""
         cells = [(rows.sequence, rows.cells_start + cell) for rows in batch for cell in range(rows.num_block)]
@@ -270,22 +278,23 @@ class Ahead:
 
 class _Draws:
     """Passes that each draw a byte of every row and write it into the text. In tensors only: "places" (passes, R)
-    int64, "uniforms" (passes, R) if any row needs them, and those of `engine.step.sampling.row_params`."""
+    int64, "uniforms" (passes, R) if any row needs them, and those of `engine.step.sampling.row_params`. scored: whether
+    logits are wanted."""
 
-    def __init__(self, kernels: Kernels, slots: Slots, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, kernels: Kernels, slots: Slots, scored: bool, tensors: Mapping[str, Tensor]) -> None:
         self._kernels, self._ids, self._tensors = kernels, slots.text.ids, tensors
-        self._highest: list[Tensor] = []
+        self._scored, self._outs = scored, list[Tensor]()
 
     def take(self, logits: Tensor) -> None:
-        number, uniforms = len(self._highest), self._tensors.get("uniforms")
+        number, uniforms = len(self._outs), self._tensors.get("uniforms")
         own = None if uniforms is None else uniforms[number]
         ids, highest = draw_ids(logits, self._tensors, own, self._kernels)
         self._ids.index_copy_(0, self._tensors["places"][number], ids)
-        self._highest.append(highest)
+        self._outs.append(torch.cat([highest[:, None], logits], 1) if self._scored else highest[:, None])
 
     def out(self) -> Tensor:
-        """The largest logits, (passes, R)."""
-        return torch.stack(self._highest)
+        """The largest logit of each row, then all that are wanted: (passes, R, 1 or 1 + V)."""
+        return torch.stack(self._outs)
 
 
 class _Cells(BlockPasses):
@@ -310,6 +319,11 @@ def _decide(batch: Seq[Rows], served: list[bool], entropies: list[float], opens:
     for rows, serves, entropy, starts in zip(batch, served, entropies, opens, strict=True):
         if serves:
             rows.sequence.decide([entropy], [bool(starts)])
+
+
+def _num_top(batch: Seq[Rows]) -> int | None:
+    """How many of the likeliest ids a batch needs; None without scores."""
+    return max((n for rows in batch if (n := rows.sequence.request.logprobs) is not None), default=None)
 
 
 def _rows(rows: Rows, start: int, count: int = 1) -> Rows:

@@ -2,8 +2,10 @@
 
 from array import array
 from collections.abc import Sequence as Seq
+from itertools import chain
 
 import torch
+from torch import Tensor
 
 from kernels.native.step import CACHES, Answer, AskKind, Limits, Step, StepCaches, StepShare, processor_cache
 
@@ -16,11 +18,12 @@ from ..memory.memory import Memory, Reach
 from ..model import Model
 from ..patching import boundary_rule
 from ..rows import Rows
-from ..types import SamplingParams
+from ..transfer import read
+from ..types import SamplingParams, TokenLogprob
 from .blocks import BLOCK_SPECIALS, rule_and_bound
 from .launch import Launcher
 from .results import cell_params, results_of, score_prompts
-from .sampling import static_changes
+from .sampling import ranked, scores_of, static_changes
 
 CACHE_SHARE = 1 / 3
 """How much of the processor's largest cache the decoder's weights, and the rows of its K/V cache that sequences read
@@ -40,8 +43,8 @@ LOOKED_UP_EVERY = 32
 
 class OneCall:
     """Runs steps, each with as many passes as its sequences need: further bytes of blt, a whole draft or a block until
-    it is done, and their verification. The host draws only for rows that may not run ahead: with penalties, grammars
-    or scores, and before `min_tokens`.
+    it is done, and their verification. The host draws only for rows that may not run ahead: with penalties or grammars,
+    before `min_tokens`, and while a prompt is scored.
 
     max_rows: most rows of a step that verifies what it has drafted.
     """
@@ -85,28 +88,38 @@ class OneCall:
         # Keeps what lies at the shares' addresses.
         kept: list[array[float] | array[int]] = []
         settled = [array("q", [-1] * rows.num_block) for rows in batch]
+        logits = [self._logits(*of) for of in zip(batch, passes, strict=True)]
         shares = [
-            self._share(rows, most, verifies and _drafts(rows) > 0, cells, kept)
-            for rows, most, cells in zip(batch, passes, settled, strict=True)
+            self._share(rows, most, verifies and _drafts(rows) > 0, cells, wanted, kept)
+            for rows, most, cells, wanted in zip(batch, passes, settled, logits, strict=True)
         ]
-        by_host = [number for number, rows in enumerate(batch) if not rows.may_run_ahead]
-        wanted = torch.empty(sum(rows.num_logits for rows in batch), self._vocab_size) if by_host else None
-        answers, totals = self._step(shares, wanted)
+        answers, totals = self._step(shares)
         self._ledger.took_step(totals, list(zip(batch, answers, strict=True)))
-        results = [self._result(*of) for of in zip(batch, answers, settled, strict=True)]
-        if wanted is not None:
-            drawn = self._draw([batch[number] for number in by_host], [answers[number] for number in by_host], wanted)
+        scores = _Scores()
+        results = [self._result(*of, scores) for of in zip(batch, answers, settled, logits, strict=True)]
+        scores.fill()
+        by_host = [number for number, rows in enumerate(batch) if not rows.may_run_ahead]
+        if by_host:
+            drawn = self._draw([batch[n] for n in by_host], [(answers[n], logits[n]) for n in by_host])
             for number, result in zip(by_host, drawn, strict=True):
                 results[number] = result
         return results
 
-    def _draw(self, batch: list[Rows], answers: list[Answer], logits: torch.Tensor) -> Seq[Result | None]:
+    def _logits(self, rows: Rows, passes: int) -> Tensor | None:
+        """Room for the logits that the host draws from, or that scores are made of."""
+        if not rows.may_run_ahead:
+            return torch.empty(rows.num_logits, self._vocab_size)
+        if rows.ask is None or rows.sequence.request.logprobs is None:
+            return None
+        return torch.empty(rows.num_drawn + len(rows.given) + passes, self._vocab_size)
+
+    def _draw(self, batch: Seq[Rows], answers: Seq[tuple[Answer, Tensor | None]]) -> Seq[Result | None]:
         """Results of requests for which the host draws."""
-        for rows, answer in zip(batch, answers, strict=True):
+        for rows, (answer, _) in zip(batch, answers, strict=True):
             if rows.num_exact:
                 first = rows.end - answer.num_logits
                 rows.decode_from = rows.logits_from = rows.drawn_from = first
-        own = torch.cat([logits[a.logits_at : a.logits_at + a.num_logits] for a in answers])
+        own = torch.cat([logits[: answer.num_logits] for answer, logits in answers if logits is not None])
         score_prompts(batch, own)
         return results_of(batch, own, self._memory.slots, self._model.kernels)
 
@@ -146,8 +159,9 @@ class OneCall:
         return self._counts[size]
 
     def _share(
-        self, rows: Rows, passes: int, verifies: bool, settled: "array[int]", kept: list["array[float] | array[int]"]
-    ) -> StepShare:
+        self, rows: Rows, passes: int, verifies: bool, settled: "array[int]", logits: Tensor | None,
+        kept: list["array[float] | array[int]"],
+    ) -> StepShare:  # fmt: skip
         sequence, ask, plain = rows.sequence, rows.ask, rows.may_run_ahead
         request, start = sequence.request, rows.start
 
@@ -202,10 +216,13 @@ class OneCall:
             rule=rule[0],
             bound=rule[1],
             settled=settled.buffer_info()[0],
+            logits=0 if logits is None else logits.data_ptr(),
         )
 
-    def _result(self, rows: Rows, answer: Answer, settled: "array[int]") -> Result | None:
-        """What a sequence gets, from its text."""
+    def _result(
+        self, rows: Rows, answer: Answer, settled: "array[int]", logits: Tensor | None, scores: "_Scores"
+    ) -> Result | None:
+        """What a sequence gets, from its text. logits: those that scores are made of."""
         sequence, ask, at = rows.sequence, rows.ask, self._memory.slots.place(rows.sequence, 0)
         if answer.bad:
             return Result(failed=True)
@@ -215,22 +232,57 @@ class OneCall:
             sequence.decide(self._entropies[at + decided : at + end].tolist(), (patch[1:] != patch[:-1]).tolist())
         if not answer.num_passes:
             return None
+
+        def scored(ids: Seq[int], begin: int = 0) -> list[TokenLogprob]:
+            num_top = sequence.request.logprobs
+            return [] if logits is None or num_top is None else scores.of(logits[begin:][: len(ids)], ids, num_top)
+
+        def verification(first: int, skipped: int = 0) -> Result:
+            own = [] if logits is None else self._ids[at + first + skipped : at + first + answer.accepted].tolist()
+            return Result([answer.given], answer.accepted, scores=scored([*own, answer.given], skipped))
+
         verified = None
         if end > rows.end and not isinstance(ask, Next):
-            verified = Result([answer.given], answer.accepted)
+            verified = verification(rows.end + 1)
         match ask:
             case Next():
-                return Result(self._ids[at + rows.end : at + rows.end + answer.num_passes].tolist())
+                ids = self._ids[at + rows.end : at + rows.end + answer.num_passes].tolist()
+                return Result(ids, scores=scored(ids))
             case Draft():
                 first = at + rows.cells_start + 1
-                return Result(self._ids[first : first + answer.num_passes].tolist(), verified=verified)
+                ids = self._ids[first : first + answer.num_passes].tolist()
+                return Result(ids, scores=[] if verified else scored(ids, len(ask.known)), verified=verified)
             case Unmask():
                 after = at + rows.cells_start + rows.num_cells
                 ids = self._ids[after - rows.num_block : after].tolist()
-                return Result(ids, settled=settled.tolist(), passes=answer.num_passes, verified=verified)
+                # Nothing reads the score of a [MASK].
+                own = [] if verified else scored([min(i, self._vocab_size - 1) for i in ids])
+                return Result(ids, settled=settled.tolist(), passes=answer.num_passes, scores=own, verified=verified)
             case Verify():
-                return Result([answer.given], answer.accepted)
+                return verification(rows.end - len(ask.drafts), len(ask.drafts) + 1 - answer.num_logits)
         return None
+
+
+class _Scores:
+    """The log-probabilities that a step gives, worked out for all sequences together."""
+
+    def __init__(self) -> None:
+        self._wanted: list[tuple[Tensor, Seq[int], int, list[TokenLogprob]]] = []
+
+    def of(self, logits: Tensor, ids: Seq[int], num_top: int) -> list[TokenLogprob]:
+        """Those of ids that were chosen by rows of logits: a list that `fill` will fill."""
+        scores = list[TokenLogprob]()
+        self._wanted.append((logits, ids, num_top, scores))
+        return scores
+
+    def fill(self) -> None:
+        if not self._wanted:
+            return
+        logits, ids, num_top, lists = zip(*self._wanted, strict=True)
+        found, end = read(*ranked(torch.cat(logits), torch.tensor([*chain(*ids)]), max(num_top))), 0
+        for own, most, scores in zip(ids, num_top, lists, strict=True):
+            begin, end = end, end + len(own)
+            scores += scores_of(own, most, *(part[begin:end] for part in found))
 
 
 def _drafts(rows: Rows) -> int:

@@ -225,7 +225,7 @@ def _result(rows: Rows, chosen: list[int], scores: list[TokenLogprob], accepted:
     if not isinstance(rows.ask, Verify):
         return Result(chosen, scores=scores)
     # Rows that the decoder skipped were exact when they drafted, so the bytes after them stand.
-    return Result([chosen[accepted]], rows.num_skipped + accepted, scores=scores)
+    return Result([chosen[accepted]], rows.num_skipped + accepted, scores=scores[: accepted + 1])
 
 
 class _Blocks:
@@ -260,7 +260,7 @@ class _Blocks:
 def _with_block(rows: Rows, result: Result, cells: list[int], settled: list[int]) -> Result:
     """An Unmask's result from that of its rows: a lead's byte is the block's first."""
     size = rows.num_block
-    ids, when = cells[:size], settled[:size]
+    ids, when, scores = cells[:size], settled[:size], result.scores[-size:]
     if len(result.ids) > size:
-        ids[0], when[0] = result.ids[0], 0
-    return Result(ids, settled=when, scores=result.scores[-size:] if result.scores else [])
+        ids[0], when[0], scores[:1] = result.ids[0], 0, result.scores[:1]
+    return Result(ids, settled=when, scores=scores)

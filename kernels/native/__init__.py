@@ -73,7 +73,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "fastblt_accepted": "pppp qq",
         "fastblt_confidence_and_entropy": "ppp qq",
         "fastblt_unmask": "pppppp qq",
-        "fastblt_step": "pp q pp i",
+        "fastblt_step": "pp q p i",
         "fastblt_step_sizes": "p",
         "fastblt_plan": "pqp pqp p qqqq ppq",
     }.items():

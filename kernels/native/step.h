@@ -51,6 +51,7 @@ typedef struct {
     int64_t num_prompt, rule;
     double bound;
     int64_t *settled;
+    float *logits;
     int64_t num_passes, accepted, given, ended, bad, logits_at, num_logits;
     Served served[NUM_STAGES];
 } Share;
@@ -427,6 +428,11 @@ static int64_t drawn(const Share *s, const float *logits, int64_t n, const doubl
     return sample(x, n, params, params[0] > 0.0 ? uniform_at(s, place) : 0.0);
 }
 
+/* Keeps rows of logits for the host, from its row `at` on, if it asks for them. */
+static void keep_logits(const Share *s, int64_t at, const float *rows, int64_t count, int64_t n) {
+    if (s->logits) memcpy(s->logits + at * n, rows, count * n * sizeof *rows);
+}
+
 static int is_distribution(const float *logits, int64_t n) { return isfinite(logits[argmax(logits, n)]); }
 
 /* A pass over a block: `logits` of its cells. Returns whether a cell is still masked. */
@@ -440,6 +446,7 @@ static int settle(const Model *m, Share *s, float *logits) {
         for (int i = 0; i < 3; i++) logits[m->specials[i]] = -INFINITY;
         masked[c] = ids[c] == m->mask;
         s->bad |= masked[c] && !is_distribution(logits, n);
+        if (s->settled[c] < 0) keep_logits(s, c, logits, 1, n);
         confidence_and_entropy(logits, n, confidence + c, entropies + c);
         chosen[c] = drawn(s, logits, n, s->cell_params, first + c);
     }
@@ -455,6 +462,7 @@ static int settle(const Model *m, Share *s, float *logits) {
 static void verify(const Model *m, Share *s, const float *row) {
     int64_t n = m->decoder->head.out, first = s->end - s->drafts;
     s->accepted = s->drawn_from + 1 - first;
+    keep_logits(s, s->accepted, row, s->end - s->drawn_from, n);
     for (;; s->accepted++, row += n) {
         int64_t place = first + s->accepted, id = drawn(s, row, n, s->params, place);
         s->bad |= !is_distribution(row, n);
@@ -492,6 +500,7 @@ static int choose(const Model *m, Share *s, float *logits) {
         id = drawn(s, row, n, s->params, place);
         s->bad |= !is_distribution(row, n);
         s->ids[place] = id;
+        keep_logits(s, s->ask == NEXT ? s->num_passes : s->ask == DRAFT ? place - s->end - 1 : 0, row, 1, n);
     }
     if (s->ask == UNMASK && lead) {
         s->settled[0] = 0;
@@ -500,8 +509,10 @@ static int choose(const Model *m, Share *s, float *logits) {
     }
     if (++s->num_passes >= s->passes || !left || id == m->eos) {
         if (!s->verifies || (s->ask == UNMASK && left)) return 0;
-        if (s->ask == DRAFT) verify_next(m, s, place - s->end, place - s->end);
-        else verify_next(m, s, s->num_block, 1);
+        int64_t drafts = s->ask == DRAFT ? place - s->end : s->num_block;
+        /* Where an earlier step had the logits of exact rows, the host has their scores: it asks for the verification. */
+        if (s->logits && (s->ask == DRAFT ? s->num_passes < drafts : s->settled[0] < 0)) return 0;
+        verify_next(m, s, drafts, s->ask == DRAFT ? drafts : 1);
         return 1;
     }
     if (s->ask == NEXT) {
@@ -522,18 +533,17 @@ static int choose(const Model *m, Share *s, float *logits) {
 void fastblt_step_sizes(int64_t *sizes) { sizes[0] = sizeof(Model), sizes[1] = sizeof(Share), sizes[2] = sizeof(Totals); }
 
 /* Runs a pass of `n` sequences; moves those that take part in another to the front and returns their number. */
-static int64_t run_pass(const Model *m, Share **live, int64_t n, float *wanted, Totals *totals) {
+static int64_t run_pass(const Model *m, Share **live, int64_t n, Totals *totals) {
     run_patcher(m, live, n, totals);
     void *states = run_encoder(m, live, n, totals);
     run_global(m, live, n, totals);
     float *logits = run_decoder(m, live, n, states, totals);
-    if (wanted && logits) {
-        const Share *last = live[n - 1];
-        memcpy(wanted, logits, (last->logits_at + last->num_logits) * m->decoder->head.out * sizeof *logits);
+    int64_t left = 0, vocabulary = m->decoder->head.out;
+    for (int64_t i = 0; i < n; i++) {
+        Share *s = live[i];
+        if (!s->draws && s->num_logits) keep_logits(s, 0, logits + s->logits_at * vocabulary, s->num_logits, vocabulary);
+        if (s->draws && choose(m, s, logits)) live[left++] = s;
     }
-    int64_t left = 0;
-    for (int64_t i = 0; i < n; i++)
-        if (live[i]->draws && choose(m, live[i], logits)) live[left++] = live[i];
     return left;
 }
 
@@ -557,17 +567,17 @@ static int64_t num_together(const Model *m, Share **live, int64_t n) {
     return count;
 }
 
-/* Runs the shares of `count` sequences. wanted: null, or room for the logits of the first pass. */
-void fastblt_step(const Model *m, Share *all, int64_t count, float *wanted, Totals *totals, int threads) {
+/* Runs the shares of `count` sequences. */
+void fastblt_step(const Model *m, Share *all, int64_t count, Totals *totals, int threads) {
     begin(threads);
     Share **live = ROOM(Share *, count);
     int64_t rows = 0;
     for (int64_t i = 0; i < count; i++) live[i] = all + i, rows += all[i].end - all[i].decode_from + all[i].num_cells;
     stay_awake(rows * m->decoder->num_layers * layer_numbers(m->decoder->layers));
-    int64_t left = run_pass(m, live, count, wanted, totals);
+    int64_t left = run_pass(m, live, count, totals);
     for (int64_t first = 0, n; first < left; first += n) {
         n = num_together(m, live + first, left - first);
-        for (int64_t more = n; more;) more = run_pass(m, live + first, more, 0, totals);
+        for (int64_t more = n; more;) more = run_pass(m, live + first, more, totals);
     }
     for (int64_t i = 0; i < count; i++) all[i].ended = all[i].end;
     may_sleep();

@@ -79,7 +79,7 @@ class Limits(NamedTuple):
 
 
 class StepShare(NamedTuple):
-    """A sequence's part of a step: `Share` of step.h up to `settled`, in its order. Positions, counts and flags as in
+    """A sequence's part of a step: `Share` of step.h up to `logits`, in its order. Positions, counts and flags as in
     `engine.rows`.
 
     ids .. patch_start: addresses of its text; tables: for each of `CACHES` the address of its pages and the page number
@@ -88,7 +88,9 @@ class StepShare(NamedTuple):
     exactly; drafts: the last rows that are drafts. passes: most passes to take part in. draws: whether C chooses bytes.
     verifies: whether a pass over all drafts comes after those. params, cell_params: addresses of four doubles; changes:
     of a row to add to all logits, 0 for none. seed, sample_index, num_prompt: of the random number of a place. rule,
-    bound: of unmasking. settled: address of the pass in which each cell was settled.
+    bound: of unmasking. settled: address of the pass in which each cell was settled. logits: 0, or the address of
+    room for the logits (rows, V) float32: of each byte of NEXT, each cell of UNMASK in the pass that settled it, each
+    row of VERIFY; where C chooses nothing, of all rows from `logits_from` on.
     """
 
     ids: int
@@ -125,6 +127,7 @@ class StepShare(NamedTuple):
     rule: int
     bound: float
     settled: int
+    logits: int
 
 
 class Served(NamedTuple):
@@ -141,14 +144,13 @@ class Served(NamedTuple):
 class Answer(NamedTuple):
     """The rest of `Share`. num_passes: that it took part in, without one that verified the drafts of those before.
     accepted: drafts; given: the byte after these. ended: the position after the last row of the text that ran. bad:
-    whether logits were no distribution. logits_at, num_logits: its rows of the wanted logits. served: by `STAGES`."""
+    whether logits were no distribution. num_logits: rows of logits in the last pass. served: by `STAGES`."""
 
     num_passes: int
     accepted: int
     given: int
     ended: int
     bad: bool
-    logits_at: int
     num_logits: int
     served: tuple[Served, ...]
 
@@ -161,7 +163,7 @@ class Totals(NamedTuple):
     seconds: tuple[float, ...]
 
 
-_SHARE = struct.Struct(f"4q {2 * len(CACHES)}q 23q 2Q 2q d q")
+_SHARE = struct.Struct(f"4q {2 * len(CACHES)}q 23q 2Q 2q d 2q")
 _ANSWER = struct.Struct("7q" + 4 * "4q2d")
 _SIZE = _SHARE.size + _ANSWER.size
 _TOTALS = struct.Struct("4q4q4d")
@@ -209,9 +211,8 @@ class Step:
         self._alive = w, caches, norms
         self._shares, self._totals = ctypes.create_string_buffer(_SIZE), ctypes.create_string_buffer(_TOTALS.size)
 
-    def __call__(self, shares: Sequence[StepShare], wanted: Tensor | None = None) -> tuple[list[Answer], Totals]:
-        """Runs a step, which writes what it finds into the texts and caches. wanted: takes the logits (rows, V) float32
-        of the first pass."""
+    def __call__(self, shares: Sequence[StepShare]) -> tuple[list[Answer], Totals]:
+        """Runs a step, which writes what it finds into the texts and caches."""
         assert LIBRARY
         if len(self._shares) < len(shares) * _SIZE:
             self._shares = ctypes.create_string_buffer(2 * len(shares) * _SIZE)
@@ -221,10 +222,7 @@ class Step:
             at = number * _SIZE
             _SHARE.pack_into(packed, at, *share[:4], *share.tables, *share[5:])
             ctypes.memset(ctypes.addressof(packed) + at + _SHARE.size, 0, _ANSWER.size)
-        LIBRARY.fastblt_step(
-            ctypes.byref(self._model), packed, len(shares), None if wanted is None else wanted.data_ptr(), totals,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        LIBRARY.fastblt_step(ctypes.byref(self._model), packed, len(shares), totals, torch.get_num_threads())
         found = _TOTALS.unpack(totals)
         answers = [_answer(packed, number * _SIZE + _SHARE.size) for number in range(len(shares))]
         return answers, Totals(found[:4], found[4:8], found[8:])
@@ -233,8 +231,8 @@ class Step:
 def _answer(packed: "ctypes.Array[ctypes.c_char]", at: int) -> Answer:
     numbers = _ANSWER.unpack_from(packed, at)
     served = tuple(Served(*numbers[6 * stage + 7 : 6 * stage + 13]) for stage in range(len(STAGES)))
-    num_passes, accepted, given, ended, bad, logits_at, num_logits = numbers[:7]
-    return Answer(num_passes, accepted, given, ended, bool(bad), logits_at, num_logits, served)
+    num_passes, accepted, given, ended, bad, _, num_logits = numbers[:7]
+    return Answer(num_passes, accepted, given, ended, bool(bad), num_logits, served)
 
 
 def sizes() -> tuple[int, int, int]:
