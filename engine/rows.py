@@ -39,10 +39,16 @@ class Rows(msgspec.Struct, kw_only=True):
 
     @property
     def may_run_ahead(self) -> bool:
-        """Whether the device may go on by itself in this step: its sequence may run ahead, `min_tokens` is reached, and
-        the prompt is not being scored."""
-        of = self.sequence
-        return of.may_run_ahead and of.num_output >= of.request.min_tokens and not of.scores_prompt
+        """Whether the next byte may be drawn before the host has read the one before: it needs no grammar, and the
+        prompt is not being scored."""
+        return not (self.sequence.constraint or self.sequence.scores_prompt)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether, in addition, no byte is drawn otherwise than the one before: there are no penalties, and
+        `min_tokens` is reached."""
+        request, done = self.sequence.request, self.sequence.num_output
+        return self.may_run_ahead and not request.sampling.is_penalised and done >= request.min_tokens
 
     @classmethod
     def prefill(cls, sequence: Sequence, end: int) -> "Rows":

@@ -43,9 +43,6 @@ class Sequence:
         constraint: Constraint | None = None,
     ) -> None:
         self.request, self.constraint = request, constraint
-        self.may_run_ahead = not (constraint or request.sampling.is_penalised)
-        """Whether the device may draw a byte of it before the host has read the one before: it has no grammar and no
-        penalty."""
         self.arrival = arrival
         self.deadline = request.deadline
         self._submitted = time.monotonic() if request.submitted is None else request.submitted

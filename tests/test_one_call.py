@@ -60,6 +60,14 @@ def requests(draw: st.DrawFn, decoders: list[str]) -> Request:
                 SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5, frequency_penalty=0.3),
                 SamplingParams(temperature=0.9, seed=8, repetition_penalty=1.2, logit_bias={70: 1.5}),
                 SamplingParams(
+                    temperature=0,
+                    presence_penalty=0.3,
+                    frequency_penalty=0.7,
+                    repetition_penalty=0.7,
+                    allowed_ids=[EOS_ID, *range(60, 140)],
+                    logit_bias={EOS_ID: 2.0, 80: -3.0},
+                ),
+                SamplingParams(
                     temperature=1.0, seed=6, allowed_ids=[EOS_ID, *range(60, 110)], logit_bias={EOS_ID: 4.0}
                 ),
             ]

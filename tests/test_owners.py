@@ -99,7 +99,7 @@ def test_every_owned_part_is_an_attribute_of_a_sequence() -> None:
     tree = ast.parse((ENGINE / "sequence.py").read_text())
     (made,) = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "__init__")
     stored = {n.attr for n in ast.walk(made) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
-    constant = {"request", "may_run_ahead", "arrival", "deadline", "num_prompt", "mask_id"}
+    constant = {"request", "arrival", "deadline", "num_prompt", "mask_id"}
     assert stored - constant == {*OWNER} | {"_submitted", "_begun", "_first", "_decoder", "_round", "_ask"}
 
 

@@ -181,5 +181,5 @@ class Ledger:
 
 def _is_of_bytes(rows: Rows) -> bool:
     """Whether a step of such rows makes as many bytes of blt as it may, and no scores, which take time on the host."""
-    plain = rows.may_run_ahead and rows.sequence.request.logprobs is None
+    plain = rows.is_plain and rows.sequence.request.logprobs is None
     return isinstance(rows.ask, Next) and rows.ask.at_most > 1 and rows.num_rows == 1 and plain

@@ -59,7 +59,7 @@ class Ahead:
         done."""
         kinds = {type(rows.ask) for rows in batch}
         pays = self.policy == "always" or (self.policy == "measured" and self._device.type != "cpu")
-        if not pays or len(kinds) > 1 or not all(rows.may_run_ahead for rows in batch):
+        if not pays or len(kinds) > 1 or not all(rows.is_plain for rows in batch):
             return None
         (kind,) = kinds
         if kind is Next:

@@ -1,8 +1,10 @@
 """Steps as one call, where the CPU's own kernels compute: nothing of a step is planned or chosen in Python."""
 
 from array import array
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from itertools import chain
+from math import inf
 
 import torch
 from torch import Tensor
@@ -22,8 +24,8 @@ from ..transfer import read
 from ..types import SamplingParams, TokenLogprob
 from .blocks import BLOCK_SPECIALS, rule_and_bound
 from .launch import Launcher
-from .results import cell_params, results_of, score_prompts
-from .sampling import ranked, scores_of, static_changes
+from .results import cell_params, ends_of, results_of, score_prompts
+from .sampling import biases, ranked, scores_of, static_changes, unbiased
 
 CACHE_SHARE = 1 / 3
 """How much of the processor's largest cache the decoder's weights, and the rows of its K/V cache that sequences read
@@ -43,8 +45,8 @@ LOOKED_UP_EVERY = 32
 
 class OneCall:
     """Runs steps, each with as many passes as its sequences need: further bytes of blt, a whole draft or a block until
-    it is done, and their verification. The host draws only for rows that may not run ahead: with penalties or grammars,
-    before `min_tokens`, and while a prompt is scored.
+    it is done, and their verification. The host draws only for rows that may not run ahead: with grammars, and while a
+    prompt is scored.
 
     max_rows: most rows of a step that verifies what it has drafted.
     """
@@ -175,11 +177,11 @@ class OneCall:
             tables += (table.pages.buffer_info()[0], table.first)
         patch = sequence.patch_of(start)
         sequence.note_patch_documents(patch)
-        params, own_params, changes, rule = 0, 0, 0, (0, 0.0)
+        params, own_params, rule = 0, 0, (0, 0.0)
+        bias = changes = counts = ends = 0
         if ask and plain:
             params = own_params = address(_doubles(request.sampling, self._vocab_size))
-            if request.sampling.logit_bias or request.sampling.allowed_ids:
-                changes = address(_changes(request.sampling, self._vocab_size))
+            bias, changes, counts, ends = (address(row) if row else 0 for row in _changes(rows, self._vocab_size))
             if isinstance(ask, Unmask):
                 own_params = address(_doubles(cell_params(request), self._vocab_size))
                 rule = rule_and_bound(ask.rule)
@@ -210,6 +212,11 @@ class OneCall:
             params=params,
             cell_params=own_params,
             changes=changes,
+            bias=bias,
+            counts=counts,
+            ends=ends,
+            committed=len(sequence.ids),
+            first_end=sequence.num_prompt + request.min_tokens,
             seed=request.sampling.seed & (1 << 64) - 1,
             sample_index=request.sample_index,
             num_prompt=sequence.num_prompt,
@@ -293,11 +300,23 @@ def _drafts(rows: Rows) -> int:
 
 
 def _doubles(params: SamplingParams, vocab_size: int) -> "array[float]":
-    return array("d", (params.temperature, params.top_k or vocab_size, params.top_p, params.min_p))
+    drawn = params.temperature, params.top_k or vocab_size, params.top_p, params.min_p
+    return array("d", (*drawn, params.presence_penalty, params.frequency_penalty, params.repetition_penalty))
 
 
-def _changes(params: SamplingParams, vocab_size: int) -> "array[float]":
-    changes = array("d", bytes(8 * vocab_size))
-    for i, change in static_changes(params, vocab_size).items():
-        changes[i] = change
-    return changes
+def _changes(rows: Rows, vocab_size: int) -> "Iterator[array[float] | None]":
+    """What is done to a sequence's logits: the bias, changes, counts and ends of its `StepShare`."""
+    sequence, request, params = rows.sequence, rows.sequence.request, rows.sequence.request.sampling
+
+    def row(values: Mapping[int, float], other: float = 0.0) -> "array[float]":
+        made = array("d", [other]) * vocab_size
+        for i, value in values.items():
+            made[i] = value
+        return made
+
+    bias = biases(params, vocab_size) if params.repetition_penalty != 1 else {}
+    changes = static_changes(unbiased(params), vocab_size)
+    yield row(bias) if bias else None
+    yield row(changes) if changes else None
+    yield row(sequence.id_counts, -1.0) if params.is_penalised else None
+    yield row(dict.fromkeys(ends_of(request), -inf)) if sequence.num_output < request.min_tokens else None

@@ -141,12 +141,16 @@ def _allowed(rows: Rows, vocab_size: int) -> Seq[Mask | None]:
     masks = _grammatical(rows) if sequence.constraint else [None] * rows.num_drawn
     if sequence.num_output >= request.min_tokens:
         return masks
-    first = sequence.num_prompt + request.min_tokens
-    ends = [*request.stop_ids, *([] if request.ignore_eos else [EOS_ID])]
+    first, ends = sequence.num_prompt + request.min_tokens, ends_of(request)
     return [
         _without(ends, mask, vocab_size) if place < first else mask
         for mask, place in zip(masks, rows.drawn_places, strict=True)
     ]
+
+
+def ends_of(request: Request) -> list[int]:
+    """The ids that end its text, but not before `min_tokens`."""
+    return [*request.stop_ids, *([] if request.ignore_eos else [EOS_ID])]
 
 
 def _without(ends: Seq[int], mask: Mask | None, vocab_size: int) -> Mask:

@@ -161,10 +161,15 @@ def are_distributions(highest: Iterable[float]) -> bool:
     return all(map(isfinite, highest))
 
 
+def biases(params: SamplingParams, vocab_size: int) -> dict[int, float]:
+    """What a request adds to the logits of ids."""
+    return {i: bias for i, bias in params.logit_bias.items() if 0 <= i < vocab_size}
+
+
 def static_changes(params: SamplingParams, vocab_size: int) -> dict[int, float]:
     """What is added to the logits of each row by id, whatever the text is: bias, and -inf where an id is not allowed.
     An id outside the vocabulary has no effect."""
-    change = {i: bias for i, bias in params.logit_bias.items() if 0 <= i < vocab_size}
+    change = biases(params, vocab_size)
     if params.allowed_ids:
         change |= dict.fromkeys(set(range(vocab_size)).difference(params.allowed_ids), -inf)
     return change
@@ -172,7 +177,7 @@ def static_changes(params: SamplingParams, vocab_size: int) -> dict[int, float]:
 
 def _logit_changes(params: SamplingParams, counts: Mapping[int, int], vocab_size: int) -> dict[int, float]:
     """What is added to a row's logits by id, after the repetition penalty if there is one."""
-    change = static_changes(_unbiased(params), vocab_size)
+    change = static_changes(unbiased(params), vocab_size)
     if params.presence_penalty or params.frequency_penalty:
         for i, count in counts.items():
             if count:
@@ -180,7 +185,7 @@ def _logit_changes(params: SamplingParams, counts: Mapping[int, int], vocab_size
     return change
 
 
-def _unbiased(params: SamplingParams) -> SamplingParams:
+def unbiased(params: SamplingParams) -> SamplingParams:
     """Without the bias, where the repetition penalty comes between."""
     return params if params.repetition_penalty == 1 else replace(params, logit_bias={})
 
@@ -191,7 +196,7 @@ def _repetition(params: Seq[SamplingParams], counts: Seq[Mapping[int, int]], voc
     repeated[1] = 1
     for row, (p, count) in enumerate(zip(params, counts, strict=True)):
         if p.repetition_penalty != 1:
-            bias = {i: change for i, change in p.logit_bias.items() if 0 <= i < vocab_size}
+            bias = biases(p, vocab_size)
             repeated[0, row, list(bias)] = list(bias.values())
             repeated[1, row, list(count)] = p.repetition_penalty
     return repeated

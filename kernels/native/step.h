@@ -46,7 +46,8 @@ typedef struct {
     Table tables[NUM_CACHES];
     int64_t ask, start, end, decided, floor, patch_floor, decode_from, logits_from, drawn_from, counted_from;
     int64_t cells_start, cells_floor, num_cells, num_block, closes, exact, drafts, passes, draws, verifies;
-    const double *params, *cell_params, *changes;
+    const double *params, *cell_params, *changes, *bias, *counts, *ends;
+    int64_t committed, first_end;
     uint64_t seed, sample_index;
     int64_t num_prompt, rule;
     double bound;
@@ -420,11 +421,31 @@ static double uniform_at(const Share *s, int64_t place) {
     return (double)(a >> 11) * 0x1p-53;
 }
 
+enum { PRESENCE = 4, FREQUENCY, REPETITION };
+
+/* Penalises ids that were generated before a place, those of a draft too, but not a block's. Each rounding is that of
+   engine/step/sampling.py: no product may be fused with a sum. */
+static void penalise(const Share *s, double *x, int64_t n, const double *params, int64_t place) {
+    double *counts = ROOM(double, n), repetition = params[REPETITION];
+    memcpy(counts, s->counts, n * sizeof *counts);
+    for (int64_t at = s->committed; at < place && s->ask != UNMASK; at++) counts[s->ids[at]] = counts[s->ids[at]] < 0 ? 1 : counts[s->ids[at]] + 1;
+    for (int64_t i = 0; i < n; i++) {
+        volatile double repeated = x[i] + (s->bias ? s->bias[i] : 0.0), often = params[FREQUENCY] * counts[i];
+        if (repetition != 1.0 && counts[i] >= 0) repeated = repeated > 0 ? repeated / repetition : repeated * repetition;
+        double change = s->changes ? s->changes[i] : 0.0;
+        x[i] = repeated + (counts[i] > 0 ? change - params[PRESENCE] - often : change);
+    }
+}
+
 /* One id from a row of logits, as `draw_ids` of engine/step/sampling.py. */
 static int64_t drawn(const Share *s, const float *logits, int64_t n, const double *params, int64_t place) {
-    if (!s->changes && !(params[0] > 0.0)) return argmax(logits, n);
+    int may_end = !s->ends || place >= s->first_end;
+    if (!s->changes && !s->counts && may_end && !(params[0] > 0.0)) return argmax(logits, n);
     double *x = ROOM(double, n);
-    for (int64_t i = 0; i < n; i++) x[i] = s->changes ? logits[i] + s->changes[i] : logits[i];
+    for (int64_t i = 0; i < n; i++) x[i] = logits[i];
+    if (s->counts) penalise(s, x, n, params, place);
+    else for (int64_t i = 0; i < n && s->changes; i++) x[i] += s->changes[i];
+    for (int64_t i = 0; i < n && !may_end; i++) x[i] += s->ends[i];
     return sample(x, n, params, params[0] > 0.0 ? uniform_at(s, place) : 0.0);
 }
 

@@ -86,11 +86,14 @@ class StepShare(NamedTuple):
     of the first. ask: an `AskKind`. decided: rows before it have frozen boundaries. floor, patch_floor: where the
     documents of `start` and of its patch begin; cells_floor: that of the first cell. exact: how many rows drafted
     exactly; drafts: the last rows that are drafts. passes: most passes to take part in. draws: whether C chooses bytes.
-    verifies: whether a pass over all drafts comes after those. params, cell_params: addresses of four doubles; changes:
-    of a row to add to all logits, 0 for none. seed, sample_index, num_prompt: of the random number of a place. rule,
-    bound: of unmasking. settled: address of the pass in which each cell was settled. logits: 0, or the address of
-    room for the logits (rows, V) float32: of each byte of NEXT, each cell of UNMASK in the pass that settled it, each
-    row of VERIFY; where C chooses nothing, of all rows from `logits_from` on.
+    verifies: whether a pass over all drafts comes after those. params, cell_params: addresses of seven doubles, those
+    of `kernels.sampling` and the penalties for presence, frequency and repetition. Addresses of V doubles, 0 for none:
+    changes are added to all logits, bias is before the penalty for repetition; counts: how often each id was generated
+    before the place `committed`, -1 for ids that are not penalised; ends are added before the place `first_end`. seed,
+    sample_index, num_prompt: of the random number of a place. rule, bound: of unmasking. settled: address of the pass
+    in which each cell was settled. logits: 0, or the address of room for the logits (rows, V) float32: of each byte of
+    NEXT, each cell of UNMASK in the pass that settled it, each row of VERIFY; where C chooses nothing, of all rows from
+    `logits_from` on.
     """
 
     ids: int
@@ -121,6 +124,11 @@ class StepShare(NamedTuple):
     params: int
     cell_params: int
     changes: int
+    bias: int
+    counts: int
+    ends: int
+    committed: int
+    first_end: int
     seed: int
     sample_index: int
     num_prompt: int
@@ -163,7 +171,7 @@ class Totals(NamedTuple):
     seconds: tuple[float, ...]
 
 
-_SHARE = struct.Struct(f"4q {2 * len(CACHES)}q 23q 2Q 2q d 2q")
+_SHARE = struct.Struct(f"4q {2 * len(CACHES)}q 28q 2Q 2q d 2q")
 _ANSWER = struct.Struct("7q" + 4 * "4q2d")
 _SIZE = _SHARE.size + _ANSWER.size
 _TOTALS = struct.Struct("4q4q4d")
