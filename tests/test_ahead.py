@@ -32,6 +32,8 @@ HOW: list[dict[str, Any]] = [
     {"sampling": SamplingParams(temperature=1.0, seed=2, logit_bias={EOS_ID: 3.0, 100: -2.0})},
     {"ignore_eos": False, "sampling": SamplingParams(temperature=0.8, seed=3, logit_bias={EOS_ID: 2.0})},
     {"stop": [b"e", b"th"], "sampling": SamplingParams(temperature=0.8, seed=4)},
+    {"sampling": SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5, frequency_penalty=-0.3)},
+    {"sampling": SamplingParams(temperature=0, frequency_penalty=0.3, repetition_penalty=1.3, logit_bias={100: 2.0})},
 ]
 WAYS: dict[str, dict[str, Any]] = {
     "bytes": {},
@@ -120,14 +122,16 @@ def test_a_step_runs_as_many_bytes_as_all_sequences_have_left(model: Path) -> No
     assert engine.snapshot().steps == 3, "as many of both, the 3 that one has left, the rest of the other"
 
 
+@pytest.mark.parametrize("number", [0, 5, 6])
 @pytest.mark.parametrize("kind", WAYS)
-def test_text_and_usage_do_not_depend_on_the_policy(blocks: Path, kind: str) -> None:
+def test_text_and_usage_do_not_depend_on_the_policy(blocks: Path, kind: str, number: int) -> None:
     steps, found = {}, []
+    how = HOW[number] | WAYS[kind]
     for policy in ("measured", "always", "never"):
         engine = make_engine(blocks, run_ahead=policy, prefix_cache=False)
         assert engine.stepper.ahead.policy == policy
         # The first teaches the engine how many passes blocks take.
-        found += [bills(run(engine, [request("a", text(30, 2), 60, **WAYS[kind])])) for _ in "ab"]
+        found += [bills(run(engine, [request("a", text(30, 2), 60, **how)])) for _ in "ab"]
         steps[policy] = engine.snapshot().steps
     assert all(other == found[0] for other in found)
     assert steps["always"] < steps["never"] == steps["measured"], "a CPU gains nothing"
@@ -253,11 +257,10 @@ def test_beside_other_decoders_blt_makes_a_byte_a_step(model: Path) -> None:
     assert found == run(make_engine(model), both[:1])["blt"].ids
 
 
-def test_requests_with_penalties_go_byte_by_byte(model: Path) -> None:
+def test_requests_go_byte_by_byte_to_their_min_tokens(model: Path) -> None:
     engine = make_engine(model, run_ahead="always")
-    penalised = SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5)
-    run(engine, [request("a", text(30, 2), 20, sampling=penalised)])
-    assert engine.snapshot().steps >= 20
+    run(engine, [request("a", text(30, 2), 60, min_tokens=20, ignore_eos=False)])
+    assert 20 <= engine.snapshot().steps < 40
 
 
 @pytest.mark.parametrize("graphs", [False, True])

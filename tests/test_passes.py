@@ -156,13 +156,12 @@ def test_a_verification_launched_with_wrong_drafts_is_launched_again(model: Path
     assert found == alone
 
 
-PENALISED = SamplingParams(temperature=0.7, seed=4, presence_penalty=0.5, frequency_penalty=0.3)
-
-
 @pytest.mark.parametrize(
-    ("way", "how"), [*((way, {"sampling": PENALISED}) for way in WAYS), ("blt-d", {"logprobs": 2})], ids=str
+    ("way", "how"), [*((way, {"min_tokens": 30}) for way in WAYS), ("blt-d", {"logprobs": 2})], ids=str
 )
-def test_penalties_and_blocks_with_scores_run_pass_by_pass(model: Path, way: str, how: dict[str, Any]) -> None:
+def test_before_min_tokens_and_for_scores_of_blocks_stages_run_pass_by_pass(
+    model: Path, way: str, how: dict[str, Any]
+) -> None:
     engine = device_engine(model)
     found = run(engine, [request("it", text(30, 2), 30, **WAYS[way], **how)])["it"]
     assert engine.snapshot().steps >= engine.ledger.total.calls["decoder"]
@@ -170,13 +169,17 @@ def test_penalties_and_blocks_with_scores_run_pass_by_pass(model: Path, way: str
     assert len(found.logprobs) == (30 if "logprobs" in how else 0)
 
 
-def test_drafts_of_different_lengths_in_one_step_write_the_same_text_as_alone(model: Path) -> None:
+@pytest.mark.parametrize("frequency", [0.0, 1.5])
+def test_drafts_of_different_lengths_in_one_step_are_the_same_as_alone(model: Path, frequency: float) -> None:
+    how: dict[str, Any] = {"decoder": "blt-s", "sampling": SamplingParams(temperature=0, frequency_penalty=frequency)}
     asked = [
-        request("a", text(30, 2), 40, decoder="blt-s", draft_length=3),
-        request("b", text(25, 4), 40, decoder="blt-s", draft_length=8),
+        request("a", text(30, 2), 40, draft_length=3, **how),
+        request("b", text(25, 4), 40, draft_length=8, **how),
     ]
-    alone = {r.id: run(device_engine(model), [r])[r.id].ids for r in asked}
-    assert {name: out.ids for name, out in run(device_engine(model), asked).items()} == alone
+    alone = {r.id: run(device_engine(model), [r])[r.id] for r in asked}
+    for name, out in run(device_engine(model), asked).items():
+        assert out.ids == alone[name].ids
+        assert usage(out).accepted == usage(alone[name]).accepted > 0
 
 
 def test_the_host_reads_back_a_block_only_when_it_may_be_complete(model: Path) -> None:

@@ -34,6 +34,7 @@ SAMPLINGS = [
     SamplingParams(temperature=1.0, top_p=0.9, seed=1),
     SamplingParams(temperature=1.0, seed=2, logit_bias={EOS_ID: 3.0, 100: -2.0}),
     SamplingParams(temperature=0.7, top_k=5, min_p=0.05, seed=5, presence_penalty=0.5, frequency_penalty=0.2),
+    SamplingParams(temperature=0, frequency_penalty=-0.1, repetition_penalty=1.2, logit_bias={EOS_ID: 2.0, 100: 1.0}),
 ]
 WAYS: list[dict[str, Any]] = [
     {},
@@ -84,7 +85,8 @@ def lists(draw: st.DrawFn, ways: Sequence[dict[str, Any]]) -> list[Asked]:
         # Prompts that begin alike find each other's prefixes.
         prompt, tokens = text(draw(st.integers(1, 80)), draw(st.integers(0, 3))), draw(st.integers(0, LONGEST - 80))
         how = draw(st.sampled_from(ways)) | {
-            "sampling": draw(st.sampled_from(SAMPLINGS if scored else SAMPLINGS[:-1])),
+            "sampling": draw(st.sampled_from(SAMPLINGS)),
+            "min_tokens": min(draw(st.sampled_from([0, 0, 0, 9])), tokens),
             "ignore_eos": not ends,
             "stop": draw(st.sampled_from([[], [b"e"], [b"th", b"o"]])) if ends else [],
             "logprobs": draw(st.sampled_from([None, 2])) if scored else None,
@@ -231,7 +233,7 @@ def test_running_ahead_in_tritons_interpreter_changes_neither_text_nor_usage(
         Asked(
             request(
                 str(number), text(data.draw(st.integers(1, 12)), number), data.draw(st.integers(1, 12)), trace=True,
-                sampling=data.draw(st.sampled_from(SAMPLINGS[:-1])), ignore_eos=data.draw(st.booleans()), **ways[0],
+                sampling=data.draw(st.sampled_from(SAMPLINGS)), ignore_eos=data.draw(st.booleans()), **ways[0],
             ),
             data.draw(st.integers(0, 3)),
             data.draw(st.none() | st.integers(0, 5)),

@@ -12,7 +12,7 @@ pass of a draft where the decoder reads the encoder's states.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
@@ -37,7 +37,7 @@ from .blocks import BlockPasses, block_tensors
 from .decoder import DecoderRows
 from .launch import padded_tensor
 from .results import cell_params, uniform
-from .sampling import are_distributions, draw_ids, padded_params, ranked, scores_of
+from .sampling import are_distributions, counted, draw_ids, padded_params, penalised, ranked, scores_of
 from .stages import Stages
 
 REMEMBERED = 32
@@ -59,7 +59,7 @@ class Ahead:
         done."""
         kinds = {type(rows.ask) for rows in batch}
         pays = self.policy == "always" or (self.policy == "measured" and self._device.type != "cpu")
-        if not pays or len(kinds) > 1 or not all(rows.is_plain for rows in batch):
+        if not pays or len(kinds) > 1 or not all(map(_may_run_ahead, batch)):
             return None
         (kind,) = kinds
         if kind is Next:
@@ -244,8 +244,10 @@ class Ahead:
             [uniform(rows.sequence, first + n) for rows, first in zip(batch, firsts, strict=True)] + [0.0] * padding
             for n in range(count)
         ]
-        tensors = padded_params(sampling, uniforms, padded, self._stages.decoder.vocab_size, self._device)
-        tensors["places"] = to_device(places, self._device)
+        vocab_size, device = self._stages.decoder.vocab_size, self._device
+        tensors = padded_params(sampling, [{}] * len(batch), uniforms, padded, vocab_size, device)
+        tensors |= counted(sampling, [_counts(rows) for rows in batch], padded, vocab_size, device)
+        tensors["places"] = to_device(places, device)
         return tensors
 
     def _drawn(self, batch: Seq[Rows], draws: Mapping[str, Tensor], out: Tensor) -> list[Tensor]:
@@ -269,8 +271,10 @@ class Ahead:
         """Where the cells of blocks are, and how they are drawn, all laid end to end."""
         cells = [(rows.sequence, rows.cells_start + cell) for rows in batch for cell in range(rows.num_block)]
         params = [cell_params(sequence.request) for sequence, _ in cells]
+        # Cells are not counted: no order is given among them.
+        counts = [sequence.id_counts for sequence, _ in cells]
         uniforms = [uniform(*cell) for cell in cells] + [0.0] * (padded - len(cells))
-        tensors = padded_params(params, uniforms, padded, self._stages.decoder.vocab_size, self._device)
+        tensors = padded_params(params, counts, uniforms, padded, self._stages.decoder.vocab_size, self._device)
         num_blocks = self._stages.launcher.executor.rows(len(batch))
         tensors["blocks"] = block_tensors(batch, num_blocks, self._text_slots, self._device)
         return tensors
@@ -278,17 +282,23 @@ class Ahead:
 
 class _Draws:
     """Passes that each draw a byte of every row and write it into the text. In tensors only: "places" (passes, R)
-    int64, "uniforms" (passes, R) if any row needs them, and those of `engine.step.sampling.row_params`. scored: whether
-    logits are wanted."""
+    int64, "uniforms" (passes, R) if any row needs them, and those of `engine.step.sampling`. scored: whether logits are
+    wanted."""
 
     def __init__(self, kernels: Kernels, slots: Slots, scored: bool, tensors: Mapping[str, Tensor]) -> None:
         self._kernels, self._ids, self._tensors = kernels, slots.text.ids, tensors
         self._scored, self._outs = scored, list[Tensor]()
+        self._counts = tensors.get("counts")
 
     def take(self, logits: Tensor) -> None:
-        number, uniforms = len(self._outs), self._tensors.get("uniforms")
+        number, uniforms, tensors = len(self._outs), self._tensors.get("uniforms"), self._tensors
         own = None if uniforms is None else uniforms[number]
-        ids, highest = draw_ids(logits, self._tensors, own, self._kernels)
+        if self._counts is not None:
+            tensors = penalised(tensors, self._counts)
+        ids, highest = draw_ids(logits, tensors, own, self._kernels)
+        if self._counts is not None:
+            once_more = self._counts.gather(1, ids[:, None]).clamp(min=0) + 1
+            self._counts = self._counts.scatter(1, ids[:, None], once_more)
         self._ids.index_copy_(0, self._tensors["places"][number], ids)
         self._outs.append(torch.cat([highest[:, None], logits], 1) if self._scored else highest[:, None])
 
@@ -319,6 +329,18 @@ def _decide(batch: Seq[Rows], served: list[bool], entropies: list[float], opens:
     for rows, serves, entropy, starts in zip(batch, served, entropies, opens, strict=True):
         if serves:
             rows.sequence.decide([entropy], [bool(starts)])
+
+
+def _may_run_ahead(rows: Rows) -> bool:
+    """Before `min_tokens` the host bars ids at each place."""
+    return rows.may_run_ahead and rows.sequence.num_output >= rows.sequence.request.min_tokens
+
+
+def _counts(rows: Rows) -> Mapping[int, int]:
+    """How often each id was generated before the byte that is drawn next, known drafts included."""
+    counts = Counter(rows.sequence.id_counts)
+    counts.update(rows.given)
+    return counts
 
 
 def _num_top(batch: Seq[Rows]) -> int | None:

@@ -54,15 +54,44 @@ def row_params(
 
 def padded_params(
     params: Seq[SamplingParams],
+    counts: Seq[Mapping[int, int]],
     uniforms: Seq[float] | Seq[Seq[float]],
     length: int,
     vocab_size: int,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """`row_params` of rows without penalties, padded to `length` rows, and "uniforms" if any row needs one."""
-    tensors = row_params([*params, *[_PADDING] * (length - len(params))], [{}] * length, vocab_size, device)
+    """`row_params`, padded to `length` rows, and "uniforms" if any row needs one."""
+    padding = length - len(params)
+    tensors = row_params([*params, *[_PADDING] * padding], [*counts, *[{}] * padding], vocab_size, device)
     draws = uniforms_for(tensors, uniforms, device)
     return tensors if draws is None else tensors | {"uniforms": draws}
+
+
+def counted(
+    params: Seq[SamplingParams], counts: Seq[Mapping[int, int]], length: int, vocab_size: int, device: torch.device
+) -> dict[str, Tensor]:
+    """What `penalised` needs where passes go on, if any row has penalties: "counts" (R, V), how often each id was
+    generated, -1 for ids that are not penalised, and "penalties" (R, 3): presence, frequency, repetition; float64."""
+    if not any(p.is_penalised for p in params):
+        return {}
+    generated = np.full((length, vocab_size), -1.0)
+    penalties = np.tile([0.0, 0.0, 1.0], (length, 1))
+    for row, (p, count) in enumerate(zip(params, counts, strict=True)):
+        generated[row, list(count)] = list(count.values())
+        penalties[row] = p.presence_penalty, p.frequency_penalty, p.repetition_penalty
+    return {"counts": to_device(generated, device), "penalties": to_device(penalties, device)}
+
+
+def penalised(tensors: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
+    """`row_params` after ids were generated so often: (R, V), as in `counted`. tensors: made with no id counted. Every
+    number is rounded as it is there."""
+    presence, frequency, repetition = tensors["penalties"].unsqueeze(1).unbind(-1)
+    changes = tensors.get("changes", torch.zeros_like(counts))
+    less = torch.where(counts > 0, changes - presence - frequency * counts, changes)
+    if (repeated := tensors.get("repeated")) is None:
+        return {**tensors, "changes": less}
+    factors = torch.where(counts >= 0, repetition, torch.ones_like(counts))
+    return {**tensors, "changes": less, "repeated": torch.stack((repeated[0], factors))}
 
 
 def uniforms_for(
