@@ -76,9 +76,8 @@ class Result(msgspec.Struct, frozen=True):
     accepted drafts. accepted: of Verify. settled: of Unmask, for each cell the one of the `passes` in which it became a
     byte, -1 if in none. scores: only if the request asked for log-probabilities; of Verify up to the byte after the
     accepted drafts, without those of rows that were skipped, of Unmask those of the bytes that the cells would have
-    become. verified: of Draft and Unmask, what the round's Verify gave, if
-    it has run too. failed: whether logits were no distribution (NaN, +inf, or nothing above -inf); the sequence ends
-    there, and nothing else of the result counts.
+    become. verified: of Draft and Unmask, what the round's Verify gave, if it has run too. failed: whether logits were
+    no distribution (NaN, +inf, or nothing above -inf); the sequence ends there, and nothing else of the result counts.
     """
 
     ids: list[int] = []

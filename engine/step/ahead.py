@@ -246,7 +246,8 @@ class Ahead:
         ]
         vocab_size, device = self._stages.decoder.vocab_size, self._device
         tensors = padded_params(sampling, [{}] * len(batch), uniforms, padded, vocab_size, device)
-        tensors |= counted(sampling, [_counts(rows) for rows in batch], padded, vocab_size, device)
+        if any(params.is_penalised for params in sampling):
+            tensors |= counted(sampling, [_counts(rows) for rows in batch], padded, vocab_size, device)
         tensors["places"] = to_device(places, device)
         return tensors
 

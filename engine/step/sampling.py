@@ -70,10 +70,8 @@ def padded_params(
 def counted(
     params: Seq[SamplingParams], counts: Seq[Mapping[int, int]], length: int, vocab_size: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """What `penalised` needs where passes go on, if any row has penalties: "counts" (R, V), how often each id was
-    generated, -1 for ids that are not penalised, and "penalties" (R, 3): presence, frequency, repetition; float64."""
-    if not any(p.is_penalised for p in params):
-        return {}
+    """What `penalised` needs where passes go on: "counts" (R, V), how often each id was generated, -1 for ids that are
+    not penalised, and "penalties" (R, 3): presence, frequency, repetition; float64."""
     generated = np.full((length, vocab_size), -1.0)
     penalties = np.tile([0.0, 0.0, 1.0], (length, 1))
     for row, (p, count) in enumerate(zip(params, counts, strict=True)):
