@@ -11,6 +11,7 @@ import random
 from engine.decoders import Committed, Decoder, Round, SequenceView, make_decoder
 from engine.decoders.auto import SharedPrior
 from engine.decoders.paper import PAPER_ACCEPTANCE
+from engine.decoders.phrases import single
 from engine.engine import Engine
 from engine.types import Request
 
@@ -50,7 +51,7 @@ class Replayed(Decoder):
         self._inner.choose(sequence)
 
     def round(self, sequence: SequenceView, room: int) -> Round:
-        outcome: Committed = yield from self._inner.round(sequence, room)
+        outcome: Committed = yield from single(self._inner.round(sequence, room))
         if not outcome.drafts:
             return outcome
         stand = 0

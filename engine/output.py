@@ -138,12 +138,13 @@ class Output:
             return [Trace(num_ids=1, patch_starts=patch_starts), *[Trace(num_ids=1)] * (num_ids - 1)]
         return [
             Trace(
-                num_ids=num_ids,
-                drafts=list(outcome.drafts),
-                accepted=outcome.accepted,
-                passes=list(outcome.passes),
-                patch_starts=patch_starts,
+                num_ids=count,
+                drafts=list(part.drafts),
+                accepted=part.accepted,
+                passes=list(part.passes),
+                patch_starts=[] if number else patch_starts,
             )
+            for number, (part, count) in enumerate(outcome.up_to(num_ids))
         ]
 
     def _decisions(self, sequence: "Sequence") -> tuple[list[float], list[int]]:

@@ -119,8 +119,9 @@ class Rows(msgspec.Struct, kw_only=True):
                 return min(at_most, num_bytes)
             case Draft(at_most=at_most):
                 return at_most
-            case Unmask(block):
-                return len(block)
+            case Unmask(block, rule):
+                # A pass settles a cell at least, and all of them by one rule.
+                return 1 if rule.rule == "one_step" else len(block)
             case _:
                 return 1
 

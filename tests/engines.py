@@ -27,6 +27,8 @@ class Output:
     text: bytes = b""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    rounds: list[Any] = field(default_factory=list)
+    """Of traces: ids, drafts, accepted, passes."""
     patch_starts: list[int] = field(default_factory=list)
     """As traces tell them."""
     entropies: list[float] = field(default_factory=list)
@@ -42,6 +44,7 @@ class Output:
             self.text += event.text
             self.logprobs += event.logprobs
             self.prompt_logprobs += event.prompt_logprobs
+            self.rounds += [(trace.num_ids, trace.drafts, trace.accepted, trace.passes) for trace in event.traces]
             self.patch_starts += [start for trace in event.traces for start in trace.patch_starts]
             self.entropies += event.entropies
             self.starts += event.patch_starts

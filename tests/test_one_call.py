@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import EOS_ID, PatchingRule, Policy
+from engine.costs.latency import MOST_DRAFTED
 from engine.engine import Engine
 from engine.step import one_call
 from engine.types import Request, SamplingParams, UnmaskRule
@@ -159,6 +160,39 @@ def test_drafts_are_verified_in_the_step_that_makes_them(model: Path, decoder: s
     out = run(engine, [asked])["a"]
     rounds = usage(out).rounds
     assert engine.snapshot().steps <= rounds + 1 + out.ids.count(EOS_ID)
+
+
+@pytest.mark.parametrize("decoder", ["blt-s", "blt-dv"])
+def test_a_step_has_several_rounds(model: Path, decoder: str) -> None:
+    engine = make_engine(model)
+    engine.stepper.ahead.policy = "always"
+    if decoder not in engine.limits.decoders:
+        pytest.skip("the model has no [MASK]")
+    count, drafts = 64, {"draft_length": 3, "block_size": 3}
+    sampling = SamplingParams(temperature=0, logit_bias={EOS_ID: -100.0})
+    out = run(engine, [request("a", text(30, 2), count, decoder=decoder, sampling=sampling, **drafts)])["a"]
+    each = MOST_DRAFTED // 4
+    # The prompt is a step, and so is each of the last drafts, which are shorter.
+    assert engine.snapshot().steps <= math.ceil(usage(out).rounds / each) + 5
+    assert usage(out).rounds > 2 * each
+
+
+@pytest.mark.parametrize("decoder", ["blt-s", "blt-dv"])
+def test_rounds_after_the_end_of_a_text_are_not_counted(model: Path, decoder: str) -> None:
+    def found(policy: Policy, stop: list[bytes]) -> tuple[Any, ...]:
+        engine = make_engine(model)
+        engine.stepper.ahead.policy = policy
+        if decoder not in engine.limits.decoders:
+            pytest.skip("the model has no [MASK]")
+        asked = [request(str(n), text(30, n), 60, decoder=decoder, stop=stop, trace=True) for n in range(8)]
+        outputs = run(engine, asked)
+        usages = [(u.rounds, u.drafted, u.accepted) for u in map(usage, outputs.values())]
+        traces = [(out.ids, out.rounds) for out in outputs.values()]
+        return usages, traces, engine.ledger.accepted_runs[decoder]
+
+    stop = run(make_engine(model), [request("0", text(30, 0), 60)])["0"].text[20:22]
+    ahead = found("always", [stop, b"e", b"a"])
+    assert ahead == found("never", [stop, b"e", b"a"]) != found("never", [])
 
 
 def test_more_rows_than_a_step_may_have_are_verified_in_another(model: Path) -> None:

@@ -17,10 +17,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("engine", "server", "kernels")
-MOST = 14_700
+MOST = 14_800
 """Lines of code of the hot core: its size, rounded up to 50. The aim is 7,000. It was 7,500 when that was set; HTTP by
 hand, supervision, telemetry, grammars, what evaluation programs ask for, streams that move to another server, and
-scores and penalties of bytes that are launched together came since. Lower it as the core shrinks."""
+scores and penalties of bytes that are launched together, and rounds that are, came since. Lower it as the core
+shrinks."""
 LARGEST = 5
 """How many classes and functions are named."""
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from engine.config import BOS_ID, BYTE_OFFSET, DeviceName, DtypeName, EngineConfig
 from engine.decoders import Committed, Decoder, Round, SequenceView, SharedPrior, Verify, make_decoder
-from engine.decoders.phrases import can_draft, verify
+from engine.decoders.phrases import can_draft, single, verify
 from engine.decoders.table import DECODERS as TABLE
 from engine.engine import Engine
 from engine.layout import DECODERS
@@ -114,7 +114,7 @@ class Walk(Decoder):
     def round(self, sequence: SequenceView, room: int) -> Round:
         end = len(sequence.ids)
         if end > self._stride and can_draft(sequence):
-            outcome: Committed = yield from self._inner.round(sequence, room)
+            outcome: Committed = yield from single(self._inner.round(sequence, room))
             if outcome.drafted and not TABLE[sequence.request.decoder].is_exact(sequence.request):
                 # The block is unverified, even its first byte: the row before it runs again.
                 assert isinstance(sequence, EngineSequence)

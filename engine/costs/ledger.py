@@ -162,14 +162,15 @@ class Ledger:
         """Counts a round of a request. num_ids: how many of its ids became text. patches: for each patch that these
         begin, the length of the one before it."""
         counts = sequence.counts
-        # Several of blt are one outcome, and may have gone beyond the text's end.
-        counts.rounds += min(outcome.rounds, max(num_ids, 1))
-        counts.drafted += outcome.drafted
-        counts.accepted += outcome.accepted
+        # Several may be one outcome, and have gone beyond the text's end.
+        for part, _ in outcome.up_to(num_ids):
+            counts.rounds += min(part.rounds, max(num_ids, 1))
+            counts.drafted += part.drafted
+            counts.accepted += part.accepted
+            if part.drafts:
+                self.accepted_runs[sequence.request.decoder][min(part.accepted, MAX_DRAFT)] += 1
         counts.committed += num_ids
         counts.patches += len(patches)
-        if outcome.drafts:
-            self.accepted_runs[sequence.request.decoder][min(outcome.accepted, MAX_DRAFT)] += 1
         for size in patches:
             self.patch_sizes[bisect_left(PATCH_SIZES, size)] += 1
             self.patch_bytes += size

@@ -4,7 +4,7 @@ Positions are places in the text. Row j is fed byte j and predicts byte j + 1.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -29,12 +29,14 @@ class Draft(msgspec.Struct, frozen=True):
     the decoder reads its states), against the newest latent.
 
     at_most: bytes that may come back, each from a row that is fed the one before. then_verify: the round ends with the
-    verification of all drafts, which may come back too once there are no more to make.
+    verification of all drafts, which may come back too once there are no more to make; and after it further rounds
+    with as many drafts, whose first draft is the byte at a position before `until`.
     """
 
     known: Seq[int] = ()
     at_most: int = 1
     then_verify: bool = False
+    until: int = 0
 
 
 class Unmask(msgspec.Struct, frozen=True):
@@ -43,7 +45,7 @@ class Unmask(msgspec.Struct, frozen=True):
 
     lead: the last byte of the text runs along as a causal row, and gives the block's first byte. close_patch: rows not
     yet computed run first through all stages, and the block reads the latent of the open patch as if it ended there;
-    without, the newest latent there is. then_verify: as in `Draft`, once no [MASK] is left.
+    without, the newest latent there is. then_verify, until: as in `Draft`, once no [MASK] is left.
     """
 
     block: Seq[int]
@@ -51,6 +53,7 @@ class Unmask(msgspec.Struct, frozen=True):
     lead: bool = False
     close_patch: bool = False
     then_verify: bool = False
+    until: int = 0
 
 
 class Verify(msgspec.Struct, frozen=True):
@@ -76,8 +79,9 @@ class Result(msgspec.Struct, frozen=True):
     accepted drafts. accepted: of Verify. settled: of Unmask, for each cell the one of the `passes` in which it became a
     byte, -1 if in none. scores: only if the request asked for log-probabilities; of Verify up to the byte after the
     accepted drafts, without those of rows that were skipped, of Unmask those of the bytes that the cells would have
-    become. verified: of Draft and Unmask, what the round's Verify gave, if it has run too. failed: whether logits were
-    no distribution (NaN, +inf, or nothing above -inf); the sequence ends there, and nothing else of the result counts.
+    become. verified: of Draft and Unmask, what the round's Verify gave, if it has run too. later: of that one, the
+    outcomes of further rounds that have run too. failed: whether logits were no distribution (NaN, +inf, or nothing
+    above -inf); the sequence ends there, and nothing else of the result counts.
     """
 
     ids: list[int] = []
@@ -86,6 +90,7 @@ class Result(msgspec.Struct, frozen=True):
     passes: int = 1
     scores: list[TokenLogprob] = []
     verified: "Result | None" = None
+    later: "list[Committed]" = []
     failed: bool = False
 
 
@@ -94,7 +99,7 @@ class Committed(msgspec.Struct, frozen=True):
 
     drafts: what was drafted, or decoded as a block; accepted: how many of these, from the first on, are among `ids`.
     passes: of a block, in which pass each cell was settled, from 0 on. rounds: how many rounds of one byte it stands
-    for.
+    for. parts: the rounds that it stands for, if several have drafted; `ids` are those of all, the rest is theirs.
     """
 
     ids: list[int]
@@ -103,10 +108,19 @@ class Committed(msgspec.Struct, frozen=True):
     accepted: int = 0
     passes: Seq[int] = ()
     rounds: int = 1
+    parts: Seq["Committed"] = ()
 
     @property
     def drafted(self) -> int:
         return len(self.drafts)
+
+    def up_to(self, count: int) -> Iterator[tuple["Committed", int]]:
+        """The rounds that its first `count` ids are from, each with how many; at least one."""
+        for part in self.parts or (self,):
+            yield part, min(len(part.ids), count)
+            count -= len(part.ids)
+            if count <= 0:
+                return
 
 
 Round = Generator[Ask, Result, Committed]

@@ -136,11 +136,12 @@ class Auto(Decoder):
             self._unverified_passes = MEMORY * self._unverified_passes + (1 - MEMORY) * passes
         for each in (self.drafts, self.blocks):
             each.idle += 1
-        if rate and outcome.drafted:
-            rate.idle = 0
-            rate.observe(outcome.drafted, outcome.accepted)
-            shared = self._prior.drafts if rate is self.drafts else self._prior.blocks
-            shared.observe(outcome.drafted, outcome.accepted)
+        for part in outcome.parts or (outcome,):
+            if rate and part.drafted:
+                rate.idle = 0
+                rate.observe(part.drafted, part.accepted)
+                shared = self._prior.drafts if rate is self.drafts else self._prior.blocks
+                shared.observe(part.drafted, part.accepted)
         return outcome
 
     def _timed(self, patch: float) -> list[Option]:

@@ -2,7 +2,7 @@
 
 from ..types import UnmaskRule
 from .asks import Decoder, Round, SequenceView
-from .phrases import can_draft, denoise, one_byte, verify
+from .phrases import denoise, drafting, one_byte, verify
 
 DEFAULT_RULE = UnmaskRule(rule="one_step")
 
@@ -20,8 +20,8 @@ class VerifiedDiffusion(Decoder):
         self._rule = rule
 
     def round(self, sequence: SequenceView, room: int) -> Round:
-        size = min(self._block_size, room - 1, sequence.tokens_left - 1)
-        if not can_draft(sequence) or size < 1:
+        size, until = drafting(sequence, room, self._block_size)
+        if size < 1:
             return (yield from one_byte())
-        block = yield from denoise(sequence, size, self._rule, lead=True, then_verify=True)
+        block = yield from denoise(sequence, size, self._rule, lead=True, then_verify=True, until=until)
         return (yield from verify(block.ids, exact=1, scores=block.scores, passes=block.passes))

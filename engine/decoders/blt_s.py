@@ -3,7 +3,7 @@
 from ..config import EOS_ID
 from ..types import TokenLogprob
 from .asks import Decoder, Draft, Round, SequenceView
-from .phrases import can_draft, one_byte, verify
+from .phrases import drafting, one_byte, verify
 
 
 class SelfSpeculation(Decoder):
@@ -20,13 +20,13 @@ class SelfSpeculation(Decoder):
         self.draft_length = draft_length
 
     def round(self, sequence: SequenceView, room: int) -> Round:
-        k = min(self.draft_length, room - 1, sequence.tokens_left - 1)
-        if not can_draft(sequence) or k < 1:
+        k, until = drafting(sequence, room, self.draft_length)
+        if k < 1:
             return (yield from one_byte())
         drafts: list[int] = []
         scores: list[TokenLogprob] = []
         while len(drafts) < k and EOS_ID not in drafts:
-            result = yield Draft(tuple(drafts), at_most=k - len(drafts), then_verify=True)
+            result = yield Draft(tuple(drafts), at_most=k - len(drafts), then_verify=True, until=until)
             drafts += result.ids
             scores += result.scores
         return (yield from verify(drafts, exact=len(drafts), scores=scores))

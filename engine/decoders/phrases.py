@@ -2,12 +2,25 @@
 
 from collections.abc import Generator
 from collections.abc import Sequence as Seq
+from itertools import chain
 
 import msgspec
+from msgspec.structs import replace
 
 from ..config import EOS_ID
 from ..types import TokenLogprob, UnmaskRule
-from .asks import Ask, Committed, Next, Result, Round, SequenceView, Unmask, Verify
+from .asks import Ask, Committed, Draft, Next, Result, Round, SequenceView, Unmask, Verify
+
+
+def single(inner: Round) -> Round:
+    """A round that no other follows in its step: for decoders that change the outcome of another's."""
+    try:
+        ask = next(inner)
+        while True:
+            ask = inner.send((yield replace(ask, until=0) if isinstance(ask, Draft | Unmask) else ask))
+    except StopIteration as end:
+        outcome: Committed = end.value
+        return outcome
 
 
 class Denoised(msgspec.Struct, frozen=True):
@@ -29,6 +42,13 @@ def can_draft(sequence: SequenceView) -> bool:
     return sequence.remaining == 1 and sequence.num_computed > 0
 
 
+def drafting(sequence: SequenceView, room: int, most: int) -> tuple[int, int]:
+    """How many drafts the next round makes, `most` unless less is left, and its `until`: see `Draft`."""
+    left = min(room, sequence.tokens_left)
+    size = min(most, left - 1) if can_draft(sequence) else 0
+    return size, len(sequence.ids) + left - size
+
+
 def denoise(
     sequence: SequenceView,
     size: int,
@@ -37,14 +57,15 @@ def denoise(
     lead: bool = False,
     close_patch: bool = False,
     then_verify: bool = False,
+    until: int = 0,
 ) -> Generator[Ask, Result, Denoised]:
     """Unmasks a block of [MASK]s, pass after pass (Fast BLT 3.1, algorithm 1). lead, close_patch,
-    then_verify: see `Unmask`; a lead runs in the first pass alone."""
+    then_verify, until: see `Unmask`; a lead runs in the first pass alone."""
     mask = sequence.mask_id
     block, passes, number = [mask] * size, [0] * size, 0
     scores: list[TokenLogprob | None] = [None] * size
     while mask in block:
-        result = yield Unmask(tuple(block), rule, lead and not number, close_patch, then_verify)
+        result = yield Unmask(tuple(block), rule, lead and not number, close_patch, then_verify, until)
         block = result.ids
         for cell, settled in enumerate(result.settled):
             if settled >= 0:
@@ -65,4 +86,8 @@ def verify(drafts: Seq[int], exact: int, scores: Seq[TokenLogprob] = (), passes:
     ids = [*drafts[: result.accepted], *result.ids]
     # Rows that are skipped have been scored while they drafted.
     skipped = len(ids) - len(result.scores) if result.scores else 0
-    return Committed(ids, [*scores[:skipped], *result.scores], drafts, result.accepted, passes[: len(drafts)])
+    own = Committed(ids, [*scores[:skipped], *result.scores], drafts, result.accepted, passes[: len(drafts)])
+    if not result.later:
+        return own
+    parts = [own, *result.later]
+    return Committed([*chain.from_iterable(part.ids for part in parts)], [], parts=parts)

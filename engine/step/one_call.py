@@ -5,16 +5,28 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from itertools import chain
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.native.step import CACHES, Answer, AskKind, Limits, Step, StepCaches, StepShare, processor_cache
+from kernels.native.step import (
+    CACHES,
+    Answer,
+    AskKind,
+    Limits,
+    Step,
+    StepCaches,
+    StepShare,
+    log_size,
+    logged,
+    processor_cache,
+)
 
 from ..config import EOS_ID, Policy
-from ..costs.latency import MOST_BYTES
+from ..costs.latency import MOST_BYTES, MOST_DRAFTED
 from ..costs.ledger import Ledger
-from ..decoders import Draft, Next, Result, Unmask, Verify
+from ..decoders import Committed, Draft, Next, Result, Unmask, Verify
 from ..documents import start_of
 from ..memory.memory import Memory, Reach
 from ..model import Model
@@ -59,7 +71,7 @@ class OneCall:
         self._ids, self._entropies = self._text.ids.numpy(), self._text.entropies.numpy()
         self._patch = self._text.patch.numpy()
         self._vocab_size = model.config.vocab_size
-        self._age, self._counts = 0, dict[int, int]()
+        self._age, self._counts = 0, dict[tuple[int, ...], int]()
 
     @classmethod
     def of(
@@ -86,26 +98,26 @@ class OneCall:
 
     def run(self, batch: Seq[Rows], policy: Policy) -> list[Result | None]:
         """The result of each sequence's ask, None for rows without one."""
-        passes, verifies = self._num_passes(batch, policy), self._verifies(batch, policy)
+        passes, rounds = self._num_passes(batch, policy), self._rounds(batch, policy)
         # Keeps what lies at the shares' addresses.
         kept: list[array[float] | array[int]] = []
-        settled = [array("q", [-1] * rows.num_block) for rows in batch]
-        logits = [self._logits(*of) for of in zip(batch, passes, strict=True)]
-        shares = [
-            self._share(rows, most, verifies and _drafts(rows) > 0, cells, wanted, kept)
-            for rows, most, cells, wanted in zip(batch, passes, settled, logits, strict=True)
-        ]
+        rooms = [self._room(*of) for of in zip(batch, passes, rounds, strict=True)]
+        shares = [self._share(rows, room, kept) for rows, room in zip(batch, rooms, strict=True)]
         answers, totals = self._step(shares)
         self._ledger.took_step(totals, list(zip(batch, answers, strict=True)))
         scores = _Scores()
-        results = [self._result(*of, scores) for of in zip(batch, answers, settled, logits, strict=True)]
+        results = [self._result(*of, scores) for of in zip(batch, answers, rooms, strict=True)]
         scores.fill()
         by_host = [number for number, rows in enumerate(batch) if not rows.may_run_ahead]
         if by_host:
-            drawn = self._draw([batch[n] for n in by_host], [(answers[n], logits[n]) for n in by_host])
+            drawn = self._draw([batch[n] for n in by_host], [(answers[n], rooms[n].logits) for n in by_host])
             for number, result in zip(by_host, drawn, strict=True):
                 results[number] = result
         return results
+
+    def _room(self, rows: Rows, passes: int, rounds: tuple[int, int]) -> "_Room":
+        settled, log = array("q", [-1] * rows.num_block), array("q", [0] * log_size(rounds[0], _drafts(rows)))
+        return _Room(passes, *rounds, settled, log, self._logits(rows, passes))
 
     def _logits(self, rows: Rows, passes: int) -> Tensor | None:
         """Room for the logits that the host draws from, or that scores are made of."""
@@ -143,27 +155,52 @@ class OneCall:
             return [1 if isinstance(rows.ask, Next) else most for rows, most in zip(batch, passes, strict=True)]
         return passes
 
-    def _verifies(self, batch: Seq[Rows], policy: Policy) -> bool:
-        """Whether drafts are verified in the step that makes them. Not while a prompt is read: its next rows and theirs
-        then share a pass."""
-        if policy == "never" or (policy == "measured" and any(rows.ask is None for rows in batch)):
-            return False
-        drafts = [(rows, _drafts(rows)) for rows in batch]
-        reaches = [Reach(rows.sequence, end := rows.end + 1 + count, end) for rows, count in drafts if count]
-        num_rows = sum(1 + count if count else rows.num_rows for rows, count in drafts)
-        return bool(reaches) and num_rows <= self._max_rows and self._memory.reserve_all(reaches)
+    def _rounds(self, batch: Seq[Rows], policy: Policy) -> list[tuple[int, int]]:
+        """How many rounds of drafts and verifications a sequence has at most, 0 if its drafts are verified in another
+        step, and before which position the last of them begins. Drafts are not verified at once while a prompt is read:
+        its next rows and theirs then share a pass."""
+        drafts, none = [_drafts(rows) for rows in batch], [(0, 0)] * len(batch)
+        num_rows = sum(1 + count if count else rows.num_rows for rows, count in zip(batch, drafts, strict=True))
+        reads_prompt = policy == "measured" and any(rows.ask is None for rows in batch)
+        if policy == "never" or reads_prompt or not any(drafts) or num_rows > self._max_rows:
+            return none
+        for rounds in (self._num_rounds(batch, drafts, policy), 1):
+            found, reaches = list(none), list[Reach]()
+            for number, (rows, count) in enumerate(zip(batch, drafts, strict=True)):
+                if count:
+                    until = _until(rows, (rounds - 1) * (count + 1))
+                    found[number] = rounds, until
+                    end = max(until - 1, rows.end + 1) + count
+                    reaches.append(Reach(rows.sequence, end, end))
+            if self._memory.reserve_all(reaches):
+                return found
+        return none
 
-    def _affordable(self, size: int) -> int:
-        """How many bytes of so many sequences fit into a launch; looked up now and then, since it changes slowly."""
+    def _num_rounds(self, batch: Seq[Rows], drafts: Seq[int], policy: Policy) -> int:
+        """How many rounds, all that a step has bytes for. Only one if sequences do not draft alike: their passes would
+        fall apart, and each would read the weights for fewer rows."""
+        kind, count, cells = type(batch[0].ask), drafts[0], sum(rows.num_cells for rows in batch)
+        if any(type(rows.ask) is not kind or own != count for rows, own in zip(batch, drafts, strict=True)):
+            return 1
+        most = -(-MOST_DRAFTED // (count + 1))
+        if policy == "always" or most == 1:
+            return most
+        passes, num_rows = max(rows.most_passes(1) for rows in batch), len(batch) * (count + 1)
+        return min(most, self._affordable(passes, cells, num_rows))
+
+    def _affordable(self, *of: int) -> int:
+        """How many bytes of so many sequences fit into a launch, or how many rounds, of which `launch_rounds` says what
+        is to know; looked up now and then, since it changes slowly."""
         self._age += 1
-        if size not in self._counts or self._age > LOOKED_UP_EVERY:
-            self._age, self._counts = 0, {size: self._ledger.latency.launch_bytes(size)}
-        return self._counts[size]
+        if self._age > LOOKED_UP_EVERY:
+            self._age = 0
+            self._counts.clear()
+        if of not in self._counts:
+            latency = self._ledger.latency
+            self._counts[of] = latency.launch_bytes(*of) if len(of) == 1 else latency.launch_rounds(*of)
+        return self._counts[of]
 
-    def _share(
-        self, rows: Rows, passes: int, verifies: bool, settled: "array[int]", logits: Tensor | None,
-        kept: list["array[float] | array[int]"],
-    ) -> StepShare:  # fmt: skip
+    def _share(self, rows: Rows, room: "_Room", kept: list["array[float] | array[int]"]) -> StepShare:
         sequence, ask, plain = rows.sequence, rows.ask, rows.may_run_ahead
         request, start = sequence.request, rows.start
 
@@ -206,9 +243,12 @@ class OneCall:
             closes=rows.closes_patch,
             exact=rows.num_exact,
             drafts=len(drafts),
-            passes=passes,
+            passes=room.passes,
             draws=ask is not None and plain,
-            verifies=verifies,
+            rounds=room.rounds,
+            until=room.until,
+            kind=ASK_KINDS[type(ask)],
+            width=_drafts(rows),
             params=params,
             cell_params=own_params,
             changes=changes,
@@ -222,14 +262,13 @@ class OneCall:
             num_prompt=sequence.num_prompt,
             rule=rule[0],
             bound=rule[1],
-            settled=settled.buffer_info()[0],
-            logits=0 if logits is None else logits.data_ptr(),
+            settled=room.settled.buffer_info()[0],
+            log=room.log.buffer_info()[0],
+            logits=0 if room.logits is None else room.logits.data_ptr(),
         )
 
-    def _result(
-        self, rows: Rows, answer: Answer, settled: "array[int]", logits: Tensor | None, scores: "_Scores"
-    ) -> Result | None:
-        """What a sequence gets, from its text. logits: those that scores are made of."""
+    def _result(self, rows: Rows, answer: Answer, room: "_Room", scores: "_Scores") -> Result | None:
+        """What a sequence gets, from its text and the room that it had."""
         sequence, ask, at = rows.sequence, rows.ask, self._memory.slots.place(rows.sequence, 0)
         if answer.bad:
             return Result(failed=True)
@@ -241,16 +280,18 @@ class OneCall:
             return None
 
         def scored(ids: Seq[int], begin: int = 0) -> list[TokenLogprob]:
-            num_top = sequence.request.logprobs
+            num_top, logits = sequence.request.logprobs, room.logits
             return [] if logits is None or num_top is None else scores.of(logits[begin:][: len(ids)], ids, num_top)
 
-        def verification(first: int, skipped: int = 0) -> Result:
-            own = [] if logits is None else self._ids[at + first + skipped : at + first + answer.accepted].tolist()
-            return Result([answer.given], answer.accepted, scores=scored([*own, answer.given], skipped))
-
-        verified = None
-        if end > rows.end and not isinstance(ask, Next):
-            verified = verification(rows.end + 1)
+        if answer.num_rounds:
+            width, kind = _drafts(rows), ASK_KINDS[type(ask)]
+            rounds = [logged(room.log, n, width, kind) for n in range(answer.num_rounds)]
+            drafts, accepted, given, when = rounds[0]
+            later = [Committed([*ids[:count], id], [], ids, count, passes) for ids, count, id, passes in rounds[1:]]
+            verified = Result([given], accepted, scores=scored([*drafts[:accepted], given]), later=later)
+            if isinstance(ask, Draft):
+                return Result(drafts[len(ask.known) :], verified=verified)
+            return Result(drafts, settled=when, passes=1 + max(when), verified=verified)
         match ask:
             case Next():
                 ids = self._ids[at + rows.end : at + rows.end + answer.num_passes].tolist()
@@ -258,16 +299,31 @@ class OneCall:
             case Draft():
                 first = at + rows.cells_start + 1
                 ids = self._ids[first : first + answer.num_passes].tolist()
-                return Result(ids, scores=[] if verified else scored(ids, len(ask.known)), verified=verified)
+                return Result(ids, scores=scored(ids, len(ask.known)))
             case Unmask():
                 after = at + rows.cells_start + rows.num_cells
                 ids = self._ids[after - rows.num_block : after].tolist()
                 # Nothing reads the score of a [MASK].
-                own = [] if verified else scored([min(i, self._vocab_size - 1) for i in ids])
-                return Result(ids, settled=settled.tolist(), passes=answer.num_passes, scores=own, verified=verified)
+                own = scored([min(i, self._vocab_size - 1) for i in ids])
+                return Result(ids, settled=room.settled.tolist(), passes=answer.num_passes, scores=own)
             case Verify():
-                return verification(rows.end - len(ask.drafts), len(ask.drafts) + 1 - answer.num_logits)
+                skipped = len(ask.drafts) + 1 - answer.num_logits
+                own = scored([*ask.drafts[skipped : answer.accepted], answer.given], skipped)
+                return Result([answer.given], answer.accepted, scores=own)
         return None
+
+
+class _Room(NamedTuple):
+    """What a sequence may do in a step, and where that is noted. passes: of its first round; rounds, until: see
+    `OneCall._rounds`; settled: in which pass each cell of a block was; log: of rounds that were verified; logits: those
+    that the host draws from, or that scores are made of."""
+
+    passes: int
+    rounds: int
+    until: int
+    settled: "array[int]"
+    log: "array[int]"
+    logits: Tensor | None
 
 
 class _Scores:
@@ -297,6 +353,14 @@ def _drafts(rows: Rows) -> int:
     if isinstance(rows.ask, Draft | Unmask) and rows.ask.then_verify and rows.may_run_ahead:
         return len(rows.given) + (rows.ask.at_most if isinstance(rows.ask, Draft) else 0)
     return 0
+
+
+def _until(rows: Rows, num_bytes: int) -> int:
+    """Before which position the last round of a step begins, after up to so many bytes. Scores are those of one
+    round."""
+    assert isinstance(rows.ask, Draft | Unmask)
+    scored = rows.sequence.request.logprobs is not None
+    return 0 if scored else min(rows.ask.until, len(rows.sequence.ids) + num_bytes + 1)
 
 
 def _doubles(params: SamplingParams, vocab_size: int) -> "array[float]":

@@ -45,15 +45,15 @@ typedef struct {
     int32_t *patch, *patch_start;
     Table tables[NUM_CACHES];
     int64_t ask, start, end, decided, floor, patch_floor, decode_from, logits_from, drawn_from, counted_from;
-    int64_t cells_start, cells_floor, num_cells, num_block, closes, exact, drafts, passes, draws, verifies;
+    int64_t cells_start, cells_floor, num_cells, num_block, closes, exact, drafts, passes, draws, rounds, until, kind, width;
     const double *params, *cell_params, *changes, *bias, *counts, *ends;
     int64_t committed, first_end;
     uint64_t seed, sample_index;
     int64_t num_prompt, rule;
     double bound;
-    int64_t *settled;
+    int64_t *settled, *log;
     float *logits;
-    int64_t num_passes, accepted, given, ended, bad, logits_at, num_logits;
+    int64_t num_passes, accepted, given, ended, bad, logits_at, num_logits, num_rounds;
     Served served[NUM_STAGES];
 } Share;
 
@@ -272,7 +272,8 @@ static int64_t closed_patches(const Model *m, Share *s, Patch *found) {
         for (int64_t byte = begin; byte <= row && m->isolates_global; byte++)
             if (s->ids[byte] == m->eos) floor = patch + 1;
     }
-    s->patch_floor = floor;
+    /* What a verification has run may not stand. */
+    if (s->ask != VERIFY) s->patch_floor = floor;
     if (s->closes && s->patch_start[s->end] < s->end)
         found[count++] = (Patch){s, s->patch[s->end], s->patch_start[s->end], s->end, floor};
     return count;
@@ -428,7 +429,8 @@ enum { PRESENCE = 4, FREQUENCY, REPETITION };
 static void penalise(const Share *s, double *x, int64_t n, const double *params, int64_t place) {
     double *counts = ROOM(double, n), repetition = params[REPETITION];
     memcpy(counts, s->counts, n * sizeof *counts);
-    for (int64_t at = s->committed; at < place && s->ask != UNMASK; at++) counts[s->ids[at]] = counts[s->ids[at]] < 0 ? 1 : counts[s->ids[at]] + 1;
+    int64_t end = s->ask == UNMASK ? s->cells_start + s->num_cells - s->num_block : place;
+    for (int64_t at = s->committed; at < end; at++) counts[s->ids[at]] = counts[s->ids[at]] < 0 ? 1 : counts[s->ids[at]] + 1;
     for (int64_t i = 0; i < n; i++) {
         volatile double repeated = x[i] + (s->bias ? s->bias[i] : 0.0), often = params[FREQUENCY] * counts[i];
         if (repetition != 1.0 && counts[i] >= 0) repeated = repeated > 0 ? repeated / repetition : repeated * repetition;
@@ -506,14 +508,37 @@ static void verify_next(const Model *m, Share *s, int64_t drafts, int64_t exact)
     s->ask = VERIFY;
 }
 
+/* Notes a round that a verification has ended. Returns whether another begins, for which the sequence is made ready; an
+   EOS, also of the patch that was open before, is left to the host, since it may end a document or the text. */
+static int next_round(const Model *m, Share *s) {
+    int64_t first = s->end - s->drafts, end = first + s->accepted, width = s->width;
+    int64_t *note = s->log + s->num_rounds++ * (3 + 2 * width);
+    note[0] = s->drafts, note[1] = s->accepted, note[2] = s->given;
+    memcpy(note + 3, s->ids + first, s->drafts * sizeof *note);
+    if (s->kind == UNMASK) memcpy(note + 3 + width, s->settled, width * sizeof *note);
+    if (s->bad || s->num_rounds == s->rounds || end + 1 >= s->until || s->given == m->eos) return 0;
+    for (int64_t at = s->patch_start[s->start]; at < end; at++)
+        if (s->ids[at] == m->eos) return 0;
+    s->ids[end] = s->given;
+    s->ask = s->kind;
+    s->start = s->end = s->decode_from = s->logits_from = s->drawn_from = s->cells_start = end;
+    s->cells_floor = s->floor;
+    s->num_cells = 1, s->num_passes = 0, s->passes = width;
+    if (s->kind == UNMASK) {
+        s->num_block = width, s->num_cells += width;
+        for (int64_t c = 0; c < width; c++) s->ids[end + 1 + c] = m->mask, s->settled[c] = -1;
+    }
+    return 1;
+}
+
 /* Chooses a sequence's bytes. Returns whether it takes part in another pass, for which it is made ready. */
 static int choose(const Model *m, Share *s, float *logits) {
     int64_t n = m->decoder->head.out, lead = s->num_cells - s->num_block, id = -1, left = 1;
     float *row = logits + (s->logits_at + s->num_logits - (s->end - s->drawn_from) - s->num_cells) * n;
     if (s->ask == VERIFY) {
         verify(m, s, row);
-        s->num_passes += !s->verifies;
-        return 0;
+        s->num_passes += !s->rounds;
+        return s->rounds && next_round(m, s);
     }
     int64_t place = s->ask == NEXT ? s->end : s->cells_start + 1;
     if (s->ask == UNMASK) left = settle(m, s, row + lead * n);
@@ -528,8 +553,8 @@ static int choose(const Model *m, Share *s, float *logits) {
         left = 0;
         for (int64_t c = 0; c < s->num_block; c++) left |= s->ids[place + c] == m->mask;
     }
-    if (++s->num_passes >= s->passes || !left || id == m->eos) {
-        if (!s->verifies || (s->ask == UNMASK && left)) return 0;
+    if (++s->num_passes >= s->passes || !left || (id == m->eos && s->ask != UNMASK)) {
+        if (!s->rounds || (s->ask == UNMASK && left)) return 0;
         int64_t drafts = s->ask == DRAFT ? place - s->end : s->num_block;
         /* Where an earlier step had the logits of exact rows, the host has their scores: it asks for the verification. */
         if (s->logits && (s->ask == DRAFT ? s->num_passes < drafts : s->settled[0] < 0)) return 0;

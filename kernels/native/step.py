@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -86,7 +87,9 @@ class StepShare(NamedTuple):
     of the first. ask: an `AskKind`. decided: rows before it have frozen boundaries. floor, patch_floor: where the
     documents of `start` and of its patch begin; cells_floor: that of the first cell. exact: how many rows drafted
     exactly; drafts: the last rows that are drafts. passes: most passes to take part in. draws: whether C chooses bytes.
-    verifies: whether a pass over all drafts comes after those. params, cell_params: addresses of seven doubles, those
+    rounds: 0, or after how many verifications of what was drafted here to stop; another round, with `width` drafts and
+    the ask `kind`, begins if its first draft is at a place before `until`, and no EOS is near. log: the address of room
+    for `rounds` times what `logged` reads. params, cell_params: addresses of seven doubles, those
     of `kernels.sampling` and the penalties for presence, frequency and repetition. Addresses of V doubles, 0 for none:
     changes are added to all logits, bias is before the penalty for repetition; counts: how often each id was generated
     before the place `committed`, -1 for ids that are not penalised; ends are added before the place `first_end`. seed,
@@ -120,7 +123,10 @@ class StepShare(NamedTuple):
     drafts: int
     passes: int
     draws: int
-    verifies: int
+    rounds: int
+    until: int
+    kind: int
+    width: int
     params: int
     cell_params: int
     changes: int
@@ -135,6 +141,7 @@ class StepShare(NamedTuple):
     rule: int
     bound: float
     settled: int
+    log: int
     logits: int
 
 
@@ -152,7 +159,8 @@ class Served(NamedTuple):
 class Answer(NamedTuple):
     """The rest of `Share`. num_passes: that it took part in, without one that verified the drafts of those before.
     accepted: drafts; given: the byte after these. ended: the position after the last row of the text that ran. bad:
-    whether logits were no distribution. num_logits: rows of logits in the last pass. served: by `STAGES`."""
+    whether logits were no distribution. num_logits: rows of logits in the last pass. num_rounds: rounds in the log.
+    served: by `STAGES`."""
 
     num_passes: int
     accepted: int
@@ -160,6 +168,7 @@ class Answer(NamedTuple):
     ended: int
     bad: bool
     num_logits: int
+    num_rounds: int
     served: tuple[Served, ...]
 
 
@@ -171,8 +180,8 @@ class Totals(NamedTuple):
     seconds: tuple[float, ...]
 
 
-_SHARE = struct.Struct(f"4q {2 * len(CACHES)}q 28q 2Q 2q d 2q")
-_ANSWER = struct.Struct("7q" + 4 * "4q2d")
+_SHARE = struct.Struct(f"4q {2 * len(CACHES)}q 31q 2Q 2q d 3q")
+_ANSWER = struct.Struct("8q" + 4 * "4q2d")
 _SIZE = _SHARE.size + _ANSWER.size
 _TOTALS = struct.Struct("4q4q4d")
 
@@ -238,9 +247,29 @@ class Step:
 
 def _answer(packed: "ctypes.Array[ctypes.c_char]", at: int) -> Answer:
     numbers = _ANSWER.unpack_from(packed, at)
-    served = tuple(Served(*numbers[6 * stage + 7 : 6 * stage + 13]) for stage in range(len(STAGES)))
-    num_passes, accepted, given, ended, bad, _, num_logits = numbers[:7]
-    return Answer(num_passes, accepted, given, ended, bool(bad), num_logits, served)
+    served = tuple(Served(*numbers[6 * stage + 8 : 6 * stage + 14]) for stage in range(len(STAGES)))
+    num_passes, accepted, given, ended, bad, _, num_logits, num_rounds = numbers[:8]
+    return Answer(num_passes, accepted, given, ended, bool(bad), num_logits, num_rounds, served)
+
+
+class LoggedRound(NamedTuple):
+    """A round that ended with a verification. settled: in which pass each of the drafts of a block was."""
+
+    drafts: list[int]
+    accepted: int
+    given: int
+    settled: list[int]
+
+
+def log_size(rounds: int, width: int) -> int:
+    """Numbers in the log of so many rounds of up to `width` drafts."""
+    return rounds * (3 + 2 * width)
+
+
+def logged(log: "array[int]", number: int, width: int, kind: AskKind) -> LoggedRound:
+    """A round of a log."""
+    count, accepted, given, *rest = log[log_size(number, width) : log_size(number + 1, width)]
+    return LoggedRound(rest[:count], accepted, given, rest[width:][:count] if kind == AskKind.UNMASK else [])
 
 
 def sizes() -> tuple[int, int, int]:
