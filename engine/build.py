@@ -13,7 +13,7 @@ from .checkpoint.base import Checkpoint
 from .config import EngineConfig, ModelConfig, ModelLimits
 from .costs.accounting import PaperFormula, StageBytes
 from .costs.clock import clock_of
-from .costs.latency import LatencyModel
+from .costs.latency import MOST_CALLED, LatencyModel
 from .costs.ledger import Ledger
 from .decoders.table import available
 from .installed import installed
@@ -92,6 +92,8 @@ def _build(config: EngineConfig) -> Parts:
     latency.runs_ahead = config.run_ahead != "never" and (one_call is not None or device.type != "cpu")
     if latency.runs_ahead and (one_call is not None or loaded.config.decoder_input == "embedding"):
         latency.drafting = "before" if one_call is None else "within"
+    if one_call:
+        latency.most_bytes = MOST_CALLED
     decides = (config.dtype, config.weights, _arithmetic(kernels, device), isolate)
     return Parts(
         config=loaded.config,

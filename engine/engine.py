@@ -13,7 +13,6 @@ from . import admission
 from .build import Parts, build
 from .calibrate import calibrate
 from .config import EngineConfig
-from .costs.latency import MOST_BYTES, MOST_DRAFTED
 from .decoders import Committed, Constrained, Decoder, Result, SharedPrior, Verify, make_decoder
 from .grammars import Compiled, Constraint, Grammars
 from .memory.caches import longest_draft
@@ -232,8 +231,9 @@ class Engine:
         recording so far; infinite during a recording. May be called from another thread."""
         batch = self._batch
         # One more for a verification, or for the next step's beginning. After a draft there may be further rounds.
-        passes = 1 + max((rows.most_passes(MOST_BYTES) for rows in batch), default=0)
-        passes += MOST_DRAFTED if any(rows.num_cells for rows in batch) else 0
+        most = self.ledger.latency.most_bytes
+        passes = 1 + max((rows.most_passes(most) for rows in batch), default=0)
+        passes += most if any(rows.num_cells for rows in batch) else 0
         recorded = self.stepper.executor.recording_seconds - self._recorded_before
         return recorded + self.ledger.latency.whole_step(sum(rows.num_rows for rows in batch), passes)
 

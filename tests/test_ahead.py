@@ -14,7 +14,7 @@ import pytest
 
 from engine.checkpoint import load
 from engine.config import EOS_ID, Policy
-from engine.costs.latency import LAUNCH_SECONDS, MOST_BYTES, LatencyModel
+from engine.costs.latency import LAUNCH_SECONDS, MOST_LAUNCHED, LatencyModel
 from engine.counts import STAGES
 from engine.rows import Rows
 from engine.step.stages import FirstHalf, Stages
@@ -118,7 +118,7 @@ def test_patches_beyond_the_end_of_a_text_are_neither_told_nor_counted(model: Pa
 
 def test_a_step_runs_as_many_bytes_as_all_sequences_have_left(model: Path) -> None:
     engine = make_engine(model, run_ahead="always")
-    run(engine, [request(name, [1, 5], count) for name, count in (("a", 2 * MOST_BYTES), ("b", MOST_BYTES + 3))])
+    run(engine, [request(name, [1, 5], count) for name, count in (("a", 2 * MOST_LAUNCHED), ("b", MOST_LAUNCHED + 3))])
     assert engine.snapshot().steps == 3, "as many of both, the 3 that one has left, the rest of the other"
 
 
@@ -177,7 +177,7 @@ def test_work_that_serves_no_request_is_timed_and_charged_to_none(model: Path, m
 
 def test_a_begun_step_is_taken_up_by_the_next(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, used = begun_steps(monkeypatch)
-    run(make_engine(model, run_ahead="always"), [request("a", text(9, 1), 3 * MOST_BYTES)])
+    run(make_engine(model, run_ahead="always"), [request("a", text(9, 1), 3 * MOST_LAUNCHED)])
     assert begun == [1, 1] and used == [True, True], "none after the last byte"
 
 
@@ -333,7 +333,7 @@ def test_no_step_is_begun_for_cells_that_are_encoded(model: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("seconds", "count"), [(0.0, 1), (LAUNCH_SECONDS / 3.5, 3), (1.0, 1), (1e-6, MOST_BYTES)], ids=str
+    ("seconds", "count"), [(0.0, 1), (LAUNCH_SECONDS / 3.5, 3), (1.0, 1), (1e-6, MOST_LAUNCHED)], ids=str
 )
 def test_as_measured_a_launch_takes_no_longer_than_a_new_request_may_wait(
     model: Path, seconds: float, count: int

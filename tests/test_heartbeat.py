@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.costs.latency import MOST_BYTES
+from engine.costs.latency import MOST_CALLED
 from engine.process.heartbeat import ALIVE, STUCK, TIMES, Heart
 from engine.step import graphs
 from tests.engines import make_engine, request
@@ -47,13 +47,13 @@ def test_an_engine_tells_how_long_its_step_should_take(tiny: Path) -> None:
 def test_a_step_of_a_long_answer_is_not_expected_to_make_all_of_it(tiny: Path) -> None:
     engine, told = make_engine(tiny), []
     engine.calibrate()
-    for count in (MOST_BYTES, 1000):
+    for count in (MOST_CALLED, 1000):
         engine.add(request(str(count), text(8, 1, specials=False), count, decoder="blt"))
         engine.step()
         engine.ledger.latency.whole_step = lambda rows, passes: told.append(passes) or 0.0  # type: ignore
         engine.step_bound()
         engine.abort(str(count))
-    assert told == [MOST_BYTES + 1] * 2
+    assert told == [MOST_CALLED + 1] * 2
 
 
 def test_a_step_that_records_is_given_the_time_for_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import EOS_ID, PatchingRule, Policy
-from engine.costs.latency import MOST_DRAFTED
+from engine.costs.latency import MOST_CALLED
 from engine.engine import Engine
 from engine.step import one_call
 from engine.types import Request, SamplingParams, UnmaskRule
@@ -147,7 +147,7 @@ def test_blt_runs_several_bytes_in_a_step(model: Path, logprobs: int | None) -> 
     engine = make_engine(model)
     engine.stepper.ahead.policy = "always"
     ids = run(engine, [request("a", text(30, 2), 64, logprobs=logprobs)])["a"].ids
-    assert engine.snapshot().steps <= 64 // one_call.MOST_BYTES + ids.count(EOS_ID)
+    assert engine.snapshot().steps <= 64 // one_call.MOST_CALLED + ids.count(EOS_ID)
 
 
 @pytest.mark.parametrize("logprobs", [None, 2])
@@ -171,28 +171,30 @@ def test_a_step_has_several_rounds(model: Path, decoder: str) -> None:
     count, drafts = 64, {"draft_length": 3, "block_size": 3}
     sampling = SamplingParams(temperature=0, logit_bias={EOS_ID: -100.0})
     out = run(engine, [request("a", text(30, 2), count, decoder=decoder, sampling=sampling, **drafts)])["a"]
-    each = MOST_DRAFTED // 4
+    each = MOST_CALLED // 4
     # The prompt is a step, and so is each of the last drafts, which are shorter.
     assert engine.snapshot().steps <= math.ceil(usage(out).rounds / each) + 5
     assert usage(out).rounds > 2 * each
 
 
-@pytest.mark.parametrize("decoder", ["blt-s", "blt-dv"])
-def test_rounds_after_the_end_of_a_text_are_not_counted(model: Path, decoder: str) -> None:
-    def found(policy: Policy, stop: list[bytes]) -> tuple[Any, ...]:
+@pytest.mark.parametrize("decoder", ["blt", "blt-s", "blt-dv"])
+def test_nothing_is_made_or_counted_after_a_text_has_ended(model: Path, decoder: str) -> None:
+    """By a stop string of one byte or of two, a stop id, or in the middle of a draft."""
+
+    def found(policy: Policy, stop: list[bytes], ids: list[int]) -> tuple[Any, ...]:
         engine = make_engine(model)
         engine.stepper.ahead.policy = policy
         if decoder not in engine.limits.decoders:
             pytest.skip("the model has no [MASK]")
-        asked = [request(str(n), text(30, n), 60, decoder=decoder, stop=stop, trace=True) for n in range(8)]
-        outputs = run(engine, asked)
-        usages = [(u.rounds, u.drafted, u.accepted) for u in map(usage, outputs.values())]
+        how: dict[str, Any] = {"decoder": decoder, "stop": stop, "stop_ids": ids, "trace": True}
+        outputs = run(engine, [request(str(n), text(30, n), 60, **how) for n in range(8)])
+        usages = [(u.rounds, u.drafted, u.accepted, bill(out)) for out in outputs.values() for u in [usage(out)]]
         traces = [(out.ids, out.rounds) for out in outputs.values()]
         return usages, traces, engine.ledger.accepted_runs[decoder]
 
-    stop = run(make_engine(model), [request("0", text(30, 0), 60)])["0"].text[20:22]
-    ahead = found("always", [stop, b"e", b"a"])
-    assert ahead == found("never", [stop, b"e", b"a"]) != found("never", [])
+    outputs = run(make_engine(model), [request(str(n), text(30, n), 60) for n in range(3)])
+    stops = [outputs["0"].text[20:22], outputs["1"].text[-20:-19]], [outputs["2"].ids[30]]
+    assert found("always", *stops) == found("never", *stops) != found("never", [], [])
 
 
 def test_more_rows_than_a_step_may_have_are_verified_in_another(model: Path) -> None:

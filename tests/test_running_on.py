@@ -194,7 +194,7 @@ def check(models: Models, rule: str, reads: str, patches: int, most_bytes: int, 
     model, asked = models(rule, reads, patches), given.pop("asked")
     make = crowded_engine if crowded else make_engine
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ahead, "MOST_BYTES", most_bytes)
+        patch.setattr(ahead, "MOST_LAUNCHED", most_bytes)
         wanted, found = (
             run(forgetting(make(model, max_length=LONGEST, run_ahead=policy, **given)), asked)
             for policy in ("never", "always")

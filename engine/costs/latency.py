@@ -12,10 +12,10 @@ HOST = "step"
 READBACK = "readback"
 """Seconds outside the stages between two decisions on how many passes to run."""
 
-MOST_BYTES = 16
-"""Most bytes of blt in one step."""
-MOST_DRAFTED = 32
-"""Bytes of rounds of drafts in one step, had all drafts been accepted; a longer draft is a step's only one."""
+MOST_LAUNCHED = 16
+"""Most bytes of blt in one step where single stages are launched."""
+MOST_CALLED = 32
+"""Most bytes of blt, or of rounds of drafts had all been accepted, in a step that is one call of a CPU's kernels."""
 LAUNCH_SECONDS = 0.016
 """How long a step of several bytes may take: a new request waits for it."""
 
@@ -59,8 +59,8 @@ class LatencyModel:
     depend on its rows. So drafts pay most while a sequence runs alone and the weights are read for it only.
 
     num_running: sequences that run now, set by the engine. unmeasured: steps since the last of `observe_bytes`.
-    runs_ahead: whether a step may have several bytes of blt. drafting: whether the passes of a draft are in the step
-    that verifies it, in one step before that, or in a step each.
+    runs_ahead: whether a step may have several bytes of blt; most_bytes: how many. drafting: whether the passes of a
+    draft are in the step that verifies it, in one step before that, or in a step each.
     """
 
     MOST_ROWS = 512
@@ -72,7 +72,7 @@ class LatencyModel:
         """drafts_encode: whether a drafted row goes through the encoder too."""
         self.num_running = 1
         self.unmeasured = 0
-        self.runs_ahead = False
+        self.runs_ahead, self.most_bytes = False, MOST_LAUNCHED
         self.drafting: Literal["within", "before", "each"] = "each"
         self._drafts_encode = drafts_encode
         self._lines: dict[str, Line] = {}
@@ -129,7 +129,7 @@ class LatencyModel:
         """How many bytes of each sequence a step may have, so that others do not wait for long; 1 before any pass was
         observed."""
         seconds = self.byte(sequences)
-        return max(min(MOST_BYTES, int(LAUNCH_SECONDS / seconds)), 1) if seconds else 1
+        return max(min(self.most_bytes, int(LAUNCH_SECONDS / seconds)), 1) if seconds else 1
 
     def launch_rounds(self, passes: int, cells: int, rows: int) -> int:
         """The same for rounds, each of which drafts in up to `passes` passes over `cells` cells and verifies so many

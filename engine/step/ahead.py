@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels.dispatch import Kernels
 
 from ..config import EOS_ID, Policy
-from ..costs.latency import MOST_BYTES, READBACK
+from ..costs.latency import MOST_LAUNCHED, READBACK
 from ..costs.ledger import Launch, Ledger, Share
 from ..decoders import Draft, Next, Result, Unmask
 from ..memory.memory import Memory, Reach
@@ -99,7 +99,7 @@ class Ahead:
 
     def _num_bytes(self, batch: Seq[Rows]) -> int:
         """How many bytes all sequences have room and pages for, and one at least."""
-        most = min(rows.most_passes(MOST_BYTES) for rows in batch)
+        most = min(rows.most_passes(MOST_LAUNCHED) for rows in batch)
         if self.policy == "measured":
             most = min(most, self._ledger.latency.launch_bytes(len(batch)))
         if most <= 1 or not all(map(self._stages.global_.in_one_document, batch)):

@@ -1,11 +1,12 @@
 """Steps as one call, where the CPU's own kernels compute: nothing of a step is planned or chosen in Python."""
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from itertools import chain
 from math import inf
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ from kernels.native.step import (
     processor_cache,
 )
 
-from ..config import EOS_ID, Policy
-from ..costs.latency import MOST_BYTES, MOST_DRAFTED
+from ..config import BYTE_OFFSET, EOS_ID, Policy
+from ..costs.latency import MOST_CALLED
 from ..costs.ledger import Ledger
 from ..decoders import Committed, Draft, Next, Result, Unmask, Verify
 from ..documents import start_of
@@ -32,8 +33,9 @@ from ..memory.memory import Memory, Reach
 from ..model import Model
 from ..patching import boundary_rule
 from ..rows import Rows
+from ..sequence import Sequence
 from ..transfer import read
-from ..types import SamplingParams, TokenLogprob
+from ..types import Request, SamplingParams, TokenLogprob
 from .blocks import BLOCK_SPECIALS, rule_and_bound
 from .launch import Launcher
 from .results import cell_params, ends_of, results_of, score_prompts
@@ -72,6 +74,7 @@ class OneCall:
         self._patch = self._text.patch.numpy()
         self._vocab_size = model.config.vocab_size
         self._age, self._counts = 0, dict[tuple[int, ...], int]()
+        self._owns = WeakKeyDictionary[Sequence, _Own]()
 
     @classmethod
     def of(
@@ -100,7 +103,7 @@ class OneCall:
         """The result of each sequence's ask, None for rows without one."""
         passes, rounds = self._num_passes(batch, policy), self._rounds(batch, policy)
         # Keeps what lies at the shares' addresses.
-        kept: list[array[float] | array[int]] = []
+        kept: list[array[float]] = []
         rooms = [self._room(*of) for of in zip(batch, passes, rounds, strict=True)]
         shares = [self._share(rows, room, kept) for rows, room in zip(batch, rooms, strict=True)]
         answers, totals = self._step(shares)
@@ -141,7 +144,7 @@ class OneCall:
         """Most passes of each sequence. While a prompt is read blt goes byte by byte: it would wait for more."""
         if policy == "never":
             return [1] * len(batch)
-        count = MOST_BYTES
+        count = MOST_CALLED
         if policy == "measured":
             count = 1 if any(rows.ask is None for rows in batch) else self._affordable(len(batch))
         passes = [rows.most_passes(count) if rows.may_run_ahead else 1 for rows in batch]
@@ -182,7 +185,7 @@ class OneCall:
         kind, count, cells = type(batch[0].ask), drafts[0], sum(rows.num_cells for rows in batch)
         if any(type(rows.ask) is not kind or own != count for rows, own in zip(batch, drafts, strict=True)):
             return 1
-        most = -(-MOST_DRAFTED // (count + 1))
+        most = -(-MOST_CALLED // (count + 1))
         if policy == "always" or most == 1:
             return most
         passes, num_rows = max(rows.most_passes(1) for rows in batch), len(batch) * (count + 1)
@@ -200,13 +203,13 @@ class OneCall:
             self._counts[of] = latency.launch_bytes(*of) if len(of) == 1 else latency.launch_rounds(*of)
         return self._counts[of]
 
-    def _share(self, rows: Rows, room: "_Room", kept: list["array[float] | array[int]"]) -> StepShare:
+    def _share(self, rows: Rows, room: "_Room", kept: list["array[float]"]) -> StepShare:
         sequence, ask, plain = rows.sequence, rows.ask, rows.may_run_ahead
-        request, start = sequence.request, rows.start
+        request, start, own = sequence.request, rows.start, self._own_of(sequence)
 
-        def address(values: "array[float] | array[int]") -> int:
+        def address(values: "array[float]") -> int:
             kept.append(values)
-            return values.buffer_info()[0]
+            return _address(values)
 
         tables: list[int] = []
         for name in CACHES:
@@ -214,14 +217,12 @@ class OneCall:
             tables += (table.pages.buffer_info()[0], table.first)
         patch = sequence.patch_of(start)
         sequence.note_patch_documents(patch)
-        params, own_params, rule = 0, 0, (0, 0.0)
-        bias = changes = counts = ends = 0
-        if ask and plain:
-            params = own_params = address(_doubles(request.sampling, self._vocab_size))
-            bias, changes, counts, ends = (address(row) if row else 0 for row in _changes(rows, self._vocab_size))
-            if isinstance(ask, Unmask):
-                own_params = address(_doubles(cell_params(request), self._vocab_size))
-                rule = rule_and_bound(ask.rule)
+        counts = ends = 0
+        if ask and plain and request.sampling.is_penalised:
+            counts = address(_row(sequence.id_counts, self._vocab_size, -1.0))
+        if ask and plain and sequence.num_output < request.min_tokens:
+            ends = address(_row(dict.fromkeys(ends_of(request), -inf), self._vocab_size))
+        rule = rule_and_bound(ask.rule) if isinstance(ask, Unmask) else (0, 0.0)
         drafts = ask.drafts if isinstance(ask, Verify) else ()
         return StepShare(
             *self._text.addresses(self._memory.slots.place(sequence, 0)),
@@ -249,12 +250,13 @@ class OneCall:
             until=room.until,
             kind=ASK_KINDS[type(ask)],
             width=_drafts(rows),
-            params=params,
-            cell_params=own_params,
-            changes=changes,
-            bias=bias,
+            params=own.params,
+            cell_params=own.cell_params,
+            changes=own.changes,
+            bias=own.bias,
             counts=counts,
             ends=ends,
+            stops=own.stops,
             committed=len(sequence.ids),
             first_end=sequence.num_prompt + request.min_tokens,
             seed=request.sampling.seed & (1 << 64) - 1,
@@ -266,6 +268,12 @@ class OneCall:
             log=room.log.buffer_info()[0],
             logits=0 if room.logits is None else room.logits.data_ptr(),
         )
+
+    def _own_of(self, sequence: Sequence) -> "_Own":
+        own = self._owns.get(sequence)
+        if own is None:
+            own = self._owns[sequence] = _Own.of(sequence.request, self._vocab_size)
+        return own
 
     def _result(self, rows: Rows, answer: Answer, room: "_Room", scores: "_Scores") -> Result | None:
         """What a sequence gets, from its text and the room that it had."""
@@ -326,6 +334,40 @@ class _Room(NamedTuple):
     logits: Tensor | None
 
 
+class _Own(NamedTuple):
+    """What a sequence's shares have of its request: the addresses that `StepShare` describes, and what lies there."""
+
+    params: int
+    cell_params: int
+    changes: int
+    bias: int
+    stops: int
+    kept: "tuple[array[float] | array[int] | None, ...]"
+
+    @classmethod
+    def of(cls, request: Request, vocab_size: int) -> "_Own":
+        def numbers(params: SamplingParams) -> "array[float]":
+            drawn = params.temperature, params.top_k or vocab_size, params.top_p, params.min_p
+            return array("d", (*drawn, params.presence_penalty, params.frequency_penalty, params.repetition_penalty))
+
+        params = request.sampling
+        bias = biases(params, vocab_size) if params.repetition_penalty != 1 else {}
+        changes = static_changes(unbiased(params), vocab_size)
+        stops = [
+            *([byte + BYTE_OFFSET for byte in stop] for stop in request.stop if stop),
+            *([i] for i in request.stop_ids),
+        ]
+        kept = (
+            numbers(params),
+            numbers(cell_params(request)),
+            _row(changes, vocab_size) if changes else None,
+            _row(bias, vocab_size) if bias else None,
+            array("q", [len(stops), *chain.from_iterable((len(ids), *ids) for ids in stops)]) if stops else None,
+        )
+        params_at, cells_at, changes_at, bias_at, stops_at = map(_address, kept)
+        return cls(params_at, cells_at, changes_at, bias_at, stops_at, kept)
+
+
 class _Scores:
     """The log-probabilities that a step gives, worked out for all sequences together."""
 
@@ -363,24 +405,13 @@ def _until(rows: Rows, num_bytes: int) -> int:
     return 0 if scored else min(rows.ask.until, len(rows.sequence.ids) + num_bytes + 1)
 
 
-def _doubles(params: SamplingParams, vocab_size: int) -> "array[float]":
-    drawn = params.temperature, params.top_k or vocab_size, params.top_p, params.min_p
-    return array("d", (*drawn, params.presence_penalty, params.frequency_penalty, params.repetition_penalty))
+def _address(values: "array[float] | array[int] | None") -> int:
+    return values.buffer_info()[0] if values else 0
 
 
-def _changes(rows: Rows, vocab_size: int) -> "Iterator[array[float] | None]":
-    """What is done to a sequence's logits: the bias, changes, counts and ends of its `StepShare`."""
-    sequence, request, params = rows.sequence, rows.sequence.request, rows.sequence.request.sampling
-
-    def row(values: Mapping[int, float], other: float = 0.0) -> "array[float]":
-        made = array("d", [other]) * vocab_size
-        for i, value in values.items():
-            made[i] = value
-        return made
-
-    bias = biases(params, vocab_size) if params.repetition_penalty != 1 else {}
-    changes = static_changes(unbiased(params), vocab_size)
-    yield row(bias) if bias else None
-    yield row(changes) if changes else None
-    yield row(sequence.id_counts, -1.0) if params.is_penalised else None
-    yield row(dict.fromkeys(ends_of(request), -inf)) if sequence.num_output < request.min_tokens else None
+def _row(values: Mapping[int, float], vocab_size: int, other: float = 0.0) -> "array[float]":
+    """A number for each id."""
+    row = array("d", [other]) * vocab_size
+    for i, value in values.items():
+        row[i] = value
+    return row

@@ -47,6 +47,7 @@ typedef struct {
     int64_t ask, start, end, decided, floor, patch_floor, decode_from, logits_from, drawn_from, counted_from;
     int64_t cells_start, cells_floor, num_cells, num_block, closes, exact, drafts, passes, draws, rounds, until, kind, width;
     const double *params, *cell_params, *changes, *bias, *counts, *ends;
+    const int64_t *stops;
     int64_t committed, first_end;
     uint64_t seed, sample_index;
     int64_t num_prompt, rule;
@@ -508,18 +509,29 @@ static void verify_next(const Model *m, Share *s, int64_t drafts, int64_t exact)
     s->ask = VERIFY;
 }
 
-/* Notes a round that a verification has ended. Returns whether another begins, for which the sequence is made ready; an
-   EOS, also of the patch that was open before, is left to the host, since it may end a document or the text. */
+/* Whether the generated text up to a place may end there, because of one of the strings that `stops` counts and has,
+   each after its length. */
+static int stops_at(const Share *s, int64_t place) {
+    const int64_t *stop = s->stops + 1, left = s->stops ? s->stops[0] : 0;
+    for (int64_t i = 0; i < left; stop += 1 + *stop, i++) {
+        int64_t first = place + 1 - *stop;
+        if (first >= s->num_prompt && !memcmp(s->ids + first, stop + 1, *stop * sizeof *stop)) return 1;
+    }
+    return 0;
+}
+
+/* Notes a round that a verification has ended. Returns whether another begins, for which the sequence is made ready. The
+   host takes over where the text may end, and at an EOS, also of the patch that was open before. */
 static int next_round(const Model *m, Share *s) {
     int64_t first = s->end - s->drafts, end = first + s->accepted, width = s->width;
     int64_t *note = s->log + s->num_rounds++ * (3 + 2 * width);
     note[0] = s->drafts, note[1] = s->accepted, note[2] = s->given;
     memcpy(note + 3, s->ids + first, s->drafts * sizeof *note);
     if (s->kind == UNMASK) memcpy(note + 3 + width, s->settled, width * sizeof *note);
-    if (s->bad || s->num_rounds == s->rounds || end + 1 >= s->until || s->given == m->eos) return 0;
-    for (int64_t at = s->patch_start[s->start]; at < end; at++)
-        if (s->ids[at] == m->eos) return 0;
     s->ids[end] = s->given;
+    if (s->bad || s->num_rounds == s->rounds || end + 1 >= s->until) return 0;
+    for (int64_t at = s->patch_start[s->start]; at <= end; at++)
+        if (s->ids[at] == m->eos || (at >= first && stops_at(s, at))) return 0;
     s->ask = s->kind;
     s->start = s->end = s->decode_from = s->logits_from = s->drawn_from = s->cells_start = end;
     s->cells_floor = s->floor;
@@ -553,7 +565,8 @@ static int choose(const Model *m, Share *s, float *logits) {
         left = 0;
         for (int64_t c = 0; c < s->num_block; c++) left |= s->ids[place + c] == m->mask;
     }
-    if (++s->num_passes >= s->passes || !left || (id == m->eos && s->ask != UNMASK)) {
+    int ends = s->ask != UNMASK && (id == m->eos || (s->ask == NEXT && stops_at(s, place)));
+    if (++s->num_passes >= s->passes || !left || ends) {
         if (!s->rounds || (s->ask == UNMASK && left)) return 0;
         int64_t drafts = s->ask == DRAFT ? place - s->end : s->num_block;
         /* Where an earlier step had the logits of exact rows, the host has their scores: it asks for the verification. */

@@ -89,14 +89,15 @@ class StepShare(NamedTuple):
     exactly; drafts: the last rows that are drafts. passes: most passes to take part in. draws: whether C chooses bytes.
     rounds: 0, or after how many verifications of what was drafted here to stop; another round, with `width` drafts and
     the ask `kind`, begins if its first draft is at a place before `until`, and no EOS is near. log: the address of room
-    for `rounds` times what `logged` reads. params, cell_params: addresses of seven doubles, those
-    of `kernels.sampling` and the penalties for presence, frequency and repetition. Addresses of V doubles, 0 for none:
-    changes are added to all logits, bias is before the penalty for repetition; counts: how often each id was generated
-    before the place `committed`, -1 for ids that are not penalised; ends are added before the place `first_end`. seed,
-    sample_index, num_prompt: of the random number of a place. rule, bound: of unmasking. settled: address of the pass
-    in which each cell was settled. logits: 0, or the address of room for the logits (rows, V) float32: of each byte of
-    NEXT, each cell of UNMASK in the pass that settled it, each row of VERIFY; where C chooses nothing, of all rows from
-    `logits_from` on.
+    for `rounds` times what `logged` reads. params, cell_params: addresses of seven doubles, those of `kernels.sampling`
+    and the penalties for presence, frequency and repetition. Addresses of V doubles, 0 for none: changes are added to
+    all logits, bias is before the penalty for repetition; counts: how often each id was generated before the place
+    `committed`, -1 for ids that are not penalised; ends are added before the place `first_end`. stops: 0, or the
+    address of how many strings end the text, and of each the length and the ids: C makes no bytes after one, which
+    saves time and changes nothing else. seed, sample_index, num_prompt: of the random number of a place. rule, bound:
+    of unmasking. settled: address of the pass in which each cell was settled. logits: 0, or the address of room for the
+    logits (rows, V) float32: of each byte of NEXT, each cell of UNMASK in the pass that settled it, each row of VERIFY;
+    where C chooses nothing, of all rows from `logits_from` on.
     """
 
     ids: int
@@ -133,6 +134,7 @@ class StepShare(NamedTuple):
     bias: int
     counts: int
     ends: int
+    stops: int
     committed: int
     first_end: int
     seed: int
@@ -180,7 +182,7 @@ class Totals(NamedTuple):
     seconds: tuple[float, ...]
 
 
-_SHARE = struct.Struct(f"4q {2 * len(CACHES)}q 31q 2Q 2q d 3q")
+_SHARE = struct.Struct(f"4q {2 * len(CACHES)}q 32q 2Q 2q d 3q")
 _ANSWER = struct.Struct("8q" + 4 * "4q2d")
 _SIZE = _SHARE.size + _ANSWER.size
 _TOTALS = struct.Struct("4q4q4d")
