@@ -44,7 +44,7 @@ TOYS = {
     "realisation": "--bytes 60 --turns 1 --ways 'blt-s k=8' 'blt-dv B=8'",
     "rates": "--concurrency 1 3 --bytes 40 --turns 1",
     "running_ahead": "--concurrency 1 --bytes 16 --turns 1",
-    "decoders": "--bytes 20 --turns 1 --prompts 1 --ways 'BLT-S k=4'",
+    "decoders": "--bytes 60 --turns 1 --prompts 1 --ways 'BLT-S k=4'",
     "batching": "--concurrency 4 --seconds 0.05 --turns 1",
     "serving": "--concurrency 2 --bytes 8 --turns 1 --num-threads 1",
     "checkouts": "--against . --concurrency 1 --bytes 8 --turns 2 --starts 1 --num-threads 1",
@@ -131,7 +131,7 @@ def test_a_benchmark_writes_figures_a_table_and_a_plot(name: str, toys: Callable
 
 
 def test_replayed_acceptance_is_labelled_and_can_be_left_out(tmp_path: Path) -> None:
-    arguments = "--bytes 24 --turns 1 --ways 'blt-s k=8'"
+    arguments = "--bytes 60 --turns 1 --ways 'blt-s k=8'"
     replayed = run("realisation", arguments, tmp_path, tmp_path)
     page = summary.write(tmp_path).read_text()
     assert "replayed acceptance" in replayed["subject"]["notes"] and "realisation (replayed acceptance)" in page
