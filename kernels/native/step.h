@@ -512,8 +512,9 @@ static void verify_next(const Model *m, Share *s, int64_t drafts, int64_t exact)
 /* Whether the generated text up to a place may end there, because of one of the strings that `stops` counts and has,
    each after its length. */
 static int stops_at(const Share *s, int64_t place) {
-    const int64_t *stop = s->stops + 1, left = s->stops ? s->stops[0] : 0;
-    for (int64_t i = 0; i < left; stop += 1 + *stop, i++) {
+    if (!s->stops) return 0;
+    const int64_t *stop = s->stops + 1;
+    for (int64_t left = s->stops[0]; left; stop += 1 + *stop, left--) {
         int64_t first = place + 1 - *stop;
         if (first >= s->num_prompt && !memcmp(s->ids + first, stop + 1, *stop * sizeof *stop)) return 1;
     }
