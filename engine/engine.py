@@ -279,6 +279,9 @@ class Engine:
         if verifies or (outcome and outcome.rounds > 1):
             # The last id is the model's own: its row has not run.
             sequence.keep(len(sequence.ids) + len(outcome.ids) - 1 if outcome else sequence.num_computed)
+        elif outcome and outcome.parts:
+            # So have not the bytes of the last block.
+            sequence.advance(len(sequence.ids) + len(outcome.ids) - len(outcome.parts[-1].ids))
         if outcome:
             self._commit(sequence, outcome)
 

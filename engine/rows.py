@@ -44,6 +44,11 @@ class Rows(msgspec.Struct, kw_only=True):
         return not (self.sequence.constraint or self.sequence.scores_prompt)
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the log-probabilities of the bytes that it draws are wanted."""
+        return self.ask is not None and self.sequence.request.logprobs is not None
+
+    @property
     def is_plain(self) -> bool:
         """Whether, in addition, no byte is drawn otherwise than the one before: there are no penalties, and
         `min_tokens` is reached."""

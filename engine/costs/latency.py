@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..counts import STAGES
-
 FORGET = 0.98
 """Weight of an observation one launch later: the machine's load changes."""
 HOST = "step"
@@ -130,12 +128,6 @@ class LatencyModel:
         observed."""
         seconds = self.byte(sequences)
         return max(min(self.most_bytes, int(LAUNCH_SECONDS / seconds)), 1) if seconds else 1
-
-    def launch_rounds(self, passes: int, cells: int, rows: int) -> int:
-        """The same for rounds, each of which drafts in up to `passes` passes over `cells` cells and verifies so many
-        rows."""
-        seconds = passes * self.seconds("decoder", cells) + sum(self.seconds(stage, rows) for stage in STAGES)
-        return max(int(LAUNCH_SECONDS / seconds), 1) if seconds else 1
 
     def whole_step(self, rows: int, passes: int) -> float:
         """Upper bound in seconds of a step with `passes` passes, each of `rows` rows through all stages."""

@@ -182,5 +182,5 @@ class Ledger:
 
 def _is_of_bytes(rows: Rows) -> bool:
     """Whether a step of such rows makes as many bytes of blt as it may, and no scores, which take time on the host."""
-    plain = rows.is_plain and rows.sequence.request.logprobs is None
+    plain = rows.is_plain and not rows.is_scored
     return isinstance(rows.ask, Next) and rows.ask.at_most > 1 and rows.num_rows == 1 and plain

@@ -45,7 +45,8 @@ class Unmask(msgspec.Struct, frozen=True):
 
     lead: the last byte of the text runs along as a causal row, and gives the block's first byte. close_patch: rows not
     yet computed run first through all stages, and the block reads the latent of the open patch as if it ended there;
-    without, the newest latent there is. then_verify, until: as in `Draft`, once no [MASK] is left.
+    without, the newest latent there is. then_verify: as in `Draft`, once no [MASK] is left. until: as there too; a
+    round without verification ends with its block.
     """
 
     block: Seq[int]
@@ -79,9 +80,9 @@ class Result(msgspec.Struct, frozen=True):
     accepted drafts. accepted: of Verify. settled: of Unmask, for each cell the one of the `passes` in which it became a
     byte, -1 if in none. scores: only if the request asked for log-probabilities; of Verify up to the byte after the
     accepted drafts, without those of rows that were skipped, of Unmask those of the bytes that the cells would have
-    become. verified: of Draft and Unmask, what the round's Verify gave, if it has run too. later: of that one, the
-    outcomes of further rounds that have run too. failed: whether logits were no distribution (NaN, +inf, or nothing
-    above -inf); the sequence ends there, and nothing else of the result counts.
+    become. verified: of Draft and Unmask, what the round's Verify gave, if it has run too. later: of the last ask of a
+    round, the outcomes of further rounds that have run too. failed: whether logits were no distribution (NaN, +inf, or
+    nothing above -inf); the sequence ends there, and nothing else of the result counts.
     """
 
     ids: list[int] = []

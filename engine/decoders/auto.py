@@ -132,7 +132,7 @@ class Auto(Decoder):
         before = sequence.counts.decoder_calls
         outcome: Committed = yield from decoder.round(sequence, room)
         if decoder is self._unverified:
-            passes = sequence.counts.decoder_calls - before
+            passes = (sequence.counts.decoder_calls - before) / max(len(outcome.parts), 1)
             self._unverified_passes = MEMORY * self._unverified_passes + (1 - MEMORY) * passes
         for each in (self.drafts, self.blocks):
             each.idle += 1

@@ -2,7 +2,7 @@
 
 from ..types import UnmaskRule
 from .asks import Committed, Decoder, Next, Round, SequenceView
-from .phrases import denoise
+from .phrases import denoise, joined
 
 DEFAULT_RULE = UnmaskRule(rule="confidence", alpha=0.7)
 
@@ -26,5 +26,8 @@ class BlockDiffusion(Decoder):
             result = yield Next()
             if not sequence.at_patch_start:
                 return Committed(result.ids, result.scores)
-        block = yield from denoise(sequence, self._block_size, self._rule, close_patch=True)
-        return Committed(block.ids, block.scores, block.ids, len(block.ids), block.passes)
+        until = min(sequence.num_computed + room + 1, len(sequence.ids) + sequence.tokens_left)
+        until = 0 if self._finish_patch else until
+        block = yield from denoise(sequence, self._block_size, self._rule, close_patch=True, until=until)
+        own = Committed(block.ids, block.scores, block.ids, len(block.ids), block.passes)
+        return joined(own, block.later)

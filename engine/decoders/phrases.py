@@ -24,11 +24,13 @@ def single(inner: Round) -> Round:
 
 
 class Denoised(msgspec.Struct, frozen=True):
-    """A block without [MASK]s. passes: in which pass each cell was settled, from 0 on."""
+    """A block without [MASK]s. passes: in which pass each cell was settled, from 0 on. later: the outcomes of further
+    rounds that have run too."""
 
     ids: list[int]
     passes: list[int]
     scores: list[TokenLogprob]
+    later: list[Committed]
 
 
 def one_byte() -> Round:
@@ -64,16 +66,17 @@ def denoise(
     mask = sequence.mask_id
     block, passes, number = [mask] * size, [0] * size, 0
     scores: list[TokenLogprob | None] = [None] * size
+    later: list[Committed] = []
     while mask in block:
         result = yield Unmask(tuple(block), rule, lead and not number, close_patch, then_verify, until)
-        block = result.ids
+        block, later = result.ids, result.later
         for cell, settled in enumerate(result.settled):
             if settled >= 0:
                 passes[cell] = number + settled
                 if result.scores:
                     scores[cell] = result.scores[cell]
         number += result.passes
-    return Denoised(block, passes, [score for score in scores if score])
+    return Denoised(block, passes, [score for score in scores if score], later)
 
 
 def verify(drafts: Seq[int], exact: int, scores: Seq[TokenLogprob] = (), passes: Seq[int] = ()) -> Round:
@@ -87,7 +90,10 @@ def verify(drafts: Seq[int], exact: int, scores: Seq[TokenLogprob] = (), passes:
     # Rows that are skipped have been scored while they drafted.
     skipped = len(ids) - len(result.scores) if result.scores else 0
     own = Committed(ids, [*scores[:skipped], *result.scores], drafts, result.accepted, passes[: len(drafts)])
-    if not result.later:
-        return own
-    parts = [own, *result.later]
-    return Committed([*chain.from_iterable(part.ids for part in parts)], [], parts=parts)
+    return joined(own, result.later)
+
+
+def joined(first: Committed, later: Seq[Committed]) -> Committed:
+    """Rounds of one step as one outcome."""
+    parts = [first, *later]
+    return Committed([*chain.from_iterable(part.ids for part in parts)], [], parts=parts) if later else first

@@ -25,7 +25,7 @@ from kernels.native.step import (
 )
 
 from ..config import BYTE_OFFSET, EOS_ID, Policy
-from ..costs.latency import MOST_CALLED
+from ..costs.latency import LAUNCH_SECONDS, MOST_CALLED
 from ..costs.ledger import Ledger
 from ..decoders import Committed, Draft, Next, Result, Unmask, Verify
 from ..documents import start_of
@@ -73,7 +73,9 @@ class OneCall:
         self._ids, self._entropies = self._text.ids.numpy(), self._text.entropies.numpy()
         self._patch = self._text.patch.numpy()
         self._vocab_size = model.config.vocab_size
-        self._age, self._counts = 0, dict[tuple[int, ...], int]()
+        self._age, self._counts = 0, dict[int, int]()
+        self._likely_rounds = 1
+        """How many rounds there would have been time for in the last step of rounds."""
         self._owns = WeakKeyDictionary[Sequence, _Own]()
 
     @classmethod
@@ -101,13 +103,17 @@ class OneCall:
 
     def run(self, batch: Seq[Rows], policy: Policy) -> list[Result | None]:
         """The result of each sequence's ask, None for rows without one."""
-        passes, rounds = self._num_passes(batch, policy), self._rounds(batch, policy)
+        drafts = [_drafts(rows) for rows in batch]
+        passes, rounds = self._num_passes(batch, policy), self._rounds(batch, drafts, policy)
         # Keeps what lies at the shares' addresses.
         kept: list[array[float]] = []
-        rooms = [self._room(*of) for of in zip(batch, passes, rounds, strict=True)]
+        rooms = [self._room(*of) for of in zip(batch, passes, drafts, rounds, strict=True)]
         shares = [self._share(rows, room, kept) for rows, room in zip(batch, rooms, strict=True)]
-        answers, totals = self._step(shares)
+        answers, totals = self._step(shares, LAUNCH_SECONDS if policy == "measured" else inf)
         self._ledger.took_step(totals, list(zip(batch, answers, strict=True)))
+        if any(drafts):
+            made = max(1, *(answer.num_rounds for answer in answers))
+            self._likely_rounds = max(1, int(LAUNCH_SECONDS * made / sum(totals.seconds)))
         scores = _Scores()
         results = [self._result(*of, scores) for of in zip(batch, answers, rooms, strict=True)]
         scores.fill()
@@ -118,15 +124,15 @@ class OneCall:
                 results[number] = result
         return results
 
-    def _room(self, rows: Rows, passes: int, rounds: tuple[int, int]) -> "_Room":
-        settled, log = array("q", [-1] * rows.num_block), array("q", [0] * log_size(rounds[0], _drafts(rows)))
-        return _Room(passes, *rounds, settled, log, self._logits(rows, passes))
+    def _room(self, rows: Rows, passes: int, drafts: int, rounds: tuple[int, int]) -> "_Room":
+        settled, log = array("q", [-1] * rows.num_block), array("q", [0] * log_size(rounds[0], drafts))
+        return _Room(passes, drafts, *rounds, settled, log, self._logits(rows, passes))
 
     def _logits(self, rows: Rows, passes: int) -> Tensor | None:
         """Room for the logits that the host draws from, or that scores are made of."""
         if not rows.may_run_ahead:
             return torch.empty(rows.num_logits, self._vocab_size)
-        if rows.ask is None or rows.sequence.request.logprobs is None:
+        if not rows.is_scored:
             return None
         return torch.empty(rows.num_drawn + len(rows.given) + passes, self._vocab_size)
 
@@ -158,50 +164,37 @@ class OneCall:
             return [1 if isinstance(rows.ask, Next) else most for rows, most in zip(batch, passes, strict=True)]
         return passes
 
-    def _rounds(self, batch: Seq[Rows], policy: Policy) -> list[tuple[int, int]]:
-        """How many rounds of drafts and verifications a sequence has at most, 0 if its drafts are verified in another
-        step, and before which position the last of them begins. Drafts are not verified at once while a prompt is read:
-        its next rows and theirs then share a pass."""
-        drafts, none = [_drafts(rows) for rows in batch], [(0, 0)] * len(batch)
-        num_rows = sum(1 + count if count else rows.num_rows for rows, count in zip(batch, drafts, strict=True))
+    def _rounds(self, batch: Seq[Rows], drafts: Seq[int], policy: Policy) -> list[tuple[int, int]]:
+        """How many rounds a sequence has at most, 0 if its drafts are verified in another step, and before which
+        position the last of them begins. While a prompt is read there is no round after the first pass: the prompt's
+        next rows and those of the verification, or of the next block, then share a pass."""
+        none = [(0, 0)] * len(batch)
+        num_rows = sum(max(rows.num_rows, 1 + count) for rows, count in zip(batch, drafts, strict=True))
         reads_prompt = policy == "measured" and any(rows.ask is None for rows in batch)
         if policy == "never" or reads_prompt or not any(drafts) or num_rows > self._max_rows:
             return none
-        for rounds in (self._num_rounds(batch, drafts, policy), 1):
+        most = _most_rounds(batch, drafts)
+        for rounds in (min(most, self._likely_rounds) if policy == "measured" else most, 1):
             found, reaches = list(none), list[Reach]()
             for number, (rows, count) in enumerate(zip(batch, drafts, strict=True)):
-                if count:
-                    until = _until(rows, (rounds - 1) * (count + 1))
+                if count and (rounds > 1 or _is_verified(rows)):
+                    until = _until(rows, (rounds - 1) * (count + _is_verified(rows)))
                     found[number] = rounds, until
-                    end = max(until - 1, rows.end + 1) + count
-                    reaches.append(Reach(rows.sequence, end, end))
+                    last = max(until - 1, len(rows.sequence.ids))
+                    reaches.append(Reach(rows.sequence, last + count * _is_verified(rows), last + count))
             if self._memory.reserve_all(reaches):
                 return found
         return none
 
-    def _num_rounds(self, batch: Seq[Rows], drafts: Seq[int], policy: Policy) -> int:
-        """How many rounds, all that a step has bytes for. Only one if sequences do not draft alike: their passes would
-        fall apart, and each would read the weights for fewer rows."""
-        kind, count, cells = type(batch[0].ask), drafts[0], sum(rows.num_cells for rows in batch)
-        if any(type(rows.ask) is not kind or own != count for rows, own in zip(batch, drafts, strict=True)):
-            return 1
-        most = -(-MOST_CALLED // (count + 1))
-        if policy == "always" or most == 1:
-            return most
-        passes, num_rows = max(rows.most_passes(1) for rows in batch), len(batch) * (count + 1)
-        return min(most, self._affordable(passes, cells, num_rows))
-
-    def _affordable(self, *of: int) -> int:
-        """How many bytes of so many sequences fit into a launch, or how many rounds, of which `launch_rounds` says what
-        is to know; looked up now and then, since it changes slowly."""
+    def _affordable(self, num_sequences: int) -> int:
+        """How many bytes of so many sequences fit into a launch; looked up now and then, since it changes slowly."""
         self._age += 1
         if self._age > LOOKED_UP_EVERY:
             self._age = 0
             self._counts.clear()
-        if of not in self._counts:
-            latency = self._ledger.latency
-            self._counts[of] = latency.launch_bytes(*of) if len(of) == 1 else latency.launch_rounds(*of)
-        return self._counts[of]
+        if num_sequences not in self._counts:
+            self._counts[num_sequences] = self._ledger.latency.launch_bytes(num_sequences)
+        return self._counts[num_sequences]
 
     def _share(self, rows: Rows, room: "_Room", kept: list["array[float]"]) -> StepShare:
         sequence, ask, plain = rows.sequence, rows.ask, rows.may_run_ahead
@@ -249,7 +242,7 @@ class OneCall:
             rounds=room.rounds,
             until=room.until,
             kind=ASK_KINDS[type(ask)],
-            width=_drafts(rows),
+            width=room.width,
             params=own.params,
             cell_params=own.cell_params,
             changes=own.changes,
@@ -292,11 +285,12 @@ class OneCall:
             return [] if logits is None or num_top is None else scores.of(logits[begin:][: len(ids)], ids, num_top)
 
         if answer.num_rounds:
-            width, kind = _drafts(rows), ASK_KINDS[type(ask)]
-            rounds = [logged(room.log, n, width, kind) for n in range(answer.num_rounds)]
-            drafts, accepted, given, when = rounds[0]
-            later = [Committed([*ids[:count], id], [], ids, count, passes) for ids, count, id, passes in rounds[1:]]
-            verified = Result([given], accepted, scores=scored([*drafts[:accepted], given]), later=later)
+            rounds = [logged(room.log, n, room.width, ASK_KINDS[type(ask)]) for n in range(answer.num_rounds)]
+            ids, drafts, accepted, when = rounds[0]
+            later = [Committed(r.ids, [], r.drafts, r.accepted, r.settled) for r in rounds[1:]]
+            if isinstance(ask, Unmask) and not ask.then_verify:
+                return Result(drafts, settled=when, passes=1 + max(when), later=later)
+            verified = Result(ids[accepted:], accepted, scores=scored(ids), later=later)
             if isinstance(ask, Draft):
                 return Result(drafts[len(ask.known) :], verified=verified)
             return Result(drafts, settled=when, passes=1 + max(when), verified=verified)
@@ -322,11 +316,12 @@ class OneCall:
 
 
 class _Room(NamedTuple):
-    """What a sequence may do in a step, and where that is noted. passes: of its first round; rounds, until: see
-    `OneCall._rounds`; settled: in which pass each cell of a block was; log: of rounds that were verified; logits: those
-    that the host draws from, or that scores are made of."""
+    """What a sequence may do in a step, and where that is noted. passes: of its first round; width: see `_drafts`;
+    rounds, until: see `OneCall._rounds`; settled: in which pass each cell of a block was; log: of rounds that have
+    ended; logits: those that the host draws from, or that scores are made of."""
 
     passes: int
+    width: int
     rounds: int
     until: int
     settled: "array[int]"
@@ -391,18 +386,31 @@ class _Scores:
 
 
 def _drafts(rows: Rows) -> int:
-    """Most drafts after the rows of the text, if their verification comes next."""
-    if isinstance(rows.ask, Draft | Unmask) and rows.ask.then_verify and rows.may_run_ahead:
+    """Most drafts of a round, if their verification comes next, or another block may; else 0."""
+    if _is_verified(rows) or (isinstance(rows.ask, Unmask) and rows.ask.until and not rows.is_scored):
         return len(rows.given) + (rows.ask.at_most if isinstance(rows.ask, Draft) else 0)
     return 0
+
+
+def _is_verified(rows: Rows) -> bool:
+    return isinstance(rows.ask, Draft | Unmask) and rows.ask.then_verify and rows.may_run_ahead
+
+
+def _most_rounds(batch: Seq[Rows], drafts: Seq[int]) -> int:
+    """All that a step has bytes for. Only one if sequences do not draft alike: their passes would fall apart, and each
+    would read the weights for fewer rows."""
+    kinds = {(type(rows.ask), _is_verified(rows), count) for rows, count in zip(batch, drafts, strict=True)}
+    if len(kinds) > 1:
+        return 1
+    ((_, is_verified, count),) = kinds
+    return -(-MOST_CALLED // (count + is_verified))
 
 
 def _until(rows: Rows, num_bytes: int) -> int:
     """Before which position the last round of a step begins, after up to so many bytes. Scores are those of one
     round."""
     assert isinstance(rows.ask, Draft | Unmask)
-    scored = rows.sequence.request.logprobs is not None
-    return 0 if scored else min(rows.ask.until, len(rows.sequence.ids) + num_bytes + 1)
+    return 0 if rows.is_scored else min(rows.ask.until, len(rows.sequence.ids) + num_bytes + 1)
 
 
 def _address(values: "array[float] | array[int] | None") -> int:

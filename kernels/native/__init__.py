@@ -73,11 +73,11 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "fastblt_accepted": "pppp qq",
         "fastblt_confidence_and_entropy": "ppp qq",
         "fastblt_unmask": "pppppp qq",
-        "fastblt_step": "pp q p i",
+        "fastblt_step": "pp q p d i",
         "fastblt_step_sizes": "p",
         "fastblt_plan": "pqp pqp p qqqq ppq",
     }.items():
-        kinds = {"p": _POINTER, "q": _INT, "i": ctypes.c_int, "f": ctypes.c_float}
+        kinds = {"p": _POINTER, "q": _INT, "i": ctypes.c_int, "f": ctypes.c_float, "d": ctypes.c_double}
         function = getattr(library, name)
         function.argtypes = [kinds[letter] for letter in types.replace(" ", "")]
         function.restype = None

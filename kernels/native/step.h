@@ -521,37 +521,57 @@ static int stops_at(const Share *s, int64_t place) {
     return 0;
 }
 
-/* Notes a round that a verification has ended. Returns whether another begins, for which the sequence is made ready. The
-   host takes over where the text may end, and at an EOS, also of the patch that was open before. */
-static int next_round(const Model *m, Share *s) {
-    int64_t first = s->end - s->drafts, end = first + s->accepted, width = s->width;
+/* Notes a round that has ended: its drafts, which begin at a position, how many of them stand, and the byte after these,
+   unless it is -1. Returns whether another may begin. The host takes over where the text may end, and at an EOS, the
+   first of which may be at the position `from`. */
+static int may_repeat(const Model *m, Share *s, int64_t from, int64_t first, int64_t drafts, int64_t accepted, int64_t given) {
+    int64_t width = s->width, next = first + accepted + (given >= 0);
     int64_t *note = s->log + s->num_rounds++ * (3 + 2 * width);
-    note[0] = s->drafts, note[1] = s->accepted, note[2] = s->given;
-    memcpy(note + 3, s->ids + first, s->drafts * sizeof *note);
+    note[0] = drafts, note[1] = accepted, note[2] = given;
+    memcpy(note + 3, s->ids + first, drafts * sizeof *note);
     if (s->kind == UNMASK) memcpy(note + 3 + width, s->settled, width * sizeof *note);
-    s->ids[end] = s->given;
-    if (s->bad || s->num_rounds == s->rounds || end + 1 >= s->until) return 0;
-    for (int64_t at = s->patch_start[s->start]; at <= end; at++)
+    if (given >= 0) s->ids[next - 1] = given;
+    if (s->bad || s->num_rounds == s->rounds || next >= s->until) return 0;
+    for (int64_t at = from; at < next; at++)
         if (s->ids[at] == m->eos || (at >= first && stops_at(s, at))) return 0;
-    s->ask = s->kind;
-    s->start = s->end = s->decode_from = s->logits_from = s->drawn_from = s->cells_start = end;
-    s->cells_floor = s->floor;
-    s->num_cells = 1, s->num_passes = 0, s->passes = width;
-    if (s->kind == UNMASK) {
-        s->num_block = width, s->num_cells += width;
-        for (int64_t c = 0; c < width; c++) s->ids[end + 1 + c] = m->mask, s->settled[c] = -1;
-    }
     return 1;
 }
 
-/* Chooses a sequence's bytes. Returns whether it takes part in another pass, for which it is made ready. */
-static int choose(const Model *m, Share *s, float *logits) {
+/* Makes a sequence ready for its next round. The bytes of a block that is not verified run as rows of the text in the
+   next one's first pass. */
+static void begin_round(const Model *m, Share *s) {
+    if (s->ask == VERIFY) {
+        s->ask = s->kind;
+        s->start = s->end = s->decode_from = s->logits_from = s->drawn_from = s->cells_start = s->end - s->drafts + s->accepted;
+        s->cells_floor = s->floor;
+        s->num_cells = 1, s->passes = s->width;
+    } else {
+        s->floor = s->cells_floor;
+        s->start = s->decode_from = s->cells_start;
+        s->end = s->logits_from = s->drawn_from = s->cells_start += s->num_block;
+        s->num_cells = 0;
+    }
+    s->num_passes = 0;
+    if (s->kind == DRAFT) return;
+    int64_t first = s->cells_start + s->num_cells;
+    s->num_block = s->width, s->num_cells += s->width;
+    for (int64_t c = 0; c < s->width; c++) s->ids[first + c] = m->mask, s->settled[c] = -1;
+}
+
+/* What a sequence does after a pass: it may take part in the next one, for which it is made ready, or in another
+   round. */
+typedef enum { STOPS, GOES_ON, REPEATS } Then;
+
+/* Chooses a sequence's bytes. */
+static Then choose(const Model *m, Share *s, float *logits) {
     int64_t n = m->decoder->head.out, lead = s->num_cells - s->num_block, id = -1, left = 1;
     float *row = logits + (s->logits_at + s->num_logits - (s->end - s->drawn_from) - s->num_cells) * n;
     if (s->ask == VERIFY) {
         verify(m, s, row);
         s->num_passes += !s->rounds;
-        return s->rounds && next_round(m, s);
+        if (!s->rounds) return STOPS;
+        int64_t first = s->end - s->drafts;
+        return may_repeat(m, s, s->patch_start[s->start], first, s->drafts, s->accepted, s->given) ? REPEATS : STOPS;
     }
     int64_t place = s->ask == NEXT ? s->end : s->cells_start + 1;
     if (s->ask == UNMASK) left = settle(m, s, row + lead * n);
@@ -568,12 +588,16 @@ static int choose(const Model *m, Share *s, float *logits) {
     }
     int ends = s->ask != UNMASK && (id == m->eos || (s->ask == NEXT && stops_at(s, place)));
     if (++s->num_passes >= s->passes || !left || ends) {
-        if (!s->rounds || (s->ask == UNMASK && left)) return 0;
+        if (!s->rounds || (s->ask == UNMASK && left)) return STOPS;
+        if (s->closes) {
+            int64_t first = s->cells_start;
+            return may_repeat(m, s, first, first, s->num_block, s->num_block, -1) ? REPEATS : STOPS;
+        }
         int64_t drafts = s->ask == DRAFT ? place - s->end : s->num_block;
         /* Where an earlier step had the logits of exact rows, the host has their scores: it asks for the verification. */
-        if (s->logits && (s->ask == DRAFT ? s->num_passes < drafts : s->settled[0] < 0)) return 0;
+        if (s->logits && (s->ask == DRAFT ? s->num_passes < drafts : s->settled[0] < 0)) return STOPS;
         verify_next(m, s, drafts, s->ask == DRAFT ? drafts : 1);
-        return 1;
+        return GOES_ON;
     }
     if (s->ask == NEXT) {
         s->floor = floor_at(m, s, s->end);
@@ -586,14 +610,15 @@ static int choose(const Model *m, Share *s, float *logits) {
         s->start = s->end;
     }
     s->decode_from = s->logits_from = s->drawn_from = s->start;
-    return 1;
+    return GOES_ON;
 }
 
 /* Sizes of the structs, which kernels/native/step.py lays out by itself. */
 void fastblt_step_sizes(int64_t *sizes) { sizes[0] = sizeof(Model), sizes[1] = sizeof(Share), sizes[2] = sizeof(Totals); }
 
-/* Runs a pass of `n` sequences; moves those that take part in another to the front and returns their number. */
-static int64_t run_pass(const Model *m, Share **live, int64_t n, Totals *totals) {
+/* Runs a pass of `n` sequences; moves those that take part in another to the front and returns their number. Adds those
+   that may begin another round to `repeating`. */
+static int64_t run_pass(const Model *m, Share **live, int64_t n, Share **repeating, int64_t *num_repeating, Totals *totals) {
     run_patcher(m, live, n, totals);
     void *states = run_encoder(m, live, n, totals);
     run_global(m, live, n, totals);
@@ -602,7 +627,9 @@ static int64_t run_pass(const Model *m, Share **live, int64_t n, Totals *totals)
     for (int64_t i = 0; i < n; i++) {
         Share *s = live[i];
         if (!s->draws && s->num_logits) keep_logits(s, 0, logits + s->logits_at * vocabulary, s->num_logits, vocabulary);
-        if (s->draws && choose(m, s, logits)) live[left++] = s;
+        Then then = s->draws ? choose(m, s, logits) : STOPS;
+        if (then == GOES_ON) live[left++] = s;
+        if (then == REPEATS) repeating[(*num_repeating)++] = s;
     }
     return left;
 }
@@ -627,17 +654,25 @@ static int64_t num_together(const Model *m, Share **live, int64_t n) {
     return count;
 }
 
-/* Runs the shares of `count` sequences. */
-void fastblt_step(const Model *m, Share *all, int64_t count, Totals *totals, int threads) {
+/* Runs the shares of `count` sequences. Each round begins once all have ended the one before, or each would read all
+   weights for few rows; none begins that would end, if it took as long as those before, after so many seconds. */
+void fastblt_step(const Model *m, Share *all, int64_t count, Totals *totals, double seconds, int threads) {
+    double began = seconds_now();
     begin(threads);
     Share **live = ROOM(Share *, count);
-    int64_t rows = 0;
+    Share **repeating = ROOM(Share *, count);
+    int64_t rows = 0, num_repeating = 0;
     for (int64_t i = 0; i < count; i++) live[i] = all + i, rows += all[i].end - all[i].decode_from + all[i].num_cells;
     stay_awake(rows * m->decoder->num_layers * layer_numbers(m->decoder->layers));
-    int64_t left = run_pass(m, live, count, totals);
-    for (int64_t first = 0, n; first < left; first += n) {
-        n = num_together(m, live + first, left - first);
-        for (int64_t more = n; more;) more = run_pass(m, live + first, more, totals);
+    for (int64_t now = count, rounds = 1; now; rounds++) {
+        int64_t left = run_pass(m, live, now, repeating, &num_repeating, totals);
+        for (int64_t first = 0, n; first < left; first += n) {
+            n = num_together(m, live + first, left - first);
+            for (int64_t more = n; more;) more = run_pass(m, live + first, more, repeating, &num_repeating, totals);
+        }
+        if ((seconds_now() - began) * (rounds + 1) > seconds * rounds) break;
+        for (now = 0; now < num_repeating; now++) begin_round(m, live[now] = repeating[now]);
+        num_repeating = 0;
     }
     for (int64_t i = 0; i < count; i++) all[i].ended = all[i].end;
     may_sleep();

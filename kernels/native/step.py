@@ -87,17 +87,18 @@ class StepShare(NamedTuple):
     of the first. ask: an `AskKind`. decided: rows before it have frozen boundaries. floor, patch_floor: where the
     documents of `start` and of its patch begin; cells_floor: that of the first cell. exact: how many rows drafted
     exactly; drafts: the last rows that are drafts. passes: most passes to take part in. draws: whether C chooses bytes.
-    rounds: 0, or after how many verifications of what was drafted here to stop; another round, with `width` drafts and
-    the ask `kind`, begins if its first draft is at a place before `until`, and no EOS is near. log: the address of room
-    for `rounds` times what `logged` reads. params, cell_params: addresses of seven doubles, those of `kernels.sampling`
-    and the penalties for presence, frequency and repetition. Addresses of V doubles, 0 for none: changes are added to
-    all logits, bias is before the penalty for repetition; counts: how often each id was generated before the place
-    `committed`, -1 for ids that are not penalised; ends are added before the place `first_end`. stops: 0, or the
-    address of how many strings end the text, and of each the length and the ids: C makes no bytes after one, which
-    saves time and changes nothing else. seed, sample_index, num_prompt: of the random number of a place. rule, bound:
-    of unmasking. settled: address of the pass in which each cell was settled. logits: 0, or the address of room for the
-    logits (rows, V) float32: of each byte of NEXT, each cell of UNMASK in the pass that settled it, each row of VERIFY;
-    where C chooses nothing, of all rows from `logits_from` on.
+    rounds: 0, or after how many rounds to stop: each ends with the verification of its drafts, or with a block if this
+    `closes` the patch before it; another, with `width` drafts and the ask `kind`, begins if its first draft is at a
+    place before `until`, and no EOS is near. log: the address of room for `rounds` times what `logged` reads. params,
+    cell_params: addresses of seven doubles, those of `kernels.sampling` and the penalties for presence, frequency and
+    repetition. Addresses of V doubles, 0 for none: changes are added to all logits, bias is before the penalty for
+    repetition; counts: how often each id was generated before the place `committed`, -1 for ids that are not penalised;
+    ends are added before the place `first_end`. stops: 0, or the address of how many strings end the text, and of each
+    the length and the ids: C makes no bytes after one, which saves time and changes nothing else. seed, sample_index,
+    num_prompt: of the random number of a place. rule, bound: of unmasking. settled: address of the pass in which each
+    cell was settled. logits: 0, or the address of room for the logits (rows, V) float32: of each byte of NEXT, each
+    cell of UNMASK in the pass that settled it, each row of VERIFY; where C chooses nothing, of all rows from
+    `logits_from` on.
     """
 
     ids: int
@@ -230,8 +231,9 @@ class Step:
         self._alive = w, caches, norms
         self._shares, self._totals = ctypes.create_string_buffer(_SIZE), ctypes.create_string_buffer(_TOTALS.size)
 
-    def __call__(self, shares: Sequence[StepShare]) -> tuple[list[Answer], Totals]:
-        """Runs a step, which writes what it finds into the texts and caches."""
+    def __call__(self, shares: Sequence[StepShare], seconds: float) -> tuple[list[Answer], Totals]:
+        """Runs a step, which writes what it finds into the texts and caches. After a round no other begins that would
+        probably end more than so many seconds after the call."""
         assert LIBRARY
         if len(self._shares) < len(shares) * _SIZE:
             self._shares = ctypes.create_string_buffer(2 * len(shares) * _SIZE)
@@ -241,7 +243,7 @@ class Step:
             at = number * _SIZE
             _SHARE.pack_into(packed, at, *share[:4], *share.tables, *share[5:])
             ctypes.memset(ctypes.addressof(packed) + at + _SHARE.size, 0, _ANSWER.size)
-        LIBRARY.fastblt_step(ctypes.byref(self._model), packed, len(shares), totals, torch.get_num_threads())
+        LIBRARY.fastblt_step(ctypes.byref(self._model), packed, len(shares), totals, seconds, torch.get_num_threads())
         found = _TOTALS.unpack(totals)
         answers = [_answer(packed, number * _SIZE + _SHARE.size) for number in range(len(shares))]
         return answers, Totals(found[:4], found[4:8], found[8:])
@@ -255,11 +257,11 @@ def _answer(packed: "ctypes.Array[ctypes.c_char]", at: int) -> Answer:
 
 
 class LoggedRound(NamedTuple):
-    """A round that ended with a verification. settled: in which pass each of the drafts of a block was."""
+    """A round that has ended, as in `Committed` of engine/decoders. settled: in which pass each cell of a block was."""
 
+    ids: list[int]
     drafts: list[int]
     accepted: int
-    given: int
     settled: list[int]
 
 
@@ -271,7 +273,8 @@ def log_size(rounds: int, width: int) -> int:
 def logged(log: "array[int]", number: int, width: int, kind: AskKind) -> LoggedRound:
     """A round of a log."""
     count, accepted, given, *rest = log[log_size(number, width) : log_size(number + 1, width)]
-    return LoggedRound(rest[:count], accepted, given, rest[width:][:count] if kind == AskKind.UNMASK else [])
+    drafts, settled = rest[:count], rest[width:][:count] if kind == AskKind.UNMASK else []
+    return LoggedRound([*drafts[:accepted], given][: accepted + (given >= 0)], drafts, accepted, settled)
 
 
 def sizes() -> tuple[int, int, int]:
