@@ -40,11 +40,11 @@ from tests.engines import make_engine
 
 TOYS = {
     "against_hf": "--lengths 4 8 --turns 1",
-    "against_tokens": "--bytes 34 --turns 1 --ways 'blt-s k=8' --formats q8_0 --num-threads 1",
+    "against_tokens": "--bytes 70 --turns 1 --ways 'blt-s k=8' --formats q8_0 --num-threads 1",
     "realisation": "--bytes 60 --turns 1 --ways 'blt-s k=8' 'blt-dv B=8'",
-    "rates": "--concurrency 1 3 --bytes 40 --turns 1",
+    "rates": "--concurrency 1 3 --bytes 80 --turns 1",
     "running_ahead": "--concurrency 1 --bytes 16 --turns 1",
-    "decoders": "--bytes 60 --turns 1 --prompts 1 --ways 'BLT-S k=4'",
+    "decoders": "--bytes 80 --turns 1 --prompts 1 --ways 'BLT-S k=4'",
     "batching": "--concurrency 4 --seconds 0.05 --turns 1",
     "serving": "--concurrency 2 --bytes 8 --turns 1 --num-threads 1",
     "checkouts": "--against . --concurrency 1 --bytes 8 --turns 2 --starts 1 --num-threads 1",

@@ -83,7 +83,7 @@ def test_a_sequence_whose_own_part_of_a_step_raises_fails_alone(
     model: Path, sound: dict[str, dict[str, list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, take = make_engine(model), Output.take
-    victim = request("victim", text(9, 7, specials=False), 30)
+    victim = request("victim", text(9, 7, specials=False), 150)
 
     def fail(self: Output, ids: list[int]) -> Any:
         if self._request.id == "victim" and self._num_ids > 4:

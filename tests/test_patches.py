@@ -153,7 +153,7 @@ def test_exact_decoders_report_the_patches_of_blt_wherever_a_round_is_cut(fast_b
 
 @pytest.mark.parametrize("way", ["blt", "blt-s", "blt-d", "blt-dv"])
 def test_a_resumed_request_continues_the_patches_that_the_first_engine_reported(fast_blt: Path, way: str) -> None:
-    engine, asked = make_engine(fast_blt), asking("it", text(70, 10), 60, **WAYS[way])
+    engine, asked = make_engine(fast_blt), asking("it", text(70, 10), 150, **WAYS[way])
     wanted = run(engine, [asked])["it"]
     heard = Output()
     engine.add(asked)
@@ -161,7 +161,7 @@ def test_a_resumed_request_continues_the_patches_that_the_first_engine_reported(
         for event in engine.step():
             heard.take(event)
     engine.abort("it")
-    resumed = asking("it", asked.prompt_ids, 60, output_ids=list(heard.ids), **WAYS[way])
+    resumed = asking("it", asked.prompt_ids, 150, output_ids=list(heard.ids), **WAYS[way])
     engine = make_engine(fast_blt)
     engine.add(
         Request(**{f: getattr(resumed, f) for f in resumed.__struct_fields__} | {"patches_from": len(heard.entropies)})

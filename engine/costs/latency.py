@@ -12,10 +12,13 @@ READBACK = "readback"
 
 MOST_LAUNCHED = 16
 """Most bytes of blt in one step where single stages are launched."""
-MOST_CALLED = 32
+MOST_CALLED = 64
 """Most bytes of blt, or of rounds of drafts had all been accepted, in a step that is one call of a CPU's kernels."""
 LAUNCH_SECONDS = 0.016
-"""How long a step of several bytes may take: a new request waits for it."""
+"""How long a step of several bytes may take by the latency model, which counts a patch for every byte: a new request
+waits for it."""
+CALL_SECONDS = 0.02
+"""How long it may take by the clock, where it is one call."""
 
 Sums = tuple[float, float, float, float, float]
 """Of 1, rows, seconds, rows², rows × seconds."""

@@ -82,7 +82,7 @@ class Ledger:
 
     def took_step(self, totals: Totals, answers: Seq[tuple[Rows, Answer]]) -> None:
         """Charges a step that was one call, whose time is known."""
-        for stage, calls, all_rows, seconds, number in zip(STAGES, *totals, range(len(STAGES)), strict=True):
+        for stage, calls, all_rows, seconds, number in zip(STAGES, *totals[:3], range(len(STAGES)), strict=True):
             if not calls:
                 continue
             of = self.stage_bytes

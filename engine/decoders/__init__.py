@@ -2,7 +2,7 @@
 
 | name   | a round                                              | commits    | text                |
 |--------|------------------------------------------------------|------------|---------------------|
-| blt    | one row after another through all stages             | 1 to 32    | the model's         |
+| blt    | one row after another through all stages             | 1 to 64    | the model's         |
 | blt-s  | k decoder rows draft, one pass over them verifies    | 1 to k + 1 | blt's               |
 | blt-d  | unmasking passes over a block                        | B          | the diffusion's own |
 | blt-dv | unmasking passes draft a block, one pass verifies it | 1 to B + 1 | blt's               |

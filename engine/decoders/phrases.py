@@ -17,7 +17,8 @@ def single(inner: Round) -> Round:
     try:
         ask = next(inner)
         while True:
-            ask = inner.send((yield replace(ask, until=0) if isinstance(ask, Draft | Unmask) else ask))
+            bounded = replace(ask, until=0) if isinstance(ask, Draft | Unmask) else ask
+            ask = inner.send((yield Next() if isinstance(ask, Next) else bounded))
     except StopIteration as end:
         outcome: Committed = end.value
         return outcome

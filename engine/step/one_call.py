@@ -1,6 +1,7 @@
 """Steps as one call, where the CPU's own kernels compute: nothing of a step is planned or chosen in Python."""
 
 from array import array
+from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from itertools import chain
@@ -25,7 +26,7 @@ from kernels.native.step import (
 )
 
 from ..config import BYTE_OFFSET, EOS_ID, Policy
-from ..costs.latency import LAUNCH_SECONDS, MOST_CALLED
+from ..costs.latency import CALL_SECONDS, MOST_CALLED
 from ..costs.ledger import Ledger
 from ..decoders import Committed, Draft, Next, Result, Unmask, Verify
 from ..documents import start_of
@@ -53,9 +54,6 @@ ASK_KINDS = {
     Verify: AskKind.VERIFY,
 }
 
-LOOKED_UP_EVERY = 32
-"""Steps after which the latency model is asked again."""
-
 
 class OneCall:
     """Runs steps, each with as many passes as its sequences need: further bytes of blt, a whole draft or a block until
@@ -73,9 +71,8 @@ class OneCall:
         self._ids, self._entropies = self._text.ids.numpy(), self._text.entropies.numpy()
         self._patch = self._text.patch.numpy()
         self._vocab_size = model.config.vocab_size
-        self._age, self._counts = 0, dict[int, int]()
-        self._likely_rounds = 1
-        """How many rounds there would have been time for in the last step of rounds."""
+        self._likely_rounds = defaultdict[type, int](lambda: 2)
+        """For how many rounds, of which the first also runs prompts, the last step of that kind would have had time."""
         self._owns = WeakKeyDictionary[Sequence, _Own]()
 
     @classmethod
@@ -104,16 +101,17 @@ class OneCall:
     def run(self, batch: Seq[Rows], policy: Policy) -> list[Result | None]:
         """The result of each sequence's ask, None for rows without one."""
         drafts = [_drafts(rows) for rows in batch]
-        passes, rounds = self._num_passes(batch, policy), self._rounds(batch, drafts, policy)
+        most = self._most_rounds(batch, policy)
+        passes, rounds = self._num_passes(batch, policy, most), self._rounds(batch, drafts, most)
         # Keeps what lies at the shares' addresses.
         kept: list[array[float]] = []
         rooms = [self._room(*of) for of in zip(batch, passes, drafts, rounds, strict=True)]
         shares = [self._share(rows, room, kept) for rows, room in zip(batch, rooms, strict=True)]
-        answers, totals = self._step(shares, LAUNCH_SECONDS if policy == "measured" else inf)
+        answers, totals = self._step(shares, CALL_SECONDS if policy == "measured" else inf)
         self._ledger.took_step(totals, list(zip(batch, answers, strict=True)))
-        if any(drafts):
-            made = max(1, *(answer.num_rounds for answer in answers))
-            self._likely_rounds = max(1, int(LAUNCH_SECONDS * made / sum(totals.seconds)))
+        repeats = any(answer.num_rounds > 1 for answer in answers)
+        if repeats or (most and all(rows.sequence.num_output for rows in batch)):
+            self._likely_rounds[type(batch[0].ask)] = max(1, int(CALL_SECONDS / totals.round))
         scores = _Scores()
         results = [self._result(*of, scores) for of in zip(batch, answers, rooms, strict=True)]
         scores.fill()
@@ -125,7 +123,7 @@ class OneCall:
         return results
 
     def _room(self, rows: Rows, passes: int, drafts: int, rounds: tuple[int, int]) -> "_Room":
-        settled, log = array("q", [-1] * rows.num_block), array("q", [0] * log_size(rounds[0], drafts))
+        settled, log = array("q", [-1] * rows.num_block), array("q", bytes(8 * log_size(rounds[0], drafts)))
         return _Room(passes, drafts, *rounds, settled, log, self._logits(rows, passes))
 
     def _logits(self, rows: Rows, passes: int) -> Tensor | None:
@@ -146,13 +144,22 @@ class OneCall:
         score_prompts(batch, own)
         return results_of(batch, own, self._memory.slots, self._model.kernels)
 
-    def _num_passes(self, batch: Seq[Rows], policy: Policy) -> list[int]:
-        """Most passes of each sequence. While a prompt is read blt goes byte by byte: it would wait for more."""
+    def _most_rounds(self, batch: Seq[Rows], policy: Policy) -> int:
+        """How many rounds, which of blt are bytes, a step has time for; 0 if drafts are verified in another step. While
+        a prompt is read there is no round after the first pass: the prompt's next rows and those of the verification,
+        or of the next byte or block, then share a pass. The first byte of a text that runs alone is not held back for
+        others."""
+        if policy != "measured":
+            return MOST_CALLED if policy == "always" else 0
+        first, *others = batch
+        reads_prompt = any(rows.ask is None for rows in batch) or not (others or first.sequence.num_output)
+        return 0 if reads_prompt else self._likely_rounds[type(first.ask)]
+
+    def _num_passes(self, batch: Seq[Rows], policy: Policy, most: int) -> list[int]:
+        """Most passes of each sequence in a round; of blt in all."""
         if policy == "never":
             return [1] * len(batch)
-        count = MOST_CALLED
-        if policy == "measured":
-            count = 1 if any(rows.ask is None for rows in batch) else self._affordable(len(batch))
+        count = min(max(most, 1), MOST_CALLED)
         passes = [rows.most_passes(count) if rows.may_run_ahead else 1 for rows in batch]
         ends = [rows.end + most - 1 for rows, most in zip(batch, passes, strict=True)]
         reaches = [
@@ -164,37 +171,23 @@ class OneCall:
             return [1 if isinstance(rows.ask, Next) else most for rows, most in zip(batch, passes, strict=True)]
         return passes
 
-    def _rounds(self, batch: Seq[Rows], drafts: Seq[int], policy: Policy) -> list[tuple[int, int]]:
-        """How many rounds a sequence has at most, 0 if its drafts are verified in another step, and before which
-        position the last of them begins. While a prompt is read there is no round after the first pass: the prompt's
-        next rows and those of the verification, or of the next block, then share a pass."""
+    def _rounds(self, batch: Seq[Rows], drafts: Seq[int], most: int) -> list[tuple[int, int]]:
+        """How many rounds of drafts a sequence has at most, and before which position the last of them begins."""
         none = [(0, 0)] * len(batch)
         num_rows = sum(max(rows.num_rows, 1 + count) for rows, count in zip(batch, drafts, strict=True))
-        reads_prompt = policy == "measured" and any(rows.ask is None for rows in batch)
-        if policy == "never" or reads_prompt or not any(drafts) or num_rows > self._max_rows:
+        if not most or not any(drafts) or num_rows > self._max_rows:
             return none
-        most = _most_rounds(batch, drafts)
-        for rounds in (min(most, self._likely_rounds) if policy == "measured" else most, 1):
+        for rounds in (min(most, _rounds_of_bytes(batch, drafts)), 1):
             found, reaches = list(none), list[Reach]()
             for number, (rows, count) in enumerate(zip(batch, drafts, strict=True)):
                 if count and (rounds > 1 or _is_verified(rows)):
-                    until = _until(rows, (rounds - 1) * (count + _is_verified(rows)))
+                    until = _until(rows, min((rounds - 1) * (count + _is_verified(rows)), MOST_CALLED - 1))
                     found[number] = rounds, until
                     last = max(until - 1, len(rows.sequence.ids))
                     reaches.append(Reach(rows.sequence, last + count * _is_verified(rows), last + count))
             if self._memory.reserve_all(reaches):
                 return found
         return none
-
-    def _affordable(self, num_sequences: int) -> int:
-        """How many bytes of so many sequences fit into a launch; looked up now and then, since it changes slowly."""
-        self._age += 1
-        if self._age > LOOKED_UP_EVERY:
-            self._age = 0
-            self._counts.clear()
-        if num_sequences not in self._counts:
-            self._counts[num_sequences] = self._ledger.latency.launch_bytes(num_sequences)
-        return self._counts[num_sequences]
 
     def _share(self, rows: Rows, room: "_Room", kept: list["array[float]"]) -> StepShare:
         sequence, ask, plain = rows.sequence, rows.ask, rows.may_run_ahead
@@ -284,7 +277,7 @@ class OneCall:
             num_top, logits = sequence.request.logprobs, room.logits
             return [] if logits is None or num_top is None else scores.of(logits[begin:][: len(ids)], ids, num_top)
 
-        if answer.num_rounds:
+        if answer.num_rounds and not isinstance(ask, Next):
             rounds = [logged(room.log, n, room.width, ASK_KINDS[type(ask)]) for n in range(answer.num_rounds)]
             ids, drafts, accepted, when = rounds[0]
             later = [Committed(r.ids, [], r.drafts, r.accepted, r.settled) for r in rounds[1:]]
@@ -396,9 +389,11 @@ def _is_verified(rows: Rows) -> bool:
     return isinstance(rows.ask, Draft | Unmask) and rows.ask.then_verify and rows.may_run_ahead
 
 
-def _most_rounds(batch: Seq[Rows], drafts: Seq[int]) -> int:
-    """All that a step has bytes for. Only one if sequences do not draft alike: their passes would fall apart, and each
-    would read the weights for fewer rows."""
+def _rounds_of_bytes(batch: Seq[Rows], drafts: Seq[int]) -> int:
+    """All rounds that a step may have bytes for. Sequences take part in equally many, as if all drafts stood, and only
+    in one if they do not draft alike: else their passes fall apart, and each reads the weights for fewer rows."""
+    if len(batch) == 1:
+        return MOST_CALLED
     kinds = {(type(rows.ask), _is_verified(rows), count) for rows, count in zip(batch, drafts, strict=True)}
     if len(kinds) > 1:
         return 1

@@ -5,6 +5,7 @@
 #ifndef FASTBLT_STEP_H
 #define FASTBLT_STEP_H
 
+#include <stddef.h>
 #include <time.h>
 
 enum { PATCHER_CACHE, ENCODER_CACHE, OPEN_CACHE, GLOBAL_CACHE, LATENT_CACHE, DECODER_CACHE, NUM_CACHES };
@@ -60,7 +61,7 @@ typedef struct {
 
 typedef struct {
     int64_t calls[NUM_STAGES], rows[NUM_STAGES];
-    double seconds[NUM_STAGES];
+    double seconds[NUM_STAGES], round;
 } Totals;
 
 /* Memory between calls; grows to the need of the largest. */
@@ -537,9 +538,15 @@ static int may_repeat(const Model *m, Share *s, int64_t from, int64_t first, int
     return 1;
 }
 
-/* Makes a sequence ready for its next round. The bytes of a block that is not verified run as rows of the text in the
-   next one's first pass. */
+/* Makes a sequence ready for its next round; one of blt is a byte. The bytes of a block that is not verified run as rows
+   of the text in the next one's first pass. */
 static void begin_round(const Model *m, Share *s) {
+    if (s->ask == NEXT) {
+        s->floor = floor_at(m, s, s->end);
+        s->start = s->decode_from = s->logits_from = s->drawn_from = s->end;
+        s->end++;
+        return;
+    }
     if (s->ask == VERIFY) {
         s->ask = s->kind;
         s->start = s->end = s->decode_from = s->logits_from = s->drawn_from = s->cells_start = s->end - s->drafts + s->accepted;
@@ -587,7 +594,12 @@ static Then choose(const Model *m, Share *s, float *logits) {
         for (int64_t c = 0; c < s->num_block; c++) left |= s->ids[place + c] == m->mask;
     }
     int ends = s->ask != UNMASK && (id == m->eos || (s->ask == NEXT && stops_at(s, place)));
-    if (++s->num_passes >= s->passes || !left || ends) {
+    s->num_passes++;
+    if (s->ask == NEXT) {
+        s->num_rounds++;
+        return s->num_passes < s->passes && !ends ? REPEATS : STOPS;
+    }
+    if (s->num_passes >= s->passes || !left || ends) {
         if (!s->rounds || (s->ask == UNMASK && left)) return STOPS;
         if (s->closes) {
             int64_t first = s->cells_start;
@@ -599,17 +611,11 @@ static Then choose(const Model *m, Share *s, float *logits) {
         verify_next(m, s, drafts, s->ask == DRAFT ? drafts : 1);
         return GOES_ON;
     }
-    if (s->ask == NEXT) {
-        s->floor = floor_at(m, s, s->end);
-        s->start = s->end++;
-    } else {
-        int64_t next = s->cells_start + (s->ask == DRAFT || lead);
-        s->cells_floor = floor_after(m, s, next);
-        s->cells_start = next;
-        s->num_cells -= s->ask == UNMASK ? lead : 0;
-        s->start = s->end;
-    }
-    s->decode_from = s->logits_from = s->drawn_from = s->start;
+    int64_t next = s->cells_start + (s->ask == DRAFT || lead);
+    s->cells_floor = floor_after(m, s, next);
+    s->cells_start = next;
+    s->num_cells -= s->ask == UNMASK ? lead : 0;
+    s->start = s->decode_from = s->logits_from = s->drawn_from = s->end;
     return GOES_ON;
 }
 
@@ -634,35 +640,35 @@ static int64_t run_pass(const Model *m, Share **live, int64_t n, Share **repeati
     return left;
 }
 
-/* How many sequences, from the first on, run their next passes together: all that need every stage; else as many as the
-   processor's cache holds the rows of, since each further pass of a draft reads the same rows again. */
+/* How many sequences, from the first on, run the further passes of a round together: as many as the processor's cache
+   holds the rows of, since each pass of a draft reads the same rows again. */
 static int64_t num_together(const Model *m, Share **live, int64_t n) {
     int64_t count = 0, window = m->tilings[DECODER_CACHE].window;
     if (!m->most_read) return n;
-    for (int64_t i = 0; i < n; i++)
-        if (live[i]->ask == NEXT) {
-            Share *first = live[count];
-            live[count++] = live[i], live[i] = first;
-        }
-    if (count) return count;
     for (int64_t read = 0; count < n; count++) {
         const Share *s = live[count];
-        int64_t end = s->num_cells ? s->cells_start + s->num_cells : s->end;
+        int64_t end = s->cells_start + s->num_cells;
         read += window && window < end ? window : end;
         if (count && read > m->most_read) break;
     }
     return count;
 }
 
-/* Runs the shares of `count` sequences. Each round begins once all have ended the one before, or each would read all
-   weights for few rows; none begins that would end, if it took as long as those before, after so many seconds. */
+/* Runs the shares of `count` sequences, from `num_passes` on of which it fills. Each round begins once all have ended the one before, or each would read all
+   weights for few rows. From the third on none begins that would end so many seconds after the call, if the first, in
+   which prompts may run, had taken as long as the others. */
 void fastblt_step(const Model *m, Share *all, int64_t count, Totals *totals, double seconds, int threads) {
-    double began = seconds_now();
+    double began = seconds_now(), first = 0;
     begin(threads);
     Share **live = ROOM(Share *, count);
     Share **repeating = ROOM(Share *, count);
     int64_t rows = 0, num_repeating = 0;
-    for (int64_t i = 0; i < count; i++) live[i] = all + i, rows += all[i].end - all[i].decode_from + all[i].num_cells;
+    *totals = (Totals){0};
+    for (int64_t i = 0; i < count; i++) {
+        Share *s = live[i] = all + i;
+        memset((char *)s + offsetof(Share, num_passes), 0, sizeof *s - offsetof(Share, num_passes));
+        rows += s->end - s->decode_from + s->num_cells;
+    }
     stay_awake(rows * m->decoder->num_layers * layer_numbers(m->decoder->layers));
     for (int64_t now = count, rounds = 1; now; rounds++) {
         int64_t left = run_pass(m, live, now, repeating, &num_repeating, totals);
@@ -670,7 +676,10 @@ void fastblt_step(const Model *m, Share *all, int64_t count, Totals *totals, dou
             n = num_together(m, live + first, left - first);
             for (int64_t more = n; more;) more = run_pass(m, live + first, more, repeating, &num_repeating, totals);
         }
-        if ((seconds_now() - began) * (rounds + 1) > seconds * rounds) break;
+        double passed = seconds_now() - began;
+        first = rounds == 1 ? passed : first;
+        totals->round = rounds == 1 ? passed : (passed - first) / (rounds - 1);
+        if (rounds > 1 && totals->round * (rounds + 1) > seconds) break;
         for (now = 0; now < num_repeating; now++) begin_round(m, live[now] = repeating[now]);
         num_repeating = 0;
     }

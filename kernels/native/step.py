@@ -162,8 +162,8 @@ class Served(NamedTuple):
 class Answer(NamedTuple):
     """The rest of `Share`. num_passes: that it took part in, without one that verified the drafts of those before.
     accepted: drafts; given: the byte after these. ended: the position after the last row of the text that ran. bad:
-    whether logits were no distribution. num_logits: rows of logits in the last pass. num_rounds: rounds in the log.
-    served: by `STAGES`."""
+    whether logits were no distribution. num_logits: rows of logits in the last pass. num_rounds: rounds in
+    the log, or bytes of NEXT. served: by `STAGES`."""
 
     num_passes: int
     accepted: int
@@ -176,17 +176,19 @@ class Answer(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Of each of `STAGES`: calls, rows, seconds."""
+    """Of each of `STAGES`: calls, rows, seconds. round: seconds of a round, on average, but for the first if there were
+    others."""
 
     calls: tuple[int, ...]
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
+    round: float
 
 
 _SHARE = struct.Struct(f"4q {2 * len(CACHES)}q 32q 2Q 2q d 3q")
 _ANSWER = struct.Struct("8q" + 4 * "4q2d")
 _SIZE = _SHARE.size + _ANSWER.size
-_TOTALS = struct.Struct("4q4q4d")
+_TOTALS = struct.Struct("4q4q5d")
 
 
 class _Model(ctypes.Structure):
@@ -232,21 +234,18 @@ class Step:
         self._shares, self._totals = ctypes.create_string_buffer(_SIZE), ctypes.create_string_buffer(_TOTALS.size)
 
     def __call__(self, shares: Sequence[StepShare], seconds: float) -> tuple[list[Answer], Totals]:
-        """Runs a step, which writes what it finds into the texts and caches. After a round no other begins that would
-        probably end more than so many seconds after the call."""
+        """Runs a step, which writes what it finds into the texts and caches. From the third on no round begins that
+        would probably end so many seconds after the call; prompts that run in the first do not count."""
         assert LIBRARY
         if len(self._shares) < len(shares) * _SIZE:
             self._shares = ctypes.create_string_buffer(2 * len(shares) * _SIZE)
         packed, totals = self._shares, self._totals
-        ctypes.memset(totals, 0, _TOTALS.size)
         for number, share in enumerate(shares):
-            at = number * _SIZE
-            _SHARE.pack_into(packed, at, *share[:4], *share.tables, *share[5:])
-            ctypes.memset(ctypes.addressof(packed) + at + _SHARE.size, 0, _ANSWER.size)
+            _SHARE.pack_into(packed, number * _SIZE, *share[:4], *share.tables, *share[5:])
         LIBRARY.fastblt_step(ctypes.byref(self._model), packed, len(shares), totals, seconds, torch.get_num_threads())
         found = _TOTALS.unpack(totals)
         answers = [_answer(packed, number * _SIZE + _SHARE.size) for number in range(len(shares))]
-        return answers, Totals(found[:4], found[4:8], found[8:])
+        return answers, Totals(found[:4], found[4:8], found[8:12], found[12])
 
 
 def _answer(packed: "ctypes.Array[ctypes.c_char]", at: int) -> Answer:
