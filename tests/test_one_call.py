@@ -185,6 +185,29 @@ def test_a_step_has_as_many_rounds_as_it_has_bytes_and_time_for(
         assert engine.snapshot().steps <= count / MOST_CALLED + 6
 
 
+@pytest.mark.parametrize(
+    "how", [{"draft_length": 2}, {"draft_length": 8}, {"rule": "one_step"}, {"rule": "confidence"}]
+)
+@pytest.mark.parametrize("decoder", ["blt", "blt-s", "blt-d", "blt-dv"])
+def test_no_step_makes_more_passes_than_its_time_is_bounded_for(
+    model: Path, decoder: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, told = make_engine(model), list[int]()
+    engine.stepper.ahead.policy = "always"
+    if decoder not in engine.limits.decoders:
+        pytest.skip("the model has no [MASK]")
+    monkeypatch.setattr(engine.ledger.latency, "whole_step", lambda rows, passes: told.append(passes) or 0.0)
+    fields = {"unmask": UnmaskRule(rule=how["rule"], alpha=1.0)} if "rule" in how else how
+    for number in (1, 4):
+        for n in range(number):
+            engine.add(request(str(n), text(20, n), 100, decoder=decoder, ignore_eos=True, **fields))
+        while engine.has_work:
+            before = engine.snapshot().calls["decoder"]
+            engine.step()
+            engine.step_bound()
+            assert engine.snapshot().calls["decoder"] - before <= told[-1]
+
+
 class Hopeful(defaultdict[type, int]):
     """Expects time for any number of rounds, whatever it is told."""
 

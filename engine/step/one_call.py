@@ -391,9 +391,10 @@ def _is_verified(rows: Rows) -> bool:
 
 def _rounds_of_bytes(batch: Seq[Rows], drafts: Seq[int]) -> int:
     """All rounds that a step may have bytes for. Sequences take part in equally many, as if all drafts stood, and only
-    in one if they do not draft alike: else their passes fall apart, and each reads the weights for fewer rows."""
+    in one if they do not draft alike: else their passes fall apart, and each reads the weights for fewer rows. One that
+    runs alone takes part in as many as have a pass for each byte."""
     if len(batch) == 1:
-        return MOST_CALLED
+        return -(-MOST_CALLED // (1 + batch[0].most_passes(1)))
     kinds = {(type(rows.ask), _is_verified(rows), count) for rows, count in zip(batch, drafts, strict=True)}
     if len(kinds) > 1:
         return 1
