@@ -163,6 +163,7 @@ def test_drafts_are_verified_in_the_step_that_makes_them(model: Path, decoder: s
     assert engine.snapshot().steps <= rounds + 1 + out.ids.count(EOS_ID)
 
 
+@pytest.mark.parametrize("model", [("embedding", 0)], indirect=True, ids=str)
 @pytest.mark.parametrize("seconds", [0.0, 1e-9, 60.0])
 @pytest.mark.parametrize("decoder", ["blt-s", "blt-d", "blt-dv"])
 def test_a_step_has_as_many_rounds_as_it_has_bytes_and_time_for(
@@ -171,8 +172,6 @@ def test_a_step_has_as_many_rounds_as_it_has_bytes_and_time_for(
     engine = make_engine(model)
     engine.stepper.ahead.policy = "measured" if seconds else "always"
     monkeypatch.setattr(one_call, "CALL_SECONDS", seconds)
-    if decoder not in engine.limits.decoders:
-        pytest.skip("the model has no [MASK]")
     count, drafts = 2 * MOST_CALLED, {"draft_length": 3, "block_size": 3}
     sampling = SamplingParams(temperature=0, logit_bias={EOS_ID: -100.0})
     out = run(engine, [request("a", text(30, 2), count, decoder=decoder, sampling=sampling, **drafts)])["a"]
@@ -185,6 +184,7 @@ def test_a_step_has_as_many_rounds_as_it_has_bytes_and_time_for(
         assert engine.snapshot().steps <= count / MOST_CALLED + 6
 
 
+@pytest.mark.parametrize("model", [("embedding", 0)], indirect=True, ids=str)
 @pytest.mark.parametrize(
     "how", [{"draft_length": 2}, {"draft_length": 8}, {"rule": "one_step"}, {"rule": "confidence"}]
 )
@@ -194,8 +194,6 @@ def test_no_step_makes_more_passes_than_its_time_is_bounded_for(
 ) -> None:
     engine, told = make_engine(model), list[int]()
     engine.stepper.ahead.policy = "always"
-    if decoder not in engine.limits.decoders:
-        pytest.skip("the model has no [MASK]")
     monkeypatch.setattr(engine.ledger.latency, "whole_step", lambda rows, passes: told.append(passes) or 0.0)
     fields = {"unmask": UnmaskRule(rule=how["rule"], alpha=1.0)} if "rule" in how else how
     for number in (1, 4):
@@ -218,6 +216,7 @@ class Hopeful(defaultdict[type, int]):
         pass
 
 
+@pytest.mark.parametrize("model", [("embedding", 0)], indirect=True, ids=str)
 @pytest.mark.parametrize("decoder", ["blt", "blt-s"])
 def test_c_begins_no_round_that_would_end_too_late(model: Path, decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(model)
