@@ -57,8 +57,8 @@ ASK_KINDS = {
 
 class OneCall:
     """Runs steps, each with as many passes as its sequences need: further bytes of blt, a whole draft or a block until
-    it is done, and their verification. The host draws only for rows that may not run ahead: with grammars, and while a
-    prompt is scored.
+    it is done, their verification, and further rounds of these. The host draws only for rows that may not run ahead:
+    with grammars, and while a prompt is scored.
 
     max_rows: most rows of a step that verifies what it has drafted.
     """
@@ -109,8 +109,7 @@ class OneCall:
         shares = [self._share(rows, room, kept) for rows, room in zip(batch, rooms, strict=True)]
         answers, totals = self._step(shares, CALL_SECONDS if policy == "measured" else inf)
         self._ledger.took_step(totals, list(zip(batch, answers, strict=True)))
-        repeats = any(answer.num_rounds > 1 for answer in answers)
-        if repeats or (most and all(rows.sequence.num_output for rows in batch)):
+        if any(answer.num_rounds > 1 for answer in answers) or (most and all(r.sequence.num_output for r in batch)):
             self._likely_rounds[type(batch[0].ask)] = max(1, int(CALL_SECONDS / totals.round))
         scores = _Scores()
         results = [self._result(*of, scores) for of in zip(batch, answers, rooms, strict=True)]
@@ -152,8 +151,8 @@ class OneCall:
         if policy != "measured":
             return MOST_CALLED if policy == "always" else 0
         first, *others = batch
-        reads_prompt = any(rows.ask is None for rows in batch) or not (others or first.sequence.num_output)
-        return 0 if reads_prompt else self._likely_rounds[type(first.ask)]
+        would_wait = any(rows.ask is None for rows in batch) or not (others or first.sequence.num_output)
+        return 0 if would_wait else self._likely_rounds[type(first.ask)]
 
     def _num_passes(self, batch: Seq[Rows], policy: Policy, most: int) -> list[int]:
         """Most passes of each sequence in a round; of blt in all."""
@@ -380,13 +379,14 @@ class _Scores:
 
 def _drafts(rows: Rows) -> int:
     """Most drafts of a round, if their verification comes next, or another block may; else 0."""
-    if _is_verified(rows) or (isinstance(rows.ask, Unmask) and rows.ask.until and not rows.is_scored):
+    repeats = isinstance(rows.ask, Unmask) and rows.ask.until and not rows.is_scored
+    if rows.may_run_ahead and (_is_verified(rows) or repeats):
         return len(rows.given) + (rows.ask.at_most if isinstance(rows.ask, Draft) else 0)
     return 0
 
 
 def _is_verified(rows: Rows) -> bool:
-    return isinstance(rows.ask, Draft | Unmask) and rows.ask.then_verify and rows.may_run_ahead
+    return isinstance(rows.ask, Draft | Unmask) and rows.ask.then_verify
 
 
 def _rounds_of_bytes(batch: Seq[Rows], drafts: Seq[int]) -> int:

@@ -654,9 +654,9 @@ static int64_t num_together(const Model *m, Share **live, int64_t n) {
     return count;
 }
 
-/* Runs the shares of `count` sequences, from `num_passes` on of which it fills. Each round begins once all have ended the one before, or each would read all
-   weights for few rows. From the third on none begins that would end so many seconds after the call, if the first, in
-   which prompts may run, had taken as long as the others. */
+/* Runs the shares of `count` sequences, which it fills from `num_passes` on. Each round begins once all have ended the
+   one before, or each would read all weights for few rows. From the third on none begins that would end so many seconds
+   after the call, if the first, in which prompts may run, had taken as long as the others. */
 void fastblt_step(const Model *m, Share *all, int64_t count, Totals *totals, double seconds, int threads) {
     double began = seconds_now(), first = 0;
     begin(threads);
