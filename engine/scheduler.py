@@ -17,9 +17,7 @@ log = logging.getLogger("fastblt.engine")
 class Memory(Protocol):
     """What the scheduler needs of memory; see `engine.memory.memory`."""
 
-    def fits(self, rows: Rows) -> bool: ...
-
-    def reserve(self, rows: Rows) -> None: ...
+    def reserve(self, rows: Rows) -> bool: ...
 
     def release(self, sequence: Sequence) -> None: ...
 
@@ -155,11 +153,10 @@ class Scheduler:
         self._memory.attach(sequence)
         step.attached += sequence.num_computed
         rows = self._rows(sequence, step.prompt_rows_left)
-        if not self._memory.fits(rows):
+        if not self._memory.reserve(rows):
             self._send_back(sequence)
             return False
         insort(self.running, sequence, key=_order)
-        self._memory.reserve(rows)
         step.add(rows, is_prompt=True)
         return True
 
@@ -197,13 +194,12 @@ class Scheduler:
 
     def _make_room(self, rows: Rows, step: "_Step") -> bool:
         """Reserves pages, preempting the last in the order first; False if the sequence itself was preempted."""
-        while not self._memory.fits(rows):
+        while not self._memory.reserve(rows):
             victim = self.running[-1]
             step.drop(victim)
             self.preempt(victim)
             if victim is rows.sequence:
                 return False
-        self._memory.reserve(rows)
         return True
 
 

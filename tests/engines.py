@@ -120,7 +120,7 @@ def engine_logits(engine: Engine, ids: Sequence[int], chunk: int) -> Tensor:
     for start in range(0, len(ids), chunk):
         end = min(start + chunk, len(ids))
         rows = Rows(sequence=sequence, start=start, end=end, logits_from=start, decode_from=start)
-        engine.memory.reserve(rows)
+        assert engine.memory.reserve(rows)
         with torch.inference_mode():
             parts.append(engine.stepper.stages.run([rows]))
         sequence.advance(end)

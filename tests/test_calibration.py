@@ -99,7 +99,7 @@ def engine_entropies(engine: Engine, ids: list[int]) -> list[float]:
     for start in range(0, len(ids), 200):
         end = min(start + 200, len(ids))
         rows = Rows.prefill(sequence, end)
-        engine.memory.reserve(rows)
+        assert engine.memory.reserve(rows)
         engine.stepper.run([rows])
         sequence.advance(end)
         engine.memory.trim(sequence)

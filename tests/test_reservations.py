@@ -1,4 +1,4 @@
-"""Who gets pages: a question changes nothing, and several reservations take all or nothing."""
+"""Who gets pages: a reservation takes all or nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,6 @@ import pytest
 
 from engine.engine import Engine
 from engine.memory.memory import Memory, Reach
-from engine.memory.pages import OutOfPages
 from engine.rows import Rows
 from engine.sequence import Sequence
 from tests.engines import crowded_engine, request, run, save_ours
@@ -39,18 +38,24 @@ def state(memory: Memory) -> dict[str, Any]:
 
 def longest_that_fits(engine: Engine, arrival: int) -> int:
     made = sequence(engine, arrival, LENGTH)
-    return max(end for end in range(1, LENGTH + 1) if engine.memory.fits(Rows.prefill(made, end)))
+    tables = [(table, engine.memory.caches.pools[name]) for name, table in made.tables.items()]
+
+    def fits(end: int) -> bool:
+        return all(table.missing(end) <= pool.num_free + pool.num_idle for table, pool in tables)
+
+    return max(filter(fits, range(1, LENGTH + 1)))
 
 
-def test_asking_whether_rows_fit_forgets_no_prefix(engine: Engine) -> None:
+def test_rows_that_do_not_fit_forget_no_prefix(engine: Engine) -> None:
     before = state(engine.memory)
     end = longest_that_fits(engine, 1)
+    assert not engine.memory.reserve(Rows.prefill(sequence(engine, 1, LENGTH), end + 1))
     assert state(engine.memory) == before
     rows = Rows.prefill(sequence(engine, 1, LENGTH), end)
     # Undecided bytes may each close a patch, so it is the global cache that is full first.
     missing, pool = rows.sequence.tables["global"].missing(end), engine.memory.caches.pools["global"]
     assert pool.num_free < missing <= pool.num_free + pool.num_idle, "some of the pages are a prefix's"
-    engine.memory.reserve(rows)
+    assert engine.memory.reserve(rows)
     idle = sum(pool.num_idle for pool in engine.memory.caches.pools.values())
     assert idle < sum(idle for _, idle, _ in before.values()), "and now they are not"
     engine.memory.release(rows.sequence)
@@ -73,11 +78,9 @@ def test_a_reservation_for_several_sequences_takes_all_or_nothing(engine: Engine
 def test_rows_that_do_not_fit_are_not_reserved_in_part(engine: Engine) -> None:
     end = longest_that_fits(engine, 1)
     whole = Rows.prefill(sequence(engine, 1, LENGTH), end)
-    engine.memory.reserve(whole)
+    assert engine.memory.reserve(whole)
     more = Rows.prefill(sequence(engine, 2, LENGTH), end)
-    assert not engine.memory.fits(more)
-    with pytest.raises(OutOfPages):
-        engine.memory.reserve(more)
+    assert not engine.memory.reserve(more)
     assert not any(table.pages for table in more.sequence.tables.values())
     assert not engine.memory.reserve_all([Reach(more.sequence, LONGEST, LONGEST + 1)]), "beyond the longest text"
 

@@ -30,13 +30,12 @@ class Memory:
         self.total = total
         self.held: dict[int, int] = {}
 
-    def fits(self, rows: Rows) -> bool:
+    def reserve(self, rows: Rows) -> bool:
         others = sum(held for arrival, held in self.held.items() if arrival != rows.sequence.arrival)
-        return others + rows.reach <= self.total
-
-    def reserve(self, rows: Rows) -> None:
-        assert self.fits(rows)
-        self.held[rows.sequence.arrival] = rows.reach
+        fits = others + rows.reach <= self.total
+        if fits:
+            self.held[rows.sequence.arrival] = rows.reach
+        return fits
 
     def release(self, sequence: Sequence) -> None:
         self.held.pop(sequence.arrival, None)
@@ -412,8 +411,8 @@ def test_prompts_go_on_while_rounds_fill_every_step(decoder: Decoder, is_preempt
 
 def test_rounds_have_all_rows_while_no_prompt_can_go_on() -> None:
     class NotFor9(Memory):
-        def fits(self, rows: Rows) -> bool:
-            return rows.sequence.arrival != 9 and super().fits(rows)
+        def reserve(self, rows: Rows) -> bool:
+            return rows.sequence.arrival != 9 and super().reserve(rows)
 
     scheduler = Scheduler(NotFor9(1 << 20), max_sequences=16, max_step_rows=8)
     for arrival in range(8):

@@ -37,24 +37,17 @@ class Memory:
         decided, computed = sequence.patching.decided, sequence.num_computed
         return decided - computed if computed < decided else self.caches.max_patches - sequence.patch_of(computed)
 
-    def fits(self, rows: Rows) -> bool:
-        """Whether `reserve` will find pages, if it forgets prefixes."""
-        return self._fit(self._missing(self._short(Reach(rows.sequence, rows.end, rows.reach))))
-
-    def reserve(self, rows: Rows) -> None:
-        """Takes the pages for rows that fit, and forgets prefixes for them if need be. An undecided byte counts as
-        closing a patch, and one more patch may be closed for a block."""
-        self._take(self._short(Reach(rows.sequence, rows.end, rows.reach)))
+    def reserve(self, rows: Rows) -> bool:
+        """Takes the pages for all rows, and forgets prefixes for them if need be; or takes none, forgets nothing and
+        returns False. An undecided byte counts as closing a patch, and one more patch may be closed for a block."""
+        return self._take(self._short(Reach(rows.sequence, rows.end, rows.reach)))
 
     def reserve_all(self, reaches: Seq[Reach]) -> bool:
-        """Takes the pages for all and returns True; or takes none, forgets nothing and returns False."""
+        """Does `reserve` for rows of several sequences that may run in addition; False, too, beyond the longest
+        text."""
         if any(reach > self.caches.max_length for _, _, reach in reaches):
             return False
-        short = [table for reach in reaches for table in self._short(reach)]
-        if not self._fit(self._missing(short)):
-            return False
-        self._take(short)
-        return True
+        return self._take([table for reach in reaches for table in self._short(reach)])
 
     def attach(self, sequence: Sequence) -> None:
         """Before a sequence is admitted: lets it begin after its longest cached prefix, unless its prompt's rows must
@@ -101,23 +94,19 @@ class Memory:
                 short.append((name, table, last))
         return short
 
-    def _missing(self, short: Seq[tuple[str, BlockTable, int]]) -> dict[PagePool, int]:
+    def _take(self, short: Seq[tuple[str, BlockTable, int]]) -> bool:
         missing: dict[PagePool, int] = {}
         for name, table, last in short:
             pool = self.caches.pools[name]
             missing[pool] = missing.get(pool, 0) + table.missing(last)
-        return missing
-
-    def _fit(self, missing: Mapping[PagePool, int]) -> bool:
-        return all(pages <= pool.num_free + pool.num_idle for pool, pages in missing.items())
-
-    def _take(self, short: Seq[tuple[str, BlockTable, int]]) -> None:
-        if self.prefixes:
-            self._forget_for(self._missing(short))
+        if not all(pages <= pool.num_free + pool.num_idle for pool, pages in missing.items()):
+            return False
+        self._forget_for(missing)
         for name, table, last in short:
             if borrowed := table.own():
                 self.caches.copy_page(name, *borrowed)
             table.extend(last)
+        return True
 
     def _forget_for(self, missing: Mapping[PagePool, int]) -> None:
         """Forgets prefixes, the least recently used first, until that many pages are free. Raises OutOfPages."""

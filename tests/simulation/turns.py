@@ -42,13 +42,10 @@ class _Watched:
         self._memory = memory
         self.was_short = False
 
-    def fits(self, rows: Rows) -> bool:
-        fits = self._memory.fits(rows)
+    def reserve(self, rows: Rows) -> bool:
+        fits = self._memory.reserve(rows)
         self.was_short = self.was_short or not fits
         return fits
-
-    def reserve(self, rows: Rows) -> None:
-        self._memory.reserve(rows)
 
     def release(self, sequence: Sequence) -> None:
         self._memory.release(sequence)
