@@ -626,7 +626,7 @@ def tasks(
         typer.Option(
             parser=_one_of(*DECODERS),
             metavar="NAME",
-            help="Only the settings of this decoder; may be repeated.",
+            help="Ask only the settings of this decoder; may be repeated. The report also has those that are done.",
             show_default="all that the model has",
         ),
     ] = None,

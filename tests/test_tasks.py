@@ -30,7 +30,7 @@ from server.cli import app
 from server.evaluation import flores, humaneval, mbpp, plot
 from server.evaluation.command import measure
 from server.evaluation.paper import PAPER_MODELS, paper_rows
-from server.evaluation.report import Row, markdown, render, to_json
+from server.evaluation.report import Report, Row, markdown, render, to_json
 from server.evaluation.results import COSTS, Answer, Results, ResultsError
 from server.evaluation.sandbox import Limits, Sandbox, SandboxError, Verdict
 from server.evaluation.settings import paper_settings
@@ -155,7 +155,7 @@ def test_without_a_sandbox_programs_have_no_score(small: Path, tmp_path: Path) -
     task = humaneval.load(small)
     found = measure(Scripted(texts(task, {}, 0)), [task], None, tmp_path)
     assert {(row.passed, row.score) for row in found.tables[0].rows} == {(None, None)}
-    assert "No program was executed: pass --execute" in render(found)
+    assert "without a score were not executed: run their decoders with --execute" in render(found)
     # The answers are there to be judged later.
     assert len([*(tmp_path / "humaneval").glob("*.jsonl")]) == len(paper_settings(Scripted.decoders, 4)) == 12
 
@@ -191,6 +191,32 @@ def test_fewer_problems_can_be_continued_with_more(small: Path, tmp_path: Path) 
     many = measure(source, [task], None, tmp_path, decoders=["blt"])
     assert len(source.asked) == 2
     assert [report.tables[0].rows[0].problems for report in (few, many)] == [1, 3]
+
+
+def test_a_report_has_the_settings_that_other_commands_have_finished(small: Path, tmp_path: Path) -> None:
+    task = humaneval.load(small)
+    said = texts(task, {}, 0)
+
+    def settings(report: Report) -> list[str]:
+        return [row.setting for row in report.tables[0].rows]
+
+    drafts = ["BLT-S k=4", "BLT-S k=8", "BLT-S k=16"]
+    first = measure(Scripted(said), [task], None, tmp_path, decoders=["blt-s"])
+    assert settings(first) == drafts and first.tables[0].rows[0].saved is None
+    both = measure(Scripted(said), [task], None, tmp_path, decoders=["blt"])
+    assert settings(both) == ["BLT", *drafts] and both.tables[0].rows[1].saved is not None
+    # One is not finished: another command may be writing the line that it ends with.
+    file = tmp_path / "humaneval" / "blt-s-k8.jsonl"
+    file.write_bytes(file.read_bytes()[:-3])
+    before = file.read_bytes()
+    assert settings(measure(Scripted({}), [task], None, tmp_path, decoders=["blt"])) == ["BLT", *drafts[::2]]
+    assert file.read_bytes() == before
+    # With fewer problems it is. Those of another model are not taken, and raise no error.
+    few = measure(Scripted({}), [task], None, tmp_path, decoders=["blt"], most_problems=2)
+    assert settings(few) == ["BLT", *drafts]
+    other = Scripted(said)
+    other.about = {"model": "other"}
+    assert settings(measure(other, [task], None, tmp_path, decoders=["blt"], restart=True)) == ["BLT"]
 
 
 def test_another_model_or_task_is_refused_or_starts_anew(small: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from . import flores, humaneval, mbpp, plot
 from .bleu import Bleu
 from .paper import PaperModel
 from .report import Report, markdown, report, to_json
-from .running import ask, execute, opened
+from .running import answered, ask, execute, opened
 from .sandbox import Sandbox
 from .settings import paper_settings
 from .sources import Source
@@ -57,12 +57,14 @@ def measure(
     restart: bool = False,
 ) -> Report:
     """Answers all problems with the paper's settings, where earlier runs have not, judges the answers and writes
-    TASK.md, TASK.json and, where there are scores, a picture TASK.png of each into `out`. decoders: only these; None
-    takes all that the model has. sandbox: what executes programs; None leaves them unscored.
+    TASK.md, TASK.json and, where there are scores, a picture TASK.png of each into `out`. decoders: asks only these;
+    None takes all that the model has. The report also has those that earlier runs have finished. sandbox: what executes
+    programs; None leaves them unscored.
 
     Raises TaskError, ResultsError, SourceError, SandboxError, and OSError.
     """
-    settings = paper_settings(source.decoders if decoders is None else decoders, source.block_size)
+    every = paper_settings(source.decoders, source.block_size)
+    settings = [setting for setting in every if decoders is None or setting.decoder in decoders]
     if lacking := [name for name in decoders or () if name not in source.decoders]:
         raise TaskError(f"the model has no decoder {lacking[0]}, but {', '.join(source.decoders)}")
     if not settings:
@@ -71,6 +73,9 @@ def measure(
     ask(source, runs)
     if sandbox:
         execute(sandbox, runs)
+    others = [setting for setting in every if setting not in settings]
+    runs += answered(source, tasks, others, out, most_problems=most_problems, sandbox=sandbox)
+    runs.sort(key=lambda run: every.index(run.setting))
     found = report(source.model, runs, paper, bleu)
     for table in found.tables:
         # A file for each task: the next command may name others, with the same folder.

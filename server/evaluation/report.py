@@ -156,7 +156,7 @@ def notes(r: Report) -> list[str]:
             "here all rows are one."
         )
     if any(row.score is None for table in r.tables for row in table.rows if table.task.runs_programs):
-        found.append("No program was executed: pass --execute to score them.")
+        found.append("The programs of rows without a score were not executed: run their decoders with --execute.")
     return found
 
 

@@ -56,8 +56,20 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         if restart or not path.exists():
             path.write_text(json.dumps({"asked": asked}) + "\n")
-        else:
+        elif (whole := found._read()) < path.stat().st_size:
+            # A run was killed while it wrote this line.
+            os.truncate(path, whole)
+        return found
+
+    @classmethod
+    def earlier(cls, path: Path, asked: Mapping[str, Any], judged_by: Mapping[str, Any]) -> "Results | None":
+        """What another command found, which may still be at work; None without a file, and for one that `open` refuses.
+        Raises OSError."""
+        found = cls(path, asked, judged_by)
+        try:
             found._read()
+        except (FileNotFoundError, ResultsError):
+            return None
         return found
 
     def add_answer(self, problem: str, answer: Answer) -> None:
@@ -72,11 +84,10 @@ class Results:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _read(self) -> None:
+    def _read(self) -> int:
+        """The bytes of all whole lines, which it reads."""
         content = self.path.read_bytes()
-        if (whole := content.rfind(b"\n") + 1) < len(content):
-            # A run was killed while it wrote this line.
-            os.truncate(self.path, whole)
+        whole = content.rfind(b"\n") + 1
         try:
             head, *lines = (json.loads(line) for line in content[:whole].splitlines())
             earlier = head["asked"]
@@ -93,3 +104,4 @@ class Results:
                     f"{self.path} was made with {name} {earlier.get(name)!r}, not {self.asked.get(name)!r}: "
                     f"name another --out, or start anew with --restart"
                 )
+        return whole
