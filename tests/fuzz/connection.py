@@ -115,13 +115,17 @@ def read_strictly(sent: bytes) -> Seen:
         sent = re.sub(rb"\A(\S+) +(\S+) +(?:HTTP|ICE|RTSP)/", rb"\1 \2 HTTP/", sent)
         parser.receive_data(sent)
         try:
+            rest = sent
             while (event := parser.next_event()) is not h11.NEED_DATA:
+                before, rest = rest, parser.trailing_data[0]
                 if isinstance(event, h11.Request):
                     closes = event.http_version < b"1.1" or _closes(event.headers)
                     requests.append(_head(event, sent[: len(sent) - len(parser.trailing_data[0])]))
                 elif isinstance(event, h11.Data):
                     requests[-1] = requests[-1]._replace(body=requests[-1].body + bytes(event.data))
                 else:
+                    # Trailers are read with the end.
+                    _check_lines(before[: len(before) - len(rest)])
                     closes |= _closes(event.headers)
                     requests[-1] = requests[-1]._replace(complete=True)
                     break
@@ -137,14 +141,20 @@ def read_strictly(sent: bytes) -> Seen:
 
 def _head(event: h11.Request, raw: bytes) -> Read:
     """Raises ValueError for what h11 lets pass."""
-    names = {name for name, _ in event.headers}
-    if re.search(rb"(?<!\r)\n", raw) or {b"content-length", b"transfer-encoding"} <= names:
-        raise ValueError("a bare line feed, or a length beside chunks")
+    _check_lines(raw)
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
+        raise ValueError("a length beside chunks")
     if event.method == b"CONNECT":
         raise ValueError("this is not a proxy")
     # A path may begin with two slashes.
     url = urlsplit(b"http://x" * event.target.startswith(b"/") + event.target)
     return Read(event.method, url.path or b"/", url.query, _compared(event.headers))
+
+
+def _check_lines(raw: bytes) -> None:
+    """Of a head or of trailers."""
+    if re.search(rb"(?<!\r)\n", raw):
+        raise ValueError("a bare line feed")
 
 
 def _closes(headers: Iterable[tuple[bytes, bytes]]) -> bool:
@@ -356,6 +366,7 @@ TARGET = Target(
         + b"\r\n\r\n"
         + GET
         + b"\r\n",
+        b"\x01\x48POST /unread HTTP/1.1\r\nhost: x\r\n" + CHUNKED + b"\r\n0\r\na: x\n\n" + GET + b"\r\n",
         b"\x02\x08\xffPOST HTTP" + b"x" * 300 + b" HTTP/1.1\r\n\r\n",
         b"\x02\x30\xff" + POST + b"content-length: 600\r\n\r\n" + b"x" * 600 + (GET + b"\r\n") * 2,
     ],
