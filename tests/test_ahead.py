@@ -243,7 +243,7 @@ def test_cached_prefixes_cost_no_additional_steps(model: Path) -> None:
     steps = []
     for prefix_cache in (False, True):
         engine = crowded_engine(model, max_sequences=8, page_size=64, prefix_cache=prefix_cache, run_ahead="always")
-        for n in range(6):
+        for n in range(3):
             run(engine, [request(str(i), text(150 + i, 8 * n + i), 40) for i in range(8)])
         steps.append(engine.snapshot().steps)
         assert prefix_cache == any(pool.cached > pool.total / 2 for pool in engine.snapshot().pools.values())
