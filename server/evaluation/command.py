@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from engine.types import DecoderName
@@ -11,7 +12,8 @@ from . import flores, humaneval, mbpp, plot
 from .bleu import Bleu
 from .paper import PaperModel
 from .report import Report, markdown, report, to_json
-from .running import answered, ask, execute, opened
+from .results import Results
+from .running import ask, execute, opened
 from .sandbox import Sandbox
 from .settings import paper_settings
 from .sources import Source
@@ -69,12 +71,13 @@ def measure(
         raise TaskError(f"the model has no decoder {lacking[0]}, but {', '.join(source.decoders)}")
     if not settings:
         raise TaskError(f"the paper has no settings of {', '.join(decoders or source.decoders)}")
-    runs = opened(source, tasks, settings, out, most_problems=most_problems, sandbox=sandbox, restart=restart)
+    runs_of = partial(opened, source, tasks, out=out, most_problems=most_problems, sandbox=sandbox)
+    runs = runs_of(settings, read=partial(Results.open, restart=restart))
     ask(source, runs)
     if sandbox:
         execute(sandbox, runs)
     others = [setting for setting in every if setting not in settings]
-    runs += answered(source, tasks, others, out, most_problems=most_problems, sandbox=sandbox)
+    runs += [run for run in runs_of(others, read=Results.earlier) if not run.unanswered]
     runs.sort(key=lambda run: every.index(run.setting))
     found = report(source.model, runs, paper, bleu)
     for table in found.tables:

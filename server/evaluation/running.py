@@ -1,6 +1,6 @@
 """Asks a source for what is not answered yet, has programs executed, and keeps both in files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,46 +37,23 @@ def opened(
     tasks: Sequence[Task],
     settings: Sequence[Setting],
     out: Path,
-    *,
-    most_problems: int | None,
-    sandbox: Sandbox | None,
-    restart: bool,
-) -> list[Run]:
-    """A file for each setting of each task. Raises ResultsError, OSError."""
-    return [
-        Run(task, setting, task.problems[:most_problems], Results.open(*of, restart=restart))
-        for task, setting, of in _files(source, tasks, settings, out, sandbox)
-    ]
-
-
-def answered(
-    source: Source,
-    tasks: Sequence[Task],
-    settings: Sequence[Setting],
-    out: Path,
+    read: Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Results | None],
     *,
     most_problems: int | None,
     sandbox: Sandbox | None,
 ) -> list[Run]:
-    """The settings that earlier commands have finished, for the same model and tasks. Raises OSError."""
-    runs = [
-        Run(task, setting, task.problems[:most_problems], results)
-        for task, setting, of in _files(source, tasks, settings, out, sandbox)
-        if (results := Results.earlier(*of))
-    ]
-    return [run for run in runs if not run.unanswered]
-
-
-def _files(
-    source: Source, tasks: Sequence[Task], settings: Sequence[Setting], out: Path, sandbox: Sandbox | None
-) -> Iterator[tuple[Task, Setting, tuple[Path, dict[str, Any], Mapping[str, Any]]]]:
-    """The file of each setting of each task, and what `Results` asks about it."""
+    """Each setting of each task for which `read` has results; it takes what `Results.open` does. Raises what `read`
+    raises."""
+    runs = []
     judge = sandbox.about if sandbox else {}
     for task in tasks:
         question = {"task": task.name, "problems": task.digest(), **source.about}
         for setting in settings:
             name = setting.name.lower().replace(" ", "-").replace("=", "")
-            yield task, setting, (out / task.name / f"{name}.jsonl", question | {"setting": setting.body}, judge)
+            results = read(out / task.name / f"{name}.jsonl", question | {"setting": setting.body}, judge)
+            if results:
+                runs.append(Run(task, setting, task.problems[:most_problems], results))
+    return runs
 
 
 def ask(source: Source, runs: Sequence[Run]) -> None:
